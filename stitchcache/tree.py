@@ -1,0 +1,101 @@
+"""Nested arguments and results: flatten, rebuild, write down.
+
+torch has no public pytree module in the versions that we support, so this file, and no other, uses
+``torch.utils._pytree``. Tried with torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.utils._pytree as pytree
+
+from stitchcache.errors import EntryFormatError, OptionError
+
+TreeSpec = pytree.TreeSpec
+
+
+def flatten(value: Any) -> tuple[list[Any], TreeSpec]:
+    """Take nested containers apart.
+
+    Args:
+        value: Any pytree: containers that torch knows, leaves of any kind.
+
+    Returns:
+        The leaves in order, and the structure.
+    """
+    return pytree.tree_flatten(value)
+
+
+def unflatten(leaves: Sequence[Any], spec: TreeSpec) -> Any:
+    """Put leaves back into their containers."""
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def dumps(spec: TreeSpec) -> str:
+    """Write a structure down; equal structures give equal text in every process.
+
+    Raises:
+        OptionError: It holds a container type that was registered without a serialized name.
+    """
+    try:
+        return pytree.treespec_dumps(spec)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise OptionError(
+            f"a container in the arguments or results cannot be written down: {error}. "
+            "Register its type with a serialized name (torch.export.register_dataclass does), "
+            "or pass plain lists, tuples and dicts.",
+            option="args",
+        ) from error
+
+
+def loads(text: str) -> TreeSpec:
+    """Read what :func:`dumps` wrote.
+
+    Raises:
+        EntryFormatError: Not such a text, or it names a container type that this process
+            has not registered.
+    """
+    try:
+        return pytree.treespec_loads(text)
+    except (NotImplementedError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise EntryFormatError(
+            f"input or output tree cannot be read: {error}. If it names a container type, "
+            "import the module that registers it before loading.",
+            field="tree",
+            reason=str(error),
+        ) from error
+
+
+def leaf_paths(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Name every leaf as the caller would write it.
+
+    Args:
+        forward: The function that gets the arguments; its parameter names are used.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+
+    Returns:
+        One path a leaf of ``(args, kwargs)``, such as ``ids``, ``batch['mask']`` or ``args[2]``.
+    """
+    names = positional_names(forward, len(args))
+    keyed, _ = pytree.tree_flatten_with_path((args, kwargs))
+    paths = []
+    for keys, _leaf in keyed:
+        root, first, rest = keys[0].idx, keys[1], keys[2:]
+        head = names[first.idx] if root == 0 else str(first.key)
+        paths.append(head + pytree.keystr(rest))
+    return paths
+
+
+def positional_names(forward: Callable[..., Any], count: int) -> list[str]:
+    """Names of the first ``count`` positional parameters; ``args[i]`` where there is no name."""
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in parameters if p.kind in plain][:count]
+    return names + [f"args[{i}]" for i in range(len(names), count)]
