@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stitchcache.types import BindingSpec, Factor, InputSpec, OutputSpec, PieceRef, SizeRange
+from stitchcache.types import BindingSpec, BlobRef, Factor, InputSpec, OutputSpec, PieceRef, SizeRange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,3 +73,25 @@ class Artifact:
     def pieces(self) -> tuple[PieceRef, ...]:
         """Pieces of all variants."""
         return tuple(piece for variant in self.variants for piece in variant.pieces)
+
+    @property
+    def blobs(self) -> tuple[BlobRef, ...]:
+        """Distinct blobs of pieces and constants, in order of first use."""
+        refs = [piece.blob for piece in self.pieces]
+        refs += [binding.blob for binding in self.bindings if binding.blob is not None]
+        return tuple(dict.fromkeys(refs))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PieceRecord:
+    """What a piece key leads to.
+
+    Args:
+        key: Piece key.
+        backend: Backend that made the blob.
+        blob: The compiled piece.
+    """
+
+    key: str
+    backend: str
+    blob: BlobRef

@@ -1,0 +1,1 @@
+"""Artifacts and their bytes: the entry format, its readers and writers. No torch but in ``consts``."""

@@ -1,0 +1,140 @@
+"""Formats 0, 1 and 2: entries written before the current format. They load for ever.
+
+They lie flat in the cache's root and hold code and constants, no compiled pieces, and no digest of their own.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+from typing import Any
+
+from stitchcache.artifact.fields import FieldError, Fields, digest, each, expect, maybe, text
+from stitchcache.artifact.frame import malformed
+from stitchcache.artifact.record import Artifact, Variant
+from stitchcache.artifact.wire import unpack
+
+SUFFIXES = (".msgpack", ".pkl")
+MAX_SIZE = 256 << 20
+
+# What a pickled dict of str, list and int needs; in particular nothing that finds or calls a global, and no
+# LONG_BINPUT, whose index makes the C unpickler allocate whatever it says.
+_OPCODES = frozenset(
+    [
+        "PROTO",
+        "FRAME",
+        "STOP",
+        "MARK",
+        "POP",
+        "POP_MARK",
+        "DUP",
+        "EMPTY_DICT",
+        "EMPTY_LIST",
+        "EMPTY_TUPLE",
+        "DICT",
+        "LIST",
+        "TUPLE",
+        "TUPLE1",
+        "TUPLE2",
+        "TUPLE3",
+        "APPEND",
+        "APPENDS",
+        "SETITEM",
+        "SETITEMS",
+        "MEMOIZE",
+        "BINPUT",
+        "BINGET",
+        "LONG_BINGET",
+        "NONE",
+        "NEWTRUE",
+        "NEWFALSE",
+        "BININT",
+        "BININT1",
+        "BININT2",
+        "BINUNICODE",
+        "SHORT_BINUNICODE",
+        "BINUNICODE8",
+        "BINFLOAT",
+    ]
+)
+
+
+def decode_legacy(data: bytes, *, path: str = "") -> Artifact:
+    """The artifact in an entry of format 0, 1 or 2.
+
+    Args:
+        data: The whole file.
+        path: The file, for messages.
+
+    Raises:
+        EntryFormatError: It is no such entry.
+    """
+    if len(data) > MAX_SIZE:
+        raise malformed(path, "size", f"{len(data)} bytes are more than a legacy entry's {MAX_SIZE}")
+    try:
+        if data[:1] == b"\x80":
+            return _format_0(_unpickle_plain(data))
+        return _format_1_or_2(unpack(data, path=path, field="payload"))
+    except FieldError as error:
+        raise malformed(path, error.field or "payload", error.reason) from None
+
+
+def _format_0(value: object) -> Artifact:
+    record = Fields(value)
+    code = record.take("execution_code", text)
+    names = record.take("submod_names", each(text))
+    graph_hash = record.take("graph_hash", digest)
+    record.done()
+    return _artifact(0, graph_hash, code, names, None)
+
+
+def _format_1_or_2(value: object) -> Artifact:
+    record = Fields(value)
+    version = record.take("version", lambda number: expect(number, int))
+    if version not in (1, 2):
+        raise FieldError("version", f"{version} is neither 1 nor 2")
+    graph_hash = record.take("graph_hash", digest)
+    code = record.take("code", text)
+    names = record.take("submod_names", each(text))
+    consts = record.take("consts", maybe(lambda table: expect(table, bytes))) if version == 2 else None
+    record.done()
+    return _artifact(version, graph_hash, code, names, consts)
+
+
+def _artifact(
+    version: int, graph_hash: str, code: str, names: tuple[str, ...], consts: bytes | None
+) -> Artifact:
+    variant = Variant(size_range=None, code=code, submod_names=names, consts=consts, pieces=())
+    return Artifact(graph_hash=graph_hash, variants=(variant,), format_version=version)
+
+
+class _NoGlobals(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"global {module}.{name} in an entry that may have none")
+
+
+def _unpickle_plain(data: bytes) -> object:
+    end = 0
+    try:
+        for opcode, _argument, position in pickletools.genops(data):
+            if opcode.name not in _OPCODES:
+                raise FieldError(
+                    "payload", f"opcode {opcode.name} at byte {position}; only plain data is read"
+                )
+            end = (position or 0) + 1
+        if end != len(data):
+            raise FieldError("payload", f"{len(data) - end} bytes after the end")
+        return _NoGlobals(io.BytesIO(data)).load()
+    except (
+        pickle.UnpicklingError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        EOFError,
+        AttributeError,
+    ) as error:
+        if isinstance(error, FieldError):
+            raise
+        raise FieldError("payload", f"not a plain pickle: {error or type(error).__name__}") from error

@@ -1,0 +1,1 @@
+"""Directories that keep promises: publish, read, lock, trust, evict. Bytes and files only; no torch."""

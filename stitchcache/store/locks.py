@@ -1,0 +1,167 @@
+"""Locks between processes: exclusive by key around compiling, shared to keep a file from eviction.
+
+They are ``flock`` locks: the kernel frees them when their holder dies, they need no clean-up, and Linux maps
+them to byte-range locks on NFS. A file under a lock is removed only by the lock's holder, and whoever gets a
+lock checks that the file still has its name.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from stitchcache.errors import LockTimeoutError
+from stitchcache.store.files import Files, close_quietly, read_exactly, write_all
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
+_BUSY = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
+
+
+def try_lock(files: Files, fd: int, *, shared: bool = False) -> bool | None:
+    """Take a lock without waiting.
+
+    Returns:
+        Whether it was had; ``None`` where locks do not work.
+    """
+    try:
+        files.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in _BUSY else None
+    return True
+
+
+def same_file(files: Files, fd: int, path: str) -> bool:
+    """Whether a path still leads to an open file."""
+    try:
+        named = files.lstat(path)
+    except OSError:
+        return False
+    held = files.fstat(fd)
+    return (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino)
+
+
+@contextmanager
+def exclusive(
+    files: Files,
+    path: str,
+    *,
+    timeout: float | None = None,
+    on_wait: Callable[[float, str], None] | None = None,
+) -> Iterator[bool]:
+    """Hold a lock file exclusively.
+
+    Args:
+        files: File-system calls.
+        path: The lock file; its directory must exist.
+        timeout: Seconds to wait; ``None`` waits for ever, 0 does not wait.
+        on_wait: Called now and then while waiting, with the seconds waited and who holds the lock.
+
+    Yields:
+        True when held; False where locks do not work, and the caller goes on without.
+
+    Raises:
+        LockTimeoutError: Another held it for all that time.
+    """
+    fd = _acquire(files, path, timeout, on_wait)
+    if fd is None:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        # Removed while held: a waiter that gets the nameless file's lock notices and starts over.
+        try:
+            files.unlink(path)
+        except OSError:
+            pass
+        close_quietly(files, fd)
+
+
+def _acquire(
+    files: Files, path: str, timeout: float | None, on_wait: Callable[[float, str], None] | None
+) -> int | None:
+    start = time.monotonic()
+    pause = _FIRST_PAUSE
+    while True:
+        try:
+            fd = files.open_or_create(path)
+        except OSError:
+            return None
+        try:
+            had = try_lock(files, fd)
+            if had and same_file(files, fd, path):
+                _sign(files, fd)
+                return fd
+        except BaseException:
+            close_quietly(files, fd)
+            raise
+        if had is None:
+            close_quietly(files, fd)
+            return None
+        holder = "" if had else _holder(files, fd)
+        close_quietly(files, fd)
+        if had:
+            continue
+        waited = time.monotonic() - start
+        if timeout is not None and waited >= timeout:
+            raise LockTimeoutError(
+                f"{path}: still held after {waited:.1f} s by {holder or 'another process'}; wait longer, "
+                "or stop that process (a lock is freed when its holder ends)",
+                path=path,
+                seconds=waited,
+            )
+        if on_wait is not None:
+            on_wait(waited, holder)
+        left = pause if timeout is None else min(pause, timeout - waited)
+        time.sleep(max(left, 0.0))
+        pause = min(pause * 1.5, _LONGEST_PAUSE)
+
+
+def _sign(files: Files, fd: int) -> None:
+    # For messages only; a full disk must not stop anyone from compiling.
+    try:
+        files.truncate(fd, 0)
+        write_all(files, fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
+    except OSError:
+        pass
+
+
+def _holder(files: Files, fd: int) -> str:
+    try:
+        return read_exactly(files, fd, 256).decode("utf-8", "replace").strip()
+    except OSError:
+        return ""
+
+
+def hold_shared(files: Files, path: str) -> int | None:
+    """Keep a file from being evicted for as long as the returned descriptor is open.
+
+    Args:
+        files: File-system calls.
+        path: An existing file.
+
+    Returns:
+        A descriptor, or ``None`` where the file is gone. Where locks do not work the descriptor protects
+        nothing, and the grace period has to.
+    """
+    while True:
+        try:
+            fd = files.open_read(path)
+        except FileNotFoundError:
+            return None
+        try:
+            # Eviction holds its exclusive lock for one unlink, so waiting is short.
+            try:
+                files.flock(fd, fcntl.LOCK_SH)
+            except OSError:
+                return fd
+            if same_file(files, fd, path):
+                return fd
+        except BaseException:
+            close_quietly(files, fd)
+            raise
+        close_quietly(files, fd)
