@@ -1,0 +1,178 @@
+"""What generated code takes from outside: submodules, constants and ops."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any, Literal
+
+from stitchcache.codegen.allowed import Path
+from stitchcache.codegen.names import Namespace, is_identifier
+from stitchcache.codegen.reach import path_of
+from stitchcache.errors import UnserializableConstError
+
+# What pickling refuses with, by itself and through an object's own __reduce__ or __getstate__.
+_REFUSALS = (
+    pickle.PicklingError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    LookupError,
+    NotImplementedError,
+    RecursionError,
+    RuntimeError,
+    OSError,
+)
+
+
+class _Discard:
+    def write(self, data: Any, /) -> int:
+        return len(data)
+
+
+class Bindings:
+    """The slots of one generated function, in order of first use.
+
+    Args:
+        namespace: Where the names in the code come from.
+        abi: How the code spells a slot.
+    """
+
+    def __init__(self, namespace: Namespace, abi: Literal["bound", "list"]) -> None:
+        self._namespace = namespace
+        self._abi = abi
+        self._slots: dict[str, str] = {}
+        self._const_text: dict[int, str] = {}
+        self._ops: dict[Path, str] = {}
+        self._callables: dict[int, str | None] = {}
+        self.consts: list[Any] = []
+
+    @property
+    def slot_names(self) -> list[str]:
+        """Qualified names of the submodules, parameters and buffers."""
+        return list(self._slots)
+
+    @property
+    def slot_variables(self) -> list[str]:
+        """Their names in the code (bound ABI)."""
+        return list(self._slots.values())
+
+    @property
+    def const_variables(self) -> list[str]:
+        """The constants' names in the code (bound ABI)."""
+        return list(self._const_text.values())
+
+    @property
+    def op_bindings(self) -> list[tuple[str, str]]:
+        """Name in the code and source text of each op (bound ABI)."""
+        return [(name, dotted(path)) for path, name in self._ops.items()]
+
+    def slot(self, qualified_name: str) -> str:
+        """Take a submodule, parameter or buffer.
+
+        Args:
+            qualified_name: Its name below the root module.
+
+        Returns:
+            Source text that reads it.
+        """
+        if qualified_name not in self._slots:
+            if self._abi == "list":
+                self._slots[qualified_name] = f"__vllm_submods__[{len(self._slots)}]"
+            else:
+                self._slots[qualified_name] = self._namespace.take(qualified_name)
+        return self._slots[qualified_name]
+
+    def const(self, value: Any, node: str, path: str) -> str:
+        """Take a constant.
+
+        Two arguments share a slot when they are the same object, whatever ``==`` says of them.
+
+        Args:
+            value: Any object.
+            node: Name of the node whose argument it is.
+            path: Where in the node's arguments it stands.
+
+        Returns:
+            Source text that reads it.
+
+        Raises:
+            UnserializableConstError: It cannot be pickled.
+        """
+        if id(value) not in self._const_text:
+            check_picklable(value, node, path)
+            index = len(self.consts)
+            self.consts.append(value)
+            self._const_text[id(value)] = (
+                f"__vllm_consts__[{index}]" if self._abi == "list" else self._namespace.take_numbered("const")
+            )
+        return self._const_text[id(value)]
+
+    def callable(self, target: Any, node: str, path: str) -> str:
+        """Take a function, op, method or class.
+
+        Args:
+            target: It.
+            node: Name of the node that uses it.
+            path: Where in the node it stands.
+
+        Returns:
+            Source text that reads it: an op's name, or a constant's where no dotted name leads to it.
+
+        Raises:
+            UnserializableConstError: No dotted name leads to it and it cannot be pickled.
+        """
+        if id(target) not in self._callables:
+            found = path_of(target)
+            self._callables[id(target)] = None if found is None else self._op(found)
+        name = self._callables[id(target)]
+        return self.const(target, node, path) if name is None else name
+
+    def op(self, *path: str) -> str:
+        """Take what a dotted path leads to.
+
+        Args:
+            *path: Its steps.
+
+        Returns:
+            Source text that reads it.
+        """
+        return self._op(path)
+
+    def _op(self, path: Path) -> str:
+        if path not in self._ops:
+            self._ops[path] = dotted(path) if self._abi == "list" else self._namespace.take_numbered("op")
+        return self._ops[path]
+
+
+def dotted(path: Path) -> str:
+    """Write a dotted path as source, through ``getattr`` where a step is no identifier."""
+    text = path[0]
+    for step in path[1:]:
+        text = f"{text}.{step}" if is_identifier(step) else f"getattr({text}, {step!a})"
+    return text
+
+
+def check_picklable(value: Any, node: str, path: str) -> None:
+    """Refuse a constant that could not be stored, while its node is still known.
+
+    Args:
+        value: The constant.
+        node: Name of the node whose argument it is.
+        path: Where in the node's arguments it stands.
+
+    Raises:
+        UnserializableConstError: It cannot be pickled.
+    """
+    try:
+        pickle.Pickler(_Discard(), protocol=4).dump(value)
+    except _REFUSALS as error:
+        kind = type(value)
+        type_name = f"{kind.__module__}.{kind.__qualname__}"
+        raise UnserializableConstError(
+            f"{node}: {path} is a {type_name}, which cannot be stored: {error}. "
+            "Pass it to the graph as an input, or replace it by something that pickles, "
+            "such as a function or class at the top level of a module.",
+            node=node,
+            path=path,
+            type_name=type_name,
+        ) from error

@@ -1,0 +1,335 @@
+"""From the nodes of a graph to the statements of a function."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from stitchcache.codegen.arguments import Ref, Scope, argument_text, call_text
+from stitchcache.codegen.bindings import Bindings
+from stitchcache.codegen.inline import bind_placeholders, takes_placeholders
+from stitchcache.codegen.literals import literal
+from stitchcache.codegen.liveness import Statement
+from stitchcache.codegen.names import Namespace
+from stitchcache.codegen.reach import is_attribute, is_method
+from stitchcache.codegen.results import getitem_index, result_length
+from stitchcache.errors import CodegenError
+
+# Each is the same operation as the function, operands in the same order.
+_OPERATORS: dict[Any, str] = {
+    operator.add: "+",
+    operator.sub: "-",
+    operator.mul: "*",
+    operator.truediv: "/",
+    operator.floordiv: "//",
+    operator.mod: "%",
+    operator.pow: "**",
+    operator.matmul: "@",
+    operator.and_: "&",
+    operator.or_: "|",
+    operator.xor: "^",
+    operator.lshift: "<<",
+    operator.rshift: ">>",
+    operator.eq: "==",
+    operator.ne: "!=",
+    operator.lt: "<",
+    operator.le: "<=",
+    operator.gt: ">",
+    operator.ge: ">=",
+}
+
+
+class Lowering:
+    """Turns a graph, and the graphs of the modules that it inlines, into statements.
+
+    Args:
+        root: The module whose graph it is.
+        namespace: Where names come from.
+        bindings: Slots of the function.
+        boxed: Submodules that take one list.
+        unpack: Whether tuple results are unpacked.
+    """
+
+    def __init__(
+        self,
+        root: torch.fx.GraphModule,
+        namespace: Namespace,
+        bindings: Bindings,
+        *,
+        boxed: Collection[str],
+        unpack: bool,
+    ) -> None:
+        self._root = root
+        self._namespace = namespace
+        self._bindings = bindings
+        self._boxed = frozenset(boxed)
+        self._unpack = unpack
+        self._size_methods: dict[Any, str] = {
+            torch.ops.aten.sym_size.int: "size",
+            torch.ops.aten.sym_stride.int: "stride",
+            torch.ops.aten.sym_numel.default: "numel",
+        }
+        self._buffers: dict[int, frozenset[str]] = {}
+        self._symbols: dict[Any, torch.fx.Node] = {}
+        self._values: dict[torch.fx.Node, Ref] = {}
+        self.pieces: set[str] = set()
+        self.statements: list[Statement] = []
+
+    def define(self, node: torch.fx.Node, ref: Ref) -> None:
+        """Say what the value of a node is called.
+
+        Args:
+            node: The node.
+            ref: Its name.
+        """
+        self._values[node] = ref
+        value = node.meta.get("val", node.meta.get("example_value"))
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            self._symbols.setdefault(_symbol_key(value), node)
+
+    def run(self, graph: torch.fx.Graph, prefix: str) -> torch.fx.Node | None:
+        """Lower every node but the placeholders, which are defined already.
+
+        Args:
+            graph: The graph.
+            prefix: Qualified name of its module and a dot, or ``""`` for the root.
+
+        Returns:
+            The output node, if there is one.
+        """
+        for node in graph.nodes:
+            if node.op == "output":
+                return node  # type: ignore[no-any-return]
+            if node in self._values:  # a placeholder, or an item that was unpacked with its tuple
+                continue
+            if node.op == "call_function":
+                self._call_function(node)
+            elif node.op == "call_module":
+                self._call_module(node, prefix)
+            elif node.op == "call_method":
+                self._call_method(node)
+            elif node.op == "get_attr":
+                self._get_attr(node, prefix)
+            else:
+                raise CodegenError(
+                    f"{node.name}: a node of kind {node.op!r} has no source form.", node=node.name
+                )
+        return None
+
+    def scope(self, node: torch.fx.Node) -> Scope:
+        """Make the scope for writing a node's arguments.
+
+        Args:
+            node: The node.
+        """
+        return Scope(self._bindings, self._values, self._find_symbol, node.name)
+
+    def _find_symbol(self, value: Any) -> torch.fx.Node | None:
+        return self._symbols.get(_symbol_key(value))
+
+    def _assign(self, node: torch.fx.Node, expression: str, scope: Scope, *, effect: bool = True) -> None:
+        name = self._namespace.take(node.name)
+        self.statements.append(Statement((name,), expression, tuple(scope.uses), effect=effect))
+        self.define(node, Ref(name, local=True))
+
+    def _assign_call(self, node: torch.fx.Node, expression: str, scope: Scope, length: int | None) -> None:
+        """Assign a call's result, item by item where only its items are wanted."""
+        indices = [getitem_index(user, node) for user in node.users]
+        if not self._unpack or not indices or None in indices:
+            self._assign(node, expression, scope)
+            return
+        wanted: dict[int, list[torch.fx.Node]] = {}
+        for user, index in zip(node.users, indices, strict=True):
+            place = index if length is None or index >= 0 else index + length  # type: ignore[operator]
+            wanted.setdefault(place, []).append(user)  # type: ignore[arg-type]
+        inside = length is None or all(0 <= index < length for index in wanted)
+        if not inside or (length is None and len(wanted) > 1):
+            self._assign(node, expression, scope)
+            return
+        places = range(length) if length is not None and (len(wanted) > 1 or length == 1) else wanted
+        targets = []
+        for place in places:
+            users = wanted.get(place, [])
+            targets.append(self._namespace.take(users[0].name) if users else "_")
+            for user in users:
+                self.define(user, Ref(targets[-1], local=True))
+        unpack = isinstance(places, range)
+        text = expression if unpack else f"{expression}[{next(iter(wanted))}]"
+        self.statements.append(Statement(tuple(targets), text, tuple(scope.uses), unpack=unpack))
+        # Whoever asked for the whole would not be here; the name only keeps the node known.
+        self._values[node] = Ref("_")
+
+    def _call_function(self, node: torch.fx.Node) -> None:
+        target, args, kwargs = node.target, node.args, node.kwargs
+        scope = self.scope(node)
+        if not kwargs:
+            expression = self._operator_text(target, args, scope)
+            if expression is not None:
+                self._assign(node, expression, scope)
+                return
+            scope.uses.clear()
+        function = self._bindings.callable(target, node.name, "target")
+        self._assign_call(node, call_text(function, args, kwargs, scope), scope, result_length(node, None))
+
+    def _operator_text(self, target: Any, args: tuple[Any, ...], scope: Scope) -> str | None:
+        """Write what Python has syntax for, or None."""
+        if target in self._size_methods and self._is_named(
+            args, 2 if target.name() != "aten::sym_numel" else 1
+        ):
+            return call_text(
+                f"{self._values[args[0]].text}.{self._size_methods[target]}", args[1:], {}, _used(args, scope)
+            )
+        if target is getattr and len(args) == 2 and self._is_named(args, 2):
+            name = args[1]
+            if type(name) is str and is_attribute(name):
+                return f"{argument_text(args[0], scope, 'args[0]')}.{name}"
+            return None
+        if target is operator.getitem and self._is_named(args, 2):
+            index = argument_text(args[1], scope, "args[1]", subscript=True)
+            return f"{argument_text(args[0], scope, 'args[0]')}[{index}]"
+        symbol = _OPERATORS.get(target) if _hashable(target) else None
+        if symbol is None or len(args) != 2:
+            return None
+        left, right = (_operand(argument_text(arg, scope, f"args[{i}]")) for i, arg in enumerate(args))
+        return f"{left} {symbol} {right}"
+
+    def _is_named(self, args: tuple[Any, ...], count: int) -> bool:
+        return (
+            len(args) == count
+            and isinstance(args[0], torch.fx.Node)
+            and args[0] in self._values
+            and self._values[args[0]].is_name
+        )
+
+    def _call_method(self, node: torch.fx.Node) -> None:
+        name = str(node.target)
+        if not is_method(name):
+            raise CodegenError(
+                f"{node.name}: a method named {name!r} cannot be called from generated code. "
+                "Call a function at the top level of a module that calls it.",
+                node=node.name,
+            )
+        scope = self.scope(node)
+        if not node.args:
+            raise scope.error("args", "is empty: a method needs the value that it belongs to.")
+        owner = argument_text(node.args[0], scope, "args[0]")
+        if not Ref(owner).is_name:
+            temporary = self._namespace.take(f"{node.name}_self")
+            self.statements.append(Statement((temporary,), owner, tuple(scope.uses), effect=False))
+            scope.uses[:] = [temporary]
+            owner = temporary
+        expression = call_text(f"{owner}.{name}", node.args[1:], node.kwargs, scope, first=1)
+        self._assign_call(node, expression, scope, result_length(node, None))
+
+    def _call_module(self, node: torch.fx.Node, prefix: str) -> None:
+        target = f"{prefix}{node.target}"
+        try:
+            module = self._root.get_submodule(target)
+        except AttributeError as error:
+            raise CodegenError(f"{node.name}: there is no submodule {target!r}.", node=node.name) from error
+        if (
+            isinstance(module, torch.fx.GraphModule)
+            and target not in self._boxed
+            and takes_placeholders(module)
+        ):
+            self._inline(node, module, f"{target}.")
+            return
+        scope = self.scope(node)
+        self.pieces.add(target)
+        function = self._bindings.slot(target)
+        if target not in self._boxed:
+            expression = call_text(function, node.args, node.kwargs, scope)
+        elif node.kwargs:
+            raise scope.error("kwargs", f"cannot be passed to {target}, which takes one list of arguments.")
+        else:
+            items = ", ".join(argument_text(arg, scope, f"args[{i}]") for i, arg in enumerate(node.args))
+            expression = f"{function}([{items}])"
+        self._assign_call(node, expression, scope, result_length(node, module))
+
+    def _inline(self, node: torch.fx.Node, module: torch.fx.GraphModule, prefix: str) -> None:
+        for placeholder, arg in bind_placeholders(node, module.graph):
+            self._define_argument(node, placeholder, arg)
+        output = self.run(module.graph, prefix)
+        # An inlined graph may be called again: its nodes get new names then.
+        result = output.args[0] if output is not None else None
+        if isinstance(result, torch.fx.Node):
+            self.define(node, self._values[result])
+        elif not self._forward_items(node, result):
+            scope = self.scope(node)
+            self._assign(node, argument_text(result, scope, "output"), scope, effect=False)
+        for inner in module.graph.nodes:
+            self._values.pop(inner, None)
+
+    def _define_argument(self, node: torch.fx.Node, placeholder: torch.fx.Node, arg: Any) -> None:
+        text = literal(arg)
+        if text is not None:
+            self.define(placeholder, Ref(text))
+        elif isinstance(arg, torch.fx.Node) and arg in self._values:
+            self.define(placeholder, self._values[arg])
+        else:
+            scope = self.scope(node)
+            self._assign(placeholder, argument_text(arg, scope, str(placeholder.target)), scope, effect=False)
+
+    def _forward_items(self, node: torch.fx.Node, result: Any) -> bool:
+        """Call an inlined tuple's items by their own names where only items are wanted."""
+        if not isinstance(result, (tuple, list)) or not node.users:
+            return False
+        picked = []
+        for user in node.users:
+            index = getitem_index(user, node)
+            if index is None or not -len(result) <= index < len(result):
+                return False
+            item = result[index]
+            if not isinstance(item, torch.fx.Node):
+                return False
+            picked.append((user, item))
+        for user, item in picked:
+            self.define(user, self._values[item])
+        self._values[node] = Ref("_")
+        return True
+
+    def _get_attr(self, node: torch.fx.Node, prefix: str) -> None:
+        qualified_name = f"{prefix}{node.target}"
+        name = qualified_name.rpartition(".")[2]
+        value: Any = self._root
+        try:
+            for step in qualified_name.split("."):
+                owner, value = value, getattr(value, step)
+        except AttributeError as error:
+            raise CodegenError(
+                f"{node.name}: there is no attribute {qualified_name!r}.", node=node.name
+            ) from error
+        if isinstance(value, (torch.nn.Parameter, torch.nn.Module)) or self._is_buffer(owner, name):
+            self.define(node, Ref(self._bindings.slot(qualified_name)))
+            return
+        text = literal(value)
+        # Anything mutable stays the object that it is, as reading an attribute does not copy.
+        self.define(node, Ref(text if text is not None else self._bindings.const(value, node.name, "target")))
+
+    def _is_buffer(self, owner: Any, name: str) -> bool:
+        if not isinstance(owner, torch.nn.Module):
+            return False
+        if id(owner) not in self._buffers:
+            self._buffers[id(owner)] = frozenset(key for key, _ in owner.named_buffers(recurse=False))
+        return name in self._buffers[id(owner)]
+
+
+def _used(args: tuple[Any, ...], scope: Scope) -> Scope:
+    argument_text(args[0], scope, "args[0]")
+    return scope
+
+
+def _operand(text: str) -> str:
+    # A sign or a keyword would bind differently; names, numbers and brackets stand for themselves.
+    return f"({text})" if text.startswith("-") else text
+
+
+def _hashable(target: Any) -> bool:
+    return type(target).__hash__ is not None
+
+
+def _symbol_key(value: Any) -> Any:
+    return value.node.expr

@@ -1,0 +1,199 @@
+"""What generated code may reach by a dotted name, and which name reaches a given object.
+
+The gate asks `resolve` what a path leads to; the generator asks `path_of` for a path. Both use the
+one list of what is allowed, so the generator never writes a name that the gate would refuse, and
+never one that leads to another object than the graph's.
+"""
+
+from __future__ import annotations
+
+import builtins
+import operator
+import types
+from typing import Any
+
+import torch
+
+from stitchcache.codegen.allowed import (
+    BUILTINS,
+    FORBIDDEN_FUNCTIONS,
+    FORBIDDEN_MEMBERS,
+    OPERATOR_FUNCTIONS,
+    OPERATOR_METHODS,
+    TORCH_NAMED,
+    TORCH_SOURCES,
+    TORCH_SPACES,
+    Path,
+)
+from stitchcache.codegen.names import is_dunder, is_identifier
+
+_VALUE_TYPES = (torch.dtype, torch.layout, torch.memory_format)
+_METHOD_TYPES = (types.MethodDescriptorType, types.WrapperDescriptorType, types.FunctionType)
+_FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType)
+_REFUSED = "is no function of torch that code may reach"
+
+
+class NotAllowedError(Exception):
+    """A path leads to something that generated code may not reach."""
+
+
+class NoSuchOpError(Exception):
+    """A path would be allowed, but no library of this process registers such an op."""
+
+
+def is_method(name: str) -> bool:
+    """Whether code may call a method of this name on a value.
+
+    Args:
+        name: The method's name.
+
+    Returns:
+        True for public names but a few that lead out, for the dunder methods that operators have,
+        and for single-underscore methods of ``torch.Tensor``.
+    """
+    if not is_identifier(name) or name in FORBIDDEN_MEMBERS:
+        return False
+    if not name.startswith("_"):
+        return True
+    if name.startswith("__"):
+        return name in OPERATOR_METHODS
+    return not name.startswith("_make_") and isinstance(getattr(torch.Tensor, name, None), _METHOD_TYPES)
+
+
+def is_attribute(name: str) -> bool:
+    """Whether code may read an attribute of this name from a value.
+
+    Args:
+        name: The attribute's name.
+
+    Returns:
+        True for public names but those that lead out.
+    """
+    return is_identifier(name) and not name.startswith("_") and name not in FORBIDDEN_MEMBERS
+
+
+def resolve(path: Path) -> Any:
+    """Follow a dotted path from ``torch``, ``operator`` or a builtin.
+
+    Args:
+        path: Its steps, such as ``("torch", "ops", "aten", "add", "Tensor")``.
+
+    Returns:
+        The op, function, method or dtype at its end.
+
+    Raises:
+        NotAllowedError: It leads elsewhere: to a module, a class, a loader, a private name.
+        NoSuchOpError: No library of this process registers that op.
+    """
+    root = path[0]
+    if len(path) == 1 and root in BUILTINS:
+        return getattr(builtins, root)
+    if root in ("operator", "_operator") and len(path) == 2 and path[1] in OPERATOR_FUNCTIONS:
+        return getattr(operator, path[1])
+    if path[:2] == ("torch", "ops") and 4 <= len(path) <= 5:
+        return _resolve_op(path)
+    if path[:2] == ("torch", "Tensor") and len(path) == 3:
+        method = getattr(torch.Tensor, path[2], None) if is_method(path[2]) else None
+        if isinstance(method, _METHOD_TYPES):
+            return method
+        raise NotAllowedError("is no method of tensors")
+    if root == "torch" and len(path) > 1:
+        return _resolve_torch(path)
+    raise NotAllowedError("is nothing that code may reach")
+
+
+def _resolve_op(path: Path) -> Any:
+    # Attributes of torch.ops that are no ops (load_library, __class__) fail the type checks.
+    space = None if is_dunder(path[2]) else getattr(torch.ops, path[2], None)
+    if isinstance(space, torch._ops._HigherOrderNamespace) and len(path) == 4:
+        found = _member(space, path)
+        if isinstance(found, torch._ops.HigherOrderOperator):
+            return found
+        raise NotAllowedError("is no higher-order op")
+    if not isinstance(space, torch._ops._OpNamespace):
+        raise NotAllowedError("is no op")
+    if path[3] in FORBIDDEN_FUNCTIONS:
+        raise NotAllowedError("reads or writes files")
+    packet = _member(space, path[:4])
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        raise NotAllowedError("is no op")
+    found = packet if len(path) == 4 else _member(packet, path)
+    if len(path) == 5 and not isinstance(found, torch._ops.OpOverload):
+        raise NotAllowedError("is no overload of an op")
+    return found
+
+
+def _member(owner: Any, path: Path) -> Any:
+    try:
+        return getattr(owner, path[-1])
+    except AttributeError as error:
+        if is_dunder(path[-1]):
+            raise NotAllowedError("is no op") from error
+        raise NoSuchOpError(".".join(path)) from error
+
+
+def _resolve_torch(path: Path) -> Any:
+    space, name = path[:-1], path[-1]
+    named = path in TORCH_NAMED
+    if not named and (space not in TORCH_SPACES or name.startswith("_") or name in FORBIDDEN_FUNCTIONS):
+        raise NotAllowedError(_REFUSED)
+    found: Any = torch
+    for step in path[1:]:
+        # Not getattr: torch imports some submodules when they are first asked for.
+        found = vars(found).get(step)
+        if found is None:
+            raise NotAllowedError(_REFUSED)
+    if named or isinstance(found, _VALUE_TYPES) or _is_function(found):
+        return found
+    raise NotAllowedError(_REFUSED)
+
+
+def _is_function(found: object) -> bool:
+    if isinstance(found, types.BuiltinFunctionType) and found.__qualname__.startswith(
+        "_VariableFunctionsClass."
+    ):
+        return True
+    return isinstance(found, _FUNCTION_TYPES) and found.__module__ in TORCH_SOURCES
+
+
+def path_of(target: Any) -> Path | None:
+    """Find a dotted path that leads to exactly this object.
+
+    Args:
+        target: An op, function, method or class.
+
+    Returns:
+        A path that `resolve` follows to ``target`` itself, or ``None``.
+    """
+    for path in _candidates(target):
+        try:
+            if resolve(path) is target:
+                return path
+        except (NotAllowedError, NoSuchOpError):
+            continue
+    return None
+
+
+def _candidates(target: Any) -> list[Path]:
+    op: Any = target  # untyped where torch leaves methods of ops without annotations
+    if isinstance(target, torch._ops.OpOverload):
+        space, _, rest = op.name().partition("::")
+        name, _, overload = rest.partition(".")
+        return [("torch", "ops", space, name, overload or "default")]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [("torch", "ops", *str(target).split(".", 1))]
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return [("torch", "ops", "higher_order", op.name())]
+    if not isinstance(target, (*_METHOD_TYPES, *_FUNCTION_TYPES, type)):
+        return []
+    name = target.__name__
+    found: list[Path] = [(name,), ("operator", name), ("torch", name), ("torch", "nn", "functional", name)]
+    # In public torch._C._linalg.linalg_inv is torch.linalg.inv, and so on.
+    space, _, short = name.strip("_").partition("_")
+    if short:
+        found.append(("torch", space, short))
+    found.append(("torch", "Tensor", name))
+    module = getattr(target, "__module__", None)
+    if isinstance(module, str):
+        found.append((*module.split("."), name))
+    return found
