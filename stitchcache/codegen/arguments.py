@@ -11,6 +11,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from stitchcache.codegen.bindings import Bindings
 from stitchcache.codegen.literals import literal
+from stitchcache.codegen.liveness import value_mark
 from stitchcache.codegen.names import is_identifier
 from stitchcache.errors import CodegenError
 
@@ -21,8 +22,8 @@ class Ref(NamedTuple):
     """What a node's value is called in the code.
 
     Args:
-        text: A name, or the text of a literal or slot.
-        local: Whether it is a local name, which can be freed.
+        text: The value's name; for what is no value of this function, its source text.
+        local: Whether it is a value of this function, which lives in a variable and is freed.
     """
 
     text: str
@@ -30,7 +31,7 @@ class Ref(NamedTuple):
 
     @property
     def is_name(self) -> bool:
-        """Whether ``text`` can be called upon: ``text.method()``, ``text[0]``."""
+        """Whether it can be called upon: ``x.method()``, ``x[0]``."""
         return is_identifier(self.text) or self.text.startswith("__vllm_")
 
 
@@ -156,9 +157,10 @@ def _value_text(node: torch.fx.Node, scope: Scope, path: str) -> str:
     if node not in scope.values:
         raise scope.error(path, f"is the value of {node.name}, which is not computed before this node.")
     ref = scope.values[node]
-    if ref.local:
-        scope.uses.append(ref.text)
-    return ref.text
+    if not ref.local:
+        return ref.text
+    scope.uses.append(ref.text)
+    return value_mark(ref.text)
 
 
 def _slice_text(arg: slice, inner: Callable[..., str], scope: Scope, subscript: bool) -> str:

@@ -12,7 +12,7 @@ from stitchcache.codegen.arguments import Ref, Scope, argument_text, call_text
 from stitchcache.codegen.bindings import Bindings
 from stitchcache.codegen.inline import bind_placeholders, takes_placeholders
 from stitchcache.codegen.literals import literal
-from stitchcache.codegen.liveness import Statement
+from stitchcache.codegen.liveness import Statement, value_mark
 from stitchcache.codegen.names import Namespace
 from stitchcache.codegen.reach import is_attribute, is_method
 from stitchcache.codegen.results import getitem_index, result_length
@@ -176,12 +176,10 @@ class Lowering:
 
     def _operator_text(self, target: Any, args: tuple[Any, ...], scope: Scope) -> str | None:
         """Write what Python has syntax for, or None."""
-        if target in self._size_methods and self._is_named(
-            args, 2 if target.name() != "aten::sym_numel" else 1
-        ):
-            return call_text(
-                f"{self._values[args[0]].text}.{self._size_methods[target]}", args[1:], {}, _used(args, scope)
-            )
+        method = self._size_methods.get(target) if _hashable(target) else None
+        if method is not None and self._is_named(args, 1 if method == "numel" else 2):
+            owner = argument_text(args[0], scope, "args[0]")
+            return call_text(f"{owner}.{method}", args[1:], {}, scope, first=1)
         if target is getattr and len(args) == 2 and self._is_named(args, 2):
             name = args[1]
             if type(name) is str and is_attribute(name):
@@ -216,11 +214,11 @@ class Lowering:
         if not node.args:
             raise scope.error("args", "is empty: a method needs the value that it belongs to.")
         owner = argument_text(node.args[0], scope, "args[0]")
-        if not Ref(owner).is_name:
+        if not self._is_named(node.args, len(node.args)):
             temporary = self._namespace.take(f"{node.name}_self")
             self.statements.append(Statement((temporary,), owner, tuple(scope.uses), effect=False))
             scope.uses[:] = [temporary]
-            owner = temporary
+            owner = value_mark(temporary)
         expression = call_text(f"{owner}.{name}", node.args[1:], node.kwargs, scope, first=1)
         self._assign_call(node, expression, scope, result_length(node, None))
 
@@ -248,6 +246,9 @@ class Lowering:
             items = ", ".join(argument_text(arg, scope, f"args[{i}]") for i, arg in enumerate(node.args))
             expression = f"{function}([{items}])"
         self._assign_call(node, expression, scope, result_length(node, module))
+
+    def _is_inlined(self, target: str, module: torch.fx.GraphModule) -> bool:
+        return target not in self._boxed and takes_placeholders(module)
 
     def _inline(self, node: torch.fx.Node, module: torch.fx.GraphModule, prefix: str) -> None:
         for placeholder, arg in bind_placeholders(node, module.graph):
@@ -315,11 +316,6 @@ class Lowering:
         if id(owner) not in self._buffers:
             self._buffers[id(owner)] = frozenset(key for key, _ in owner.named_buffers(recurse=False))
         return name in self._buffers[id(owner)]
-
-
-def _used(args: tuple[Any, ...], scope: Scope) -> Scope:
-    argument_text(args[0], scope, "args[0]")
-    return scope
 
 
 def _operand(text: str) -> str:
