@@ -182,12 +182,15 @@ class BindingSpec:
         kind: ``parameter`` or ``buffer`` (looked up in the model) or ``constant`` (stored here).
         tensor: What it must be.
         blob: For a constant: its bytes.
+        aliases: Other names that the same tensor had in the model (tied weights); they must still
+            be the same tensor.
     """
 
     name: str
     kind: Literal["parameter", "buffer", "constant"]
     tensor: TensorSpec
     blob: BlobRef | None = None
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

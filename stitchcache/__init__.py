@@ -1,0 +1,60 @@
+"""Compile PyTorch models ahead of time, piece by piece, into an on-disk cache.
+
+Importing this package imports nothing else: every public name is looked up when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stitchcache import errors as errors
+    from stitchcache.api.compile import compile as compile
+    from stitchcache.api.load import load as load
+    from stitchcache.api.prewarm import PrewarmReport as PrewarmReport
+    from stitchcache.api.prewarm import prewarm as prewarm
+    from stitchcache.api.target import Target as Target
+    from stitchcache.artifact.record import Artifact as Artifact
+    from stitchcache.cache import Cache as Cache
+    from stitchcache.codegen import compile_execution_fn as compile_execution_fn
+    from stitchcache.codegen import generate_execution_code as generate_execution_code
+    from stitchcache.graph import SplitItem as SplitItem
+    from stitchcache.graph import graph_hash as graph_hash
+    from stitchcache.graph import split_graph as split_graph
+    from stitchcache.runtime.model import CompiledModel as CompiledModel
+    from stitchcache.types import SizeRange as SizeRange
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Artifact": "stitchcache.artifact.record",
+    "Cache": "stitchcache.cache",
+    "CompiledModel": "stitchcache.runtime.model",
+    "PrewarmReport": "stitchcache.api.prewarm",
+    "SizeRange": "stitchcache.types",
+    "SplitItem": "stitchcache.graph",
+    "Target": "stitchcache.api.target",
+    "compile": "stitchcache.api.compile",
+    "compile_execution_fn": "stitchcache.codegen",
+    "errors": "stitchcache.errors",
+    "generate_execution_code": "stitchcache.codegen",
+    "graph_hash": "stitchcache.graph",
+    "load": "stitchcache.api.load",
+    "prewarm": "stitchcache.api.prewarm",
+    "split_graph": "stitchcache.graph",
+}
+
+__all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604 - every name is a string
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'stitchcache' has no attribute {name!r}")
+    module = importlib.import_module(home)
+    return module if name == "errors" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

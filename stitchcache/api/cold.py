@@ -1,0 +1,159 @@
+"""Compile the pieces that the cache lacks, and store what came of it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stitchcache.api.request import Request
+from stitchcache.api.trace import Traced, assemble, stitched_leaves
+from stitchcache.artifact.consts import dump_consts
+from stitchcache.artifact.record import Artifact
+from stitchcache.backends import get_backend
+from stitchcache.cache import Cache
+from stitchcache.errors import StoreWriteError, UntrustedEntryError
+from stitchcache.plan.build import BuiltPiece, build
+from stitchcache.plan.plan import PlannedPiece
+from stitchcache.types import BlobRef, Factor
+
+log = logging.getLogger("stitchcache")
+
+
+def compile_pieces(
+    traced: Traced,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    request: Request,
+    cache: Cache,
+    *,
+    device: str,
+    devices: Sequence[str],
+    factors: Sequence[Factor],
+    label: str,
+    tell: Callable[[str, int, int], None],
+) -> tuple[Artifact, dict[str, Any], Mapping[str, torch.Tensor]]:
+    """Compile, load and store.
+
+    A store that cannot be written costs the storing, not the compiling.
+
+    Args:
+        traced: What was planned.
+        args: Example arguments; the check against eager runs on them.
+        kwargs: Likewise.
+        request: Options.
+        cache: Where to store.
+        device: Where pieces run.
+        devices: Device types in use.
+        factors: Named parts of all keys.
+        label: What to call the entry.
+        tell: Gets the stage, pieces done, pieces in all.
+
+    Returns:
+        The artifact, its loaded pieces, and its constants.
+
+    Raises:
+        BackendError: A piece cannot be compiled, or is wrong.
+    """
+    began = time.perf_counter()
+    shelf = _Shelf(cache, label, device)
+    distinct = {piece.key: piece for piece in traced.plan.pieces}
+    missing = [piece for piece in distinct.values() if not shelf.find(piece)]
+    done = len(distinct) - len(missing)
+    tell("compile", done, len(distinct))
+
+    def on_built(built: BuiltPiece) -> None:
+        nonlocal done
+        done += 1
+        shelf.take(built)
+        tell("compile", done, len(distinct))
+
+    if missing:
+        leaves = stitched_leaves(traced, args, kwargs) if request.verify else None
+        with cache.scratch() as scratch:
+            build(
+                traced.plan,
+                missing,
+                leaves,
+                scratch,
+                request.backend_options,
+                jobs=request.jobs,
+                devices=devices,
+                on_built=on_built,
+            )
+    tell("store", done, len(distinct))
+    constants = {name: shelf.keep(dump_consts([tensor]) or b"") for name, tensor in traced.constants.items()}
+    artifact = assemble(
+        traced,
+        shelf.blobs,
+        constants,
+        factors=factors,
+        label=label,
+        seconds=time.perf_counter() - began,
+    )
+    shelf.put(artifact)
+    return artifact, shelf.pieces, traced.constants
+
+
+class _Shelf:
+    """Compiled pieces of one run: stored where possible, loaded in any case."""
+
+    def __init__(self, cache: Cache, label: str, device: str) -> None:
+        self._cache, self._label, self._device = cache, label, device
+        self._stored = True
+        self.blobs: dict[str, BlobRef] = {}
+        self.pieces: dict[str, Any] = {}
+
+    def find(self, piece: PlannedPiece) -> bool:
+        """Take a piece that another model, or an interrupted run, has stored."""
+        record = self._cache.get_piece(piece.key)
+        if record is None or record.backend != piece.backend:
+            return False
+        try:
+            path = self._cache.blob_path(record.blob)
+        except UntrustedEntryError as error:
+            log.warning("%s", error)
+            return False
+        if path is None:
+            return False
+        self.blobs[piece.key] = record.blob
+        self.pieces[piece.key] = get_backend(record.backend).load(path, self._device)
+        return True
+
+    def take(self, built: BuiltPiece) -> None:
+        """Load and store a fresh piece."""
+        self.pieces[built.key] = get_backend(built.backend).load(built.path, self._device)
+        blob = self.keep(built.path)
+        self.blobs[built.key] = blob
+        log.debug("piece %s: %s, %.1f s, %d bytes", built.key[:12], built.backend, built.seconds, blob.size)
+        self._try(lambda: self._cache.put_piece(built.key, built.backend, blob))
+
+    def keep(self, source: bytes | Path) -> BlobRef:
+        """Store bytes, or at least name them."""
+        stored: list[BlobRef] = []
+        self._try(lambda: stored.append(self._cache.put_blob(source)))
+        return stored[0] if stored else _name(source)
+
+    def put(self, artifact: Artifact) -> None:
+        """Store the entry, if its blobs are stored."""
+        self._try(lambda: self._cache.put(artifact))
+
+    def _try(self, write: Callable[[], Any]) -> None:
+        if not self._stored:
+            return
+        try:
+            write()
+        except StoreWriteError as error:
+            self._stored = False
+            log.warning("%s: compiled, but not stored: %s", self._label, error)
+
+
+def _name(source: bytes | Path) -> BlobRef:
+    import hashlib
+
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    return BlobRef(digest=hashlib.sha256(data).hexdigest(), size=len(data))

@@ -1,0 +1,213 @@
+"""The traced road: capture, plan, and an artifact for what was planned."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from stitchcache import tree
+from stitchcache.api.request import Request
+from stitchcache.artifact.consts import dump_consts
+from stitchcache.artifact.record import Artifact, Variant
+from stitchcache.backends import get_backend
+from stitchcache.capture import Capture, capture
+from stitchcache.capture.contract import tensor_spec
+from stitchcache.codegen import generate_execution_code
+from stitchcache.graph.binding import BOUND
+from stitchcache.graph.symbols import SymbolNames
+from stitchcache.plan import Plan, plan
+from stitchcache.types import BindingSpec, BlobRef, Factor, PieceRef
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A captured and planned model.
+
+    Args:
+        capture: The capture.
+        plan: What has to be compiled.
+        graph_hash: Names the entry.
+        factors: What went into the graph hash beside the graph.
+        bindings: Tensors that the stitching code uses, by name.
+        constants: Tensors that the artifact carries.
+    """
+
+    capture: Capture
+    plan: Plan
+    graph_hash: str
+    factors: tuple[Factor, ...]
+    bindings: tuple[BindingSpec, ...]
+    constants: Mapping[str, torch.Tensor]
+
+
+def trace(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    request: Request,
+    environment: Sequence[Factor],
+) -> Traced:
+    """Capture a model and plan its compilation.
+
+    Args:
+        model: In evaluation mode.
+        args: Example positional arguments.
+        kwargs: Example keyword arguments.
+        request: Options.
+        environment: Factors of the machine, torch's state and the options: all that compiled pieces
+            depend on beside their graph.
+
+    Raises:
+        CaptureError: The model cannot be captured.
+        SplitError: The graph cannot be split as asked.
+    """
+    captured = capture(model, args, kwargs, request.dynamic_shapes)
+    constants = [
+        name
+        for name, leaf in zip(captured.user_inputs, captured.input_spec.leaves, strict=True)
+        if leaf.kind == "constant"
+    ]
+    planned = plan(
+        captured.gm,
+        {item.placeholder: (item.name, item.tensor) for item in captured.bound},
+        constants,
+        request.splitting_ops,
+        get_backend(request.backend),
+        get_backend("eager"),
+        environment,
+    )
+    bindings = _bindings(model, captured, planned)
+    tensors = {item.name: item.tensor for item in captured.bound if item.kind == "constant"}
+    carried = {b.name: tensors[b.name] for b in bindings if b.kind == "constant"}
+    facts = _facts(captured, planned, bindings, carried)
+    return Traced(captured, planned, _entry_hash(planned, facts, environment), facts, bindings, carried)
+
+
+def _bindings(model: torch.nn.Module, captured: Capture, planned: Plan) -> tuple[BindingSpec, ...]:
+    """What the stitching code takes from the model."""
+    used = set(planned.attributes.values())
+    written = {m.removeprefix("buffer:") for m in captured.output_spec.mutations if m.startswith("buffer:")}
+    names: dict[int, list[str]] = {}
+    for name, tensor in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
+        names.setdefault(id(tensor), []).append(name)
+    found = []
+    for item in captured.bound:
+        if item.name in used | written:
+            shared = names.get(id(item.tensor), []) if item.kind != "constant" else []
+            found.append(
+                BindingSpec(
+                    name=item.name,
+                    kind=item.kind,  # type: ignore[arg-type]
+                    tensor=tensor_spec(item.tensor, SymbolNames(), item.name),
+                    aliases=tuple(name for name in shared if name != item.name),
+                )
+            )
+    return tuple(found)
+
+
+def _facts(
+    captured: Capture, planned: Plan, bindings: Sequence[BindingSpec], carried: Mapping[str, torch.Tensor]
+) -> tuple[Factor, ...]:
+    """The parts of an entry that its graph does not show."""
+    values = {name: dump_consts([tensor]) or b"" for name, tensor in carried.items()}
+    return (
+        fact("graph.structure", planned.structure[:16], planned.structure),
+        fact("graph.inputs", f"{len(captured.input_spec.leaves)} leaves", repr(asdict(captured.input_spec))),
+        fact("graph.outputs", f"{captured.output_spec.count} leaves", repr(asdict(captured.output_spec))),
+        fact("graph.bindings", f"{len(bindings)} tensors", repr([asdict(b) for b in bindings])),
+        fact("graph.constants", f"{len(carried)} tensors", repr(sorted(values.items()))),
+    )
+
+
+def fact(name: str, value: str, whole: str) -> Factor:
+    """A factor with the digest of its whole value."""
+    return Factor(name=name, value=value, digest=hashlib.sha256(whole.encode()).hexdigest())
+
+
+def _entry_hash(planned: Plan, facts: Sequence[Factor], environment: Sequence[Factor]) -> str:
+    whole = hashlib.sha256(b"stitchcache entry 1\n")
+    for piece in planned.pieces:
+        whole.update(f"piece {len(piece.name)} {piece.name} {piece.key}\n".encode())
+    for factor in sorted([*facts, *environment], key=lambda f: f.name):
+        whole.update(f"factor {len(factor.name)} {factor.name} {factor.digest}\n".encode())
+    return whole.hexdigest()
+
+
+def assemble(
+    traced: Traced,
+    blobs: Mapping[str, BlobRef],
+    constants: Mapping[str, BlobRef],
+    *,
+    factors: Sequence[Factor],
+    label: str,
+    seconds: float,
+) -> Artifact:
+    """Write the stitching code and put an artifact together.
+
+    Args:
+        traced: What was planned.
+        blobs: Piece key to stored piece.
+        constants: Constant name to stored tensor.
+        factors: Named parts of all keys, for explanations.
+        label: What to call it in listings.
+        seconds: What compiling took.
+
+    Raises:
+        CodegenError: A node of the stitching graph has no form as source.
+    """
+    planned = traced.plan
+    stitching = _without_pieces(planned)
+    code, names, consts = generate_execution_code(
+        stitching, boxed=[piece.name for piece in planned.pieces], graph_hash=traced.graph_hash
+    )
+    pieces = tuple(
+        PieceRef(name=p.name, key=p.key, backend=p.backend, blob=blobs[p.key]) for p in planned.pieces
+    )
+    variant = Variant(
+        size_range=None, code=code, submod_names=tuple(names), consts=dump_consts(consts), pieces=pieces
+    )
+    bindings = tuple(
+        replace(b, blob=constants[b.name]) if b.kind == "constant" else b for b in traced.bindings
+    )
+    return Artifact(
+        graph_hash=traced.graph_hash,
+        variants=(variant,),
+        input_spec=traced.capture.input_spec,
+        output_spec=traced.capture.output_spec,
+        bindings=bindings,
+        factors=tuple(factors),
+        created=time.time(),
+        label=label,
+        compile_seconds=seconds,
+    )
+
+
+class PieceSlot(torch.nn.Module):
+    """Stands in the stitching graph where a compiled piece is called."""
+
+
+def _without_pieces(planned: Plan) -> torch.fx.GraphModule:
+    """The stitching graph with compiled pieces as opaque modules, so that only the rest is inlined."""
+    root = torch.nn.Module()
+    opaque = {piece.name for piece in planned.pieces}
+    for name, child in planned.split_gm.named_children():
+        root.add_module(name, PieceSlot() if name in opaque else child)
+    return torch.fx.GraphModule(root, planned.split_gm.graph, class_name="Stitching")
+
+
+def stitched_leaves(traced: Traced, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The example's leaves that the stitching graph takes."""
+    leaves, _ = tree.flatten((args, dict(kwargs)))
+    specs = traced.capture.input_spec.leaves
+    return [leaf for leaf, spec in zip(leaves, specs, strict=True) if spec.kind != "constant"]
+
+
+__all__ = ["BOUND", "Traced", "assemble", "fact", "stitched_leaves", "trace"]

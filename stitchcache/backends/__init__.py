@@ -1,0 +1,35 @@
+"""Piece backends: compile one graph into a file, and load that file as a callable."""
+
+from __future__ import annotations
+
+from stitchcache.backends.base import Backend, BoxedPiece
+from stitchcache.errors import OptionError
+
+NAMES = ("aoti", "inductor", "eager")
+
+
+def get_backend(name: str) -> Backend:
+    """Find a backend by name.
+
+    Args:
+        name: ``aoti``, ``inductor`` or ``eager``.
+
+    Raises:
+        OptionError: No such backend.
+    """
+    if name == "aoti":
+        from stitchcache.backends.aoti import AotiBackend
+
+        return AotiBackend()
+    if name == "inductor":
+        from stitchcache.backends.inductor import InductorBackend
+
+        return InductorBackend()
+    if name == "eager":
+        from stitchcache.backends.eager import EagerBackend
+
+        return EagerBackend()
+    raise OptionError(f"backend={name!r}: there is {', '.join(NAMES)}.", option="backend")
+
+
+__all__ = ["NAMES", "Backend", "BoxedPiece", "get_backend"]

@@ -1,0 +1,94 @@
+"""AOTInductor: one shared library a piece, loaded in place by torch's C++ runner.
+
+Private API of torch (``torch._inductor.aot_compile``, ``torch._C._aoti``); tried with 2.11 and
+2.13. Loading imports neither ``torch._inductor`` nor ``torch._dynamo``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from stitchcache.backends.base import BoxedPiece
+from stitchcache.backends.toolchain import require_compiler
+from stitchcache.errors import BackendError
+
+# Namespaces whose ops Inductor knows how to call from C++. Any other op would go through a proxy
+# that needs a second file beside the library and is slower than a call from the stitching code.
+_NATIVE = {"aten", "prims", "prim", "inductor", "_quantized", "quantized_decomposed"}
+
+
+class AotiBackend:
+    """Stores shared libraries."""
+
+    name = "aoti"
+    parallel = True
+
+    def require(self) -> None:
+        """Check for a C++ compiler; see :class:`~stitchcache.backends.base.Backend`."""
+        require_compiler(self.name)
+
+    def prepare(self, devices: Collection[str]) -> None:
+        """Import Inductor and probe the CPU once; forked children inherit both."""
+        import torch._inductor.compile_fx
+
+        if "cpu" in devices:
+            from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+            pick_vec_isa()
+
+    def foreign_ops(self, piece: torch.fx.GraphModule) -> set[str]:
+        """Custom ops: they are called between pieces."""
+        return {
+            str(node.target).replace(".", "::", 1)
+            for node in piece.graph.nodes
+            if isinstance(node.target, OpOverload) and node.target.namespace not in _NATIVE
+        }
+
+    def build(self, piece: torch.fx.GraphModule, directory: Path, options: Mapping[str, Any]) -> Path:
+        """Compile a piece; see :class:`~stitchcache.backends.base.Backend`."""
+        import torch._inductor
+
+        fakes = tuple(node.meta["val"] for node in piece.graph.nodes if node.op == "placeholder")
+        library = directory / "piece.so"
+        settings = {
+            **options,
+            "aot_inductor.output_path": str(library),
+            "aot_inductor.embed_kernel_binary": True,
+        }
+        with torch.no_grad():
+            built = torch._inductor.aot_compile(piece, fakes, options=settings)
+        if not isinstance(built, str) or not Path(built).is_file():
+            raise BackendError(
+                f"AOTInductor returned {built!r} instead of the path of a library. "
+                "Remove options that change what it produces (aot_inductor.package*).",
+                backend=self.name,
+            )
+        if list(directory.glob("*.wrapper.json")):
+            raise BackendError(
+                "AOTInductor has no C++ entry for an op in this piece and wants to call it through "
+                "a proxy. Name the op in splitting_ops, or use backend='inductor'.",
+                backend=self.name,
+            )
+        return Path(built)
+
+    def load(self, path: Path, device: str) -> BoxedPiece:
+        """Map a library; see :class:`~stitchcache.backends.base.Backend`."""
+        runners = torch._C._aoti
+        try:
+            if device.startswith("cuda"):
+                runner: Any = runners.AOTIModelContainerRunnerCuda(str(path), 1, device)
+            else:
+                runner = runners.AOTIModelContainerRunnerCpu(str(path), 1)
+        except RuntimeError as error:
+            raise BackendError(
+                f"{path} cannot be loaded: {str(error).splitlines()[0]}. If it lies on a file system "
+                "mounted noexec, set STITCHCACHE_DIR to another; else run 'stitchcache verify --repair'.",
+                backend=self.name,
+            ) from error
+        run: BoxedPiece = runner.run
+        return run

@@ -1,0 +1,63 @@
+"""What a piece backend is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+BoxedPiece = Callable[[list[Any]], Sequence[Any]]
+"""A loaded piece: takes one list of tensors, returns a sequence of tensors."""
+
+
+class Backend(Protocol):
+    """Compiles graphs to files and loads files as callables.
+
+    Attributes:
+        name: As users write it, and as entries record it.
+        parallel: Whether pieces may be compiled in forked processes.
+    """
+
+    name: str
+    parallel: bool
+
+    def require(self) -> None:
+        """Check that this backend can compile here.
+
+        Raises:
+            CompilerMissingError: It needs a C++ compiler and there is none.
+        """
+
+    def prepare(self, devices: Collection[str]) -> None:
+        """Do once what every compile would do again: imports, probes of the machine."""
+
+    def foreign_ops(self, piece: torch.fx.GraphModule) -> set[str]:
+        """Ops that this backend cannot compile and that must be called between pieces instead."""
+
+    def build(self, piece: torch.fx.GraphModule, directory: Path, options: Mapping[str, Any]) -> Path:
+        """Compile a piece.
+
+        Args:
+            piece: Its placeholders carry fake tensors in ``meta["val"]``; it returns a tuple.
+            directory: An empty directory to work in.
+            options: Backend options, as ``torch.compile(options=...)`` takes them.
+
+        Returns:
+            The file to store.
+
+        Raises:
+            BackendError: It cannot be compiled.
+        """
+
+    def load(self, path: Path, device: str) -> BoxedPiece:
+        """Load a compiled piece in place.
+
+        Args:
+            path: The stored file.
+            device: Where it runs: ``cpu``, or ``cuda:1``.
+
+        Raises:
+            BackendError: The file cannot be loaded here.
+        """

@@ -1,0 +1,152 @@
+"""Compare a freshly compiled piece with eager execution, on real inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from stitchcache.backends.base import BoxedPiece
+from stitchcache.errors import PieceMismatchError
+
+# Largest difference, relative to the largest magnitude in the tensor.
+_TOLERANCE = {
+    torch.float64: 1e-8,
+    torch.float32: 5e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 6e-2,
+    torch.complex64: 5e-4,
+    torch.complex128: 1e-8,
+}
+
+
+def compare_with_eager(
+    piece: torch.fx.GraphModule, compiled: BoxedPiece, inputs: Sequence[torch.Tensor], *, name: str, backend: str
+) -> float:
+    """Run a piece both ways and compare results and side effects.
+
+    Args:
+        piece: The graph.
+        compiled: The same, compiled.
+        inputs: Tensors that a real run fed to the piece; not changed.
+        name: The piece's name, for errors.
+        backend: The backend's name, for errors.
+
+    Returns:
+        Largest absolute difference seen.
+
+    Raises:
+        PieceMismatchError: They differ in number, dtype, shape, strides, device or value.
+    """
+    copy = clone_all if mutates(piece.graph) else list
+    with torch.no_grad():
+        eager_inputs = copy(inputs)
+        expected = piece(*eager_inputs)
+        compiled_inputs = copy(inputs)
+        actual = compiled(list(compiled_inputs))
+    if len(actual) != len(expected):
+        raise _mismatch(name, backend, f"{len(actual)} results instead of {len(expected)}")
+    opaque = undefined_outputs(piece)
+    worst = 0.0
+    for index, (want, got) in enumerate(zip(expected, actual, strict=True)):
+        worst = max(worst, _compare(want, got, f"result {index}", name, backend, values=index not in opaque))
+    for index, (want, got) in enumerate(zip(eager_inputs, compiled_inputs, strict=True)):
+        worst = max(worst, _compare(want, got, f"input {index} after the call", name, backend, values=True))
+    return worst
+
+
+def clone_all(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies with the same strides; tensors that share storage share it in the copies too."""
+    storages: dict[int, torch.Tensor] = {}
+    copies = []
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in storages:
+            flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+            flat.set_(storage)
+            storages[key] = flat.clone()
+        copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        copy.set_(storages[key].untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+        copies.append(copy)
+    return copies
+
+
+def undefined_outputs(piece: torch.fx.GraphModule) -> set[int]:
+    """Positions of results whose values are not defined: fresh memory, random numbers."""
+    undefined: set[torch.fx.Node] = set()
+    for node in piece.graph.nodes:
+        if node.op == "output":
+            results = node.args[0]
+            return {i for i, result in enumerate(results) if result in undefined}
+        if _is_undefined(node.target) or any(source in undefined for source in node.all_input_nodes):
+            undefined.add(node)
+    return set()
+
+
+def _is_undefined(target: Any) -> bool:
+    if not isinstance(target, OpOverload):
+        return False
+    name = str(target).split(".")[1]
+    fresh = name.startswith(("empty", "new_empty"))
+    return fresh or torch.Tag.nondeterministic_seeded in target.tags
+
+
+def mutates(graph: torch.fx.Graph) -> bool:
+    """Whether any op of a graph writes into its arguments."""
+    return any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in graph.nodes)
+
+
+def _compare(
+    want: Any, got: Any, what: str, name: str, backend: str, *, values: bool
+) -> float:
+    if not isinstance(want, torch.Tensor):
+        if want != got:
+            raise _mismatch(name, backend, f"{what} is {got!r} instead of {want!r}")
+        return 0.0
+    facts = [("dtype", want.dtype, got.dtype), ("shape", want.shape, got.shape), ("device", want.device, got.device)]
+    if want.numel() > 1:
+        facts.append(("strides", _strides(want), _strides(got)))
+    for fact, wanted, found in facts:
+        if wanted != found:
+            raise _mismatch(name, backend, f"{what} has {fact} {found} instead of {wanted}")
+    if not values or want.numel() == 0:
+        return 0.0
+    if not (want.is_floating_point() or want.is_complex()):
+        if not torch.equal(want, got):
+            raise _mismatch(name, backend, f"{what} (integers) differs")
+        return 0.0
+    return _compare_floats(want, got, what, name, backend)
+
+
+def _compare_floats(want: torch.Tensor, got: torch.Tensor, what: str, name: str, backend: str) -> float:
+    precise = torch.complex128 if want.is_complex() else torch.float64
+    a, b = want.to(precise), got.to(precise)
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, torch.zeros_like(a), a - b).abs()
+    finite = torch.where(a.isfinite(), a, torch.zeros_like(a)).abs()
+    worst = float(difference.max())
+    tolerance = _TOLERANCE.get(want.dtype, 6e-2) * max(1.0, float(finite.max()))
+    if not worst <= tolerance:
+        raise _mismatch(name, backend, f"{what} differs by {worst:.3g}, tolerance {tolerance:.3g}", worst, tolerance)
+    return worst
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Strides of dimensions that have more than one element: the others are never used."""
+    return tuple(s for size, s in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+
+
+def _mismatch(
+    name: str, backend: str, what: str, difference: float = 0.0, tolerance: float = 0.0
+) -> PieceMismatchError:
+    return PieceMismatchError(
+        f"piece {name}, compiled by {backend}, disagrees with eager execution: {what}. "
+        "Nothing was stored. Use backend='eager', or split at the op that differs.",
+        backend=backend,
+        piece=name,
+        difference=difference,
+        tolerance=tolerance,
+    )

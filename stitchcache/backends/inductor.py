@@ -1,0 +1,66 @@
+"""Inductor's standalone artifacts (``standalone_compile(aot=True)``).
+
+Loading one imports ``torch._inductor`` and, on the CPU, compiles the C++ again where Inductor's own
+cache is empty: seconds, and a compiler, where AOTInductor needs neither. It is here for graphs that
+AOTInductor refuses. Private API of torch; tried with 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stitchcache.backends.base import BoxedPiece
+from stitchcache.backends.toolchain import require_compiler
+
+
+class InductorBackend:
+    """Stores what ``CompiledArtifact.save`` writes."""
+
+    name = "inductor"
+    parallel = True
+
+    def require(self) -> None:
+        """Check for a C++ compiler; see :class:`~stitchcache.backends.base.Backend`."""
+        require_compiler(self.name)
+
+    def prepare(self, devices: Collection[str]) -> None:
+        """Import Inductor and probe the CPU once."""
+        import torch._inductor.compile_fx
+        import torch._inductor.standalone_compile
+
+        if "cpu" in devices:
+            from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+            pick_vec_isa()
+
+    def foreign_ops(self, piece: torch.fx.GraphModule) -> set[str]:
+        """Inductor calls any registered op."""
+        return set()
+
+    def build(self, piece: torch.fx.GraphModule, directory: Path, options: Mapping[str, Any]) -> Path:
+        """Compile a piece; see :class:`~stitchcache.backends.base.Backend`."""
+        import torch._inductor
+
+        fakes = [node.meta["val"] for node in piece.graph.nodes if node.op == "placeholder"]
+        with torch.no_grad():
+            artifact = torch._inductor.standalone_compile(
+                piece, fakes, dynamic_shapes="from_graph", options=dict(options), aot=True
+            )
+        path = directory / "piece.inductor"
+        artifact.save(path=str(path), format="binary")
+        return path
+
+    def load(self, path: Path, device: str) -> BoxedPiece:
+        """Load an artifact; see :class:`~stitchcache.backends.base.Backend`."""
+        import torch._inductor
+
+        artifact = torch._inductor.CompiledArtifact.load(path=str(path), format="binary")
+
+        def run(inputs: list[Any]) -> Any:
+            return artifact(*inputs)
+
+        return run

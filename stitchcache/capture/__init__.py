@@ -1,0 +1,5 @@
+"""From a model to one graph with a contract."""
+
+from stitchcache.capture.export import Capture, capture
+
+__all__ = ["Capture", "capture"]

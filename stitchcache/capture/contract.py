@@ -1,0 +1,127 @@
+"""The contract of a capture: sizes, strides, ranges and relations that a call must keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from stitchcache.errors import CaptureError
+from stitchcache.graph import symbols
+from stitchcache.graph.symbols import SymbolNames
+from stitchcache.types import InputSpec, LeafSpec, SymbolSpec, TensorSpec
+
+_SCALARS = (bool, int, float, str)
+
+
+def input_spec(
+    program: torch.export.ExportedProgram,
+    user_inputs: Sequence[str],
+    paths: Sequence[str],
+    leaves: Sequence[Any],
+    tree_text: str,
+    dynamic_shapes: Any,
+    names: SymbolNames,
+) -> InputSpec:
+    """Read off an exported program what its callers must keep to.
+
+    Args:
+        program: The capture.
+        user_inputs: Placeholder names, one a leaf.
+        paths: What the user calls each leaf.
+        leaves: The example's leaves.
+        tree_text: The input tree, written down.
+        dynamic_shapes: As the user gave them, for the labels of symbols.
+        names: Canonical names; filled in the order of the leaves.
+
+    Returns:
+        The contract.
+
+    Raises:
+        CaptureError: A leaf is neither a tensor nor a plain value.
+    """
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    specs = tuple(
+        _leaf(nodes[name], path, leaf, names)
+        for name, path, leaf in zip(user_inputs, paths, leaves, strict=True)
+    )
+    shape_env = symbols.shape_environment(program.graph)
+    constraints: list[str] = []
+    if shape_env is not None:
+        constraints = symbols.guards(shape_env, names, only_known=True)
+    return InputSpec(
+        tree=tree_text,
+        leaves=specs,
+        symbols=tuple(_symbols(program, names, shape_env)),
+        constraints=tuple(constraints),
+    )
+
+
+def tensor_spec(value: torch.Tensor, names: SymbolNames, path: str = "") -> TensorSpec:
+    """Metadata of a tensor, real or fake.
+
+    Raises:
+        CaptureError: Its layout has no strides (sparse), or it is quantized.
+    """
+    if value.layout != torch.strided:
+        raise CaptureError(
+            f"{path or 'a tensor'} has layout {value.layout}; only strided tensors are supported.",
+            reason=str(value.layout),
+        )
+    return TensorSpec(
+        dtype=str(value.dtype).removeprefix("torch."),
+        device=value.device.type,
+        shape=tuple(names.size(size) for size in value.shape),
+        stride=tuple(names.size(size) for size in value.stride()),
+    )
+
+
+def _leaf(node: torch.fx.Node, path: str, leaf: Any, names: SymbolNames) -> LeafSpec:
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return LeafSpec(path=path, kind="tensor", tensor=tensor_spec(value, names, path))
+    if isinstance(value, torch.SymInt):
+        size = names.size(value)
+        if isinstance(size, str):
+            return LeafSpec(path=path, kind="symbol", symbol=size)
+    if leaf is None or type(leaf) in _SCALARS:
+        return LeafSpec(path=path, kind="constant", value=leaf)
+    raise CaptureError(
+        f"argument {path} is a {type(leaf).__qualname__}; arguments must be tensors, numbers, "
+        "strings, None, or containers of these.",
+        reason=f"argument of type {type(leaf).__qualname__}",
+    )
+
+
+def _symbols(
+    program: torch.export.ExportedProgram, names: SymbolNames, shape_env: Any
+) -> list[SymbolSpec]:
+    """Ranges of all symbols that the contract mentions."""
+    ranges = {str(symbol): value for symbol, value in program.range_constraints.items()}
+    found = []
+    for symbol, name in list(names.items()):
+        if str(symbol).startswith("u"):
+            # Born of data inside the graph: no argument of a call has it.
+            continue
+        value_range = ranges.get(str(symbol))
+        if value_range is not None:
+            low, high = symbols.finite(value_range.lower), symbols.finite(value_range.upper)
+        else:
+            low, high = symbols.bounds(shape_env, symbol)
+        found.append(SymbolSpec(name=name, min=max(1, low or 0), max=high))
+    return found
+
+
+def example_sizes(spec: InputSpec, leaves: Sequence[Any]) -> dict[str, int]:
+    """Values of plain symbols in a set of leaves: ``{"s0": 2, ...}``."""
+    values: dict[str, int] = {}
+    for leaf_spec, leaf in zip(spec.leaves, leaves, strict=True):
+        if leaf_spec.kind == "symbol" and leaf_spec.symbol is not None and sympy.sympify(leaf_spec.symbol).is_Symbol:
+            values.setdefault(leaf_spec.symbol, int(leaf))
+        elif leaf_spec.tensor is not None:
+            for size, actual in zip(leaf_spec.tensor.shape, leaf.shape, strict=True):
+                if isinstance(size, str) and size.isidentifier():
+                    values.setdefault(size, int(actual))
+    return values

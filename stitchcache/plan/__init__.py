@@ -1,0 +1,5 @@
+"""From a captured graph to what has to be compiled."""
+
+from stitchcache.plan.plan import PlannedPiece, Plan, plan
+
+__all__ = ["Plan", "PlannedPiece", "plan"]

@@ -1,0 +1,111 @@
+"""Compile what a plan needs and the cache does not have."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch.fx import GraphModule
+
+from stitchcache.backends import children, get_backend
+from stitchcache.backends.check import compare_with_eager
+from stitchcache.plan.plan import Plan, PlannedPiece
+from stitchcache.plan.reference import piece_inputs
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltPiece:
+    """A piece, fresh from its backend.
+
+    Args:
+        key: Piece key.
+        backend: What compiled it.
+        path: The file; in the scratch directory that :func:`build` was given.
+        seconds: What it took.
+        difference: Largest absolute difference from eager; ``None`` if it was not compared.
+    """
+
+    key: str
+    backend: str
+    path: Path
+    seconds: float
+    difference: float | None
+
+
+def build(
+    plan: Plan,
+    missing: Sequence[PlannedPiece],
+    leaves: Sequence[Any] | None,
+    scratch: Path,
+    options: Mapping[str, Any],
+    *,
+    jobs: int | None,
+    devices: Sequence[str],
+    on_built: Callable[[BuiltPiece], None],
+) -> None:
+    """Compile pieces, each in a child process that also loads and checks it.
+
+    Args:
+        plan: The plan.
+        missing: One piece for each key to compile.
+        leaves: Real arguments to compare with eager on; ``None`` skips the comparison.
+        scratch: A directory to work in.
+        options: Backend options.
+        jobs: Processes at a time; ``None`` takes one a core.
+        devices: Device types in use.
+        on_built: Called in this process as pieces get ready.
+
+    Raises:
+        CompilerMissingError: There is no C++ compiler.
+        PieceCrashError: A piece killed its child.
+        PieceMismatchError: A piece disagrees with eager.
+        BackendError: A piece cannot be compiled.
+    """
+    for name in {piece.backend for piece in missing}:
+        backend = get_backend(name)
+        backend.require()
+        backend.prepare(devices)
+    inputs: dict[str, list[Any]] = {}
+    if leaves is not None:
+        inputs = piece_inputs(plan, leaves, {piece.name: piece.key for piece in missing})
+    device = next((d for d in devices if d != "cpu"), "cpu")
+    pending = []
+    for piece in missing:
+        directory = scratch / piece.key
+        directory.mkdir()
+        run = partial(_build_one, piece, directory, options, inputs.get(piece.key), device)
+        pending.append(children.Job(name=piece.name, run=run, log=scratch / f"{piece.key}.log"))
+    limit = jobs or len(os.sched_getaffinity(0))
+    if children.available():
+        for _, built in children.run_all(pending, limit, missing[0].backend):
+            on_built(built)
+    else:
+        for job in pending:
+            on_built(job.run())
+
+
+def _build_one(
+    piece: PlannedPiece, directory: Path, options: Mapping[str, Any], inputs: list[Any] | None, device: str
+) -> BuiltPiece:
+    began = time.perf_counter()
+    backend = get_backend(piece.backend)
+    path = backend.build(_copy(piece.gm), directory, options)
+    difference = None
+    if inputs is not None:
+        compiled = backend.load(path, device)
+        difference = compare_with_eager(piece.gm, compiled, inputs, name=piece.name, backend=backend.name)
+    return BuiltPiece(piece.key, backend.name, path, time.perf_counter() - began, difference)
+
+
+def _copy(gm: GraphModule) -> GraphModule:
+    """Backends may rewrite the graph that they are given."""
+    graph = type(gm.graph)()
+    output = graph.graph_copy(gm.graph, {}, return_output_node=True)
+    if isinstance(output, tuple):
+        graph.output(output[0])
+    return GraphModule(gm, graph)

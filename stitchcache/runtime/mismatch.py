@@ -1,0 +1,164 @@
+"""Find out what is wrong with a call that left the fast path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from stitchcache.errors import InputMismatchError
+from stitchcache.runtime.expressions import evaluate, names_in
+from stitchcache.types import InputSpec, LeafSpec, SymbolSpec, TensorSpec
+
+
+def explain_mismatch(spec: InputSpec, leaves: Sequence[Any]) -> InputMismatchError | None:
+    """Compare leaves with the contract, one by one.
+
+    Args:
+        spec: The contract.
+        leaves: The call's leaves, as many as the contract has.
+
+    Returns:
+        The first thing that is wrong; ``None`` if nothing is.
+    """
+    values: dict[str, int] = {}
+    owner: dict[str, str] = {}
+    symbols = {symbol.name: symbol for symbol in spec.symbols}
+    for leaf, value in zip(spec.leaves, leaves, strict=True):
+        error = _kind(leaf, value)
+        if error is None and leaf.tensor is not None:
+            error = _shape(leaf.path, leaf.tensor, value, values, owner, symbols)
+        if error is None and leaf.kind == "symbol" and leaf.symbol in symbols:
+            error = _take(leaf.path, leaf.symbol, value, values, owner, symbols)
+        if error is not None:
+            return error
+    return _derived(spec, leaves, values) or _constraints(spec, values)
+
+
+def mismatch(argument: str, expected: str, actual: str, advice: str = "") -> InputMismatchError:
+    """An error about one argument."""
+    return InputMismatchError(
+        f"argument {argument}: expected {expected}, got {actual}.{' ' + advice if advice else ''}",
+        argument=argument,
+        expected=expected,
+        actual=actual,
+    )
+
+
+def _kind(leaf: LeafSpec, value: Any) -> InputMismatchError | None:
+    if leaf.kind == "constant":
+        same = value is None if leaf.value is None else type(value) is type(leaf.value) and value == leaf.value
+        both_nan = leaf.value != leaf.value and value != value
+        if not same and not both_nan:
+            return mismatch(
+                leaf.path, repr(leaf.value), repr(value)[:80],
+                "The capture baked this value in; compile again for another one.",
+            )
+        return None
+    if leaf.kind == "symbol":
+        return None if type(value) is int else mismatch(leaf.path, "an int", type(value).__qualname__)
+    if leaf.tensor is None:
+        return None
+    if not isinstance(value, torch.Tensor):
+        return mismatch(leaf.path, "a tensor", type(value).__qualname__)
+    return _metadata(leaf.path, leaf.tensor, value)
+
+
+def _metadata(path: str, tensor: TensorSpec, value: torch.Tensor) -> InputMismatchError | None:
+    dtype = str(value.dtype).removeprefix("torch.")
+    if dtype != tensor.dtype:
+        return mismatch(path, f"dtype {tensor.dtype}", dtype, f"Convert it with .to(torch.{tensor.dtype}).")
+    if value.device.type != tensor.device:
+        return mismatch(path, f"device {tensor.device}", value.device.type, f"Move it with .to({tensor.device!r}).")
+    if value.dim() != len(tensor.shape):
+        return mismatch(
+            path, f"rank {len(tensor.shape)} (shape {_sizes(tensor.shape)})", f"rank {value.dim()} (shape {tuple(value.shape)})"
+        )
+    return None
+
+
+def _shape(
+    path: str,
+    tensor: TensorSpec,
+    value: torch.Tensor,
+    values: dict[str, int],
+    owner: dict[str, str],
+    symbols: dict[str, SymbolSpec],
+) -> InputMismatchError | None:
+    for dim, (size, actual) in enumerate(zip(tensor.shape, value.shape, strict=True)):
+        where = f"{path}.shape[{dim}]"
+        if isinstance(size, int):
+            if size != actual:
+                return mismatch(where, str(size), str(actual), "This size is static; name it in dynamic_shapes to let it vary.")
+        elif size in symbols:
+            error = _take(where, size, actual, values, owner, symbols)
+            if error is not None:
+                return error
+    return None
+
+
+def _take(
+    where: str,
+    symbol: str,
+    actual: int,
+    values: dict[str, int],
+    owner: dict[str, str],
+    symbols: dict[str, SymbolSpec],
+) -> InputMismatchError | None:
+    if symbol in values:
+        if values[symbol] != actual:
+            return mismatch(where, f"{values[symbol]} (the same as {owner[symbol]})", str(actual))
+        return None
+    values[symbol], owner[symbol] = actual, where
+    allowed = symbols[symbol]
+    if actual < allowed.min or (allowed.max is not None and actual > allowed.max):
+        high = "" if allowed.max is None else str(allowed.max)
+        return mismatch(where, f"a size in {allowed.min}..{high}", str(actual), "Widen the range in dynamic_shapes and compile again.")
+    return None
+
+
+def _derived(spec: InputSpec, leaves: Sequence[Any], values: dict[str, int]) -> InputMismatchError | None:
+    for leaf, value in zip(spec.leaves, leaves, strict=True):
+        if leaf.tensor is None:
+            continue
+        for dim, (size, actual) in enumerate(zip(leaf.tensor.shape, value.shape, strict=True)):
+            if isinstance(size, str) and not size.isidentifier() and not _holds(size, int(actual), values):
+                return mismatch(f"{leaf.path}.shape[{dim}]", f"a size of the form {size}", str(actual))
+        wanted = [s if isinstance(s, int) else evaluate(s, values) if names_in(s) <= values.keys() else None for s in leaf.tensor.stride]
+        for size, want, got in zip(value.shape, wanted, value.stride(), strict=True):
+            if size > 1 and want is not None and want != got:
+                return mismatch(
+                    leaf.path, f"strides {tuple(wanted)}", str(tuple(value.stride())),
+                    "Compiled code relies on the strides of the example; pass it .contiguous(), or laid out as the example was.",
+                )
+    return None
+
+
+def _holds(expr: str, actual: int, values: dict[str, int]) -> bool:
+    """Whether a size fits an expression; solves for one unknown symbol by search in small steps."""
+    unknown = names_in(expr) - values.keys()
+    if not unknown:
+        return evaluate(expr, values) == actual
+    if len(unknown) > 1:
+        return True
+    (symbol,) = unknown
+    offset = evaluate(expr, {**values, symbol: 0})
+    step = evaluate(expr, {**values, symbol: 1}) - offset
+    if step and (actual - offset) % step == 0:
+        values[symbol] = (actual - offset) // step
+    return symbol in values
+
+
+def _constraints(spec: InputSpec, values: dict[str, int]) -> InputMismatchError | None:
+    for expr in spec.constraints:
+        if names_in(expr) <= values.keys() and not evaluate(expr, values):
+            sizes = ", ".join(f"{name}={values[name]}" for name in sorted(names_in(expr)))
+            return mismatch(
+                "sizes", f"{expr}", sizes, "The capture relied on this relation between sizes."
+            )
+    return None
+
+
+def _sizes(shape: Sequence[int | str]) -> str:
+    return "(" + ", ".join(str(size) for size in shape) + ")"

@@ -1,0 +1,99 @@
+"""The callable that users get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from stitchcache.artifact.record import Artifact
+from stitchcache.errors import EntryFormatError
+from stitchcache.runtime.bind import bind_tensors
+from stitchcache.runtime.call import build_call
+from stitchcache.runtime.link import link
+
+
+class CompiledModel:
+    """A model that runs compiled pieces; called as the model itself.
+
+    Calls run without autograd and without autocast, whatever the caller's modes: both were settled
+    when the model was captured. Calls from several threads are safe.
+
+    Attributes:
+        graph_hash: Names the artifact.
+        artifact: What was compiled.
+        cache_hit: ``"direct"`` (nothing was traced), ``"graph"`` (traced, pieces from the cache) or
+            ``None`` (compiled now).
+        timings: Seconds by stage.
+        model: The model whose parameters and buffers are bound.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        model: torch.nn.Module,
+        pieces: Mapping[str, Any],
+        constants: Mapping[str, torch.Tensor],
+        *,
+        cache_hit: str | None = None,
+        timings: Mapping[str, float] | None = None,
+    ) -> None:
+        self.artifact = artifact
+        self.graph_hash = artifact.graph_hash
+        self.cache_hit = cache_hit
+        self.timings = dict(timings or {})
+        self._pieces = dict(pieces)
+        self._constants = dict(constants)
+        self.model = model
+        self._call = self._bound_to(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model.
+
+        Args:
+            *args: As the capture's example, within its ranges.
+            **kwargs: Likewise.
+
+        Returns:
+            What the model returns, in the same containers.
+
+        Raises:
+            InputMismatchError: The capture does not cover this call; names the argument.
+        """
+        return self._call(*args, **kwargs)
+
+    def rebind(self, model: torch.nn.Module) -> CompiledModel:
+        """Use another model's parameters and buffers from the next call on.
+
+        Needed when parameters were replaced by other tensors; a change in place is seen without it.
+
+        Args:
+            model: Has the same names, shapes, strides, dtypes and device type.
+
+        Returns:
+            This object.
+
+        Raises:
+            BindError: The model does not fit; the old one stays bound.
+        """
+        self._call = self._bound_to(model)
+        self.model = model
+        return self
+
+    def __repr__(self) -> str:
+        hit = self.cache_hit or "compiled"
+        name = self.artifact.label or type(self.model).__name__
+        return f"<CompiledModel {name} {self.graph_hash[:12]} {hit}>"
+
+    def _bound_to(self, model: torch.nn.Module) -> Callable[..., Any]:
+        if self.artifact.input_spec is None or self.artifact.output_spec is None:
+            raise EntryFormatError(
+                f"entry {self.graph_hash[:12]} was made through the engine API and says nothing about a model's "
+                "arguments; link it with compile_execution_fn.",
+                field="input_spec",
+                reason="missing",
+            )
+        tensors = bind_tensors(self.artifact.bindings, model, self._constants)
+        function = link(self.artifact, self._pieces, tensors)
+        return build_call(function, self.artifact, tensors, model.forward)
