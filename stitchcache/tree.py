@@ -84,9 +84,9 @@ def leaf_paths(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     keyed, _ = pytree.tree_flatten_with_path((args, kwargs))
     paths = []
     for keys, _leaf in keyed:
-        root, first, rest = keys[0].idx, keys[1], keys[2:]
-        head = names[first.idx] if root == 0 else str(first.key)
-        paths.append(head + pytree.keystr(rest))
+        first: Any = keys[1]
+        head = names[first.idx] if isinstance(first, pytree.SequenceKey) else str(first.key)
+        paths.append(head + pytree.keystr(keys[2:]))
     return paths
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,6 +32,8 @@ from stitchcache.runtime.model import CompiledModel
 from stitchcache.types import Factor, SizeRange, TargetRecord
 
 log = logging.getLogger("stitchcache")
+
+T = TypeVar("T")
 
 
 def compile(
@@ -126,7 +128,9 @@ class _Run:
         paths = tree.leaf_paths(model.forward, args, kwargs)
         self._device = device_of(model, leaves)
         self._devices = devices_of(model, leaves)
-        self._target = self._timed("key", lambda: self._target_key(list(zip(paths, leaves, strict=True)), tree.dumps(spec)))
+        self._target = self._timed(
+            "key", lambda: self._target_key(list(zip(paths, leaves, strict=True)), tree.dumps(spec))
+        )
         self._reason = self._target.reason or "no entry for this target"
 
     def direct(self) -> CompiledModel | None:
@@ -206,7 +210,8 @@ class _Run:
         if opened is None:
             self._reason = f"a piece of entry {artifact.graph_hash[:12]} is missing, damaged or not trusted"
             return None
-        return self._finish(artifact, *opened, hit)
+        pieces, constants = opened
+        return self._finish(artifact, pieces, constants, hit)
 
     def _finish(
         self, artifact: Artifact, pieces: Mapping[str, Any], constants: Mapping[str, Any], hit: str | None
@@ -218,7 +223,14 @@ class _Run:
         compiled.timings = dict(self._timings)
         said = f"{hit} hit" if hit else "compiled"
         because = f" (no direct hit: {self._reason})" if hit != "direct" else ""
-        log.info("%s: %s %s in %.3f s%s", self._label, said, artifact.graph_hash[:12], self._timings["total"], because)
+        log.info(
+            "%s: %s %s in %.3f s%s",
+            self._label,
+            said,
+            artifact.graph_hash[:12],
+            self._timings["total"],
+            because,
+        )
         self._tell("done")
         return compiled
 
@@ -258,21 +270,27 @@ class _Run:
             *environment_factors(request.backend, self._devices),
             *torch_state_factors(),
             fact("request.backend", request.backend, request.backend),
-            fact("request.options", f"{len(request.backend_options)} set", repr(sorted(request.backend_options.items()))),
-            fact("request.caller", f"{len(request.key_factors)} set", repr(sorted(request.key_factors.items()))),
+            fact(
+                "request.options",
+                f"{len(request.backend_options)} set",
+                repr(sorted(request.backend_options.items())),
+            ),
+            fact(
+                "request.caller", f"{len(request.key_factors)} set", repr(sorted(request.key_factors.items()))
+            ),
         )
 
     def _miss(self, traced: Traced) -> CacheMissError:
         return CacheMissError(
             f"{self._label}: not in the cache at {self._cache.root} ({self._reason}; "
             f"no entry for graph {traced.graph_hash[:12]} either), and a miss is an error here. "
-            "Run 'stitchcache prewarm' where compiling is allowed, with the same model, arguments and options.",
+            "Run 'stitchcache prewarm' where compiling is allowed, with the same model and options.",
             target=self._label,
             key=self._target.key or "",
             reason=self._reason,
         )
 
-    def _timed(self, stage: str, work: Callable[[], Any]) -> Any:
+    def _timed(self, stage: str, work: Callable[[], T]) -> T:
         began = time.perf_counter()
         try:
             return work()
@@ -282,7 +300,9 @@ class _Run:
     def _tell(self, stage: str, done: int = 0, total: int = 0) -> None:
         if self._on_progress is not None:
             seconds = time.perf_counter() - self._began
-            self._on_progress(Progress(target=self._label, stage=stage, done=done, total=total, seconds=seconds))
+            self._on_progress(
+                Progress(target=self._label, stage=stage, done=done, total=total, seconds=seconds)
+            )
 
 
 def _unique(factors: Sequence[Factor]) -> tuple[Factor, ...]:

@@ -14,7 +14,9 @@ from stitchcache.keys.module_tree import model_factors
 from stitchcache.runtime.model import CompiledModel
 
 
-def load(source: str | os.PathLike[str], model: torch.nn.Module, *, cache: Cache | None = None) -> CompiledModel:
+def load(
+    source: str | os.PathLike[str], model: torch.nn.Module, *, cache: Cache | None = None
+) -> CompiledModel:
     """Load an entry for a model, without looking at arguments or sources.
 
     Args:
@@ -41,7 +43,8 @@ def load(source: str | os.PathLike[str], model: torch.nn.Module, *, cache: Cache
     artifact = store.get(graph_hash)
     if artifact is None:
         raise GraphHashError(
-            f"entry {graph_hash[:12]} in {store.root} cannot be read. Compile the model again.", prefix=graph_hash
+            f"entry {graph_hash[:12]} in {store.root} cannot be read. Compile the model again.",
+            prefix=graph_hash,
         )
     _check_kind(model, {f.name: (f.digest, f.value) for f in artifact.factors}, graph_hash)
     device = next((str(p.device) for p in model.parameters() if p.device.type != "cpu"), "cpu")

@@ -65,7 +65,9 @@ def load_constants(artifact: Artifact, cache: Cache, device: str) -> dict[str, t
     return constants
 
 
-def open_artifact(artifact: Artifact, cache: Cache, device: str) -> tuple[dict[str, Any], Mapping[str, Any]] | None:
+def open_artifact(
+    artifact: Artifact, cache: Cache, device: str
+) -> tuple[dict[str, Any], Mapping[str, Any]] | None:
     """Pieces and constants of an artifact; ``None`` if any blob is missing or damaged."""
     pieces = load_pieces(artifact, cache, device)
     constants = load_constants(artifact, cache, device) if pieces is not None else None

@@ -101,7 +101,9 @@ def _one(target: Target, jobs: int | None, cache: Cache, on_progress: OnProgress
         began = time.perf_counter()
         compiled = compile_request(model, args, kwargs, request, cache, on_progress)
     except StitchCacheError as error:
-        return PrewarmResult(name=target.name, status="failed", seconds=time.perf_counter() - began, error=error)
+        return PrewarmResult(
+            name=target.name, status="failed", seconds=time.perf_counter() - began, error=error
+        )
     blobs = {piece.blob.digest: piece.blob.size for piece in compiled.artifact.pieces}
     return PrewarmResult(
         name=target.name,

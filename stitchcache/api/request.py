@@ -52,13 +52,16 @@ class Request:
         for op in self.splitting_ops:
             if not isinstance(op, str) or not op:
                 raise OptionError(
-                    f"splitting_ops: {op!r} is not an op's name; write 'namespace::op'.", option="splitting_ops"
+                    f"splitting_ops: {op!r} is not an op's name; write 'namespace::op'.",
+                    option="splitting_ops",
                 )
         for name, value in self.options.items():
             kind = _OWN_OPTIONS.get(name)
             if name.startswith("stitchcache.") and (kind is None or type(value) is not kind):
                 known = ", ".join(f"{n} ({k.__name__})" for n, k in _OWN_OPTIONS.items())
-                raise OptionError(f"options[{name!r}]={value!r}: there is {known}.", option=f"options[{name!r}]")
+                raise OptionError(
+                    f"options[{name!r}]={value!r}: there is {known}.", option=f"options[{name!r}]"
+                )
 
     @property
     def backend_options(self) -> dict[str, Any]:
@@ -116,7 +119,8 @@ def check_model(model: Any, args: Any, kwargs: Any) -> None:
         )
     if not isinstance(args, tuple):
         raise OptionError(
-            f"args is a {type(args).__qualname__}; pass a tuple, such as (x,) for one argument.", option="args"
+            f"args is a {type(args).__qualname__}; pass a tuple, such as (x,) for one argument.",
+            option="args",
         )
     if not isinstance(kwargs, Mapping):
         raise OptionError(f"kwargs is a {type(kwargs).__qualname__}; pass a dict or None.", option="kwargs")
@@ -124,13 +128,21 @@ def check_model(model: Any, args: Any, kwargs: Any) -> None:
 
 def devices_of(model: torch.nn.Module, leaves: Sequence[Any]) -> tuple[str, ...]:
     """Device types that a model and its arguments live on, sorted."""
-    tensors = [*model.parameters(), *model.buffers(), *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
+    tensors = [
+        *model.parameters(),
+        *model.buffers(),
+        *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)),
+    ]
     return tuple(sorted({tensor.device.type for tensor in tensors} or {"cpu"}))
 
 
 def device_of(model: torch.nn.Module, leaves: Sequence[Any]) -> str:
     """The device that pieces are loaded for: the first accelerator found, else the CPU."""
-    tensors = [*model.parameters(), *model.buffers(), *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))]
+    tensors = [
+        *model.parameters(),
+        *model.buffers(),
+        *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)),
+    ]
     return next((str(t.device) for t in tensors if t.device.type != "cpu"), "cpu")
 
 

@@ -77,9 +77,12 @@ def find_targets(reference: str) -> list[Target]:
     where, _, name = reference.rpartition(":")
     if not where or not name:
         raise TargetNotFoundError(
-            f"{reference!r} is not a target: write 'pkg.module:name' or 'path/to/file.py:name'.", target=reference
+            f"{reference!r} is not a target: write 'pkg.module:name' or 'path/to/file.py:name'.",
+            target=reference,
         )
-    module = _import_file(Path(where), reference) if where.endswith(".py") else _import_module(where, reference)
+    module = (
+        _import_file(Path(where), reference) if where.endswith(".py") else _import_module(where, reference)
+    )
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
@@ -103,7 +106,9 @@ def _as_targets(found: Any, reference: str) -> list[Target]:
     listed = list(targets)
     for target in listed:
         if not isinstance(target, Target):
-            raise TargetError(f"{reference!r} holds a {type(target).__qualname__}, not a Target.", target=reference)
+            raise TargetError(
+                f"{reference!r} holds a {type(target).__qualname__}, not a Target.", target=reference
+            )
     return listed
 
 
@@ -130,10 +135,12 @@ def _import_module(name: str, reference: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             raise TargetNotFoundError(
-                f"{reference!r}: there is no module {name!r}; run from the directory that has it, or install it.",
+                f"{reference!r}: no module {name!r}; run from the directory that has it, or install it.",
                 target=reference,
             ) from error
-        raise TargetError(f"{reference!r}: importing {name} needs {error.name!r}, which is not installed.", target=reference) from error
+        raise TargetError(
+            f"{reference!r}: importing {name} needs {error.name!r}, which is not installed.", target=reference
+        ) from error
     except (ImportError, SyntaxError) as error:
         raise TargetError(f"{reference!r}: {name} cannot be imported: {error}", target=reference) from error
 

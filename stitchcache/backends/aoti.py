@@ -34,7 +34,6 @@ class AotiBackend:
 
     def prepare(self, devices: Collection[str]) -> None:
         """Import Inductor and probe the CPU once; forked children inherit both."""
-        import torch._inductor.compile_fx
 
         if "cpu" in devices:
             from torch._inductor.cpu_vec_isa import pick_vec_isa

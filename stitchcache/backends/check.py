@@ -23,7 +23,12 @@ _TOLERANCE = {
 
 
 def compare_with_eager(
-    piece: torch.fx.GraphModule, compiled: BoxedPiece, inputs: Sequence[torch.Tensor], *, name: str, backend: str
+    piece: torch.fx.GraphModule,
+    compiled: BoxedPiece,
+    inputs: Sequence[torch.Tensor],
+    *,
+    name: str,
+    backend: str,
 ) -> float:
     """Run a piece both ways and compare results and side effects.
 
@@ -99,14 +104,16 @@ def mutates(graph: torch.fx.Graph) -> bool:
     return any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in graph.nodes)
 
 
-def _compare(
-    want: Any, got: Any, what: str, name: str, backend: str, *, values: bool
-) -> float:
+def _compare(want: Any, got: Any, what: str, name: str, backend: str, *, values: bool) -> float:
     if not isinstance(want, torch.Tensor):
         if want != got:
             raise _mismatch(name, backend, f"{what} is {got!r} instead of {want!r}")
         return 0.0
-    facts = [("dtype", want.dtype, got.dtype), ("shape", want.shape, got.shape), ("device", want.device, got.device)]
+    facts = [
+        ("dtype", want.dtype, got.dtype),
+        ("shape", want.shape, got.shape),
+        ("device", want.device, got.device),
+    ]
     if want.numel() > 1:
         facts.append(("strides", _strides(want), _strides(got)))
     for fact, wanted, found in facts:
@@ -130,7 +137,9 @@ def _compare_floats(want: torch.Tensor, got: torch.Tensor, what: str, name: str,
     worst = float(difference.max())
     tolerance = _TOLERANCE.get(want.dtype, 6e-2) * max(1.0, float(finite.max()))
     if not worst <= tolerance:
-        raise _mismatch(name, backend, f"{what} differs by {worst:.3g}, tolerance {tolerance:.3g}", worst, tolerance)
+        raise _mismatch(
+            name, backend, f"{what} differs by {worst:.3g}, tolerance {tolerance:.3g}", worst, tolerance
+        )
     return worst
 
 

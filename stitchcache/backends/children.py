@@ -42,7 +42,7 @@ def available() -> bool:
     """Whether children can be forked here and now."""
     if sys.platform != "linux" or multiprocessing.current_process().daemon:
         return False
-    return not (torch.cuda.is_available() and torch.cuda.is_initialized())
+    return not (torch.cuda.is_available() and torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def run_all(jobs: Sequence[Job], limit: int, backend: str) -> Iterator[tuple[int, Any]]:
@@ -122,7 +122,9 @@ def _finish(job: Job, process: Any, connection: Connection, backend: str) -> Any
 
 def _died(job: Job, exit_code: int, backend: str) -> BackendError:
     lines = [line for line in _tail(job.log) if line.strip()]
-    said = next((line for line in reversed(lines) if "Error" in line or "error:" in line), lines[-1] if lines else "")
+    said = next(
+        (line for line in reversed(lines) if "Error" in line or "error:" in line), lines[-1] if lines else ""
+    )
     if exit_code < 0:
         name = signal.Signals(-exit_code).name
         return PieceCrashError(
@@ -135,7 +137,8 @@ def _died(job: Job, exit_code: int, backend: str) -> BackendError:
         )
     return BackendError(
         f"{backend} cannot compile piece {job.name}: {said.strip()[:500]}. "
-        "Split at the op that it stumbles over, or use backend='eager'. Last lines:\n" + "\n".join(lines[-12:]),
+        "Split at the op that it stumbles over, or use backend='eager'. Last lines:\n"
+        + "\n".join(lines[-12:]),
         backend=backend,
         piece=job.name,
     )

@@ -29,8 +29,6 @@ class InductorBackend:
 
     def prepare(self, devices: Collection[str]) -> None:
         """Import Inductor and probe the CPU once."""
-        import torch._inductor.compile_fx
-        import torch._inductor.standalone_compile
 
         if "cpu" in devices:
             from torch._inductor.cpu_vec_isa import pick_vec_isa
@@ -56,9 +54,9 @@ class InductorBackend:
 
     def load(self, path: Path, device: str) -> BoxedPiece:
         """Load an artifact; see :class:`~stitchcache.backends.base.Backend`."""
-        import torch._inductor
+        from torch._inductor.standalone_compile import CompiledArtifact
 
-        artifact = torch._inductor.CompiledArtifact.load(path=str(path), format="binary")
+        artifact = CompiledArtifact.load(path=str(path), format="binary")
 
         def run(inputs: list[Any]) -> Any:
             return artifact(*inputs)

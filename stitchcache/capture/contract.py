@@ -95,9 +95,7 @@ def _leaf(node: torch.fx.Node, path: str, leaf: Any, names: SymbolNames) -> Leaf
     )
 
 
-def _symbols(
-    program: torch.export.ExportedProgram, names: SymbolNames, shape_env: Any
-) -> list[SymbolSpec]:
+def _symbols(program: torch.export.ExportedProgram, names: SymbolNames, shape_env: Any) -> list[SymbolSpec]:
     """Ranges of all symbols that the contract mentions."""
     ranges = {str(symbol): value for symbol, value in program.range_constraints.items()}
     found = []
@@ -118,7 +116,11 @@ def example_sizes(spec: InputSpec, leaves: Sequence[Any]) -> dict[str, int]:
     """Values of plain symbols in a set of leaves: ``{"s0": 2, ...}``."""
     values: dict[str, int] = {}
     for leaf_spec, leaf in zip(spec.leaves, leaves, strict=True):
-        if leaf_spec.kind == "symbol" and leaf_spec.symbol is not None and sympy.sympify(leaf_spec.symbol).is_Symbol:
+        if (
+            leaf_spec.kind == "symbol"
+            and leaf_spec.symbol is not None
+            and sympy.sympify(leaf_spec.symbol).is_Symbol
+        ):
             values.setdefault(leaf_spec.symbol, int(leaf))
         elif leaf_spec.tensor is not None:
             for size, actual in zip(leaf_spec.tensor.shape, leaf.shape, strict=True):

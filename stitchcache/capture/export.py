@@ -109,9 +109,7 @@ def capture(
             reason="inputs rearranged",
         )
     names = SymbolNames()
-    contract = input_spec(
-        program, user_inputs, paths, leaves, tree.dumps(spec), dynamic_shapes, names
-    )
+    contract = input_spec(program, user_inputs, paths, leaves, tree.dumps(spec), dynamic_shapes, names)
     return Capture(
         gm=program.graph_module,
         bound=tuple(bound),
@@ -154,7 +152,7 @@ def _output_spec(program: torch.export.ExportedProgram, user_inputs: Sequence[st
             mutations.append(f"input:{list(user_inputs).index(str(item.target))}")
         else:
             raise CaptureError(
-                f"the model returns a {item.kind.name}, which cannot be stored; return tensors and plain values.",
+                f"the model returns a {item.kind.name}; return tensors and plain values instead.",
                 reason=f"output of kind {item.kind.name}",
             )
     spec = program.call_spec.out_spec

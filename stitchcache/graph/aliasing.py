@@ -30,8 +30,9 @@ def alias_hazards(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:
         storage = _storage(node)
         if storage is not None:
             groups[storage].add(node)
-        if node.op == "call_module" and isinstance(split_gm.get_submodule(node.target), GraphModule):
-            written |= _written(split_gm.get_submodule(node.target).graph)
+        called = split_gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(called, GraphModule):
+            written |= _written(called.graph)
     written |= _written(split_gm.graph)
     hazards = set()
     for storage in written:
@@ -59,7 +60,9 @@ def _written(graph: torch.fx.Graph) -> set[int]:
     for node in graph.nodes:
         if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
             continue
-        given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+        given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | dict(
+            node.kwargs
+        )
         for argument in node.target._schema.arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 value = given.get(argument.name)

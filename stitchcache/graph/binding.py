@@ -10,7 +10,9 @@ from torch.fx import GraphModule
 BOUND = "bound"
 
 
-def bind_placeholders(split_gm: GraphModule, tensors: Mapping[str, tuple[str, torch.Tensor]]) -> dict[str, str]:
+def bind_placeholders(
+    split_gm: GraphModule, tensors: Mapping[str, tuple[str, torch.Tensor]]
+) -> dict[str, str]:
     """Replace placeholders by ``get_attr`` nodes under ``bound.``.
 
     Args:

@@ -209,7 +209,11 @@ class _Writer:
         elif value is None:
             self.text("unknown")
         else:
-            self.text(f"{type(value).__qualname__} {value!r}"[:200] if type(value) in _PLAIN else type(value).__qualname__)
+            self.text(
+                f"{type(value).__qualname__} {value!r}"[:200]
+                if type(value) in _PLAIN
+                else type(value).__qualname__
+            )
 
     def sizes(self, sizes: Iterable[Any]) -> None:
         self.text(" ".join(str(self._symbols.size(size)) for size in sizes))

@@ -21,12 +21,13 @@ def target_name(target: Any) -> str:
     if isinstance(target, OpOverload):
         return f"{target.namespace}::{str(target).removeprefix(target.namespace + '.')}"
     if isinstance(target, OpOverloadPacket):
-        namespace, _, name = str(target).partition(".")
-        return f"{namespace}::{name}"
+        return str(target).replace(".", "::", 1)
     if isinstance(target, HigherOrderOperator):
-        return f"higher_order::{target.name()}"
+        return f"higher_order::{target}"
     module = getattr(target, "__module__", None) or type(target).__module__
-    name = getattr(target, "__qualname__", None) or getattr(target, "__name__", type(target).__qualname__)
+    name: Any = getattr(target, "__qualname__", None) or getattr(
+        target, "__name__", type(target).__qualname__
+    )
     return f"{module}.{name}"
 
 

@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from stitchcache.graph import symbols
+from stitchcache.graph.split import submodule
 
 
 def lower_sizes(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:
@@ -30,13 +31,17 @@ def lower_sizes(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:
     left = set()
     for call in list(split_gm.graph.nodes):
         if call.op == "call_module" and call.target in pieces:
-            piece = split_gm.get_submodule(call.target)
+            piece = submodule(split_gm, str(call.target))
             if _can_lower(piece):
                 _lower_call(split_gm, call, piece)
             else:
                 left.add(str(call.target))
     for node in reversed(list(split_gm.graph.nodes)):
-        if node.op == "call_function" and isinstance(node.meta.get("val"), symbols.SYMBOLIC) and not node.users:
+        if (
+            node.op == "call_function"
+            and isinstance(node.meta.get("val"), symbols.SYMBOLIC)
+            and not node.users
+        ):
             split_gm.graph.erase_node(node)
     split_gm.recompile()
     return left
@@ -45,7 +50,7 @@ def lower_sizes(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:
 def _can_lower(piece: GraphModule) -> bool:
     placeholders = [node for node in piece.graph.nodes if node.op == "placeholder"]
     for node in placeholders:
-        value = node.meta.get("val")
+        value: Any = node.meta.get("val")
         if not isinstance(value, symbols.SYMBOLIC) or not node.users:
             continue
         if not isinstance(value, torch.SymInt):
@@ -60,7 +65,9 @@ def _can_lower(piece: GraphModule) -> bool:
 def _lower_call(split_gm: GraphModule, call: Node, piece: GraphModule) -> None:
     placeholders = [node for node in piece.graph.nodes if node.op == "placeholder"]
     arguments = list(call.args)
-    symbolic = [i for i, node in enumerate(placeholders) if isinstance(node.meta.get("val"), symbols.SYMBOLIC)]
+    symbolic = [
+        i for i, node in enumerate(placeholders) if isinstance(node.meta.get("val"), symbols.SYMBOLIC)
+    ]
     if not symbolic:
         return
     for index in symbolic:
@@ -87,7 +94,8 @@ def _dimension_of(node: Node, size: Any) -> int | None:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
         wanted = symbols.expression(size)
-        for dim, actual in enumerate(value.shape):
+        sizes: list[Any] = list(value.shape)
+        for dim, actual in enumerate(sizes):
             if isinstance(actual, torch.SymInt) and symbols.expression(actual) == wanted:
                 return dim
     return None
@@ -123,14 +131,15 @@ def _carrier(split_gm: GraphModule, call: Node, size: Any, placeholder: Node) ->
         if node is call:
             break
         if _dimension_of(node, value) is not None:
-            return node
+            found: Node = node
+            return found
     fake_mode = next(
         node.meta["val"].fake_mode
         for node in split_gm.graph.nodes
         if hasattr(node.meta.get("val"), "fake_mode")
     )
     with split_gm.graph.inserting_before(call):
-        made = split_gm.graph.call_function(torch.ops.aten.empty.memory_format, ([size, 0],))
+        made: Node = split_gm.graph.call_function(torch.ops.aten.empty.memory_format, ([size, 0],))
     with fake_mode:
         made.meta["val"] = torch.empty([value, 0])
     return made

@@ -92,6 +92,18 @@ class _Partition:
     outputs: dict[Node, None] = field(default_factory=dict)
 
 
+def submodule(gm: GraphModule, name: str) -> GraphModule:
+    """A submodule that is a graph.
+
+    Raises:
+        SplitError: It is another kind of module.
+    """
+    found = gm.get_submodule(name)
+    if not isinstance(found, GraphModule):
+        raise SplitError(f"submodule {name!r} is a {type(found).__qualname__}, not a graph.")
+    return found
+
+
 def _is_symbolic(node: Node) -> bool:
     return node.op == "call_function" and isinstance(node.meta.get("val"), SYMBOLIC)
 
@@ -174,7 +186,7 @@ class _Stitcher:
         split = GraphModule(self._root, self._graph, class_name="Stitching")
         split.meta.update(self._gm.meta)
         items = [
-            SplitItem(f"submod_{i}", i, p.splitting, split.get_submodule(f"submod_{i}"))
+            SplitItem(f"submod_{i}", i, p.splitting, submodule(split, f"submod_{i}"))
             for i, p in enumerate(self._partitions)
         ]
         return split, items

@@ -23,7 +23,7 @@ from stitchcache.errors import SplitError
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-def expression(value: int | torch.SymInt) -> sympy.Basic:
+def expression(value: Any) -> Any:
     """The sympy expression behind a size, with known equalities between symbols applied."""
     if isinstance(value, SYMBOLIC):
         return value.node.expr
@@ -80,7 +80,7 @@ class SymbolNames:
         return int(expr) if expr.is_Integer else text(expr)
 
 
-def text(expr: sympy.Basic) -> str:
+def text(expr: Any) -> str:
     """Print an expression as Python that our call checks can run.
 
     Raises:
@@ -96,9 +96,9 @@ def text(expr: sympy.Basic) -> str:
         return f"({text(expr.args[0])} ** {text(expr.args[1])})"
     if isinstance(expr, sympy.Not):
         return f"(not {text(expr.args[0])})"
-    for kind, joint in _JOINTS:
-        if isinstance(expr, kind):
-            return "(" + joint.join(text(arg) for arg in expr.args) + ")"
+    joint = next((joint for kind, joint in _JOINTS if isinstance(expr, kind)), None)
+    if joint is not None:
+        return "(" + joint.join(text(arg) for arg in expr.args) + ")"
     name = type(expr).__name__
     if name in {"Max", "Min"}:
         return f"{name.lower()}({', '.join(sorted(text(arg) for arg in expr.args))})"

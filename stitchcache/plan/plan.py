@@ -16,7 +16,7 @@ from stitchcache.graph.aliasing import alias_hazards
 from stitchcache.graph.binding import bind_placeholders, drop_placeholders
 from stitchcache.graph.boundary import pin_strides
 from stitchcache.graph.sizes import lower_sizes
-from stitchcache.graph.split import check_splitting_ops
+from stitchcache.graph.split import check_splitting_ops, submodule
 from stitchcache.types import Factor
 
 
@@ -94,7 +94,7 @@ def plan(
             f"the graph computes with {', '.join(used)}, which the capture should have baked in. "
             "Give these arguments as part of dynamic_shapes, or as tensors."
         )
-    backends = {name: backend for name in pieces}
+    backends = dict.fromkeys(pieces, backend)
     for name in alias_hazards(split_gm, pieces):
         backends[name] = fallback
     for name in lower_sizes(split_gm, pieces):
@@ -102,7 +102,7 @@ def plan(
     pin_strides(split_gm, pieces)
     planned = []
     for name in pieces:
-        graph = split_gm.get_submodule(name)
+        graph = submodule(split_gm, name)
         chosen = backends[name]
         named = [*factors, Factor(name="piece.backend", value=chosen.name, digest=chosen.name)]
         planned.append(PlannedPiece(name, graph_hash(graph, named), graph, chosen.name))
@@ -117,7 +117,9 @@ def _is_trivial(piece: GraphModule) -> bool:
     for node in piece.graph.nodes:
         if node.op == "call_function" and isinstance(node.target, OpOverload):
             schema = node.target._schema
-            views = [r.alias_info for r in schema.returns if r.alias_info is not None and not r.alias_info.is_write]
+            views = [
+                r.alias_info for r in schema.returns if r.alias_info is not None and not r.alias_info.is_write
+            ]
             if not views and not str(node.target).split(".")[1].startswith(_FREE):
                 return False
         elif node.op in {"call_method", "call_module"}:

@@ -48,7 +48,7 @@ class _Recorder(torch.fx.Interpreter):
         """Copy arguments and bound tensors together, so that what was shared stays shared."""
         if not self._writes:
             return leaves
-        names = [str(node.target) for node in self.module.graph.nodes if node.op == "get_attr"]
+        names = [str(node.target) for node in self.graph.nodes if node.op == "get_attr"]
         bound = [self.fetch_attr(name) for name in names]
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         copies = clone_all([*bound, *tensors])

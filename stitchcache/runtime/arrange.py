@@ -34,7 +34,9 @@ class Arrangement:
             )
         return leaves
 
-    def arrange(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arrange(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Move arguments between positions and keywords, and fill in defaults, as the capture had them."""
         positional, keyword = json.loads(self.spec.tree)[1]["children_spec"]
         count, keys = len(positional["children_spec"]), json.loads(keyword["context"] or "[]")
@@ -54,11 +56,24 @@ class Arrangement:
                 values.update(value)
             else:
                 values[name] = value
-        plain = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        plain = [
+            p.name
+            for p in signature.parameters.values()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
         ordered = [*(values.pop(name) for name in plain[:count]), *extra]
         arranged = {key: values.pop(key) for key in list(keys) if key in values}
         for name, value in values.items():
-            default = signature.parameters[name].default if name in signature.parameters else inspect.Parameter.empty
+            default = (
+                signature.parameters[name].default
+                if name in signature.parameters
+                else inspect.Parameter.empty
+            )
             if value is not default:
-                raise mismatch(name, "nothing: the capture's example did not pass it", type(value).__qualname__, "Compile with an example that passes it.")
+                raise mismatch(
+                    name,
+                    "nothing: the capture's example did not pass it",
+                    type(value).__qualname__,
+                    "Compile with an example that passes it.",
+                )
         return tuple(ordered), arranged

@@ -56,7 +56,9 @@ def bind_tensors(
 
 def _check(binding: BindingSpec, tensor: torch.Tensor) -> None:
     spec = binding.tensor
-    strides = [(s, w) for size, s, w in zip(tensor.shape, tensor.stride(), spec.stride, strict=False) if size > 1]
+    strides = [
+        (s, w) for size, s, w in zip(tensor.shape, tensor.stride(), spec.stride, strict=False) if size > 1
+    ]
     facts = (
         ("shape", spec.shape, tuple(tensor.shape)),
         ("dtype", spec.dtype, str(tensor.dtype).removeprefix("torch.")),
@@ -66,7 +68,7 @@ def _check(binding: BindingSpec, tensor: torch.Tensor) -> None:
     for fact, wanted, actual in facts:
         if wanted != actual:
             raise BindError(
-                f"{binding.kind} {binding.name!r} has {fact} {actual}, the artifact was compiled for {wanted}. "
+                f"{binding.kind} {binding.name!r} has {fact} {actual}, the artifact needs {wanted}. "
                 "Load it with the model that it was compiled from, or compile this one.",
                 name=binding.name,
                 expected=f"{fact} {wanted}",

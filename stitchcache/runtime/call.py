@@ -44,7 +44,9 @@ def build_call(
         raise EntryFormatError("the entry has no input or output specification.", field="input_spec")
     for symbol in inputs.symbols:
         if not re.fullmatch(r"s\d+", symbol.name):
-            raise EntryFormatError(f"symbol {symbol.name!r} is not a canonical name.", field="input_spec.symbols")
+            raise EntryFormatError(
+                f"symbol {symbol.name!r} is not a canonical name.", field="input_spec.symbols"
+            )
     wanted = {leaf.tensor.dtype for leaf in inputs.leaves if leaf.tensor is not None}
     dtypes = {name: value for name in wanted if isinstance(value := getattr(torch, name, None), torch.dtype)}
     source = CallSource(symbols=frozenset(symbol.name for symbol in inputs.symbols))
@@ -73,7 +75,11 @@ def build_call(
 
 
 def _write_body(
-    source: CallSource, taken: list[str], outputs: OutputSpec, leaves: list[str], tensors: Mapping[str, torch.Tensor]
+    source: CallSource,
+    taken: list[str],
+    outputs: OutputSpec,
+    leaves: list[str],
+    tensors: Mapping[str, torch.Tensor],
 ) -> None:
     """Call the stitching function, write mutations back, build the result."""
     arguments = ", ".join(taken)
@@ -91,7 +97,11 @@ def _write_body(
         kind, _, where = mutation.partition(":")
         target = leaves[int(where)] if kind == "input" else source.constant(tensors[where])
         source.lines.append(f"{target}.detach().copy_({name})")
-    source.lines.append(f"return {expression}" if expression is not None else f"return unflatten(results[{len(outputs.mutations)}:])")
+    source.lines.append(
+        f"return {expression}"
+        if expression is not None
+        else f"return unflatten(results[{len(outputs.mutations)}:])"
+    )
 
 
 def _unflattener(outputs: OutputSpec) -> Callable[[Sequence[Any]], Any]:
@@ -136,7 +146,9 @@ def _compile(source: CallSource, layout: Arrangement, graph_hash: str) -> Callab
         if error is not None:
             raise error
         if len(arranged[0]) == len(args) and arranged[1].keys() == kwargs.keys():
-            raise InputMismatchError("the arguments do not fit the capture.", argument="", expected="", actual="")
+            raise InputMismatchError(
+                "the arguments do not fit the capture.", argument="", expected="", actual=""
+            )
         return call(*arranged[0], **arranged[1])
 
     source.names["refuse"] = refuse

@@ -124,7 +124,9 @@ def _tensor_checks(
 ) -> None:
     if tensor.dtype not in dtypes:
         raise EntryFormatError(
-            f"{where}.dtype: torch has no dtype {tensor.dtype!r}.", field=f"{where}.dtype", reason="unknown dtype"
+            f"{where}.dtype: torch has no dtype {tensor.dtype!r}.",
+            field=f"{where}.dtype",
+            reason="unknown dtype",
         )
     known_devices = {"cpu": f"not {name}.is_cpu", "cuda": f"not {name}.is_cuda"}
     device = known_devices.get(tensor.device, f"{name}.device.type != {tensor.device!r}")
@@ -154,9 +156,7 @@ def _stride_check(source: CallSource, tensor: TensorSpec, name: str) -> None:
 
 def _learn(source: CallSource, size: Size, actual: str) -> None:
     """Check a size, or take it as the value of a symbol that is met for the first time."""
-    if isinstance(size, int):
-        source.refuse_if(f"{actual} != {size}")
-    elif size in source.known:
+    if isinstance(size, int) or size in source.known:
         source.refuse_if(f"{actual} != {size}")
     elif size in source.symbols:
         source.known.add(size)

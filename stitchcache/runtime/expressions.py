@@ -86,7 +86,11 @@ def _objection(node: ast.AST, symbols: Collection[str]) -> str:
         isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS and node.args and not node.keywords
     ):
         return "calls something other than max and min"
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and not isinstance(node.right, ast.Constant):
+    if (
+        isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.Pow)
+        and not isinstance(node.right, ast.Constant)
+    ):
         return "has a variable exponent"
     return ""
 

@@ -28,7 +28,9 @@ def link(artifact: Artifact, pieces: Mapping[str, Any], tensors: Mapping[str, An
         LinkError: A piece or a tensor is missing; ``missing`` lists the names.
         EntryFormatError: The code is not of the shape that stitchcache generates.
     """
-    functions = [(variant.size_range, link_variant(variant, pieces, tensors)) for variant in artifact.variants]
+    functions = [
+        (variant.size_range, link_variant(variant, pieces, tensors)) for variant in artifact.variants
+    ]
     if len(functions) == 1 and functions[0][0] is None:
         return functions[0][1]
     argument, dim, name = _dispatch_on(artifact)
@@ -36,7 +38,9 @@ def link(artifact: Artifact, pieces: Mapping[str, Any], tensors: Mapping[str, An
     return dispatch_over_ranges(ranged, argument=argument, dim=dim, name=name)
 
 
-def link_variant(variant: Variant, pieces: Mapping[str, Any], tensors: Mapping[str, Any]) -> Callable[..., Any]:
+def link_variant(
+    variant: Variant, pieces: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> Callable[..., Any]:
     """Make one variant callable; see :func:`link`."""
     callables: dict[str, Any] = {}
     missing = []

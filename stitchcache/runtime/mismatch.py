@@ -48,11 +48,15 @@ def mismatch(argument: str, expected: str, actual: str, advice: str = "") -> Inp
 
 def _kind(leaf: LeafSpec, value: Any) -> InputMismatchError | None:
     if leaf.kind == "constant":
-        same = value is None if leaf.value is None else type(value) is type(leaf.value) and value == leaf.value
+        same = (
+            value is None if leaf.value is None else type(value) is type(leaf.value) and value == leaf.value
+        )
         both_nan = leaf.value != leaf.value and value != value
         if not same and not both_nan:
             return mismatch(
-                leaf.path, repr(leaf.value), repr(value)[:80],
+                leaf.path,
+                repr(leaf.value),
+                repr(value)[:80],
                 "The capture baked this value in; compile again for another one.",
             )
         return None
@@ -70,10 +74,14 @@ def _metadata(path: str, tensor: TensorSpec, value: torch.Tensor) -> InputMismat
     if dtype != tensor.dtype:
         return mismatch(path, f"dtype {tensor.dtype}", dtype, f"Convert it with .to(torch.{tensor.dtype}).")
     if value.device.type != tensor.device:
-        return mismatch(path, f"device {tensor.device}", value.device.type, f"Move it with .to({tensor.device!r}).")
+        return mismatch(
+            path, f"device {tensor.device}", value.device.type, f"Move it with .to({tensor.device!r})."
+        )
     if value.dim() != len(tensor.shape):
         return mismatch(
-            path, f"rank {len(tensor.shape)} (shape {_sizes(tensor.shape)})", f"rank {value.dim()} (shape {tuple(value.shape)})"
+            path,
+            f"rank {len(tensor.shape)} (shape {_sizes(tensor.shape)})",
+            f"rank {value.dim()} (shape {tuple(value.shape)})",
         )
     return None
 
@@ -90,7 +98,12 @@ def _shape(
         where = f"{path}.shape[{dim}]"
         if isinstance(size, int):
             if size != actual:
-                return mismatch(where, str(size), str(actual), "This size is static; name it in dynamic_shapes to let it vary.")
+                return mismatch(
+                    where,
+                    str(size),
+                    str(actual),
+                    "This size is static; name it in dynamic_shapes to let it vary.",
+                )
         elif size in symbols:
             error = _take(where, size, actual, values, owner, symbols)
             if error is not None:
@@ -114,7 +127,12 @@ def _take(
     allowed = symbols[symbol]
     if actual < allowed.min or (allowed.max is not None and actual > allowed.max):
         high = "" if allowed.max is None else str(allowed.max)
-        return mismatch(where, f"a size in {allowed.min}..{high}", str(actual), "Widen the range in dynamic_shapes and compile again.")
+        return mismatch(
+            where,
+            f"a size in {allowed.min}..{high}",
+            str(actual),
+            "Widen the range in dynamic_shapes and compile again.",
+        )
     return None
 
 
@@ -125,12 +143,17 @@ def _derived(spec: InputSpec, leaves: Sequence[Any], values: dict[str, int]) -> 
         for dim, (size, actual) in enumerate(zip(leaf.tensor.shape, value.shape, strict=True)):
             if isinstance(size, str) and not size.isidentifier() and not _holds(size, int(actual), values):
                 return mismatch(f"{leaf.path}.shape[{dim}]", f"a size of the form {size}", str(actual))
-        wanted = [s if isinstance(s, int) else evaluate(s, values) if names_in(s) <= values.keys() else None for s in leaf.tensor.stride]
+        wanted = [
+            s if isinstance(s, int) else evaluate(s, values) if names_in(s) <= values.keys() else None
+            for s in leaf.tensor.stride
+        ]
         for size, want, got in zip(value.shape, wanted, value.stride(), strict=True):
             if size > 1 and want is not None and want != got:
                 return mismatch(
-                    leaf.path, f"strides {tuple(wanted)}", str(tuple(value.stride())),
-                    "Compiled code relies on the strides of the example; pass it .contiguous(), or laid out as the example was.",
+                    leaf.path,
+                    f"strides {tuple(wanted)}",
+                    str(tuple(value.stride())),
+                    "Compiled code relies on the example's strides; pass it .contiguous() or laid out as that.",
                 )
     return None
 
@@ -154,9 +177,7 @@ def _constraints(spec: InputSpec, values: dict[str, int]) -> InputMismatchError 
     for expr in spec.constraints:
         if names_in(expr) <= values.keys() and not evaluate(expr, values):
             sizes = ", ".join(f"{name}={values[name]}" for name in sorted(names_in(expr)))
-            return mismatch(
-                "sizes", f"{expr}", sizes, "The capture relied on this relation between sizes."
-            )
+            return mismatch("sizes", f"{expr}", sizes, "The capture relied on this relation between sizes.")
     return None
 
 

@@ -89,7 +89,7 @@ class CompiledModel:
     def _bound_to(self, model: torch.nn.Module) -> Callable[..., Any]:
         if self.artifact.input_spec is None or self.artifact.output_spec is None:
             raise EntryFormatError(
-                f"entry {self.graph_hash[:12]} was made through the engine API and says nothing about a model's "
+                f"entry {self.graph_hash[:12]} was made through the engine API and says nothing about "
                 "arguments; link it with compile_execution_fn.",
                 field="input_spec",
                 reason="missing",
