@@ -9,27 +9,17 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from stitchcache.artifact.decode import (
-    HEADER_READ,
-    Header,
-    decode,
-    decode_header,
-    decode_piece,
-    decode_target,
-    header_of,
-)
+from stitchcache.artifact.codec import EntryCodec, decode_named, read_head
+from stitchcache.artifact.decode import Header, decode, decode_piece, decode_target
 from stitchcache.artifact.encode import encode, encode_piece, encode_target
-from stitchcache.artifact.frame import HEADER_OFFSET, MAX_FILE, header_end
-from stitchcache.artifact.legacy import MAX_SIZE as MAX_LEGACY
-from stitchcache.artifact.legacy import SUFFIXES, decode_legacy
+from stitchcache.artifact.frame import FORMAT_VERSION
 from stitchcache.artifact.record import Artifact, PieceRecord
 from stitchcache.errors import (
     AmbiguousPrefixError,
@@ -41,19 +31,27 @@ from stitchcache.errors import (
     StoreWriteError,
     UntrustedEntryError,
 )
-from stitchcache.store.files import Files, close_quietly, read_exactly
-from stitchcache.store.layout import Area, check_key, is_key, key_of, keyed_path
-from stitchcache.store.locks import exclusive
-from stitchcache.store.names import temporary_name
-from stitchcache.store.root import Found, Identity, Root
+from stitchcache.store.failures import words
+from stitchcache.store.files import Files, close_quietly
+from stitchcache.store.layers import Layers
+from stitchcache.store.layout import LEGACY_SUFFIXES, Area, check_key, keyed_path
+from stitchcache.store.locks import exclusive, hold_shared
+from stitchcache.store.publish import publish, publish_blob
+from stitchcache.store.reading import MAX_ENTRY, MAX_LEGACY, MAX_RECORD, Reading
+from stitchcache.store.reading import read_head as read_head_bytes
+from stitchcache.store.root import Root
+from stitchcache.store.scratch import scratch, why_not_writable
+from stitchcache.store.settings import Roots, flag, max_size, root_paths
+from stitchcache.store.stats import CacheStats, Counters
 from stitchcache.types import BlobRef, TargetRecord
+
+if TYPE_CHECKING:
+    from stitchcache.store.evict import PrunePlan, PruneResult
+    from stitchcache.store.verify import VerifyReport
 
 T = TypeVar("T")
 
 log = logging.getLogger("stitchcache")
-
-_USE_NOTED_EVERY = 3600.0
-_MAX_RECORD = 64 << 20
 
 
 class Cache:
@@ -78,7 +76,7 @@ class Cache:
 
     def __init__(
         self,
-        root: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+        root: Roots | None = None,
         *,
         read_only: bool = False,
         max_bytes: int | None = None,
@@ -88,35 +86,39 @@ class Cache:
     ) -> None:
         if durability not in ("full", "fast"):
             raise OptionError(f"durability={durability!r}: use 'full' or 'fast'", option="durability")
-        self._files = _files or Files()
-        paths = _root_paths(root)
-        for path in paths:
-            _check_directory(path)
-        read_only = read_only or _flag("STITCHCACHE_READONLY")
-        self._layers = [
-            Root(path, files=self._files, durable=durability == "full", read_only=read_only or index > 0)
-            for index, path in enumerate(paths)
-        ]
-        self.root = Path(paths[0])
-        self.read_only = read_only
-        self.max_bytes = size_from_environment() if max_bytes is None else max_bytes
+        self.read_only = read_only or flag("STITCHCACHE_READONLY")
+        self.max_bytes = max_size() if max_bytes is None else max_bytes
         self.max_files = max_files
         self.durability = durability
-        self._good: dict[str, Identity] = {}
-        self._warned: set[str] = set()
+        self._files = _files or Files()
+        roots = [
+            Root(
+                path,
+                files=self._files,
+                durable=durability == "full",
+                read_only=self.read_only or index > 0,
+            )
+            for index, path in enumerate(root_paths(root))
+        ]
+        self._top = roots[0]
+        self._counters = Counters(self._top)
+        self._layers = Layers(roots, self._counters.add)
+        self._reading = Reading(self._top, EntryCodec(), roots[1:])
+        # What was counted since the last put would be lost with the object.
+        weakref.finalize(self, self._counters.flush)
 
     def __repr__(self) -> str:
-        layers = f", +{len(self._layers) - 1} layers" if len(self._layers) > 1 else ""
-        return f"Cache({str(self.root)!r}{layers})"
+        return f"Cache({', '.join(str(root) for root in self.roots)!r})"
+
+    @property
+    def root(self) -> Path:
+        """The first root directory, the one that is written."""
+        return Path(self._top.path)
 
     @property
     def roots(self) -> tuple[Path, ...]:
         """All root directories, in the order they are searched."""
-        return tuple(Path(layer.path) for layer in self._layers)
-
-    @property
-    def _top(self) -> Root:
-        return self._layers[0]
+        return tuple(Path(root.path) for root in self._layers.roots)
 
     # -- entries ---------------------------------------------------------------------------------
 
@@ -134,27 +136,10 @@ class Cache:
             UntrustedEntryError: There is an entry, but others can write it.
         """
         check_key(graph_hash)
-        untrusted: UntrustedEntryError | None = None
-        for layer in self._layers:
-            for path, cap, read in self._entry_files(layer, graph_hash):
-                try:
-                    artifact = self._load(layer, path, cap, read)
-                except UntrustedEntryError as error:
-                    untrusted = untrusted or error
-                    continue
-                if artifact is not None:
-                    return artifact
-        if untrusted is not None:
-            raise untrusted
-        return None
-
-    def _entry_files(
-        self, layer: Root, graph_hash: str
-    ) -> Iterator[tuple[str, int, Callable[[bytes, str], Artifact]]]:
-        yield keyed_path(layer.path, Area.ENTRIES, graph_hash), MAX_FILE, _reader(decode, graph_hash)
-        for suffix in SUFFIXES:
-            flat = os.path.join(layer.path, graph_hash + suffix)
-            yield flat, MAX_LEGACY, _reader(decode_legacy, graph_hash)
+        return self._layers.first(
+            lambda root: _entry_files(root, graph_hash),
+            lambda data, path: decode_named(data, graph_hash, path),
+        )
 
     def put(self, artifact: Artifact) -> str:
         """Store an artifact whose blobs are stored.
@@ -171,60 +156,63 @@ class Cache:
         data = encode(artifact)
         # What is written can be read: a mistyped field is the writer's error, not the next process's.
         decode(data)
-        top = self._top
-        path = keyed_path(top.path, Area.ENTRIES, key)
-        with top.writing(path):
+        path = keyed_path(self._top.path, Area.ENTRIES, key)
+        with self._top.writing(path):
             for blob in artifact.blobs:
-                self._hold(blob)
-            if not self._is_there(path, data):
-                top.publish(Area.ENTRIES, key, data)
+                if not self._layers.hold(blob.digest, blob.size):
+                    raise _missing(self._top.path, blob)
+            if self._may_publish(path, data):
+                publish(self._top, Area.ENTRIES, key, data)
             # Eviction that looked before this entry existed sees by the new times that it must look again.
             for blob in artifact.blobs:
-                top.touch(keyed_path(top.path, Area.BLOBS, blob.digest))
-        top.release([blob.digest for blob in artifact.blobs])
-        self._after_put()
+                self._top.touch(keyed_path(self._top.path, Area.BLOBS, blob.digest))
+        self._layers.holds.release(blob.digest for blob in artifact.blobs)
+        self._counters.add("put")
+        self._counters.add("put.bytes", len(data) + sum(blob.size for blob in artifact.blobs))
+        self._keep_within_limits()
+        self._counters.flush()
         return key
 
-    def _hold(self, blob: BlobRef) -> None:
-        if self._top.hold_blob(blob.digest, blob.size):
-            return
-        for layer in self._layers[1:]:
-            try:
-                if self._files.lstat(keyed_path(layer.path, Area.BLOBS, blob.digest)).st_size == blob.size:
-                    return
-            except OSError:
-                continue
-        path = keyed_path(self._top.path, Area.BLOBS, blob.digest)
-        raise StoreError(
-            f"{path}: the artifact names this blob of {blob.size} bytes, and it is not stored: "
-            "put_blob() comes before put()",
-            path=path,
-        )
-
-    def _is_there(self, path: str, data: bytes) -> bool:
+    def _may_publish(self, path: str, data: bytes) -> bool:
+        """Whether the entry is not there yet; a newer stitchcache's entry is not replaced."""
         try:
-            found = self._top.read(path, MAX_FILE)
-        except EntryFormatError:
-            return False
-        if found is None:
-            return False
-        if found.data == data:
-            self._top.touch(path)
-            with_fd = self._files.open_read(path)
-            try:
-                if self._top.durable:
-                    self._files.fsync(with_fd)
-                    self._files.fsync_dir(os.path.dirname(path))
-            finally:
-                close_quietly(self._files, with_fd)
-            return True
-        try:
+            found = self._top.read(path, MAX_ENTRY)
+            if found is None:
+                return True
             decode(found.data, path=path)
         except FutureFormatError as error:
             raise StoreWriteError(error.message, path=path, reason=error.reason) from error
         except EntryFormatError:
-            pass
+            return True
+        if found.data != data:
+            return True
+        self._top.touch(path)
+        # Its writer may not have come to this.
+        fd = self._files.open_read(path)
+        try:
+            self._top.sync(fd)
+        finally:
+            close_quietly(self._files, fd)
+        self._top.sync_dir(os.path.dirname(path))
         return False
+
+    @contextmanager
+    def hold(self, graph_hash: str) -> Iterator[bool]:
+        """Keep an entry and its blobs from being evicted, by any process, for the length of the block.
+
+        Yields:
+            Whether there is such an entry in the first root.
+        """
+        path = keyed_path(self._top.path, Area.ENTRIES, graph_hash)
+        try:
+            fd = hold_shared(self._files, path)
+        except OSError:
+            fd = None
+        try:
+            yield fd is not None
+        finally:
+            if fd is not None:
+                close_quietly(self._files, fd)
 
     def find(self, prefix: str) -> str:
         """The full graph hash that a prefix means.
@@ -236,7 +224,7 @@ class Cache:
         wanted = prefix.lower()
         if not wanted or len(wanted) > 64 or not set(wanted) <= set("0123456789abcdef"):
             raise GraphHashError(f"{prefix!r} is no graph hash: 1 to 64 hex digits", prefix=prefix)
-        found = sorted({key for _, key, _ in self._entry_paths(wanted)})
+        found = sorted({key for _, key, _ in self._layers.entry_paths(wanted)})
         if not found:
             raise GraphHashError(f"no entry in {self.root} begins with {prefix}", prefix=prefix)
         if len(found) > 1:
@@ -246,64 +234,27 @@ class Cache:
             )
         return found[0]
 
-    def _entry_paths(self, prefix: str = "") -> Iterator[tuple[Root, str, str]]:
-        for layer in self._layers:
-            for shard in self._scan(layer, layer.area(Area.ENTRIES)):
-                if len(shard.name) == 2 and shard.name[: len(prefix)] == prefix[:2]:
-                    for item in self._scan(layer, shard.path):
-                        key = key_of(Area.ENTRIES, item.name)
-                        if key is not None and key.startswith(prefix):
-                            yield layer, key, item.path
-            for item in self._scan(layer, layer.path):
-                stem, suffix = os.path.splitext(item.name)
-                if suffix in SUFFIXES and is_key(stem) and stem.startswith(prefix):
-                    yield layer, stem, item.path
-
-    def _scan(self, layer: Root, path: str) -> list[os.DirEntry[str]]:
-        try:
-            return layer.scan(path)
-        except OSError as error:
-            self._warn(path, f"{path}: cannot be listed: {error.strerror}")
-            return []
-
     def entries(self) -> list[Header]:
-        """Headers of all entries that can be read, the current format's and older ones', by layer.
+        """Headers of all entries that can be read, older formats included, by layer.
 
         A damaged one is left out, with one warning; :meth:`verify` reports them.
         """
-        headers = []
-        seen: set[str] = set()
-        for _layer, key, path in self._entry_paths():
+        headers: dict[str, Header] = {}
+        for _, key, path in self._layers.entry_paths():
             try:
                 header = self._header(path)
             except EntryFormatError as error:
-                self._warn(path, error.message)
+                self._layers.warn(path, error.message)
             except OSError as error:
-                self._warn(path, f"{path}: cannot be read: {error.strerror}")
+                self._layers.warn(path, f"{path}: cannot be read ({words(error)})")
             else:
-                if header is not None and key not in seen:
-                    seen.add(key)
-                    headers.append(header)
-        return headers
+                if header is not None:
+                    headers.setdefault(key, header)
+        return list(headers.values())
 
     def _header(self, path: str) -> Header | None:
-        legacy = path.endswith(SUFFIXES)
-        try:
-            fd = self._files.open_read(path)
-        except FileNotFoundError:
-            return None
-        try:
-            facts = self._files.fstat(fd)
-            if legacy:
-                data = read_exactly(self._files, fd, min(facts.st_size, MAX_LEGACY + 1))
-                return header_of(decode_legacy(data, path=path), path=path, file_bytes=facts.st_size)
-            prefix = read_exactly(self._files, fd, min(HEADER_READ, facts.st_size))
-            if len(prefix) >= HEADER_OFFSET:
-                missing = header_end(prefix, path=path) - len(prefix)
-                prefix += read_exactly(self._files, fd, missing) if missing > 0 else b""
-        finally:
-            close_quietly(self._files, fd)
-        return decode_header(prefix, facts.st_size, path=path)
+        head = read_head_bytes(self._files, path, self._reading.codec)
+        return None if head is None else read_head(*head, path)
 
     # -- blobs, pieces, targets --------------------------------------------------------------------
 
@@ -316,7 +267,8 @@ class Cache:
         Raises:
             StoreWriteError: The store cannot be written.
         """
-        digest, size = self._top.publish_blob(source if isinstance(source, bytes) else os.fspath(source))
+        what = source if isinstance(source, bytes) else os.fspath(source)
+        digest, size = publish_blob(self._top, self._layers.holds, what)
         return BlobRef(digest=digest, size=size)
 
     def blob_path(self, ref: BlobRef) -> Path | None:
@@ -328,43 +280,12 @@ class Cache:
         Raises:
             UntrustedEntryError: It is there, but others can write it or a directory above it.
         """
-        untrusted: UntrustedEntryError | None = None
-        for layer in self._layers:
-            path = keyed_path(layer.path, Area.BLOBS, ref.digest)
-            try:
-                if self._blob_is_good(layer, path, ref):
-                    return Path(path)
-            except UntrustedEntryError as error:
-                untrusted = untrusted or error
-            except OSError as error:
-                self._warn(path, f"{path}: cannot be read ({error.strerror}): taken as missing")
-        if untrusted is not None:
-            raise untrusted
-        return None
-
-    def _blob_is_good(self, layer: Root, path: str, ref: BlobRef) -> bool:
-        good = self._good.get(path)
-        try:
-            facts = self._files.lstat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        # Asked every time: a chmod after the first look counts.
-        reason = layer.distrust(path)
-        if reason is not None:
-            raise UntrustedEntryError(reason, path=path)
-        if good is not None and good == _identity(facts):
-            return True
-        state = layer.blob_state(path, ref.digest, ref.size)
-        if isinstance(state, str):
-            self._reject(layer, path, _identity(facts), f"blob: {state}")
-            return False
-        if state is not None:
-            self._good[path] = state
-        return state is not None
+        path = self._layers.blob_path(ref.digest, ref.size)
+        return None if path is None else Path(path)
 
     def get_target(self, key: str) -> TargetRecord | None:
         """What a target key leads to; ``None`` where nothing sound is known."""
-        return self._get_record(Area.TARGETS, key, lambda data, path: decode_target(data, key, path=path))
+        return self._record(Area.TARGETS, key, lambda data, path: decode_target(data, key, path=path))
 
     def put_target(self, key: str, record: TargetRecord) -> None:
         """Let a target key lead to an entry; the entry comes first.
@@ -374,25 +295,20 @@ class Cache:
         """
         data = encode_target(check_key(key), record)
         decode_target(data, key)
-        self._top.publish(Area.TARGETS, key, data)
+        publish(self._top, Area.TARGETS, key, data)
 
     def get_piece(self, key: str) -> PieceRecord | None:
         """The compiled piece of a piece key; ``None`` where there is none or its blob is gone.
 
         The blob is kept until the artifact that names it is put.
         """
-        record = self._get_record(Area.PIECES, key, lambda data, path: decode_piece(data, key, path=path))
-        if record is None:
-            return None
+        record = self._record(Area.PIECES, key, lambda data, path: decode_piece(data, key, path=path))
         try:
-            if not self._top.read_only and self._top.hold_blob(record.blob.digest, record.blob.size):
+            if record is not None and self._layers.hold(record.blob.digest, record.blob.size):
+                self._counters.add("hit.piece")
                 return record
-            for layer in self._layers:
-                facts = self._files.lstat(keyed_path(layer.path, Area.BLOBS, record.blob.digest))
-                if facts.st_size == record.blob.size:
-                    return record
-        except OSError:
-            pass
+        except OSError as error:
+            self._layers.warn(key, f"blob {key} of a piece cannot be read ({words(error)}): taken as missing")
         return None
 
     def put_piece(self, key: str, backend: str, blob: BlobRef) -> None:
@@ -403,58 +319,15 @@ class Cache:
         """
         data = encode_piece(PieceRecord(key=check_key(key), backend=backend, blob=blob))
         decode_piece(data, key)
-        self._top.publish(Area.PIECES, key, data)
+        publish(self._top, Area.PIECES, key, data)
 
-    def _get_record(self, area: Area, key: str, read: Callable[[bytes, str], T]) -> T | None:
+    def _record(self, area: Area, key: str, read: Callable[[bytes, str], T]) -> T | None:
         check_key(key)
-        for layer in self._layers:
-            try:
-                record = self._load(layer, keyed_path(layer.path, area, key), _MAX_RECORD, read)
-            except UntrustedEntryError as error:
-                self._warn(error.path, f"{error.message} (taken as missing)")
-                continue
-            if record is not None:
-                return record
-        return None
-
-    # -- reading, rejecting ------------------------------------------------------------------------
-
-    def _load(self, layer: Root, path: str, cap: int, read: Callable[[bytes, str], T]) -> T | None:
-        found: Found | None = None
         try:
-            found = layer.read(path, cap)
-            if found is None:
-                return None
-            reason = layer.distrust(path)
-            if reason is not None:
-                raise UntrustedEntryError(reason, path=path)
-            value = read(found.data, path)
-        except FutureFormatError as error:
-            self._warn(path, error.message)
+            return self._layers.first(lambda root: [(keyed_path(root.path, area, key), MAX_RECORD)], read)
+        except UntrustedEntryError as error:
+            self._layers.warn(error.path, f"{error.message} (taken as missing)")
             return None
-        except EntryFormatError as error:
-            self._reject(layer, path, found.identity if found else None, f"{error.field}: {error.reason}")
-            return None
-        except UntrustedEntryError:
-            raise
-        except OSError as error:
-            self._warn(path, f"{path}: cannot be read ({error.strerror}): taken as missing")
-            return None
-        if not layer.read_only and time.time() - found.modified / 1e9 > _USE_NOTED_EVERY:
-            layer.touch(path)
-        return value
-
-    def _reject(self, layer: Root, path: str, identity: Identity | None, reason: str) -> None:
-        self._good.pop(path, None)
-        gone = layer.quarantine(path, identity, reason)
-        what = "moved to quarantine" if gone else "left there, for it cannot be moved"
-        self._warn(path, f"{path}: damaged: {reason}; {what}, and taken as missing", again=gone)
-
-    def _warn(self, path: str, message: str, *, again: bool = False) -> None:
-        # A file that stays would be warned of at each look.
-        if again or path not in self._warned:
-            self._warned.add(path)
-            log.warning("%s", message)
 
     # -- working together --------------------------------------------------------------------------
 
@@ -480,8 +353,15 @@ class Cache:
         Raises:
             LockTimeoutError: Another process held it for all that time.
         """
-        path = os.path.join(self._top.area(Area.LOCKS), f"{check_key(key)}.lock")
-        if self._top.read_only or not self._have_directory(Area.LOCKS):
+        directory = self._top.area(Area.LOCKS)
+        path = os.path.join(directory, f"{check_key(key)}.lock")
+        try:
+            usable = not self._top.read_only
+            if usable:
+                self._top.make_dir(directory)
+        except OSError:
+            usable = False
+        if not usable:
             yield False
             return
         with exclusive(self._files, path, timeout=timeout, on_wait=on_wait) as held:
@@ -490,130 +370,198 @@ class Cache:
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """A private temporary directory, on the store's file system where that can be written."""
-        parent = None
-        if not self._top.read_only and self._have_directory(Area.TMP):
-            name = temporary_name(self._top.host, "scratch")
-            path = os.path.join(self._top.area(Area.TMP), name)
-            try:
-                self._files.mkdir(path, 0o700)
-            except OSError:
-                path = tempfile.mkdtemp(prefix="stitchcache-")
-        else:
-            path = tempfile.mkdtemp(prefix="stitchcache-", dir=parent)
-        try:
+        with scratch(self._top) as path:
             yield Path(path)
-        finally:
-            import shutil
-
-            shutil.rmtree(path, ignore_errors=True)
-
-    def _have_directory(self, area: Area) -> bool:
-        try:
-            self._top.make_dir(self._top.path)
-            self._top.make_dir(self._top.area(area))
-        except OSError:
-            return False
-        return True
 
     def why_not_writable(self) -> str | None:
         """Why nothing can be stored; ``None`` when it can. Tries it."""
-        top = self._top
-        try:
-            with top.writing(top.path):
-                top.make_dir(top.path)
-                top.make_dir(top.area(Area.TMP))
-                probe = os.path.join(top.area(Area.TMP), temporary_name(top.host, "probe"))
-                fd = self._files.create(probe)
-                close_quietly(self._files, fd)
-                top.discard(probe)
-        except StoreWriteError as error:
-            return error.message
-        return None
+        return why_not_writable(self._top)
 
     def writable(self) -> bool:
         """Whether something can be stored; :meth:`why_not_writable` says why not."""
         return self.why_not_writable() is None
 
-    def _after_put(self) -> None:
-        pass
+    # -- upkeep ------------------------------------------------------------------------------------
 
+    def count(self, event: str, amount: int = 1) -> None:
+        """Add to a statistic, such as ``hit.direct`` or ``miss.no-entry``; written later, at no cost now."""
+        self._counters.add(event, amount)
 
-def _reader(read: Callable[..., Artifact], graph_hash: str) -> Callable[[bytes, str], Artifact]:
-    def checked(data: bytes, path: str) -> Artifact:
-        artifact = read(data, path=path)
-        if artifact.graph_hash != graph_hash:
-            reason = f"{artifact.graph_hash} in a file that is named {graph_hash}"
-            raise EntryFormatError(
-                f"{path}: graph_hash: {reason}", path=path, field="graph_hash", reason=reason
-            )
-        return artifact
+    def stats(self) -> CacheStats:
+        """What the first root holds, and what was counted."""
+        from stitchcache.store.scan import totals
 
-    return checked
-
-
-def _identity(facts: os.stat_result) -> Identity:
-    from stitchcache.store.root import identity_of
-
-    return identity_of(facts)
-
-
-def _root_paths(root: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None) -> list[str]:
-    if root is None:
-        return [default_root()]
-    roots = [root] if isinstance(root, (str, os.PathLike)) else list(root)
-    if not roots or any(not os.fspath(path) for path in roots):
-        raise OptionError("root: a cache needs a directory, and got an empty name", option="root")
-    return [os.path.abspath(os.path.expanduser(os.fspath(path))) for path in roots]
-
-
-def default_root() -> str:
-    """The directory that is used where none is named."""
-    configured = os.environ.get("STITCHCACHE_DIR")
-    if configured:
-        return os.path.abspath(os.path.expanduser(configured))
-    import platformdirs
-
-    return str(platformdirs.user_cache_dir("stitchcache", appauthor=False))
-
-
-def _check_directory(path: str) -> None:
-    try:
-        facts = os.stat(path)
-    except OSError:
-        # Missing, or not to be seen: reads will miss, and writes will say why they cannot.
-        return
-    if not stat.S_ISDIR(facts.st_mode):
-        raise StoreError(
-            f"{path}: is not a directory, so it cannot be a cache: move that file away, or name another "
-            "directory (root=..., or STITCHCACHE_DIR)",
-            path=path,
+        counters, since = self._counters.read()
+        try:
+            sums = totals(self._top)
+        except OSError as error:
+            self._layers.warn(self._top.path, f"{self._top.path}: cannot be listed ({words(error)})")
+            return CacheStats(counters=counters, since=since)
+        held = [sums[area] for area in (Area.ENTRIES, Area.BLOBS, Area.TARGETS, Area.PIECES)]
+        return CacheStats(
+            counters=counters,
+            since=since,
+            entries=held[0][0],
+            blobs=held[1][0],
+            targets=held[2][0],
+            pieces=held[3][0],
+            files=sum(files for files, _ in held),
+            bytes=sum(size for _, size in held),
+            quarantine_files=sums[Area.QUARANTINE][0],
+            quarantine_bytes=sums[Area.QUARANTINE][1],
         )
 
+    def zero_stats(self) -> None:
+        """Forget what was counted.
 
-def _flag(name: str) -> bool:
-    value = os.environ.get(name, "").strip().lower()
-    if value in ("", "0", "false", "no", "off"):
-        return False
-    if value in ("1", "true", "yes", "on"):
+        Raises:
+            StoreWriteError: The store cannot be written.
+        """
+        self._counters.zero()
+
+    def plan_prune(
+        self,
+        *,
+        max_bytes: int | None = None,
+        max_files: int | None = None,
+        max_age: float | None = None,
+        min_free: int | None = None,
+        grace_seconds: float | None = None,
+    ) -> PrunePlan:
+        """What a prune of the first root would remove; nothing goes until the plan's ``execute()``.
+
+        Args:
+            max_bytes: Bytes that may stay; default the cache's own limit.
+            max_files: Files that may stay; default the cache's own limit.
+            max_age: Seconds since its last use after which an entry goes.
+            min_free: Bytes to be free on the file system.
+            grace_seconds: How long a blob that no entry names is left alone; default an hour.
+
+        Raises:
+            StoreError: The root cannot be listed.
+        """
+        from stitchcache.store.evict import GRACE_SECONDS, Limits, plan_prune
+
+        limits = Limits(
+            max_bytes=self.max_bytes if max_bytes is None else max_bytes,
+            max_files=self.max_files if max_files is None else max_files,
+            max_age=max_age,
+            min_free=min_free,
+        )
+        grace = GRACE_SECONDS if grace_seconds is None else grace_seconds
+        try:
+            return plan_prune(self._reading, limits, grace_seconds=grace)
+        except OSError as error:
+            raise self._unlistable(error) from error
+
+    def _keep_within_limits(self) -> None:
+        """After a put: evict where a limit is crossed. One process at a time, and never an error."""
+        if self.max_bytes is None and self.max_files is None:
+            return
+        try:
+            result = self.plan_prune().execute()
+        except StoreError as error:
+            log.warning("%s: the limits were not enforced: %s", self.root, error)
+            return
+        self._note_evicted(result)
+
+    def _note_evicted(self, result: PruneResult) -> None:
+        if result.entries:
+            self._counters.add("evicted", len(result.entries))
+            log.info(
+                "%s: evicted %d entries, %d files, %d bytes",
+                self.root,
+                len(result.entries),
+                result.files,
+                result.bytes,
+            )
+
+    def verify(self, repair: bool = False) -> VerifyReport:
+        """Read and check every file of the first root.
+
+        Args:
+            repair: Move what is damaged to quarantine, and remove pointers that lead nowhere.
+
+        Raises:
+            StoreError: The root cannot be listed.
+        """
+        from stitchcache.store.verify import verify
+
+        try:
+            return verify(self._reading, repair=repair)
+        except OSError as error:
+            raise self._unlistable(error) from error
+
+    def migrate(self) -> list[str]:
+        """Rewrite the first root's legacy entries in the current format; each old file goes only after.
+
+        Returns:
+            Graph hashes of the entries that were rewritten. One that cannot be read is left, and warned of.
+
+        Raises:
+            StoreWriteError: The store cannot be written.
+            StoreError: The root cannot be listed.
+        """
+        from stitchcache.store.scan import legacy_items
+
+        try:
+            items = list(legacy_items(self._top))
+        except OSError as error:
+            raise self._unlistable(error) from error
+        done = []
+        for item in items:
+            try:
+                found = self._top.read(item.path, MAX_LEGACY)
+                if found is None:
+                    continue
+                old = decode_named(found.data, item.key, item.path)
+            except EntryFormatError as error:
+                self._layers.warn(item.path, f"{error.message}; it is left where it is")
+                continue
+            except OSError as error:
+                self._layers.warn(item.path, f"{item.path}: cannot be read ({words(error)}); it is left")
+                continue
+            with self._top.writing(item.path):
+                # An entry that was compiled since has more to it.
+                if not self._has_current(item.key):
+                    self.put(replace(old, format_version=FORMAT_VERSION))
+                self._files.unlink(item.path)
+            done.append(item.key)
+        return done
+
+    def _has_current(self, key: str) -> bool:
+        path = keyed_path(self._top.path, Area.ENTRIES, key)
+        found = self._top.read(path, MAX_ENTRY)
+        if found is None:
+            return False
+        try:
+            decode_named(found.data, key, path)
+        except EntryFormatError:
+            return False
         return True
-    raise OptionError(f"{name}={value!r}: use 1 or 0", option=name)
+
+    def clear(self) -> PruneResult:
+        """Remove all entries, blobs, targets and pieces of the first root that are not in use.
+
+        Raises:
+            StoreError: The root cannot be listed or written.
+        """
+        return self.plan_prune(max_bytes=0, max_files=0, grace_seconds=0.0).execute()
+
+    def _unlistable(self, error: OSError) -> StoreError:
+        return StoreError(f"{self.root}: cannot be listed ({words(error)})", path=str(self.root))
 
 
-def size_from_environment() -> int | None:
-    """``STITCHCACHE_MAX_SIZE`` in bytes; ``None`` where it is not set."""
-    text = os.environ.get("STITCHCACHE_MAX_SIZE", "").strip()
-    return parse_size(text, option="STITCHCACHE_MAX_SIZE") if text else None
+def _entry_files(root: Root, graph_hash: str) -> Iterator[tuple[str, int]]:
+    yield keyed_path(root.path, Area.ENTRIES, graph_hash), MAX_ENTRY
+    for suffix in LEGACY_SUFFIXES:
+        yield os.path.join(root.path, graph_hash + suffix), MAX_LEGACY
 
 
-def parse_size(text: str, *, option: str = "size") -> int:
-    """Bytes in a text such as ``10G``, ``500 MiB`` or ``1048576``; units are powers of 1024.
-
-    Raises:
-        OptionError: It is no such text.
-    """
-    import re
-
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise OptionError(f"{option}={text!r}: use a number with K, M, G or T, such as 10G", option=option)
-    return int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " "))
+def _missing(root: str, blob: BlobRef) -> StoreError:
+    path = keyed_path(root, Area.BLOBS, blob.digest)
+    return StoreError(
+        f"{path}: the artifact names this blob of {blob.size} bytes, and it is not stored: put_blob() comes "
+        "before put()",
+        path=path,
+    )

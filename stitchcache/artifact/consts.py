@@ -15,103 +15,21 @@ persistent ids, tuples whose first item says what they are:
 
 from __future__ import annotations
 
-import builtins
 import collections
 import enum
 import io
 import pickle
 import struct
 import sys
-import types
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
+from stitchcache.artifact.globals import FUNCTION_TYPES, Refused, name_of, resolve, torch_value
 from stitchcache.errors import EntryFormatError, UnserializableConstError
 
-# Classes that hold values; as values they are harmless too.
-_VALUE_TYPES: tuple[type, ...] = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    bytearray,
-    list,
-    tuple,
-    dict,
-    set,
-    frozenset,
-    slice,
-    range,
-    object,
-    type(None),
-    collections.OrderedDict,
-)
-_BUILTIN_NAMES: dict[str, Any] = {
-    **{kind.__name__: kind for kind in _VALUE_TYPES if kind.__module__ == "builtins"},
-    **{
-        name: getattr(builtins, name)
-        for name in ("abs", "len", "max", "min", "pow", "round", "sum", "divmod")
-    },
-    "Ellipsis": Ellipsis,
-    "NotImplemented": NotImplemented,
-}
-_BUILTIN_FUNCTIONS = frozenset({"abs", "len", "max", "min", "pow", "round", "sum", "divmod"})
 # What a table may call while it is read.
 _CONSTRUCTORS: tuple[Any, ...] = (complex, bytearray, set, frozenset, slice, range, collections.OrderedDict)
-# Not even as values: no model's graph calls these, and a table that names one is not ours.
-_POWERS = frozenset(
-    [
-        "_io",
-        "_posixsubprocess",
-        "_pickle",
-        "_thread",
-        "asyncio",
-        "builtins",
-        "code",
-        "codeop",
-        "ctypes",
-        "_ctypes",
-        "faulthandler",
-        "gc",
-        "http",
-        "importlib",
-        "_frozen_importlib",
-        "_frozen_importlib_external",
-        "inspect",
-        "io",
-        "marshal",
-        "mmap",
-        "multiprocessing",
-        "nt",
-        "os",
-        "pdb",
-        "pickle",
-        "pkgutil",
-        "platform",
-        "posix",
-        "posixpath",
-        "pty",
-        "runpy",
-        "shutil",
-        "signal",
-        "site",
-        "socket",
-        "_socket",
-        "sqlite3",
-        "ssl",
-        "subprocess",
-        "sys",
-        "tempfile",
-        "threading",
-        "urllib",
-        "webbrowser",
-        "zipimport",
-    ]
-)
 _PLACEMENTS = "torch.distributed.tensor.placement_types"
-_FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType)
 _UNREADABLE = (
     pickle.UnpicklingError,
     ValueError,
@@ -165,9 +83,11 @@ def load_consts(data: bytes | None, *, path: str = "") -> list[Any]:
     """
     if data is None:
         return []
+    if b"torch" in data:
+        _torch()
     try:
         consts = _Reader(io.BytesIO(data)).load()
-    except _Refused as error:
+    except Refused as error:
         raise _format_error(path, str(error)) from None
     except _UNREADABLE as error:
         raise _format_error(path, f"not a consts table: {error or type(error).__name__}") from error
@@ -187,78 +107,6 @@ def _unserializable(reason: str, path: str, value: object) -> UnserializableCons
         path=path,
         type_name=name,
     )
-
-
-class _Refused(Exception):
-    """Something that a table may not have."""
-
-
-# -- names ---------------------------------------------------------------------------------------
-
-
-def _resolve(module: str, qualname: str) -> Any:
-    """What a global name means here and now; imports nothing."""
-    if module in ("builtins", "__builtin__"):
-        if qualname in _BUILTIN_NAMES:
-            return _BUILTIN_NAMES[qualname]
-        raise _Refused(f"global builtins.{qualname} is not allowed")
-    if module.partition(".")[0] in _POWERS and not _is_enum(module, qualname):
-        raise _Refused(f"global {module}.{qualname} is not allowed")
-    found: Any = sys.modules.get(module)
-    if found is None and module == "torch":
-        found = _torch()
-    if found is None:
-        raise _Refused(
-            f"global {module}.{qualname} needs module {module!r}: import it before loading this entry"
-        )
-    for part in qualname.split("."):
-        if found is not sys.modules.get(module) and not isinstance(found, type):
-            raise _Refused(f"global {module}.{qualname} is not allowed: {part!r} is looked up in no class")
-        try:
-            found = getattr(found, part)
-        except AttributeError:
-            raise _Refused(f"global {module}.{qualname} does not exist here") from None
-    if isinstance(found, (type, *_FUNCTION_TYPES)) or _torch_value(found):
-        return found
-    raise _Refused(f"global {module}.{qualname} is not allowed: neither a function nor a class")
-
-
-def _is_enum(module: str, qualname: str) -> bool:
-    found = getattr(sys.modules.get(module), qualname, None)
-    return isinstance(found, type) and issubclass(found, enum.Enum)
-
-
-def _torch() -> Any:
-    import torch
-
-    return torch
-
-
-def _torch_value(value: object) -> bool:
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return False
-    return isinstance(value, (torch.dtype, torch.layout, torch.memory_format, torch.qscheme))
-
-
-def _name_of(value: Any) -> tuple[str, str] | None:
-    """A name that :func:`_resolve` leads back to this function or class."""
-    module, qualname = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
-    name = getattr(value, "__name__", None)
-    candidates = [(module, qualname), (module, name)]
-    # Functions made in C often do not know where they are found.
-    candidates += [
-        (place, name) for place in ("torch", "torch.nn.functional", "torch._C._nn", "_operator", "math")
-    ]
-    for place, path in candidates:
-        if not isinstance(place, str) or not isinstance(path, str) or place == "__main__":
-            continue
-        try:
-            if _resolve(place, path) is value:
-                return place, path
-        except _Refused:
-            continue
-    return None
 
 
 # -- writing -------------------------------------------------------------------------------------
@@ -290,8 +138,8 @@ class _Writer(pickle.Pickler):
             return None
         if isinstance(obj, enum.Enum):
             return self._enum(obj)
-        if isinstance(obj, (type, *_FUNCTION_TYPES)):
-            name = _name_of(obj)
+        if isinstance(obj, (type, *FUNCTION_TYPES)):
+            name = name_of(obj)
             if name is None:
                 raise _unserializable("it cannot be found by a name in an importable module", self._path, obj)
             return ("global", *name)
@@ -299,14 +147,14 @@ class _Writer(pickle.Pickler):
         return None if torch is None else self._torch_id(torch, obj)
 
     def _enum(self, obj: enum.Enum) -> Any:
-        name = _name_of(type(obj))
+        name = name_of(type(obj))
         if name is None:
             raise _unserializable("its class is not found in an importable module", self._path, obj)
         member = obj.name if type(obj).__members__.get(obj.name or "") is obj else None
         return ("enum", *name, member, None if member else obj.value)
 
     def _torch_id(self, torch: Any, obj: Any) -> Any:
-        if _torch_value(obj):
+        if torch_value(obj):
             return ("torch", str(obj).removeprefix("torch."))
         if isinstance(obj, torch._ops.OpOverload):
             return ("op", obj._schema.name, obj._overloadname)
@@ -377,21 +225,30 @@ def _bytes_of(torch: Any, tensor: Any) -> bytes:
 # -- reading -------------------------------------------------------------------------------------
 
 
+def _torch() -> Any:
+    import torch
+
+    return torch
+
+
 def _refuse_opcode(reader: Any) -> NoReturn:
-    raise _Refused("an opcode that a consts table does not need")
+    raise Refused("an opcode that a consts table does not need")
 
 
 class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc,unused-ignore]
     """The interpreter in Python, because there every opcode that calls something can be overridden."""
 
-    dispatch: dict[int, Callable[..., None]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined,unused-ignore]
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
         self._tensors: dict[int, Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        return _resolve(module, name)
+        return resolve(module, name)
 
     def load_reduce(self) -> None:
         arguments, target = self.stack.pop(), self.stack[-1]
@@ -403,7 +260,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc,unused-ignor
 
     def _call(self, target: Any, arguments: Any) -> Any:
         if type(arguments) is not tuple:
-            raise _Refused("a call whose arguments are no tuple")
+            raise Refused("a call whose arguments are no tuple")
         torch = sys.modules.get("torch")
         # By identity: an `in` would ask the objects themselves.
         allowed = any(target is each for each in _CONSTRUCTORS)
@@ -415,7 +272,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc,unused-ignor
             return target(*arguments)
         if isinstance(target, type) and issubclass(target, tuple) and hasattr(target, "_fields"):
             return tuple.__new__(target, arguments)
-        raise _Refused(f"global {_shown(target)} is not allowed to be called")
+        raise Refused(f"global {_shown(target)} is not allowed to be called")
 
     def load_append(self) -> None:
         value = self.stack.pop()
@@ -442,28 +299,28 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc,unused-ignor
     def _container(self, *kinds: type) -> Any:
         target = self.stack[-1]
         if type(target) not in kinds:
-            raise _Refused(f"items added to a {type(target).__name__}")
+            raise Refused(f"items added to a {type(target).__name__}")
         return target
 
     def persistent_load(self, pid: Any) -> Any:
         if type(pid) is not tuple or not pid or type(pid[0]) is not str:
-            raise _Refused("a persistent id that is no tuple")
+            raise Refused("a persistent id that is no tuple")
         read = _PERSISTENT.get(pid[0])
         if read is None:
-            raise _Refused(f"a persistent id of unknown kind {pid[0]!r}")
+            raise Refused(f"a persistent id of unknown kind {pid[0]!r}")
         return read(self, *pid[1:])
 
     def _global(self, module: str, qualname: str) -> Any:
-        return _resolve(module, qualname)
+        return resolve(module, qualname)
 
     def _enum(self, module: str, qualname: str, name: str | None, value: Any) -> Any:
-        kind = _resolve(module, qualname)
+        kind = resolve(module, qualname)
         if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
-            raise _Refused(f"{module}.{qualname} is no enum")
+            raise Refused(f"{module}.{qualname} is no enum")
         if name is None:
             return kind(value)
         if name not in kind.__members__:
-            raise _Refused(f"enum {module}.{qualname} has no member {name!r} here")
+            raise Refused(f"enum {module}.{qualname} has no member {name!r} here")
         return kind.__members__[name]
 
     def _op(self, qualified: str, overload: str | None) -> Any:
@@ -474,27 +331,27 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc,unused-ignor
             found = packet if overload is None else getattr(packet, overload or "default")
         except AttributeError:
             shown = qualified if overload is None else f"{qualified}.{overload or 'default'}"
-            raise _Refused(
+            raise Refused(
                 f"operator {shown} is not registered: import the module that registers it"
             ) from None
         ops = torch._ops
         if not isinstance(found, (ops.OpOverload, ops.OpOverloadPacket, ops.HigherOrderOperator)):
-            raise _Refused(f"{qualified} is no operator")
+            raise Refused(f"{qualified} is no operator")
         return found
 
     def _torch_constant(self, name: str) -> Any:
         found = getattr(_torch(), name, None)
-        if not _torch_value(found):
-            raise _Refused(f"torch.{name} is no dtype, layout or memory format here")
+        if not torch_value(found):
+            raise Refused(f"torch.{name} is no dtype, layout or memory format here")
         return found
 
     def _placement(self, name: str, attributes: dict[str, Any]) -> Any:
         module = sys.modules.get(_PLACEMENTS)
         if module is None:
-            raise _Refused(f"placement {name} needs module 'torch.distributed.tensor': import it first")
+            raise Refused(f"placement {name} needs module 'torch.distributed.tensor': import it first")
         kind = getattr(module, name, None)
         if not (isinstance(kind, type) and issubclass(kind, module.Placement)):
-            raise _Refused(f"{_PLACEMENTS}.{name} is no placement here")
+            raise Refused(f"{_PLACEMENTS}.{name} is no placement here")
         return kind(**attributes)
 
     def _same(self, serial: int) -> Any:
@@ -513,11 +370,9 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc,unused-ignor
         torch = _torch()
         kind = self._torch_constant(dtype)
         if any(type(size) is not int or size < 0 for size in (*shape, *stride)) or len(shape) != len(stride):
-            raise _Refused("a tensor whose shape and strides do not fit together")
+            raise Refused("a tensor whose shape and strides do not fit together")
         if type(kind) is not torch.dtype or len(data) != _span(shape, stride) * kind.itemsize:
-            raise _Refused(
-                f"a tensor of {len(data)} bytes whose dtype, shape and strides need another number"
-            )
+            raise Refused(f"a tensor of {len(data)} bytes whose dtype, shape and strides need another number")
         if data:
             flat = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(kind)
             tensor = flat.as_strided(shape, stride)
@@ -529,7 +384,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc,unused-ignor
                 moved.copy_(flat) if data else None
                 tensor = moved.as_strided(shape, stride)
             except (RuntimeError, AssertionError) as error:
-                raise _Refused(f"a tensor on {device}, which this process cannot use: {error}") from error
+                raise Refused(f"a tensor on {device}, which this process cannot use: {error}") from error
         if flags == "parameter":
             tensor = torch.nn.Parameter(tensor, requires_grad=False)
         self._tensors[serial] = tensor

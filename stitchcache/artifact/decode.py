@@ -382,6 +382,7 @@ def _read_binding(value: object) -> BindingSpec:
         kind=record.take("kind", _binding_kind),  # type: ignore[arg-type]
         tensor=record.take("tensor", _read_tensor),
         blob=record.take("blob", maybe(_read_blob)),
+        aliases=record.take("aliases", each(text)),
     )
     record.done()
     return binding

@@ -156,6 +156,7 @@ def _binding(binding: BindingSpec) -> dict[str, Any]:
         "kind": binding.kind,
         "tensor": _tensor(binding.tensor),
         "blob": None if binding.blob is None else _blob(binding.blob),
+        "aliases": _list(binding.aliases),
     }
 
 

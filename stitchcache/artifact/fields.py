@@ -47,7 +47,7 @@ def expect(value: object, kind: type[T]) -> T:
     """
     if type(value) is not kind:
         raise FieldError("", f"{_type_name(value)} where {kind.__name__} is expected")
-    return cast(T, value)
+    return value
 
 
 def text(value: object) -> str:

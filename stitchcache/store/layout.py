@@ -31,6 +31,7 @@ class Area(StrEnum):
 
 
 KEYED = (Area.ENTRIES, Area.TARGETS, Area.PIECES, Area.BLOBS)
+LEGACY_SUFFIXES = (".msgpack", ".pkl")
 SUFFIX = {Area.ENTRIES: ".stitch", Area.LOCKS: ".lock"}
 
 

@@ -1,0 +1,245 @@
+"""Putting files in place, durably and atomically, and keeping blobs until an entry names them.
+
+Publishing a file::
+
+    create tmp/<host>.<pid>.<random>.part exclusively, write, fsync          (errors: nothing happened)
+    rename over the name (entries, pointers) or link without replacing (blobs)
+    fsync the directory                                                      (now it is acknowledged)
+
+so that a reader sees a whole file or none, and what was acknowledged survives a crash.
+
+A blob that was put is held by a shared lock on it (see ``locks``) until the entry that names it is put; the
+lock dies with the process. Eviction removes a blob only under an exclusive lock on it, and only if its times
+are those that the scan saw; whoever publishes an entry renews the times of its blobs afterwards. So no order
+of events lets eviction remove a blob of an entry that it did not see.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+from collections.abc import Iterable
+
+from stitchcache.errors import StoreError
+from stitchcache.store.failures import words
+from stitchcache.store.files import CHUNK, Files, close_quietly, opened, write_all
+from stitchcache.store.layout import Area, keyed_path
+from stitchcache.store.locks import hold_shared, try_lock
+from stitchcache.store.root import Root
+
+# Where the file system knows no hard links, or no more of them; ENOENT is a directory to be made.
+_NO_LINK = frozenset(
+    {
+        errno.EPERM,
+        errno.EACCES,
+        errno.EOPNOTSUPP,
+        errno.ENOTSUP,
+        errno.ENOSYS,
+        errno.EMLINK,
+        errno.EXDEV,
+        errno.ENOENT,
+    }
+)
+_HELD_AT_MOST = 512
+
+
+class Holds:
+    """Open descriptors whose shared locks keep blobs from being evicted.
+
+    Args:
+        files: File-system calls.
+    """
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._mutex = threading.Lock()
+        self._held: dict[str, int] = {}
+
+    def __contains__(self, digest: str) -> bool:
+        with self._mutex:
+            return digest in self._held
+
+    def __del__(self) -> None:
+        self.release(list(self._held))
+
+    def keep(self, digest: str, fd: int) -> None:
+        """Hold a blob through a descriptor that has its lock."""
+        with self._mutex:
+            surplus = [self._held.pop(digest, None)]
+            self._held[digest] = fd
+            if len(self._held) > _HELD_AT_MOST:
+                # Descriptors are scarce; the grace period is left to protect the oldest.
+                surplus.append(self._held.pop(next(iter(self._held))))
+        for each in surplus:
+            if each is not None:
+                close_quietly(self._files, each)
+
+    def release(self, digests: Iterable[str]) -> None:
+        """Let go of blobs: an entry names them now, or nobody will."""
+        for digest in digests:
+            with self._mutex:
+                fd = self._held.pop(digest, None)
+            if fd is not None:
+                close_quietly(self._files, fd)
+
+
+def publish(root: Root, area: Area, key: str, data: bytes) -> str:
+    """Put a file in place, replacing what had its name.
+
+    Returns:
+        Its path.
+
+    Raises:
+        StoreWriteError: It cannot be written; nothing changed, or it is not known whether it will last.
+    """
+    target = keyed_path(root.path, area, key)
+    with root.writing(target):
+        root.make_dir(os.path.dirname(target))
+        temp, fd = root.create_temp()
+        try:
+            with opened(root.files, fd):
+                write_all(root.files, fd, data)
+                root.sync(fd)
+            root.rename(temp, target)
+        except BaseException:
+            root.discard(temp)
+            raise
+        root.sync_dir(os.path.dirname(target))
+    return target
+
+
+def publish_blob(root: Root, holds: Holds, source: bytes | str) -> tuple[str, int]:
+    """Put a blob in place under its digest, and hold it.
+
+    Args:
+        root: Where.
+        holds: What will hold it.
+        source: The bytes, or the path of a file that has them.
+
+    Returns:
+        Digest and size.
+
+    Raises:
+        StoreWriteError: It cannot be written.
+    """
+    with root.writing(root.area(Area.BLOBS)):
+        temp, fd = root.create_temp()
+        try:
+            digest, size = _fill(root, fd, source)
+            kept = _place(root, holds, temp, fd, digest, size)
+        except BaseException:
+            close_quietly(root.files, fd)
+            root.discard(temp)
+            raise
+        if not kept:
+            close_quietly(root.files, fd)
+    return digest, size
+
+
+def _fill(root: Root, fd: int, source: bytes | str) -> tuple[str, int]:
+    if isinstance(source, bytes):
+        write_all(root.files, fd, source)
+        return hashlib.sha256(source).hexdigest(), len(source)
+    digest, size = hashlib.sha256(), 0
+    try:
+        reader = root.files.open_read(source, follow=True)
+    except OSError as error:
+        raise StoreError(f"{source}: cannot be read ({words(error)})", path=source) from error
+    try:
+        while chunk := root.files.read(reader, CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+            write_all(root.files, fd, chunk)
+    finally:
+        close_quietly(root.files, reader)
+    return digest.hexdigest(), size
+
+
+def _place(root: Root, holds: Holds, temp: str, fd: int, digest: str, size: int) -> bool:
+    """Give a filled temporary file its name; whether ``fd`` is kept as the hold."""
+    target = keyed_path(root.path, Area.BLOBS, digest)
+    shard = os.path.dirname(target)
+    root.make_dir(shard)
+    if _adopt(root, holds, target, digest, size):
+        root.discard(temp)
+        return False
+    root.sync(fd)
+    # Held before it has a name, so that no eviction comes in between.
+    try_lock(root.files, fd, shared=True)
+    try:
+        root.files.link(temp, target)
+    except FileExistsError:
+        # Somebody was faster; or a damaged one is in the way, and then this one replaces it.
+        if _adopt(root, holds, target, digest, size):
+            root.discard(temp)
+            return False
+        root.rename(temp, target)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        root.rename(temp, target)
+    else:
+        root.discard(temp)
+    root.sync_dir(shard)
+    holds.keep(digest, fd)
+    return True
+
+
+def _adopt(root: Root, holds: Holds, target: str, digest: str, size: int) -> bool:
+    """Use the blob that is already there, if it is good."""
+    fd = hold_shared(root.files, target)
+    if fd is None:
+        return False
+    try:
+        good = root.blob_problem(fd, root.files.fstat(fd), digest, size) is None
+        if good:
+            root.touch(target)
+            # Its writer may have died before it came to these, or not have come to them yet.
+            root.sync(fd)
+            root.sync_dir(os.path.dirname(target))
+    except BaseException:
+        close_quietly(root.files, fd)
+        raise
+    if good:
+        holds.keep(digest, fd)
+    else:
+        close_quietly(root.files, fd)
+    return good
+
+
+def hold_blob(root: Root, holds: Holds, digest: str, size: int) -> bool:
+    """Keep a blob that is there until it is released. Its size is checked, its digest is not.
+
+    Returns:
+        Whether there is one.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    path = keyed_path(root.path, Area.BLOBS, digest)
+    if digest in holds:
+        # Eviction cannot have taken it, but a reader that found it damaged can.
+        try:
+            return root.files.lstat(path).st_size == size
+        except FileNotFoundError:
+            holds.release([digest])
+            return False
+    fd = hold_shared(root.files, path)
+    if fd is None:
+        return False
+    try:
+        good = root.files.fstat(fd).st_size == size
+        if good:
+            root.touch(path)
+            root.sync(fd)
+            root.sync_dir(os.path.dirname(path))
+    except BaseException:
+        close_quietly(root.files, fd)
+        raise
+    if good:
+        holds.keep(digest, fd)
+    else:
+        close_quietly(root.files, fd)
+    return good

@@ -1,0 +1,198 @@
+"""Going over a whole root: is everything what it says it is, and does everything lead somewhere?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from stitchcache.errors import EntryFormatError, FutureFormatError
+from stitchcache.store.failures import words
+from stitchcache.store.layout import Area
+from stitchcache.store.leftovers import leftovers
+from stitchcache.store.quarantine import quarantine
+from stitchcache.store.reading import MAX_ENTRY, Reading
+from stitchcache.store.root import Identity, Root
+from stitchcache.store.scan import Item, keyed_items, legacy_items
+
+T = TypeVar("T")
+
+Problem = Literal["damaged", "missing blob", "stale", "untrusted", "newer format", "unreadable", "leftover"]
+
+# A newer stitchcache's files are its own affair, and leftovers are ordinary after a crash.
+_HARMLESS = frozenset({"newer format", "leftover"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """Something that is not as it should be.
+
+    Args:
+        path: The file.
+        problem: Its kind.
+        detail: What a person reads.
+        repaired: Whether it was put right: damaged files and entries without their blobs go to quarantine,
+            pointers that lead nowhere are removed.
+    """
+
+    path: str
+    problem: Problem
+    detail: str
+    repaired: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What a verification saw.
+
+    Args:
+        entries: Entries looked at.
+        blobs: Blobs looked at, every byte of them.
+        targets: Targets looked at.
+        pieces: Piece files looked at.
+        bytes: Bytes read.
+        findings: What was wrong.
+    """
+
+    entries: int = 0
+    blobs: int = 0
+    targets: int = 0
+    pieces: int = 0
+    bytes: int = 0
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is wrong that was not repaired."""
+        return all(finding.repaired or finding.problem in _HARMLESS for finding in self.findings)
+
+
+@dataclass(slots=True)
+class _Walk:
+    reading: Reading
+    repair: bool
+    findings: list[Finding] = field(default_factory=list)
+    good_blobs: dict[str, int] = field(default_factory=dict)
+    good_entries: set[str] = field(default_factory=set)
+    seen: dict[Area, int] = field(default_factory=dict)
+    read: int = 0
+
+    @property
+    def root(self) -> Root:
+        return self.reading.root
+
+    def count(self, area: Area, item: Item) -> None:
+        self.seen[area] = self.seen.get(area, 0) + 1
+        self.read += item.size
+
+    def found(self, item: Item, problem: Problem, detail: str, repaired: bool = False) -> None:
+        self.findings.append(Finding(path=item.path, problem=problem, detail=detail, repaired=repaired))
+
+    def set_aside(self, item: Item, problem: Problem, detail: str, identity: Identity | None) -> None:
+        done = self.repair and quarantine(self.root, item.path, identity, detail)
+        self.found(item, problem, detail, done)
+
+    def check_trust(self, item: Item) -> None:
+        reason = self.root.distrust(item.path)
+        if reason is not None:
+            self.found(item, "untrusted", reason)
+
+    def blob(self, item: Item) -> None:
+        self.count(Area.BLOBS, item)
+        state = self.root.blob_state(item.path, item.key, item.size)
+        if isinstance(state, str):
+            self.set_aside(item, "damaged", state, None)
+        elif state is not None:
+            self.good_blobs[item.key] = item.size
+            self.check_trust(item)
+
+    def entry(self, item: Item) -> None:
+        self.count(Area.ENTRIES, item)
+        loaded = self._load(item, self.reading.codec.entry)
+        if loaded is None:
+            return
+        named, identity = loaded
+        missing = [digest for digest, size in named if not self._has_blob(digest, size)]
+        if missing:
+            detail = f"{len(missing)} of {len(named)} blobs are missing or damaged, such as {missing[0]}"
+            self.set_aside(item, "missing blob", detail, identity)
+        else:
+            self.good_entries.add(item.key)
+
+    def _has_blob(self, digest: str, size: int) -> bool:
+        return self.good_blobs.get(digest) == size or self.reading.blob_beneath(digest, size)
+
+    def target(self, item: Item) -> None:
+        self.count(Area.TARGETS, item)
+        loaded = self._load(item, self.reading.codec.target)
+        if loaded is not None:
+            key = loaded[0]
+            if key not in self.good_entries and not self.reading.entry_beneath(key):
+                self._drop(item, f"its entry {key} is gone")
+
+    def piece(self, item: Item) -> None:
+        self.count(Area.PIECES, item)
+        loaded = self._load(item, self.reading.codec.piece)
+        if loaded is not None and not self._has_blob(*loaded[0]):
+            self._drop(item, f"its blob {loaded[0][0]} is gone")
+
+    def _load(self, item: Item, decode: Callable[[bytes, str, str], T]) -> tuple[T, Identity] | None:
+        found = None
+        try:
+            found = self.root.read(item.path, MAX_ENTRY)
+            if found is None:
+                return None
+            value = decode(found.data, item.key, item.path)
+        except FutureFormatError as error:
+            self.found(item, "newer format", error.reason)
+            self.good_entries.add(item.key)
+            return None
+        except EntryFormatError as error:
+            detail = f"{error.field}: {error.reason}"
+            self.set_aside(item, "damaged", detail, found.identity if found else None)
+            return None
+        self.check_trust(item)
+        return value, found.identity
+
+    def _drop(self, item: Item, detail: str) -> None:
+        if self.repair:
+            self.root.files.unlink(item.path)
+        self.found(item, "stale", detail, self.repair)
+
+    def each(self, items: Sequence[Item], check: Callable[[Item], None]) -> None:
+        for item in items:
+            try:
+                check(item)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                self.found(item, "unreadable", words(error))
+
+
+def verify(reading: Reading, *, repair: bool) -> VerifyReport:
+    """Read everything in a root.
+
+    Args:
+        reading: What to verify.
+        repair: Whether to put right what can be.
+
+    Raises:
+        OSError: A directory cannot be listed.
+    """
+    root = reading.root
+    walk = _Walk(reading, repair and not root.read_only)
+    walk.each(list(keyed_items(root, Area.BLOBS)), walk.blob)
+    walk.each([*keyed_items(root, Area.ENTRIES), *legacy_items(root)], walk.entry)
+    walk.each(list(keyed_items(root, Area.TARGETS)), walk.target)
+    walk.each(list(keyed_items(root, Area.PIECES)), walk.piece)
+    for item in leftovers(root, time.time()):
+        walk.found(item, "leftover", "left by a process that ended; the next prune removes it")
+    return VerifyReport(
+        entries=walk.seen.get(Area.ENTRIES, 0),
+        blobs=walk.seen.get(Area.BLOBS, 0),
+        targets=walk.seen.get(Area.TARGETS, 0),
+        pieces=walk.seen.get(Area.PIECES, 0),
+        bytes=walk.read,
+        findings=tuple(walk.findings),
+    )
