@@ -135,6 +135,8 @@ class ExpressionGate:
         name = node.id
         if name in self.defined or name in self.names.consts or name in self.names.ops:
             return
+        if name in BUILTINS and not self.names.bound:
+            return
         if name not in self.names.slots:
             refuse(node, f"the name {name}, which is not defined there")
         self.used.add(self.names.slots[name])

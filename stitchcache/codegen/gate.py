@@ -11,8 +11,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from stitchcache.codegen.allowed import OPERATOR_METHODS
 from stitchcache.codegen.expressions import ExpressionGate, Names, dotted_path, refuse, resolve_op
-from stitchcache.codegen.names import RESERVED, is_dunder
+from stitchcache.codegen.names import RESERVED
 from stitchcache.errors import EntryFormatError
 
 _INLINED = re.compile(r"__vllm_inlined_submods__[0-9]+\Z")
@@ -146,7 +147,10 @@ def _take(target: ast.Name, names: Names) -> None:
 
 
 def _assignable(name: str) -> bool:
-    return name == "_" or not (name in RESERVED or is_dunder(name) or name.startswith("__vllm_"))
+    if name.startswith("__"):
+        # vLLM's code has a local of this name where the graph calls torch.Tensor.__mul__.
+        return name in OPERATOR_METHODS
+    return name == "_" or name not in RESERVED
 
 
 def _check_list(functions: list[ast.FunctionDef], submods: int, consts: int) -> frozenset[int]:

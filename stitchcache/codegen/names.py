@@ -61,7 +61,9 @@ class Namespace:
         Returns:
             A name that was not handed out before.
         """
-        base = wanted if is_identifier(wanted) else self._legal(wanted)
+        base = wanted
+        if not is_identifier(wanted) or wanted == "_" or wanted.startswith("__"):
+            base = self._legal(wanted)
         if base not in self._taken:
             self._taken.add(base)
             return base
@@ -94,10 +96,10 @@ class Namespace:
 
     @staticmethod
     def _legal(wanted: str) -> str:
-        name = _ILLEGAL.sub("_", wanted) or "value"
+        name = _ILLEGAL.sub("_", wanted)
+        # Two underscores in front are the ABI's own.
+        if name.startswith("__") or name in ("", "_"):
+            name = name.strip("_") or "value"
         if name[0].isdigit():
             name = f"_{name}"
-        # Dunder names are the ABI's own, and name mangling is not a concern outside classes.
-        if is_dunder(name):
-            name = name.strip("_") or "value"
         return name if is_identifier(name) else f"{name}_"
