@@ -1,0 +1,289 @@
+"""Factors of a model: its classes, tree, parameters, plain attributes, hooks and configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from stitchcache.keys.code import put_function
+from stitchcache.keys.digest import make_factor, shorten
+from stitchcache.keys.encoder import class_contents, new_encoder
+from stitchcache.keys.modules import INTERNALS, has_hooks, ignored_names, put_hooks, tensor_line
+from stitchcache.keys.origins import stands_by_version
+from stitchcache.keys.tensors import is_plain_tensor
+from stitchcache.keys.values import SCALARS, Encoder, Shared, UnkeyableError, has_plain_state, slots_of
+from stitchcache.types import Factor
+
+_SHOWN = 3
+"""Distinct values that an attribute's readable form lists."""
+
+_FUNCTION = type(put_function)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelKey:
+    """What can be known of a model without tracing it.
+
+    Args:
+        factors: Its factors, see docs/keys.md.
+        unsound: Why no key stands for it, naming the attribute; ``None`` where one does.
+    """
+
+    factors: tuple[Factor, ...]
+    unsound: str | None = None
+
+
+@dataclass(slots=True)
+class _Column:
+    """One attribute over all modules of a class: what it held, module by module."""
+
+    data: bytearray = field(default_factory=bytearray)
+    runs: list[tuple[bytes, str, int]] = field(default_factory=list)
+
+    def add(self, path: str, encoded: bytes, value: Any) -> None:
+        name = path.encode()
+        self.data += b"%d:%s%d:" % (len(name), name, len(encoded))
+        self.data += encoded
+        if self.runs and self.runs[-1][0] == encoded:
+            _, text, count = self.runs[-1]
+            self.runs[-1] = (encoded, text, count + 1)
+        elif len(self.runs) <= _SHOWN:
+            self.runs.append((encoded, readable(value), 1))
+
+    def text(self) -> str:
+        shown = [text if count == 1 else f"{text} x{count}" for _, text, count in self.runs[:_SHOWN]]
+        return ", ".join(shown) + (", ..." if len(self.runs) > _SHOWN else "")
+
+
+def readable(value: Any) -> str:
+    """A short form of a value that holds no address, for people."""
+    if type(value) in SCALARS or isinstance(value, (torch.dtype, torch.device)):
+        return shorten(repr(value), 40)
+    if type(value) in {list, tuple, set, frozenset, dict}:
+        return f"{type(value).__name__} of {len(value)}"
+    name = getattr(value, "__qualname__", None)
+    return shorten(name if isinstance(name, str) else type(value).__qualname__, 60)
+
+
+def model_factors(model: torch.nn.Module, shared: Shared | None = None) -> ModelKey:
+    """Everything about a model that a trace may depend on, as factors.
+
+    Args:
+        model: The model; not changed, and none of its code is run.
+        shared: Classes met elsewhere in the same key, such as in its inputs; their contents are keyed too.
+    """
+    shared = shared or Shared()
+    try:
+        return ModelKey(factors=tuple(_Walk(model, shared).factors()))
+    except UnkeyableError as error:
+        return ModelKey(factors=(), unsound=str(error))
+    except RecursionError:
+        return ModelKey(factors=(), unsound="the model's attributes are nested too deep")
+
+
+class _Walk:
+    """One pass over a model's tree."""
+
+    def __init__(self, model: torch.nn.Module, shared: Shared) -> None:
+        self.model = model
+        self.shared = shared
+        self.encoder = new_encoder(shared)
+        self.modules: list[tuple[str, torch.nn.Module]] = []
+        self.tree: list[str] = []
+        self.labels: dict[type, str] = {}
+        self.columns: dict[tuple[str, str], _Column] = {}
+
+    def factors(self) -> Iterator[Factor]:
+        """All factors of the model, most telling first."""
+        self._visit("", self.model)
+        cls = self._label(type(self.model))
+        yield make_factor("model.class", cls)
+        yield make_factor("model.tree", f"{len(self.modules)} modules", "\n".join(self.tree).encode())
+        training = [path or "(model)" for path, module in self.modules if module.training]
+        text = "all off" if not training else ", ".join(training[:8])
+        yield make_factor("model.training", text, "\n".join(training).encode())
+        yield from self._tensors()
+        yield from self._attributes()
+        yield self._hooks()
+        yield self._torch_classes()
+        yield from class_factors(self.shared)
+
+    def _label(self, cls: type) -> str:
+        label = self.labels.get(cls)
+        if label is None:
+            label = self.labels[cls] = self.encoder.class_label(cls)
+            self.encoder.put_class(cls)
+        return label
+
+    def _visit(self, path: str, module: torch.nn.Module) -> None:
+        """List the tree; a module that occurs twice is named by its first path."""
+        known = self.encoder.seen.get(id(module))
+        if known is not None:
+            self.tree.append(f"{path!r} = {known.decode()!r}")
+            return
+        if not isinstance(module, torch.nn.Module):
+            raise UnkeyableError(path, f"a {type(module).__name__} stands where a module should")
+        self.encoder.seen[id(module)] = f"module {path}".encode()
+        self.modules.append((path, module))
+        self.tree.append(f"{path!r}: {self._label(type(module))}")
+        for name, child in module._modules.items():
+            if child is None:
+                self.tree.append(f"{path!r}.{name!r}: None")
+            else:
+                self._visit(f"{path}.{name}" if path else name, child)
+
+    def _tensors(self) -> Iterator[Factor]:
+        lines: dict[str, list[str]] = {"parameters": [], "buffers": []}
+        elements = dict.fromkeys(lines, 0)
+        extents: list[tuple[int, int, str]] = []
+        notes = new_encoder(self.shared)
+        for path, module in self.modules:
+            state = module.__dict__
+            transient = state["_non_persistent_buffers_set"]
+            for kind in lines:
+                for name, value in state[f"_{kind}"].items():
+                    full = f"{path}.{name}" if path else name
+                    known = None if value is None else self.encoder.seen.get(id(value))
+                    line = known.decode() if known else tensor_line(self.encoder, full, value)
+                    lines[kind].append(f"{full!r} {line}{' transient' if name in transient else ''}")
+                    if known or value is None:
+                        continue
+                    elements[kind] += value.numel()
+                    self.encoder.seen[id(value)] = f"tensor {full}".encode()
+                    if value.__dict__:
+                        notes.put_at(full, {k: v for k, v in value.__dict__.items() if k[:4] != "_is_"})
+                    if is_plain_tensor(value) and value.device.type != "meta" and value.numel():
+                        extents.append(_extent(value, full))
+        for kind, text in lines.items():
+            value_text = f"{len(text)} tensors, {elements[kind]} elements"
+            yield make_factor(f"model.{kind}", value_text, "\n".join(text).encode("utf-8", "surrogatepass"))
+        overlaps = _overlaps(extents)
+        yield make_factor("model.aliases", ", ".join(overlaps) or "none", "\n".join(overlaps).encode())
+        yield make_factor("model.tensor_attributes", f"{len(notes.out)} bytes", bytes(notes.out))
+
+    def _attributes(self) -> Iterator[Factor]:
+        config = self.model.__dict__.get("config")
+        if config is not None and type(config) not in self.encoder.handlers and has_plain_state(type(config)):
+            yield from self._config(config)
+        slots = {cls: slots_of(cls) for cls in self.labels}
+        ignored = {cls: INTERNALS | ignored_names(cls) for cls in self.labels}
+        for path, module in self.modules:
+            cls = type(module)
+            label, skipped = self.labels[cls], ignored[cls]
+            for name, value in module.__dict__.items():
+                if name not in skipped:
+                    self._cell(label, path, name, value)
+            for name, descriptor in slots[cls]:
+                if hasattr(module, name):
+                    self._cell(label, path, name, descriptor.__get__(module))
+        for (label, name), column in self.columns.items():
+            yield make_factor(f"model.attributes.{label}.{name}", column.text(), bytes(column.data))
+
+    def _cell(self, label: str, path: str, name: str, value: Any) -> None:
+        column = self.columns.get((label, name))
+        if column is None:
+            column = self.columns[label, name] = _Column()
+        scalar = SCALARS.get(type(value))
+        column.add(path, scalar(value) if scalar is not None else self._encode(path, name, value), value)
+
+    def _encode(self, path: str, name: str, value: Any) -> bytes:
+        encoder = self.encoder
+        if name == "_compiled_call_impl":
+            raise UnkeyableError(path, "Module.compile() was called; pass the model as it was before")
+        encoder.out.clear()
+        encoder.path = [path, f".{name}"]
+        encoder.put(value)
+        return bytes(encoder.out)
+
+    def _config(self, config: Any) -> Iterator[Factor]:
+        """One factor for each field of the model's configuration, which modules usually share."""
+        encoder = self.encoder
+        encoder.seen[id(config)] = b"config"
+        encoder.put_class(type(config))
+        ignored = ignored_names(type(config))
+        for name, value in getattr(config, "__dict__", {}).items():
+            if name not in ignored:
+                data = self._encode("config", name, value)
+                yield make_factor(f"model.config.{name}", readable(value), data)
+        for name, descriptor in slots_of(type(config)):
+            if hasattr(config, name):
+                value = descriptor.__get__(config)
+                data = self._encode("config", name, value)
+                yield make_factor(f"model.config.{name}", readable(value), data)
+
+    def _hooks(self) -> Factor:
+        encoder = self.encoder
+        encoder.out.clear()
+        hooked = [(path, module) for path, module in self.modules if has_hooks(module)]
+        for path, module in hooked:
+            encoder.path = [path]
+            encoder.text(path)
+            put_hooks(encoder, module)
+        names = ", ".join(path or "(model)" for path, _ in hooked)
+        return make_factor("model.hooks", names or "none", bytes(encoder.out))
+
+    def _torch_classes(self) -> Factor:
+        """What somebody changed on torch's own module classes: methods from elsewhere, plain attributes."""
+        encoder = new_encoder(self.shared)
+        replaced = []
+        bases = dict.fromkeys(base for cls in self.labels for base in cls.__mro__)
+        for cls in bases:
+            if not self.shared.is_versioned(cls.__module__):
+                continue
+            for name, value in cls.__dict__.items():
+                if isinstance(value, _FUNCTION):
+                    if not stands_by_version(value.__code__.co_filename):
+                        replaced.append(f"{cls.__qualname__}.{name}")
+                        encoder.text(replaced[-1])
+                        encoder.put_at(replaced[-1], value)
+                elif name[:2] != "__" and (scalar := SCALARS.get(type(value))) is not None:
+                    encoder.text(f"{cls.__qualname__}.{name}")
+                    encoder.out += scalar(value)
+        return make_factor("model.torch_classes", ", ".join(replaced) or "as shipped", bytes(encoder.out))
+
+
+def class_factors(shared: Shared) -> Iterator[Factor]:
+    """One factor for each Python module whose classes a key met: methods and class attributes.
+
+    Raises:
+        UnkeyableError: A class attribute cannot be written soundly.
+    """
+    modules: dict[str, list[tuple[str, bytes]]] = {}
+    done: set[int] = set()
+    while len(done) < len(shared.classes):
+        # A class's contents may name further classes.
+        for identity, cls in list(shared.classes.items()):
+            if identity not in done:
+                done.add(identity)
+                module = shared.main if cls.__module__ == "__main__" else cls.__module__
+                modules.setdefault(module, []).append((cls.__qualname__, class_contents(shared, cls)))
+    for module, classes in sorted(modules.items()):
+        classes.sort()
+        names = ", ".join(name for name, _ in classes)
+        payload = b"".join(b"%d:" % len(contents) + contents for _, contents in classes)
+        yield make_factor(f"model.code.{module}", names, payload)
+
+
+def _extent(value: torch.Tensor, name: str) -> tuple[int, int, str]:
+    start = value.data_ptr()
+    span = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)) + 1
+    return start, start + span * value.element_size(), name
+
+
+def _overlaps(extents: list[tuple[int, int, str]]) -> list[str]:
+    """Tensors that share memory without being one object: writing to one changes the other."""
+    found = []
+    extents.sort()
+    end, owner, base = 0, "", 0
+    for start, stop, name in extents:
+        if start < end:
+            found.append(f"{name!r} in {owner!r} at {start - base}")
+        if stop > end:
+            end, owner, base = stop, name, start
+    return found
+
+
+__all__ = ["Encoder", "ModelKey", "class_factors", "model_factors", "readable"]

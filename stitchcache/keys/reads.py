@@ -1,0 +1,155 @@
+"""What a code object reads from outside of itself: globals, attributes of modules, imports."""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import CodeType, ModuleType
+from typing import Any
+
+from stitchcache.keys.encoder import class_contents, new_encoder
+from stitchcache.keys.origins import installed_path
+from stitchcache.keys.values import Shared, UnkeyableError
+
+_GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
+_ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
+_BETWEEN = frozenset({"CACHE", "PUSH_NULL", "PRECALL", "EXTENDED_ARG"})
+_ABSENT = b"absent"
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """An import within a function.
+
+    Args:
+        module: The module's full name.
+        names: What is read from it: imported names, or every attribute name that the code mentions.
+    """
+
+    module: str
+    names: tuple[str, ...]
+
+
+def global_chains(code: CodeType) -> Iterator[tuple[str, ...]]:
+    """Globals that a code object reads, each with the attributes that it takes from it at once."""
+    chain: list[str] = []
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in _BETWEEN:
+            continue
+        if chain and instruction.opname in _ATTRIBUTE:
+            chain.append(str(instruction.argval))
+            continue
+        if chain:
+            yield tuple(chain)
+            chain = []
+        if instruction.opname in _GLOBAL:
+            chain = [str(instruction.argval)]
+    if chain:
+        yield tuple(chain)
+
+
+def imports_of(code: CodeType, package: str) -> Iterator[Import]:
+    """Imports within a code object."""
+    instructions = [item for item in dis.get_instructions(code) if item.opname not in _BETWEEN]
+    for index, instruction in enumerate(instructions):
+        if instruction.opname != "IMPORT_NAME":
+            continue
+        level, names = instructions[index - 2].argval, instructions[index - 1].argval
+        module = str(instruction.argval)
+        if level:
+            module = importlib.util.resolve_name("." * level + module, package)
+        if not names and "." in module:
+            yield Import(module.partition(".")[0], code.co_names)
+        yield Import(module, tuple(names or code.co_names))
+
+
+def lookup(namespace: dict[str, Any], chain: tuple[str, ...]) -> tuple[Any, bool, tuple[str, ...]]:
+    """Follow a chain through modules.
+
+    Returns:
+        What it leads to; whether there is such a thing; and the part of the chain that leads there. The
+        rest of the chain is within the value, and a value is keyed as a whole.
+    """
+    name = chain[0]
+    if name in namespace:
+        value = namespace[name]
+    elif hasattr(builtins, name):
+        value = getattr(builtins, name)
+    else:
+        return None, False, chain[:1]
+    for index, step in enumerate(chain[1:], 1):
+        if not isinstance(value, ModuleType):
+            return value, True, chain[:index]
+        inner = vars(value)
+        if step not in inner:
+            return value, False, chain[: index + 1]
+        value = inner[step]
+    return value, True, chain
+
+
+def title(entry: str) -> str:
+    """An entry's name for people: ``module.name``."""
+    return entry.removeprefix("?").replace(":", ".").rstrip(".")
+
+
+def global_digest(shared: Shared, entry: str, value: Any, exists: bool) -> str:
+    """Digest of what a global's name leads to.
+
+    Args:
+        shared: What this record's encoders have in common; classes that the value names are noted there.
+        entry: Its name in the record. It ends in a dot where the code goes on to read from the value;
+            elsewhere the code holds the value itself, which for a module says nothing of what it reads.
+        value: What the chain leads to.
+        exists: Whether it leads to anything.
+
+    Raises:
+        UnkeyableError: No digest stands for it soundly.
+    """
+    payload = _ABSENT
+    if isinstance(value, ModuleType):
+        if exists and not entry.endswith(".") and not _may_be_held(shared, value):
+            why = f"the module {value.__name__} is used as a value; name what is read from it"
+            raise UnkeyableError(f"global {title(entry)}", why)
+        # torch and others load parts of themselves late; that a part is not there yet means nothing.
+        payload = b"module " + value.__name__.encode()
+    elif exists:
+        encoder = new_encoder(shared, [f"global {title(entry)}"])
+        encoder.put(value)
+        payload = bytes(encoder.out)
+    return hashlib.sha256(payload).hexdigest()
+
+
+def _may_be_held(shared: Shared, module: ModuleType) -> bool:
+    file = getattr(module, "__file__", None) or ""
+    return shared.is_versioned(module.__name__) or installed_path(file) != ""
+
+
+def class_digest(shared: Shared, cls: type) -> str:
+    """Digest of a class's contents.
+
+    Raises:
+        UnkeyableError: One of its attributes cannot be written soundly.
+    """
+    return hashlib.sha256(class_contents(shared, cls)).hexdigest()
+
+
+def text_digest(value: str | None) -> str:
+    """Digest of an environment variable; ``None`` where it is not set."""
+    data = b"unset" if value is None else b"=" + value.encode("utf-8", "surrogatepass")
+    return hashlib.sha256(data).hexdigest()
+
+
+def is_module_namespace(namespace: dict[str, Any]) -> bool:
+    """Whether a function's globals are those of a module that is imported under its name."""
+    module = sys.modules.get(str(namespace.get("__name__")))
+    return module is not None and vars(module) is namespace
+
+
+def bytes_digest(data: bytes) -> str:
+    """sha256 of a file's bytes."""
+    return hashlib.sha256(data).hexdigest()

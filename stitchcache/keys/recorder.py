@@ -1,0 +1,294 @@
+"""Watches a capture: which code runs, and what that code reads from outside of the model.
+
+A profile function sees every call in the thread. ``sys.monitoring`` would be cheaper where it exists, but it
+gives code objects without their globals, and to switch off a place after its first call, which makes it
+cheap, would miss a second function with the same code. Capture takes seconds; the profile function is paid
+only there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Callable
+from types import CodeType, FrameType, ModuleType
+from typing import Any
+
+import torch
+
+from stitchcache.keys import reads
+from stitchcache.keys.files import changed_since_import, read_source
+from stitchcache.keys.origins import in_stdlib, installed_path, stands_by_version
+from stitchcache.keys.values import Shared, UnkeyableError
+from stitchcache.types import SourceRef
+
+_READ_VARIABLE = type(os.environ).__getitem__.__code__
+_FORBIDDEN_CODE = {
+    threading.Thread.start.__code__: "starts a thread, whose code is not seen",
+    importlib.import_module.__code__: "imports a module by a name that is computed",
+}
+_FORBIDDEN_MODULES = frozenset(
+    {"time", "posix", "nt", "_random", "_socket", "_io", "io", "random", "_thread", "_datetime", "datetime"}
+)
+_FORBIDDEN_BUILTINS = frozenset({"open", "eval", "exec", "globals", "input", "id", "__import__"})
+_DYNAMO = f"{os.sep}torch{os.sep}_dynamo{os.sep}symbolic_convert.py"
+
+
+class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
+    """Records what a capture depends on beyond the model itself. Use it around the capture, in its thread.
+
+    Attributes:
+        sources: Source files that ran, after the block.
+        globals: What the code read, after the block: name to digest. See docs/keys.md for the names.
+        unsound: Why a target key must not lead to this capture; ``None`` where it may.
+    """
+
+    def __init__(self) -> None:
+        self.sources: tuple[SourceRef, ...] = ()
+        self.globals: tuple[tuple[str, str], ...] = ()
+        self.unsound: str | None = None
+        self._shared = Shared()
+        self._seen: dict[int, CodeType] = {}
+        self._user: dict[int, CodeType] = {}
+        self._modules: dict[str, ModuleType] = {}
+        self._found: dict[str, str] = {}
+        self._imports: list[tuple[reads.Import, str]] = []
+        self._module_classes: dict[int, type] = {}
+        self._loaded: frozenset[str] = frozenset()
+        self._previous: Any = None
+        self._callback: Callable[[FrameType, str, Any], None] | None = None
+
+    def __enter__(self) -> SourceRecorder:
+        self._loaded = frozenset(sys.modules)
+        self._previous = sys.getprofile()
+        self._callback = self._profile
+        sys.setprofile(self._callback)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        intact = sys.getprofile() is self._callback
+        sys.setprofile(self._previous)
+        if not intact:
+            self._refuse("another profiler was installed while the model was captured")
+        self._finish_imports()
+        self._finish_classes()
+        self._check_covered()
+        self.sources = tuple(self._sources())
+        self.globals = tuple(sorted(self._found.items()))
+        self._callback = self._previous = None
+
+    def _refuse(self, reason: str) -> None:
+        if self.unsound is None:
+            self.unsound = reason
+
+    def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
+        code = frame.f_code
+        if event == "call":
+            if code is _READ_VARIABLE:
+                self._variable(frame)
+            elif id(code) in _FORBIDDEN_IDS:
+                self._forbidden_code(frame, code)
+            if id(code) not in self._seen:
+                self._seen[id(code)] = code
+                self._first_call(frame, code)
+        elif event == "c_call" and id(code) in self._user:
+            self._c_call(code, arg)
+
+    def _first_call(self, frame: FrameType, code: CodeType) -> None:
+        filename = code.co_filename
+        if stands_by_version(filename):
+            if filename.endswith(_DYNAMO):
+                self._refuse("part of the model is traced by torch._dynamo, whose reads are not seen")
+            return
+        namespace = frame.f_globals
+        if filename.startswith("<") and self._is_generated(frame):
+            return
+        if _is_search(frame):
+            return
+        self._user[id(code)] = code
+        if not reads.is_module_namespace(namespace):
+            # Covered only if its bytecode is part of a digest; looked at when everything was seen.
+            return
+        name = str(namespace["__name__"])
+        module = sys.modules[name]
+        self._modules.setdefault(name, module)
+        if name not in self._loaded and not installed_path(filename):
+            self._refuse(f"module {name} is imported while the model runs; import it beforehand")
+        if code.co_name == "<module>":
+            return
+        self._reads(code, namespace, name)
+        self._receiver(frame, code)
+
+    def _is_generated(self, frame: FrameType) -> bool:
+        """Whether code without a file is made by torch or the library, such as a namedtuple's constructor.
+
+        A body that they execute only defines functions; those are looked at when they run.
+        """
+        module = str(frame.f_globals.get("__name__"))
+        if module.startswith("namedtuple_") or self._shared.is_versioned(module):
+            return True
+        caller = frame.f_back
+        body = frame.f_code.co_name == "<module>"
+        return body and caller is not None and stands_by_version(caller.f_code.co_filename)
+
+    def _reads(self, code: CodeType, namespace: dict[str, Any], name: str) -> None:
+        label = self._label(name)
+        for chain in reads.global_chains(code):
+            value, exists, used = reads.lookup(namespace, chain)
+            self._note(label, used, value, exists, whole=used == chain)
+        package = str(namespace.get("__package__") or name.rpartition(".")[0])
+        for item in reads.imports_of(code, package):
+            self._imports.append((item, code.co_qualname))
+
+    def _note(self, label: str, chain: tuple[str, ...], value: Any, exists: bool, *, whole: bool) -> None:
+        late = "" if label == self._shared.main or label in self._loaded else "?"
+        entry = f"{late}{label}:{'.'.join(chain)}{'' if whole else '.'}"
+        if entry in self._found:
+            return
+        try:
+            self._found[entry] = reads.global_digest(self._shared, entry, value, exists)
+        except UnkeyableError as error:
+            self._refuse(str(error))
+
+    def _receiver(self, frame: FrameType, code: CodeType) -> None:
+        """Note the class whose method runs; those of modules are part of the target key already."""
+        if not code.co_argcount or not code.co_varnames or code.co_varnames[0] not in {"self", "cls"}:
+            return
+        value = frame.f_locals.get(code.co_varnames[0])
+        for cls in value.__mro__ if isinstance(value, type) else type(value).__mro__:
+            if issubclass(cls, torch.nn.Module):
+                self._module_classes[id(cls)] = cls
+            elif not self._shared.is_versioned(cls.__module__):
+                self._shared.classes.setdefault(id(cls), cls)
+
+    def _variable(self, frame: FrameType) -> None:
+        """Note an environment variable that the model's code reads; torch's are factors where they count."""
+        caller = _outside_stdlib(frame)
+        if caller is None or stands_by_version(caller.f_code.co_filename):
+            return
+        key = frame.f_locals.get("key")
+        if isinstance(key, str):
+            data = key.encode("utf-8", "surrogateescape")
+            value = os.environ._data.get(data)  # type: ignore[attr-defined]
+            text = None if value is None else value.decode("utf-8", "surrogateescape")
+            self._found.setdefault(f"env:{key}", reads.text_digest(text))
+
+    def _forbidden_code(self, frame: FrameType, code: CodeType) -> None:
+        caller = _outside_stdlib(frame)
+        filename = "" if caller is None else caller.f_code.co_filename
+        lazily = code is _IMPORT_MODULE and installed_path(filename)
+        if caller is not None and not stands_by_version(filename) and not lazily:
+            self._refuse(f"{_place(caller.f_code)} {_FORBIDDEN_CODE[code]}")
+
+    def _c_call(self, code: CodeType, function: Any) -> None:
+        """Look at what the model's code calls in C: clocks, files and random numbers are in no key."""
+        name = getattr(function, "__name__", "")
+        owner = getattr(function, "__self__", None)
+        module = getattr(function, "__module__", None)
+        if isinstance(owner, ModuleType):
+            module = owner.__name__
+        elif owner is not None and module is None:
+            module = (owner if isinstance(owner, type) else type(owner)).__module__
+        forbidden = module in _FORBIDDEN_MODULES or (module == "builtins" and name in _FORBIDDEN_BUILTINS)
+        if forbidden and not isinstance(owner, str) and code.co_name != "<module>":
+            if not (installed_path(code.co_filename) and name in {"id", "globals"}):
+                self._refuse(f"{_place(code)} calls {module}.{name}, whose result is not the same each time")
+        elif isinstance(module, str) and module not in self._modules:
+            extension = sys.modules.get(module)
+            file = getattr(extension, "__file__", None) or ""
+            if extension is not None and file.endswith((".so", ".pyd")) and not stands_by_version(file):
+                self._modules[module] = extension
+
+    def _label(self, name: str) -> str:
+        return self._shared.main if name == "__main__" else name
+
+    def _finish_imports(self) -> None:
+        for item, where in self._imports:
+            module = sys.modules.get(item.module)
+            if module is None or self._shared.is_versioned(item.module):
+                continue
+            for name in item.names:
+                if name == "*":
+                    self._refuse(f"{where} imports everything from {item.module}")
+                elif name in vars(module):
+                    value = vars(module)[name]
+                    self._note(self._label(item.module), (name,), value, True, whole=False)
+
+    def _finish_classes(self) -> None:
+        done: set[int] = set()
+        while len(done) < len(self._shared.classes):
+            for identity, cls in list(self._shared.classes.items()):
+                if identity in done:
+                    continue
+                done.add(identity)
+                label = self._label(cls.__module__)
+                late = "" if label == self._shared.main or label in self._loaded else "?"
+                try:
+                    digest = reads.class_digest(self._shared, cls)
+                except UnkeyableError as error:
+                    self._refuse(str(error))
+                    continue
+                self._found[f"class:{late}{label}:{cls.__qualname__}"] = digest
+        covered = Shared(main=self._shared.main, codes=self._shared.codes)
+        for cls in self._module_classes.values():
+            with contextlib.suppress(UnkeyableError):
+                # The target key has met this class, or will; here it only says which code was digested.
+                reads.class_digest(covered, cls)
+
+    def _check_covered(self) -> None:
+        """Refuse code that no digest stands for: made by exec, or reached with cells nobody wrote down."""
+        constants = (const for code in self._seen.values() for const in code.co_consts)
+        nested = {id(const) for const in constants if isinstance(const, CodeType)}
+        files = {getattr(module, "__file__", None) for module in self._modules.values()}
+        for identity, code in self._user.items():
+            if identity in self._shared.codes or identity in nested:
+                continue
+            if os.path.abspath(code.co_filename) not in files:
+                self._refuse(f"{_place(code)} has no source file that can be checked")
+            elif set(code.co_freevars) - {"__class__"}:
+                self._refuse(f"{_place(code)} was reached in a way that hides what it closes over")
+
+    def _sources(self) -> list[SourceRef]:
+        found = []
+        for name, module in sorted(self._modules.items()):
+            label = self._label(name)
+            if label == "__main__" and getattr(module, "__file__", None) is None:
+                continue
+            try:
+                data = read_source(module)
+            except OSError as error:
+                self._refuse(f"the source of {name} cannot be read: {error}")
+                continue
+            reason = changed_since_import(module, data)
+            if reason is not None:
+                self._refuse(reason)
+            found.append(SourceRef(module=label, digest=reads.bytes_digest(data), size=len(data)))
+        return found
+
+
+_IMPORT_MODULE = importlib.import_module.__code__
+_FORBIDDEN_IDS = frozenset(id(code) for code in _FORBIDDEN_CODE)
+
+
+def _outside_stdlib(frame: FrameType) -> FrameType | None:
+    caller = frame.f_back
+    while caller is not None and in_stdlib(caller.f_code.co_filename):
+        caller = caller.f_back
+    return caller
+
+
+def _is_search(frame: FrameType) -> bool:
+    """Whether the import machinery asks somebody's finder where a module is; that runs none of it."""
+    caller: FrameType | None = frame
+    while caller is not None and not stands_by_version(caller.f_code.co_filename):
+        if caller.f_code.co_name == "<module>":
+            return False
+        caller = caller.f_back
+    return caller is not None and caller.f_code.co_filename.startswith("<frozen importlib")
+
+
+def _place(code: CodeType) -> str:
+    return f"{code.co_qualname} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"

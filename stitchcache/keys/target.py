@@ -1,0 +1,147 @@
+"""The target key: everything that can be known of a compilation without tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stitchcache.errors import OptionError
+from stitchcache.keys.digest import Digest, make_factor
+from stitchcache.keys.encoder import new_encoder
+from stitchcache.keys.environment import environment_factors, python_version
+from stitchcache.keys.inputs import input_factors
+from stitchcache.keys.module_tree import model_factors, readable
+from stitchcache.keys.torch_state import torch_state_factors
+from stitchcache.keys.values import Shared, UnkeyableError
+from stitchcache.types import Factor, SizeRange
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetKey:
+    """A target key with what it is made of.
+
+    Args:
+        key: 64 hex digits; ``None`` where no key stands for this target soundly.
+        reason: Why there is no key; ``None`` where there is one.
+        factors: What the key is made of, as far as it got.
+    """
+
+    key: str | None
+    reason: str | None
+    factors: tuple[Factor, ...]
+
+
+def target_key(
+    model: torch.nn.Module,
+    leaves: Sequence[tuple[str, Any]],
+    tree: str,
+    dynamic_shapes: Any,
+    splitting_ops: Iterable[str],
+    size_ranges: Sequence[SizeRange] | None,
+    backend: str,
+    options: Mapping[str, Any],
+    key_factors: Mapping[str, Any] | None,
+) -> TargetKey:
+    """Compute the key under which a direct lookup finds a target.
+
+    None of the model's code is run, and nothing is traced.
+
+    Args:
+        model: The model.
+        leaves: Path and value of each input leaf, in tree order.
+        tree: The input tree, written down.
+        dynamic_shapes: As for ``torch.export.export``.
+        splitting_ops: Names of the ops to split at.
+        size_ranges: Sizes with code of their own.
+        backend: ``aoti``, ``inductor`` or ``eager``.
+        options: The backend's options.
+        key_factors: The caller's own factors, name to plain value.
+
+    Raises:
+        OptionError: One of ``options`` or ``key_factors`` is no plain value.
+    """
+    shared = Shared()
+    factors = list(_option_factors(splitting_ops, size_ranges, backend, options, key_factors or {}))
+    reason: str | None = None
+    try:
+        factors += environment_factors(backend, _device_types(model, leaves))
+        factors.append(make_factor("code.python", python_version()))
+        factors += torch_state_factors()
+        factors += input_factors(leaves, tree, dynamic_shapes, shared)
+        parts = model_factors(model, shared)
+        factors += parts.factors
+        reason = parts.unsound
+    except UnkeyableError as error:
+        reason = str(error)
+    if reason is not None:
+        return TargetKey(key=None, reason=reason, factors=tuple(factors))
+    digest = Digest()
+    for factor in sorted(factors, key=lambda item: item.name):
+        digest.add(factor.name, factor.digest.encode())
+    return TargetKey(key=digest.hexdigest(), reason=None, factors=tuple(factors))
+
+
+def _option_factors(
+    splitting_ops: Iterable[str],
+    size_ranges: Sequence[SizeRange] | None,
+    backend: str,
+    options: Mapping[str, Any],
+    key_factors: Mapping[str, Any],
+) -> Iterable[Factor]:
+    ops = sorted(set(splitting_ops))
+    yield make_factor("options.backend", backend)
+    yield make_factor("options.splitting_ops", ", ".join(ops) or "none", "\0".join(ops).encode())
+    ranges = [f"{item.dim or ''}:{item.min}..{item.max}" for item in size_ranges or ()]
+    yield make_factor("options.size_ranges", ", ".join(ranges) or "none")
+    for kind, mapping in (("options", options), ("user", key_factors)):
+        prefix = "options.backend" if kind == "options" else kind
+        for name, value in mapping.items():
+            yield make_factor(f"{prefix}.{name}", readable(value), _plain(kind, name, value))
+
+
+def _plain(kind: str, name: str, value: Any) -> bytes:
+    encoder = new_encoder(Shared())
+    argument = "key_factors" if kind == "user" else "options"
+    try:
+        encoder.put(value)
+    except UnkeyableError as error:
+        message = f"{argument}[{name!r}] must be a plain value, as it becomes part of a key: {error}"
+        raise OptionError(message, option=argument) from error
+    return bytes(encoder.out)
+
+
+def _device_types(model: torch.nn.Module, leaves: Sequence[tuple[str, Any]]) -> set[str]:
+    types = {value.device.type for _, value in leaves if isinstance(value, torch.Tensor)}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            types.update(value.device.type for value in tensors.values() if value is not None)
+    return types
+
+
+def explain_differences(old: Sequence[Factor], new: Sequence[Factor]) -> dict[str, tuple[str, str]]:
+    """Say which factors differ between two keys.
+
+    Args:
+        old: Factors of the stored key.
+        new: Factors of the key that was looked up.
+
+    Returns:
+        Factor name to ``(old value, new value)``, in the new key's order; ``"(absent)"`` for one that a key
+        does not have. Values that read alike are told apart by the start of their digests.
+    """
+    before = {factor.name: factor for factor in old}
+    after = {factor.name: factor for factor in new}
+    found = {}
+    for name in [*after, *(name for name in before if name not in after)]:
+        one, two = before.get(name), after.get(name)
+        if one is not None and two is not None:
+            if one.digest == two.digest:
+                continue
+            if one.value == two.value:
+                found[name] = (f"{one.value} [{one.digest[:8]}]", f"{two.value} [{two.digest[:8]}]")
+                continue
+        found[name] = (one.value if one else "(absent)", two.value if two else "(absent)")
+    return found

@@ -1,0 +1,85 @@
+"""The private parts of torch that keys need. Tried with torch 2.11 and 2.13.
+
+Nothing public says which modes are active, which hooks every module runs, or which of Inductor's settings
+somebody changed.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch.nn.modules import module as nn_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils import _config_module
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+
+_PERFORMANCE_ONLY = (
+    "trace.",
+    "worker_",
+    "compile_threads",
+    "fx_graph_cache",
+    "fx_graph_remote_cache",
+    "force_disable_caches",
+    "autotune_local_cache",
+    "autotune_remote_cache",
+    "bundled_autotune_remote_cache",
+    "bundle_triton_into_fx_graph_cache",
+    "unsafe_",
+    "disable_progress",
+    "verbose_progress",
+    "debug",
+    "quiesce_async_compile",
+    "enable_caching_generated_triton_templates",
+)
+"""Prefixes of Inductor's settings that decide how it works, not what it makes."""
+
+
+def active_modes() -> list[str]:
+    """Names of the torch function and dispatch modes that are active, innermost last.
+
+    A default device is a mode too; it is left out here, as it is a factor of its own.
+    """
+    functions: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    modes = [*functions, *_get_current_dispatch_mode_stack()]
+    names = [type(mode).__name__ for mode in modes]
+    return [name for name in names if name not in {"DeviceContext", "FakeTensorMode"}]
+
+
+def in_function_transform() -> bool:
+    """Whether the caller stands inside of a ``torch.func`` transform such as vmap."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def has_global_module_hooks() -> bool:
+    """Whether hooks are registered that every module runs."""
+    return any(getattr(nn_module, name, None) for name in _GLOBAL_HOOKS)
+
+
+def changed_inductor_settings() -> dict[str, Any]:
+    """Settings of Inductor that differ from their defaults, without importing Inductor.
+
+    Where it is not imported nothing was changed but by environment variables, which are factors.
+    """
+    config: Any = sys.modules.get("torch._inductor.config")
+    if config is None:
+        return {}
+    changed: dict[str, Any] = {}
+    for name, entry in config._config.items():
+        if entry.alias is not None or name.startswith(_PERFORMANCE_ONLY):
+            continue
+        # A context variable since 2.12, a plain value before.
+        override = entry.user_override
+        value = override.get() if isinstance(override, ContextVar) else override
+        if value is not _config_module._UNSET_SENTINEL and value != entry.default:
+            changed[name] = value
+    return changed

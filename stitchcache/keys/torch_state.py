@@ -1,0 +1,149 @@
+"""Factors of torch's own settings in this process, as far as a trace or generated code depends on them.
+
+Grad and inference mode are no factors: capture runs with both switched off, and calls run without
+autograd, whatever the caller's mode. The number of threads is none either: it changes no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+
+from stitchcache.keys import torch_private
+from stitchcache.keys.digest import make_factor
+from stitchcache.keys.encoder import new_encoder
+from stitchcache.keys.origins import stands_by_version
+from stitchcache.keys.values import Shared, UnkeyableError
+from stitchcache.types import Factor
+
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+_PRECISION = (
+    "fp32_precision",
+    "cuda.matmul.fp32_precision",
+    "cudnn.fp32_precision",
+    "cudnn.conv.fp32_precision",
+    "cudnn.rnn.fp32_precision",
+    "mkldnn.fp32_precision",
+    "mkldnn.matmul.fp32_precision",
+    "mkldnn.conv.fp32_precision",
+    "mkldnn.rnn.fp32_precision",
+    "cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "cuda.matmul.allow_bf16_reduced_precision_reduction",
+    "cuda.matmul.allow_fp16_accumulation",
+)
+_BACKENDS = (
+    "cudnn.enabled",
+    "cudnn.deterministic",
+    "mkldnn.enabled",
+    "mkldnn.deterministic",
+    "opt_einsum.enabled",
+    "opt_einsum.strategy",
+    "quantized.engine",
+    "mha.get_fastpath_enabled",
+)
+_ATTENTION = (
+    "cuda.flash_sdp_enabled",
+    "cuda.mem_efficient_sdp_enabled",
+    "cuda.math_sdp_enabled",
+    "cuda.cudnn_sdp_enabled",
+    "cuda.fp16_bf16_reduction_math_sdp_allowed",
+)
+_PATCHABLE = (torch, torch.nn.functional, torch.Tensor)
+
+
+def torch_state_factors() -> tuple[Factor, ...]:
+    """Factors of torch's global state.
+
+    Raises:
+        UnkeyableError: A mode, transform or hook is active that may change what a trace sees.
+    """
+    _refuse_what_changes_traces()
+    return tuple(_factors())
+
+
+def _refuse_what_changes_traces() -> None:
+    modes = torch_private.active_modes()
+    if modes:
+        raise UnkeyableError("torch", f"the mode {modes[-1]} is active; compile outside of it")
+    if torch_private.in_function_transform():
+        raise UnkeyableError("torch", "a torch.func transform is active; compile outside of it")
+    if torch_private.has_global_module_hooks():
+        raise UnkeyableError("torch", "hooks are registered for all modules; remove them or use the model's")
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if tracing or torch.compiler.is_compiling():
+        raise UnkeyableError("torch", "another compiler is tracing")
+
+
+def _factors() -> Iterator[Factor]:
+    yield make_factor("torch.default_dtype", str(torch.get_default_dtype()))
+    yield make_factor("torch.default_device", torch.get_default_device().type)
+    yield make_factor("torch.autocast", _autocast())
+    yield make_factor("torch.float32_precision", f"{_matmul_precision()}, {_read(_PRECISION)}")
+    yield make_factor("torch.deterministic", _deterministic())
+    yield make_factor("torch.backends", _read(_BACKENDS))
+    yield make_factor("torch.attention", _read(_ATTENTION))
+    yield make_factor("torch.inductor", *_inductor())
+    yield make_factor("torch.patched", *_patched())
+
+
+def _autocast() -> str:
+    parts = []
+    for device in _AUTOCAST_DEVICES:
+        state = "on" if torch.is_autocast_enabled(device) else "off"
+        parts.append(f"{device} {state} {torch.get_autocast_dtype(device)}")
+    return ", ".join(parts)
+
+
+def _matmul_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # Set through the newer fp32_precision, which torch does not translate back.
+        return "mixed"
+
+
+def _deterministic() -> str:
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    return f"mode {torch.get_deterministic_debug_mode()}, fill {fill}"
+
+
+def _read(names: tuple[str, ...]) -> str:
+    """Settings below ``torch.backends``, by dotted name; functions are asked."""
+    parts = []
+    for name in names:
+        value: Any = torch.backends
+        for step in name.split("."):
+            value = getattr(value, step, None)
+        parts.append(f"{name}={_ask(value)}")
+    return ", ".join(parts)
+
+
+def _ask(value: Any) -> Any:
+    ask: Callable[[], Any] | None = value if callable(value) else None
+    return ask() if ask is not None else value
+
+
+def _inductor() -> tuple[str, bytes]:
+    changed = torch_private.changed_inductor_settings()
+    encoder = new_encoder(Shared(), ["torch._inductor.config"])
+    for name, value in sorted(changed.items()):
+        encoder.text(name)
+        encoder.put_at(f".{name}", value)
+    return ", ".join(f"{name}={value!r}"[:60] for name, value in sorted(changed.items())), bytes(encoder.out)
+
+
+def _patched() -> tuple[str, bytes]:
+    """Functions of torch that were replaced by somebody else's: captured code may call them."""
+    encoder = new_encoder(Shared())
+    names = []
+    for owner in _PATCHABLE:
+        for name, value in vars(owner).items():
+            if type(value) is FunctionType and not stands_by_version(value.__code__.co_filename):
+                names.append(f"{owner.__name__}.{name}")
+                encoder.text(names[-1])
+                encoder.put_at(names[-1], value)
+    return ", ".join(names) or "as shipped", bytes(encoder.out)
