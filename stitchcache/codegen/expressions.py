@@ -191,6 +191,8 @@ class ExpressionGate:
         """Whether it is ``getattr(value, 'name')``, as graphs read attributes in the list ABI."""
         if self.names.bound or not isinstance(node.func, ast.Name) or node.func.id != "getattr":
             return False
+        if node.func.id in self.defined:
+            return False
         name = node.args[1] if len(node.args) in (2, 3) and not node.keywords else None
         if (
             not isinstance(name, ast.Constant)

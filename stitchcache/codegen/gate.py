@@ -13,12 +13,11 @@ from typing import Literal
 
 from stitchcache.codegen.allowed import OPERATOR_METHODS
 from stitchcache.codegen.expressions import ExpressionGate, Names, dotted_path, refuse, resolve_op
-from stitchcache.codegen.names import RESERVED
 from stitchcache.errors import EntryFormatError
 
 _INLINED = re.compile(r"__vllm_inlined_submods__[0-9]+\Z")
 _SUBMODS = "__vllm_submods__"
-_CONSTS = "__vllm_consts__"
+_ROOTS = ("torch", "operator", "_operator")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +149,7 @@ def _assignable(name: str) -> bool:
     if name.startswith("__"):
         # vLLM's code has a local of this name where the graph calls torch.Tensor.__mul__.
         return name in OPERATOR_METHODS
-    return name == "_" or name not in RESERVED
+    return name not in _ROOTS
 
 
 def _check_list(functions: list[ast.FunctionDef], submods: int, consts: int) -> frozenset[int]:

@@ -81,16 +81,46 @@ def compiled(gm: fx.GraphModule, *, boxed: Collection[str] = (), abi: Any = "bou
     return compile_execution_fn(code, slots_of(gm, names, boxed), names, stored)
 
 
-def check(gm: fx.GraphModule, *inputs: Any, boxed: Collection[str] = ()) -> Any:
-    """Run both ABIs and the interpreter on copies of the inputs, and compare everything."""
+class Nested(fx.Interpreter):
+    """Interprets inner graphs too, so that no graph need have a printed form."""
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        if isinstance(module, fx.GraphModule) and not kwargs:
+            return Nested(module).run(*args)
+        return super().call_module(target, args, kwargs)
+
+
+def check(
+    gm: fx.GraphModule,
+    *inputs: Any,
+    boxed: Collection[str] = (),
+    before: Callable[[], object] = lambda: None,
+) -> Any:
+    """Run both ABIs and the interpreter on copies of the inputs, and compare everything.
+
+    ``before`` runs before each of them. If the interpreter fails, so must the code, and alike.
+    """
+    before()
     expected_inputs, results = _copies(inputs), []
-    expected = fx.Interpreter(gm).run(*expected_inputs)
+    expected, failure = _outcome(lambda: Nested(gm).run(*expected_inputs))
+    expected = _copies(expected)
     for abi in ("bound", "list"):
-        own = _copies(inputs)
-        results.append(compiled(gm, boxed=boxed, abi=abi)(*own))
-        assert_same(results[-1], expected)
+        before()
+        own, run = _copies(inputs), compiled(gm, boxed=boxed, abi=abi)
+        result, own_failure = _outcome(lambda: run(*own))  # noqa: B023
+        assert own_failure is failure, f"{own_failure} where the interpreter had {failure}"
+        results.append(result)
+        assert_same(result, expected)
         assert_same(own, expected_inputs)
     return results[0]
+
+
+def _outcome(run: Callable[[], Any]) -> tuple[Any, type[Exception] | None]:
+    try:
+        return run(), None
+    except Exception as error:
+        return None, type(error)
 
 
 def _copies(values: Any) -> Any:
