@@ -1,0 +1,92 @@
+"""The group of commands: finds them when they are asked for, and turns errors into messages.
+
+Exit status: 0 fine, 1 a finding (a target failed, a damaged entry, no such entry), 2 usage.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import IO, Any
+
+import click
+
+from stitchcache.errors import OptionError, StitchCacheError, TargetError
+
+_COMMANDS = (
+    "demo",
+    "prewarm",
+    "ls",
+    "inspect",
+    "verify",
+    "prune",
+    "clear",
+    "stats",
+    "config",
+    "migrate",
+)
+
+
+class Failure(click.ClickException):
+    """One of our errors on its way out: a message on stderr, and an exit status.
+
+    Args:
+        error: What was raised.
+    """
+
+    def __init__(self, error: StitchCacheError) -> None:
+        super().__init__(error.message)
+        # What was typed makes no sense, and nothing was done.
+        self.exit_code = 2 if isinstance(error, (OptionError, TargetError)) else 1
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print the message."""
+        click.echo(f"stitchcache: {self.message}", file=file, err=file is None)
+
+
+class Commands(click.Group):
+    """Commands that are imported when they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names, in the order of the help page."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a name; ``None`` where there is none."""
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"stitchcache.cli.{cmd_name}").command
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; our errors become one message, unless ``STITCHCACHE_DEBUG`` is set."""
+        try:
+            return super().invoke(ctx)
+        except StitchCacheError as error:
+            if os.environ.get("STITCHCACHE_DEBUG", "") not in ("", "0"):
+                raise
+            raise Failure(error) from error
+
+
+def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from stitchcache import __version__
+
+        click.echo(f"stitchcache {__version__}")
+        ctx.exit()
+
+
+@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Print the version."
+)
+def commands() -> None:
+    """Compile PyTorch models ahead of time, and look at what is compiled.
+
+    Exit status: 0 fine, 1 a finding, 2 usage.
+    """
+
+
+def main() -> None:
+    """Entry point of the ``stitchcache`` script."""
+    commands(prog_name="stitchcache")

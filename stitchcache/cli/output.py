@@ -1,0 +1,91 @@
+"""Printing: JSON, and tables that are plain text everywhere but on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from stitchcache.cli.words import printable
+
+JSON_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A table's column.
+
+    Args:
+        title: Its heading.
+        right: Whether it is aligned to the right.
+        whole: Whether it keeps its width where the terminal is narrow.
+    """
+
+    title: str
+    right: bool = False
+    whole: bool = True
+
+
+def print_json(record: Mapping[str, Any]) -> None:
+    """Print a record, with the version of the schema first."""
+    import json
+
+    click.echo(json.dumps({"schema": JSON_SCHEMA, **record}, indent=2, ensure_ascii=False))
+
+
+def on_terminal() -> bool:
+    """Whether a person reads what is printed."""
+    return sys.stdout.isatty()
+
+
+def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; a terminal gets bold headings and cells cut to its width."""
+    clean = [[printable(cell) for cell in row] for row in rows]
+    if on_terminal():
+        _print_rich(columns, clean)
+        return
+    titles = [column.title for column in columns]
+    widths = [max(len(row[i]) for row in [titles, *clean]) for i in range(len(columns))]
+    for row in [titles, *clean]:
+        cells = [
+            cell.rjust(width) if column.right else cell.ljust(width)
+            for cell, width, column in zip(row, widths, columns, strict=True)
+        ]
+        click.echo("  ".join(cells).rstrip())
+
+
+def _print_rich(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(
+            column.title,
+            justify="right" if column.right else "left",
+            no_wrap=True,
+            overflow="ellipsis",
+            min_width=max(len(column.title), *(len(row[len(table.columns)]) for row in rows), 0)
+            if column.whole and rows
+            else None,
+        )
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console(highlight=False).print(table)
+
+
+def print_pairs(pairs: Sequence[tuple[str, str]], indent: str = "") -> None:
+    """Print names and values below each other."""
+    width = max((len(name) for name, _ in pairs), default=0)
+    for name, value in pairs:
+        click.echo(f"{indent}{name:<{width}}  {printable(value)}".rstrip())
+
+
+def print_heading(text: str) -> None:
+    """Print a section's heading."""
+    click.echo("")
+    click.echo(click.style(text, bold=True))

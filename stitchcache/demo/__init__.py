@@ -1,0 +1,1 @@
+"""A small decoder, and what ``stitchcache demo`` measures with it."""
