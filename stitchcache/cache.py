@@ -161,11 +161,15 @@ class Cache:
             for blob in artifact.blobs:
                 if not self._layers.hold(blob.digest, blob.size):
                     raise _missing(self._top.path, blob)
-            if self._may_publish(path, data):
+            replaced: tuple[BlobRef, ...] | None = self._replaced(path, data)
+            if replaced is not None:
                 publish(self._top, Area.ENTRIES, key, data)
             # Eviction that looked before this entry existed sees by the new times that it must look again.
             for blob in artifact.blobs:
                 self._top.touch(keyed_path(self._top.path, Area.BLOBS, blob.digest))
+            # What only the replaced entry named needs no grace period: it was not put by a worker just now.
+            for blob in set(replaced or ()).difference(artifact.blobs):
+                self._top.touch(keyed_path(self._top.path, Area.BLOBS, blob.digest), long_ago=True)
         self._layers.holds.release(blob.digest for blob in artifact.blobs)
         self._counters.add("put")
         self._counters.add("put.bytes", len(data) + sum(blob.size for blob in artifact.blobs))
@@ -173,19 +177,23 @@ class Cache:
         self._counters.flush()
         return key
 
-    def _may_publish(self, path: str, data: bytes) -> bool:
-        """Whether the entry is not there yet; a newer stitchcache's entry is not replaced."""
+    def _replaced(self, path: str, data: bytes) -> tuple[BlobRef, ...] | None:
+        """Blobs of the entry that a put will replace; ``None`` where it is there already.
+
+        Raises:
+            StoreWriteError: A newer stitchcache's entry has the name.
+        """
         try:
             found = self._top.read(path, MAX_ENTRY)
             if found is None:
-                return True
-            decode(found.data, path=path)
+                return ()
+            old = decode(found.data, path=path)
         except FutureFormatError as error:
             raise StoreWriteError(error.message, path=path, reason=error.reason) from error
         except EntryFormatError:
-            return True
+            return ()
         if found.data != data:
-            return True
+            return old.blobs
         self._top.touch(path)
         # Its writer may not have come to this.
         fd = self._files.open_read(path)
@@ -194,24 +202,37 @@ class Cache:
         finally:
             close_quietly(self._files, fd)
         self._top.sync_dir(os.path.dirname(path))
-        return False
+        return None
 
     @contextmanager
-    def hold(self, graph_hash: str) -> Iterator[bool]:
-        """Keep an entry and its blobs from being evicted, by any process, for the length of the block.
+    def hold(self, artifact: Artifact) -> Iterator[bool]:
+        """Keep an artifact's files from being evicted, by any process, for the length of the block.
+
+        On local file systems a loaded library outlives its file; so there, holding matters between
+        :meth:`get` and loading. On network file systems it matters for as long as the library is used.
 
         Yields:
-            Whether there is such an entry in the first root.
+            Whether all its blobs are there. Where locks do not work, that is all that is known.
         """
-        path = keyed_path(self._top.path, Area.ENTRIES, graph_hash)
+        held: list[int] = []
         try:
-            fd = hold_shared(self._files, path)
-        except OSError:
-            fd = None
-        try:
-            yield fd is not None
+            complete = True
+            try:
+                entry = hold_shared(
+                    self._files, keyed_path(self._top.path, Area.ENTRIES, artifact.graph_hash)
+                )
+                held += [] if entry is None else [entry]
+                for blob in artifact.blobs:
+                    fd = hold_shared(self._files, keyed_path(self._top.path, Area.BLOBS, blob.digest))
+                    if fd is not None:
+                        held.append(fd)
+                    elif not self._reading.blob_beneath(blob.digest, blob.size):
+                        complete = False
+            except OSError:
+                complete = False
+            yield complete
         finally:
-            if fd is not None:
+            for fd in held:
                 close_quietly(self._files, fd)
 
     def find(self, prefix: str) -> str:
@@ -458,9 +479,11 @@ class Cache:
         """After a put: evict where a limit is crossed. One process at a time, and never an error."""
         if self.max_bytes is None and self.max_files is None:
             return
+        from stitchcache.store.evict import Limits, enforce
+
         try:
-            result = self.plan_prune().execute()
-        except StoreError as error:
+            result = enforce(self._reading, Limits(max_bytes=self.max_bytes, max_files=self.max_files))
+        except OSError as error:
             log.warning("%s: the limits were not enforced: %s", self.root, error)
             return
         self._note_evicted(result)

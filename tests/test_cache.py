@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "store"))
+import itertools
+
 from stores import artifact, files_under, key, put, read_back, target
 
 from stitchcache.cache import Cache
@@ -70,14 +72,18 @@ def test_layout_is_the_promised_one(cache):
         f"entries/{made.graph_hash[:2]}/{made.graph_hash}.stitch",
         f"targets/{key('t')[:2]}/{key('t')}",
     ]
-    assert (cache.root / "CACHEDIR.TAG").read_bytes().startswith(b"Signature: 8a477f597d28d172789f06886806bc55")
+    assert (
+        (cache.root / "CACHEDIR.TAG").read_bytes().startswith(b"Signature: 8a477f597d28d172789f06886806bc55")
+    )
 
 
 def test_put_is_idempotent_and_replaces_another_artifact_of_the_hash(cache):
     first = put(cache, "a", [b"one"])
     inode = os.stat(cache.root / "entries" / first.graph_hash[:2] / f"{first.graph_hash}.stitch").st_ino
     assert cache.put(first) == first.graph_hash
-    assert os.stat(cache.root / "entries" / first.graph_hash[:2] / f"{first.graph_hash}.stitch").st_ino == inode
+    assert (
+        os.stat(cache.root / "entries" / first.graph_hash[:2] / f"{first.graph_hash}.stitch").st_ino == inode
+    )
     second = put(cache, "a", [b"other"])
     assert cache.get(first.graph_hash) == second
 
@@ -99,7 +105,9 @@ def test_a_mistyped_artifact_is_refused_before_anything_is_written(cache):
     assert not cache.root.exists()
 
 
-@pytest.mark.parametrize("bad", ["", "abc", "../" * 20 + "etc/passwd", "A" * 64, "g" * 64, "a" * 63, "a" * 65])
+@pytest.mark.parametrize(
+    "bad", ["", "abc", "../" * 20 + "etc/passwd", "A" * 64, "g" * 64, "a" * 63, "a" * 65]
+)
 def test_only_keys_become_paths(cache, bad):
     for call in (cache.get, cache.get_target, cache.get_piece):
         with pytest.raises(OptionError, match="64 lowercase hex"):
@@ -116,7 +124,7 @@ def test_prefixes(cache):
     hashes = sorted(put(cache, index, []).graph_hash for index in range(40))
     assert cache.find(hashes[3]) == hashes[3]
     assert cache.find(hashes[3][:12].upper()) == hashes[3]
-    common = next(a[:1] for a, b in zip(hashes, hashes[1:], strict=False) if a[0] == b[0])
+    common = next(a[:1] for a, b in itertools.pairwise(hashes) if a[0] == b[0])
     with pytest.raises(AmbiguousPrefixError) as caught:
         cache.find(common)
     assert len(caught.value.candidates) > 1
@@ -315,7 +323,9 @@ from stitchcache.cache import Cache
 from stores import put
 put(Cache(sys.argv[1]), "a", [b"one"])
 """
-    subprocess.run([sys.executable, "-c", script, tmp_path / "c", Path(__file__).parent / "store"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "c", Path(__file__).parent / "store"], check=True
+    )
     for path in [tmp_path / "c", *(tmp_path / "c").rglob("*")]:
         assert not stat.S_IMODE(path.stat().st_mode) & 0o022, path
 

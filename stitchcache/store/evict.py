@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from stitchcache.errors import LockTimeoutError
@@ -27,9 +28,11 @@ from stitchcache.store.leftovers import leftovers
 from stitchcache.store.locks import exclusive, same_file, try_lock
 from stitchcache.store.quarantine import excess
 from stitchcache.store.reading import Reading
+from stitchcache.store.root import Root
 from stitchcache.store.scan import Item, keyed_items, legacy_items
 
 GRACE_SECONDS = 3600.0
+_PATIENCE = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +143,7 @@ class _Work:
         self.reading = reading
         self.grace = grace
         self.now = time.time()
+        self.names: dict[str, Sequence[str]] = {}
 
     def look(self) -> _Scan:
         # Blobs before entries: an entry published in between names blobs whose times change then, and a blob
@@ -159,6 +163,7 @@ class _Work:
 
     def plan(self, limits: Limits) -> PrunePlan:
         seen = self.look()
+        self.names = seen.names
         tmp = leftovers(self.root, self.now)
         tmp += [Item(path, path, size, 0, 0) for path, size in excess(self.root)]
         everything = [*seen.entries, *seen.blobs.values()]
@@ -246,15 +251,25 @@ class _Work:
     def execute(self, plan: PrunePlan) -> PruneResult:
         if not plan.items:
             return PruneResult()
-        removal = _Removal(self)
-        with self.root.writing(self.root.path):
-            self.root.make_dir(self.root.area(Area.LOCKS))
         try:
-            with exclusive(self.root.files, f"{self.root.area(Area.LOCKS)}/prune.lock", timeout=0):
-                removal.run(plan)
+            with _alone(self.root, timeout=0):
+                return self.remove(plan)
         except LockTimeoutError:
             return PruneResult(busy=True)
+
+    def remove(self, plan: PrunePlan) -> PruneResult:
+        removal = _Removal(self)
+        removal.run(plan)
         return removal.result()
+
+
+@contextmanager
+def _alone(root: Root, timeout: float) -> Iterator[None]:
+    """Let one process at a time prune a root."""
+    with root.writing(root.path):
+        root.make_dir(root.area(Area.LOCKS))
+    with exclusive(root.files, f"{root.area(Area.LOCKS)}/prune.lock", timeout=timeout):
+        yield
 
 
 class _Removal:
@@ -291,7 +306,7 @@ class _Removal:
         kept: set[str] = set()
         for item, _ in plan.entries:
             if not self._evict(item, leading.get(item.key, ())):
-                kept.update(self._work.reading.blobs(item) or ())
+                kept.update(self._work.names.get(item.path, ()))
         for item in plan.blobs:
             if item.key in kept or not self._try(item, self._remove_unheld):
                 kept.add(item.key)
@@ -379,3 +394,18 @@ def plan_prune(reading: Reading, limits: Limits, *, grace_seconds: float = GRACE
         OSError: A directory cannot be listed.
     """
     return _Work(reading, grace_seconds).plan(limits)
+
+
+def enforce(reading: Reading, limits: Limits) -> PruneResult:
+    """Plan and prune at once, after waiting a little for whoever is at it.
+
+    Raises:
+        OSError: A directory cannot be listed, or the root cannot be written.
+    """
+    try:
+        # Planned under the lock: a plan from before would be about what the other one removed.
+        with _alone(reading.root, timeout=_PATIENCE):
+            work = _Work(reading, GRACE_SECONDS)
+            return work.remove(work.plan(limits))
+    except LockTimeoutError:
+        return PruneResult(busy=True)

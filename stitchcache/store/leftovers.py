@@ -31,7 +31,7 @@ def leftovers(root: Root, now: float) -> list[Item]:
         if dead or (dead is None and now - item.modified / 1e9 > _OLD_SECONDS):
             found.append(item)
     locks = (item for item in flat_items(root, Area.LOCKS) if item.key.endswith(".lock"))
-    return found + [item for item in locks if item.key != "prune.lock" and _is_free(root, item)]
+    return found + [item for item in locks if _is_free(root, item)]
 
 
 def _is_free(root: Root, item: Item) -> bool:

@@ -35,10 +35,14 @@ def try_lock(files: Files, fd: int, *, shared: bool = False) -> bool | None:
 
 
 def same_file(files: Files, fd: int, path: str) -> bool:
-    """Whether a path still leads to an open file."""
+    """Whether a path still leads to an open file.
+
+    Raises:
+        OSError: That cannot be told.
+    """
     try:
         named = files.lstat(path)
-    except OSError:
+    except FileNotFoundError:
         return False
     held = files.fstat(fd)
     return (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino)
@@ -96,9 +100,10 @@ def _acquire(
             if had and same_file(files, fd, path):
                 _sign(files, fd)
                 return fd
-        except BaseException:
+        except OSError:
+            # As good as no locks.
             close_quietly(files, fd)
-            raise
+            return None
         if had is None:
             close_quietly(files, fd)
             return None

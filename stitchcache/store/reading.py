@@ -113,7 +113,11 @@ class Reading:
             return None
 
     def entry_beneath(self, key: str) -> bool:
-        """Whether a layer beneath has an entry."""
+        """Whether a layer beneath has an entry.
+
+        Raises:
+            OSError: That cannot be told.
+        """
         return any(
             self._size(path) is not None
             for root in self._beneath
@@ -124,11 +128,15 @@ class Reading:
         )
 
     def blob_beneath(self, digest: str, size: int) -> bool:
-        """Whether a layer beneath has a blob."""
+        """Whether a layer beneath has a blob.
+
+        Raises:
+            OSError: That cannot be told.
+        """
         return any(self._size(keyed_path(root.path, Area.BLOBS, digest)) == size for root in self._beneath)
 
     def _size(self, path: str) -> int | None:
         try:
             return self.root.files.lstat(path).st_size
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return None

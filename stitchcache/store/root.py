@@ -26,6 +26,8 @@ from stitchcache.store.layout import TAG_NAME, TAG_TEXT, Area
 from stitchcache.store.names import host_token, temporary_name
 from stitchcache.store.trust import distrust
 
+_TEN_YEARS = 10 * 365 * 86_400 * 1_000_000_000
+
 Identity = tuple[int, int, int, int, int]
 
 
@@ -198,10 +200,11 @@ class Root:
                 raise
             raise write_error(error, path) from error
 
-    def touch(self, path: str) -> None:
-        """Record a use; where that is not allowed, it is not recorded."""
+    def touch(self, path: str, *, long_ago: bool = False) -> None:
+        """Record a use, or that there is none; where that is not allowed, it is not recorded."""
         try:
-            self.files.utime(path, time.time_ns())
+            # Never the same time twice, so that a changed time always shows.
+            self.files.utime(path, time.time_ns() - (_TEN_YEARS if long_ago else 0))
         except OSError:
             pass
 

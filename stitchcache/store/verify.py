@@ -75,6 +75,7 @@ class _Walk:
     findings: list[Finding] = field(default_factory=list)
     good_blobs: dict[str, int] = field(default_factory=dict)
     good_entries: set[str] = field(default_factory=set)
+    unsure: set[str] = field(default_factory=set)
     seen: dict[Area, int] = field(default_factory=dict)
     read: int = 0
 
@@ -121,6 +122,9 @@ class _Walk:
             self.good_entries.add(item.key)
 
     def _has_blob(self, digest: str, size: int) -> bool:
+        # What could not be read may be good: nothing is thrown away for its sake.
+        if digest in self.unsure:
+            return True
         return self.good_blobs.get(digest) == size or self.reading.blob_beneath(digest, size)
 
     def target(self, item: Item) -> None:
@@ -128,7 +132,11 @@ class _Walk:
         loaded = self._load(item, self.reading.codec.target)
         if loaded is not None:
             key = loaded[0]
-            if key not in self.good_entries and not self.reading.entry_beneath(key):
+            if (
+                key not in self.good_entries
+                and key not in self.unsure
+                and not self.reading.entry_beneath(key)
+            ):
                 self._drop(item, f"its entry {key} is gone")
 
     def piece(self, item: Item) -> None:
@@ -167,6 +175,7 @@ class _Walk:
             except FileNotFoundError:
                 continue
             except OSError as error:
+                self.unsure.add(item.key)
                 self.found(item, "unreadable", words(error))
 
 

@@ -14,7 +14,9 @@ def key(name: str | int) -> str:
     return hashlib.sha256(str(name).encode()).hexdigest()
 
 
-def artifact(name: str | int, blobs: list[BlobRef], *, label: str = "Model", created: float = 1.5) -> Artifact:
+def artifact(
+    name: str | int, blobs: list[BlobRef], *, label: str = "Model", created: float = 1.5
+) -> Artifact:
     pieces = tuple(
         PieceRef(name=f"submod_{index}", key=key(blob.digest), backend="aoti", blob=blob)
         for index, blob in enumerate(blobs)
@@ -46,7 +48,9 @@ def put(cache: Cache, name: str | int, contents: list[bytes], **kwargs: object) 
 
 def target(graph_hash: str) -> TargetRecord:
     source = SourceRef(module="mylib.model", digest=key("source"), size=12)
-    return TargetRecord(graph_hash=graph_hash, sources=(source,), globals=(("mylib:FLAG", "1"),), label="Model")
+    return TargetRecord(
+        graph_hash=graph_hash, sources=(source,), globals=(("mylib:FLAG", "1"),), label="Model"
+    )
 
 
 def read_back(cache: Cache, graph_hash: str) -> list[bytes] | None:
@@ -55,11 +59,12 @@ def read_back(cache: Cache, graph_hash: str) -> list[bytes] | None:
     if found is None:
         return None
     contents = []
-    for piece in found.pieces:
-        path = cache.blob_path(piece.blob)
-        if path is None:
-            return None
-        contents.append(path.read_bytes())
+    with cache.hold(found) as complete:
+        for piece in found.pieces:
+            path = cache.blob_path(piece.blob) if complete else None
+            if path is None:
+                return None
+            contents.append(path.read_bytes())
     return contents
 
 
