@@ -212,6 +212,10 @@ class _Work:
         for item, key in seen.targets:
             if key is not None:
                 leading.setdefault(key, []).append(item)
+        indexed: dict[str, list[Item]] = {}
+        for item, name in seen.pieces:
+            if name is not None:
+                indexed.setdefault(name, []).append(item)
         free = self._free(limits)
         evicted = []
         for item in sorted(seen.entries, key=lambda entry: (entry.modified, entry.path)):
@@ -225,7 +229,7 @@ class _Work:
             for name in seen.names[item.path]:
                 users[name] -= 1
                 if not users[name] and name in seen.blobs:
-                    going.append(seen.blobs[name])
+                    going += [seen.blobs[name], *indexed.get(name, ())]
             freed = sum(each.size for each in going)
             size, files, free = size - freed, files - len(going), None if free is None else free + freed
         return evicted

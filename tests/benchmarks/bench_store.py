@@ -1,0 +1,107 @@
+"""What the store costs. Run ``python tests/benchmarks/bench_store.py``; figures are medians in milliseconds."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "store"))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+from stores import artifact, key, put, target
+
+from stitchcache.cache import Cache
+
+
+def median(work: Callable[[], object], times: int) -> float:
+    seconds = []
+    for _ in range(times):
+        gc.collect()
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds) * 1000
+
+
+def bench_get(place: Path) -> list[tuple[str, float, float | None]]:
+    made = put(Cache(place), "a", [os.urandom(1_500_000) for _ in range(3)])
+    Cache(place).put_target(key("t"), target(made.graph_hash))
+
+    def load() -> None:
+        cache = Cache(place)
+        record = cache.get_target(key("t"))
+        found = cache.get(record.graph_hash)
+        assert all(cache.blob_path(piece.blob) for piece in found.pieces)
+
+    def entry_only() -> None:
+        assert Cache(place).get(made.graph_hash)
+
+    return [
+        ("target, entry and three 1.5 MB blobs, digests checked", median(load, 30), 10),
+        ("entry alone", median(entry_only, 30), None),
+    ]
+
+
+def bench_put(place: Path) -> list[tuple[str, float, float | None]]:
+    rows = []
+    for durability in ("full", "fast"):
+        turn = iter(range(1000))
+
+        def one(cache=Cache(place / durability, durability=durability), turn=turn) -> None:
+            put(cache, next(turn), [os.urandom(1_500_000) for _ in range(3)])
+
+        rows.append((f"put with three new 1.5 MB blobs, durability {durability}", median(one, 15), None))
+    generate = median(lambda: [os.urandom(1_500_000) for _ in range(3)], 15)
+    return [(name, cost - generate, limit) for name, cost, limit in rows]
+
+
+def bench_many(place: Path, count: int) -> list[tuple[str, float, float | None]]:
+    cache = Cache(place, durability="fast")
+    shared = cache.put_blob(b"shared by all")
+    for index in range(count):
+        cache.put(artifact(index, [shared, cache.put_blob(str(index).encode())]))
+    fresh = Cache(place)
+    return [
+        (f"headers of {count} entries", median(fresh.entries, 3), 1000),
+        (f"prune plan over {count} entries", median(lambda: fresh.plan_prune(max_bytes=1 << 20), 3), 2000),
+        (f"statistics over {count} entries", median(fresh.stats, 3), None),
+    ]
+
+
+def bench_import() -> list[tuple[str, float, float | None]]:
+    def run(code: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, "-c", code], check=True)
+
+    bare = median(run("pass"), 9)
+    full = median(run("import stitchcache.cache"), 9)
+    return [("import of stitchcache.cache, over a bare interpreter", full - bare, None)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--entries", type=int, default=10_000)
+    parser.add_argument("--dir", help="where to make the stores")
+    options = parser.parse_args()
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent.parent)
+    with tempfile.TemporaryDirectory(dir=options.dir) as name:
+        place = Path(name)
+        rows = bench_get(place / "get") + bench_put(place / "put")
+        rows += bench_many(place / "many", options.entries) + bench_import()
+    missed = 0
+    for what, cost, limit in rows:
+        verdict = "" if limit is None else f"limit {limit:g}" + ("" if cost <= limit else "  MISSED")
+        missed += limit is not None and cost > limit
+        print(f"{cost:10.2f} ms  {what:58s} {verdict}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

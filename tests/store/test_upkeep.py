@@ -1,0 +1,360 @@
+"""Eviction, verification, quarantine, statistics and the doctor's trials."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hostile import Intercepted
+from stores import artifact, files_under, key, put, read_back, target
+
+from stitchcache.cache import Cache
+from stitchcache.store.probe import probe
+from stitchcache.store.quarantine import MAX_FILES
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return Cache(tmp_path / "cache")
+
+
+def entry_path(cache: Cache, graph_hash: str) -> Path:
+    return cache.root / "entries" / graph_hash[:2] / f"{graph_hash}.stitch"
+
+
+def used(cache: Cache, graph_hash: str, seconds_ago: float) -> None:
+    when = time.time() - seconds_ago
+    os.utime(entry_path(cache, graph_hash), (when, when))
+
+
+# -- eviction --------------------------------------------------------------------------------------
+
+
+def test_a_plan_says_what_will_go_and_nothing_goes_before(cache):
+    made = [put(cache, index, [b"x" * 10_000 + bytes([index])]) for index in range(4)]
+    for index, each in enumerate(made):
+        cache.put_target(key(f"t{index}"), target(each.graph_hash))
+        cache.put_piece(key(f"p{index}"), "aoti", each.pieces[0].blob)
+        used(cache, each.graph_hash, 1000 - index)
+    before = cache.stats()
+    plan = cache.plan_prune(max_bytes=before.bytes // 2)
+    assert [item.key for item, _ in plan.entries] == [each.graph_hash for each in made[:2]]
+    assert "over the limit" in plan.entries[0][1]
+    assert (len(plan.blobs), len(plan.targets), len(plan.pieces)) == (2, 2, 2)
+    assert plan.total_bytes == before.bytes
+    assert cache.stats().bytes == before.bytes
+    result = plan.execute()
+    assert (result.files, result.bytes) == (plan.files, plan.bytes)
+    after = cache.stats()
+    assert after.bytes == before.bytes - plan.bytes
+    assert after.bytes <= before.bytes // 2
+    assert [cache.get(each.graph_hash) is None for each in made] == [True, True, False, False]
+    assert cache.get_target(key("t0")) is None
+    assert cache.get_target(key("t3")) is not None
+    assert cache.verify().findings == ()
+
+
+def test_a_blob_that_another_entry_names_stays(cache):
+    first, second = put(cache, "a", [b"shared", b"a"]), put(cache, "b", [b"shared", b"b"])
+    used(cache, first.graph_hash, 100)
+    plan = cache.plan_prune(max_age=50)
+    assert [item.key for item in plan.blobs] == [first.pieces[1].blob.digest]
+    plan.execute()
+    assert read_back(cache, second.graph_hash) == [b"shared", b"b"]
+
+
+def test_the_least_recently_used_goes_and_use_is_noted_hourly(cache):
+    first, second = put(cache, "a", []), put(cache, "b", [])
+    used(cache, first.graph_hash, 7300)
+    used(cache, second.graph_hash, 7200)
+    cache.get(first.graph_hash)
+    noted = entry_path(cache, first.graph_hash).stat().st_mtime
+    assert noted > time.time() - 60
+    used(cache, first.graph_hash, 100)
+    cache.get(first.graph_hash)
+    assert entry_path(cache, first.graph_hash).stat().st_mtime < time.time() - 50
+    assert [item.key for item, _ in cache.plan_prune(max_files=1).entries] == [second.graph_hash]
+
+
+def test_limits_by_age_files_and_free_space(cache):
+    made = [put(cache, index, []) for index in range(3)]
+    used(cache, made[0].graph_hash, 100 * 86400)
+    plan = cache.plan_prune(max_age=90 * 86400)
+    assert [(item.key, reason) for item, reason in plan.entries] == [
+        (made[0].graph_hash, "not used for 100.0 days")
+    ]
+    assert len(cache.plan_prune(max_files=1).entries) == 2
+    assert len(cache.plan_prune(min_free=1 << 60).entries) == 3
+    assert not cache.plan_prune(min_free=1).entries
+    assert not cache.plan_prune().items
+
+
+def test_an_entry_used_since_the_plan_stays(cache):
+    made = put(cache, "a", [b"one"])
+    used(cache, made.graph_hash, 100)
+    plan = cache.plan_prune(max_bytes=0)
+    used(cache, made.graph_hash, 0)
+    result = plan.execute()
+    assert result.in_use == (made.graph_hash,)
+    assert read_back(cache, made.graph_hash) == [b"one"]
+
+
+def test_orphans_have_a_grace_period(cache):
+    other = Cache(cache.root)
+    ref = Cache(cache.root).put_blob(b"orphan")
+    path = cache.root / "blobs" / ref.digest[:2] / ref.digest
+    assert not other.plan_prune().blobs
+    os.utime(path, (1e9, 1e9))
+    plan = other.plan_prune()
+    assert [item.key for item in plan.blobs] == [ref.digest]
+    plan.execute()
+    assert not path.exists()
+
+
+def test_a_limit_is_kept_after_each_put(tmp_path):
+    cache = Cache(tmp_path, max_bytes=50_000)
+    for index in range(20):
+        put(cache, index, [bytes([index]) * 9_000])
+        assert cache.stats().bytes <= 50_000
+    assert cache.get(key(19)) is not None
+    assert cache.stats().counters["evicted"] >= 14
+    files = Cache(tmp_path, max_files=4)
+    put(files, "more", [b"x"])
+    assert files.stats().files <= 4
+
+
+def test_an_entry_that_is_too_large_for_the_limit_is_no_error(tmp_path):
+    cache = Cache(tmp_path, max_bytes=10)
+    made = put(cache, "a", [b"large" * 100])
+    assert cache.get(made.graph_hash) is None
+
+
+def test_one_prune_at_a_time(cache):
+    put(cache, "a", [])
+    plan = cache.plan_prune(max_bytes=0)
+    import fcntl
+
+    (cache.root / "locks").mkdir()
+    with (cache.root / "locks" / "prune.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert plan.execute().busy
+    assert plan.execute().entries
+
+
+def test_clear_leaves_nothing_but_the_tag_and_what_was_counted(cache):
+    made = put(cache, "a", [b"one"])
+    cache.put_target(key("t"), target(made.graph_hash))
+    cache.put_piece(key("p"), "aoti", made.pieces[0].blob)
+    (cache.root / "somebody's notes.txt").touch()
+    cache.clear()
+    left = [name for name in files_under(cache.root) if not name.startswith("stats")]
+    assert left == ["CACHEDIR.TAG", "somebody's notes.txt"]
+
+
+# -- verification ----------------------------------------------------------------------------------
+
+
+def test_verify_names_each_problem_and_repair_puts_it_right(cache):
+    good, bad_blob, no_blob, bad_entry = (put(cache, name, [name.encode()]) for name in "abcd")
+    for each in (good, no_blob):
+        cache.put_target(key(each.graph_hash), target(each.graph_hash))
+    cache.put_piece(key("p"), "aoti", no_blob.pieces[0].blob)
+    blob = {each.graph_hash: cache.blob_path(each.pieces[0].blob) for each in (bad_blob, no_blob)}
+    blob[bad_blob.graph_hash].write_bytes(b"?")
+    blob[no_blob.graph_hash].unlink()
+    entry_path(cache, bad_entry.graph_hash).write_bytes(b"junk")
+    report = cache.verify()
+    assert not report.clean
+    assert (report.entries, report.blobs, report.targets, report.pieces) == (4, 3, 2, 1)
+    found = {(Path(f.path).name, f.problem) for f in report.findings}
+    assert found == {
+        (bad_blob.pieces[0].blob.digest, "damaged"),
+        (f"{bad_blob.graph_hash}.stitch", "missing blob"),
+        (f"{no_blob.graph_hash}.stitch", "missing blob"),
+        (f"{bad_entry.graph_hash}.stitch", "damaged"),
+        (key(no_blob.graph_hash), "stale"),
+        (key("p"), "stale"),
+    }
+    assert Path(blob[bad_blob.graph_hash]).exists(), "verify alone changes nothing"
+    assert cache.verify(repair=True).clean
+    assert cache.verify().findings == ()
+    assert read_back(cache, good.graph_hash) == [b"a"]
+    assert cache.get_target(key(good.graph_hash)) is not None
+
+
+def test_verify_names_what_is_not_trusted(cache):
+    made = put(cache, "a", [b"one"])
+    cache.blob_path(made.pieces[0].blob).chmod(0o666)
+    report = cache.verify()
+    assert [finding.problem for finding in report.findings] == ["untrusted"]
+    assert not report.clean
+
+
+def test_leftovers_of_the_dead_are_harmless_findings_and_go_with_a_prune(cache):
+    put(cache, "a", [])
+    pid = os.fork()
+    if pid == 0:
+        root = Cache(cache.root)._top
+        root.create_temp()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    (cache.root / "tmp" / f"elsewhere-0.1.{'0' * 16}.part").touch()
+    report = cache.verify()
+    assert [finding.problem for finding in report.findings] == ["leftover"]
+    assert report.clean
+    cache.plan_prune().execute()
+    assert [path.name for path in (cache.root / "tmp").iterdir()] == [f"elsewhere-0.1.{'0' * 16}.part"]
+
+
+def test_the_quarantine_is_capped(cache):
+    for index in range(MAX_FILES + 20):
+        made = put(cache, index, [])
+        entry_path(cache, made.graph_hash).write_bytes(b"junk")
+        assert cache.get(made.graph_hash) is None
+    kept = [path for path in (cache.root / "quarantine").iterdir() if path.suffix != ".reason"]
+    assert len(kept) <= MAX_FILES
+    assert cache.stats().counters["quarantined"] == MAX_FILES + 20
+
+
+def test_a_good_entry_published_meanwhile_is_not_quarantined(cache):
+    from stitchcache.store.quarantine import quarantine
+
+    made = put(cache, "a", [b"one"])
+    path = str(entry_path(cache, made.graph_hash))
+    facts = os.stat(path)
+    other_file = (facts.st_dev, facts.st_ino + 1, 0, 0, 0)
+    assert quarantine(cache._top, path, other_file, "it was damaged, but that was another file")
+    assert cache.get(made.graph_hash) == made
+
+
+# -- statistics ------------------------------------------------------------------------------------
+
+
+def test_counts_add_up_over_processes(cache):
+    children = []
+    for _ in range(4):
+        pid = os.fork()
+        if pid == 0:
+            mine = Cache(cache.root)
+            for _ in range(25):
+                mine.count("hit.direct")
+                mine.count("microseconds.saved", 10)
+                mine._counters.flush()
+            os._exit(0)
+        children.append(pid)
+    for pid in children:
+        os.waitpid(pid, 0)
+    stats = cache.stats()
+    assert stats.counters["hit.direct"] == 100
+    assert stats.counters["microseconds.saved"] == 1000
+    assert 0 < time.time() - stats.since < 60
+
+
+def test_counting_costs_nothing_until_the_process_ends(cache):
+    put(cache, "a", [])
+    file = cache.root / "stats" / "counters"
+    before = file.read_bytes()
+    other = Cache(cache.root)
+    other.count("hit.graph")
+    assert file.read_bytes() == before
+    assert other.stats().counters["hit.graph"] == 1
+    del other
+    assert Cache(cache.root).stats().counters["hit.graph"] == 1
+
+
+def test_the_file_is_folded_when_it_grows_and_torn_lines_are_left_out(cache):
+    counters = cache._counters
+    for _ in range(3000):
+        counters.add("hit.direct")
+        counters.flush()
+    assert Path(counters.path).stat().st_size < 70_000
+    with open(counters.path, "ab") as file:
+        file.write(b"12345678 hit.direct=5\n\xff\xff=\n00000000\n1 2 3\ntorn hit.dir")
+    assert Cache(cache.root).stats().counters["hit.direct"] == 3000
+
+
+def test_zero_and_prometheus(cache):
+    put(cache, "a", [b"one"])
+    text = cache.stats().prometheus()
+    assert 'stitchcache_events_total{event="put"} 1\n' in text
+    assert "stitchcache_entries 1\n" in text
+    cache.zero_stats()
+    assert cache.stats().counters == {}
+    assert cache.stats().entries == 1
+
+
+# -- the doctor ------------------------------------------------------------------------------------
+
+
+def test_a_good_directory_has_no_problem_and_nothing_is_left(tmp_path):
+    trials = probe(str(tmp_path))
+    assert [trial.name for trial in trials] == [
+        "directory",
+        "trust",
+        "space",
+        "inodes",
+        "create",
+        "rename",
+        "link",
+        "times",
+        "fsync",
+        "lock",
+        "exec",
+    ]
+    assert {trial.level for trial in trials if trial.name not in ("space", "inodes")} == {"ok"}
+    assert not list(tmp_path.iterdir())
+    assert probe(str(tmp_path / "not" / "yet"))[0].found.startswith("missing")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("call", "trial", "level"),
+    [
+        ("create", "create", "problem"),
+        ("rename", "rename", "problem"),
+        ("link", "link", "note"),
+        ("flock", "lock", "note"),
+        ("fsync", "fsync", "problem"),
+        ("open_read", "exec", "problem"),
+        ("utime", "times", "note"),
+    ],
+)
+def test_what_does_not_work_is_named_with_its_meaning(tmp_path, call, trial, level):
+    import errno
+
+    class Without(Intercepted):
+        def before(self, name, args):
+            if name == call:
+                raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    found = {each.name: each for each in probe(str(tmp_path), files=Without())}
+    assert found[trial].level == level
+    assert found[trial].meaning
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_and_a_shared_directory_are_problems(tmp_path):
+    (tmp_path / "file").touch()
+    assert [trial.level for trial in probe(str(tmp_path / "file"))] == ["problem"]
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    found = {trial.name: trial.level for trial in probe(str(tmp_path / "shared"))}
+    assert found["trust"] == "problem"
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a second file system")
+def test_another_file_system(tmp_path):
+    import shutil
+    import tempfile
+
+    place = tempfile.mkdtemp(dir="/dev/shm")
+    try:
+        assert {trial.level for trial in probe(place)} <= {"ok", "note", "problem"}
+        cache = Cache(place)
+        made = put(cache, "a", [b"one"])
+        assert read_back(cache, made.graph_hash) == [b"one"]
+        assert artifact("a", [made.pieces[0].blob]) == made
+    finally:
+        shutil.rmtree(place)
