@@ -84,8 +84,8 @@ def _global_now(entry: str, shared: Shared) -> str | None:
     if module is None:
         return None
     chain = tuple(dotted.rstrip(".").split("."))
-    value, exists, used = reads.lookup(vars(module), chain)
-    if used != chain:
+    found = reads.lookup(vars(module), chain)
+    if found.used != chain:
         # What was a module on the way is something else now.
         return ""
-    return reads.global_digest(shared, entry, value, exists)
+    return reads.global_digest(shared, entry, found)

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from stitchcache.keys.values import UnkeyableError
+from stitchcache.types import Dim
 
 _STEP = re.compile(r"\[(?P<index>-?\d+)\]|\['(?P<key>[^']*)'\]|\.(?P<name>\w+)")
 _HEAD = re.compile(r"args\[\d+\]|[^.\[]+")
 
 
 def _is_dim(value: Any) -> bool:
-    return any(
+    return isinstance(value, Dim) or any(
         base.__module__ == "torch.export.dynamic_shapes" and base.__name__ in {"Dim", "_DimHint"}
         for base in type(value).__mro__
     )
@@ -29,7 +30,8 @@ def dim_text(value: Any) -> str:
         return f"Dim.{hint.name}(min={value.min}, max={value.max})"
     root = getattr(value, "root", None)
     of = f" of {dim_text(root)}" if root is not None else ""
-    return f"Dim({value.__name__!r}, min={value.min}, max={value.max}){of}"
+    largest = "int_oo" if value.max is None else value.max
+    return f"Dim({value.__name__!r}, min={value.min}, max={largest}){of}"
 
 
 def named_dim(value: Any) -> str | None:

@@ -8,6 +8,7 @@ import decimal
 import enum
 import logging
 import operator
+import os
 import pathlib
 import random
 import re
@@ -235,6 +236,8 @@ _TYPING = (
 FAMILIES: list[tuple[type, Handler]] = [
     (logging.Logger, _put_ignored),
     (logging.LoggerAdapter, _put_ignored),
+    # Which variables are read from it is recorded when they are.
+    (type(os.environ), _put_ignored),
     (enum.Enum, _put_enum),
     (weakref.ReferenceType, _unkeyable("points to an object without keeping it")),
     (random.Random, _unkeyable("gives other numbers each time")),

@@ -9,17 +9,19 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from stitchcache.keys.encoder import class_contents, new_encoder
 from stitchcache.keys.origins import installed_path
-from stitchcache.keys.values import Shared, UnkeyableError
+from stitchcache.keys.values import SCALARS, Shared, UnkeyableError
 
 _GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
 _ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 _BETWEEN = frozenset({"CACHE", "PUSH_NULL", "PRECALL", "EXTENDED_ARG"})
 _ABSENT = b"absent"
+_KEYED_OF_LIBRARY = (*SCALARS, FunctionType, BuiltinFunctionType, type)
+"""Kinds of values that are keyed even where they belong to torch or the library: they may be replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +70,41 @@ def imports_of(code: CodeType, package: str) -> Iterator[Import]:
         yield Import(module, tuple(names or code.co_names))
 
 
-def lookup(namespace: dict[str, Any], chain: tuple[str, ...]) -> tuple[Any, bool, tuple[str, ...]]:
-    """Follow a chain through modules.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where a chain leads.
 
-    Returns:
-        What it leads to; whether there is such a thing; and the part of the chain that leads there. The
-        rest of the chain is within the value, and a value is keyed as a whole.
+    Args:
+        value: What it leads to.
+        exists: Whether there is such a thing.
+        used: The part of the chain that leads there; the rest is within the value, which is keyed whole.
+        owner: The last module on the way, or ``""``.
     """
+
+    value: Any
+    exists: bool
+    used: tuple[str, ...]
+    owner: str = ""
+
+
+def lookup(namespace: dict[str, Any], chain: tuple[str, ...]) -> Found:
+    """Follow a chain through modules."""
     name = chain[0]
     if name in namespace:
         value = namespace[name]
     elif hasattr(builtins, name):
         value = getattr(builtins, name)
     else:
-        return None, False, chain[:1]
+        return Found(None, False, chain[:1])
+    owner = ""
     for index, step in enumerate(chain[1:], 1):
         if not isinstance(value, ModuleType):
-            return value, True, chain[:index]
-        inner = vars(value)
+            return Found(value, True, chain[:index], owner)
+        inner, owner = vars(value), value.__name__
         if step not in inner:
-            return value, False, chain[: index + 1]
+            return Found(value, False, chain[: index + 1], owner)
         value = inner[step]
-    return value, True, chain
+    return Found(value, True, chain, owner)
 
 
 def title(entry: str) -> str:
@@ -97,20 +112,21 @@ def title(entry: str) -> str:
     return entry.removeprefix("?").replace(":", ".").rstrip(".")
 
 
-def global_digest(shared: Shared, entry: str, value: Any, exists: bool) -> str:
+def global_digest(shared: Shared, entry: str, found: Found) -> str:
     """Digest of what a global's name leads to.
 
     Args:
         shared: What this record's encoders have in common; classes that the value names are noted there.
         entry: Its name in the record. It ends in a dot where the code goes on to read from the value;
             elsewhere the code holds the value itself, which for a module says nothing of what it reads.
-        value: What the chain leads to.
-        exists: Whether it leads to anything.
+        found: Where its chain leads.
 
     Raises:
         UnkeyableError: No digest stands for it soundly.
     """
     payload = _ABSENT
+    value, exists = found.value, found.exists
+    library = found.owner != "" and shared.is_versioned(found.owner)
     if isinstance(value, ModuleType):
         if exists and not entry.endswith(".") and not _may_be_held(shared, value):
             why = f"the module {value.__name__} is used as a value; name what is read from it"
@@ -119,8 +135,12 @@ def global_digest(shared: Shared, entry: str, value: Any, exists: bool) -> str:
         payload = b"module " + value.__name__.encode()
     elif exists:
         encoder = new_encoder(shared, [f"global {title(entry)}"])
-        encoder.put(value)
-        payload = bytes(encoder.out)
+        if library and not isinstance(value, _KEYED_OF_LIBRARY):
+            # An object of torch's or the library's own; what torch's settings say are factors.
+            payload = b"object " + type(value).__qualname__.encode()
+        else:
+            encoder.put(value)
+            payload = bytes(encoder.out)
     return hashlib.sha256(payload).hexdigest()
 
 

@@ -9,6 +9,7 @@ only there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import sys
@@ -34,6 +35,7 @@ _FORBIDDEN_MODULES = frozenset(
     {"time", "posix", "nt", "_random", "_socket", "_io", "io", "random", "_thread", "_datetime", "datetime"}
 )
 _FORBIDDEN_BUILTINS = frozenset({"open", "eval", "exec", "globals", "input", "id", "__import__"})
+_CACHED = type(functools.lru_cache(lambda: None))
 _DYNAMO = f"{os.sep}torch{os.sep}_dynamo{os.sep}symbolic_convert.py"
 
 
@@ -100,7 +102,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
     def _first_call(self, frame: FrameType, code: CodeType) -> None:
         filename = code.co_filename
         if stands_by_version(filename):
-            if filename.endswith(_DYNAMO):
+            if code.co_name == "run" and filename.endswith(_DYNAMO):
                 self._refuse("part of the model is traced by torch._dynamo, whose reads are not seen")
             return
         namespace = frame.f_globals
@@ -137,21 +139,33 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
     def _reads(self, code: CodeType, namespace: dict[str, Any], name: str) -> None:
         label = self._label(name)
         for chain in reads.global_chains(code):
-            value, exists, used = reads.lookup(namespace, chain)
-            self._note(label, used, value, exists, whole=used == chain)
+            found = reads.lookup(namespace, chain)
+            self._note(label, found, whole=found.used == chain)
         package = str(namespace.get("__package__") or name.rpartition(".")[0])
         for item in reads.imports_of(code, package):
             self._imports.append((item, code.co_qualname))
 
-    def _note(self, label: str, chain: tuple[str, ...], value: Any, exists: bool, *, whole: bool) -> None:
+    def _note(self, label: str, found: reads.Found, *, whole: bool) -> None:
         late = "" if label == self._shared.main or label in self._loaded else "?"
-        entry = f"{late}{label}:{'.'.join(chain)}{'' if whole else '.'}"
+        entry = f"{late}{label}:{'.'.join(found.used)}{'' if whole else '.'}"
         if entry in self._found:
             return
+        if isinstance(found.value, _CACHED) and self._hides_calls(found.value):
+            self._refuse(
+                f"{label}.{'.'.join(found.used)} has results from before the capture in its lru_cache, "
+                "and how they came about was not seen; call its cache_clear() before compiling"
+            )
         try:
-            self._found[entry] = reads.global_digest(self._shared, entry, value, exists)
+            self._found[entry] = reads.global_digest(self._shared, entry, found)
         except UnkeyableError as error:
             self._refuse(str(error))
+
+    def _hides_calls(self, cached: Any) -> bool:
+        """Whether a function with a cache may answer without being run, so that its reads go unseen."""
+        code = getattr(cached.__wrapped__, "__code__", None)
+        if code is None or id(code) in self._seen or installed_path(code.co_filename):
+            return False
+        return not stands_by_version(code.co_filename) and cached.cache_info().currsize > 0
 
     def _receiver(self, frame: FrameType, code: CodeType) -> None:
         """Note the class whose method runs; those of modules are part of the target key already."""
@@ -214,8 +228,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                 if name == "*":
                     self._refuse(f"{where} imports everything from {item.module}")
                 elif name in vars(module):
-                    value = vars(module)[name]
-                    self._note(self._label(item.module), (name,), value, True, whole=False)
+                    found = reads.Found(vars(module)[name], True, (name,))
+                    self._note(self._label(item.module), found, whole=False)
 
     def _finish_classes(self) -> None:
         done: set[int] = set()

@@ -14,7 +14,7 @@ from stitchcache.keys.encoder import new_encoder
 from stitchcache.keys.environment import environment_factors, python_version
 from stitchcache.keys.inputs import input_factors
 from stitchcache.keys.module_tree import model_factors, readable
-from stitchcache.keys.torch_state import torch_state_factors
+from stitchcache.keys.torch_state import torch_state_factors, tracing_obstacle
 from stitchcache.keys.values import Shared, UnkeyableError
 from stitchcache.types import Factor, SizeRange
 
@@ -65,7 +65,7 @@ def target_key(
     """
     shared = Shared()
     factors = list(_option_factors(splitting_ops, size_ranges, backend, options, key_factors or {}))
-    reason: str | None = None
+    reason = tracing_obstacle()
     try:
         factors += environment_factors(backend, _device_types(model, leaves))
         factors.append(make_factor("code.python", python_version()))
@@ -73,7 +73,7 @@ def target_key(
         factors += input_factors(leaves, tree, dynamic_shapes, shared)
         parts = model_factors(model, shared)
         factors += parts.factors
-        reason = parts.unsound
+        reason = reason or parts.unsound
     except UnkeyableError as error:
         reason = str(error)
     if reason is not None:

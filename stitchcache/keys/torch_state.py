@@ -16,7 +16,7 @@ from stitchcache.keys import torch_private
 from stitchcache.keys.digest import make_factor
 from stitchcache.keys.encoder import new_encoder
 from stitchcache.keys.origins import stands_by_version
-from stitchcache.keys.values import Shared, UnkeyableError
+from stitchcache.keys.values import Shared
 from stitchcache.types import Factor
 
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
@@ -59,23 +59,22 @@ def torch_state_factors() -> tuple[Factor, ...]:
     """Factors of torch's global state.
 
     Raises:
-        UnkeyableError: A mode, transform or hook is active that may change what a trace sees.
+        UnkeyableError: A changed setting of Inductor, or a replaced function of torch, cannot be keyed.
     """
-    _refuse_what_changes_traces()
     return tuple(_factors())
 
 
-def _refuse_what_changes_traces() -> None:
+def tracing_obstacle() -> str | None:
+    """Why no key can stand for a trace made now: a mode, transform or hook would change what it sees."""
     modes = torch_private.active_modes()
     if modes:
-        raise UnkeyableError("torch", f"the mode {modes[-1]} is active; compile outside of it")
+        return f"the mode {modes[-1]} is active; compile outside of it"
     if torch_private.in_function_transform():
-        raise UnkeyableError("torch", "a torch.func transform is active; compile outside of it")
+        return "a torch.func transform is active; compile outside of it"
     if torch_private.has_global_module_hooks():
-        raise UnkeyableError("torch", "hooks are registered for all modules; remove them or use the model's")
+        return "hooks are registered for all modules; remove them or register them on the model"
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if tracing or torch.compiler.is_compiling():
-        raise UnkeyableError("torch", "another compiler is tracing")
+    return "another compiler is tracing" if tracing or torch.compiler.is_compiling() else None
 
 
 def _factors() -> Iterator[Factor]:

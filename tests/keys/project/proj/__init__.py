@@ -1,0 +1,1 @@
+"""A small project of several files, as a user would have it: what the tests of keys edit."""
