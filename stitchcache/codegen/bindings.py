@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from typing import Any, Literal
 
-from stitchcache.codegen.allowed import Path
+from stitchcache.codegen.allowed import BUILTINS, Path
 from stitchcache.codegen.names import Namespace, is_identifier
 from stitchcache.codegen.reach import path_of
 from stitchcache.errors import UnserializableConstError
@@ -79,7 +79,9 @@ class Bindings:
             if self._abi == "list":
                 self._slots[qualified_name] = f"__vllm_submods__[{len(self._slots)}]"
             else:
-                self._slots[qualified_name] = self._namespace.take(qualified_name)
+                # bind() reads builtins after it has named its slots: `op_0 = max` must mean the builtin.
+                wanted = f"{qualified_name}_" if qualified_name in BUILTINS else qualified_name
+                self._slots[qualified_name] = self._namespace.take(wanted)
         return self._slots[qualified_name]
 
     def const(self, value: Any, node: str, path: str) -> str:

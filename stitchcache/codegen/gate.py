@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from stitchcache.codegen.allowed import OPERATOR_METHODS
+from stitchcache.codegen.allowed import BUILTINS, OPERATOR_METHODS
 from stitchcache.codegen.expressions import ExpressionGate, Names, dotted_path, refuse, resolve_op
 from stitchcache.errors import EntryFormatError
 
@@ -141,7 +141,7 @@ def _bind_slots(node: ast.Assign, target: ast.Tuple, names: Names, unpacked: dic
 
 
 def _take(target: ast.Name, names: Names) -> None:
-    if names.is_outer(target.id) or not _assignable(target.id):
+    if names.is_outer(target.id) or not _assignable(target.id) or target.id in BUILTINS:
         refuse(target, f"an assignment to {target.id}")
 
 

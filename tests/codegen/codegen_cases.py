@@ -119,12 +119,18 @@ def check(
 def _outcome(run: Callable[[], Any]) -> tuple[Any, type[Exception] | None]:
     try:
         return run(), None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  (whatever fails must fail alike)
         return None, type(error)
 
 
 def _copies(values: Any) -> Any:
-    return fx.node.map_aggregate(values, lambda v: v.clone() if isinstance(v, torch.Tensor) else v)
+    return fx.node.map_aggregate(values, _copy)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.nn.Parameter):
+        return torch.nn.Parameter(value.clone(), requires_grad=value.requires_grad)
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def assert_same(actual: Any, expected: Any, where: str = "result") -> None:

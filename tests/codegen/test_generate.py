@@ -398,7 +398,8 @@ from stitchcache.codegen import generate_execution_code
 import operator
 def build(g):
     x = g.placeholder("x"); y = g.placeholder("y")
-    n = [g.call_function(record, (x, y, float("inf"), {{"a": torch.float16, "b": frozenset("abc")}})) for _ in range(9)]
+    constants = {{"a": torch.float16, "b": frozenset("abc")}}
+    n = [g.call_function(record, (x, y, float("inf"), constants)) for _ in range(9)]
     z = g.call_function(torch.add, (n[0], n[1]), {{"alpha": 2, "class": x}})
     g.output(Point(z, slice(y, None)))
 print(hashlib.sha256(repr(generate_execution_code(graph_module(build))[:2]).encode()).hexdigest())

@@ -63,7 +63,7 @@ def test_arguments_die_where_the_caller_lets_go(abi: str) -> None:
     root.look = Opaque(look)
 
     def build(graph: fx.Graph) -> None:
-        x, unused, y = graph.placeholder("x"), graph.placeholder("unused"), graph.placeholder("y")
+        x, _, y = graph.placeholder("x"), graph.placeholder("unused"), graph.placeholder("y")
         graph.call_module("look", (x,))
         graph.call_module("look", (y,))
         graph.call_module("look", ())
@@ -90,17 +90,18 @@ def test_nothing_is_kept_between_calls() -> None:
     assert watch.alive == [set(), set(), set()]
 
 
-def test_constants_live_as_long_as_the_function() -> None:
-    value = torch.ones(2)
-    gone = weakref.ref(value)
-
+def _add_constant(value: torch.Tensor) -> fx.GraphModule:
     def build(graph: fx.Graph) -> None:
         graph.output(graph.call_function(torch.add, (graph.placeholder("x"), value)))
 
-    gm = graph_module(build)
-    run = make(gm)
-    del gm, value
-    build = None  # type: ignore[assignment]
+    return graph_module(build)
+
+
+def test_constants_live_as_long_as_the_function() -> None:
+    value = torch.ones(2)
+    gone = weakref.ref(value)
+    run = make(_add_constant(value))
+    del value
     gc.collect()
     assert gone() is not None
     assert torch.equal(run(torch.zeros(2)), torch.ones(2))

@@ -20,7 +20,22 @@ from hypothesis import strategies as st
 from torch import fx
 
 EXAMPLES = 4000 if os.environ.get("STITCHCACHE_FULL") else 200
-NAMES = ["x", "y", "class", "max", "torch", "op_0", "const_0", "submod_0", "bind", "slice", "del", "_", "__a__", "p.q"]
+NAMES = [
+    "x",
+    "y",
+    "class",
+    "max",
+    "torch",
+    "op_0",
+    "const_0",
+    "submod_0",
+    "bind",
+    "slice",
+    "del",
+    "_",
+    "__a__",
+    "p.q",
+]
 INF = float("inf")
 NAN = float("nan")
 
@@ -38,12 +53,10 @@ def add_in_place(x: Any, y: Any) -> Any:
     return x.add_(y)
 
 
-SCALARS = [
-    0, 1, -1, 2**80, -(10**4400), 0.0, -0.0, 1.5, INF, -INF, NAN, True, None, ..., "text", "\n'\"\0\ud800é", b"\x00\xff",
-    1j, complex(-0.0, INF), Color.RED, Label("label"), torch.float16, torch.device("cpu"), torch.strided,
-    torch.channels_last, torch.Size([2, 0]), torch.ops.aten.add.Tensor, torch.relu, operator.mul, int, Point,
-    range(2, 9, 3), frozenset([7]),
-]  # fmt: skip
+SCALARS: list[Any] = [0, 1, -1, 2**80, -(10**4400), 0.0, -0.0, 1.5, INF, -INF, NAN, True, None, ..., 1j]
+SCALARS += ["text", "\n'\"\0\ud800é", b"\x00\xff", complex(-0.0, INF), Color.RED, Label("label"), int, Point]
+SCALARS += [torch.float16, torch.device("cpu"), torch.strided, torch.channels_last, torch.Size([2, 0])]
+SCALARS += [torch.ops.aten.add.Tensor, torch.relu, operator.mul, range(2, 9, 3), frozenset([7])]
 
 
 @dataclass
@@ -67,7 +80,11 @@ class Builder:
         return self.pick(self.tensors)
 
     def number(self) -> Any:
-        return self.pick(self.numbers) if self.numbers and self.draw(st.booleans()) else self.draw(st.integers(-3, 9))
+        return (
+            self.pick(self.numbers)
+            if self.numbers and self.draw(st.booleans())
+            else self.draw(st.integers(-3, 9))
+        )
 
     def leaf(self) -> Any:
         nodes = self.tensors + self.numbers + self.anything
@@ -98,7 +115,9 @@ def call_torch(b: Builder) -> None:
     elif kind == 1:
         node = b.graph.call_function(b.pick([torch.relu, torch.nn.functional.gelu, torch.Tensor.abs]), (x,))
     elif kind == 2:
-        node = b.graph.call_function(b.pick([operator.add, operator.sub, operator.mul, torch.mul]), (x, b.number()))
+        node = b.graph.call_function(
+            b.pick([operator.add, operator.sub, operator.mul, torch.mul]), (x, b.number())
+        )
     elif kind == 3:
         node = b.graph.call_method(b.pick(["add", "mul", "__sub__"]), (x, y))
     elif kind == 4:
@@ -124,7 +143,16 @@ def set_item(b: Builder) -> None:
 
 def get_item(b: Builder) -> None:
     size = b.graph.call_function(torch.ops.aten.sym_size.int, (b.tensor(), 0))
-    indices = [0, -1, slice(0, 2), (0, slice(None, None, 2)), (None, Ellipsis, 1), (), (slice(None, size), 0), [0, 2]]
+    indices = [
+        0,
+        -1,
+        slice(0, 2),
+        (0, slice(None, None, 2)),
+        (None, Ellipsis, 1),
+        (),
+        (slice(None, size), 0),
+        [0, 2],
+    ]
     b.anything.append(b.graph.call_function(operator.getitem, (b.tensor(), b.pick(indices))))
 
 
@@ -133,7 +161,16 @@ def number(b: Builder) -> None:
     if kind == 0:
         node = b.graph.call_function(torch.ops.aten.sym_size.int, (b.tensor(), b.pick([0, -1])))
     elif kind == 1:
-        functions = [operator.add, operator.sub, operator.mul, operator.lt, operator.eq, operator.and_, max, min]
+        functions = [
+            operator.add,
+            operator.sub,
+            operator.mul,
+            operator.lt,
+            operator.eq,
+            operator.and_,
+            max,
+            min,
+        ]
         node = b.graph.call_function(b.pick(functions), (b.number(), b.number()))
     elif kind == 2:
         half = b.graph.call_function(operator.truediv, (b.number(), 2))
@@ -189,7 +226,9 @@ def call_piece(b: Builder) -> None:
 
 
 def call_again(b: Builder) -> None:
-    earlier = [n for n in b.graph.nodes if n.op == "call_module" and isinstance(getattr(b.root, n.target), Opaque)]
+    earlier = [
+        n for n in b.graph.nodes if n.op == "call_module" and isinstance(getattr(b.root, n.target), Opaque)
+    ]
     if earlier:
         node = b.graph.call_module(b.pick(earlier).target, (b.tensor(), b.tensor()))
         b.anything.append(b.graph.call_function(operator.getitem, (node, 0)))
@@ -208,7 +247,9 @@ def inline(b: Builder) -> None:
     result = b.pick([inner.tensor(), (inner.tensor(), inner.tensor()), [inner.tensor(), inner.argument(1)]])
     inner.graph.output(result)
     b.root.add_module(name, module_of(inner))
-    node = b.graph.call_module(name, (b.tensor(), b.tensor(), *([b.number()] if b.draw(st.booleans()) else [])))
+    node = b.graph.call_module(
+        name, (b.tensor(), b.tensor(), *([b.number()] if b.draw(st.booleans()) else []))
+    )
     if isinstance(result, fx.Node):
         b.tensors.append(node)
     else:
@@ -221,10 +262,8 @@ def attribute(b: Builder) -> None:
     (b.numbers if name == "count" else b.anything if name == "plain" else b.tensors).append(node)
 
 
-STEPS: list[Callable[[Builder], None]] = [
-    call_torch, call_torch, change_in_place, set_item, get_item, number, observe, observe, several_results, call_piece,
-    call_piece, call_again, inline, attribute,
-]  # fmt: skip
+STEPS: list[Callable[[Builder], None]] = [call_torch, call_torch, change_in_place, set_item, get_item, number]
+STEPS += [observe, observe, several_results, call_piece, call_piece, call_again, inline, attribute]
 
 
 def fill(b: Builder, steps: int) -> None:

@@ -175,10 +175,9 @@ def methods_of_classes_as_target(graph: fx.Graph) -> None:
 @case(torch.full((2, 2), 2.0))
 def torch_functions_as_target(graph: fx.Graph) -> None:
     x = graph.placeholder("x")
-    functions = [
-        torch.relu, torch.nn.functional.gelu, torch.linalg.inv, torch.special.expit, torch.fft.fft,
-        torch.einsum, torch.ops.aten.relu, torch.ops.aten.relu.default, torch._C._nn.gelu, torch.nn.functional.softmax,
-    ]  # fmt: skip
+    functions = [torch.relu, torch.nn.functional.gelu, torch.linalg.inv, torch.special.expit, torch.fft.fft]
+    functions += [torch.einsum, torch.ops.aten.relu, torch.ops.aten.relu.default, torch._C._nn.gelu]
+    functions.append(torch.nn.functional.softmax)
     matrix = graph.call_function(torch.add, (x, graph.call_function(torch.eye, (2,))))
     results = [
         graph.call_function(f, ("ij->ji", matrix) if f is torch.einsum else (matrix,))
@@ -376,3 +375,14 @@ def test_a_tuple_that_is_used_whole_is_not_unpacked() -> None:
         graph.output((graph.call_function(operator.getitem, (result, 0)), result))
 
     check(graph_module(build, root), 1, boxed=["piece"])
+
+
+def test_a_submodule_named_like_a_builtin_does_not_hide_it() -> None:
+    root = torch.nn.Module()
+    root.max = Opaque(lambda x: x + 1)
+
+    def build(graph: fx.Graph) -> None:
+        x = graph.call_module("max", (graph.placeholder("x"),))
+        graph.output(graph.call_function(max, (x, 5)))
+
+    check(graph_module(build, root), 1)
