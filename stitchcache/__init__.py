@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from stitchcache.graph import graph_hash as graph_hash
     from stitchcache.graph import split_graph as split_graph
     from stitchcache.runtime.model import CompiledModel as CompiledModel
+    from stitchcache.types import Dim as Dim
     from stitchcache.types import SizeRange as SizeRange
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ _HOMES = {
     "Artifact": "stitchcache.artifact.record",
     "Cache": "stitchcache.cache",
     "CompiledModel": "stitchcache.runtime.model",
+    "Dim": "stitchcache.types",
     "PrewarmReport": "stitchcache.api.prewarm",
     "SizeRange": "stitchcache.types",
     "SplitItem": "stitchcache.graph",
@@ -45,7 +47,7 @@ _HOMES = {
     "split_graph": "stitchcache.graph",
 }
 
-__all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604 - every name is a string
+__all__ = [*sorted(_HOMES), "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,10 @@ Size = int | str
 Scalar = bool | int | float | str | None
 
 
+BOUND = "bound"
+"""Stitching code knows tensors of the model as ``bound.<qualified name>``."""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class SizeRange:
     """Sizes of a dynamic dimension that get code of their own, both ends included.
@@ -38,7 +42,39 @@ class SizeRange:
         return self.min <= size <= self.max
 
     def __str__(self) -> str:
-        return f"{self.min}..{self.max}"
+        return str(self.min) if self.min == self.max else f"{self.min}..{self.max}"
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A size that may vary, for ``dynamic_shapes``; means what ``torch.export.Dim`` means.
+
+    Making one of torch's imports sympy, a third of a second that a warm start has no use for. Use
+    torch's where one dimension is derived from another (``2 * dim``).
+
+    Args:
+        name: A Python identifier; the same name is the same size.
+        min: Smallest size.
+        max: Largest size; ``None`` is unbounded.
+
+    Raises:
+        ValueError: The name is no identifier, or the range is empty.
+    """
+
+    name: str
+    min: int = 0
+    max: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise ValueError(f"Dim({self.name!r}): the name must be an identifier")
+        if self.min < 0 or (self.max is not None and self.max < self.min):
+            raise ValueError(f"Dim({self.name!r}, {self.min}, {self.max}): needs 0 <= min <= max")
+
+    @property
+    def __name__(self) -> str:
+        """The name, where torch's own dimensions have it."""
+        return self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from stitchcache.artifact.consts import dump_consts
 from stitchcache.artifact.record import Artifact
 from stitchcache.backends import get_backend
 from stitchcache.cache import Cache
-from stitchcache.errors import StoreWriteError, UntrustedEntryError
+from stitchcache.errors import BackendError, EntryFormatError, StoreWriteError, UntrustedEntryError
 from stitchcache.plan.build import BuiltPiece, build
 from stitchcache.plan.plan import PlannedPiece
 from stitchcache.types import BlobRef, Factor
@@ -26,8 +26,6 @@ log = logging.getLogger("stitchcache")
 
 def compile_pieces(
     traced: Traced,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
     request: Request,
     cache: Cache,
     *,
@@ -43,8 +41,6 @@ def compile_pieces(
 
     Args:
         traced: What was planned.
-        args: Example arguments; the check against eager runs on them.
-        kwargs: Likewise.
         request: Options.
         cache: Where to store.
         device: Where pieces run.
@@ -61,8 +57,8 @@ def compile_pieces(
     """
     began = time.perf_counter()
     shelf = _Shelf(cache, label, device)
-    distinct = {piece.key: piece for piece in traced.plan.pieces}
-    missing = [piece for piece in distinct.values() if not shelf.find(piece)]
+    distinct = {piece.key: piece for _, planned in traced.plans for piece in planned.pieces}
+    missing = {key for key, piece in distinct.items() if not shelf.find(piece)}
     done = len(distinct) - len(missing)
     tell("compile", done, len(distinct))
 
@@ -72,13 +68,15 @@ def compile_pieces(
         shelf.take(built)
         tell("compile", done, len(distinct))
 
-    if missing:
-        leaves = stitched_leaves(traced, args, kwargs) if request.verify else None
+    for planned, captured in traced.builds:
+        pieces = {piece.key: piece for piece in planned.pieces if piece.key in missing - shelf.pieces.keys()}
+        if not pieces:
+            continue
         with cache.scratch() as scratch:
             build(
-                traced.plan,
-                missing,
-                leaves,
+                planned,
+                list(pieces.values()),
+                stitched_leaves(captured) if request.verify else None,
                 scratch,
                 request.backend_options,
                 jobs=request.jobs,
@@ -120,8 +118,12 @@ class _Shelf:
             return False
         if path is None:
             return False
+        try:
+            self.pieces[piece.key] = get_backend(record.backend).load(path, self._device)
+        except (BackendError, EntryFormatError) as error:
+            log.warning("%s: compiling again: %s", self._label, error)
+            return False
         self.blobs[piece.key] = record.blob
-        self.pieces[piece.key] = get_backend(record.backend).load(path, self._device)
         return True
 
     def take(self, built: BuiltPiece) -> None:

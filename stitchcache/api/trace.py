@@ -10,18 +10,16 @@ from typing import Any
 
 import torch
 
-from stitchcache import tree
 from stitchcache.api.request import Request
 from stitchcache.artifact.consts import dump_consts
 from stitchcache.artifact.record import Artifact, Variant
 from stitchcache.backends import get_backend
-from stitchcache.capture import Capture, capture
+from stitchcache.capture import Capture
 from stitchcache.capture.contract import tensor_spec
 from stitchcache.codegen import generate_execution_code
-from stitchcache.graph.binding import BOUND
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.plan import Plan, plan
-from stitchcache.types import BindingSpec, BlobRef, Factor, PieceRef
+from stitchcache.types import BindingSpec, BlobRef, Factor, PieceRef, SizeRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +27,9 @@ class Traced:
     """A captured and planned model.
 
     Args:
-        capture: The capture.
-        plan: What has to be compiled.
+        capture: The capture that has the contract.
+        plans: What has to be compiled, for each size range or for all sizes.
+        builds: Each plan with its own capture.
         graph_hash: Names the entry.
         factors: What went into the graph hash beside the graph.
         bindings: Tensors that the stitching code uses, by name.
@@ -38,7 +37,8 @@ class Traced:
     """
 
     capture: Capture
-    plan: Plan
+    plans: tuple[tuple[SizeRange | None, Plan], ...]
+    builds: tuple[tuple[Plan, Capture], ...]
     graph_hash: str
     factors: tuple[Factor, ...]
     bindings: tuple[BindingSpec, ...]
@@ -47,32 +47,40 @@ class Traced:
 
 def trace(
     model: torch.nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    captured: Capture,
+    variants: Sequence[tuple[SizeRange | None, Capture]],
     request: Request,
     environment: Sequence[Factor],
 ) -> Traced:
-    """Capture a model and plan its compilation.
+    """Plan the compilation of a captured model.
 
     Args:
-        model: In evaluation mode.
-        args: Example positional arguments.
-        kwargs: Example keyword arguments.
+        model: The model.
+        captured: The capture that has the contract.
+        variants: A capture for each size range, or one for all sizes.
         request: Options.
         environment: Factors of the machine, torch's state and the options: all that compiled pieces
             depend on beside their graph.
 
     Raises:
-        CaptureError: The model cannot be captured.
         SplitError: The graph cannot be split as asked.
     """
-    captured = capture(model, args, kwargs, request.dynamic_shapes)
+    plans = tuple((size_range, _plan(variant, request, environment)) for size_range, variant in variants)
+    bindings = _bindings(model, [variant for _, variant in variants], [planned for _, planned in plans])
+    tensors = {item.name: item.tensor for item in captured.bound if item.kind == "constant"}
+    carried = {b.name: tensors[b.name] for b in bindings if b.kind == "constant"}
+    facts = _facts(captured, plans, bindings, carried)
+    builds = tuple((planned, own) for (_, planned), (_, own) in zip(plans, variants, strict=True))
+    return Traced(captured, plans, builds, _entry_hash(plans, facts, environment), facts, bindings, carried)
+
+
+def _plan(captured: Capture, request: Request, environment: Sequence[Factor]) -> Plan:
     constants = [
         name
         for name, leaf in zip(captured.user_inputs, captured.input_spec.leaves, strict=True)
         if leaf.kind == "constant"
     ]
-    planned = plan(
+    return plan(
         captured.gm,
         {item.placeholder: (item.name, item.tensor) for item in captured.bound},
         constants,
@@ -81,17 +89,15 @@ def trace(
         get_backend("eager"),
         environment,
     )
-    bindings = _bindings(model, captured, planned)
-    tensors = {item.name: item.tensor for item in captured.bound if item.kind == "constant"}
-    carried = {b.name: tensors[b.name] for b in bindings if b.kind == "constant"}
-    facts = _facts(captured, planned, bindings, carried)
-    return Traced(captured, planned, _entry_hash(planned, facts, environment), facts, bindings, carried)
 
 
-def _bindings(model: torch.nn.Module, captured: Capture, planned: Plan) -> tuple[BindingSpec, ...]:
-    """What the stitching code takes from the model."""
-    used = set(planned.attributes.values())
-    written = {m.removeprefix("buffer:") for m in captured.output_spec.mutations if m.startswith("buffer:")}
+def _bindings(
+    model: torch.nn.Module, captures: Sequence[Capture], plans: Sequence[Plan]
+) -> tuple[BindingSpec, ...]:
+    """What the stitching code of any variant takes from the model."""
+    used = {name for planned in plans for name in planned.attributes.values()}
+    mutations = captures[0].output_spec.mutations
+    written = {m.removeprefix("buffer:") for m in mutations if m.startswith("buffer:")}
     names: dict[int, list[str]] = {}
     for name, tensor in [
         *model.named_parameters(remove_duplicate=False),
@@ -99,7 +105,8 @@ def _bindings(model: torch.nn.Module, captured: Capture, planned: Plan) -> tuple
     ]:
         names.setdefault(id(tensor), []).append(name)
     found = []
-    for item in captured.bound:
+    tensors = {item.name: item for captured in captures for item in captured.bound}
+    for item in tensors.values():
         if item.name in used | written:
             shared = names.get(id(item.tensor), []) if item.kind != "constant" else []
             found.append(
@@ -114,12 +121,16 @@ def _bindings(model: torch.nn.Module, captured: Capture, planned: Plan) -> tuple
 
 
 def _facts(
-    captured: Capture, planned: Plan, bindings: Sequence[BindingSpec], carried: Mapping[str, torch.Tensor]
+    captured: Capture,
+    plans: Sequence[tuple[SizeRange | None, Plan]],
+    bindings: Sequence[BindingSpec],
+    carried: Mapping[str, torch.Tensor],
 ) -> tuple[Factor, ...]:
-    """The parts of an entry that its graph does not show."""
+    """The parts of an entry beside its pieces."""
+    structure = "\n".join(f"{size_range} {planned.structure}" for size_range, planned in plans)
     values = {name: dump_consts([tensor]) or b"" for name, tensor in carried.items()}
     return (
-        fact("graph.structure", planned.structure[:16], planned.structure),
+        fact("graph.structure", f"{len(plans)} variants", structure),
         fact("graph.inputs", f"{len(captured.input_spec.leaves)} leaves", repr(asdict(captured.input_spec))),
         fact("graph.outputs", f"{captured.output_spec.count} leaves", repr(asdict(captured.output_spec))),
         fact("graph.bindings", f"{len(bindings)} tensors", repr([asdict(b) for b in bindings])),
@@ -132,10 +143,14 @@ def fact(name: str, value: str, whole: str) -> Factor:
     return Factor(name=name, value=value, digest=hashlib.sha256(whole.encode()).hexdigest())
 
 
-def _entry_hash(planned: Plan, facts: Sequence[Factor], environment: Sequence[Factor]) -> str:
+def _entry_hash(
+    plans: Sequence[tuple[SizeRange | None, Plan]], facts: Sequence[Factor], environment: Sequence[Factor]
+) -> str:
     whole = hashlib.sha256(b"stitchcache entry 1\n")
-    for piece in planned.pieces:
-        whole.update(f"piece {len(piece.name)} {piece.name} {piece.key}\n".encode())
+    for size_range, planned in plans:
+        whole.update(f"variant {size_range}\n".encode())
+        for piece in planned.pieces:
+            whole.update(f"piece {len(piece.name)} {piece.name} {piece.key}\n".encode())
     for factor in sorted([*facts, *environment], key=lambda f: f.name):
         whole.update(f"factor {len(factor.name)} {factor.name} {factor.digest}\n".encode())
     return whole.hexdigest()
@@ -163,23 +178,15 @@ def assemble(
     Raises:
         CodegenError: A node of the stitching graph has no form as source.
     """
-    planned = traced.plan
-    stitching = _without_pieces(planned)
-    code, names, consts = generate_execution_code(
-        stitching, boxed=[piece.name for piece in planned.pieces], graph_hash=traced.graph_hash
-    )
-    pieces = tuple(
-        PieceRef(name=p.name, key=p.key, backend=p.backend, blob=blobs[p.key]) for p in planned.pieces
-    )
-    variant = Variant(
-        size_range=None, code=code, submod_names=tuple(names), consts=dump_consts(consts), pieces=pieces
+    variants = tuple(
+        _variant(size_range, planned, traced.graph_hash, blobs) for size_range, planned in traced.plans
     )
     bindings = tuple(
         replace(b, blob=constants[b.name]) if b.kind == "constant" else b for b in traced.bindings
     )
     return Artifact(
         graph_hash=traced.graph_hash,
-        variants=(variant,),
+        variants=variants,
         input_spec=traced.capture.input_spec,
         output_spec=traced.capture.output_spec,
         bindings=bindings,
@@ -187,6 +194,23 @@ def assemble(
         created=time.time(),
         label=label,
         compile_seconds=seconds,
+    )
+
+
+def _variant(
+    size_range: SizeRange | None, planned: Plan, graph_hash: str, blobs: Mapping[str, BlobRef]
+) -> Variant:
+    code, names, consts = generate_execution_code(
+        _without_pieces(planned), boxed=[piece.name for piece in planned.pieces], graph_hash=graph_hash
+    )
+    return Variant(
+        size_range=size_range,
+        code=code,
+        submod_names=tuple(names),
+        consts=dump_consts(consts),
+        pieces=tuple(
+            PieceRef(name=p.name, key=p.key, backend=p.backend, blob=blobs[p.key]) for p in planned.pieces
+        ),
     )
 
 
@@ -203,11 +227,7 @@ def _without_pieces(planned: Plan) -> torch.fx.GraphModule:
     return torch.fx.GraphModule(root, planned.split_gm.graph, class_name="Stitching")
 
 
-def stitched_leaves(traced: Traced, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+def stitched_leaves(captured: Capture) -> list[Any]:
     """The example's leaves that the stitching graph takes."""
-    leaves, _ = tree.flatten((args, dict(kwargs)))
-    specs = traced.capture.input_spec.leaves
+    leaves, specs = captured.example, captured.input_spec.leaves
     return [leaf for leaf, spec in zip(leaves, specs, strict=True) if spec.kind != "constant"]
-
-
-__all__ = ["BOUND", "Traced", "assemble", "fact", "stitched_leaves", "trace"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch.fx import GraphModule
 
-BOUND = "bound"
+from stitchcache.types import BOUND
 
 
 def bind_placeholders(

@@ -9,8 +9,8 @@ from stitchcache.artifact.consts import load_consts
 from stitchcache.artifact.record import Artifact, Variant
 from stitchcache.codegen import compile_execution_fn
 from stitchcache.errors import LinkError
-from stitchcache.graph.binding import BOUND
 from stitchcache.runtime.dispatch import dispatch_over_ranges
+from stitchcache.types import BOUND
 
 
 def link(artifact: Artifact, pieces: Mapping[str, Any], tensors: Mapping[str, Any]) -> Callable[..., Any]:

@@ -153,7 +153,7 @@ def _derived(spec: InputSpec, leaves: Sequence[Any], values: dict[str, int]) -> 
                     leaf.path,
                     f"strides {tuple(wanted)}",
                     str(tuple(value.stride())),
-                    "Compiled code relies on the example's strides; pass it .contiguous() or laid out as that.",
+                    "Compiled code relies on the example's strides; pass it laid out as that.",
                 )
     return None
 

@@ -1,0 +1,152 @@
+"""One compilation: what is known of it, and the direct road."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+
+from stitchcache import tree
+from stitchcache.api.open import open_artifact
+from stitchcache.api.request import OnProgress, Progress, Request, device_of, devices_of
+from stitchcache.artifact.record import Artifact
+from stitchcache.cache import Cache
+from stitchcache.errors import BackendError, EntryFormatError, LinkError, UntrustedEntryError
+from stitchcache.keys.sources import check_sources
+from stitchcache.keys.target import TargetKey, target_key
+from stitchcache.runtime.model import CompiledModel
+
+log = logging.getLogger("stitchcache")
+
+T = TypeVar("T")
+
+
+class Run:
+    """One compilation; lives for one call.
+
+    Args:
+        model: The model.
+        args: Example positional arguments.
+        kwargs: Example keyword arguments.
+        request: Options.
+        cache: Where to look and store.
+        on_progress: Gets told what happens.
+
+    Attributes:
+        reason: Why there was no direct hit, as far as is known.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        request: Request,
+        cache: Cache,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self._began = time.perf_counter()
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.request, self.cache, self._on_progress = request, cache, on_progress
+        self.timings: dict[str, float] = {}
+        self.label = request.label or type(model).__qualname__
+        leaves, spec = tree.flatten((args, kwargs))
+        paths = tree.leaf_paths(model.forward, args, kwargs)
+        self.device = device_of(model, leaves)
+        self.devices = devices_of(model, leaves)
+        self.target = self.timed(
+            "key", lambda: self._target_key(list(zip(paths, leaves, strict=True)), tree.dumps(spec))
+        )
+        self.reason = self.target.reason or "no entry for this target"
+
+    def direct(self) -> CompiledModel | None:
+        """Load without tracing; ``None`` is a miss, and ``reason`` says why."""
+        self.tell("lookup")
+        key = self.target.key
+        record = self.cache.get_target(key) if key is not None else None
+        if record is None:
+            return None
+        changed = self.timed("sources", lambda: check_sources(record))
+        if changed is not None:
+            self.reason = changed
+            return None
+        artifact = self.get(record.graph_hash)
+        if artifact is None:
+            self.reason = f"the entry {record.graph_hash[:12]} is gone or damaged"
+            return None
+        return self.open(artifact, "direct")
+
+    def open(self, artifact: Artifact, hit: str) -> CompiledModel | None:
+        """Load and link an artifact; ``None``, and a warning, if that cannot be done here."""
+        try:
+            opened = self.timed("load", lambda: open_artifact(artifact, self.cache, self.device))
+            if opened is not None:
+                return self.finish(artifact, *opened, hit)
+            self.reason = f"a piece of entry {artifact.graph_hash[:12]} is missing or damaged"
+        except (UntrustedEntryError, EntryFormatError, LinkError, BackendError) as error:
+            log.warning("%s: entry %s is not used: %s", self.label, artifact.graph_hash[:12], error)
+            self.reason = error.message
+        return None
+
+    def finish(
+        self, artifact: Artifact, pieces: Mapping[str, Any], constants: Mapping[str, Any], hit: str | None
+    ) -> CompiledModel:
+        """Link what is loaded, and say so."""
+        compiled = self.timed(
+            "link", lambda: CompiledModel(artifact, self.model, pieces, constants, cache_hit=hit)
+        )
+        self.timings["total"] = time.perf_counter() - self._began
+        compiled.timings = dict(self.timings)
+        said = f"{hit} hit" if hit else "compiled"
+        because = f" (no direct hit: {self.reason})" if hit != "direct" else ""
+        log.info(
+            "%s: %s %s in %.3f s%s",
+            self.label,
+            said,
+            artifact.graph_hash[:12],
+            self.timings["total"],
+            because,
+        )
+        self.tell("done")
+        return compiled
+
+    def get(self, graph_hash: str) -> Artifact | None:
+        """An entry; one that cannot be trusted is a miss and a warning."""
+        try:
+            return self.cache.get(graph_hash)
+        except UntrustedEntryError as error:
+            log.warning("%s", error)
+            return None
+
+    def _target_key(self, leaves: list[tuple[str, Any]], tree_text: str) -> TargetKey:
+        request = self.request
+        return target_key(
+            self.model,
+            leaves,
+            tree_text,
+            request.dynamic_shapes,
+            request.splitting_ops,
+            request.size_ranges,
+            request.backend,
+            request.backend_options,
+            request.key_factors,
+        )
+
+    def timed(self, stage: str, work: Callable[[], T]) -> T:
+        """Do something and add its seconds to a stage."""
+        began = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self.timings[stage] = self.timings.get(stage, 0.0) + time.perf_counter() - began
+
+    def tell(self, stage: str, done: int = 0, total: int = 0) -> None:
+        """Report progress."""
+        if self._on_progress is not None:
+            seconds = time.perf_counter() - self._began
+            self._on_progress(
+                Progress(target=self.label, stage=stage, done=done, total=total, seconds=seconds)
+            )
