@@ -13,7 +13,7 @@ from stitchcache.keys.digest import make_factor, shorten
 from stitchcache.keys.encoder import class_contents, new_encoder
 from stitchcache.keys.modules import INTERNALS, has_hooks, ignored_names, put_hooks, tensor_line
 from stitchcache.keys.origins import stands_by_version
-from stitchcache.keys.tensors import is_plain_tensor
+from stitchcache.keys.tensors import is_fake, is_plain_tensor
 from stitchcache.keys.values import SCALARS, Encoder, Shared, UnkeyableError, has_plain_state, slots_of
 from stitchcache.types import Factor
 
@@ -153,7 +153,7 @@ class _Walk:
                         continue
                     elements[kind] += value.numel()
                     self.encoder.seen[id(value)] = f"tensor {full}".encode()
-                    if value.__dict__:
+                    if value.__dict__ and not is_fake(value):
                         notes.put_at(full, {k: v for k, v in value.__dict__.items() if k[:4] != "_is_"})
                     if is_plain_tensor(value) and value.device.type != "meta" and value.numel():
                         extents.append(_extent(value, full))

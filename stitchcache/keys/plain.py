@@ -190,7 +190,15 @@ def _unkeyable(why: str) -> Handler:
     return put
 
 
+def _put_tuple_getter(encoder: Encoder, value: Any) -> None:
+    encoder.out += b"G"
+    encoder.put(value.__reduce__()[1][0])
+
+
+_Sample = collections.namedtuple("_Sample", "field")
+
 HANDLERS: Mapping[type, Handler] = {
+    type(_Sample.__dict__["field"]): _put_tuple_getter,
     tuple: put_tuple,
     list: put_list,
     dict: put_dict,

@@ -21,16 +21,8 @@ from stitchcache.types import Factor
 
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
-_PRECISION = (
-    "fp32_precision",
-    "cuda.matmul.fp32_precision",
-    "cudnn.fp32_precision",
-    "cudnn.conv.fp32_precision",
-    "cudnn.rnn.fp32_precision",
-    "mkldnn.fp32_precision",
-    "mkldnn.matmul.fp32_precision",
-    "mkldnn.conv.fp32_precision",
-    "mkldnn.rnn.fp32_precision",
+_PRECISION = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
+_REDUCTION = (
     "cuda.matmul.allow_fp16_reduced_precision_reduction",
     "cuda.matmul.allow_bf16_reduced_precision_reduction",
     "cuda.matmul.allow_fp16_accumulation",
@@ -81,7 +73,8 @@ def _factors() -> Iterator[Factor]:
     yield make_factor("torch.default_dtype", str(torch.get_default_dtype()))
     yield make_factor("torch.default_device", torch.get_default_device().type)
     yield make_factor("torch.autocast", _autocast())
-    yield make_factor("torch.float32_precision", f"{_matmul_precision()}, {_read(_PRECISION)}")
+    yield make_factor("torch.float32_precision", _float32_precision())
+    yield make_factor("torch.reduced_precision", _read(_REDUCTION))
     yield make_factor("torch.deterministic", _deterministic())
     yield make_factor("torch.backends", _read(_BACKENDS))
     yield make_factor("torch.attention", _read(_ATTENTION))
@@ -97,7 +90,17 @@ def _autocast() -> str:
     return ", ".join(parts)
 
 
-def _matmul_precision() -> str:
+def _float32_precision() -> str:
+    """What each kind of operator may do to float32; unset ones ask their backend, then the whole."""
+    parts = [_legacy_precision()]
+    for name in _PRECISION:
+        backend = name.partition(".")[0]
+        asked = (_setting(f"{step}fp32_precision") for step in (f"{name}.", f"{backend}.", ""))
+        parts.append(f"{name}={next((value for value in asked if value not in {None, 'none'}), 'ieee')}")
+    return ", ".join(parts)
+
+
+def _legacy_precision() -> str:
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -111,17 +114,15 @@ def _deterministic() -> str:
 
 
 def _read(names: tuple[str, ...]) -> str:
-    """Settings below ``torch.backends``, by dotted name; functions are asked."""
-    parts = []
-    for name in names:
-        value: Any = torch.backends
-        for step in name.split("."):
-            value = getattr(value, step, None)
-        parts.append(f"{name}={_ask(value)}")
-    return ", ".join(parts)
+    """Settings below ``torch.backends`` as text."""
+    return ", ".join(f"{name}={_setting(name)}" for name in names)
 
 
-def _ask(value: Any) -> Any:
+def _setting(name: str) -> Any:
+    """A setting below ``torch.backends`` by dotted name; a function is asked."""
+    value: Any = torch.backends
+    for step in name.split("."):
+        value = getattr(value, step, None)
     ask: Callable[[], Any] | None = value if callable(value) else None
     return ask() if ask is not None else value
 

@@ -78,7 +78,7 @@ def in_child(folder, edit, stored):
         code = 0
         try:
             answer = run_edit(folder, edit, stored)
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - the parent reports it
             answer = ({"name": edit["name"], "error": traceback.format_exc()}, None)
             code = 1
         out.write_bytes(pickle.dumps(answer))

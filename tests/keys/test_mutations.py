@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from keys_edits import AFTER, FILES, HARMLESS, all_edits
 
 
