@@ -11,6 +11,7 @@ import torch
 from stitchcache.codegen.allowed import BUILTINS
 from stitchcache.codegen.arguments import Ref, argument_text
 from stitchcache.codegen.bindings import Bindings
+from stitchcache.codegen.literals import literal
 from stitchcache.codegen.liveness import INDENT, body_lines
 from stitchcache.codegen.lower import Lowering
 from stitchcache.codegen.names import RESERVED, Namespace
@@ -56,7 +57,7 @@ def generate_execution_code(
     namespace = Namespace(RESERVED if abi == "bound" else RESERVED | BUILTINS)
     bindings = Bindings(namespace, abi)
     lowering = Lowering(split_gm, namespace, bindings, boxed=boxed, unpack=abi == "bound")
-    parameters, names = _parameters(split_gm.graph, namespace, lowering)
+    parameters, names = _parameters(split_gm.graph, namespace, bindings, lowering)
     output = lowering.run(split_gm.graph, "")
     result, kept = "None", []
     if output is not None:
@@ -74,25 +75,21 @@ def _title(graph_hash: str, pieces: int) -> str:
 
 
 def _parameters(
-    graph: torch.fx.Graph, namespace: Namespace, lowering: Lowering
+    graph: torch.fx.Graph, namespace: Namespace, bindings: Bindings, lowering: Lowering
 ) -> tuple[list[str], list[str]]:
     """Name every placeholder before anything else is named, as callers may use the names."""
-    parameters, names = [], []
-    for node in graph.nodes:
-        if node.op != "placeholder":
-            continue
-        target = str(node.target)
-        wanted = target.lstrip("*")
-        stars = target[: len(target) - len(wanted)]
-        name = namespace.take(wanted)
-        lowering.define(node, Ref(name, local=True))
-        names.append(name)
-        parameters.append((node, f"{stars}{name}"))
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    names = [namespace.take(str(node.target).lstrip("*")) for node in placeholders]
     texts = []
-    for node, text in parameters:
+    for node, name in zip(placeholders, names, strict=True):
+        lowering.define(node, Ref(name, local=True))
+        stars = str(node.target).count("*", 0, 2)
+        default = ""
         if node.args:
-            text += f"={argument_text(node.args[0], lowering.scope(node), 'default')}"
-        texts.append(text)
+            # As in Python, a default is one object for all calls.
+            value = node.args[0]
+            default = f"={literal(value) or bindings.const(value, node.name, 'default')}"
+        texts.append("*" * stars + name + default)
     return texts, names
 
 

@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from stitchcache.artifact.consts import dump_consts, load_consts
+from stitchcache.artifact.decode import decode
+from stitchcache.artifact.encode import encode
+from stitchcache.artifact.record import Artifact, Variant
 from stitchcache.codegen import compile_execution_fn, generate_execution_code
+from stitchcache.errors import UnserializableConstError
 
 Point = collections.namedtuple("Point", "x y")
 
@@ -77,8 +82,20 @@ def compiled(gm: fx.GraphModule, *, boxed: Collection[str] = (), abi: Any = "bou
     """The graph's function, its constants having been stored and read in between."""
     code, names, consts = generate_execution_code(gm, boxed=boxed, abi=abi)
     assert (code, names) == generate_execution_code(gm, boxed=boxed, abi=abi)[:2]
-    stored = pickle.loads(pickle.dumps(consts))
-    return compile_execution_fn(code, slots_of(gm, names, boxed), names, stored)
+    code, stored_names, stored = _stored(code, names, consts)
+    return compile_execution_fn(code, slots_of(gm, names, boxed), stored_names, stored)
+
+
+def _stored(code: str, names: list[str], consts: list[Any]) -> tuple[str, Sequence[str], list[Any]]:
+    """What comes back from an entry file."""
+    try:
+        table = dump_consts(consts)
+    except UnserializableConstError:
+        # Entries take fewer types than pickle does; the engine API has callers with stores of their own.
+        return code, names, pickle.loads(pickle.dumps(consts))
+    variant = Variant(size_range=None, code=code, submod_names=tuple(names), consts=table, pieces=())
+    entry = decode(encode(Artifact(graph_hash="0" * 64, variants=(variant,))))
+    return entry.code, entry.submod_names, load_consts(entry.consts)
 
 
 class Nested(fx.Interpreter):

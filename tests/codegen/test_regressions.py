@@ -304,7 +304,7 @@ def test_defaults_and_starred_placeholders() -> None:
     def build(graph: fx.Graph) -> None:
         x = graph.placeholder("x")
         y = graph.placeholder("y", default_value=float("inf"))
-        z = graph.placeholder("z", default_value=(1, 2))
+        z = graph.placeholder("z", default_value=slice(1, 2))
         args, w, kwargs = (
             graph.placeholder("*args"),
             graph.placeholder("w", default_value=None),
@@ -314,7 +314,7 @@ def test_defaults_and_starred_placeholders() -> None:
 
     for abi in ("bound", "list"):
         run = compiled(graph_module(build), abi=abi)
-        assert run(1) == (1, float("inf"), (1, 2), (), None, {})
+        assert run(1) == (1, float("inf"), slice(1, 2), (), None, {})
         assert run(1, 2, 3, 4, 5, w=6, v=7) == (1, 2, 3, (4, 5), 6, {"v": 7})
 
 
