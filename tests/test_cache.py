@@ -17,7 +17,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "store"))
 import itertools
 
-from stores import artifact, files_under, key, put, read_back, target
+from stores import artifact, copy_legacy, files_under, key, put, read_back, target
 
 from stitchcache.cache import Cache
 from stitchcache.errors import (
@@ -39,6 +39,9 @@ LEGACY = Path(__file__).parent / "data" / "legacy"
 def _environment(monkeypatch):
     for name in ("STITCHCACHE_DIR", "STITCHCACHE_MAX_SIZE", "STITCHCACHE_READONLY"):
         monkeypatch.delenv(name, raising=False)
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
 
 
 @pytest.fixture
@@ -367,7 +370,6 @@ def test_read_only_serves_and_writes_nothing(cache, monkeypatch):
     assert "read-only" in reader.why_not_writable()
     (cache.root / "entries" / made.graph_hash[:2] / f"{made.graph_hash}.stitch").write_bytes(b"damage")
     assert reader.get(made.graph_hash) is None
-    del reader
     assert [name for name in files_under(cache.root) if not name.startswith("stats")] == [
         name for name in before if not name.startswith("stats")
     ]
@@ -426,7 +428,10 @@ def test_bad_settings_name_the_variable(bad, monkeypatch):
 
 
 def test_importing_it_is_light():
-    script = "import sys, stitchcache.cache; print([m for m in ('torch', 'rich', 'click', 'filelock') if m in sys.modules])"
+    script = (
+        "import sys, stitchcache.cache\n"
+        "print([m for m in ('torch', 'rich', 'click', 'filelock') if m in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
@@ -442,8 +447,7 @@ def legacy_cases():
 def old_root(tmp_path):
     root = tmp_path / "old"
     root.mkdir()
-    for case in legacy_cases():
-        shutil.copy(LEGACY / case["file"], root)
+    copy_legacy([case["file"] for case in legacy_cases()], root)
     return root
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from stitchcache.artifact.decode import Header, decode, decode_header, decode_piece, decode_target, header_of
 from stitchcache.artifact.frame import header_end, malformed
-from stitchcache.artifact.legacy import decode_legacy
 from stitchcache.artifact.record import Artifact
 from stitchcache.types import BlobRef
 
@@ -20,8 +19,7 @@ def decode_named(data: bytes, key: str, path: str) -> Artifact:
         EntryFormatError: It is damaged, malformed, newer, or another's.
     """
     # The name decides which format is tried, so that damage cannot turn one into another.
-    read = decode if path.endswith(CURRENT_SUFFIX) else decode_legacy
-    artifact = read(data, path=path)
+    artifact = decode(data, path=path) if path.endswith(CURRENT_SUFFIX) else _decode_legacy(data, path)
     if artifact.graph_hash != key:
         raise malformed(path, "graph_hash", f"{artifact.graph_hash} in a file that is named {key}")
     return artifact
@@ -31,7 +29,14 @@ def read_head(prefix: bytes, file_size: int, path: str) -> Header:
     """The header in an entry's first bytes, or in a whole legacy entry."""
     if path.endswith(CURRENT_SUFFIX):
         return decode_header(prefix, file_size, path=path)
-    return header_of(decode_legacy(prefix, path=path), path=path, file_bytes=file_size)
+    return header_of(_decode_legacy(prefix, path), path=path, file_bytes=file_size)
+
+
+def _decode_legacy(data: bytes, path: str) -> Artifact:
+    # Imported when one is met: it needs modules that a warm start does not.
+    from stitchcache.artifact.legacy import decode_legacy
+
+    return decode_legacy(data, path=path)
 
 
 class EntryCodec:

@@ -97,6 +97,7 @@ def decode(data: bytes, *, path: str = "") -> Artifact:
         FutureFormatError: A newer stitchcache wrote them.
     """
     if is_legacy(data):
+        # Imported when one is met: it needs modules that a warm start does not.
         from stitchcache.artifact.legacy import decode_legacy
 
         return decode_legacy(data, path=path)

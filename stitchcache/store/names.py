@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import secrets
 
 _NAME = re.compile(r"(?P<host>[A-Za-z0-9_-]+)\.(?P<pid>[0-9]+)\.[0-9a-f]{16}\.(?P<what>[a-z]+)")
 
@@ -30,7 +29,7 @@ def host_token() -> str:
 
 def temporary_name(host: str, what: str) -> str:
     """A name that no other process or thread makes."""
-    return f"{host}.{os.getpid()}.{secrets.token_hex(8)}.{what}"
+    return f"{host}.{os.getpid()}.{os.urandom(8).hex()}.{what}"
 
 
 def is_dead(name: str, host: str) -> bool | None:

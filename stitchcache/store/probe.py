@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,7 +62,7 @@ class _Probe:
         self.place = place
         self.asked = asked
         self.trials: list[Trial] = []
-        self.stem = os.path.join(place, f".stitchcache-probe-{secrets.token_hex(8)}")
+        self.stem = os.path.join(place, f".stitchcache-probe-{os.urandom(8).hex()}")
 
     def run(self) -> list[Trial]:
         if not self._directory():
@@ -79,9 +78,7 @@ class _Probe:
                     self._remove(self.stem + suffix)
         return self.trials
 
-    def _add(
-        self, name: str, level: Literal["ok", "note", "problem"], found: str, meaning: str = ""
-    ) -> None:
+    def _add(self, name: str, level: Literal["ok", "note", "problem"], found: str, meaning: str = "") -> None:
         self.trials.append(Trial(name=name, level=level, found=found, meaning=meaning))
 
     def _remove(self, path: str) -> None:
@@ -121,7 +118,9 @@ class _Probe:
     def _trust(self) -> None:
         reason = distrust(self.place, self.files.stat(self.place))
         if self.place == self.asked and reason is not None:
-            self._add("trust", "problem", reason, "entries here are not loaded: compiled pieces are native code")
+            self._add(
+                "trust", "problem", reason, "entries here are not loaded: compiled pieces are native code"
+            )
         else:
             self._add("trust", "ok", "nobody else can write it" if reason is None else "not made yet")
 
@@ -153,8 +152,8 @@ class _Probe:
             "create",
             create,
             "problem",
-            "nothing can be stored here; entries that are here are served. Compile elsewhere and use this as a "
-            "lower layer, or set STITCHCACHE_DIR to a writable directory",
+            "nothing can be stored here; entries that are here are served. Compile elsewhere and use this "
+            "as a lower layer, or set STITCHCACHE_DIR to a writable directory",
         )
 
     def _rename(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 
 from stitchcache.store.files import opened, write_all
 from stitchcache.store.layout import Area
@@ -28,7 +27,7 @@ def quarantine(root: Root, path: str, identity: Identity | None, reason: str) ->
     """
     if root.read_only:
         return False
-    aside = os.path.join(root.area(Area.QUARANTINE), f"{os.path.basename(path)}.{secrets.token_hex(4)}")
+    aside = os.path.join(root.area(Area.QUARANTINE), f"{os.path.basename(path)}.{os.urandom(4).hex()}")
     try:
         root.make_dir(root.area(Area.QUARANTINE))
         root.files.rename(path, aside)

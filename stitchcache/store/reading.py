@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from stitchcache.errors import EntryFormatError, FutureFormatError
 from stitchcache.store.files import Files, close_quietly, read_exactly
 from stitchcache.store.layout import LEGACY_SUFFIXES, Area, keyed_path
 from stitchcache.store.root import Root
-from stitchcache.store.scan import Item
+
+if TYPE_CHECKING:
+    from stitchcache.store.scan import Item
 
 MAX_ENTRY = 2 << 30
 MAX_RECORD = 64 << 20

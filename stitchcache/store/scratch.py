@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +20,9 @@ def scratch(root: Root) -> Iterator[str]:
     try:
         yield path
     finally:
+        # Imported here, for warm starts need neither.
+        import shutil
+
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -35,6 +36,8 @@ def _make(root: Root) -> str:
             pass
         else:
             return path
+    import tempfile
+
     return tempfile.mkdtemp(prefix="stitchcache-")
 
 

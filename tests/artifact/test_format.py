@@ -60,7 +60,9 @@ def tuples(strategy, most=3):
     return st.lists(strategy, max_size=most).map(tuple)
 
 
-ranges = st.tuples(counts, counts, st.none() | text).map(lambda r: types.SizeRange(min(r[:2]), max(r[:2]), r[2]))
+ranges = st.tuples(counts, counts, st.none() | text).map(
+    lambda r: types.SizeRange(min(r[:2]), max(r[:2]), r[2])
+)
 pieces = st.builds(types.PieceRef, name=text, key=text, backend=text, blob=blobs)
 variants = st.builds(
     Variant,
@@ -147,7 +149,9 @@ def test_no_field_of_a_record_is_forgotten():
         small(),
         variants=(dataclasses.replace(small().variants[0], size_range=types.SizeRange(1, 2, "b")),),
         input_spec=types.InputSpec(
-            tree="", leaves=(types.LeafSpec(path="", kind="constant"),), symbols=(types.SymbolSpec(name="", min=0, max=1),)
+            tree="",
+            leaves=(types.LeafSpec(path="", kind="constant"),),
+            symbols=(types.SymbolSpec(name="", min=0, max=1),),
         ),
         output_spec=types.OutputSpec(tree="", count=0),
         bindings=(types.BindingSpec(name="", kind="buffer", tensor=tensor, blob=blob),),
@@ -156,7 +160,9 @@ def test_no_field_of_a_record_is_forgotten():
     frame = open_frame(encode(whole), Kind.ENTRY)
     keys(msgpack.unpackb(frame.header))
     keys(msgpack.unpackb(frame.payload))
-    record = types.TargetRecord(graph_hash="ab" * 32, sources=(types.SourceRef(module="", digest="", size=0),))
+    record = types.TargetRecord(
+        graph_hash="ab" * 32, sources=(types.SourceRef(module="", digest="", size=0),)
+    )
     keys(msgpack.unpackb(open_frame(encode_target("k", record), Kind.TARGET).payload))
     for kind in [Artifact, Variant, *vars(types).values()]:
         if dataclasses.is_dataclass(kind):
@@ -167,7 +173,9 @@ def test_no_field_of_a_record_is_forgotten():
 
 def test_special_values_survive():
     values = [float("inf"), -0.0, 10**40, -(10**40), (1 << 64) - 1, -(1 << 63), True, "\ud800 lone", None]
-    leaves = tuple(types.LeafSpec(path=str(i), kind="constant", value=value) for i, value in enumerate(values))
+    leaves = tuple(
+        types.LeafSpec(path=str(i), kind="constant", value=value) for i, value in enumerate(values)
+    )
     artifact = dataclasses.replace(small(), input_spec=types.InputSpec(tree="", leaves=leaves))
     found = decode(encode(artifact)).input_spec.leaves
     assert [(type(leaf.value), repr(leaf.value)) for leaf in found] == [(type(v), repr(v)) for v in values]
@@ -227,7 +235,9 @@ def sealed_again(data: bytes, version: int = 3) -> bytes:
     body = bytearray(data[:-32])
     struct.pack_into("<H", body, 8, version)
     end = PRELUDE.size + 32 + PRELUDE.unpack_from(data)[3]
-    body[PRELUDE.size : PRELUDE.size + 32] = hashlib.sha256(bytes(body[: PRELUDE.size]) + body[64:end]).digest()
+    body[PRELUDE.size : PRELUDE.size + 32] = hashlib.sha256(
+        bytes(body[: PRELUDE.size]) + body[64:end]
+    ).digest()
     return bytes(body) + hashlib.sha256(body).digest()
 
 
@@ -252,13 +262,17 @@ def resealed(change) -> bytes:
 
 
 BAD = {
-    "variants[0].pieces[0].blob.digest": lambda h, p: p["variants"][0]["pieces"][0]["blob"].update(digest="AB" * 32),
+    "variants[0].pieces[0].blob.digest": lambda h, p: p["variants"][0]["pieces"][0]["blob"].update(
+        digest="AB" * 32
+    ),
     "variants[0].pieces[0].blob.size": lambda h, p: p["variants"][0]["pieces"][0]["blob"].update(size=-1),
     "variants[0].code": lambda h, p: p["variants"][0].update(code=b"x"),
     "variants[0].submod_names[0]": lambda h, p: p["variants"][0].update(submod_names=[1]),
     "variants[0].'extra'": lambda h, p: p["variants"][0].update(extra=1),
     "variants[0].consts": lambda h, p: p["variants"][0].pop("consts"),
-    "variants[0].size_range.max": lambda h, p: p["variants"][0].update(size_range={"min": 2, "max": 1, "dim": None}),
+    "variants[0].size_range.max": lambda h, p: p["variants"][0].update(
+        size_range={"min": 2, "max": 1, "dim": None}
+    ),
     "variants": lambda h, p: p.update(variants=[]),
     "factors": lambda h, p: p.update(factors={}),
     "input_spec": lambda h, p: p.update(input_spec=True),
@@ -279,8 +293,19 @@ def test_errors_say_where(field):
 
 @pytest.mark.parametrize(
     "payload",
-    [b"", b"\xc1", b"\x81\xa1a\x01\x00", b"\x82\xa1a\x01\xa1a\x01", b"\xd4\x01x", b"\x81\x01\x01", b"\xdf\xff\xff\xff\xff"]
-    + [b"\x91" * 100_000, b"\xc6\xff\xff\xff\xff", b"\xd7\xff" + b"\0" * 8, b"\xa1\xff"],
+    [
+        b"",
+        b"\xc1",
+        b"\x81\xa1a\x01\x00",
+        b"\x82\xa1a\x01\xa1a\x01",
+        b"\xd4\x01x",
+        b"\x81\x01\x01",
+        b"\xdf\xff\xff\xff\xff",
+        b"\x91" * 100_000,
+        b"\xc6\xff\xff\xff\xff",
+        b"\xd7\xff" + b"\0" * 8,
+        b"\xa1\xff",
+    ],
 )
 def test_hostile_msgpack_is_refused(payload):
     header = open_frame(encode(small()), Kind.ENTRY).header
@@ -330,7 +355,9 @@ def test_golden_entries_still_load():
         data = path.read_bytes()
         artifact = decode(data, path=str(path))
         assert artifact.graph_hash == path.stem
-        assert encode(artifact) == data, "writing the same artifact gives other bytes: raise the format version"
+        assert encode(artifact) == data, (
+            "writing the same artifact gives other bytes: raise the format version"
+        )
 
 
 @settings(max_examples=300, deadline=None)

@@ -1,4 +1,4 @@
-"""What the store costs. Run ``python tests/benchmarks/bench_store.py``; figures are medians in milliseconds."""
+"""What the store costs. Run ``python tests/benchmarks/bench_store.py``; figures are medians in ms."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def bench_put(place: Path) -> list[tuple[str, float, float | None]]:
     for durability in ("full", "fast"):
         turn = iter(range(1000))
 
-        def one(cache=Cache(place / durability, durability=durability), turn=turn) -> None:
+        cache = Cache(place / durability, durability=durability)
+
+        def one(cache=cache, turn=turn) -> None:
             put(cache, next(turn), [os.urandom(1_500_000) for _ in range(3)])
 
         rows.append((f"put with three new 1.5 MB blobs, durability {durability}", median(one, 15), None))

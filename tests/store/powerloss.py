@@ -100,7 +100,9 @@ class Recording(Files):
 @dataclass
 class _Disk:
     durable: dict[str, int | None] = field(default_factory=dict)  # path -> inode; None is a directory
-    pending: list[tuple[str, int | None, bool]] = field(default_factory=list)  # path, inode, whether it is removed
+    pending: list[tuple[str, int | None, bool]] = field(
+        default_factory=list
+    )  # path, inode, whether it is removed
     synced: dict[int, bytes] = field(default_factory=dict)
     current: dict[int, bytes] = field(default_factory=dict)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 from stitchcache.artifact.record import Artifact, Variant
@@ -66,6 +67,16 @@ def read_back(cache: Cache, graph_hash: str) -> list[bytes] | None:
                 return None
             contents.append(path.read_bytes())
     return contents
+
+
+LEGACY = Path(__file__).parent.parent / "data" / "legacy"
+
+
+def copy_legacy(names: list[str], root: Path) -> None:
+    """Legacy entries as their owner would have them: a checkout may have made them group-writable."""
+    for name in names:
+        shutil.copyfile(LEGACY / name, root / name)
+        (root / name).chmod(0o644)
 
 
 def files_under(root: Path) -> list[str]:

@@ -28,7 +28,7 @@ def run_all(count: int, work) -> list[int]:
             try:
                 work(number)
                 status = 0
-            except BaseException:
+            except (Exception, SystemExit):  # noqa: BLE001, a fork's failure is told by its exit status
                 traceback.print_exc()
             finally:
                 os._exit(status)

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 from hostile import Counting, Killing
-from stores import artifact, key, put, read_back, target
+from stores import artifact, copy_legacy, key, put, read_back, target
 
 from stitchcache.cache import Cache
 
 CONTENT = {"old": [b"shared", b"of old"], "new": [b"shared", b"of new" * 1000]}
-LEGACY = Path(__file__).parent.parent / "data" / "legacy"
 OLD = "a116c9ed46d6207734a43317d30fd88f52ac8634c37d904bbf4e41d865f90475"
 
 
@@ -25,7 +24,7 @@ def base(root: Path) -> None:
     cache = Cache(root, durability="fast")
     put(cache, "old", CONTENT["old"])
     cache.put_target(key("target"), target(key("old")))
-    shutil.copy(LEGACY / f"{OLD}.msgpack", root)
+    copy_legacy([f"{OLD}.msgpack"], root)
 
 
 def do_put(cache: Cache, report: int) -> None:
@@ -157,7 +156,7 @@ def test_random_kills_of_working_processes(tmp_path, full):
         for name in range(8):
             found = read_back(cache, key(name))
             if found is None:
-                # Evicted by this worker's prunes (the last of which may not have been reported), or never put.
+                # Evicted by this worker's prunes (the last may not have been reported), or never put.
                 assert name not in acknowledged or pruned or cache.get(key(name)) is None
                 continue
             assert found[0] == b"common"
@@ -173,7 +172,7 @@ def test_random_kills_of_working_processes(tmp_path, full):
 
 
 def test_random_kills_lose_no_acknowledged_put(tmp_path, full):
-    """As above without eviction, so that every acknowledged put must be there, or a later one in its place."""
+    """As above without eviction: every acknowledged put must be there, or a later one in its place."""
     rng = random.Random(1)
     root = tmp_path / "root"
     last: dict[int, tuple[int, int]] = {}
