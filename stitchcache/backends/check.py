@@ -10,6 +10,7 @@ from torch._ops import OpOverload
 
 from stitchcache.backends.base import BoxedPiece
 from stitchcache.errors import PieceMismatchError
+from stitchcache.graph import effects
 
 # Largest difference, relative to the largest magnitude in the tensor.
 _TOLERANCE = {
@@ -45,7 +46,7 @@ def compare_with_eager(
     Raises:
         PieceMismatchError: They differ in number, dtype, shape, strides, device or value.
     """
-    copy = clone_all if mutates(piece.graph) else list
+    copy = clone_all if effects.mutates(piece.graph) else list
     with torch.no_grad():
         eager_inputs = copy(inputs)
         expected = piece(*eager_inputs)
@@ -62,21 +63,32 @@ def compare_with_eager(
     return worst
 
 
-def clone_all(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Copies with the same strides; tensors that share storage share it in the copies too."""
-    storages: dict[int, torch.Tensor] = {}
-    copies = []
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
+def clone_all(values: Sequence[Any]) -> list[Any]:
+    """Copies of tensors with the same strides; what shares storage shares it in the copies too.
+
+    Anything that is not a tensor is passed through.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}
+    copies: list[Any] = []
+    for value in values:
+        if not isinstance(value, torch.Tensor):
+            copies.append(value)
+            continue
+        storage = value.untyped_storage()
         key = storage._cdata
         if key not in storages:
-            flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-            flat.set_(storage)
-            storages[key] = flat.clone()
-        copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        copy.set_(storages[key].untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
-        copies.append(copy)
+            storages[key] = storage.clone()
+        copy = torch.empty(0, dtype=value.dtype, device=value.device)
+        copy.set_(storages[key], value.storage_offset(), value.size(), value.stride())
+        copies.append(_with_bits_of(copy, value))
     return copies
+
+
+def _with_bits_of(copy: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Views that conjugate or negate lazily do so by a bit of theirs, not in memory."""
+    if value.is_conj():
+        copy = copy.conj()
+    return torch._neg_view(copy) if value.is_neg() else copy
 
 
 def undefined_outputs(piece: torch.fx.GraphModule) -> set[int]:
@@ -86,22 +98,20 @@ def undefined_outputs(piece: torch.fx.GraphModule) -> set[int]:
         if node.op == "output":
             results = node.args[0]
             return {i for i, result in enumerate(results) if result in undefined}
-        if _is_undefined(node.target) or any(source in undefined for source in node.all_input_nodes):
+        if _is_fresh(node) or effects.is_random(node) or _reads(node, undefined):
             undefined.add(node)
+            undefined.update(effects.written(node))
     return set()
 
 
-def _is_undefined(target: Any) -> bool:
-    if not isinstance(target, OpOverload):
-        return False
-    name = str(target).split(".")[1]
-    fresh = name.startswith(("empty", "new_empty"))
-    return fresh or torch.Tag.nondeterministic_seeded in target.tags
+def _is_fresh(node: torch.fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and str(node.target).split(".")[1].startswith(
+        ("empty", "new_empty")
+    )
 
 
-def mutates(graph: torch.fx.Graph) -> bool:
-    """Whether any op of a graph writes into its arguments."""
-    return any(isinstance(node.target, OpOverload) and node.target._schema.is_mutable for node in graph.nodes)
+def _reads(node: torch.fx.Node, undefined: set[torch.fx.Node]) -> bool:
+    return any(source in undefined for source in node.all_input_nodes)
 
 
 def _compare(want: Any, got: Any, what: str, name: str, backend: str, *, values: bool) -> float:

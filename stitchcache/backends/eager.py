@@ -14,10 +14,10 @@ import torch
 
 from stitchcache.artifact.consts import dump_consts, load_consts
 from stitchcache.backends.base import BoxedPiece
-from stitchcache.codegen import compile_execution_fn, generate_execution_code
+from stitchcache.backends.bodies import function_of, source_of
 from stitchcache.errors import EntryFormatError
 
-_MAGIC = "stitchcache eager piece 1"
+_MAGIC = "stitchcache eager piece 2"
 
 
 class EagerBackend:
@@ -38,40 +38,19 @@ class EagerBackend:
 
     def build(self, piece: torch.fx.GraphModule, directory: Path, options: Mapping[str, Any]) -> Path:
         """Write the piece's graph as source; see :class:`~stitchcache.backends.base.Backend`."""
-        code, names, consts = generate_execution_code(piece)
         path = directory / "piece.eager"
-        attributes = [_attribute(piece, name) for name in names]
-        record = {
-            "magic": _MAGIC,
-            "code": code,
-            "names": names,
-            "consts": dump_consts(consts),
-            "attributes": dump_consts(attributes),
-        }
+        record = {"magic": _MAGIC, **source_of(piece, dump_consts)}
         path.write_bytes(msgpack.packb(record))
         return path
 
     def load(self, path: Path, device: str) -> BoxedPiece:
         """Bind the stored source; see :class:`~stitchcache.backends.base.Backend`."""
-        record = _read(path)
-        names = record["names"]
-        attributes = load_consts(record["attributes"]) if names else []
-        function = compile_execution_fn(
-            record["code"],
-            dict(zip(names, attributes, strict=True)),
-            names,
-            load_consts(record["consts"]),
-        )
+        function = function_of(_read(path), load_consts)
 
         def run(inputs: list[Any]) -> Any:
             return function(*inputs)
 
         return run
-
-
-def _attribute(piece: torch.fx.GraphModule, name: str) -> Any:
-    owner, _, attribute = name.rpartition(".")
-    return getattr(piece.get_submodule(owner), attribute)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from stitchcache import tree
 from stitchcache.capture.contract import input_spec
+from stitchcache.capture.edges import Subject, settle_lower_bounds
+from stitchcache.capture.example import attributes_kept, separate
+from stitchcache.capture.regions import ambient_modes, settle_regions
 from stitchcache.errors import CaptureError
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.types import InputSpec, OutputSpec
@@ -63,6 +66,7 @@ class Capture:
         user_inputs: Names of the remaining placeholders, one a leaf.
         input_spec: What a call must bring.
         output_spec: How results are returned.
+        example: The leaves that it was captured with, one for each of ``user_inputs``.
     """
 
     gm: torch.fx.GraphModule
@@ -70,6 +74,7 @@ class Capture:
     user_inputs: tuple[str, ...]
     input_spec: InputSpec
     output_spec: OutputSpec
+    example: tuple[Any, ...] = ()
 
 
 def capture(
@@ -92,15 +97,19 @@ def capture(
     Raises:
         CaptureError: torch cannot export it; ``location`` is the user's line that stopped it.
     """
+    leaves, spec = tree.flatten((args, dict(kwargs)))
+    leaves = separate(leaves, model)
+    example: tuple[tuple[Any, ...], dict[str, Any]] = tree.unflatten(leaves, spec)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), attributes_kept(model):
             program = torch.export.export(
-                model, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False
+                model, example[0], example[1], dynamic_shapes=dynamic_shapes, strict=False
             )
     except _EXPORT_ERRORS as error:
+        if isinstance(error, CaptureError):
+            raise
         raise _capture_error(model, error) from error
     bound, user_inputs = _inputs(program)
-    leaves, spec = tree.flatten((args, dict(kwargs)))
     paths = tree.leaf_paths(model.forward, args, dict(kwargs))
     if len(leaves) != len(user_inputs):
         raise CaptureError(
@@ -108,15 +117,37 @@ def capture(
             "torch.export rearranged the arguments. Pass them as plain tensors and containers.",
             reason="inputs rearranged",
         )
+    gm = program.graph_module
+    settle_regions(gm, ambient_modes({leaf.device.type for leaf in _tensors(leaves, bound)}))
     names = SymbolNames()
     contract = input_spec(program, user_inputs, paths, leaves, tree.dumps(spec), dynamic_shapes, names)
+    outputs = _output_spec(program, user_inputs)
+
+    def call(values: Sequence[Any], state: Mapping[str, torch.Tensor]) -> list[Any]:
+        positional, named = tree.unflatten(values, spec)
+        result = torch.func.functional_call(model, dict(state), positional, named)
+        return tree.flatten(result)[0]
+
+    subject = Subject(
+        gm=gm,
+        bound={item.placeholder: item.tensor for item in bound},
+        buffers={item.placeholder: item.name for item in bound if item.kind != "constant"},
+        leaves=dict(zip(user_inputs, leaves, strict=True)),
+        call=call,
+        mutations=len(outputs.mutations),
+    )
     return Capture(
-        gm=program.graph_module,
+        gm=gm,
         bound=tuple(bound),
         user_inputs=tuple(user_inputs),
-        input_spec=contract,
-        output_spec=_output_spec(program, user_inputs),
+        input_spec=settle_lower_bounds(contract, subject, names, type(model).__qualname__),
+        output_spec=outputs,
+        example=tuple(leaves),
     )
+
+
+def _tensors(leaves: Sequence[Any], bound: Sequence[BoundTensor]) -> list[torch.Tensor]:
+    return [*(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)), *(item.tensor for item in bound)]
 
 
 def _inputs(program: torch.export.ExportedProgram) -> tuple[list[BoundTensor], list[str]]:

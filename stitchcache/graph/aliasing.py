@@ -1,21 +1,23 @@
-"""Find pieces whose results must alias what eager execution would alias.
+"""Find pieces whose values must alias what eager execution would alias.
 
-A compiler may return a copy where eager returns a view. Nobody can tell, unless something writes
-into one of the two afterwards. Where that could happen the piece is run op by op instead.
+A compiler may return a copy where eager returns a view, and takes two inputs for distinct memory.
+Nobody can tell, unless something writes into memory that is seen twice. Where that could happen the
+piece is run op by op instead.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection
 
 import torch
-from torch._ops import OpOverload
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
+
+from stitchcache.graph import effects
 
 
 def alias_hazards(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:
-    """Pieces that return a tensor of a group that shares storage and is written to.
+    """Pieces that see, or return, memory that is shared and written to.
 
     Args:
         split_gm: A split graph whose values carry fake tensors.
@@ -25,24 +27,22 @@ def alias_hazards(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:
         Names of the pieces that must keep eager's aliasing.
     """
     groups: dict[int, set[Node]] = defaultdict(set)
-    written: set[int] = set()
+    written = _written(split_gm.graph)
     for node in split_gm.graph.nodes:
         storage = _storage(node)
         if storage is not None:
             groups[storage].add(node)
-        called = split_gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(called, GraphModule):
-            written |= _written(called.graph)
-    written |= _written(split_gm.graph)
+        for below in effects.called(node):
+            written |= _written(below.graph)
+    shared = {storage for storage in written if len(groups.get(storage, ())) > 1}
     hazards = set()
-    for storage in written:
-        members = groups.get(storage, set())
-        if len(members) < 2:
+    for node in split_gm.graph.nodes:
+        if node.op != "call_module" or node.target not in pieces:
             continue
-        for node in members:
-            source = node.args[0] if node.args else None
-            if isinstance(source, Node) and source.op == "call_module" and source.target in pieces:
-                hazards.add(str(source.target))
+        outputs = [user for user in node.users if _storage(user) in shared]
+        inputs = Counter(_storage(source) for source in node.all_input_nodes)
+        if outputs or any(storage in shared and count > 1 for storage, count in inputs.items()):
+            hazards.add(str(node.target))
     return hazards
 
 
@@ -54,20 +54,14 @@ def _storage(node: Node) -> int | None:
     return None
 
 
-def _written(graph: torch.fx.Graph) -> set[int]:
-    """Storages that ops of a graph write to."""
+def _written(graph: Graph) -> set[int]:
+    """Storages that ops of a graph, or of a graph below it, write to."""
     found = set()
     for node in graph.nodes:
-        if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
-            continue
-        given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | dict(
-            node.kwargs
-        )
-        for argument in node.target._schema.arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = given.get(argument.name)
-                for written in value if isinstance(value, (list, tuple)) else [value]:
-                    storage = _storage(written) if isinstance(written, Node) else None
-                    if storage is not None:
-                        found.add(storage)
+        for target in effects.written(node):
+            storage = _storage(target)
+            if storage is not None:
+                found.add(storage)
+        for below in effects.called(node):
+            found |= _written(below.graph)
     return found

@@ -18,33 +18,36 @@ from stitchcache.errors import SplitError
 from stitchcache.graph import symbols
 
 
-def pin_strides(split_gm: GraphModule, pieces: Collection[str]) -> None:
+def pin_strides(split_gm: GraphModule, pieces: Collection[str], passive: Collection[str] = ()) -> None:
     """Insert stride pins into the stitching graph.
 
     Args:
         split_gm: A split graph; changed in place.
         pieces: Names of the submodules that are compiled.
+        passive: Names of the submodules that only make views and allocate: the strides of their
+            results follow from those of their inputs, so the inputs are pinned instead.
 
     Raises:
         SplitError: A value cannot be pinned because its strides overlap or leave gaps.
     """
+    relied_on = {*pieces, *passive}
     for node in list(split_gm.graph.nodes):
         value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or not _is_foreign(node, pieces):
+        if not isinstance(value, torch.Tensor) or not _is_foreign(node, relied_on):
             continue
-        users = [u for u in node.users if u.op == "call_module" and u.target in pieces]
+        users = [u for u in node.users if u.op == "call_module" and u.target in relied_on]
         if users and value.layout == torch.strided:
             _pin(split_gm, node, value)
     split_gm.recompile()
 
 
-def _is_foreign(node: Node, pieces: Collection[str]) -> bool:
+def _is_foreign(node: Node, ours: Collection[str]) -> bool:
     """Whether a value of the stitching graph comes from code that was not compiled."""
     if node.op in {"placeholder", "get_attr"}:
         return False
     source = node.args[0] if node.args else None
     if isinstance(source, Node) and source.op == "call_module":
-        return source.target not in pieces
+        return source.target not in ours
     return node.target is not torch.ops.aten.empty.memory_format
 
 

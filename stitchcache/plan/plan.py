@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch._ops import OpOverload
-from torch.fx import GraphModule
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx import GraphModule, Node
 
 from stitchcache.backends import Backend
 from stitchcache.errors import SplitError
@@ -15,6 +15,8 @@ from stitchcache.graph import graph_hash, split_graph
 from stitchcache.graph.aliasing import alias_hazards
 from stitchcache.graph.binding import bind_placeholders, drop_placeholders
 from stitchcache.graph.boundary import pin_strides
+from stitchcache.graph.effects import called
+from stitchcache.graph.opnames import target_name
 from stitchcache.graph.sizes import lower_sizes
 from stitchcache.graph.split import check_splitting_ops, submodule
 from stitchcache.types import Factor
@@ -86,7 +88,12 @@ def plan(
     check_splitting_ops(gm, splitting_ops)
     ops = (*splitting_ops, *sorted(backend.foreign_ops(gm)))
     split_gm, items = split_graph(gm, ops)
-    pieces = [i.submod_name for i in items if not i.is_splitting_graph and not _is_trivial(i.graph)]
+    for item in items:
+        if item.is_splitting_graph:
+            _refuse_control_flow(item.graph)
+    compute = [item for item in items if not item.is_splitting_graph]
+    passive = [item.submod_name for item in compute if _is_trivial(item.graph)]
+    pieces = [item.submod_name for item in compute if item.submod_name not in passive]
     attributes = bind_placeholders(split_gm, bound)
     used = drop_placeholders(split_gm, list(constants))
     if used:
@@ -99,7 +106,7 @@ def plan(
         backends[name] = fallback
     for name in lower_sizes(split_gm, pieces):
         backends[name] = fallback
-    pin_strides(split_gm, pieces)
+    pin_strides(split_gm, pieces, passive)
     planned = []
     for name in pieces:
         graph = submodule(split_gm, name)
@@ -114,14 +121,26 @@ _FREE = ("empty", "new_empty", "sym_size", "sym_numel")
 
 def _is_trivial(piece: GraphModule) -> bool:
     """Whether a piece only allocates and makes views: not worth a compiled call."""
-    for node in piece.graph.nodes:
-        if node.op == "call_function" and isinstance(node.target, OpOverload):
-            schema = node.target._schema
-            views = [
-                r.alias_info for r in schema.returns if r.alias_info is not None and not r.alias_info.is_write
-            ]
-            if not views and not str(node.target).split(".")[1].startswith(_FREE):
-                return False
-        elif node.op in {"call_method", "call_module"}:
-            return False
-    return True
+    return all(_is_free(node) for node in piece.graph.nodes)
+
+
+def _is_free(node: Node) -> bool:
+    if node.op in {"placeholder", "output", "get_attr"}:
+        return next(called(node), None) is None
+    if node.op != "call_function":
+        return False
+    if not isinstance(node.target, OpOverload):
+        # Arithmetic on sizes, and taking results apart.
+        return not isinstance(node.target, HigherOrderOperator)
+    returns = node.target._schema.returns
+    views = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return views or str(node.target).split(".")[1].startswith(_FREE)
+
+
+def _refuse_control_flow(item: GraphModule) -> None:
+    for node in item.graph.nodes:
+        if isinstance(node.target, HigherOrderOperator):
+            raise SplitError(
+                f"splitting op {target_name(node.target)!r} calls graphs of its own and can only run "
+                "inside a piece. Leave it out of splitting_ops."
+            )

@@ -9,7 +9,8 @@ import torch
 from torch.fx import GraphModule
 from torch.fx.node import Argument, Target
 
-from stitchcache.backends.check import clone_all, mutates
+from stitchcache.backends.check import clone_all
+from stitchcache.graph.effects import mutates
 from stitchcache.plan.plan import Plan
 
 
@@ -50,11 +51,9 @@ class _Recorder(torch.fx.Interpreter):
             return leaves
         names = [str(node.target) for node in self.graph.nodes if node.op == "get_attr"]
         bound = [self.fetch_attr(name) for name in names]
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        copies = clone_all([*bound, *tensors])
+        copies = clone_all([*bound, *leaves])
         self._copies = dict(zip(names, copies, strict=False))
-        rest = iter(copies[len(bound) :])
-        return [next(rest) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        return copies[len(bound) :]
 
     def get_attr(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
         name = str(target)
@@ -63,9 +62,5 @@ class _Recorder(torch.fx.Interpreter):
     def call_module(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
         key = self._wanted.get(str(target))
         if key is not None:
-            tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-            if self._writes and len(tensors) == len(args):
-                self.inputs[key] = clone_all(tensors)
-            else:
-                self.inputs[key] = list(args)
+            self.inputs[key] = clone_all(args) if self._writes else list(args)
         return super().call_module(target, args, kwargs)

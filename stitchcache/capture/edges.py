@@ -1,0 +1,228 @@
+"""Sizes below what torch assumed: allow them only where the graph is right at them.
+
+``torch.export`` traces with sizes of at least 2 and decides on the way what is different at 1:
+whether ``squeeze`` removes a dimension, whether operands broadcast, which branch a comparison takes.
+The user may allow 1 all the same (``Dim(min=1)``). So the graph and the model are both run there, on
+the example's own arguments cut down, before a call may bring such a size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+
+from stitchcache.backends.check import clone_all
+from stitchcache.capture.example import has_fakes
+from stitchcache.graph import symbols
+from stitchcache.types import InputSpec
+
+log = logging.getLogger("stitchcache")
+
+# What a model may raise at a size that it was never meant for.
+_REFUSALS = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    ArithmeticError,
+)
+_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A captured graph beside the model that it came from.
+
+    Args:
+        gm: The flat graph.
+        bound: Placeholder to tensor, for what the model feeds.
+        buffers: Placeholder to qualified name, for the model's own buffers and parameters.
+        leaves: Placeholder to the example's leaf.
+        call: Runs the model on leaves, with other tensors for the named ones; returns its leaves.
+        mutations: How many results of the graph are write-backs.
+    """
+
+    gm: torch.fx.GraphModule
+    bound: Mapping[str, torch.Tensor]
+    buffers: Mapping[str, str]
+    leaves: Mapping[str, Any]
+    call: Callable[[Sequence[Any], Mapping[str, torch.Tensor]], list[Any]]
+    mutations: int
+
+
+def settle_lower_bounds(
+    contract: InputSpec, subject: Subject, names: symbols.SymbolNames, label: str
+) -> InputSpec:
+    """Raise the smallest size of a symbol to torch's own where the graph cannot be shown right below.
+
+    Args:
+        contract: As the user's ``dynamic_shapes`` would have it.
+        subject: The graph and the model; neither is changed.
+        names: Canonical names of the symbols.
+        label: The model's class, for the log.
+
+    Returns:
+        The contract with bounds that hold.
+    """
+    shape_env = symbols.shape_environment(subject.gm.graph)
+    if shape_env is None:
+        return contract
+    own = {name: symbol for symbol, name in names.items()}
+    lowest = {
+        spec.name: low
+        for spec in contract.symbols
+        if (low := symbols.bounds(shape_env, own[spec.name])[0] or 0) > spec.min
+    }
+    if not lowest:
+        return contract
+    wanted = {own[spec.name]: spec.min for spec in contract.symbols if spec.name in lowest}
+    refused = {symbol for symbol in wanted if not _agrees(subject, {symbol: wanted[symbol]})}
+    rest = {symbol: low for symbol, low in wanted.items() if symbol not in refused}
+    if len(rest) > 1 and not _agrees(subject, rest):
+        refused |= rest.keys()
+    raised = {name for name in lowest if own[name] in refused}
+    for name in sorted(raised):
+        log.info(
+            "%s: size %s of %s is served from %d, not below: what was captured could not be shown "
+            "right at smaller sizes",
+            label,
+            name,
+            _where(contract, name),
+            lowest[name],
+        )
+    return replace(
+        contract,
+        symbols=tuple(
+            replace(spec, min=lowest[spec.name]) if spec.name in raised else spec for spec in contract.symbols
+        ),
+    )
+
+
+def _where(contract: InputSpec, name: str) -> str:
+    for leaf in contract.leaves:
+        if leaf.tensor is not None and name in leaf.tensor.shape:
+            return f"{leaf.path}.shape[{leaf.tensor.shape.index(name)}]"
+    return "the arguments"
+
+
+def _agrees(subject: Subject, sizes: Mapping[sympy.Symbol, int]) -> bool:
+    """Whether graph and model return, and leave behind, the same at certain sizes."""
+    if has_fakes([*subject.leaves.values(), *subject.bound.values()]):
+        return False
+    values = {symbol: sympy.Integer(size) for symbol, size in (_hints(subject) | dict(sizes)).items()}
+    leaves = _narrowed(subject, values)
+    if leaves is None:
+        return False
+    everything = [*subject.bound.values(), *leaves]
+    ours, theirs = clone_all(everything), clone_all(everything)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=_cuda(everything)):
+            torch.manual_seed(0)
+            want = subject.call(
+                theirs[len(subject.bound) :],
+                {
+                    subject.buffers[placeholder]: tensor
+                    for placeholder, tensor in zip(subject.bound, theirs, strict=False)
+                    if placeholder in subject.buffers
+                },
+            )
+            torch.manual_seed(0)
+            got = _run_graph(subject, ours)
+    except _REFUSALS:
+        return False
+    state = range(len(everything))
+    return _same(want, got) and _same([theirs[i] for i in state], [ours[i] for i in state])
+
+
+def _run_graph(subject: Subject, values: Sequence[Any]) -> list[Any]:
+    """Run the graph without autocast, as it will be run; write its mutations back."""
+    given = dict(zip([*subject.bound, *subject.leaves], values, strict=True))
+    ordered = [given[node.name] for node in subject.gm.graph.nodes if node.op == "placeholder"]
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        results = torch.fx.Interpreter(subject.gm).run(*ordered)
+    return list(results)[subject.mutations :]
+
+
+def _hints(subject: Subject) -> dict[sympy.Symbol, int]:
+    """The example's own sizes."""
+    found: dict[sympy.Symbol, int] = {}
+    for node in subject.gm.graph.nodes:
+        leaf, value = subject.leaves.get(node.name), node.meta.get("val")
+        if isinstance(leaf, torch.Tensor) and isinstance(value, torch.Tensor):
+            pairs: Iterable[tuple[Any, int]] = zip(value.shape, leaf.shape, strict=True)
+        elif isinstance(value, torch.SymInt) and isinstance(leaf, int):
+            pairs = [(value, leaf)]
+        else:
+            continue
+        for size, actual in pairs:
+            expr = symbols.expression(size)
+            if expr.is_Symbol:
+                found.setdefault(expr, int(actual))
+    return found
+
+
+def _narrowed(subject: Subject, values: Mapping[sympy.Symbol, Any]) -> list[Any] | None:
+    """The example's leaves at other sizes, with the strides of the contract; ``None`` if impossible."""
+    fakes = {node.name: node.meta.get("val") for node in subject.gm.graph.nodes if node.op == "placeholder"}
+    narrowed = []
+    for name, leaf in subject.leaves.items():
+        value = fakes.get(name)
+        if isinstance(value, torch.SymInt):
+            leaf = _evaluate(value, values)
+        elif isinstance(leaf, torch.Tensor) and isinstance(value, torch.Tensor):
+            leaf = _cut(leaf, value, values)
+        if leaf is None and value is not None:
+            return None
+        narrowed.append(leaf)
+    shape_env = symbols.shape_environment(subject.gm.graph)
+    for guard in shape_env.guards if shape_env is not None else ():
+        if guard.expr.xreplace(dict(values)) == sympy.false:
+            return None
+    return narrowed
+
+
+def _cut(leaf: torch.Tensor, fake: torch.Tensor, values: Mapping[sympy.Symbol, Any]) -> torch.Tensor | None:
+    shape = [_evaluate(size, values) for size in fake.shape]
+    stride = [_evaluate(size, values) for size in fake.stride()]
+    if None in shape or None in stride or any(s > have for s, have in zip(shape, leaf.shape, strict=True)):  # type: ignore[operator]
+        return None
+    if shape == list(leaf.shape):
+        return leaf
+    cut = leaf
+    for dim, size in enumerate(shape):
+        cut = cut.narrow(dim, 0, size)  # type: ignore[arg-type]
+    if 0 in stride:
+        return cut
+    made = torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device)  # type: ignore[arg-type]
+    return made.copy_(cut)
+
+
+def _evaluate(size: Any, values: Mapping[sympy.Symbol, Any]) -> int | None:
+    expr = symbols.expression(size).xreplace(dict(values))
+    return int(expr) if expr.is_Integer and int(expr) >= 0 else None
+
+
+def _same(want: Sequence[Any], got: Sequence[Any]) -> bool:
+    return len(want) == len(got) and all(_equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+def _equal(want: Any, got: Any) -> bool:
+    if not isinstance(want, torch.Tensor) or not isinstance(got, torch.Tensor):
+        return type(want) is type(got) and bool(want == got or want != want)
+    if want.dtype != got.dtype or want.shape != got.shape:
+        return False
+    if not (want.is_floating_point() or want.is_complex()):
+        return torch.equal(want, got)
+    tolerance = _TOLERANCE.get(want.dtype, 1e-4)
+    return torch.allclose(want, got, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def _cuda(values: Sequence[Any]) -> list[torch.device]:
+    return list({v.device for v in values if isinstance(v, torch.Tensor) and v.device.type == "cuda"})

@@ -1,0 +1,95 @@
+"""Run a model and its compiled form side by side, and insist that nobody could tell them apart."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+import stitchcache
+
+
+def clone_tree(value: Any) -> Any:
+    """A deep copy that keeps strides."""
+    return pytree.tree_map_only(torch.Tensor, _clone, value)
+
+
+def _clone(tensor: torch.Tensor) -> torch.Tensor:
+    copied = tensor.detach().clone()
+    if 0 in tensor.stride():
+        return copied[tuple(slice(0, 1 if s == 0 else None) for s in tensor.stride())].expand(tensor.shape)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(copied)
+
+
+def same(want: Any, got: Any, where: str, tolerance: float = 0.0) -> None:
+    """Compare two results: containers, types, dtypes, shapes and numbers."""
+    wanted, want_spec = pytree.tree_flatten(want)
+    given, got_spec = pytree.tree_flatten(got)
+    assert want_spec == got_spec, f"{where}: {want_spec} came back as {got_spec}"
+    for index, (a, b) in enumerate(zip(wanted, given, strict=True)):
+        if not isinstance(a, torch.Tensor):
+            assert type(a) is type(b), f"{where}[{index}]: {a!r} against {b!r}"
+            assert a == b or (a != a and b != b), f"{where}[{index}]: {a!r} against {b!r}"
+            continue
+        assert isinstance(b, torch.Tensor), f"{where}[{index}]: a tensor became {b!r}"
+        assert a.dtype == b.dtype, f"{where}[{index}]: {a.dtype} became {b.dtype}"
+        assert a.shape == b.shape, f"{where}[{index}]: {tuple(a.shape)} became {tuple(b.shape)}"
+        if tolerance:
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+        else:
+            assert torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) or torch.allclose(
+                a.to(torch.complex128), b.to(torch.complex128), rtol=1e-6, atol=1e-6, equal_nan=True
+            ), f"{where}[{index}]: numbers differ by {(a.double() - b.double()).abs().max()}"
+
+
+def agree(
+    model: torch.nn.Module,
+    calls: Sequence[tuple[Any, ...]],
+    directory: Path,
+    *,
+    kwargs: Sequence[dict[str, Any]] | None = None,
+    tolerance: float = 0.0,
+    seed: int | None = None,
+    reload: bool = True,
+    **options: Any,
+) -> stitchcache.CompiledModel:
+    """Compile a model with the first call, then compare every call, twice, with eager.
+
+    Outputs, what became of the arguments, and the state of the model are compared, with a freshly
+    compiled callable and (``reload``) with one that a second lookup takes from the cache.
+    """
+    options.setdefault("backend", "eager")
+    kwargs = kwargs or [{} for _ in calls]
+    cache = stitchcache.Cache(directory)
+    model = model.eval()
+    compiled = None
+    for turn in range(2 if reload else 1):
+        reference, subject = copy.deepcopy(model), copy.deepcopy(model)
+        before = clone_tree({k: v for k, v in subject.state_dict().items()})
+        compiled = stitchcache.compile(
+            subject, clone_tree(calls[0]), clone_tree(kwargs[0]), cache=cache, **options
+        )
+        same(before, dict(subject.state_dict()), "state after compiling")
+        assert turn == 0 or compiled.cache_hit is not None, "the second lookup missed"
+        for number, (args, named) in enumerate(zip([*calls, *calls], [*kwargs, *kwargs], strict=True)):
+            ours, theirs = clone_tree((args, named)), clone_tree((args, named))
+            if seed is not None:
+                torch.manual_seed(seed)
+            with torch.no_grad():
+                want = reference(*theirs[0], **theirs[1])
+            if seed is not None:
+                torch.manual_seed(seed)
+            got = compiled(*ours[0], **ours[1])
+            same(want, got, f"turn {turn}, call {number}", tolerance)
+            same(theirs, ours, f"turn {turn}, arguments after call {number}", tolerance)
+            same(
+                dict(reference.named_buffers()),
+                dict(subject.named_buffers()),
+                f"turn {turn}, buffers after call {number}",
+                tolerance,
+            )
+    return compiled
