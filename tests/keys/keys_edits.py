@@ -132,7 +132,8 @@ AFTER = [
     (
         "function mode",
         "from torch.overrides import TorchFunctionMode\nclass M(TorchFunctionMode):\n"
-        "    def __torch_function__(self, f, t, a=(), k=None):\n        return f(*a, **(k or {}))\nM().__enter__()",
+        "    def __torch_function__(self, f, t, a=(), k=None):\n        return f(*a, **(k or {}))\n"
+        "M().__enter__()",
     ),
 ]
 

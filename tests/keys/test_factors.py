@@ -294,7 +294,7 @@ def test_config_fields_are_factors_of_their_own():
     assert differ(factors(model), factors(other)) == ["model.config.rate"]
 
 
-# ---- inputs -------------------------------------------------------------------------------------------------
+# ---- inputs
 
 
 def inputs(args, dynamic_shapes=None, kwargs=None):
@@ -399,7 +399,7 @@ def test_dimensions_are_matched_through_containers():
     assert inputs(one, named) == inputs(two, named)
 
 
-# ---- torch's state, environment, options --------------------------------------------------------------------
+# ---- torch's state, environment, options
 
 
 def state():

@@ -36,7 +36,7 @@ class Block(nn.Module):
             y = y + self.power(x)
         if self.settings.mode is Mode.ADD:
             y = y + self.settings.scale
-        else:
+        elif self.settings.mode is Mode.MUL:
             y = y * self.settings.scale
         if "q" in self.names:
             y = y - len(self.names)

@@ -18,7 +18,7 @@ def fold(x):
     return x * settings.TABLE["a"] - settings.SHARED.scale
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def slope(n):
     return n * 0.25
 

@@ -1,0 +1,310 @@
+"""What a capture read beyond its model: recorded, checked, and refused where it cannot be seen."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from stitchcache.keys import SourceRecorder, check_sources
+from stitchcache.types import TargetRecord
+
+ROOT = Path(__file__).parent.parent.parent
+
+SCRIPT = """
+import json, pickle, sys
+import torch
+from stitchcache import tree
+from stitchcache.keys import SourceRecorder, check_sources, explain_differences, target_key
+from stitchcache.types import TargetRecord
+import part
+
+LEVEL = 2.0
+
+
+def helper(x):
+    return x * LEVEL
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.names = {"one", "two", "three"}
+        self.linear = torch.nn.Linear(2, 2)
+
+    def forward(self, x):
+        return part.more(helper(self.linear(x))) + len(self.names)
+
+
+def run(action, path):
+    model, args = Net().eval(), (torch.ones(3, 2),)
+    leaves, spec = tree.flatten((args, {}))
+    key = target_key(model, [("x", leaves[0])], tree.dumps(spec), None, (), None, "aoti", {}, None)
+    if action == "record":
+        with SourceRecorder() as recorder:
+            model(*args)
+        record = TargetRecord(graph_hash="0" * 64, sources=recorder.sources, globals=recorder.globals)
+        with open(path, "wb") as file:
+            pickle.dump((key, record), file)
+        print(json.dumps({"unsound": recorder.unsound, "reason": key.reason}))
+        return
+    with open(path, "rb") as file:
+        old, record = pickle.load(file)
+    heavy = [m for m in sys.modules if m.startswith(("torch._dynamo", "torch._inductor", "torch.export"))]
+    changed = check_sources(record)
+    new = [m for m in sys.modules if m.startswith(("torch._dynamo", "torch._inductor", "torch.export"))]
+    answer = {"same": old.key == key.key, "changed": changed, "heavy": sorted(set(new) - set(heavy))}
+    answer["differ"] = explain_differences(old.factors, key.factors)
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])
+"""
+
+PART = """
+SHIFT = 1.0
+
+
+def more(x):
+    return x + SHIFT
+"""
+
+
+def project(folder):
+    folder.mkdir()
+    (folder / "part.py").write_text(PART)
+    (folder / "script.py").write_text(SCRIPT)
+    return folder
+
+
+def run(folder, *command, seed="0", **variables):
+    path = os.pathsep.join([str(ROOT), str(folder)])
+    environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path, **variables}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    folder = project(tmp_path_factory.mktemp("recorded") / "project")
+    out = folder.parent / "record"
+    assert run(folder, "script.py", "record", out, seed="1") == {"unsound": None, "reason": None}
+    return out
+
+
+def test_another_process_place_home_host_and_seed_hit(recorded, tmp_path):
+    folder = project(tmp_path / "moved")
+    home = {"HOME": str(tmp_path), "HOSTNAME": "elsewhere", "USER": "somebody"}
+    answer = run(folder, "script.py", "lookup", recorded, seed="77", **home)
+    assert answer == {"same": True, "changed": None, "heavy": [], "differ": {}}
+
+
+def test_a_script_hits_when_it_is_imported(recorded, tmp_path):
+    folder = project(tmp_path / "imported")
+    code = f"import script; script.run('lookup', {str(recorded)!r})"
+    answer = run(folder, "-c", code)
+    assert answer["same"], answer["differ"]
+    assert answer["changed"] is None
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says"),
+    [
+        ("part.py", "x + SHIFT", "x - SHIFT", "part.py"),
+        ("part.py", "SHIFT = 1.0", "SHIFT = 2.0", "part.py"),
+        ("script.py", "LEVEL = 2.0", "LEVEL = 3.0", "script.py"),
+    ],
+)
+def test_an_edited_file_is_named(recorded, tmp_path, file, old, new, says):
+    folder = project(tmp_path / "edited")
+    path = folder / file
+    path.write_text(path.read_text().replace(old, new))
+    answer = run(folder, "script.py", "lookup", recorded)
+    assert says in answer["changed"]
+
+
+# ---- what makes a capture unsound
+
+
+@pytest.fixture
+def imported(tmp_path, monkeypatch):
+    """Writes a module, imports it, and takes it away after the test."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = []
+
+    def load(source):
+        name = "made_" + tmp_path.name.replace("-", "_")
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(source))
+        names.append(name)
+        return __import__(name)
+
+    yield load
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def recorded_call(function, *args):
+    with SourceRecorder() as recorder:
+        function(*args)
+    return recorder
+
+
+def as_record(recorder):
+    return TargetRecord(graph_hash="0" * 64, sources=recorder.sources, globals=recorder.globals)
+
+
+UNSEEN = {
+    "the clock": ("import time", "time.time()", "time.time"),
+    "a file": ("", "open(__file__).close()", "open"),
+    "a random number": ("import random", "random.random()", "random"),
+    "a list of files": ("import os", "os.listdir('.')", "listdir"),
+    "code from a string": ("", "eval('1 + 1')", "eval"),
+    "its own namespace": ("", "globals()", "globals"),
+    "a thread": ("import threading", "threading.Thread(target=len, args=('',)).start()", "thread"),
+    "a computed import": ("import importlib", "importlib.import_module('json')", "computed"),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_a_capture_may_not_ask_turns_direct_lookup_off(imported, name):
+    header, statement, says = UNSEEN[name]
+    module = imported(f"{header}\ndef f():\n    {statement}\n")
+    assert says in recorded_call(module.f).unsound
+
+
+def test_functions_made_from_strings_are_covered_by_their_bytecode_or_refused(imported):
+    module = imported(
+        """
+        scope = {}
+        exec('def inner(): return 1', scope)
+        HOLDER = [scope['inner']]
+
+        def f():
+            return HOLDER[0]()
+        """
+    )
+    covered = recorded_call(module.f)
+    assert covered.unsound is None
+    assert check_sources(as_record(covered)) is None
+    exec("def inner(): return 2", module.scope)
+    module.HOLDER[0] = module.scope["inner"]
+    assert "HOLDER" in check_sources(as_record(covered))
+    assert "no source file" in recorded_call(eval("lambda: 1")).unsound
+
+
+def test_a_dataclass_made_in_the_capture_is_fine(imported):
+    module = imported(
+        """
+        from dataclasses import dataclass
+
+        @dataclass
+        class Box:
+            value: int = 3
+
+        def f():
+            return Box().value
+        """
+    )
+    recorder = recorded_call(module.f)
+    assert recorder.unsound is None
+    assert check_sources(as_record(recorder)) is None
+    module.Box.value = 4
+    assert "Box" in check_sources(as_record(recorder))
+
+
+def test_a_cache_that_was_filled_before_is_refused(imported):
+    module = imported(
+        """
+        import functools
+
+        @functools.lru_cache
+        def cached(n):
+            return n + 1
+
+        def f():
+            return cached(1)
+        """
+    )
+    module.f()
+    assert "cache_clear" in recorded_call(module.f).unsound
+    module.cached.cache_clear()
+    assert recorded_call(module.f).unsound is None
+
+
+def test_a_global_that_cannot_be_digested_is_named(imported):
+    module = imported("import threading\nLOCK = threading.Lock()\ndef f():\n    return LOCK.locked()\n")
+    assert f"{module.__name__}.LOCK" in recorded_call(module.f).unsound
+
+
+def test_a_file_edited_after_its_import_is_refused(imported, tmp_path):
+    module = imported("def f():\n    return 1\n")
+    assert recorded_call(module.f).unsound is None
+    Path(module.__file__).write_text("def f():\n    return 2\n")
+    assert "changed since it was imported" in recorded_call(module.f).unsound
+
+
+def test_loggers_may_be_read(imported):
+    module = imported("import logging\nlog = logging.getLogger('any')\ndef f():\n    log.debug('hello')\n")
+    recorder = recorded_call(module.f)
+    assert recorder.unsound is None
+    assert check_sources(as_record(recorder)) is None
+
+
+def test_environment_variables_that_are_read_are_checked(imported, monkeypatch):
+    module = imported("import os\ndef f():\n    return os.environ.get('MADE_UP'), os.getenv('OTHER', '')\n")
+    recorder = recorded_call(module.f)
+    assert recorder.unsound is None
+    assert {name for name, _ in recorder.globals} >= {"env:MADE_UP", "env:OTHER"}
+    monkeypatch.setenv("MADE_UP", "1")
+    assert "MADE_UP" in check_sources(as_record(recorder))
+
+
+def test_torch_and_the_library_stand_by_their_versions():
+    recorder = recorded_call(functools.partial(torch.nn.Linear(2, 2), torch.ones(1, 2)))
+    assert recorder.unsound is None
+    assert recorder.sources == ()
+
+
+def test_a_profiler_that_was_there_before_is_there_again():
+    seen = []
+
+    def profiler(frame, event, arg):
+        seen.append(event)
+
+    sys.setprofile(profiler)
+    try:
+        with SourceRecorder():
+            pass
+        assert sys.getprofile() is profiler
+    finally:
+        sys.setprofile(None)
+
+
+def test_a_profiler_that_comes_in_between_is_noticed():
+    with SourceRecorder() as recorder:
+        sys.setprofile(None)
+    assert "profiler" in recorder.unsound
+
+
+def test_a_missing_module_is_a_reason(imported):
+    module = imported("def f():\n    return 1\n")
+    record = as_record(recorded_call(module.f))
+    assert check_sources(record) is None
+    del sys.modules[module.__name__]
+    assert check_sources(record) is None or "not there" in check_sources(record)
+    Path(module.__file__).unlink()
+    assert module.__name__ in check_sources(record)
