@@ -15,7 +15,7 @@ from stitchcache.codegen.literals import literal
 from stitchcache.codegen.liveness import Statement, value_mark
 from stitchcache.codegen.names import Namespace
 from stitchcache.codegen.reach import is_attribute, is_method
-from stitchcache.codegen.results import getitem_index, result_length
+from stitchcache.codegen.results import getitem_index, items_used, result_length
 from stitchcache.errors import CodegenError
 
 # Each is the same operation as the function, operands in the same order.
@@ -137,16 +137,8 @@ class Lowering:
 
     def _assign_call(self, node: torch.fx.Node, expression: str, scope: Scope, length: int | None) -> None:
         """Assign a call's result, item by item where only its items are wanted."""
-        indices = [getitem_index(user, node) for user in node.users]
-        if not self._unpack or not indices or None in indices:
-            self._assign(node, expression, scope)
-            return
-        wanted: dict[int, list[torch.fx.Node]] = {}
-        for user, index in zip(node.users, indices, strict=True):
-            place = index if length is None or index >= 0 else index + length  # type: ignore[operator]
-            wanted.setdefault(place, []).append(user)  # type: ignore[arg-type]
-        inside = length is None or all(0 <= index < length for index in wanted)
-        if not inside or (length is None and len(wanted) > 1):
+        wanted = items_used(node, length) if self._unpack else None
+        if not wanted or (length is None and len(wanted) > 1):
             self._assign(node, expression, scope)
             return
         places = range(length) if length is not None and (len(wanted) > 1 or length == 1) else wanted

@@ -25,6 +25,25 @@ def getitem_index(user: torch.fx.Node, node: torch.fx.Node) -> int | None:
     return index if isinstance(index, int) and type(index) is int else None
 
 
+def items_used(node: torch.fx.Node, length: int | None) -> dict[int, list[torch.fx.Node]] | None:
+    """Which items of a result are used, where nothing but items of it is.
+
+    Args:
+        node: The node whose result it is.
+        length: How many items it has, if that is known; indices then count from the front.
+
+    Returns:
+        Index to the nodes that take that item, or ``None`` where the whole is used.
+    """
+    found: dict[int, list[torch.fx.Node]] = {}
+    for user in node.users:
+        index = getitem_index(user, node)
+        if index is None or (length is not None and not -length <= index < length):
+            return None
+        found.setdefault(index if length is None else index % length, []).append(user)
+    return found
+
+
 def result_length(node: torch.fx.Node, module: torch.nn.Module | None) -> int | None:
     """How many items a call's result has, where that is certain.
 
