@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import Dim
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import stitchcache
@@ -47,15 +46,19 @@ def build() -> tuple[LlamaForCausalLM, tuple[()], dict[str, Tensor]]:
     return load_model(), (), {"input_ids": prompt(2, 16)}
 
 
+batch = stitchcache.Dim("batch", min=1, max=MOST_ROWS)
+length = stitchcache.Dim("tokens", min=2, max=MOST_TOKENS)
 target = stitchcache.Target(
     "llama",
     build,
-    dynamic_shapes={"input_ids": {0: Dim("batch", min=1, max=MOST_ROWS), 1: Dim("tokens", min=2, max=MOST_TOKENS)}},
+    dynamic_shapes={"input_ids": {0: batch, 1: length}},
     splitting_ops=["aten::scaled_dot_product_attention"],
 )
 
 
-def compile_model(cache: stitchcache.Cache | None = None) -> tuple[stitchcache.CompiledModel, LlamaForCausalLM]:
+def compile_model(
+    cache: stitchcache.Cache | None = None,
+) -> tuple[stitchcache.CompiledModel, LlamaForCausalLM]:
     """The compiled model, and the one it took its weights from."""
     model, args, kwargs = build()
     compiled = stitchcache.compile(

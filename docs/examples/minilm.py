@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import Dim
 from transformers import AutoModel, AutoTokenizer
 
 import stitchcache
@@ -57,8 +56,9 @@ def build() -> tuple[torch.nn.Module, tuple[()], dict[str, Tensor]]:
 
 def dynamic_shapes() -> dict[str, dict[int, Any]]:
     # From 2 tokens on: every sentence has the two that mark its ends.
-    dims = {0: Dim("batch", min=1, max=MOST_SENTENCES), 1: Dim("tokens", min=2, max=MOST_TOKENS)}
-    return {"input_ids": dims, "attention_mask": dims}
+    batch = stitchcache.Dim("batch", min=1, max=MOST_SENTENCES)
+    tokens = stitchcache.Dim("tokens", min=2, max=MOST_TOKENS)
+    return {name: {0: batch, 1: tokens} for name in ("input_ids", "attention_mask")}
 
 
 target = stitchcache.Target(
@@ -69,7 +69,9 @@ target = stitchcache.Target(
 )
 
 
-def compile_model(cache: stitchcache.Cache | None = None) -> tuple[stitchcache.CompiledModel, torch.nn.Module]:
+def compile_model(
+    cache: stitchcache.Cache | None = None,
+) -> tuple[stitchcache.CompiledModel, torch.nn.Module]:
     """The compiled model, and the one it took its weights from."""
     model, args, kwargs = build()
     compiled = stitchcache.compile(
@@ -97,7 +99,9 @@ def main() -> None:
     began = time.perf_counter()
     compiled, model = compile_model()
     print(f"{compiled!r}")
-    print(f"model and tokens {time.perf_counter() - began - compiled.timings['total']:.2f} s, then stitchcache:")
+    print(
+        f"model and tokens {time.perf_counter() - began - compiled.timings['total']:.2f} s, then stitchcache:"
+    )
     for stage, seconds in compiled.timings.items():
         print(f"  {stage:<8} {seconds * 1e3:8.1f} ms")
 

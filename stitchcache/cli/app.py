@@ -28,20 +28,17 @@ _COMMANDS = (
 
 
 class Failure(click.ClickException):
-    """One of our errors on its way out: a message on stderr, and an exit status.
-
-    Args:
-        error: What was raised.
-    """
-
-    def __init__(self, error: StitchCacheError) -> None:
-        super().__init__(error.message)
-        # What was typed makes no sense, and nothing was done.
-        self.exit_code = 2 if isinstance(error, (OptionError, TargetError)) else 1
+    """One of our errors on its way out: a message on stderr, and exit status 1."""
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print the message."""
         click.echo(f"stitchcache: {self.message}", file=file, err=file is None)
+
+
+class Misuse(Failure):
+    """The same where what was typed makes no sense, and nothing was done."""
+
+    exit_code = 2
 
 
 class Commands(click.Group):
@@ -65,7 +62,8 @@ class Commands(click.Group):
         except StitchCacheError as error:
             if os.environ.get("STITCHCACHE_DEBUG", "") not in ("", "0"):
                 raise
-            raise Failure(error) from error
+            kind = Misuse if isinstance(error, (OptionError, TargetError)) else Failure
+            raise kind(error.message) from error
 
 
 def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
@@ -76,9 +74,16 @@ def _show_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> 
         ctx.exit()
 
 
-@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Print the version."
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Print the version.",
 )
 def commands() -> None:
     """Compile PyTorch models ahead of time, and look at what is compiled.

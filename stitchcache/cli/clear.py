@@ -30,7 +30,14 @@ def command(yes: bool, as_json: bool, root: str | None) -> None:
         return
     result = cache.clear()
     if as_json:
-        print_json({"root": str(cache.root), "files": result.files, "bytes": result.bytes, "done": removed_record(result)})
+        print_json(
+            {
+                "root": str(cache.root),
+                "files": result.files,
+                "bytes": result.bytes,
+                "done": removed_record(result),
+            }
+        )
     else:
         print_removed(result)
     if result.failed or result.busy:

@@ -56,7 +56,9 @@ def _settings(root: str | None) -> list[Setting]:
     cache = open_cache(root)
     limit = cache.max_bytes
     return [
-        Setting("root", str(cache.root), str(cache.root), _source("STITCHCACHE_DIR", root), "STITCHCACHE_DIR"),
+        Setting(
+            "root", str(cache.root), str(cache.root), _source("STITCHCACHE_DIR", root), "STITCHCACHE_DIR"
+        ),
         Setting(
             "max_size",
             limit,

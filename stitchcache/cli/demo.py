@@ -25,9 +25,11 @@ _NAME = "decoder"
 
 @click.command()
 @click.option("--layers", type=click.IntRange(1, 256), default=4, show_default=True, help="Blocks.")
-@click.option("--width", type=click.IntRange(8, 4096), default=64, show_default=True, help="Size of a token's vector.")
+@click.option(
+    "--width", type=click.IntRange(8, 4096), default=64, show_default=True, help="Width of a layer."
+)
 @click.option("--heads", type=click.IntRange(1, 64), default=4, show_default=True, help="Attention heads.")
-@click.option("--vocabulary", type=click.IntRange(2, 1_000_000), default=128, show_default=True, help="Tokens.")
+@click.option("--vocabulary", type=click.IntRange(2, 1 << 20), default=128, show_default=True, help="Tokens.")
 @click.option(
     "--backend",
     type=click.Choice(["aoti", "inductor", "eager"]),
@@ -35,7 +37,7 @@ _NAME = "decoder"
     show_default=True,
     help="What compiles the pieces.",
 )
-@click.option("--runs", type=click.IntRange(1, 99), default=3, show_default=True, help="Fresh processes a row.")
+@click.option("--runs", type=click.IntRange(1, 99), default=3, show_default=True, help="Processes a row.")
 @json_option
 @cache_option
 def command(
@@ -104,6 +106,7 @@ def _print(report: DemoReport, stats: CacheStats, root: str) -> None:
     print_table(columns, rows)
     click.echo("")
     hits = ", ".join(hit or "compiled" for hit in dict.fromkeys(report.hits))
+    stages = ", ".join(f"{name} {seconds_text(seconds)}" for name, seconds in report.rows[-1].stages.items())
     print_pairs(
         [
             ("largest difference from eager", f"{report.difference:.1e}"),
@@ -111,6 +114,7 @@ def _print(report: DemoReport, stats: CacheStats, root: str) -> None:
             ("on disk", f"{size_text(stats.bytes)} in {stats.files} files"),
             ("graph hash", report.graph_hash),
             ("warm starts were", f"{hits} hits" if hits in ("direct", "graph") else hits),
+            ("a warm start in stages", stages),
             ("compilers imported by a warm start", ", ".join(report.compilers) or "none"),
         ]
     )

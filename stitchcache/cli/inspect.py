@@ -40,8 +40,8 @@ def command(
 ) -> None:
     """Show what an entry holds; PREFIX is the beginning of its graph hash.
 
-    Without an option: its header, what a call must bring, what it returns, the different pieces and the
-    factors. Entries of all formats can be shown. Nothing of the entry is run.
+    Without an option: its header, what a call must bring, what it returns and the different pieces; the other
+    parts have an option each. Entries of all formats can be shown. Nothing of the entry is run.
     """
     entry = _read(open_cache(root), prefix)
     if as_json:
@@ -108,9 +108,6 @@ def _overview(entry: Entry, width: int) -> None:
             for found in distinct_pieces(artifact)
         ]
         print_table(columns, rows)
-    if artifact.factors:
-        print_heading("Factors of its keys")
-        _print_factors(artifact, wide=False)
 
 
 def _header(entry: Entry) -> list[tuple[str, str]]:
@@ -127,9 +124,13 @@ def _header(entry: Entry) -> list[tuple[str, str]]:
         ("format", str(artifact.format_version)),
         ("backend", backends or "-"),
         ("torch", factors.get("env.torch", "unknown")),
-        ("pieces", f"{count_text(len(artifact.pieces), 'call')} of {distinct} different" if distinct else "0"),
-        ("submodules", str(len(artifact.submod_names))),
+        (
+            "pieces",
+            f"{count_text(len(artifact.pieces), 'call')} of {distinct} different" if distinct else "0",
+        ),
+        *([] if artifact.bindings else [("submodules", ", ".join(artifact.submod_names) or "none")]),
         ("bindings", count_text(len(artifact.bindings), "tensor") + " of the model"),
+        ("factors", str(len(artifact.factors))),
         ("code", count_text(lines, "line") + _variants(artifact)),
         ("constants", _constants(artifact)),
         ("size", f"{size_text(entry.file_bytes)} and {size_text(_blob_bytes(artifact))} of blobs"),

@@ -32,7 +32,7 @@ _ORDERS = {
 
 
 @click.command()
-@click.option("--sort", type=click.Choice(sorted(_ORDERS)), default="created", show_default=True, help="Order.")
+@click.option("--sort", type=click.Choice(sorted(_ORDERS)), default="created", help="Order.")
 @click.option("--wide", is_flag=True, help="Show graph hashes in full.")
 @json_option
 @cache_option

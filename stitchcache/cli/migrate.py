@@ -13,7 +13,7 @@ from stitchcache.cli.words import count_text
 @json_option
 @cache_option
 def command(as_json: bool, root: str | None) -> None:
-    """Rewrite entries of older formats in the current one; each old file goes once its successor is stored."""
+    """Rewrite entries of older formats; each old file goes once its successor is stored."""
     cache = open_cache(root)
     done = cache.migrate()
     if as_json:

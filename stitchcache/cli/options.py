@@ -25,7 +25,7 @@ def cache_option(function: F) -> F:
 
 def json_option(function: F) -> F:
     """Add ``--json``."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON: raw bytes, Unix seconds.")(function)
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
 
 
 def open_cache(root: str | None) -> Cache:

@@ -33,7 +33,7 @@ _COLUMNS = (
 
 @click.command()
 @click.argument("references", metavar="REF...", nargs=-1, required=True)
-@click.option("--jobs", type=click.IntRange(min=1), help="Pieces to compile at a time.  [default: one a core]")
+@click.option("--jobs", type=click.IntRange(min=1), help="Pieces to compile at a time.  [default: all cores]")
 @click.option("--require", is_flag=True, help="Compile nothing: a target that is not in the cache fails.")
 @click.option("-v", "--verbose", is_flag=True, help="Say why each target was a hit or a miss.")
 @json_option

@@ -18,40 +18,39 @@ if TYPE_CHECKING:
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 
-class Size(click.ParamType):
-    """A number of bytes such as ``10G``."""
+def _size(_ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Bytes in a text such as ``10G``."""
+    from stitchcache.errors import OptionError
+    from stitchcache.store.settings import parse_size
 
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Bytes."""
-        from stitchcache.errors import OptionError
-        from stitchcache.store.settings import parse_size
-
-        try:
-            return parse_size(str(value), option=param.opts[0] if param is not None else "size")
-        except OptionError as error:
-            raise click.BadParameter(error.message, ctx=ctx, param=param) from error
+    if value is None:
+        return None
+    try:
+        return parse_size(value, option=param.opts[0])
+    except OptionError as error:
+        raise click.BadParameter(error.message) from error
 
 
-class Age(click.ParamType):
-    """A length of time such as ``30d``."""
-
-    name = "age"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Seconds."""
-        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([smhdw])", str(value).strip().lower())
-        if match is None:
-            self.fail(f"{value!r} is no age; write a number with s, m, h, d or w, such as 30d", param, ctx)
-        return float(match[1]) * _UNITS[match[2]]
+def _age(_ctx: click.Context, _param: click.Parameter, value: str | None) -> float | None:
+    """Seconds in a text such as ``30d``."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([smhdw])", value.strip().lower())
+    if match is None:
+        raise click.BadParameter(f"{value!r} is no age; write a number with s, m, h, d or w, such as 30d")
+    return float(match[1]) * _UNITS[match[2]]
 
 
 @click.command()
-@click.option("--max-size", type=Size(), help="Bytes that may stay, such as 10G.  [default: STITCHCACHE_MAX_SIZE]")
+@click.option(
+    "--max-size",
+    callback=_size,
+    metavar="SIZE",
+    help="Bytes to keep, such as 10G.  [default: STITCHCACHE_MAX_SIZE]",
+)
 @click.option("--max-files", type=click.IntRange(min=0), help="Files that may stay.")
-@click.option("--max-age", type=Age(), help="Entries unused for longer go, such as 30d.")
-@click.option("--min-free", type=Size(), help="Bytes to be free on the file system.")
+@click.option("--max-age", callback=_age, metavar="AGE", help="Entries unused for longer go, such as 30d.")
+@click.option("--min-free", callback=_size, metavar="SIZE", help="Bytes to be free on the file system.")
 @click.option("--yes", is_flag=True, help="Do it.")
 @json_option
 @cache_option
@@ -87,7 +86,12 @@ def command(
 def _print_plan(plan: PrunePlan, root: str) -> None:
     if plan.entries:
         length = short_length(item.key for item, _ in plan.entries)
-        columns = (Column("GRAPH"), Column("LAST USED"), Column("SIZE", right=True), Column("WHY", whole=False))
+        columns = (
+            Column("GRAPH"),
+            Column("LAST USED"),
+            Column("SIZE", right=True),
+            Column("WHY", whole=False),
+        )
         rows = [
             [item.key[:length], age_text(item.modified / 1e9), size_text(item.size), reason]
             for item, reason in plan.entries

@@ -37,11 +37,15 @@ def command(prometheus: bool, zero: bool, as_json: bool, root: str | None) -> No
             ("size", size_text(stats.bytes)),
         ]
         if stats.quarantine_files:
-            held.append(("quarantine", f"{stats.quarantine_files} files, {size_text(stats.quarantine_bytes)}"))
+            held.append(
+                ("quarantine", f"{stats.quarantine_files} files, {size_text(stats.quarantine_bytes)}")
+            )
         print_pairs(held)
         if stats.counters:
             print_heading(f"Counted since {moment_text(stats.since)}")
-            print_pairs([(name, _value(name, number)) for name, number in stats.counters.items()], indent="  ")
+            print_pairs(
+                [(name, _value(name, number)) for name, number in stats.counters.items()], indent="  "
+            )
     if zero:
         cache.zero_stats()
 

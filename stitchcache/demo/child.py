@@ -47,6 +47,7 @@ class Measured:
         process_seconds: From the start of the process to the first output.
         model_seconds: From the built model to the first output.
         call_microseconds: Median of one later call, with one thread.
+        stages: The same from the built model on: ``import`` of stitchcache, its ``compile``, ``call``.
         difference: Largest absolute difference from eager over several sizes.
         hit: ``direct``, ``graph``, or ``None`` where pieces were compiled.
         graph_hash: The entry.
@@ -58,6 +59,7 @@ class Measured:
     process_seconds: float
     model_seconds: float
     call_microseconds: float
+    stages: dict[str, float]
     difference: float = 0.0
     hit: str | None = None
     graph_hash: str = ""
@@ -83,9 +85,12 @@ def measure(job: Job, say: Callable[[dict[str, Any]], None]) -> Measured:
     config = DecoderConfig(**job.config)
     model, (ids,) = build(config)
     built = time.time()
-    run = _eager(model) if job.mode == "eager" else _cached(job, config, model, ids, say)
+    stages: dict[str, float] = {}
+    run = _eager(model) if job.mode == "eager" else _cached(job, config, model, ids, say, stages)
+    began = time.time()
     run(ids)
     first = time.time()
+    stages["call"] = first - began
     compilers = tuple(name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules)
     torch.set_num_threads(1)
     call = _one_call(run, ids)
@@ -103,6 +108,7 @@ def measure(job: Job, say: Callable[[dict[str, Any]], None]) -> Measured:
         process_seconds=first - job.spawned,
         model_seconds=first - built,
         call_microseconds=call * 1e6,
+        stages=stages,
         compilers=compilers,
         **facts,
     )
@@ -114,7 +120,15 @@ def _eager(model: Any) -> Any:
     return torch.no_grad()(model)
 
 
-def _cached(job: Job, config: Any, model: Any, ids: Any, say: Callable[[dict[str, Any]], None]) -> Any:
+def _cached(
+    job: Job,
+    config: Any,
+    model: Any,
+    ids: Any,
+    say: Callable[[dict[str, Any]], None],
+    stages: dict[str, float],
+) -> Any:
+    began = time.time()
     from stitchcache.api.compile import compile_request
     from stitchcache.api.request import Progress, Request
     from stitchcache.cache import Cache
@@ -124,13 +138,17 @@ def _cached(job: Job, config: Any, model: Any, ids: Any, say: Callable[[dict[str
         say({"progress": asdict(progress)})
 
     target = decoder_target(config, job.backend)
+    stages["import"] = time.time() - began
     request = Request(
         dynamic_shapes=target.dynamic_shapes,
         splitting_ops=tuple(target.splitting_ops),
         backend=target.backend,
         label=target.name,
     )
-    return compile_request(model, (ids,), {}, request, Cache(job.cache), on_progress)
+    began = time.time()
+    compiled = compile_request(model, (ids,), {}, request, Cache(job.cache), on_progress)
+    stages["compile"] = time.time() - began
+    return compiled
 
 
 def _one_call(run: Any, ids: Any) -> float:

@@ -7,7 +7,7 @@ compiled code stops in front of it and goes on behind it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def _attend_meta(q: Tensor, k: Tensor, v: Tensor, out: Tensor, layer: str) -> No
 
 # torch.library.custom_op would be shorter, but its ops import torch._dynamo when they are first called. The
 # library lives as long as this object.
-_library = torch.library.Library("stitchdemo", "DEF")
+_library: Any = torch.library.Library("stitchdemo", "DEF")  # type: ignore[no-untyped-call]
 _library.define("attention(Tensor q, Tensor k, Tensor v, Tensor(a!) out, str layer) -> ()")
 _library.impl("attention", _attend, "CPU")
 _library.impl("attention", _attend, "CUDA")
@@ -83,7 +83,8 @@ class Block(nn.Module):
         out = torch.empty_like(q)
         torch.ops.stitchdemo.attention(q, k, v, out, self.name)
         x = x + self.merge(out.transpose(1, 2).reshape(rows, tokens, width))
-        return x + self.down(nn.functional.gelu(self.up(self.mlp_norm(x))))
+        added: Tensor = self.down(nn.functional.gelu(self.up(self.mlp_norm(x))))
+        return x + added
 
 
 class Decoder(nn.Module):
@@ -105,7 +106,8 @@ class Decoder(nn.Module):
         x = self.embedding(ids)
         for layer in self.layers:
             x = layer(x)
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
 
 def build(config: DecoderConfig) -> tuple[Decoder, tuple[Tensor]]:
@@ -129,9 +131,8 @@ def decoder_target(config: DecoderConfig, backend: str = "aoti") -> Target:
         config: Sizes.
         backend: Piece backend.
     """
-    from torch.export import Dim
-
     from stitchcache.api.target import Target
+    from stitchcache.types import Dim
 
     dims = {0: Dim("rows", min=1, max=MOST_ROWS), 1: Dim("tokens", min=2, max=MOST_TOKENS)}
     return Target(

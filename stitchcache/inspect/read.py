@@ -50,7 +50,9 @@ def read_entry(cache: Cache, prefix: str) -> Entry:
             continue
         except OSError as error:
             reason = error.strerror or str(error)
-            raise StoreError(f"{path}: cannot be read ({reason}); check its owner and mode", path=path) from error
+            raise StoreError(
+                f"{path}: cannot be read ({reason}); check its owner and mode", path=path
+            ) from error
         return Entry(decode_named(data, graph_hash, path), path, len(data))
     raise GraphHashError(f"entry {graph_hash[:12]} was removed from {cache.root} just now", prefix=prefix)
 
