@@ -7,54 +7,43 @@ written, and the caller goes on without having stored anything.
 
 from __future__ import annotations
 
-import logging
 import os
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from stitchcache.artifact.codec import EntryCodec, decode_named, read_head
-from stitchcache.artifact.decode import Header, decode, decode_piece, decode_target
+from stitchcache.artifact.decode import decode, decode_piece, decode_target
 from stitchcache.artifact.encode import encode, encode_piece, encode_target
 from stitchcache.artifact.frame import FORMAT_VERSION
+from stitchcache.artifact.header import Header
 from stitchcache.artifact.record import Artifact, PieceRecord
 from stitchcache.errors import (
     AmbiguousPrefixError,
     EntryFormatError,
     FutureFormatError,
     GraphHashError,
-    OptionError,
     StoreError,
     StoreWriteError,
     UntrustedEntryError,
 )
 from stitchcache.store.failures import words
 from stitchcache.store.files import Files, close_quietly
-from stitchcache.store.layers import Layers
 from stitchcache.store.layout import LEGACY_SUFFIXES, Area, check_key, keyed_path
-from stitchcache.store.locks import exclusive, hold_shared
-from stitchcache.store.publish import publish, publish_blob
-from stitchcache.store.reading import MAX_ENTRY, MAX_LEGACY, MAX_RECORD, Reading
+from stitchcache.store.locks import hold_shared
+from stitchcache.store.publish import publish
+from stitchcache.store.reading import MAX_ENTRY, MAX_LEGACY, MAX_RECORD
 from stitchcache.store.reading import read_head as read_head_bytes
 from stitchcache.store.root import Root
-from stitchcache.store.scratch import scratch, why_not_writable
-from stitchcache.store.settings import Roots, flag, max_size, root_paths
-from stitchcache.store.stats import CacheStats, Counters
+from stitchcache.store.settings import Roots
+from stitchcache.store.store import Store
 from stitchcache.types import BlobRef, TargetRecord
-
-if TYPE_CHECKING:
-    from stitchcache.store.evict import PrunePlan, PruneResult
-    from stitchcache.store.verify import VerifyReport
 
 T = TypeVar("T")
 
-log = logging.getLogger("stitchcache")
 
-
-class Cache:
+class Cache(Store):
     """Compiled models on disk, shared by processes.
 
     Constructing does no more than look whether the root is a directory; directories are made by the first
@@ -84,41 +73,15 @@ class Cache:
         durability: Literal["full", "fast"] = "full",
         _files: Files | None = None,
     ) -> None:
-        if durability not in ("full", "fast"):
-            raise OptionError(f"durability={durability!r}: use 'full' or 'fast'", option="durability")
-        self.read_only = read_only or flag("STITCHCACHE_READONLY")
-        self.max_bytes = max_size() if max_bytes is None else max_bytes
-        self.max_files = max_files
-        self.durability = durability
-        self._files = _files or Files()
-        roots = [
-            Root(
-                path,
-                files=self._files,
-                durable=durability == "full",
-                read_only=self.read_only or index > 0,
-            )
-            for index, path in enumerate(root_paths(root))
-        ]
-        self._top = roots[0]
-        self._counters = Counters(self._top)
-        self._layers = Layers(roots, self._counters.add)
-        self._reading = Reading(self._top, EntryCodec(), roots[1:])
-        # What was counted since the last put would be lost with the object.
-        weakref.finalize(self, self._counters.flush)
-
-    def __repr__(self) -> str:
-        return f"Cache({', '.join(str(root) for root in self.roots)!r})"
-
-    @property
-    def root(self) -> Path:
-        """The first root directory, the one that is written."""
-        return Path(self._top.path)
-
-    @property
-    def roots(self) -> tuple[Path, ...]:
-        """All root directories, in the order they are searched."""
-        return tuple(Path(root.path) for root in self._layers.roots)
+        super().__init__(
+            root,
+            EntryCodec(),
+            read_only=read_only,
+            max_bytes=max_bytes,
+            max_files=max_files,
+            durability=durability,
+            files=_files,
+        )
 
     # -- entries ---------------------------------------------------------------------------------
 
@@ -279,31 +242,6 @@ class Cache:
 
     # -- blobs, pieces, targets --------------------------------------------------------------------
 
-    def put_blob(self, source: bytes | str | os.PathLike[str]) -> BlobRef:
-        """Store bytes under their digest; they are kept until the artifact that names them is put.
-
-        Args:
-            source: The bytes, or the file that has them.
-
-        Raises:
-            StoreWriteError: The store cannot be written.
-        """
-        what = source if isinstance(source, bytes) else os.fspath(source)
-        digest, size = publish_blob(self._top, self._layers.holds, what)
-        return BlobRef(digest=digest, size=size)
-
-    def blob_path(self, ref: BlobRef) -> Path | None:
-        """A blob's file, its size and digest checked.
-
-        Returns:
-            ``None`` where it is in no layer, or damaged (of which a warning told).
-
-        Raises:
-            UntrustedEntryError: It is there, but others can write it or a directory above it.
-        """
-        path = self._layers.blob_path(ref.digest, ref.size)
-        return None if path is None else Path(path)
-
     def get_target(self, key: str) -> TargetRecord | None:
         """What a target key leads to; ``None`` where nothing sound is known."""
         return self._record(Area.TARGETS, key, lambda data, path: decode_target(data, key, path=path))
@@ -349,171 +287,6 @@ class Cache:
         except UntrustedEntryError as error:
             self._layers.warn(error.path, f"{error.message} (taken as missing)")
             return None
-
-    # -- working together --------------------------------------------------------------------------
-
-    @contextmanager
-    def lock(
-        self,
-        key: str,
-        *,
-        timeout: float | None = None,
-        on_wait: Callable[[float, str], None] | None = None,
-    ) -> Iterator[bool]:
-        """Let one process at a time work on a key.
-
-        Args:
-            key: 64 hex digits.
-            timeout: Seconds to wait for another process; ``None`` waits as long as it takes.
-            on_wait: Called now and then while waiting, with the seconds waited and who holds the lock.
-
-        Yields:
-            True when held; False where locks do not work (a read-only root, some network file systems): then
-            the work may be done twice, and that is all.
-
-        Raises:
-            LockTimeoutError: Another process held it for all that time.
-        """
-        directory = self._top.area(Area.LOCKS)
-        path = os.path.join(directory, f"{check_key(key)}.lock")
-        try:
-            usable = not self._top.read_only
-            if usable:
-                self._top.make_dir(directory)
-        except OSError:
-            usable = False
-        if not usable:
-            yield False
-            return
-        with exclusive(self._files, path, timeout=timeout, on_wait=on_wait) as held:
-            yield held
-
-    @contextmanager
-    def scratch(self) -> Iterator[Path]:
-        """A private temporary directory, on the store's file system where that can be written."""
-        with scratch(self._top) as path:
-            yield Path(path)
-
-    def why_not_writable(self) -> str | None:
-        """Why nothing can be stored; ``None`` when it can. Tries it."""
-        return why_not_writable(self._top)
-
-    def writable(self) -> bool:
-        """Whether something can be stored; :meth:`why_not_writable` says why not."""
-        return self.why_not_writable() is None
-
-    # -- upkeep ------------------------------------------------------------------------------------
-
-    def count(self, event: str, amount: int = 1) -> None:
-        """Add to a statistic, such as ``hit.direct`` or ``miss.no-entry``; written later, at no cost now."""
-        self._counters.add(event, amount)
-
-    def stats(self) -> CacheStats:
-        """What the first root holds, and what was counted."""
-        from stitchcache.store.scan import totals
-
-        counters, since = self._counters.read()
-        try:
-            sums = totals(self._top)
-        except OSError as error:
-            self._layers.warn(self._top.path, f"{self._top.path}: cannot be listed ({words(error)})")
-            return CacheStats(counters=counters, since=since)
-        held = [sums[area] for area in (Area.ENTRIES, Area.BLOBS, Area.TARGETS, Area.PIECES)]
-        return CacheStats(
-            counters=counters,
-            since=since,
-            entries=held[0][0],
-            blobs=held[1][0],
-            targets=held[2][0],
-            pieces=held[3][0],
-            files=sum(files for files, _ in held),
-            bytes=sum(size for _, size in held),
-            quarantine_files=sums[Area.QUARANTINE][0],
-            quarantine_bytes=sums[Area.QUARANTINE][1],
-        )
-
-    def zero_stats(self) -> None:
-        """Forget what was counted.
-
-        Raises:
-            StoreWriteError: The store cannot be written.
-        """
-        self._counters.zero()
-
-    def plan_prune(
-        self,
-        *,
-        max_bytes: int | None = None,
-        max_files: int | None = None,
-        max_age: float | None = None,
-        min_free: int | None = None,
-        grace_seconds: float | None = None,
-    ) -> PrunePlan:
-        """What a prune of the first root would remove; nothing goes until the plan's ``execute()``.
-
-        Args:
-            max_bytes: Bytes that may stay; default the cache's own limit.
-            max_files: Files that may stay; default the cache's own limit.
-            max_age: Seconds since its last use after which an entry goes.
-            min_free: Bytes to be free on the file system.
-            grace_seconds: How long a blob that no entry names is left alone; default an hour.
-
-        Raises:
-            StoreError: The root cannot be listed.
-        """
-        from stitchcache.store.evict import GRACE_SECONDS, Limits, plan_prune
-
-        limits = Limits(
-            max_bytes=self.max_bytes if max_bytes is None else max_bytes,
-            max_files=self.max_files if max_files is None else max_files,
-            max_age=max_age,
-            min_free=min_free,
-        )
-        grace = GRACE_SECONDS if grace_seconds is None else grace_seconds
-        try:
-            return plan_prune(self._reading, limits, grace_seconds=grace)
-        except OSError as error:
-            raise self._unlistable(error) from error
-
-    def _keep_within_limits(self) -> None:
-        """After a put: evict where a limit is crossed. One process at a time, and never an error."""
-        if self.max_bytes is None and self.max_files is None:
-            return
-        from stitchcache.store.evict import Limits, enforce
-
-        try:
-            result = enforce(self._reading, Limits(max_bytes=self.max_bytes, max_files=self.max_files))
-        except OSError as error:
-            log.warning("%s: the limits were not enforced: %s", self.root, error)
-            return
-        self._note_evicted(result)
-
-    def _note_evicted(self, result: PruneResult) -> None:
-        if result.entries:
-            self._counters.add("evicted", len(result.entries))
-            log.info(
-                "%s: evicted %d entries, %d files, %d bytes",
-                self.root,
-                len(result.entries),
-                result.files,
-                result.bytes,
-            )
-
-    def verify(self, repair: bool = False) -> VerifyReport:
-        """Read and check every file of the first root.
-
-        Args:
-            repair: Move what is damaged to quarantine, and remove pointers that lead nowhere.
-
-        Raises:
-            StoreError: The root cannot be listed.
-        """
-        from stitchcache.store.verify import verify
-
-        try:
-            return verify(self._reading, repair=repair)
-        except OSError as error:
-            raise self._unlistable(error) from error
 
     def migrate(self) -> list[str]:
         """Rewrite the first root's legacy entries in the current format; each old file goes only after.
@@ -562,17 +335,6 @@ class Cache:
         except EntryFormatError:
             return False
         return True
-
-    def clear(self) -> PruneResult:
-        """Remove all entries, blobs, targets and pieces of the first root that are not in use.
-
-        Raises:
-            StoreError: The root cannot be listed or written.
-        """
-        return self.plan_prune(max_bytes=0, max_files=0, grace_seconds=0.0).execute()
-
-    def _unlistable(self, error: OSError) -> StoreError:
-        return StoreError(f"{self.root}: cannot be listed ({words(error)})", path=str(self.root))
 
 
 def _entry_files(root: Root, graph_hash: str) -> Iterator[tuple[str, int]]:

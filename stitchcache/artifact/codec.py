@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stitchcache.artifact.decode import Header, decode, decode_header, decode_piece, decode_target, header_of
+from stitchcache.artifact.decode import decode, decode_header, decode_piece, decode_target
 from stitchcache.artifact.frame import header_end, malformed
+from stitchcache.artifact.header import Header, header_of
 from stitchcache.artifact.record import Artifact
 from stitchcache.types import BlobRef
 

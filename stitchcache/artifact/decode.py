@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar, cast
 
 from stitchcache.artifact import fields
@@ -18,6 +17,8 @@ from stitchcache.artifact.frame import (
     open_frame,
     open_header,
 )
+from stitchcache.artifact.header import Header as Header
+from stitchcache.artifact.header import header_of as header_of
 from stitchcache.artifact.record import Artifact, PieceRecord, Variant
 from stitchcache.artifact.wire import unpack
 from stitchcache.types import (
@@ -41,47 +42,6 @@ T = TypeVar("T")
 
 # Most headers fit: one small read for each entry that `ls` lists.
 HEADER_READ = 4096
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
-    """What can be told of an entry from its first bytes.
-
-    Args:
-        graph_hash: Its name.
-        label: The model's class or the target's name.
-        created: Unix seconds.
-        compile_seconds: What compiling it took.
-        format_version: 0 to 3.
-        variant_count: Size ranges that have code of their own.
-        piece_count: Pieces of all variants, repeated ones counted each time.
-        backends: Backends of its pieces, sorted.
-        blobs: Distinct blobs, in order of first use.
-        path: The file.
-        file_bytes: Length of the file.
-    """
-
-    graph_hash: str
-    label: str
-    created: float
-    compile_seconds: float
-    format_version: int
-    variant_count: int
-    piece_count: int
-    backends: tuple[str, ...]
-    blobs: tuple[BlobRef, ...]
-    path: str = ""
-    file_bytes: int = 0
-
-    @property
-    def blob_count(self) -> int:
-        """Distinct blobs."""
-        return len(self.blobs)
-
-    @property
-    def blob_bytes(self) -> int:
-        """Bytes of the distinct blobs."""
-        return sum(blob.size for blob in self.blobs)
 
 
 def decode(data: bytes, *, path: str = "") -> Artifact:
@@ -151,23 +111,6 @@ def decode_header(prefix: bytes, file_size: int, *, path: str = "") -> Header:
         blobs=header.blobs,
         path=path,
         file_bytes=file_size,
-    )
-
-
-def header_of(artifact: Artifact, *, path: str = "", file_bytes: int = 0) -> Header:
-    """The header that an artifact has or would have."""
-    return Header(
-        graph_hash=artifact.graph_hash,
-        label=artifact.label,
-        created=artifact.created,
-        compile_seconds=artifact.compile_seconds,
-        format_version=artifact.format_version,
-        variant_count=len(artifact.variants),
-        piece_count=len(artifact.pieces),
-        backends=tuple(sorted({piece.backend for piece in artifact.pieces})),
-        blobs=artifact.blobs,
-        path=path,
-        file_bytes=file_bytes,
     )
 
 
