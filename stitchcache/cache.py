@@ -24,7 +24,6 @@ from stitchcache.errors import (
     EntryFormatError,
     FutureFormatError,
     GraphHashError,
-    StoreError,
     StoreWriteError,
     UntrustedEntryError,
 )
@@ -111,8 +110,8 @@ class Cache(Store):
             Its graph hash. When this returns, the entry survives a crash.
 
         Raises:
-            StoreError: A blob that it names is in no layer.
-            StoreWriteError: The store cannot be written, or a newer stitchcache's entry has the name.
+            StoreWriteError: The store cannot be written, a blob that the artifact names is in no layer, or a
+                newer stitchcache's entry has the name.
             EntryFormatError: A value in it has no form in the format.
         """
         key = check_key(artifact.graph_hash)
@@ -343,10 +342,11 @@ def _entry_files(root: Root, graph_hash: str) -> Iterator[tuple[str, int]]:
         yield os.path.join(root.path, graph_hash + suffix), MAX_LEGACY
 
 
-def _missing(root: str, blob: BlobRef) -> StoreError:
+def _missing(root: str, blob: BlobRef) -> StoreWriteError:
     path = keyed_path(root, Area.BLOBS, blob.digest)
-    return StoreError(
+    return StoreWriteError(
         f"{path}: the artifact names this blob of {blob.size} bytes, and it is not stored: put_blob() comes "
         "before put()",
         path=path,
+        reason="a blob is missing",
     )

@@ -271,7 +271,13 @@ class _Work:
 def _alone(root: Root, timeout: float) -> Iterator[None]:
     """Let one process at a time prune a root."""
     with root.writing(root.path):
+        pass
+    try:
         root.make_dir(root.area(Area.LOCKS))
+    except OSError:
+        # A full disk has no room for a lock, and pruning is what it needs; each removal is safe by itself.
+        yield
+        return
     with exclusive(root.files, f"{root.area(Area.LOCKS)}/prune.lock", timeout=timeout):
         yield
 

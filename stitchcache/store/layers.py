@@ -143,7 +143,7 @@ class Layers:
         """
         if not self.top.read_only and hold_blob(self.top, self.holds, digest, size):
             return True
-        for root in self.roots[self.top.read_only is False :]:
+        for root in self.roots if self.top.read_only else self.roots[1:]:
             try:
                 if self.files.lstat(keyed_path(root.path, Area.BLOBS, digest)).st_size == size:
                     return True

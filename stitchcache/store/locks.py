@@ -18,7 +18,7 @@ from stitchcache.errors import LockTimeoutError
 from stitchcache.store.files import Files, close_quietly, read_exactly, write_all
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
-_BUSY = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
+_BUSY = frozenset({errno.EWOULDBLOCK, errno.EAGAIN})
 
 
 def try_lock(files: Files, fd: int, *, shared: bool = False) -> bool | None:
