@@ -1,4 +1,4 @@
-"""Code that vLLM's generator wrote, and entries of earlier formats, run unchanged."""
+"""Code in vLLM's list ABI, and entries of earlier formats, run unchanged."""
 
 from __future__ import annotations
 
