@@ -16,4 +16,5 @@ def autocast_has_rule(op: OpOverload, device: str) -> bool:
         device: A device type.
     """
     key = _KEYS.get(device)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)
+    name = f"{op._schema.name}.{op._schema.overload_name}".rstrip(".")
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)

@@ -77,7 +77,7 @@ def clone_all(values: Sequence[Any]) -> list[Any]:
         storage = value.untyped_storage()
         key = storage._cdata
         if key not in storages:
-            storages[key] = storage.clone()
+            storages[key] = storage.clone()  # type: ignore[no-untyped-call]
         copy = torch.empty(0, dtype=value.dtype, device=value.device)
         copy.set_(storages[key], value.storage_offset(), value.size(), value.stride())
         copies.append(_with_bits_of(copy, value))

@@ -7,20 +7,28 @@ the parent do not exist in the child, so the child runs torch on one thread.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stitchcache.errors import BackendError, PieceCrashError, StitchCacheError
+
+_PR_SET_PDEATHSIG = 1
+# What compilers and linkers put before what they complain about.
+_COMPILER = re.compile(r"(?:fatal )?error: |undefined reference|cannot find -l|No space left")
+_EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception|Refused)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,27 +39,34 @@ class Job:
         name: For errors: the piece.
         run: Called in the child; its result must survive pickling.
         log: File that gets what the child prints.
+        backend: What compiles it; for errors.
     """
 
     name: str
     run: Callable[[], Any]
     log: Path
+    backend: str
 
 
 def available() -> bool:
-    """Whether children can be forked here and now."""
+    """Whether children can be forked here and now.
+
+    A process that has used CUDA cannot fork and go on using it; a daemonic process of multiprocessing
+    may have no children.
+    """
     if sys.platform != "linux" or multiprocessing.current_process().daemon:
         return False
-    return not (torch.cuda.is_available() and torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    return not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
 
 
-def run_all(jobs: Sequence[Job], limit: int, backend: str) -> Iterator[tuple[int, Any]]:
+def run_all(jobs: Sequence[Job], limit: int) -> Generator[tuple[int, Any], None, None]:
     """Run jobs, at most ``limit`` at a time.
+
+    Close the iterator when you leave it early: that ends the children.
 
     Args:
         jobs: What to run; order is kept for starting.
         limit: How many children at once, at least 1.
-        backend: For errors.
 
     Yields:
         A job's index and result, as they finish.
@@ -61,44 +76,82 @@ def run_all(jobs: Sequence[Job], limit: int, backend: str) -> Iterator[tuple[int
         PieceCrashError: A child was killed by a signal.
         BackendError: A child failed otherwise.
     """
-    running: dict[Connection, tuple[int, multiprocessing.process.BaseProcess]] = {}
+    running: dict[int, _Child] = {}
     todo = list(enumerate(jobs))[::-1]
     try:
         while todo or running:
             while todo and len(running) < max(1, limit):
                 index, job = todo.pop()
-                process, connection = _start(job)
-                running[connection] = (index, process)
-            for ready in wait(list(running)):
-                connection = ready  # type: ignore[assignment]
-                index, process = running.pop(connection)
-                yield index, _finish(jobs[index], process, connection, backend)
+                child = _start(job)
+                running[child.process.sentinel] = child
+                child.index = index
+            # The pipe tells of a result, the sentinel of a death: another child forked at the same
+            # moment may hold the pipe open, so its end alone would not do.
+            ready = set(wait([*running, *(child.connection for child in running.values())]))
+            for sentinel, child in list(running.items()):
+                if sentinel in ready or child.connection in ready:
+                    del running[sentinel]
+                    yield child.index, _finish(child)
     finally:
-        for _, process in running.values():
-            process.kill()
-            process.join()
+        for child in running.values():
+            _end(child)
 
 
-def _start(job: Job) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+def run_here(jobs: Sequence[Job]) -> Generator[tuple[int, Any], None, None]:
+    """Run jobs one after the other in this process, where no children can be had.
+
+    Yields:
+        A job's index and result.
+
+    Raises:
+        StitchCacheError: What a job raised.
+        BackendError: A job failed otherwise. A crash cannot be caught here.
+    """
+    for index, job in enumerate(jobs):
+        try:
+            yield index, job.run()
+        except StitchCacheError:
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
+            raise _failed(job, str(error).splitlines()) from error
+
+
+@dataclass(slots=True)
+class _Child:
+    job: Job
+    process: BaseProcess
+    connection: Connection
+    index: int = 0
+
+
+def _start(job: Job) -> _Child:
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(job, sender), name=f"stitchcache-{job.name}")
+    process = context.Process(
+        target=_child, args=(job, sender, receiver, os.getpid()), name=f"stitchcache-{job.name}"
+    )
     with warnings.catch_warnings():
         # Python 3.12 warns whenever a process with threads forks; the child keeps to one thread.
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     sender.close()
-    return process, receiver
+    return _Child(job, process, receiver)
 
 
-def _child(job: Job, sender: Connection) -> None:
+def _child(job: Job, sender: Connection, receiver: Connection, parent: int) -> None:
     """Body of a child: what it prints goes to the job's log."""
+    receiver.close()
+    # A group of its own, so that compilers that it starts end with it.
+    os.setpgid(0, 0)
+    _die_with(parent)
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    os.close(log)
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", closefd=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     try:
         sender.send((True, job.run()))
@@ -106,46 +159,82 @@ def _child(job: Job, sender: Connection) -> None:
         sender.send((False, error))
 
 
-def _finish(job: Job, process: Any, connection: Connection, backend: str) -> Any:
+def _die_with(parent: int) -> None:
+    """Have the kernel end this process when its parent is killed."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) == 0 and os.getppid() != parent:
+        os._exit(1)
+
+
+def _end(child: _Child) -> None:
+    """End a child and what it started."""
     try:
-        fine, result = connection.recv()
-    except EOFError:
-        process.join()
-        raise _died(job, int(process.exitcode or 0), backend) from None
+        os.killpg(int(child.process.pid or 0), signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        child.process.kill()
+    child.process.join()
+    child.connection.close()
+
+
+def _finish(child: _Child) -> Any:
+    fine: bool | None = None
+    result: Any = None
+    try:
+        if child.connection.poll():
+            fine, result = child.connection.recv()
+    except (EOFError, ConnectionError):
+        fine = None
     finally:
-        connection.close()
-    process.join()
+        child.connection.close()
+    child.process.join()
+    if fine is None:
+        raise _died(child.job, int(child.process.exitcode or 0))
     if not fine:
         raise result
     return result
 
 
-def _died(job: Job, exit_code: int, backend: str) -> BackendError:
-    lines = [line for line in _tail(job.log) if line.strip()]
-    said = next(
-        (line for line in reversed(lines) if "Error" in line or "error:" in line), lines[-1] if lines else ""
+def _died(job: Job, exit_code: int) -> BackendError:
+    lines = _tail(job.log)
+    if exit_code >= 0:
+        return _failed(job, lines)
+    said = f" It said: {lines[-1].strip()[:300]}." if lines else ""
+    return PieceCrashError(
+        f"piece {job.name}, compiled by {job.backend}, killed the process that tried it with "
+        f"{_signal_name(-exit_code)}.{said} "
+        "Nothing was stored. The C++ toolchain links something that torch was not built with "
+        "(see 'stitchcache doctor'), or memory ran out; backend='eager' works without it.",
+        backend=job.backend,
+        piece=job.name,
+        exit_code=exit_code,
     )
-    if exit_code < 0:
-        name = signal.Signals(-exit_code).name
-        return PieceCrashError(
-            f"piece {job.name}, compiled by {backend}, killed the process that tried it with {name}. "
-            "Nothing was stored. The C++ toolchain links something that torch was not built with "
-            "(see 'stitchcache doctor'), or memory ran out; backend='eager' works without it.",
-            backend=backend,
-            piece=job.name,
-            exit_code=exit_code,
-        )
+
+
+def _failed(job: Job, lines: Sequence[str]) -> BackendError:
+    """Say what the compiler said first, and how it ended."""
+    useful = [line.strip() for line in lines if line.strip()]
+    said = next((line for line in useful if _COMPILER.search(line)), "")
+    if not said:
+        ends = [line for line in useful if _EXCEPTION.match(line)]
+        said = ends[-1] if ends else (useful[-1] if useful else "it said nothing")
     return BackendError(
-        f"{backend} cannot compile piece {job.name}: {said.strip()[:500]}. "
+        f"{job.backend} cannot compile piece {job.name}: {said[:500].rstrip('.')}. "
         "Split at the op that it stumbles over, or use backend='eager'. Last lines:\n"
-        + "\n".join(lines[-12:]),
-        backend=backend,
+        + "\n".join(line[:300] for line in useful[-12:]),
+        backend=job.backend,
         piece=job.name,
     )
 
 
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def _tail(path: Path) -> list[str]:
     try:
-        return path.read_text(errors="replace").splitlines()[-60:]
+        return [line for line in path.read_text(errors="replace").splitlines() if line.strip()][-400:]
     except OSError:
         return []

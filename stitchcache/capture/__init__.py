@@ -1,5 +1,5 @@
 """From a model to one graph with a contract."""
 
-from stitchcache.capture.export import Capture, capture
+from stitchcache.capture.export import Capture, capture, settled
 
-__all__ = ["Capture", "capture"]
+__all__ = ["Capture", "capture", "settled"]

@@ -8,8 +8,8 @@ model's own side effects. Tried with torch 2.11 and 2.13.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ class Capture:
         input_spec: What a call must bring.
         output_spec: How results are returned.
         example: The leaves that it was captured with, one for each of ``user_inputs``.
+        settle: Tries the sizes below what torch assumed; see :func:`settled`.
     """
 
     gm: torch.fx.GraphModule
@@ -75,6 +76,7 @@ class Capture:
     input_spec: InputSpec
     output_spec: OutputSpec
     example: tuple[Any, ...] = ()
+    settle: Callable[[], InputSpec] | None = None
 
 
 def capture(
@@ -140,10 +142,21 @@ def capture(
         gm=gm,
         bound=tuple(bound),
         user_inputs=tuple(user_inputs),
-        input_spec=settle_lower_bounds(contract, subject, names, type(model).__qualname__),
+        input_spec=contract,
         output_spec=outputs,
         example=tuple(leaves),
+        settle=lambda: settle_lower_bounds(contract, subject, names, type(model).__qualname__),
     )
+
+
+def settled(captured: Capture) -> Capture:
+    """A capture whose contract allows only sizes at which its graph was shown right.
+
+    Apart from :func:`capture`, because it runs graph and model, which is no part of what was captured.
+    """
+    if captured.settle is None:
+        return captured
+    return replace(captured, input_spec=captured.settle(), settle=None)
 
 
 def _tensors(leaves: Sequence[Any], bound: Sequence[BoundTensor]) -> list[torch.Tensor]:

@@ -194,7 +194,7 @@ def _result_dtypes(node: Node, dtype: torch.dtype | None) -> list[torch.dtype] |
     """Dtypes that an op returns without autocast when its inputs are cast; ``None`` if it refuses."""
 
     def value(source: Node) -> Any:
-        fake = source.meta.get("val")
+        fake: Any = source.meta.get("val")
         return fake.to(dtype) if dtype is not None and _is_floating(source) else fake
 
     args, kwargs = torch.fx.map_arg(node.args, value), torch.fx.map_arg(node.kwargs, value)
@@ -217,7 +217,7 @@ def _cast_inputs(graph: Graph, node: Node, dtype: torch.dtype) -> None:
 
 
 def _fake_mode(node: Node) -> Any:
-    values = [source.meta.get("val") for source in node.all_input_nodes]
+    values: list[Any] = [source.meta.get("val") for source in node.all_input_nodes]
     return next((v.fake_mode for v in values if hasattr(v, "fake_mode")), contextlib.nullcontext())
 
 

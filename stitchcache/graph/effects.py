@@ -70,11 +70,17 @@ def called(node: Node) -> Iterator[GraphModule]:
     owner = node.graph.owning_module
     if owner is None or node.op not in {"call_module", "get_attr"}:
         return
-    value: Any = owner
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
+    value = attribute_of(owner, str(node.target))
     if isinstance(value, GraphModule):
         yield value
+
+
+def attribute_of(root: torch.nn.Module, path: str) -> Any:
+    """What stands under a dotted path."""
+    value: Any = root
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def is_random(node: Node) -> bool:

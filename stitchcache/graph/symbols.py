@@ -10,7 +10,8 @@ writers but does not promise. Tried with torch 2.11 and 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import permutations
 from typing import Any
 
 import sympy
@@ -33,19 +34,44 @@ def expression(value: Any) -> Any:
 def shape_environment(graph: torch.fx.Graph) -> Any | None:
     """The ``ShapeEnv`` that a graph's symbolic sizes live in; ``None`` if all sizes are static."""
     for node in graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, SYMBOLIC):
-            return value.node.shape_env
-        if isinstance(value, torch.Tensor):
-            for size in (*value.shape, *stride_of(value)):
+        value = value_of(node)
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            sizes: tuple[Any, ...] = (item,)
+            if isinstance(item, torch.Tensor):
+                sizes = (*item.shape, *stride_of(item))
+            for size in sizes:
                 if isinstance(size, SYMBOLIC):
                     return size.node.shape_env
     return None
 
 
+def value_of(node: torch.fx.Node) -> Any:
+    """The fake value of a node, under either of the names that torch gives it."""
+    return node.meta["val"] if "val" in node.meta else node.meta.get("example_value")
+
+
 def stride_of(value: torch.Tensor) -> tuple[Any, ...]:
     """Strides of a tensor; empty for layouts that have none."""
     return tuple(value.stride()) if value.layout == torch.strided else ()
+
+
+# Expressions with more new symbols than this are rare, and a bad order can only cost a miss.
+_MOST_NEW = 4
+
+
+def _named(name: str, like: sympy.Symbol) -> sympy.Symbol:
+    """A symbol with another's assumptions: weaker or stronger ones would simplify differently."""
+    assumed = {
+        fact: True for fact in ("integer", "real", "positive", "nonnegative") if getattr(like, f"is_{fact}")
+    }
+    return sympy.Symbol(name, **assumed)
+
+
+def structure(expr: sympy.Basic) -> str:
+    """Write an expression node by node: unlike its printed form, without loss."""
+    if not expr.args:
+        return f"{type(expr).__name__}:{expr}"
+    return f"{type(expr).__name__}({','.join(structure(arg) for arg in expr.args)})"
 
 
 class SymbolNames:
@@ -64,13 +90,21 @@ class SymbolNames:
     def rename(self, expr: sympy.Basic) -> sympy.Basic:
         """Rebuild an expression over canonical names.
 
-        New symbols of one expression are named in the order in which a walk of its printed form
-        meets them; a rare tie can only cost a miss.
+        New symbols of one expression are named so that its text becomes the smallest, which does not
+        depend on torch's names for them.
         """
-        for symbol in sorted(expr.free_symbols - self._canonical.keys(), key=str):
-            index = len(self._canonical)
-            self._canonical[symbol] = sympy.Symbol(f"s{index}", integer=True, positive=True)
+        new = sorted(expr.free_symbols - self._canonical.keys(), key=str)
+        if len(new) > 1:
+            orders = permutations(new) if len(new) <= _MOST_NEW else [tuple(new)]
+            new = list(min(orders, key=lambda order: structure(expr.xreplace(self._with(order)))))
+        self._canonical = self._with(new)
         return expr.xreplace(self._canonical)
+
+    def _with(self, new: Iterable[sympy.Symbol]) -> dict[sympy.Symbol, sympy.Symbol]:
+        names = dict(self._canonical)
+        for symbol in new:
+            names[symbol] = _named(f"s{len(names)}", symbol)
+        return names
 
     def size(self, value: int | torch.SymInt) -> int | str:
         """A size as records keep it: an int, or an expression as text."""
@@ -158,3 +192,19 @@ def guards(shape_env: Any, names: SymbolNames, *, only_known: bool = False) -> l
             continue
         found.add(text(names.rename(expr)))
     return sorted(found)
+
+
+def relations(shape_env: Any, names: SymbolNames) -> list[str]:
+    """Everything that torch knows about the symbols met so far, in no order.
+
+    More than :func:`guards`: also what it asserts of sizes that data decides. A compiler may use any
+    of it, so it belongs in a hash; not all of it can be checked on a call.
+    """
+    facts = [shape_env.replace(guard.expr) for guard in shape_env.guards]
+    for asserted in shape_env.deferred_runtime_asserts.values():
+        facts += [shape_env.replace(item.expr) for item in asserted]
+    return [
+        structure(names.rename(fact))
+        for fact in facts
+        if fact.free_symbols and all(symbol in names for symbol in fact.free_symbols)
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,14 +80,15 @@ def build(
         directory = scratch / piece.key
         directory.mkdir()
         run = partial(_build_one, piece, directory, options, inputs.get(piece.key), device)
-        pending.append(children.Job(name=piece.name, run=run, log=scratch / f"{piece.key}.log"))
+        pending.append(
+            children.Job(name=piece.name, run=run, log=scratch / f"{piece.key}.log", backend=piece.backend)
+        )
     limit = jobs or len(os.sched_getaffinity(0))
-    if children.available():
-        for _, built in children.run_all(pending, limit, missing[0].backend):
+    results = children.run_all(pending, limit) if children.available() else children.run_here(pending)
+    # Closed whatever happens, so that no child outlives an error or Ctrl-C.
+    with closing(results):
+        for _, built in results:
             on_built(built)
-    else:
-        for job in pending:
-            on_built(job.run())
 
 
 def _build_one(
