@@ -12,6 +12,7 @@ import contextvars
 import enum
 import functools
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping
 from types import (
     BuiltinFunctionType,
@@ -328,12 +329,22 @@ def put_class_contents(encoder: Encoder, cls: type, ignored: frozenset[str] = fr
             raise UnkeyableError(f"class {encoder.class_label(cls)}, attribute {name}", str(error)) from error
 
 
+def _is_of_dataclass(encoder: Encoder, cls: type, code: CodeType) -> bool:
+    """Whether ``dataclass`` generated this code for a class in an installed file, from which it follows."""
+    made = code.co_qualname.startswith("__create_fn__.<locals>.") and "__dataclass_params__" in cls.__dict__
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return made and file is not None and encoder.shared.origin(file)[1] != ""
+
+
 def _as_shipped(encoder: Encoder, cls: type, qualname: str, function: FunctionType) -> bytes | None:
     """A short form for a method that stands in an installed file where its class does; else ``None``.
 
     Most methods of most classes are of this kind, and there are hundreds of them in a model.
     """
     code = function.__code__
+    if code.co_filename == "<string>" and _is_of_dataclass(encoder, cls, code):
+        encoder.shared.codes.setdefault(id(code), (code, b""))
+        return b"i"
     if code.co_qualname != qualname or function.__module__ != cls.__module__:
         return None
     if function.__closure__ is not None and code.co_freevars != ("__class__",):

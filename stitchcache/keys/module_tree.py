@@ -11,10 +11,18 @@ import torch
 from stitchcache.keys.code import put_function
 from stitchcache.keys.digest import make_factor, shorten
 from stitchcache.keys.encoder import class_contents, new_encoder
-from stitchcache.keys.modules import INTERNALS, has_hooks, ignored_names, put_hooks, tensor_line
+from stitchcache.keys.modules import INTERNALS, TENSOR_NOTES, has_hooks, ignored_names, put_hooks, tensor_line
 from stitchcache.keys.origins import stands_by_version
 from stitchcache.keys.tensors import is_fake, is_plain_tensor
-from stitchcache.keys.values import SCALARS, Encoder, Shared, UnkeyableError, has_plain_state, slots_of
+from stitchcache.keys.values import (
+    SCALARS,
+    Encoder,
+    Shared,
+    UnkeyableError,
+    has_plain_state,
+    slots_of,
+    text_bytes,
+)
 from stitchcache.types import Factor
 
 _SHOWN = 3
@@ -43,9 +51,9 @@ class _Column:
     data: bytearray = field(default_factory=bytearray)
     runs: list[tuple[bytes, str, int]] = field(default_factory=list)
 
-    def add(self, path: str, encoded: bytes, value: Any) -> None:
-        name = path.encode()
-        self.data += b"%d:%s%d:" % (len(name), name, len(encoded))
+    def add(self, module: bytes, encoded: bytes, value: Any) -> None:
+        self.data += module
+        self.data += b"%d:" % len(encoded)
         self.data += encoded
         if self.runs and self.runs[-1][0] == encoded:
             _, text, count = self.runs[-1]
@@ -95,6 +103,8 @@ class _Walk:
         self.tree: list[str] = []
         self.labels: dict[type, str] = {}
         self.columns: dict[tuple[str, str], _Column] = {}
+        self.extents: list[tuple[int, int, str]] = []
+        self.described: dict[tuple[Any, ...], tuple[str, int]] = {}
 
     def factors(self) -> Iterator[Factor]:
         """All factors of the model, most telling first."""
@@ -137,32 +147,43 @@ class _Walk:
 
     def _tensors(self) -> Iterator[Factor]:
         lines: dict[str, list[str]] = {"parameters": [], "buffers": []}
-        elements = dict.fromkeys(lines, 0)
-        extents: list[tuple[int, int, str]] = []
         notes = new_encoder(self.shared)
         for path, module in self.modules:
             state = module.__dict__
             transient = state["_non_persistent_buffers_set"]
-            for kind in lines:
+            prefix = f"{path}." if path else ""
+            for kind, found in lines.items():
                 for name, value in state[f"_{kind}"].items():
-                    full = f"{path}.{name}" if path else name
-                    known = None if value is None else self.encoder.seen.get(id(value))
-                    line = known.decode() if known else tensor_line(self.encoder, full, value)
-                    lines[kind].append(f"{full!r} {line}{' transient' if name in transient else ''}")
-                    if known or value is None:
-                        continue
-                    elements[kind] += value.numel()
-                    self.encoder.seen[id(value)] = f"tensor {full}".encode()
-                    if value.__dict__ and not is_fake(value):
-                        notes.put_at(full, {k: v for k, v in value.__dict__.items() if k[:4] != "_is_"})
-                    if is_plain_tensor(value) and value.device.type != "meta" and value.numel():
-                        extents.append(_extent(value, full))
-        for kind, text in lines.items():
-            value_text = f"{len(text)} tensors, {elements[kind]} elements"
-            yield make_factor(f"model.{kind}", value_text, "\n".join(text).encode("utf-8", "surrogatepass"))
-        overlaps = _overlaps(extents)
+                    full = prefix + name
+                    text = "None" if value is None else self._tensor(full, value, notes)
+                    found.append(f"{full!r} {text}{' transient' if name in transient else ''}")
+        for kind, found in lines.items():
+            payload = "\n".join(found).encode("utf-8", "surrogatepass")
+            yield make_factor(f"model.{kind}", f"{len(found)} tensors", payload)
+        overlaps = _overlaps(self.extents)
         yield make_factor("model.aliases", ", ".join(overlaps) or "none", "\n".join(overlaps).encode())
         yield make_factor("model.tensor_attributes", f"{len(notes.out)} bytes", bytes(notes.out))
+
+    def _tensor(self, name: str, value: torch.Tensor, notes: Encoder) -> str:
+        """A parameter or buffer in one line; what it shares with others is kept for later."""
+        known = self.encoder.seen.get(id(value))
+        if known is not None:
+            return known.decode("utf-8", "surrogatepass")
+        self.encoder.seen[id(value)] = f"tensor {name}".encode("utf-8", "surrogatepass")
+        if value.__dict__ and not is_fake(value):
+            notes.text(name)
+            notes.put_at(name, {k: v for k, v in value.__dict__.items() if k not in TENSOR_NOTES})
+        if not is_plain_tensor(value) or value.layout is not torch.strided or value.is_quantized:
+            return tensor_line(self.encoder, name, value)
+        # Layers repeat: the same few descriptions serve for all tensors of a deep model.
+        what = (value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
+        described = self.described.get(what)
+        if described is None:
+            described = self.described[what] = (tensor_line(self.encoder, name, value), _span(value))
+        if described[1] and value.device.type != "meta":
+            start = value.data_ptr()
+            self.extents.append((start, start + described[1], name))
+        return described[0]
 
     def _attributes(self) -> Iterator[Factor]:
         config = self.model.__dict__.get("config")
@@ -172,22 +193,22 @@ class _Walk:
         ignored = {cls: INTERNALS | ignored_names(cls) for cls in self.labels}
         for path, module in self.modules:
             cls = type(module)
-            label, skipped = self.labels[cls], ignored[cls]
+            label, skipped, module_bytes = self.labels[cls], ignored[cls], text_bytes(path)
             for name, value in module.__dict__.items():
                 if name not in skipped:
-                    self._cell(label, path, name, value)
+                    self._cell(label, path, module_bytes, name, value)
             for name, descriptor in slots[cls]:
                 if hasattr(module, name):
-                    self._cell(label, path, name, descriptor.__get__(module))
+                    self._cell(label, path, module_bytes, name, descriptor.__get__(module))
         for (label, name), column in self.columns.items():
             yield make_factor(f"model.attributes.{label}.{name}", column.text(), bytes(column.data))
 
-    def _cell(self, label: str, path: str, name: str, value: Any) -> None:
+    def _cell(self, label: str, path: str, module: bytes, name: str, value: Any) -> None:
         column = self.columns.get((label, name))
         if column is None:
             column = self.columns[label, name] = _Column()
         scalar = SCALARS.get(type(value))
-        column.add(path, scalar(value) if scalar is not None else self._encode(path, name, value), value)
+        column.add(module, scalar(value) if scalar is not None else self._encode(path, name, value), value)
 
     def _encode(self, path: str, name: str, value: Any) -> bytes:
         encoder = self.encoder
@@ -267,10 +288,12 @@ def class_factors(shared: Shared) -> Iterator[Factor]:
         yield make_factor(f"model.code.{module}", names, payload)
 
 
-def _extent(value: torch.Tensor, name: str) -> tuple[int, int, str]:
-    start = value.data_ptr()
-    span = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True)) + 1
-    return start, start + span * value.element_size(), name
+def _span(value: torch.Tensor) -> int:
+    """Bytes from a tensor's first element to its last."""
+    if value.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return (last + 1) * value.element_size()
 
 
 def _overlaps(extents: list[tuple[int, int, str]]) -> list[str]:

@@ -51,15 +51,15 @@ HF_NOTES = frozenset(
 """What transformers keeps for itself: where a model came from, a hash that moves with the seed, and checks
 that run when a field of a configuration is set."""
 
-_NOTES = frozenset({"_is_hf_initialized"})
-"""What it leaves on any module."""
+TENSOR_NOTES = frozenset({"_is_hf_initialized"})
+"""What it leaves on any module and tensor."""
 
 
 def ignored_names(cls: type) -> frozenset[str]:
     """Attributes of a class or its instances that say where they came from, not what they compute."""
     if any((base.__module__ or "").partition(".")[0] == "transformers" for base in cls.__mro__):
         return HF_NOTES
-    return _NOTES
+    return TENSOR_NOTES
 
 
 def tensor_line(encoder: Encoder, name: str, value: torch.Tensor | None) -> str:
@@ -70,7 +70,7 @@ def tensor_line(encoder: Encoder, name: str, value: torch.Tensor | None) -> str:
     """
     if value is None:
         return "None"
-    if not is_plain_tensor(value) and not is_fake(value):
+    if value.is_quantized or (not is_plain_tensor(value) and not is_fake(value)):
         raise encoder.error(f"{name} is a {type(value).__name__}, whose metadata does not stand for it")
     return f"{tensor_text(value)} {value.requires_grad}"
 

@@ -31,10 +31,12 @@ class Import:
     Args:
         module: The module's full name.
         names: What is read from it: imported names, or every attribute name that the code mentions.
+        exact: These are imported names.
     """
 
     module: str
     names: tuple[str, ...]
+    exact: bool
 
 
 def global_chains(code: CodeType) -> Iterator[tuple[str, ...]]:
@@ -66,8 +68,8 @@ def imports_of(code: CodeType, package: str) -> Iterator[Import]:
         if level:
             module = importlib.util.resolve_name("." * level + module, package)
         if not names and "." in module:
-            yield Import(module.partition(".")[0], code.co_names)
-        yield Import(module, tuple(names or code.co_names))
+            yield Import(module.partition(".")[0], code.co_names, False)
+        yield Import(module, tuple(names or code.co_names), bool(names))
 
 
 @dataclass(frozen=True, slots=True)

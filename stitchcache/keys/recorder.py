@@ -227,7 +227,10 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             for name in item.names:
                 if name == "*":
                     self._refuse(f"{where} imports everything from {item.module}")
-                elif name in vars(module):
+                elif name not in vars(module):
+                    if item.exact and not installed_path(getattr(module, "__file__", None) or ""):
+                        self._refuse(f"{where} imports {name} from {item.module}, which computes it")
+                else:
                     found = reads.Found(vars(module)[name], True, (name,))
                     self._note(self._label(item.module), found, whole=False)
 
@@ -297,11 +300,12 @@ def _outside_stdlib(frame: FrameType) -> FrameType | None:
 def _is_search(frame: FrameType) -> bool:
     """Whether the import machinery asks somebody's finder where a module is; that runs none of it."""
     caller: FrameType | None = frame
+    name = ""
     while caller is not None and not stands_by_version(caller.f_code.co_filename):
-        if caller.f_code.co_name == "<module>":
-            return False
+        name = caller.f_code.co_name
         caller = caller.f_back
-    return caller is not None and caller.f_code.co_filename.startswith("<frozen importlib")
+    machinery = caller is not None and caller.f_code.co_filename.startswith("<frozen importlib")
+    return machinery and name in {"find_spec", "find_module", "path_hook"}
 
 
 def _place(code: CodeType) -> str:

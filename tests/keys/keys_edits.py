@@ -12,7 +12,6 @@ FILES = [
     ("dataclass default factory", "settings.py", '"shift": 3', '"shift": 4'),
     ("enum default", "settings.py", "mode: Mode = Mode.ADD", "mode: Mode = Mode.MUL"),
     ("enum value", "settings.py", 'ADD = "add"', 'ADD = "plus"'),
-    ("width", "settings.py", "width: int = 8", "width: int = 16"),
     ("branch", "model.py", "if self.enabled:", "if not self.enabled:"),
     ("activation", "model.py", "torch.relu(x)", "torch.tanh(x)"),
     ("class constant", "model.py", "EPS = 1e-3", "EPS = 1e-2"),

@@ -168,6 +168,11 @@ def as_record(recorder):
 
 
 UNSEEN = {
+    "what a module computes": (
+        "def __getattr__(name):\n    return 3",
+        "from {me} import made_up",
+        "computes it",
+    ),
     "the clock": ("import time", "time.time()", "time.time"),
     "a file": ("", "open(__file__).close()", "open"),
     "a random number": ("import random", "random.random()", "random"),
@@ -180,9 +185,10 @@ UNSEEN = {
 
 
 @pytest.mark.parametrize("name", UNSEEN)
-def test_what_a_capture_may_not_ask_turns_direct_lookup_off(imported, name):
+def test_what_a_capture_may_not_ask_turns_direct_lookup_off(imported, tmp_path, name):
     header, statement, says = UNSEEN[name]
-    module = imported(f"{header}\ndef f():\n    {statement}\n")
+    me = "made_" + tmp_path.name.replace("-", "_")
+    module = imported(f"{header}\ndef f():\n    {statement.replace('{me}', me)}\n")
     assert says in recorded_call(module.f).unsound
 
 
