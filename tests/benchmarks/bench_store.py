@@ -97,6 +97,10 @@ def main() -> int:
         place = Path(name)
         rows = bench_get(place / "get") + bench_put(place / "put")
         rows += bench_many(place / "many", options.entries) + bench_import()
+    load = os.getloadavg()[0]
+    print(
+        f"{os.cpu_count()} processors, load {load:.1f}" + (" (busy: times are too long)" if load > 1 else "")
+    )
     missed = 0
     for what, cost, limit in rows:
         verdict = "" if limit is None else f"limit {limit:g}" + ("" if cost <= limit else "  MISSED")
