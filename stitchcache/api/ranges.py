@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from stitchcache import tree
-from stitchcache.capture import Capture, capture
+from stitchcache.capture import Capture, capture, settled
 from stitchcache.errors import OptionError
 from stitchcache.keys.dims import dims_of_leaf, split_path
 from stitchcache.types import Dim, InputSpec, SizeRange
@@ -63,13 +63,47 @@ def capture_ranges(
     return whole, variants
 
 
+def settle_ranges(
+    whole: Capture, variants: Sequence[tuple[SizeRange | None, Capture]]
+) -> tuple[Capture, list[tuple[SizeRange | None, Capture]]]:
+    """Let only sizes through at which every graph was shown right.
+
+    Args:
+        whole: The capture that has the contract.
+        variants: From :func:`capture_ranges`.
+
+    Returns:
+        The same, with bounds that hold.
+
+    Raises:
+        OptionError: A range begins below what its own graph can be shown right at.
+    """
+    if len(variants) == 1 and variants[0][1] is whole:
+        done = settled(whole)
+        return done, [(variants[0][0], done)]
+    found: list[tuple[SizeRange | None, Capture]] = []
+    for size_range, variant in variants:
+        done = settled(variant)
+        before = {symbol.name: symbol.min for symbol in variant.input_spec.symbols}
+        raised = [s for s in done.input_spec.symbols if s.min > before[s.name]]
+        if raised and size_range is not None:
+            raise _refuse(
+                f"what was captured for {size_range} could not be shown right at size "
+                f"{before[raised[0].name]}; begin at {raised[0].min}, or give that size a range of its own."
+            )
+        found.append((size_range, done))
+    return whole, found
+
+
 def _torch_dims(shapes: Any) -> Any:
     """``dynamic_shapes`` with torch's own dimensions in place of ours."""
     if isinstance(shapes, Mapping):
         return {key: _torch_dims(part) for key, part in shapes.items()}
     if isinstance(shapes, (list, tuple)):
         return type(shapes)(_torch_dims(part) for part in shapes)
-    return torch.export.Dim(shapes.name, min=shapes.min, max=shapes.max) if isinstance(shapes, Dim) else shapes
+    return (
+        torch.export.Dim(shapes.name, min=shapes.min, max=shapes.max) if isinstance(shapes, Dim) else shapes
+    )
 
 
 def _refuse(message: str) -> OptionError:

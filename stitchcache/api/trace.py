@@ -201,7 +201,7 @@ def _variant(
     size_range: SizeRange | None, planned: Plan, graph_hash: str, blobs: Mapping[str, BlobRef]
 ) -> Variant:
     code, names, consts = generate_execution_code(
-        _without_pieces(planned), boxed=[piece.name for piece in planned.pieces], graph_hash=graph_hash
+        planned.split_gm, boxed=[piece.name for piece in planned.pieces], graph_hash=graph_hash
     )
     return Variant(
         size_range=size_range,
@@ -212,19 +212,6 @@ def _variant(
             PieceRef(name=p.name, key=p.key, backend=p.backend, blob=blobs[p.key]) for p in planned.pieces
         ),
     )
-
-
-class PieceSlot(torch.nn.Module):
-    """Stands in the stitching graph where a compiled piece is called."""
-
-
-def _without_pieces(planned: Plan) -> torch.fx.GraphModule:
-    """The stitching graph with compiled pieces as opaque modules, so that only the rest is inlined."""
-    root = torch.nn.Module()
-    opaque = {piece.name for piece in planned.pieces}
-    for name, child in planned.split_gm.named_children():
-        root.add_module(name, PieceSlot() if name in opaque else child)
-    return torch.fx.GraphModule(root, planned.split_gm.graph, class_name="Stitching")
 
 
 def stitched_leaves(captured: Capture) -> list[Any]:

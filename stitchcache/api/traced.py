@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from stitchcache.api.cold import compile_pieces
-from stitchcache.api.ranges import capture_ranges
+from stitchcache.api.ranges import capture_ranges, settle_ranges
 from stitchcache.api.run import Run
 from stitchcache.api.trace import Traced, fact, trace
 from stitchcache.errors import CacheMissError, StoreWriteError
@@ -45,6 +45,7 @@ def compile_traced(run: Run) -> CompiledModel:
                 run.model, run.args, run.kwargs, request.dynamic_shapes, request.size_ranges
             ),
         )
+    captured, variants = run.timed("settle", lambda: settle_ranges(captured, variants))
     traced = run.timed("plan", lambda: trace(run.model, captured, variants, request, environment))
     if recorder.unsound is not None:
         run.reason = recorder.unsound

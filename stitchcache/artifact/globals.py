@@ -52,6 +52,43 @@ _POWERS = frozenset({
 # fmt: on
 
 
+# Parts of torch that read files, run code or start processes; code could call what a table names.
+_TORCH_POWERS = tuple(
+    f"torch.{name}."
+    for name in (
+        "serialization",
+        "hub",
+        "jit",
+        "package",
+        "multiprocessing",
+        "distributed.run",
+        "distributed.launcher",
+        "distributed.elastic",
+        "utils.cpp_extension",
+        "utils.model_zoo",
+        "utils.data",
+        "utils.bundled_inputs",
+        "_inductor",
+        "_dynamo",
+        "_library",
+        "library",
+        "onnx",
+        "export",
+        "storage",
+        "_utils",
+        "_utils_internal",
+        "fx",
+        "testing",
+        "profiler",
+        "monitor",
+        "_appdirs",
+        "_lobpcg",
+        "compiler",
+        "cuda.jiterator",
+    )
+)
+
+
 class Refused(Exception):
     """Something that a table may not have."""
 
@@ -76,6 +113,10 @@ def resolve(module: str, qualname: str) -> Any:
             found = getattr(found, part)
         except AttributeError:
             raise Refused(f"global {module}.{qualname} does not exist here") from None
+    if f"{getattr(found, '__module__', '')}.".startswith(_TORCH_POWERS) or f"{module}.".startswith(
+        _TORCH_POWERS
+    ):
+        raise Refused(f"global {module}.{qualname} is not allowed")
     if isinstance(found, (type, *FUNCTION_TYPES)) or torch_value(found):
         return found
     raise Refused(f"global {module}.{qualname} is not allowed: neither a function nor a class")

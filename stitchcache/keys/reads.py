@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
+import torch
+
 from stitchcache.keys.encoder import class_contents, new_encoder
 from stitchcache.keys.origins import installed_path
 from stitchcache.keys.values import SCALARS, Shared, UnkeyableError
@@ -55,6 +57,9 @@ def global_chains(code: CodeType) -> Iterator[tuple[str, ...]]:
             chain = [str(instruction.argval)]
     if chain:
         yield tuple(chain)
+
+
+_OPS = (type(torch.ops), type(torch.ops.aten))
 
 
 def imports_of(code: CodeType, package: str) -> Iterator[Import]:
@@ -103,6 +108,9 @@ def lookup(namespace: dict[str, Any], chain: tuple[str, ...]) -> Found:
         if not isinstance(value, ModuleType):
             return Found(value, True, chain[:index], owner)
         inner, owner = vars(value), value.__name__
+        if step not in inner and isinstance(value, _OPS):
+            # torch makes these the first time they are asked for; that nobody has says nothing.
+            getattr(value, step, None)
         if step not in inner:
             return Found(value, False, chain[: index + 1], owner)
         value = inner[step]

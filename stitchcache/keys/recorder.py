@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -36,6 +37,7 @@ _FORBIDDEN_MODULES = frozenset(
 )
 _FORBIDDEN_BUILTINS = frozenset({"open", "eval", "exec", "globals", "input", "id", "__import__"})
 _CACHED = type(functools.lru_cache(lambda: None))
+_HANDLE_LOG = logging.Logger.callHandlers.__code__
 _DYNAMO = f"{os.sep}torch{os.sep}_dynamo{os.sep}symbolic_convert.py"
 
 
@@ -61,6 +63,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._module_classes: dict[int, type] = {}
         self._loaded: frozenset[str] = frozenset()
         self._previous: Any = None
+        self._muted: FrameType | None = None
         self._callback: Callable[[FrameType, str, Any], None] | None = None
 
     def __enter__(self) -> SourceRecorder:
@@ -88,7 +91,15 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
 
     def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
         code = frame.f_code
+        if self._muted is not None:
+            if event == "return" and frame is self._muted:
+                self._muted = None
+            return
         if event == "call":
+            if code is _HANDLE_LOG:
+                # What a program does with log records is no part of what its models compute.
+                self._muted = frame
+                return
             if code is _READ_VARIABLE:
                 self._variable(frame)
             elif id(code) in _FORBIDDEN_IDS:

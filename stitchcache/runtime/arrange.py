@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stitchcache import tree
+from stitchcache.errors import InputMismatchError
 from stitchcache.runtime.mismatch import mismatch
 from stitchcache.types import InputSpec
 
@@ -26,13 +27,27 @@ class Arrangement:
             args, kwargs = self.arrange(args, kwargs)
             leaves, structure = tree.flatten((args, kwargs))
         if tree.dumps(structure) != self.spec.tree:
-            raise mismatch(
-                "structure",
-                "the containers of the capture's example",
-                str(structure)[:300],
-                "Pass the arguments nested as they were when the model was compiled.",
-            )
+            raise self._other_structure(args, kwargs)
         return leaves
+
+    def _other_structure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> InputMismatchError:
+        """Name the first argument that is nested in another way than the example was."""
+        positional, keyword = json.loads(self.spec.tree)[1]["children_spec"]
+        names = [*tree.positional_names(self._forward, len(args)), *kwargs]
+        wanted = [*positional["children_spec"], *keyword["children_spec"]]
+        for name, want, value in zip(names, wanted, [*args, *kwargs.values()], strict=False):
+            got = json.loads(tree.dumps(tree.flatten(value)[1]))[1]
+            if got != want:
+                kind = (
+                    "a tensor or plain value"
+                    if want["type"] is None
+                    else f"a {want['type']} as in the example"
+                )
+                found = type(value).__qualname__ if got["type"] != want["type"] else "other contents"
+                return mismatch(name, kind, found, "Pass it nested as it was when the model was compiled.")
+        return mismatch(
+            "arguments", "those of the example", f"{len(args)} positional, {sorted(kwargs)} by keyword"
+        )
 
     def arrange(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
