@@ -17,21 +17,19 @@ def tensor_text(tensor: TensorSpec) -> str:
 
 
 def contiguous(shape: tuple[Size, ...]) -> tuple[Size, ...] | None:
-    """Strides of a contiguous tensor; ``None`` where they are more than a product of one symbol.
-
-    Expressions are compared as text elsewhere, so only what has one spelling is answered here.
-    """
+    """Strides of a contiguous tensor; ``None`` where one is a product that can be spelled in several ways."""
     strides: list[Size] = []
-    factor, symbols = 1, 0
-    name = ""
+    factor, symbol = 1, ""
     for size in reversed(shape):
-        if symbols > 1 or (symbols == 1 and not name.isidentifier()):
+        if symbol and factor != 1 and not symbol.isidentifier():
             return None
-        strides.append(factor if not name else name if factor == 1 else f"{factor}*{name}")
+        strides.append(factor if not symbol else symbol if factor == 1 else f"{factor}*{symbol}")
         if isinstance(size, int):
             factor *= size
-        else:
-            name, symbols = size, symbols + 1
+        elif len(strides) < len(shape):
+            if symbol:
+                return None
+            symbol = size
     return tuple(reversed(strides))
 
 

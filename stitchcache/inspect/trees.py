@@ -21,7 +21,7 @@ def tree_text(tree: str, leaves: list[str] | None = None) -> str:
     try:
         _version, spec = json.loads(tree)
         return _node(spec, iter(leaves) if leaves is not None else None)[:_MOST]
-    except (ValueError, TypeError, KeyError, StopIteration, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError):
         return tree[:_MOST]
 
 
@@ -35,6 +35,8 @@ def _node(spec: dict[str, Any], leaves: Any) -> str:
         return f"({', '.join(children)}{',' if len(children) == 1 else ''})"
     if kind == "builtins.list":
         return f"[{', '.join(children)}]"
+    if kind == "collections.namedtuple":
+        return f"{context.rpartition('.')[2]}({', '.join(children)})"
     keys = json.loads(context) if isinstance(context, str) else None
     if isinstance(keys, list) and len(keys) == len(children):
         fields = ", ".join(f"{key!r}: {child}" for key, child in zip(keys, children, strict=True))

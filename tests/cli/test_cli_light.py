@@ -1,0 +1,86 @@
+"""Reading commands import no torch, and answer at once."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import pytest
+from cli_entries import key, put
+from conftest import environment
+
+READING = [
+    ["ls"],
+    ["ls", "--json"],
+    ["inspect", key("a")[:8]],
+    ["verify"],
+    ["stats"],
+    ["prune", "--max-size", "1G"],
+    ["config"],
+    ["--help"],
+    ["prewarm", "--help"],
+    ["demo", "--help"],
+    ["--version"],
+]
+HEAVY = ("torch", "numpy", "rich", "asyncio", "stitchcache.api")
+
+
+@pytest.mark.parametrize("words", READING, ids=" ".join)
+def test_nothing_heavy_is_imported(tmp_path, words):
+    put(tmp_path, key("a"))
+    source = (
+        "import sys\n"
+        "from stitchcache.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        f"    print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", source, *words],
+        env=environment(STITCHCACHE_DIR=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_ls_of_an_empty_cache_takes_a_tenth_of_a_second(tmp_path):
+    # The process's own time, and the best of several: what else the machine does must not count.
+    assert min(_seconds(tmp_path) for _ in range(9)) <= 0.150
+
+
+def _seconds(root) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(
+        [sys.executable, "-m", "stitchcache", "ls"],
+        env=environment(STITCHCACHE_DIR=str(root)),
+        capture_output=True,
+        check=True,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def test_the_package_alone_imports_no_command():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import stitchcache, sys; print('click' in sys.modules, 'torch' in sys.modules)",
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "False False\n"
+
+
+def test_unknown_commands_are_usage(run_cli):
+    outcome = run_cli("frobnicate")
+    assert outcome.status == 2
+    assert "frobnicate" in outcome.err

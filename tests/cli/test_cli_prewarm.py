@@ -1,0 +1,133 @@
+"""``stitchcache prewarm``, with the eager backend: compiling is not the point here."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pytest
+
+TARGETS = """
+import torch
+from stitchcache import Dim, Target
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.relu(self.linear(x)).sum(1)
+
+
+def build():
+    return Net().eval(), (torch.ones(3, 4),)
+
+
+SHAPES = ({0: Dim("rows", 1, 64)},)
+net = Target("net", build, dynamic_shapes=SHAPES, backend="eager", splitting_ops=["aten::relu"])
+typo = Target("typo", build, dynamic_shapes=SHAPES, backend="eager", splitting_ops=["aten::nonsense"])
+wrong = Target("wrong", lambda: 3, backend="eager")
+
+
+def both():
+    return [net, typo]
+
+
+twice = [net, net]
+number = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    path = tmp_path_factory.mktemp("project")
+    (path / "nets.py").write_text(textwrap.dedent(TARGETS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def first(run_cli, project):
+    """The first prewarm: the module's cache is filled by it."""
+    return run_cli("prewarm", "-v", "nets.py:net", "--cache", project / "cache", cwd=project)
+
+
+def test_a_target_is_compiled(first):
+    assert first.status == 0, first.err
+    heading, line = first.out.splitlines()
+    assert heading.split() == ["TARGET", "STATUS", "GRAPH", "CALLS", "DIFFERENT", "SIZE", "TIME"]
+    assert line.split()[:2] == ["net", "compiled"]
+    assert "\x1b" not in first.err
+
+
+def test_progress_is_plain_lines(first):
+    said = first.err.splitlines()
+    assert said[0] == "net: build"
+    assert "net: capture" in said
+    assert any(line.startswith("net: compile 0/") for line in said)
+    assert any("no direct hit" in line for line in said)
+    assert said[-1].startswith("net: compiled in ")
+
+
+def test_the_second_time_is_a_direct_hit(run_cli, project, first):
+    outcome = run_cli("prewarm", "nets.py:net", "--json", "--cache", project / "cache", cwd=project)
+    assert outcome.status == 0, outcome.err
+    (result,) = outcome.json["targets"]
+    assert (result["name"], result["status"], result["error"]) == ("net", "direct", None)
+    assert result["graph_hash"][:12] in first.out
+    again = run_cli("prewarm", "nets.py:net", "--require", "--cache", project / "cache", cwd=project)
+    assert again.status == 0, again.err
+    assert "hit direct" in again.out
+
+
+def test_require_compiles_nothing(run_cli, project, tmp_path):
+    outcome = run_cli("prewarm", "nets.py:net", "--require", "--cache", tmp_path, cwd=project)
+    assert outcome.status == 1
+    assert "failed" in outcome.out
+    assert "not in the cache" in outcome.err
+
+
+def test_one_failure_does_not_stop_the_others(run_cli, project, first):
+    outcome = run_cli(
+        "prewarm", "nets.py:both", "nets.py:wrong", "--json", "--cache", project / "cache", cwd=project
+    )
+    assert outcome.status == 1
+    statuses = {result["name"]: result["status"] for result in outcome.json["targets"]}
+    assert statuses == {"net": "direct", "typo": "failed", "wrong": "failed"}
+    assert outcome.json["targets"][1]["error"]["type"] == "SplittingOpNotFoundError"
+
+
+def test_failures_are_explained(run_cli, project, tmp_path):
+    outcome = run_cli("prewarm", "nets.py:typo", "--cache", tmp_path, cwd=project)
+    assert outcome.status == 1
+    assert "aten::nonsense" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("nowhere.py:net", "there is no file nowhere.py"),
+        ("no_such_module:net", "no module 'no_such_module'"),
+        ("nets.py:missing", "has no 'missing'"),
+        ("nets.py", "is not a target"),
+        ("nets.py:number", "is a int"),
+        ("nets.py:twice", "two targets are called 'net'"),
+    ],
+)
+def test_references_that_lead_nowhere(run_cli, project, tmp_path, reference, said):
+    outcome = run_cli("prewarm", reference, "--cache", tmp_path, cwd=project)
+    assert outcome.status == 2
+    assert said in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_usage(run_cli):
+    assert run_cli("prewarm").status == 2
+    assert run_cli("prewarm", "--jobs", "0", "a:b").status == 2
+
+
+def test_a_terminal_gets_live_lines(run_on_terminal, project, first, monkeypatch):
+    monkeypatch.chdir(project)
+    shown = run_on_terminal("prewarm", "nets.py:net", "--cache", project / "cache")
+    assert "hit direct" in shown
+    assert "\x1b[" in shown
