@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from stitchcache.cache import Cache as Cache
     from stitchcache.codegen import compile_execution_fn as compile_execution_fn
     from stitchcache.codegen import generate_execution_code as generate_execution_code
-    from stitchcache.graph import SplitItem as SplitItem
-    from stitchcache.graph import graph_hash as graph_hash
-    from stitchcache.graph import split_graph as split_graph
+    from stitchcache.graph.canonical import graph_hash as graph_hash
+    from stitchcache.graph.split import SplitItem as SplitItem
+    from stitchcache.graph.split import split_graph as split_graph
     from stitchcache.runtime.model import CompiledModel as CompiledModel
     from stitchcache.types import Dim as Dim
     from stitchcache.types import SizeRange as SizeRange
@@ -35,16 +35,16 @@ _HOMES = {
     "Dim": "stitchcache.types",
     "PrewarmReport": "stitchcache.api.prewarm",
     "SizeRange": "stitchcache.types",
-    "SplitItem": "stitchcache.graph",
+    "SplitItem": "stitchcache.graph.split",
     "Target": "stitchcache.api.target",
     "compile": "stitchcache.api.compile",
     "compile_execution_fn": "stitchcache.codegen",
     "errors": "stitchcache.errors",
     "generate_execution_code": "stitchcache.codegen",
-    "graph_hash": "stitchcache.graph",
+    "graph_hash": "stitchcache.graph.canonical",
     "load": "stitchcache.api.load",
     "prewarm": "stitchcache.api.prewarm",
-    "split_graph": "stitchcache.graph",
+    "split_graph": "stitchcache.graph.split",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]

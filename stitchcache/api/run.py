@@ -17,6 +17,7 @@ from stitchcache.cache import Cache
 from stitchcache.errors import BackendError, EntryFormatError, LinkError, UntrustedEntryError
 from stitchcache.keys.sources import check_sources
 from stitchcache.keys.target import TargetKey, target_key
+from stitchcache.runtime.mismatch import explain_mismatch
 from stitchcache.runtime.model import CompiledModel
 
 log = logging.getLogger("stitchcache")
@@ -54,6 +55,7 @@ class Run:
         self.timings: dict[str, float] = {}
         self.label = request.label or type(model).__qualname__
         leaves, spec = tree.flatten((args, kwargs))
+        self._leaves = leaves
         paths = tree.leaf_paths(model.forward, args, kwargs)
         self.device = device_of(model, leaves)
         self.devices = devices_of(model, leaves)
@@ -74,8 +76,13 @@ class Run:
             self.reason = changed
             return None
         artifact = self.get(record.graph_hash)
-        if artifact is None:
+        if artifact is None or artifact.input_spec is None:
             self.reason = f"the entry {record.graph_hash[:12]} is gone or damaged"
+            return None
+        # torch.export may tie two sizes together by the example's; another example is another target.
+        misfit = explain_mismatch(artifact.input_spec, self._leaves)
+        if misfit is not None:
+            self.reason = f"the example does not fit what was captured: {misfit}"
             return None
         return self.open(artifact, "direct")
 

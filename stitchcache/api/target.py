@@ -148,9 +148,14 @@ def _import_module(name: str, reference: str) -> ModuleType:
 def _import_file(path: Path, reference: str) -> ModuleType:
     if not path.is_file():
         raise TargetNotFoundError(f"{reference!r}: there is no file {path}.", target=reference)
-    # The same file must get the same module name in every process and place: keys hold class names.
-    name = f"{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
-    name = path.stem if path.stem not in sys.modules and importlib.util.find_spec(path.stem) is None else name
+    if (path.resolve().parent / "__init__.py").exists():
+        return _import_module(_name_in_package(path.resolve()), reference)
+    name = _free_name(path)
+    if name in sys.modules:
+        return sys.modules[name]
+    # As when Python runs the file: its neighbours can be imported.
+    if str(path.resolve().parent) not in sys.path:
+        sys.path.insert(0, str(path.resolve().parent))
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
         raise TargetNotFoundError(f"{reference!r}: {path} is not a Python file.", target=reference)
@@ -162,3 +167,26 @@ def _import_file(path: Path, reference: str) -> ModuleType:
         del sys.modules[name]
         raise TargetError(f"{reference!r}: {path} cannot be imported: {error}", target=reference) from error
     return module
+
+
+def _free_name(path: Path) -> str:
+    """The name that ``import`` would give the file, so that keys are the same whoever imports it."""
+    stem = path.stem
+    loaded = sys.modules.get(stem)
+    known = importlib.util.find_spec(stem) if stem.isidentifier() and loaded is None else None
+    origin = getattr(loaded, "__file__", None) if loaded is not None else known.origin if known else None
+    if origin is None or Path(origin).resolve() == path.resolve():
+        return stem
+    # Another module has the name: one that no module can have, and that the file's content decides.
+    return f"{stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+
+
+def _name_in_package(path: Path) -> str:
+    """The dotted name of a file inside a package, whose parent directory becomes importable."""
+    parts, directory = [path.stem], path.parent
+    while (directory / "__init__.py").exists():
+        parts.insert(0, directory.name)
+        directory = directory.parent
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
+    return ".".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from stitchcache.errors import CacheMissError, StoreWriteError
 from stitchcache.keys.environment import environment_factors
 from stitchcache.keys.recorder import SourceRecorder
 from stitchcache.keys.torch_state import torch_state_factors
+from stitchcache.keys.values import UnkeyableError
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.types import Factor, TargetRecord
 
@@ -38,7 +40,8 @@ def compile_traced(run: Run) -> CompiledModel:
     environment = _environment(run)
     run.timed("import", _import_exporter)
     request = run.request
-    with SourceRecorder() as recorder:
+    # Calls run in neither mode, whatever the caller's: the capture must not depend on them.
+    with torch.inference_mode(False), torch.no_grad(), SourceRecorder() as recorder:
         captured, variants = run.timed(
             "capture",
             lambda: capture_ranges(
@@ -100,10 +103,16 @@ def _store(run: Run, write: Callable[[], Any]) -> None:
 def _environment(run: Run) -> tuple[Factor, ...]:
     """All that compiled pieces depend on beside their graph."""
     request = run.request
+    try:
+        state = torch_state_factors()
+    except UnkeyableError as error:
+        # Nothing may be found under this state, and nothing that it leaves may be found again.
+        log.warning("%s: %s: nothing is taken from the cache", run.label, error)
+        state = (fact("torch.unkeyable", str(error), uuid.uuid4().hex),)
     options, caller = sorted(request.backend_options.items()), sorted(request.key_factors.items())
     return (
         *environment_factors(request.backend, run.devices),
-        *torch_state_factors(),
+        *state,
         fact("request.backend", request.backend, request.backend),
         fact("request.options", f"{len(options)} set", repr(options)),
         fact("request.caller", f"{len(caller)} set", repr(caller)),

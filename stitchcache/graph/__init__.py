@@ -1,6 +1,4 @@
-"""Graphs: split at chosen ops, read symbolic sizes, hash canonically."""
+"""Graphs: split at chosen ops, read symbolic sizes, hash canonically.
 
-from stitchcache.graph.canonical import graph_hash
-from stitchcache.graph.split import SplitItem, split_graph
-
-__all__ = ["SplitItem", "graph_hash", "split_graph"]
+Imports nothing by itself: reading symbolic sizes needs sympy, which a warm start has no use for.
+"""

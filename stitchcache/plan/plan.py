@@ -11,14 +11,14 @@ from torch.fx import GraphModule, Node
 
 from stitchcache.backends import Backend
 from stitchcache.errors import SplitError
-from stitchcache.graph import graph_hash, split_graph
 from stitchcache.graph.aliasing import alias_hazards
 from stitchcache.graph.binding import bind_placeholders, drop_placeholders
 from stitchcache.graph.boundary import pin_strides
+from stitchcache.graph.canonical import graph_hash
 from stitchcache.graph.effects import called
 from stitchcache.graph.opnames import target_name
 from stitchcache.graph.sizes import lower_sizes
-from stitchcache.graph.split import check_splitting_ops, submodule
+from stitchcache.graph.split import check_splitting_ops, split_graph, submodule
 from stitchcache.types import Factor
 
 
