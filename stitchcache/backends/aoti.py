@@ -6,6 +6,7 @@ Private API of torch (``torch._inductor.aot_compile``, ``torch._C._aoti``); trie
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,12 @@ class AotiBackend:
                 "Remove options that change what it produces (aot_inductor.package*).",
                 backend=self.name,
             )
-        if list(directory.glob("*.wrapper.json")):
+        proxies = _proxies(directory)
+        if proxies:
             raise BackendError(
-                "AOTInductor has no C++ entry for an op in this piece and wants to call it through "
-                "a proxy. Name the op in splitting_ops, or use backend='inductor'.",
+                f"AOTInductor has no C++ entry for {', '.join(proxies)} and wants to call it through a "
+                "proxy, which stitchcache does not store. Name it in splitting_ops, or use "
+                "backend='inductor' or 'eager'.",
                 backend=self.name,
             )
         return Path(built)
@@ -91,3 +94,15 @@ class AotiBackend:
             ) from error
         run: BoxedPiece = runner.run
         return run
+
+
+def _proxies(directory: Path) -> list[str]:
+    """Ops that a freshly built library would look up in a file beside it."""
+    found: dict[str, None] = {}
+    for path in sorted(directory.rglob("*.json")):
+        record = json.loads(path.read_text())
+        # Of the other files of this kind that Inductor leaves, none lists nodes.
+        for entry in record.get("nodes", []) if isinstance(record, dict) else []:
+            target = str(entry.get("node", {}).get("target", entry.get("name", "an op")))
+            found[target.removeprefix("torch.ops.").replace(".", "::", 1)] = None
+    return list(found)

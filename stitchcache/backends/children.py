@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import sys
@@ -156,7 +157,10 @@ def _child(job: Job, sender: Connection, receiver: Connection, parent: int) -> N
     try:
         sender.send((True, job.run()))
     except StitchCacheError as error:
-        sender.send((False, error))
+        try:
+            sender.send((False, error))
+        except (pickle.PicklingError, TypeError, AttributeError):
+            sender.send((False, BackendError(str(error), backend=job.backend, piece=job.name)))
 
 
 def _die_with(parent: int) -> None:

@@ -69,7 +69,7 @@ def agree(
     compiled = None
     for turn in range(2 if reload else 1):
         reference, subject = copy.deepcopy(model), copy.deepcopy(model)
-        before = clone_tree({k: v for k, v in subject.state_dict().items()})
+        before = clone_tree(dict(subject.state_dict()))
         compiled = stitchcache.compile(
             subject, clone_tree(calls[0]), clone_tree(kwargs[0]), cache=cache, **options
         )
@@ -93,3 +93,19 @@ def agree(
                 tolerance,
             )
     return compiled
+
+
+def model_of(forward: Any, **attributes: Any) -> torch.nn.Module:
+    """A module with a forward and attributes; tensors that are no parameters become buffers."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, value in attributes.items():
+                if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+                    self.register_buffer(name, value)
+                else:
+                    setattr(self, name, value)
+
+    Model.forward = forward
+    return Model()
