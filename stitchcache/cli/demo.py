@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stitchcache.cli.layout import Column
 from stitchcache.cli.options import cache_option, finding, json_option, open_cache
-from stitchcache.cli.output import Column, print_json, print_pairs, print_table
+from stitchcache.cli.output import print_json, print_pairs, print_table
 from stitchcache.cli.progress import display
 from stitchcache.cli.words import seconds_text, size_text
 
@@ -91,7 +92,7 @@ def _print(report: DemoReport, stats: CacheStats, root: str) -> None:
         Column("PROCESS TO FIRST OUTPUT", right=True),
         Column("MODEL TO FIRST OUTPUT", right=True),
         Column("ONE CALL", right=True),
-        Column("RUNS", right=True),
+        Column("RUNS", right=True, optional=True),
     )
     rows = [
         [

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from stitchcache.cli.layout import Column
 from stitchcache.cli.options import cache_option, json_option, open_cache
-from stitchcache.cli.output import Column, on_terminal, print_heading, print_json, print_pairs, print_table
+from stitchcache.cli.output import on_terminal, print_heading, print_json, print_pairs, print_table
 from stitchcache.cli.words import count_text, moment_text, printable, seconds_text, size_text
 from stitchcache.errors import AmbiguousPrefixError
 
@@ -94,7 +95,7 @@ def _overview(entry: Entry, width: int) -> None:
             Column("BACKEND"),
             Column("BLOB"),
             Column("SIZE", right=True),
-            Column("CALLED AS", whole=False),
+            Column("CALLED AS", flexible=True),
         )
         rows = [
             [
@@ -182,12 +183,16 @@ def _print_pieces(artifact: Artifact, width: int) -> None:
 def _print_bindings(artifact: Artifact) -> None:
     from stitchcache.inspect.contract import binding_text
 
-    columns = (Column("KIND"), Column("NAME"), Column("TENSOR", whole=False))
+    columns = (Column("KIND"), Column("NAME", flexible=True), Column("TENSOR", flexible=True))
     print_table(columns, [[b.kind, b.name, binding_text(b)] for b in artifact.bindings])
 
 
 def _print_factors(artifact: Artifact, wide: bool) -> None:
-    columns = [Column("FACTOR"), *([Column("DIGEST")] if wide else []), Column("VALUE", whole=False)]
+    columns = [
+        Column("FACTOR", flexible=True),
+        *([Column("DIGEST")] if wide else []),
+        Column("VALUE", flexible=True),
+    ]
     rows = [[f.name, *([f.digest] if wide else []), f.value] for f in artifact.factors]
     print_table(columns, rows)
 

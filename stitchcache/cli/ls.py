@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stitchcache.cli.layout import Column
 from stitchcache.cli.options import cache_option, json_option, open_cache
-from stitchcache.cli.output import Column, on_terminal, print_json, print_table
+from stitchcache.cli.output import on_terminal, print_json, print_table
 from stitchcache.cli.words import age_text, count_text, seconds_text, short_length, size_text
 
 if TYPE_CHECKING:
@@ -15,14 +16,14 @@ if TYPE_CHECKING:
 
 _COLUMNS = (
     Column("GRAPH"),
-    Column("LABEL", whole=False),
-    Column("CREATED", whole=False),
-    Column("BACKEND", whole=False),
-    Column("CALLS", right=True),
-    Column("BLOBS", right=True),
+    Column("LABEL", flexible=True),
+    Column("CREATED", optional=True),
+    Column("BACKEND", optional=True),
+    Column("CALLS", right=True, optional=True),
+    Column("BLOBS", right=True, optional=True),
     Column("SIZE", right=True),
-    Column("COMPILED IN", right=True),
-    Column("FORMAT", right=True),
+    Column("COMPILED IN", right=True, optional=True),
+    Column("FORMAT", right=True, optional=True),
 )
 _ORDERS = {
     "created": lambda header: (-header.created, header.graph_hash),

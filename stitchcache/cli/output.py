@@ -4,29 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import click
 
+from stitchcache.cli.layout import Column, fit
 from stitchcache.cli.words import printable
 
 JSON_SCHEMA = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A table's column.
-
-    Args:
-        title: Its heading.
-        right: Whether it is aligned to the right.
-        whole: Whether it keeps its width where the terminal is narrow.
-    """
-
-    title: str
-    right: bool = False
-    whole: bool = True
 
 
 def print_json(record: Mapping[str, Any]) -> None:
@@ -42,7 +27,7 @@ def on_terminal() -> bool:
 
 
 def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; a terminal gets bold headings and cells cut to its width."""
+    """Print a table; a terminal gets bold headings and what fits its width."""
     clean = [[printable(cell) for cell in row] for row in rows]
     if on_terminal():
         _print_rich(columns, clean)
@@ -62,20 +47,21 @@ def _print_rich(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Non
     from rich.table import Table
     from rich.text import Text
 
+    console = Console(highlight=False)
+    shown = fit(columns, rows, console.width)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
+    for index, width in shown:
+        column = columns[index]
         table.add_column(
             column.title,
             justify="right" if column.right else "left",
-            no_wrap=True,
-            overflow="ellipsis",
-            min_width=max(len(column.title), *(len(row[len(table.columns)]) for row in rows), 0)
-            if column.whole and rows
-            else None,
+            width=width,
+            no_wrap=not column.flexible,
+            overflow="fold",
         )
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    Console(highlight=False).print(table)
+        table.add_row(*(Text(row[index]) for index, _ in shown))
+    console.print(table)
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]], indent: str = "") -> None:

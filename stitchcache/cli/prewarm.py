@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stitchcache.cli.layout import Column
 from stitchcache.cli.options import cache_option, finding, json_option, open_cache
-from stitchcache.cli.output import Column, print_json, print_table
+from stitchcache.cli.output import print_json, print_table
 from stitchcache.cli.progress import Display, display
 from stitchcache.cli.words import printable, seconds_text, size_text
 
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 
 _STATUS = {"direct": "hit direct", "graph": "hit graph"}
 _COLUMNS = (
-    Column("TARGET", whole=False),
+    Column("TARGET", flexible=True),
     Column("STATUS"),
     Column("GRAPH"),
-    Column("CALLS", right=True),
-    Column("DIFFERENT", right=True),
+    Column("CALLS", right=True, optional=True),
+    Column("DIFFERENT", right=True, optional=True),
     Column("SIZE", right=True),
     Column("TIME", right=True),
 )

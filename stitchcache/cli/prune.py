@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stitchcache.cli.layout import Column
 from stitchcache.cli.options import cache_option, finding, json_option, open_cache
-from stitchcache.cli.output import Column, print_json, print_table
+from stitchcache.cli.output import print_json, print_table
 from stitchcache.cli.removed import print_removed, removed_record
 from stitchcache.cli.words import age_text, count_text, short_length, size_text
 
@@ -90,7 +91,7 @@ def _print_plan(plan: PrunePlan, root: str) -> None:
             Column("GRAPH"),
             Column("LAST USED"),
             Column("SIZE", right=True),
-            Column("WHY", whole=False),
+            Column("WHY", flexible=True),
         )
         rows = [
             [item.key[:length], age_text(item.modified / 1e9), size_text(item.size), reason]

@@ -6,8 +6,9 @@ from dataclasses import asdict
 
 import click
 
+from stitchcache.cli.layout import Column
 from stitchcache.cli.options import cache_option, finding, json_option, open_cache
-from stitchcache.cli.output import Column, print_json, print_table
+from stitchcache.cli.output import print_json, print_table
 from stitchcache.cli.words import count_text, size_text
 
 
@@ -27,7 +28,7 @@ def command(repair: bool, as_json: bool, root: str | None) -> None:
         print_json({"root": str(cache.root), "clean": report.clean, **asdict(report)})
     else:
         if report.findings:
-            columns = (Column("PROBLEM"), Column("REPAIRED"), Column("FILE"), Column("DETAIL", whole=False))
+            columns = (Column("PROBLEM"), Column("REPAIRED"), Column("FILE"), Column("DETAIL", flexible=True))
             rows = [[f.problem, "yes" if f.repaired else "no", f.path, f.detail] for f in report.findings]
             print_table(columns, rows)
         seen = (

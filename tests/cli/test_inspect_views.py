@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from stitchcache.cli.layout import Column, fit
 from stitchcache.cli.words import age_text, count_text, printable, seconds_text, short_length, size_text
 from stitchcache.inspect.contract import contiguous, tensor_text
 from stitchcache.inspect.trees import tree_text
@@ -92,3 +93,26 @@ def test_words():
     assert short_length([]) == 12
     assert short_length(["a" * 64, "a" * 20 + "b" * 44]) == 21
     assert short_length(["a" * 64, "a" * 64]) == 12
+
+
+COLUMNS = [Column("A"), Column("B", flexible=True), Column("C", optional=True), Column("D", optional=True)]
+ROW = ["a" * 10, "b" * 40, "c" * 10, "d" * 10]
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (200, [(0, 10), (1, 40), (2, 10), (3, 10)]),
+        (76, [(0, 10), (1, 40), (2, 10), (3, 10)]),
+        (60, [(0, 10), (1, 24), (2, 10), (3, 10)]),
+        (47, [(0, 10), (1, 23), (2, 10)]),
+        (30, [(0, 10), (1, 18)]),
+        (5, [(0, 10), (1, 12)]),
+    ],
+)
+def test_columns_fit_a_terminal(width, expected):
+    assert fit(COLUMNS, [ROW], width) == expected
+
+
+def test_columns_of_an_empty_table():
+    assert fit(COLUMNS, [], 80) == [(0, 1), (1, 1), (2, 1), (3, 1)]
