@@ -49,17 +49,19 @@ def test_nothing_heavy_is_imported(tmp_path, words):
 
 
 def test_ls_of_an_empty_cache_takes_a_tenth_of_a_second(tmp_path):
-    # The process's own time, and the best of several: what else the machine does must not count.
-    assert min(_seconds(tmp_path) for _ in range(9)) <= 0.150
+    # Processor time, the best of several, and on a busy or slow machine set against the least that any command
+    # of this kind takes: what else the machine does must not count.
+    ours, least = [], []
+    for _ in range(7):
+        ours.append(_seconds(["-m", "stitchcache", "ls"], tmp_path))
+        least.append(_seconds(["-c", "import click, logging, dataclasses"], tmp_path))
+    assert min(ours) <= max(0.150, 2.5 * min(least))
 
 
-def _seconds(root) -> float:
+def _seconds(words, root) -> float:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
-        [sys.executable, "-m", "stitchcache", "ls"],
-        env=environment(STITCHCACHE_DIR=str(root)),
-        capture_output=True,
-        check=True,
+        [sys.executable, *words], env=environment(STITCHCACHE_DIR=str(root)), capture_output=True, check=True
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
