@@ -49,8 +49,8 @@ def test_nothing_heavy_is_imported(tmp_path, words):
 
 
 def test_ls_of_an_empty_cache_takes_a_tenth_of_a_second(tmp_path):
-    # Processor time, the best of several, and on a busy or slow machine set against the least that any command
-    # of this kind takes: what else the machine does must not count.
+    # Processor time, the best of several, and on a busy or slow machine set against the least that any
+    # command of this kind takes: what else the machine does must not count.
     ours, least = [], []
     for _ in range(7):
         ours.append(_seconds(["-m", "stitchcache", "ls"], tmp_path))
