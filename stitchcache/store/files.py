@@ -117,6 +117,19 @@ class Files:
         """``fcntl.flock``."""
         fcntl.flock(fd, operation)
 
+    def lock(self, fd: int) -> bool:
+        """Take an exclusive lock without waiting; whether it was had."""
+        # Imported here, for warm starts take no exclusive locks.
+        from filelock import lock_descriptor
+
+        return lock_descriptor(fd, blocking=False)
+
+    def unlock(self, fd: int) -> None:
+        """Give an exclusive lock back."""
+        from filelock import unlock_descriptor
+
+        unlock_descriptor(fd)
+
     def statvfs(self, path: str) -> os.statvfs_result:
         """Facts about a file system."""
         return os.statvfs(path)

@@ -1,8 +1,16 @@
 """Locks between processes: exclusive by key around compiling, shared to keep a file from eviction.
 
-They are ``flock`` locks: the kernel frees them when their holder dies, they need no clean-up, and Linux maps
-them to byte-range locks on NFS. A file under a lock is removed only by the lock's holder, and whoever gets a
-lock checks that the file still has its name.
+Exclusive locks are filelock's, taken on descriptors that are ours (``lock_descriptor``, since 3.30): its
+``FileLock`` opens and closes the file by itself, out of reach of :class:`~stitchcache.store.files.Files`,
+leaves it there when it lets go, and where ``flock`` is missing takes a lock that outlives its holder.
+
+Shared locks are plain ``flock``, which is what filelock's native locks are, so the two exclude each other.
+filelock's own ``ReadWriteLock`` is a transaction on an SQLite file: it would need one beside every blob, and
+what eviction has to see is a lock on the blob itself.
+
+The kernel frees these locks when their holder dies, and Linux maps them to byte-range locks on NFS. A file
+under a lock is removed only by the lock's holder, and whoever gets a lock checks that the file still has its
+name.
 """
 
 from __future__ import annotations
@@ -28,6 +36,10 @@ def try_lock(files: Files, fd: int, *, shared: bool = False) -> bool | None:
         Whether it was had; ``None`` where locks do not work.
     """
     try:
+        if not shared and files.lock(fd):
+            return True
+        # filelock takes EACCES for another's lock; where it means that locking is forbidden, waiting would
+        # never end. So the kernel is asked once more, and says which it is.
         files.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         return False if error.errno in _BUSY else None
@@ -77,12 +89,21 @@ def exclusive(
     try:
         yield True
     finally:
+        _let_go(files, path, fd)
+
+
+def _let_go(files: Files, path: str, fd: int) -> None:
+    try:
         # Removed while held: a waiter that gets the nameless file's lock notices and starts over.
-        try:
-            files.unlink(path)
-        except OSError:
-            pass
-        close_quietly(files, fd)
+        files.unlink(path)
+    except OSError:
+        pass
+    try:
+        # Closing would not do where a child that was forked meanwhile has the descriptor too.
+        files.unlock(fd)
+    except OSError:
+        pass
+    close_quietly(files, fd)
 
 
 def _acquire(

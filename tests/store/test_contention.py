@@ -170,7 +170,7 @@ def test_where_locks_do_not_work_work_goes_on(tmp_path, code):
 
     class NoLocks(Intercepted):
         def before(self, name, args):
-            if name == "flock":
+            if name in ("flock", "lock"):
                 number = getattr(errno, code)
                 raise OSError(number, os.strerror(number))
 
@@ -230,3 +230,56 @@ def test_an_entry_in_use_stays(tmp_path):
     assert cache.plan_prune(max_bytes=0, grace_seconds=0).execute().entries == (made.graph_hash,)
     with cache.hold(made) as held:
         assert not held
+
+
+def test_a_forbidden_lock_is_no_lock_rather_than_a_wait_without_end(tmp_path):
+    """A security module that forbids locking says EACCES, which filelock takes for another's lock."""
+    import errno
+
+    from hostile import Intercepted
+
+    class Forbidden(Intercepted):
+        def before(self, name, args):
+            if name == "flock":
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+        def lock(self, fd):
+            return False
+
+    with Cache(tmp_path, _files=Forbidden()).lock(key("a")) as held:
+        assert held is False
+
+
+def test_a_lock_is_free_although_a_child_forked_meanwhile_lives_on(tmp_path):
+    cache = Cache(tmp_path)
+    with cache.lock(key("a")):
+        path = next((tmp_path / "locks").iterdir())
+        second_name = tmp_path / "second"
+        os.link(path, second_name)
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        os.rename(second_name, path)
+        with cache.lock(key("a"), timeout=0) as held:
+            assert held
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+
+
+def test_exclusive_and_shared_locks_are_of_one_kind(tmp_path):
+    """filelock's and our own: eviction must see what a put under way holds."""
+    from stitchcache.store.files import Files
+    from stitchcache.store.locks import try_lock
+
+    files = Files()
+    (tmp_path / "file").touch()
+    first, second = files.open_write(str(tmp_path / "file")), files.open_write(str(tmp_path / "file"))
+    assert try_lock(files, first, shared=True)
+    assert try_lock(files, second) is False
+    files.close(first)
+    assert files.lock(second)
+    assert try_lock(files, files.open_write(str(tmp_path / "file")), shared=True) is False
+    files.close(second)
