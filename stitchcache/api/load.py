@@ -48,7 +48,8 @@ def load(
         )
     _check_kind(model, {f.name: (f.digest, f.value) for f in artifact.factors}, graph_hash)
     device = next((str(p.device) for p in model.parameters() if p.device.type != "cpu"), "cpu")
-    opened = open_artifact(artifact, store, device)
+    with store.hold(artifact):
+        opened = open_artifact(artifact, store, device)
     if opened is None:
         raise EntryDamagedError(
             f"a piece of entry {graph_hash[:12]} in {store.root} is missing or damaged. "

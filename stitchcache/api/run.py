@@ -15,7 +15,7 @@ from stitchcache.api.request import OnProgress, Progress, Request, device_of, de
 from stitchcache.artifact.record import Artifact
 from stitchcache.cache import Cache
 from stitchcache.errors import BackendError, EntryFormatError, LinkError, UntrustedEntryError
-from stitchcache.keys.sources import check_sources
+from stitchcache.keys.check import check_sources
 from stitchcache.keys.target import TargetKey, target_key
 from stitchcache.runtime.mismatch import explain_mismatch
 from stitchcache.runtime.model import CompiledModel
@@ -89,7 +89,9 @@ class Run:
     def open(self, artifact: Artifact, hit: str) -> CompiledModel | None:
         """Load and link an artifact; ``None``, and a warning, if that cannot be done here."""
         try:
-            opened = self.timed("load", lambda: open_artifact(artifact, self.cache, self.device))
+            # Held, so that no process evicts a blob between its check and its loading.
+            with self.cache.hold(artifact):
+                opened = self.timed("load", lambda: open_artifact(artifact, self.cache, self.device))
             if opened is not None:
                 return self.finish(artifact, *opened, hit)
             self.reason = f"a piece of entry {artifact.graph_hash[:12]} is missing or damaged"
@@ -105,6 +107,7 @@ class Run:
         compiled = self.timed(
             "link", lambda: CompiledModel(artifact, self.model, pieces, constants, cache_hit=hit)
         )
+        self._count(artifact, hit)
         self.timings["total"] = time.perf_counter() - self._began
         compiled.timings = dict(self.timings)
         said = f"{hit} hit" if hit else "compiled"
@@ -119,6 +122,16 @@ class Run:
         )
         self.tell("done")
         return compiled
+
+    def _count(self, artifact: Artifact, hit: str | None) -> None:
+        """Add to the store's statistics."""
+        spent = time.perf_counter() - self._began
+        self.cache.count(f"hit.{hit}" if hit else "miss.graph")
+        if hit != "direct":
+            self.cache.count("miss.unkeyable" if self.target.key is None else "miss.direct")
+        self.cache.count("microseconds.spent", int(spent * 1e6))
+        if hit:
+            self.cache.count("microseconds.saved", max(0, int((artifact.compile_seconds - spent) * 1e6)))
 
     def get(self, graph_hash: str) -> Artifact | None:
         """An entry; one that cannot be trusted is a miss and a warning."""

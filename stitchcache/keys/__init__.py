@@ -1,14 +1,43 @@
 """Keys that can be computed without tracing, and why two of them differ."""
 
-from stitchcache.keys.digest import Digest, make_factor
-from stitchcache.keys.environment import SCHEMA_VERSION, environment_factors
-from stitchcache.keys.inputs import input_factors
-from stitchcache.keys.module_tree import ModelKey, model_factors
-from stitchcache.keys.sources import SourceRecorder, check_sources
-from stitchcache.keys.target import TargetKey, explain_differences, target_key
-from stitchcache.keys.torch_state import torch_state_factors
-from stitchcache.keys.values import UnkeyableError
+from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stitchcache.keys.check import check_sources as check_sources
+    from stitchcache.keys.digest import Digest as Digest
+    from stitchcache.keys.digest import make_factor as make_factor
+    from stitchcache.keys.environment import SCHEMA_VERSION as SCHEMA_VERSION
+    from stitchcache.keys.environment import environment_factors as environment_factors
+    from stitchcache.keys.inputs import input_factors as input_factors
+    from stitchcache.keys.module_tree import ModelKey as ModelKey
+    from stitchcache.keys.module_tree import model_factors as model_factors
+    from stitchcache.keys.recorder import SourceRecorder as SourceRecorder
+    from stitchcache.keys.target import TargetKey as TargetKey
+    from stitchcache.keys.target import explain_differences as explain_differences
+    from stitchcache.keys.target import target_key as target_key
+    from stitchcache.keys.torch_state import torch_state_factors as torch_state_factors
+    from stitchcache.keys.values import UnkeyableError as UnkeyableError
+
+# A warm start needs a few of these, and importing the rest takes longer than its own work.
+_HOMES = {
+    "Digest": "stitchcache.keys.digest",
+    "ModelKey": "stitchcache.keys.module_tree",
+    "SCHEMA_VERSION": "stitchcache.keys.environment",
+    "SourceRecorder": "stitchcache.keys.recorder",
+    "TargetKey": "stitchcache.keys.target",
+    "UnkeyableError": "stitchcache.keys.values",
+    "check_sources": "stitchcache.keys.check",
+    "environment_factors": "stitchcache.keys.environment",
+    "explain_differences": "stitchcache.keys.target",
+    "input_factors": "stitchcache.keys.inputs",
+    "make_factor": "stitchcache.keys.digest",
+    "model_factors": "stitchcache.keys.module_tree",
+    "target_key": "stitchcache.keys.target",
+    "torch_state_factors": "stitchcache.keys.torch_state",
+}
 __all__ = [
     "Digest",
     "ModelKey",
@@ -25,3 +54,9 @@ __all__ = [
     "target_key",
     "torch_state_factors",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import logging
 import os
@@ -64,10 +65,14 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._loaded: frozenset[str] = frozenset()
         self._previous: Any = None
         self._muted: FrameType | None = None
+        self._bystanders: dict[int, CodeType] = {}
         self._callback: Callable[[FrameType, str, Any], None] | None = None
 
     def __enter__(self) -> SourceRecorder:
         self._loaded = frozenset(sys.modules)
+        # What a program does with log records, or when memory is collected, is no part of its models.
+        on_collect = (getattr(callback, "__code__", None) for callback in gc.callbacks)
+        self._bystanders = {id(code): code for code in (_HANDLE_LOG, *on_collect) if code is not None}
         self._previous = sys.getprofile()
         self._callback = self._profile
         sys.setprofile(self._callback)
@@ -96,8 +101,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                 self._muted = None
             return
         if event == "call":
-            if code is _HANDLE_LOG:
-                # What a program does with log records is no part of what its models compute.
+            if id(code) in self._bystanders:
                 self._muted = frame
                 return
             if code is _READ_VARIABLE:

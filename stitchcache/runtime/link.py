@@ -7,7 +7,7 @@ from typing import Any
 
 from stitchcache.artifact.consts import load_consts
 from stitchcache.artifact.record import Artifact, Variant
-from stitchcache.codegen import compile_execution_fn
+from stitchcache.codegen.execution import compile_execution_fn
 from stitchcache.errors import LinkError
 from stitchcache.runtime.dispatch import dispatch_over_ranges
 from stitchcache.types import BOUND

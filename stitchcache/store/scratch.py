@@ -12,10 +12,13 @@ from stitchcache.store.layout import Area
 from stitchcache.store.names import temporary_name
 from stitchcache.store.root import Root
 
+_ROOM = 512 << 20
+_FILES = 4096
+
 
 @contextmanager
 def scratch(root: Root) -> Iterator[str]:
-    """A private temporary directory: in the root where that can be written, else in the system's."""
+    """A private temporary directory: in the root where that has room, else in the system's."""
     path = _make(root)
     try:
         yield path
@@ -27,7 +30,7 @@ def scratch(root: Root) -> Iterator[str]:
 
 
 def _make(root: Root) -> str:
-    if not root.read_only:
+    if not root.read_only and _has_room(root):
         path = os.path.join(root.area(Area.TMP), temporary_name(root.host, "scratch"))
         try:
             root.make_dir(root.area(Area.TMP))
@@ -39,6 +42,18 @@ def _make(root: Root) -> str:
     import tempfile
 
     return tempfile.mkdtemp(prefix="stitchcache-")
+
+
+def _has_room(root: Root) -> bool:
+    """Whether what a compiler leaves on its way fits: a full cache must not keep it from working."""
+    place = root.path
+    while not os.path.isdir(place) and os.path.dirname(place) != place:
+        place = os.path.dirname(place)
+    try:
+        facts = root.files.statvfs(place)
+    except OSError:
+        return False
+    return facts.f_bavail * facts.f_frsize >= _ROOM and (facts.f_files == 0 or facts.f_favail >= _FILES)
 
 
 def why_not_writable(root: Root) -> str | None:

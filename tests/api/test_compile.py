@@ -19,7 +19,9 @@ def cache(tmp_path):
 
 
 def compiled_decoder(cache, model=None, **more):
-    return stitchcache.compile(model or models.decoder(), (models.ids(),), cache=cache, **models.decoder_options(**more))
+    return stitchcache.compile(
+        model or models.decoder(), (models.ids(),), cache=cache, **models.decoder_options(**more)
+    )
 
 
 def test_equals_eager_at_every_allowed_size(cache):
@@ -138,7 +140,9 @@ def test_tied_weights_must_stay_tied(cache):
 def test_nested_arguments_and_results(cache):
     model = models.Pair().eval()
     args = (torch.randn(3, 4), {"bias": torch.randn(4)})
-    compiled = stitchcache.compile(model, args, {"factor": 3, "mask": torch.ones(4)}, backend="eager", cache=cache)
+    compiled = stitchcache.compile(
+        model, args, {"factor": 3, "mask": torch.ones(4)}, backend="eager", cache=cache
+    )
     call = (torch.randn(3, 4), {"bias": torch.randn(4)})
     got, want = compiled(*call, factor=3, mask=torch.ones(4)), model(*call, factor=3, mask=torch.ones(4))
     assert torch.utils._pytree.tree_structure(got) == torch.utils._pytree.tree_structure(want)
@@ -293,7 +297,10 @@ def test_models_that_cannot_be_compiled(cache):
     [
         (lambda: (torch.zeros(2, 8, dtype=torch.int32),), "ids: expected dtype int64"),
         (lambda: (torch.zeros(8, dtype=torch.int64),), "ids: expected rank 2"),
-        (lambda: (torch.zeros(17, 8, dtype=torch.int64),), r"ids.shape\[0\]: expected a size in 1..16, got 17"),
+        (
+            lambda: (torch.zeros(17, 8, dtype=torch.int64),),
+            r"ids.shape\[0\]: expected a size in 1..16, got 17",
+        ),
         (lambda: (torch.zeros(2, 1, dtype=torch.int64),), r"ids.shape\[1\]: expected a size in 2..64, got 1"),
         (lambda: (torch.zeros(8, 2, dtype=torch.int64).t(),), "ids: expected strides"),
         (lambda: (torch.zeros(2, 8, dtype=torch.int64, device="meta"),), "ids: expected device cpu"),

@@ -1,0 +1,138 @@
+"""Targets: found by reference, compiled in turn, one failure stops no other."""
+
+from __future__ import annotations
+
+import models
+import pytest
+import torch
+
+import stitchcache
+from stitchcache import errors
+from stitchcache.api.target import find_targets
+
+SOURCE = """
+import torch, stitchcache
+
+def build():
+    torch.manual_seed(0)
+    return torch.nn.Linear(3, 3).eval(), (torch.ones(2, 3),)
+
+target = stitchcache.Target("linear", build, backend="eager")
+both = [target, stitchcache.Target("again", build, backend="eager")]
+def make():
+    return both
+number = 3
+mixed = [target, 4]
+"""
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return stitchcache.Cache(tmp_path / "cache")
+
+
+@pytest.fixture
+def module(tmp_path):
+    path = tmp_path / f"targets_{tmp_path.name.replace('-', '_')}.py"
+    path.write_text(SOURCE)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("target", ["linear"]), ("both", ["linear", "again"]), ("make", ["linear", "again"])]
+)
+def test_references(module, name, found, monkeypatch):
+    assert [t.name for t in find_targets(f"{module}:{name}")] == found
+    monkeypatch.syspath_prepend(module.parent)
+    assert [t.name for t in find_targets(f"{module.stem}:{name}")] == found
+
+
+@pytest.mark.parametrize(
+    ("reference", "error", "words"),
+    [
+        ("{file}", errors.TargetNotFoundError, "pkg.module:name"),
+        ("{file}:nope", errors.TargetNotFoundError, "has no 'nope'.*target"),
+        ("{file}:number", errors.TargetError, "int"),
+        ("{file}:mixed", errors.TargetError, "int"),
+        ("missing/file.py:target", errors.TargetNotFoundError, "no file"),
+        ("no_such_package.module:target", errors.TargetNotFoundError, "no_such_package"),
+    ],
+)
+def test_references_that_lead_nowhere(module, reference, error, words):
+    with pytest.raises(error, match=words):
+        find_targets(reference.format(file=module))
+
+
+def test_a_module_that_fails_to_import(tmp_path):
+    (tmp_path / "broken_target.py").write_text("import no_such_dependency\n")
+    with pytest.raises(errors.TargetError, match="no_such_dependency"):
+        find_targets(f"{tmp_path / 'broken_target.py'}:target")
+
+
+def test_report(cache, module):
+    seen = []
+    report = stitchcache.prewarm([f"{module}:target"], cache=cache, on_progress=seen.append)
+    (result,) = report.results
+    assert report.ok
+    assert (result.name, result.status, result.pieces, result.distinct) == ("linear", "compiled", 1, 1)
+    assert result.blob_bytes > 0
+    assert [p.stage for p in seen if p.stage != "compile"] == ["lookup", "capture", "store", "done"]
+    (again,) = stitchcache.prewarm(f"{module}:target", cache=cache).results
+    assert again.status == "direct"
+    assert again.graph_hash == result.graph_hash
+
+
+def test_one_failure_stops_no_other(cache):
+    def good():
+        return models.decoder(), (models.ids(),)
+
+    def bad():
+        return models.Branch().eval(), (torch.ones(2),)
+
+    report = stitchcache.prewarm(
+        [
+            stitchcache.Target("bad", bad, backend="eager"),
+            stitchcache.Target("odd", lambda: 3, backend="eager"),
+            stitchcache.Target("good", good, **models.decoder_options()),
+        ],
+        cache=cache,
+    )
+    assert [r.status for r in report.results] == ["failed", "failed", "compiled"]
+    assert isinstance(report.results[0].error, errors.CaptureError)
+    assert isinstance(report.results[1].error, errors.TargetError)
+    assert not report.ok
+
+
+def test_two_targets_of_one_name(cache):
+    target = stitchcache.Target("same", models.decoder)
+    with pytest.raises(errors.DuplicateTargetError, match="same"):
+        stitchcache.prewarm([target, stitchcache.Target("same", models.decoder)], cache=cache)
+
+
+def test_load_by_prefix(cache):
+    model = models.decoder()
+    compiled = stitchcache.compile(model, (models.ids(),), cache=cache, **models.decoder_options())
+    loaded = stitchcache.load(compiled.graph_hash[:10], models.decoder(), cache=cache)
+    torch.testing.assert_close(loaded(models.ids(3, 9)), model(models.ids(3, 9)))
+    with pytest.raises(errors.GraphHashError, match="ffff"):
+        stitchcache.load("ffff", model, cache=cache)
+    other = models.decoder()
+    other.layers[0].norm.eps = 0.1
+    with pytest.raises(errors.BindError, match=r"model\."):
+        stitchcache.load(compiled.graph_hash, other, cache=cache)
+
+
+def test_a_prefix_that_two_entries_share(cache):
+    hashes = {}
+    for width in range(1, 40):
+        compiled = stitchcache.compile(
+            torch.nn.Linear(width, 1).eval(), (torch.ones(1, width),), backend="eager", cache=cache
+        )
+        first = compiled.graph_hash[0]
+        if first in hashes:
+            with pytest.raises(errors.AmbiguousPrefixError) as caught:
+                stitchcache.load(first, torch.nn.Linear(width, 1), cache=cache)
+            assert {hashes[first], compiled.graph_hash} <= set(caught.value.candidates)
+            return
+        hashes[first] = compiled.graph_hash
+    pytest.fail("39 hashes with 16 first digits, and no two the same")

@@ -1,0 +1,112 @@
+"""A cache that is damaged, unwritable or full costs time, never a result."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import models
+import pytest
+import torch
+
+import stitchcache
+from stitchcache import errors
+
+
+def compile_decoder(cache):
+    return stitchcache.compile(models.decoder(), (models.ids(),), cache=cache, **models.decoder_options())
+
+
+def check(compiled):
+    torch.testing.assert_close(compiled(models.ids(3, 4)), models.decoder()(models.ids(3, 4)))
+
+
+def files(root, area):
+    return sorted(path for path in (root / area).rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("area", ["entries", "blobs", "targets", "pieces"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
+def test_damage_is_a_miss_with_one_warning_and_is_rebuilt(tmp_path, area, damage, caplog):
+    compile_decoder(stitchcache.Cache(tmp_path))
+    for path in files(tmp_path, area):
+        data = path.read_bytes()
+        middle = len(data) // 2
+        changed = {
+            "truncate": data[:middle],
+            "flip": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
+            "empty": b"",
+        }[damage]
+        path.chmod(0o600)
+        path.write_bytes(changed)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="stitchcache"):
+        compiled = compile_decoder(stitchcache.Cache(tmp_path))
+    check(compiled)
+    if area != "pieces":
+        assert compiled.cache_hit != "direct"
+        warned = [record.message for record in caplog.records if record.name == "stitchcache"]
+        assert warned
+        assert all(str(tmp_path) in line for line in warned)
+    again = compile_decoder(stitchcache.Cache(tmp_path))
+    assert again.cache_hit == "direct"
+    check(again)
+
+
+def test_a_root_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(errors.StoreError, match="file"):
+        stitchcache.Cache(tmp_path / "file")
+
+
+def test_a_read_only_root_still_serves_and_still_compiles(tmp_path, caplog):
+    root = tmp_path / "cache"
+    compile_decoder(stitchcache.Cache(root))
+    read_only = stitchcache.Cache(root, read_only=True)
+    assert compile_decoder(read_only).cache_hit == "direct"
+    empty = stitchcache.Cache(tmp_path / "nothing", read_only=True)
+    with caplog.at_level(logging.WARNING, logger="stitchcache"):
+        compiled = compile_decoder(empty)
+    check(compiled)
+    assert compiled.cache_hit is None
+    assert any("not stored" in record.message for record in caplog.records)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_full_disk_costs_storing_only(tmp_path):
+    """A file system of a few pages, in a mount namespace of its own."""
+    script = f"""
+import sys
+sys.path[:0] = {[os.path.dirname(models.__file__), os.path.dirname(os.path.dirname(models.__file__))]!r}
+import torch, models, stitchcache
+compiled = stitchcache.compile(models.decoder(), (models.ids(),), cache=stitchcache.Cache({str(tmp_path / "full")!r}),
+                               **models.decoder_options())
+torch.testing.assert_close(compiled(models.ids(3, 4)), models.decoder()(models.ids(3, 4)))
+print("RESULT", compiled.cache_hit)
+"""
+    (tmp_path / "full").mkdir()
+    mount = f'mount -t tmpfs -o size=16k,nr_inodes=24 none {tmp_path / "full"} && exec {sys.executable} -c "$SCRIPT"'
+    done = subprocess.run(
+        ["unshare", "--mount", "--map-root-user", "sh", "-c", mount],
+        env={**os.environ, "SCRIPT": script},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no mount namespace here: {done.stderr.strip()[:100]}")
+    assert "RESULT None" in done.stdout, done.stderr[-2000:]
+    assert "not stored" in done.stderr
+
+
+def test_no_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    cache = stitchcache.Cache(tmp_path / "cache")
+    with pytest.raises(errors.CompilerMissingError, match=r"apt install g\+\+.*backend='eager'"):
+        stitchcache.compile(torch.nn.Linear(2, 2).eval(), (torch.ones(1, 2),), cache=cache)
+    assert stitchcache.compile(
+        torch.nn.Linear(2, 2).eval(), (torch.ones(1, 2),), cache=cache, backend="eager"
+    )

@@ -1,0 +1,118 @@
+"""The generated checks and the slow explanation agree on every call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import stitchcache
+from stitchcache import Dim, errors
+
+
+class TwoSizes(torch.nn.Module):
+    def forward(self, a, b):
+        return a.sum(1) + b.sum(0)
+
+
+class Halves(torch.nn.Module):
+    def forward(self, x):
+        return x.view(x.shape[0] // 2, 2, -1).sum(1)
+
+
+class Repeat(torch.nn.Module):
+    def forward(self, x, times: int):
+        return x * times
+
+
+class Keyed(torch.nn.Module):
+    def forward(self, x, *others, scale=1.0, **named):
+        for other in others:
+            x = x + other
+        return x * scale + sum(named.values())
+
+
+@pytest.fixture
+def build(tmp_path):
+    def build(model, args, kwargs=None, **options):
+        cache = stitchcache.Cache(tmp_path / "cache")
+        return stitchcache.compile(model.eval(), args, kwargs, backend="eager", cache=cache, **options)
+
+    return build
+
+
+def test_a_size_that_two_arguments_share(build):
+    shared = Dim("n", 2, 9)
+    compiled = build(
+        TwoSizes(), (torch.ones(4, 3), torch.ones(5, 4)), dynamic_shapes=({0: shared}, {1: shared})
+    )
+    torch.testing.assert_close(compiled(torch.ones(7, 3), torch.ones(5, 7)), torch.full((7,), 8.0))
+    with pytest.raises(
+        errors.InputMismatchError, match=r"b.shape\[1\]: expected 7 \(the same as a.shape\[0\]\), got 6"
+    ):
+        compiled(torch.ones(7, 3), torch.ones(5, 6))
+
+
+def test_a_relation_that_the_capture_relied_on(build):
+    even = 2 * torch.export.Dim("half", min=2, max=8)
+    compiled = build(Halves(), (torch.ones(6, 3),), dynamic_shapes=({0: even},))
+    assert compiled(torch.ones(16, 3)).shape == (8, 3)
+    for rows in (7, 18, 2):
+        with pytest.raises(errors.InputMismatchError):
+            compiled(torch.ones(rows, 3))
+
+
+def test_strides_of_the_example_are_promised(build):
+    model = torch.nn.Linear(4, 4)
+    transposed = torch.randn(4, 3).t()
+    compiled = build(model, (transposed,))
+    torch.testing.assert_close(compiled(torch.randn(4, 3).t()).shape, torch.Size((3, 4)))
+    with pytest.raises(errors.InputMismatchError, match=r"strides \(1, 3\), got \(4, 1\)"):
+        compiled(torch.randn(3, 4))
+
+
+def test_a_dimension_of_one_has_no_stride(build):
+    compiled = build(torch.nn.Linear(4, 4), (torch.randn(1, 4),))
+    odd = torch.randn(1, 8)[:, ::2].as_strided((1, 4), (99, 1))
+    assert compiled(odd).shape == (1, 4)
+
+
+def test_numbers_that_vary(build):
+    compiled = build(Repeat(), (torch.ones(2), 3), dynamic_shapes=(None, torch.export.Dim.DYNAMIC))
+    assert compiled(torch.ones(2), 5).tolist() == [5, 5]
+    with pytest.raises(errors.InputMismatchError, match="times"):
+        compiled(torch.ones(2), 2.5)
+
+
+def test_variadic_arguments(build):
+    one = torch.ones(2)
+    compiled = build(Keyed(), (one, one, one), {"scale": 2.0, "extra": one})
+    torch.testing.assert_close(compiled(one, one, one, scale=2.0, extra=one), torch.full((2,), 7.0))
+    torch.testing.assert_close(compiled(one, one, one, extra=one, scale=2.0), torch.full((2,), 7.0))
+    with pytest.raises(errors.InputMismatchError):
+        compiled(one, one, scale=2.0, extra=one)
+    with pytest.raises(errors.InputMismatchError):
+        compiled(one, one, one, scale=2.0, other=one)
+
+
+def test_errors_survive_pickling(build):
+    import pickle
+
+    compiled = build(torch.nn.Linear(4, 4), (torch.randn(2, 4),))
+    with pytest.raises(errors.InputMismatchError) as caught:
+        compiled(torch.randn(3, 4))
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert type(copy) is errors.InputMismatchError
+    assert (copy.argument, copy.expected, copy.actual) == ("input.shape[0]", "2", "3")
+    assert str(copy) == str(caught.value)
+
+
+def test_the_call_shows_in_tracebacks(build):
+    import traceback
+
+    compiled = build(torch.nn.Linear(4, 4), (torch.randn(2, 4),))
+    try:
+        compiled(torch.randn(3, 4))
+    except errors.InputMismatchError as error:
+        lines = "".join(traceback.format_exception(error))
+    assert "<stitchcache call" in lines
+    assert "refuse(args, kwargs)" in lines
