@@ -222,7 +222,8 @@ def test_a_changed_source_file_is_no_direct_hit(tmp_path, fresh_process):
         import torch, edited, stitchcache
         model = edited.Net().eval()
         x = torch.ones(3)
-        compiled = stitchcache.compile(model, (x,), backend="eager", cache=stitchcache.Cache({str(tmp_path / "c")!r}))
+        cache = stitchcache.Cache({str(tmp_path / "c")!r})
+        compiled = stitchcache.compile(model, (x,), backend="eager", cache=cache)
         print(json.dumps(dict(hit=compiled.cache_hit, y=compiled(x).tolist(), graph=compiled.graph_hash)))
     """
     first = fresh_process(source)
@@ -324,7 +325,7 @@ def test_a_static_size_and_a_baked_value_are_checked(cache):
         compiled(x[:2], batch, factor=3)
     with pytest.raises(errors.InputMismatchError, match="factor: expected 3, got 4"):
         compiled(x, batch, factor=4)
-    with pytest.raises(errors.InputMismatchError, match="factor: expected 3, got 3.0"):
+    with pytest.raises(errors.InputMismatchError, match=r"factor: expected 3, got 3\.0"):
         compiled(x, batch, factor=3.0)
     with pytest.raises(errors.InputMismatchError):
         compiled(x, {"bias": batch["bias"], "more": x}, factor=3)

@@ -81,13 +81,14 @@ def test_a_full_disk_costs_storing_only(tmp_path):
 import sys
 sys.path[:0] = {[os.path.dirname(models.__file__), os.path.dirname(os.path.dirname(models.__file__))]!r}
 import torch, models, stitchcache
-compiled = stitchcache.compile(models.decoder(), (models.ids(),), cache=stitchcache.Cache({str(tmp_path / "full")!r}),
-                               **models.decoder_options())
+cache = stitchcache.Cache({str(tmp_path / "full")!r})
+compiled = stitchcache.compile(models.decoder(), (models.ids(),), cache=cache, **models.decoder_options())
 torch.testing.assert_close(compiled(models.ids(3, 4)), models.decoder()(models.ids(3, 4)))
 print("RESULT", compiled.cache_hit)
 """
     (tmp_path / "full").mkdir()
-    mount = f'mount -t tmpfs -o size=16k,nr_inodes=24 none {tmp_path / "full"} && exec {sys.executable} -c "$SCRIPT"'
+    place = tmp_path / "full"
+    mount = f'mount -t tmpfs -o size=16k,nr_inodes=24 none {place} && exec {sys.executable} -c "$SCRIPT"'
     done = subprocess.run(
         ["unshare", "--mount", "--map-root-user", "sh", "-c", mount],
         env={**os.environ, "SCRIPT": script},

@@ -21,7 +21,8 @@ from pathlib import Path
 
 CHILD = """
 import sys, time
-way, name, layers, cache, spawned = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], float(sys.argv[5])
+way, name, layers, cache = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+spawned = float(sys.argv[5])
 import torch
 torch_ready = time.time()
 if name == "decoder":

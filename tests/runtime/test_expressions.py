@@ -54,7 +54,7 @@ def test_arithmetic(text, value):
     ],
 )
 def test_anything_else_is_refused(text):
-    with pytest.raises(EntryFormatError, match="spec.here"):
+    with pytest.raises(EntryFormatError, match=r"spec\.here"):
         check_expression(text, SYMBOLS, "spec.here")
 
 
