@@ -109,7 +109,7 @@ def _let_go(files: Files, path: str, fd: int) -> None:
 def _acquire(
     files: Files, path: str, timeout: float | None, on_wait: Callable[[float, str], None] | None
 ) -> int | None:
-    start = time.monotonic()
+    start: float | None = None
     pause = _FIRST_PAUSE
     while True:
         try:
@@ -132,6 +132,8 @@ def _acquire(
         close_quietly(files, fd)
         if had:
             continue
+        # From the first refusal on: before it, filelock may have had to be imported.
+        start = time.monotonic() if start is None else start
         waited = time.monotonic() - start
         if timeout is not None and waited >= timeout:
             raise LockTimeoutError(
