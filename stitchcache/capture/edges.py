@@ -45,7 +45,8 @@ class Subject:
         bound: Placeholder to tensor, for what the model feeds.
         buffers: Placeholder to qualified name, for the model's own buffers and parameters.
         leaves: Placeholder to the example's leaf.
-        call: Runs the model on leaves, with other tensors for the named ones; returns its leaves.
+        call: Runs the model on leaves, with other tensors for the named ones; returns its leaves, and
+            its buffers afterwards by name.
         mutations: How many results of the graph are write-backs.
     """
 
@@ -53,8 +54,21 @@ class Subject:
     bound: Mapping[str, torch.Tensor]
     buffers: Mapping[str, str]
     leaves: Mapping[str, Any]
-    call: Callable[[Sequence[Any], Mapping[str, torch.Tensor]], list[Any]]
+    call: Callable[[Sequence[Any], Mapping[str, torch.Tensor]], tuple[list[Any], dict[str, torch.Tensor]]]
     mutations: int
+
+
+class Observed(torch.nn.Module):
+    """A model that also returns its buffers as they are after a call, replaced ones included."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+        """Call the model."""
+        result = self.model(*args, **kwargs)
+        return result, dict(self.model.named_buffers(remove_duplicate=False))
 
 
 def settle_lower_bounds(
@@ -125,7 +139,7 @@ def _agrees(subject: Subject, sizes: Mapping[sympy.Symbol, int]) -> bool:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=_cuda(everything)):
             torch.manual_seed(0)
-            want = subject.call(
+            want, after = subject.call(
                 theirs[len(subject.bound) :],
                 {
                     subject.buffers[placeholder]: tensor
@@ -137,8 +151,10 @@ def _agrees(subject: Subject, sizes: Mapping[sympy.Symbol, int]) -> bool:
             got = _run_graph(subject, ours)
     except _REFUSALS:
         return False
-    state = range(len(everything))
-    return _same(want, got) and _same([theirs[i] for i in state], [ours[i] for i in state])
+    # A buffer that the model replaced by another tensor is that tensor.
+    for index, placeholder in enumerate(subject.bound):
+        theirs[index] = after.get(subject.buffers.get(placeholder, ""), theirs[index])
+    return _same(want, got) and _same(theirs, ours)
 
 
 def _run_graph(subject: Subject, values: Sequence[Any]) -> list[Any]:

@@ -18,7 +18,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from stitchcache import tree
 from stitchcache.capture.contract import input_spec
-from stitchcache.capture.edges import Subject, settle_lower_bounds
+from stitchcache.capture.edges import Observed, Subject, settle_lower_bounds
 from stitchcache.capture.example import attributes_kept, separate
 from stitchcache.capture.regions import ambient_modes, settle_regions
 from stitchcache.errors import CaptureError
@@ -125,10 +125,13 @@ def capture(
     contract = input_spec(program, user_inputs, paths, leaves, tree.dumps(spec), dynamic_shapes, names)
     outputs = _output_spec(program, user_inputs)
 
-    def call(values: Sequence[Any], state: Mapping[str, torch.Tensor]) -> list[Any]:
+    def call(
+        values: Sequence[Any], state: Mapping[str, torch.Tensor]
+    ) -> tuple[list[Any], dict[str, torch.Tensor]]:
         positional, named = tree.unflatten(values, spec)
-        result = torch.func.functional_call(model, dict(state), positional, named)
-        return tree.flatten(result)[0]
+        given = {f"model.{name}": tensor for name, tensor in state.items()}
+        result, after = torch.func.functional_call(Observed(model), given, positional, named)
+        return tree.flatten(result)[0], after
 
     subject = Subject(
         gm=gm,
