@@ -157,5 +157,9 @@ class _Shelf:
 def _name(source: bytes | Path) -> BlobRef:
     import hashlib
 
-    data = source if isinstance(source, bytes) else source.read_bytes()
+    try:
+        data = source if isinstance(source, bytes) else source.read_bytes()
+    except OSError:
+        # Too many open files, say. Nothing of this run is stored any more, so nobody goes by the name.
+        data = b""
     return BlobRef(digest=hashlib.sha256(data).hexdigest(), size=len(data))

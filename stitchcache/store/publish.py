@@ -22,7 +22,7 @@ import os
 import threading
 from collections.abc import Iterable
 
-from stitchcache.errors import StoreError
+from stitchcache.errors import StoreWriteError
 from stitchcache.store.failures import words
 from stitchcache.store.files import CHUNK, Files, close_quietly, opened, write_all
 from stitchcache.store.layout import Area, keyed_path
@@ -122,7 +122,7 @@ def publish_blob(root: Root, holds: Holds, source: bytes | str) -> tuple[str, in
         Digest and size.
 
     Raises:
-        StoreWriteError: It cannot be written.
+        StoreWriteError: It cannot be written, or ``source`` cannot be read.
     """
     with root.writing(root.area(Area.BLOBS)):
         temp, fd = root.create_temp()
@@ -146,7 +146,9 @@ def _fill(root: Root, fd: int, source: bytes | str) -> tuple[str, int]:
     try:
         reader = root.files.open_read(source, follow=True)
     except OSError as error:
-        raise StoreError(f"{source}: cannot be read ({words(error)})", path=source) from error
+        raise StoreWriteError(
+            f"{source}: cannot be read ({words(error)}), so it is not stored", path=source, reason=words(error)
+        ) from error
     try:
         while chunk := root.files.read(reader, CHUNK):
             digest.update(chunk)
