@@ -152,7 +152,7 @@ class Progress:
 
     Args:
         target: The target's name or the model's class.
-        stage: ``lookup``, ``capture``, ``compile``, ``store``, ``load`` or ``done``.
+        stage: ``lookup``, ``capture``, ``wait``, ``compile``, ``store``, ``load`` or ``done``.
         done: Pieces that are ready.
         total: Distinct pieces.
         seconds: Since the target was begun.

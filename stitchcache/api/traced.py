@@ -56,7 +56,7 @@ def compile_traced(run: Run) -> CompiledModel:
     if compiled is None and request.miss_is_error:
         raise _miss(run, traced)
     if compiled is None:
-        with run.cache.lock(traced.graph_hash):
+        with run.cache.lock(traced.graph_hash, on_wait=_say_once(run)):
             # Another process may have compiled it while this one waited.
             compiled = _by_graph(run, traced) or _cold(run, traced)
     if run.target.key is not None and recorder.unsound is None:
@@ -70,6 +70,20 @@ def compile_traced(run: Run) -> CompiledModel:
         key = run.target.key
         _store(run, lambda: run.cache.put_target(key, record))
     return compiled
+
+
+def _say_once(run: Run) -> Callable[[float, str], None]:
+    """What is told while another process compiles the same: once, and again as progress."""
+    said: list[str] = []
+
+    def on_wait(_seconds: float, holder: str) -> None:
+        # Who holds it is written a moment after it is held.
+        if holder and not said:
+            said.append(holder)
+            log.info("%s: waiting for %s, which compiles the same graph", run.label, holder)
+        run.tell("wait")
+
+    return on_wait
 
 
 def _by_graph(run: Run, traced: Traced) -> CompiledModel | None:

@@ -1,0 +1,77 @@
+"""Processes that start cold together: one compiles, the others wait for it and load."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+SCRIPT = """
+import json, logging, pathlib, sys, time
+import torch, stitchcache
+import stitchcache.api.traced
+from stitchcache.backends.eager import EagerBackend
+
+logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
+place = pathlib.Path(sys.argv[1])
+build = EagerBackend.build
+
+def slowly(self, *args, **kwargs):
+    time.sleep(2)
+    return build(self, *args, **kwargs)
+
+EagerBackend.build = slowly
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.GELU(), torch.nn.Linear(8, 3)).eval()
+x = torch.randn(4, 3)
+stitchcache.api.traced._import_exporter()
+(place / f"ready.{sys.argv[2]}").touch()
+while not (place / "go").exists():
+    time.sleep(0.01)
+compiled = stitchcache.compile(model, (x,), backend="eager", cache=stitchcache.Cache(place / "cache"))
+print(json.dumps({"hit": compiled.cache_hit, "equal": torch.equal(compiled(x), model(x))}))
+"""
+
+
+def test_of_many_that_start_cold_together_one_compiles(tmp_path, full):
+    count = 16 if full else 4
+    (tmp_path / "script.py").write_text(SCRIPT)
+    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "script.py"), str(tmp_path), str(number)],
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(count)
+    ]
+    try:
+        while len(list(tmp_path.glob("ready.*"))) < count:
+            assert all(process.poll() is None for process in processes), processes[0].communicate()[1][-2000:]
+            time.sleep(0.05)
+        (tmp_path / "go").touch()
+        outcomes = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * count, outcomes
+    results = [json.loads(out.splitlines()[-1]) for out, _ in outcomes]
+    assert all(result["equal"] for result in results)
+    hits = sorted(str(result["hit"]) for result in results)
+    assert hits.count("None") == 1
+    assert set(hits) <= {"None", "direct", "graph"}
+    compiler = processes[[result["hit"] for result in results].index(None)].pid
+    waits = [
+        [line for line in err.splitlines() if f"waiting for process {compiler} on " in line]
+        for _, err in outcomes
+    ]
+    # Each that waited said so once.
+    assert sum(map(len, waits)) >= 1
+    assert max(map(len, waits)) == 1
+    assert not list((tmp_path / "cache" / "locks").iterdir())
