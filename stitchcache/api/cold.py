@@ -120,7 +120,7 @@ class _Shelf:
             return False
         try:
             self.pieces[piece.key] = get_backend(record.backend).load(path, self._device)
-        except (BackendError, EntryFormatError) as error:
+        except (BackendError, EntryFormatError, OSError) as error:
             log.warning("%s: compiling again: %s", self._label, error)
             return False
         self.blobs[piece.key] = record.blob

@@ -38,6 +38,8 @@ class Run:
 
     Attributes:
         reason: Why there was no direct hit, as far as is known.
+        cause: The same in a word, for the statistics: ``new``, ``unkeyable``, ``sources``, ``entry``,
+            ``example``, ``piece`` or ``refused``.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Run:
             "key", lambda: self._target_key(list(zip(paths, leaves, strict=True)), tree.dumps(spec))
         )
         self.reason = self.target.reason or "no entry for this target"
+        self.cause = "new" if self.target.key is not None else "unkeyable"
 
     def direct(self) -> CompiledModel | None:
         """Load without tracing; ``None`` is a miss, and ``reason`` says why."""
@@ -73,16 +76,16 @@ class Run:
             return None
         changed = self.timed("sources", lambda: check_sources(record))
         if changed is not None:
-            self.reason = changed
+            self.reason, self.cause = changed, "sources"
             return None
         artifact = self.get(record.graph_hash)
         if artifact is None or artifact.input_spec is None:
-            self.reason = f"the entry {record.graph_hash[:12]} is gone or damaged"
+            self.reason, self.cause = f"the entry {record.graph_hash[:12]} is gone or damaged", "entry"
             return None
         # torch.export may tie two sizes together by the example's; another example is another target.
         misfit = explain_mismatch(artifact.input_spec, self._leaves)
         if misfit is not None:
-            self.reason = f"the example does not fit what was captured: {misfit}"
+            self.reason, self.cause = f"the example does not fit what was captured: {misfit}", "example"
             return None
         return self.open(artifact, "direct")
 
@@ -95,9 +98,14 @@ class Run:
             if opened is not None:
                 return self.finish(artifact, *opened, hit)
             self.reason = f"a piece of entry {artifact.graph_hash[:12]} is missing or damaged"
+            self.cause = "piece"
         except (UntrustedEntryError, EntryFormatError, LinkError, BackendError) as error:
             log.warning("%s: entry %s is not used: %s", self.label, artifact.graph_hash[:12], error)
-            self.reason = error.message
+            self.reason, self.cause = error.message, "refused"
+        except OSError as error:
+            # Checked a moment ago, and now it cannot be read: too many open files, a stale network file.
+            log.warning("%s: entry %s cannot be loaded: %s", self.label, artifact.graph_hash[:12], error)
+            self.reason, self.cause = str(error), "piece"
         return None
 
     def finish(
@@ -126,9 +134,9 @@ class Run:
     def _count(self, artifact: Artifact, hit: str | None) -> None:
         """Add to the store's statistics."""
         spent = time.perf_counter() - self._began
-        self.cache.count(f"hit.{hit}" if hit else "miss.graph")
+        self.cache.count(f"hit.{hit}" if hit else "compiled")
         if hit != "direct":
-            self.cache.count("miss.unkeyable" if self.target.key is None else "miss.direct")
+            self.cache.count(f"miss.{self.cause}")
         self.cache.count("microseconds.spent", int(spent * 1e6))
         if hit:
             self.cache.count("microseconds.saved", max(0, int((artifact.compile_seconds - spent) * 1e6)))

@@ -51,7 +51,7 @@ def compile_traced(run: Run) -> CompiledModel:
     captured, variants = run.timed("settle", lambda: settle_ranges(captured, variants))
     traced = run.timed("plan", lambda: trace(run.model, captured, variants, request, environment))
     if recorder.unsound is not None:
-        run.reason = recorder.unsound
+        run.reason, run.cause = recorder.unsound, "unkeyable"
     compiled = _by_graph(run, traced)
     if compiled is None and request.miss_is_error:
         raise _miss(run, traced)

@@ -23,6 +23,7 @@ _COMMANDS = (
     "clear",
     "stats",
     "config",
+    "doctor",
     "migrate",
 )
 

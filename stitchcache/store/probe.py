@@ -11,6 +11,7 @@ from typing import Literal
 
 from stitchcache.store.failures import words
 from stitchcache.store.files import Files, close_quietly, write_all
+from stitchcache.store.layout import Area
 from stitchcache.store.locks import try_lock
 from stitchcache.store.trust import distrust
 
@@ -116,13 +117,22 @@ class _Probe:
         return True
 
     def _trust(self) -> None:
-        reason = distrust(self.place, self.files.stat(self.place))
-        if self.place == self.asked and reason is not None:
-            self._add(
-                "trust", "problem", reason, "entries here are not loaded: compiled pieces are native code"
-            )
-        else:
-            self._add("trust", "ok", "nobody else can write it" if reason is None else "not made yet")
+        if self.place != self.asked:
+            self._add("trust", "ok", "not made yet")
+            return
+        for name in ("", *Area):
+            path = os.path.join(self.place, name) if name else self.place
+            try:
+                reason = distrust(path, self.files.lstat(path) if name else self.files.stat(path))
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                reason = f"{path} cannot be looked at ({words(error)})"
+            if reason is not None:
+                meaning = "entries here are not loaded: compiled pieces are native code"
+                self._add("trust", "problem", reason, meaning)
+                return
+        self._add("trust", "ok", "nobody else can write it")
 
     def _space(self) -> None:
         try:

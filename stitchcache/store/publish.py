@@ -147,7 +147,9 @@ def _fill(root: Root, fd: int, source: bytes | str) -> tuple[str, int]:
         reader = root.files.open_read(source, follow=True)
     except OSError as error:
         raise StoreWriteError(
-            f"{source}: cannot be read ({words(error)}), so it is not stored", path=source, reason=words(error)
+            f"{source}: cannot be read ({words(error)}), so it is not stored",
+            path=source,
+            reason=words(error),
         ) from error
     try:
         while chunk := root.files.read(reader, CHUNK):

@@ -35,8 +35,9 @@ class CacheStats:
 
     Args:
         counters: Name to number, since ``since``: ``hit.direct``, ``hit.graph``, ``hit.piece``,
-            ``miss.<reason>``, ``put``, ``put.bytes``, ``microseconds.spent``, ``microseconds.saved``,
-            ``corrupt``, ``quarantined``, ``evicted`` and whatever else was counted.
+            ``compiled``, ``miss.<reason>`` (why there was no direct hit), ``put``, ``put.bytes``,
+            ``microseconds.spent``, ``microseconds.saved``, ``corrupt``, ``quarantined``, ``evicted`` and
+            whatever else was counted.
         since: Unix seconds; 0 where nothing was counted yet.
         entries: Entries, older formats included.
         blobs: Distinct blobs.
@@ -61,9 +62,13 @@ class CacheStats:
 
     def prometheus(self) -> str:
         """The same in Prometheus' text format."""
-        lines = ["# TYPE stitchcache_events_total counter"]
+        lines = [
+            "# HELP stitchcache_events_total Events since the statistics were zeroed.",
+            "# TYPE stitchcache_events_total counter",
+        ]
         for name, value in sorted(self.counters.items()):
-            lines.append(f'stitchcache_events_total{{event="{name}"}} {value}')
+            label = name.replace("\\", r"\\").replace('"', r"\"")
+            lines.append(f'stitchcache_events_total{{event="{label}"}} {value}')
         for name in ("entries", "blobs", "targets", "pieces", "files", "bytes"):
             lines += [f"# TYPE stitchcache_{name} gauge", f"stitchcache_{name} {getattr(self, name)}"]
         for name in ("quarantine_files", "quarantine_bytes"):

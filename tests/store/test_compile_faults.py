@@ -87,3 +87,21 @@ def test_compile_survives_every_failing_call(road, persistent, model, tmp_path, 
                 error.add_note(what)
                 raise
             shutil.rmtree(root)
+
+
+def test_a_piece_that_was_checked_and_cannot_be_opened_is_compiled_again(model, tmp_path, monkeypatch):
+    """Loaders open files by themselves, out of reach of the calls that fail above."""
+    from stitchcache.backends.eager import EagerBackend
+
+    prepare("direct", model, tmp_path / "cache")
+    load, failures = EagerBackend.load, [0, 1, 2]
+
+    def fail_thrice(self, path, device):
+        if failures:
+            failures.pop()
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        return load(self, path, device)
+
+    monkeypatch.setattr(EagerBackend, "load", fail_thrice)
+    assert start(model, stitchcache.Cache(tmp_path / "cache")) in ("graph", None)
+    assert start(model, stitchcache.Cache(tmp_path / "cache")) in ("direct", "graph", None)
