@@ -78,13 +78,38 @@ def bench_many(place: Path, count: int) -> list[tuple[str, float, float | None]]
     ]
 
 
-def bench_import() -> list[tuple[str, float, float | None]]:
-    def run(code: str) -> Callable[[], object]:
-        return lambda: subprocess.run([sys.executable, "-c", code], check=True)
+def bench_commands(place: Path) -> list[tuple[str, float, float | None]]:
+    place.mkdir()
 
-    bare = median(run("pass"), 9)
-    full = median(run("import stitchcache.cache"), 9)
-    return [("import of stitchcache.cache, over a bare interpreter", full - bare, None)]
+    def run(*words: str) -> Callable[[], object]:
+        return lambda: subprocess.run(
+            [sys.executable, *words], check=True, stderr=subprocess.DEVNULL, env={**os.environ, **settings}
+        )
+
+    settings = {"STITCHCACHE_DIR": str(place)}
+    bare = median(run("-c", "pass"), 9)
+    imported = median(run("-c", "import stitchcache.cache"), 9)
+    listed = median(run("-m", "stitchcache", "ls"), 15)
+    source = (
+        "import sys; sys.argv[1:] = ['ls']; import atexit; "
+        "atexit.register(lambda: print(*sorted({'torch', 'numpy', 'rich', 'filelock'} & set(sys.modules)))); "
+        "from stitchcache.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", source],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    heavy = done.stdout.strip() or "no torch"
+    if heavy != "no torch":
+        listed = float("inf")
+    return [
+        ("import of stitchcache.cache, over a bare interpreter", imported - bare, None),
+        (f"python -m stitchcache ls, empty cache (imports {heavy})", listed, 150),
+        ("of which a bare interpreter", bare, None),
+    ]
 
 
 def main() -> int:
@@ -96,7 +121,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.dir) as name:
         place = Path(name)
         rows = bench_get(place / "get") + bench_put(place / "put")
-        rows += bench_many(place / "many", options.entries) + bench_import()
+        rows += bench_many(place / "many", options.entries) + bench_commands(place / "empty")
     load = os.getloadavg()[0]
     print(
         f"{os.cpu_count()} processors, load {load:.1f}" + (" (busy: times are too long)" if load > 1 else "")
