@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+# Imported once, or each forked worker would be importing it, not pruning, when it is killed.
+import filelock  # noqa: F401
 import pytest
 from hostile import Counting, Killing
 from stores import artifact, copy_legacy, key, put, read_back, target
@@ -129,8 +131,7 @@ def content(name: int, seed: int, turn: int) -> bytes:
 def test_random_kills_of_working_processes(tmp_path, full):
     rng = random.Random(0)
     root = tmp_path / "root"
-    acknowledged: dict[int, bytes] = {}
-    puts = 0
+    puts = prunes = 0
     for kill in range(2000 if full else 120):
         receive, report = os.pipe()
         pid = os.fork()
@@ -146,18 +147,14 @@ def test_random_kills_of_working_processes(tmp_path, full):
         os.waitpid(pid, 0)
         with os.fdopen(receive, "rb") as pipe:
             lines = pipe.read().split(b"\n")[:-1]
-        pruned = b"prune" in lines
-        for line in lines:
-            if line != b"prune":
-                name, seed, turn = map(int, line.split())
-                acknowledged[name] = content(name, seed, turn)
-                puts += 1
+        prunes += lines.count(b"prune")
+        puts += len(lines) - lines.count(b"prune")
         cache = Cache(root, durability="fast")
         for name in range(8):
             found = read_back(cache, key(name))
             if found is None:
-                # Evicted by this worker's prunes (the last may not have been reported), or never put.
-                assert name not in acknowledged or pruned or cache.get(key(name)) is None
+                # Evicted (the last prune may not have been reported), or never put; what is lost shows below,
+                # where nothing is evicted.
                 continue
             assert found[0] == b"common"
             assert found[1].startswith(f"{name} ".encode())
@@ -168,7 +165,9 @@ def test_random_kills_of_working_processes(tmp_path, full):
     assert not list((root / "tmp").iterdir())
     assert not list((root / "locks").iterdir())
     assert cache.verify().findings == ()
-    print(f"{puts} acknowledged puts", file=sys.stderr)
+    assert puts
+    assert prunes
+    print(f"{puts} acknowledged puts, {prunes} prunes", file=sys.stderr)
 
 
 def test_random_kills_lose_no_acknowledged_put(tmp_path, full):
