@@ -68,6 +68,7 @@ def prewarm(
     jobs: int | None = None,
     cache: Cache | None = None,
     on_progress: OnProgress | None = None,
+    on_miss: str = "compile",
 ) -> PrewarmReport:
     """Compile targets that are not in the cache yet.
 
@@ -78,6 +79,7 @@ def prewarm(
         jobs: Pieces to compile at a time; ``None`` takes one a core.
         cache: Where to store; the default cache if ``None``.
         on_progress: Called with a :class:`~stitchcache.api.request.Progress` as things happen.
+        on_miss: ``"compile"``, or ``"error"`` to check that everything is there already.
 
     Returns:
         What became of each.
@@ -90,13 +92,15 @@ def prewarm(
     found = [t for item in given for t in (find_targets(item) if isinstance(item, str) else [item])]
     check_names(found)
     store = cache or Cache()
-    return PrewarmReport(tuple(_one(target, jobs, store, on_progress) for target in found))
+    return PrewarmReport(tuple(_one(target, jobs, on_miss, store, on_progress) for target in found))
 
 
-def _one(target: Target, jobs: int | None, cache: Cache, on_progress: OnProgress | None) -> PrewarmResult:
+def _one(
+    target: Target, jobs: int | None, on_miss: str, cache: Cache, on_progress: OnProgress | None
+) -> PrewarmResult:
     began = time.perf_counter()
     try:
-        request = _request(target, jobs)
+        request = _request(target, jobs, on_miss)
         model, args, kwargs = target.made()
         began = time.perf_counter()
         compiled = compile_request(model, args, kwargs, request, cache, on_progress)
@@ -117,7 +121,7 @@ def _one(target: Target, jobs: int | None, cache: Cache, on_progress: OnProgress
     )
 
 
-def _request(target: Target, jobs: int | None) -> Request:
+def _request(target: Target, jobs: int | None, on_miss: str) -> Request:
     options: dict[str, Any] = dict(target.options or {})
     if jobs is not None:
         options["stitchcache.jobs"] = jobs
@@ -126,6 +130,7 @@ def _request(target: Target, jobs: int | None) -> Request:
         splitting_ops=tuple(target.splitting_ops),
         size_ranges=tuple(target.size_ranges or ()),
         backend=target.backend,
+        on_miss=on_miss,  # type: ignore[arg-type]
         key_factors=dict(target.key_factors or {}),
         options=options,
     )

@@ -15,6 +15,20 @@ from typing import Any
 from stitchcache.errors import DuplicateTargetError, TargetError, TargetNotFoundError
 from stitchcache.types import SizeRange
 
+# What a model's constructor, or the reading of its weights, may raise.
+_BUILD_ERRORS = (
+    ImportError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    ArithmeticError,
+    NameError,
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -47,9 +61,14 @@ class Target:
             Model, positional arguments, keyword arguments.
 
         Raises:
-            TargetError: ``build`` returned something else.
+            TargetError: ``build`` failed, or returned something else.
         """
-        built = self.build()
+        try:
+            built = self.build()
+        except _BUILD_ERRORS as error:
+            raise TargetError(
+                f"target {self.name!r}: build() failed: {type(error).__name__}: {error}", target=self.name
+            ) from error
         if not isinstance(built, tuple) or len(built) not in (2, 3):
             raise TargetError(
                 f"target {self.name!r}: build() returned {type(built).__qualname__}, "

@@ -52,12 +52,12 @@ class Job:
 def available() -> bool:
     """Whether children can be forked here and now.
 
-    A process that has used CUDA cannot fork and go on using it; a daemonic process of multiprocessing
-    may have no children.
+    Where CUDA works, merely counting its devices spoils it for forked children, and Inductor asks for
+    them even when it compiles for the CPU; a daemonic process of multiprocessing may have no children.
     """
     if sys.platform != "linux" or multiprocessing.current_process().daemon:
         return False
-    return not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.version.cuda is None or not torch.cuda.is_available()
 
 
 def run_all(jobs: Sequence[Job], limit: int) -> Generator[tuple[int, Any], None, None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -57,12 +56,9 @@ def command(
     if verbose:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("stitchcache").setLevel(logging.INFO)
-    if require:
-        # The library reads it; it is this process's own and nobody else's.
-        os.environ["STITCHCACHE_REQUIRE"] = "1"
     targets = _find(references)
     with display() as shown:
-        results = [_prewarm(target, jobs, cache, shown) for target in targets]
+        results = [_prewarm(target, jobs, require, cache, shown) for target in targets]
     if as_json:
         print_json({"root": str(cache.root), "targets": [_record(result) for result in results]})
     else:
@@ -80,7 +76,7 @@ def _find(references: tuple[str, ...]) -> list[Target]:
     return targets
 
 
-def _prewarm(target: Target, jobs: int | None, cache: Cache, shown: Display) -> PrewarmResult:
+def _prewarm(target: Target, jobs: int | None, require: bool, cache: Cache, shown: Display) -> PrewarmResult:
     from stitchcache.api.prewarm import prewarm
 
     def on_progress(progress: Progress) -> None:
@@ -88,7 +84,9 @@ def _prewarm(target: Target, jobs: int | None, cache: Cache, shown: Display) -> 
             shown.update(target.name, progress.stage, progress.done, progress.total)
 
     shown.update(target.name, "build")
-    (result,) = prewarm(target, jobs=jobs, cache=cache, on_progress=on_progress).results
+    (result,) = prewarm(
+        target, jobs=jobs, cache=cache, on_miss="error" if require else "compile", on_progress=on_progress
+    ).results
     shown.finish(target.name, _STATUS.get(result.status, result.status), result.seconds)
     return result
 

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from stitchcache.backends import children, get_backend
 from stitchcache.backends.check import compare_with_eager
+from stitchcache.backends.trial import load_elsewhere
 from stitchcache.plan.plan import Plan, PlannedPiece
 from stitchcache.plan.reference import piece_inputs
 
@@ -75,16 +76,17 @@ def build(
     if leaves is not None:
         inputs = piece_inputs(plan, leaves, {piece.name: piece.key for piece in missing})
     device = next((d for d in devices if d != "cpu"), "cpu")
+    forked = children.available()
     pending = []
     for piece in missing:
         directory = scratch / piece.key
         directory.mkdir()
-        run = partial(_build_one, piece, directory, options, inputs.get(piece.key), device)
+        run = partial(_build_one, piece, directory, options, inputs.get(piece.key), device, forked)
         pending.append(
             children.Job(name=piece.name, run=run, log=scratch / f"{piece.key}.log", backend=piece.backend)
         )
     limit = jobs or len(os.sched_getaffinity(0))
-    results = children.run_all(pending, limit) if children.available() else children.run_here(pending)
+    results = children.run_all(pending, limit) if forked else children.run_here(pending)
     # Closed whatever happens, so that no child outlives an error or Ctrl-C.
     with closing(results):
         for _, built in results:
@@ -92,12 +94,19 @@ def build(
 
 
 def _build_one(
-    piece: PlannedPiece, directory: Path, options: Mapping[str, Any], inputs: list[Any] | None, device: str
+    piece: PlannedPiece,
+    directory: Path,
+    options: Mapping[str, Any],
+    inputs: list[Any] | None,
+    device: str,
+    forked: bool,
 ) -> BuiltPiece:
     began = time.perf_counter()
     backend = get_backend(piece.backend)
     path = backend.build(_copy(piece.gm), directory, options)
     difference = None
+    if not forked and piece.backend != "eager":
+        load_elsewhere(backend.name, path, device, piece.name)
     if inputs is not None:
         compiled = backend.load(path, device)
         difference = compare_with_eager(piece.gm, compiled, inputs, name=piece.name, backend=backend.name)
