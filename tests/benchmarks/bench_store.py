@@ -89,7 +89,10 @@ def bench_commands(place: Path) -> list[tuple[str, float, float | None]]:
     settings = {"STITCHCACHE_DIR": str(place)}
     bare = median(run("-c", "pass"), 9)
     imported = median(run("-c", "import stitchcache.cache"), 9)
+    before = os.times()
     listed = median(run("-m", "stitchcache", "ls"), 15)
+    after = os.times()
+    used = (after.children_user + after.children_system - before.children_user - before.children_system) / 15
     source = (
         "import sys; sys.argv[1:] = ['ls']; import atexit; "
         "atexit.register(lambda: print(*sorted({'torch', 'numpy', 'rich', 'filelock'} & set(sys.modules)))); "
@@ -108,6 +111,7 @@ def bench_commands(place: Path) -> list[tuple[str, float, float | None]]:
     return [
         ("import of stitchcache.cache, over a bare interpreter", imported - bare, None),
         (f"python -m stitchcache ls, empty cache (imports {heavy})", listed, 150),
+        ("the same, processor time", used * 1000, None),
         ("of which a bare interpreter", bare, None),
     ]
 
