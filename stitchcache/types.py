@@ -145,14 +145,15 @@ class LeafSpec:
 
     Args:
         path: As a person writes it, such as ``ids`` or ``batch['mask']``.
-        kind: ``tensor``; ``symbol`` (an int that may vary); ``constant`` (baked in by the capture).
+        kind: ``tensor``; ``inout`` (a tensor that the graph writes into); ``symbol`` (an int that may
+            vary); ``constant`` (baked in by the capture).
         tensor: For a tensor.
         symbol: For a symbol: its expression.
         value: For a constant: what it must equal.
     """
 
     path: str
-    kind: Literal["tensor", "symbol", "constant"]
+    kind: Literal["tensor", "inout", "symbol", "constant"]
     tensor: TensorSpec | None = None
     symbol: str | None = None
     value: Scalar = None

@@ -94,7 +94,8 @@ def compile_pieces(
         seconds=time.perf_counter() - began,
     )
     shelf.put(artifact)
-    return artifact, shelf.pieces, traced.constants
+    # Copies, as every later process has them: a change to the model's own must not show in one only.
+    return artifact, shelf.pieces, {name: tensor.clone() for name, tensor in traced.constants.items()}
 
 
 class _Shelf:

@@ -241,7 +241,7 @@ def _read_input_spec(value: object) -> InputSpec:
     return spec
 
 
-_leaf_kind = fields.one_of("tensor", "symbol", "constant")
+_leaf_kind = fields.one_of("tensor", "inout", "symbol", "constant")
 _binding_kind = fields.one_of("parameter", "buffer", "constant")
 
 
@@ -255,7 +255,7 @@ def _read_leaf(value: object) -> LeafSpec:
         value=record.take("value", _scalar),
     )
     record.done()
-    needed = {"tensor": leaf.tensor, "symbol": leaf.symbol}
+    needed = {"tensor": leaf.tensor, "inout": leaf.tensor, "symbol": leaf.symbol}
     if leaf.kind in needed and needed[leaf.kind] is None:
         raise FieldError(leaf.kind, f"missing where kind is {leaf.kind}")
     return leaf

@@ -10,6 +10,7 @@ import torch
 
 from stitchcache.errors import CaptureError
 from stitchcache.graph import symbols
+from stitchcache.graph.aliasing import written_placeholders
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.types import InputSpec, LeafSpec, SymbolSpec, TensorSpec
 
@@ -43,8 +44,9 @@ def input_spec(
         CaptureError: A leaf is neither a tensor nor a plain value.
     """
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    written = written_placeholders(program.graph_module)
     specs = tuple(
-        _leaf(nodes[name], path, leaf, names)
+        _leaf(nodes[name], path, leaf, names, name in written)
         for name, path, leaf in zip(user_inputs, paths, leaves, strict=True)
     )
     shape_env = symbols.shape_environment(program.graph)
@@ -78,10 +80,12 @@ def tensor_spec(value: torch.Tensor, names: SymbolNames, path: str = "") -> Tens
     )
 
 
-def _leaf(node: torch.fx.Node, path: str, leaf: Any, names: SymbolNames) -> LeafSpec:
+def _leaf(node: torch.fx.Node, path: str, leaf: Any, names: SymbolNames, written: bool) -> LeafSpec:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
-        return LeafSpec(path=path, kind="tensor", tensor=tensor_spec(value, names, path))
+        return LeafSpec(
+            path=path, kind="inout" if written else "tensor", tensor=tensor_spec(value, names, path)
+        )
     if isinstance(value, torch.SymInt):
         size = names.size(value)
         if isinstance(size, str):

@@ -46,6 +46,12 @@ def alias_hazards(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:
     return hazards
 
 
+def written_placeholders(gm: GraphModule) -> set[str]:
+    """Names of the placeholders whose memory a graph writes to."""
+    written = _written(gm.graph)
+    return {n.name for n in gm.graph.nodes if n.op == "placeholder" and _storage(n) in written}
+
+
 def _storage(node: Node) -> int | None:
     """Identity of a fake tensor's storage: fakes of views share it."""
     value = node.meta.get("val")

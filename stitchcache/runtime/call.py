@@ -15,7 +15,7 @@ from stitchcache.artifact.record import Artifact
 from stitchcache.errors import EntryFormatError, InputMismatchError
 from stitchcache.runtime.arrange import Arrangement
 from stitchcache.runtime.callcode import CallSource, output_expression, write_checks, write_inputs
-from stitchcache.runtime.mismatch import explain_mismatch
+from stitchcache.runtime.mismatch import explain_mismatch, share_memory
 from stitchcache.types import OutputSpec
 
 
@@ -66,6 +66,7 @@ def build_call(
         refuse=None,
         take_apart=layout.take_apart,
         same_strides=same_strides,
+        share_memory=share_memory,
         grad_enabled=torch.is_grad_enabled,
         autocast_enabled=torch.is_autocast_enabled,
         run_quietly=run_quietly,

@@ -115,6 +115,10 @@ def write_checks(source: CallSource, spec: InputSpec, leaves: list[str], dtypes:
         source.refuse_if(f"{actual} != {check_expression(expr, source.known, 'input_spec.leaves')}")
     for tensor, name in source.stride_checks:
         _stride_check(source, tensor, name)
+    written = [name for leaf, name in zip(spec.leaves, leaves, strict=True) if leaf.kind == "inout"]
+    if written:
+        tensors = [name for leaf, name in zip(spec.leaves, leaves, strict=True) if leaf.tensor is not None]
+        source.refuse_if(f"share_memory(({', '.join(written)},), ({', '.join(tensors)},))")
     for expr in spec.constraints:
         source.refuse_if(f"not {check_expression(expr, source.known, 'input_spec.constraints')}")
 
@@ -134,6 +138,10 @@ def _tensor_checks(
         f"not isinstance({name}, Tensor) or {name}.dtype is not {source.constant(dtypes[tensor.dtype])} "
         f"or {device} or {name}.dim() != {len(tensor.shape)}"
     )
+    if tensor.dtype.startswith("complex"):
+        source.refuse_if(f"{name}.is_conj() or {name}.is_neg()")
+    elif tensor.dtype.startswith(("float", "bfloat")):
+        source.refuse_if(f"{name}.is_neg()")
     if not tensor.shape:
         return
     sizes = [source.fresh() for _ in tensor.shape]

@@ -33,7 +33,18 @@ def explain_mismatch(spec: InputSpec, leaves: Sequence[Any]) -> InputMismatchErr
             error = _take(leaf.path, leaf.symbol, value, values, owner, symbols)
         if error is not None:
             return error
-    return _derived(spec, leaves, values) or _constraints(spec, values)
+    return _derived(spec, leaves, values) or _constraints(spec, values) or _sharing(spec, leaves)
+
+
+def share_memory(written: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether any tensor that is written into shares its memory with another argument.
+
+    Compiled code takes them for distinct: it may read one after it has written the other.
+    """
+    storages = [tensor.untyped_storage().data_ptr() for tensor in tensors]
+    return any(
+        storages.count(tensor.untyped_storage().data_ptr()) > 1 for tensor in written if tensor.numel()
+    )
 
 
 def mismatch(argument: str, expected: str, actual: str, advice: str = "") -> InputMismatchError:
@@ -76,6 +87,14 @@ def _metadata(path: str, tensor: TensorSpec, value: torch.Tensor) -> InputMismat
     if value.device.type != tensor.device:
         return mismatch(
             path, f"device {tensor.device}", value.device.type, f"Move it with .to({tensor.device!r})."
+        )
+    if value.is_conj() or value.is_neg():
+        lazy = "a conjugate" if value.is_conj() else "a negative"
+        return mismatch(
+            path,
+            "a tensor in memory",
+            f"{lazy} that is not worked out yet",
+            "Pass x.resolve_conj().resolve_neg().",
         )
     if value.dim() != len(tensor.shape):
         return mismatch(
@@ -178,6 +197,24 @@ def _constraints(spec: InputSpec, values: dict[str, int]) -> InputMismatchError 
         if names_in(expr) <= values.keys() and not evaluate(expr, values):
             sizes = ", ".join(f"{name}={values[name]}" for name in sorted(names_in(expr)))
             return mismatch("sizes", f"{expr}", sizes, "The capture relied on this relation between sizes.")
+    return None
+
+
+def _sharing(spec: InputSpec, leaves: Sequence[Any]) -> InputMismatchError | None:
+    tensors = [
+        (leaf, value) for leaf, value in zip(spec.leaves, leaves, strict=True) if leaf.tensor is not None
+    ]
+    for leaf, value in tensors:
+        others = [
+            other for other, tensor in tensors if other is not leaf and share_memory([value], [value, tensor])
+        ]
+        if leaf.kind == "inout" and others:
+            return mismatch(
+                leaf.path,
+                "memory of its own, because the model writes into it",
+                f"memory that {others[0].path} shares",
+                "Pass a clone.",
+            )
     return None
 
 

@@ -116,3 +116,34 @@ def test_the_call_shows_in_tracebacks(build):
         lines = "".join(traceback.format_exception(error))
     assert "<stitchcache call" in lines
     assert "refuse(args, kwargs)" in lines
+
+
+class Accumulate(torch.nn.Module):
+    def forward(self, total, x):
+        total.add_(x)
+        return x * total
+
+
+def test_an_argument_that_is_written_needs_memory_of_its_own(build):
+    compiled = build(Accumulate(), (torch.ones(3), torch.ones(3)))
+    total, x = torch.ones(3), torch.full((3,), 2.0)
+    assert compiled(total, x).tolist() == [6, 6, 6]
+    assert total.tolist() == [3, 3, 3]
+    with pytest.raises(errors.InputMismatchError, match=r"total: expected memory of its own.*x shares"):
+        compiled(x, x)
+    assert x.tolist() == [2, 2, 2]
+
+
+def test_arguments_that_are_only_read_may_be_one(build):
+    compiled = build(TwoSizes(), (torch.ones(4, 4), torch.ones(4, 4)))
+    same = torch.full((4, 4), 2.0)
+    assert compiled(same, same).tolist() == [16] * 4
+
+
+def test_a_lazy_negative_is_refused(build):
+    compiled = build(torch.nn.Linear(4, 4), (torch.randn(3, 4),))
+    lazy = torch.randn(3, 4, dtype=torch.complex64).conj().imag.contiguous()
+    negative = torch._neg_view(lazy.resolve_neg())
+    with pytest.raises(errors.InputMismatchError, match="input: expected a tensor in memory"):
+        compiled(negative)
+    assert compiled(negative.resolve_neg()).shape == (3, 4)
