@@ -34,6 +34,8 @@ _VERSIONED = (
     _PACKAGE + os.sep,
     "<frozen ",
 )
+# The demo's models are models like anybody's, and are edited like anybody's.
+_DEMO = os.path.join(_PACKAGE, "demo") + os.sep
 _STDLIB = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")})
 _SITE_NAMES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 
@@ -52,6 +54,8 @@ def in_stdlib(filename: str) -> bool:
 
 def stands_by_version(filename: str) -> bool:
     """Whether a version stands for this file, so that its bytes are not looked at."""
+    if filename.startswith(_DEMO):
+        return False
     return filename.startswith(_VERSIONED) or in_stdlib(filename)
 
 
@@ -72,6 +76,8 @@ def is_installed(filename: str) -> bool:
 def module_stands_by_version(name: str) -> bool:
     """The same for a module by name; a user's module that shadows one of the library's does not."""
     top = name.partition(".")[0]
+    if name.startswith("stitchcache.demo."):
+        return False
     if top in VERSIONED_PACKAGES:
         return True
     if top not in sys.stdlib_module_names:
