@@ -21,7 +21,7 @@ place = pathlib.Path(sys.argv[1])
 build = EagerBackend.build
 
 def slowly(self, *args, **kwargs):
-    time.sleep(2)
+    time.sleep(float(sys.argv[3]))
     return build(self, *args, **kwargs)
 
 EagerBackend.build = slowly
@@ -37,20 +37,22 @@ print(json.dumps({"hit": compiled.cache_hit, "equal": torch.equal(compiled(x), m
 """
 
 
+def begin(place: Path, number: int, seconds: float) -> subprocess.Popen[str]:
+    """A process that compiles when ``go`` is there, each piece in so many seconds."""
+    (place / "script.py").write_text(SCRIPT)
+    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, str(place / "script.py"), str(place), str(number), str(seconds)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def test_of_many_that_start_cold_together_one_compiles(tmp_path, full):
     count = 16 if full else 4
-    (tmp_path / "script.py").write_text(SCRIPT)
-    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "script.py"), str(tmp_path), str(number)],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(count)
-    ]
+    processes = [begin(tmp_path, number, 2) for number in range(count)]
     try:
         while len(list(tmp_path.glob("ready.*"))) < count:
             assert all(process.poll() is None for process in processes), processes[0].communicate()[1][-2000:]
@@ -75,3 +77,26 @@ def test_of_many_that_start_cold_together_one_compiles(tmp_path, full):
     assert sum(map(len, waits)) >= 1
     assert max(map(len, waits)) == 1
     assert not list((tmp_path / "cache" / "locks").iterdir())
+
+
+def test_a_process_that_is_killed_while_it_compiles_frees_the_lock(tmp_path):
+    """Whoever compiles has forked children, which have the lock's descriptor too."""
+    (tmp_path / "go").touch()
+    locks = tmp_path / "cache" / "locks"
+    first = begin(tmp_path, 0, 600)
+    second = None
+    try:
+        while not (locks.exists() and list(locks.iterdir())):
+            assert first.poll() is None, first.communicate()[1][-2000:]
+            time.sleep(0.05)
+        second = begin(tmp_path, 1, 0)
+        # Long enough for the second to stand at the lock, which it need not for the test to hold.
+        time.sleep(3)
+        first.kill()
+        out, err = second.communicate(timeout=120)
+    finally:
+        for process in (first, second):
+            if process is not None:
+                process.kill()
+                process.communicate()
+    assert json.loads(out.splitlines()[-1]) == {"hit": None, "equal": True}, err[-2000:]
