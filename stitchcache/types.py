@@ -6,8 +6,15 @@ expression over such names (``"2*s0 + 1"``); a static size is an int.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import dataclasses
+from dataclasses import field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
+
 
 Size = int | str
 Scalar = bool | int | float | str | None
@@ -17,7 +24,7 @@ BOUND = "bound"
 """Stitching code knows tensors of the model as ``bound.<qualified name>``."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclasses.dataclass(frozen=True, slots=True, order=True)
 class SizeRange:
     """Sizes of a dynamic dimension that get code of their own, both ends included.
 
@@ -45,7 +52,7 @@ class SizeRange:
         return str(self.min) if self.min == self.max else f"{self.min}..{self.max}"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Dim:
     """A size that may vary, for ``dynamic_shapes``; means what ``torch.export.Dim`` means.
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from stitchcache.backends import NAMES
 from stitchcache.errors import OptionError
 from stitchcache.types import SizeRange
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
+
 
 OnMiss = Literal["compile", "error"]
 _OWN_OPTIONS = {"stitchcache.jobs": int, "stitchcache.verify": bool}

@@ -7,13 +7,19 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stitchcache.errors import DuplicateTargetError, TargetError, TargetNotFoundError
 from stitchcache.types import SizeRange
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
+
 
 # What a model's constructor, or the reading of its weights, may raise.
 _BUILD_ERRORS = (

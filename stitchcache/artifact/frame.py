@@ -18,10 +18,16 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 from stitchcache.errors import EntryDamagedError, EntryFormatError, FutureFormatError
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
+
 
 MAGIC = b"STITCH\r\n"
 FORMAT_VERSION = 3

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from stitchcache.artifact.record import Artifact
 from stitchcache.types import BlobRef
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from stitchcache.types import BindingSpec, BlobRef, Factor, InputSpec, OutputSpec, PieceRef, SizeRange
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.fx.immutable_collections import immutable_dict, immutable_list
@@ -14,6 +14,12 @@ from stitchcache.codegen.literals import literal
 from stitchcache.codegen.liveness import value_mark
 from stitchcache.codegen.names import is_identifier
 from stitchcache.errors import CodegenError
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
+
 
 _MAX_DEPTH = 60  # Python's parser gives up at 200 nested brackets, and a call level can take three.
 

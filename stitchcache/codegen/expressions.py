@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass, field
-from typing import NoReturn
+from dataclasses import field
+from typing import TYPE_CHECKING, NoReturn
 
 from stitchcache.codegen.allowed import BUILTINS, Path
 from stitchcache.codegen.names import is_dunder
 from stitchcache.codegen.reach import NoSuchOpError, NotAllowedError, is_attribute, is_method, resolve
 from stitchcache.errors import EntryFormatError, LinkError
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
+
 
 _SUBMODS = "__vllm_submods__"
 _CONSTS = "__vllm_consts__"

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from stitchcache.codegen.allowed import BUILTINS, OPERATOR_METHODS
 from stitchcache.codegen.expressions import ExpressionGate, Names, dotted_path, refuse, resolve_op
 from stitchcache.errors import EntryFormatError
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
+
 
 _INLINED = re.compile(r"__vllm_inlined_submods__[0-9]+\Z")
 _SUBMODS = "__vllm_submods__"

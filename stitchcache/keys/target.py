@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +16,11 @@ from stitchcache.keys.module_tree import model_factors, readable
 from stitchcache.keys.torch_state import torch_state_factors, tracing_obstacle
 from stitchcache.keys.values import Shared, UnkeyableError
 from stitchcache.types import Factor, SizeRange
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

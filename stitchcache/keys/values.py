@@ -16,11 +16,17 @@ import logging
 import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from types import CodeType, FunctionType, MemberDescriptorType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stitchcache.keys.origins import installed_path, main_label, module_stands_by_version, stands_by_version
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
+
 
 MAX_DEPTH = 64
 _MANAGED_DICT = 1 << 4

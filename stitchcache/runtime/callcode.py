@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import TYPE_CHECKING, Any
 
 from stitchcache.errors import EntryFormatError
 from stitchcache.runtime.expressions import check_expression, evaluate, names_in
 from stitchcache.types import InputSpec, LeafSpec, OutputSpec, Size, TensorSpec
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
 
 
 @dataclass(slots=True)

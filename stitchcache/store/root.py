@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from stitchcache.errors import EntryDamagedError, StitchCacheError, StoreWriteError
 from stitchcache.store.failures import write_error
@@ -25,6 +25,12 @@ from stitchcache.store.files import (
 from stitchcache.store.layout import TAG_NAME, TAG_TEXT, Area
 from stitchcache.store.names import host_token, temporary_name
 from stitchcache.store.trust import distrust
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
+
 
 _TEN_YEARS = 10 * 365 * 86_400 * 1_000_000_000
 

@@ -17,12 +17,19 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import TYPE_CHECKING
 
 from stitchcache.store.files import close_quietly, opened, read_exactly, write_all
 from stitchcache.store.layout import Area
 from stitchcache.store.locks import same_file
 from stitchcache.store.root import Root
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
+
 
 _FOLD_AT = 64 << 10
 _LARGEST = 16 << 20
