@@ -12,13 +12,14 @@ import stitchcache
 
 ROOT = Path(stitchcache.__file__).parent
 # What each part may import; siblings do not import each other.
-BASE = {"errors", "types", "tree"}
+BASE = {"errors", "records", "types", "tree"}
 GROUND = BASE | {"graph", "codegen", "keys"}
 STORED = GROUND | {"artifact", "store", "cache"}
 ENGINE = STORED | {"backends"}
 ALLOWED = {
     "errors": set(),
-    "types": set(),
+    "records": set(),
+    "types": {"records"},
     "tree": {"errors", "types"},
     "graph": BASE,
     "codegen": BASE,
@@ -32,7 +33,7 @@ ALLOWED = {
     "plan": ENGINE,
     "api": ENGINE | {"capture", "runtime", "plan"},
 }
-TORCH_FREE = {"errors", "types", "store", "cache", "artifact"}
+TORCH_FREE = {"errors", "records", "types", "store", "cache", "artifact"}
 # Files that may use what torch does not promise; each says so at its top.
 PRIVATE = ("backends/", "tree.py", "graph/symbols.py", "keys/torch_private.py")
 PRIVATE_MODULES = ("torch._inductor", "torch._dynamo", "torch._functorch", "torch._C", "torch.utils._")
