@@ -55,6 +55,7 @@ def _families() -> list[tuple[type, Handler]]:
             (numpy.generic, tensors.put_numpy),
             (numpy.dtype, tensors.put_numpy_dtype),
         ]
+    families += plain.late_families()
     return [*families, *code.FAMILIES, *plain.FAMILIES, (object, _put_any)]
 
 

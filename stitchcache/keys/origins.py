@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sys
-import sysconfig
 from types import ModuleType
 
 import torch
@@ -36,7 +35,14 @@ _VERSIONED = (
 )
 # The demo's models are models like anybody's, and are edited like anybody's.
 _DEMO = os.path.join(_PACKAGE, "demo") + os.sep
-_STDLIB = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")})
+_VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
+# What sysconfig would say, without the milliseconds that asking it takes.
+_STDLIB = tuple(
+    {
+        os.path.dirname(os.__file__) + os.sep,
+        os.path.join(sys.base_exec_prefix, sys.platlibdir, _VERSION) + os.sep,
+    }
+)
 _SITE_NAMES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 
 VERSIONED_PACKAGES = frozenset(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import datetime
-import decimal
 import enum
 import logging
 import operator
@@ -12,9 +11,9 @@ import os
 import pathlib
 import random
 import re
+import sys
 import types
 import typing
-import uuid
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -218,16 +217,33 @@ HANDLERS: Mapping[type, Handler] = {
     operator.methodcaller: _put_reduced,
     **dict.fromkeys(
         (
-            decimal.Decimal,
             datetime.datetime,
             datetime.date,
             datetime.time,
             datetime.timedelta,
-            uuid.UUID,
         ),
         _put_text_form,
     ),
 }
+
+_LATE = (("decimal", "Decimal"), ("uuid", "UUID"))
+
+
+def late_families() -> list[tuple[type, Handler]]:
+    """Types of modules that are imported only where values of theirs exist."""
+    modules = ((sys.modules.get(module), name) for module, name in _LATE)
+    return [(kind, _put_exactly(kind)) for module, name in modules if (kind := getattr(module, name, None))]
+
+
+def _put_exactly(kind: type) -> Handler:
+    def put(encoder: Encoder, value: Any) -> None:
+        if type(value) is kind:
+            _put_text_form(encoder, value)
+        else:
+            encoder.put_object(value)
+
+    return put
+
 
 _TYPING = (
     types.GenericAlias,
