@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-PACKAGE = Path(__file__).parents[2]
+from cli_environment import environment
 
 
 class Outcome:
@@ -23,11 +22,6 @@ class Outcome:
         record = json.loads(self.out)
         assert record["schema"] == 1
         return record
-
-
-def environment(**extra: str) -> dict[str, str]:
-    path = os.pathsep.join(p for p in (str(PACKAGE), os.environ.get("PYTHONPATH", "")) if p)
-    return {**os.environ, "PYTHONPATH": path, **extra}
 
 
 @pytest.fixture(scope="session")

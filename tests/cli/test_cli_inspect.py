@@ -121,7 +121,7 @@ def test_debug_shows_where(root):
     import subprocess
     import sys
 
-    from conftest import environment
+    from cli_environment import environment
 
     done = subprocess.run(
         [sys.executable, "-m", "stitchcache", "inspect", "0123", "--cache", str(root)],

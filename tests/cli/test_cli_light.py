@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from cli_entries import key, put
-from conftest import environment
+from cli_environment import environment
 
 READING = [
     ["ls"],
