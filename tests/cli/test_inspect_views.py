@@ -18,7 +18,7 @@ def test_trees_are_those_of_torch():
     from stitchcache import tree
 
     Pair = namedtuple("Pair", "a b")
-    torch.utils._pytree._register_namedtuple(Pair, serialized_type_name="tests.Pair")
+    torch.utils._pytree._register_namedtuple(Pair, serialized_type_name="tests.views.Pair")
     cases = [
         (1, "*"),
         ((1,), "(*,)"),

@@ -33,7 +33,7 @@ class Pair:
     y: torch.Tensor
 
 
-torch.export.register_dataclass(Pair, serialized_type_name="tests.Pair")
+torch.export.register_dataclass(Pair, serialized_type_name="tests.semantics.Pair")
 
 
 def test_out_input(check):
