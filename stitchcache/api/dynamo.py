@@ -157,8 +157,8 @@ class _GraphRun:
         key = self._traced.graph_hash
         if self.request.miss_is_error:
             raise CacheMissError(
-                f"{self.request.label}: no entry for graph {key[:12]} in {self._cache.root}, and a miss is an "
-                "error here. Run the same torch.compile once where compiling is allowed.",
+                f"{self.request.label}: no entry for graph {key[:12]} in {self._cache.root}, and a miss is "
+                "an error here. Run the same torch.compile once where compiling is allowed.",
                 target=self.request.label,
                 reason="no entry for this graph",
             )
@@ -199,8 +199,8 @@ class _GraphRun:
         path = self._cache.blob_path(blob)
         if path is None:
             raise BackendError(
-                f"{self.request.label}: piece {blob.digest[:12]} is not in {self._cache.root} any more, so the "
-                "graph cannot be saved. Compile it again with a cache that can be written.",
+                f"{self.request.label}: piece {blob.digest[:12]} is not in {self._cache.root} any more, so "
+                "the graph cannot be saved. Compile it again with a cache that can be written.",
                 backend=self.request.backend,
             )
         return path.read_bytes()

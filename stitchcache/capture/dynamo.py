@@ -56,8 +56,8 @@ def capture_graph(gm: GraphModule, example_inputs: Sequence[Any]) -> Capture:
     devices = {value.device.type for value in example_inputs if isinstance(value, torch.Tensor)}
     # Traced below autocast, its casts become ops; that takes composite ops such as attention apart too.
     plain, lowered = _settle_modes(gm, any(map(torch.is_autocast_enabled, devices)))
-    mode, fakes = fake_inputs(example_inputs)
     try:
+        mode, fakes = fake_inputs(example_inputs)
         with mode, torch.inference_mode(False), torch.no_grad():
             traced = make_fx(plain, pre_dispatch=not lowered)(*fakes)
     except _TRACE_ERRORS as error:
