@@ -21,7 +21,7 @@ from stitchcache.api.request import Request, device_of, devices_of
 from stitchcache.api.trace import Traced, fact, trace
 from stitchcache.api.traced import environment_of
 from stitchcache.artifact.record import Artifact
-from stitchcache.backends.torch_compile import outside_tracing
+from stitchcache.backends.torch_compile import fix_own_floats, outside_tracing
 from stitchcache.cache import Cache
 from stitchcache.capture.dynamo import capture_graph, label_of
 from stitchcache.errors import (
@@ -71,6 +71,7 @@ def compile_graph(
     request, cache = _read_options(options or {}, mode)
     if not any(node.op in {"call_function", "call_method", "call_module"} for node in gm.graph.nodes):
         return gm.forward
+    fix_own_floats(gm)
     run = _GraphRun(gm, list(example_inputs), replace(request, label=request.label or label_of(gm)), cache)
     _warn_of_gradients(run.request.label, example_inputs)
     with outside_tracing():

@@ -1,6 +1,6 @@
 """What ``torch.compile`` hands to its backends, beyond the graph and the example inputs.
 
-Private API of torch (``torch._guards``, ``torch._dynamo.aot_compile_types``); tried with 2.11 and 2.13.
+Private API of torch (``torch._guards``, ``torch._dynamo``); tried with 2.11 and 2.13.
 Only ever imported where Dynamo is at work already.
 """
 
@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -22,7 +24,35 @@ except ImportError:  # torch without aot_compile
         """Stands in where torch cannot save compiled functions."""
 
 
-__all__ = ["SerializableCallable", "fake_inputs", "outside_tracing"]
+__all__ = ["SerializableCallable", "fake_inputs", "fix_own_floats", "outside_tracing"]
+
+
+def fix_own_floats(gm: torch.fx.GraphModule) -> None:
+    """Have Dynamo take a model's own numbers, such as the epsilon of a norm, for the constants that they are.
+
+    With ``dynamic=True`` it passes every float as an argument, and a piece that takes one cannot be compiled.
+    Inductor does the same to floats that it cannot turn into tensors. Floats among the caller's arguments are
+    left as they are.
+
+    Args:
+        gm: As a backend gets it.
+
+    Raises:
+        TensorifyScalarRestartAnalysis: Dynamo's sign to trace again; guards hold the values from then on.
+    """
+    found = False
+    for node in gm.graph.nodes:
+        memo = getattr(node.meta.get("example_value"), "item_memo", None)
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        if node.op != "placeholder" or not isinstance(memo, torch.SymFloat) or source is None:
+            continue
+        kind = source.guard_source() if callable(source.guard_source) else source.guard_source
+        name = str(memo.node._expr)
+        if "NN_MODULE" in str(kind) and not TensorifyState.should_specialize(name):
+            TensorifyState.specialize(name)
+            found = True
+    if found:
+        raise TensorifyScalarRestartAnalysis
 
 
 def fake_inputs(example_inputs: Sequence[Any]) -> tuple[Any, list[Any]]:

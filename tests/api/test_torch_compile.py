@@ -146,6 +146,38 @@ def test_pieces_are_shared_with_compile(tmp_path):
     assert {ref.key for key in keys(cache) for ref in cache.get(key).pieces} == before
 
 
+class Scaled(nn.Module):
+    """Has numbers of its own, and takes one."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(8, 8), 0.35
+
+    def forward(self, x, temperature):
+        return self.linear(x) * self.scale / temperature
+
+
+def test_floats_of_the_model_are_constants_and_those_of_calls_are_not(tmp_path):
+    cache, model, x = stitchcache.Cache(tmp_path), Scaled().eval(), torch.randn(3, 8)
+    options = {"cache": cache, "backend": "eager"}
+    fast = torch.compile(model, backend="stitchcache", dynamic=True, options=options)
+    with torch.no_grad():
+        for temperature in (0.5, 0.7, 0.9):
+            torch.testing.assert_close(fast(x, temperature), model(x, temperature))
+        assert len(keys(cache)) == 1
+        model.scale = 2.0
+        torch.testing.assert_close(fast(x, 0.5), model(x, 0.5))
+    assert len(keys(cache)) == 2
+
+
+def test_load_refuses_entries_of_dynamo(tmp_path):
+    cache, model = stitchcache.Cache(tmp_path), Small().eval()
+    with torch.no_grad():
+        compiled(cache, model)(torch.randn(3, 8))
+    with pytest.raises(errors.BindError, match=r"torch\.compile captured"):
+        stitchcache.load(keys(cache).pop(), model, cache=cache)
+
+
 def test_weights_are_seen_by_reference(tmp_path):
     model = Small().eval()
     fast = compiled(stitchcache.Cache(tmp_path), model)
