@@ -33,6 +33,7 @@ from stitchcache.errors import (
     UntrustedEntryError,
 )
 from stitchcache.graph.opnames import matches
+from stitchcache.graph.symbols import without_guards
 from stitchcache.runtime.graph import CompiledGraph, held_tensors
 from stitchcache.types import BlobRef, Factor
 
@@ -167,16 +168,17 @@ class _GraphRun:
             return self.by_graph() or self._cold()
 
     def _cold(self) -> CompiledGraph:
-        artifact, pieces, constants = compile_pieces(
-            self._traced,
-            self.request,
-            self._cache,
-            device=self._device,
-            devices=self._devices,
-            factors=_unique((*self._environment, *self._traced.factors)),
-            label=self.request.label,
-            tell=lambda _stage, _done, _total: None,
-        )
+        with without_guards(self._traced.capture.gm.graph):
+            artifact, pieces, constants = compile_pieces(
+                self._traced,
+                self.request,
+                self._cache,
+                device=self._device,
+                devices=self._devices,
+                factors=_unique((*self._environment, *self._traced.factors)),
+                label=self.request.label,
+                tell=lambda _stage, _done, _total: None,
+            )
         return self._finish(artifact, pieces, constants, hit=None)
 
     def _finish(

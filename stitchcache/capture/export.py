@@ -7,6 +7,7 @@ model's own side effects. Tried with torch 2.11 and 2.13.
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -208,7 +209,10 @@ def _output_spec(program: torch.export.ExportedProgram, user_inputs: Sequence[st
 
 def _capture_error(model: torch.nn.Module, error: BaseException) -> CaptureError:
     """Say in a few lines what torch says in a few hundred."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # Of a broken promise about sizes, the lines after the first say which, and what to promise instead.
+    about = [line for line in lines[1:] if line.startswith("- ") or re.fullmatch(r"\w+ = .*Dim.*", line)]
+    reason = " ".join([lines[0], *about[:4]])
     location = _user_line(error)
     where = f" at {location}" if location else ""
     return CaptureError(

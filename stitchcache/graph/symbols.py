@@ -10,6 +10,7 @@ writers but does not promise. Tried with torch 2.11 and 2.13.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from itertools import permutations
 from typing import Any
@@ -58,6 +59,14 @@ def value_of(node: torch.fx.Node) -> Any:
 def stride_of(value: torch.Tensor) -> tuple[Any, ...]:
     """Strides of a tensor; empty for layouts that have none."""
     return tuple(value.stride()) if value.layout == torch.strided else ()
+
+
+@contextlib.contextmanager
+def without_guards(graph: torch.fx.Graph) -> Iterator[None]:
+    """Let nobody add assumptions about a graph's sizes: the process that only loads would not make them."""
+    shape_env = shape_environment(graph)
+    with shape_env.suppress_guards() if shape_env is not None else contextlib.nullcontext():
+        yield
 
 
 # Expressions with more new symbols than this are rare, and a bad order can only cost a miss.
