@@ -1,0 +1,266 @@
+"""The targets and entries of a cache whose keys come nearest to some factors. Imports no torch.
+
+For explanations only: nothing that is found here is served. Files are read as they lie there, whoever may
+write them; nothing is counted as a use, moved or warned of, and what cannot be read is passed over.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import field
+from typing import TYPE_CHECKING, TypeVar
+
+from stitchcache.artifact.decode import decode_target, read_header
+from stitchcache.artifact.factors import Raw, factors_of, raw_entry_factors, raw_factors
+from stitchcache.errors import EntryFormatError
+from stitchcache.keys.differences import explain_differences
+from stitchcache.store.layout import Area, key_of
+from stitchcache.types import Factor, TargetRecord
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
+
+T = TypeVar("T")
+
+# What a huge store may cost: files whose times are looked at, files that are read, bytes of them.
+MOST_LISTED = 4096
+MOST_TARGETS = 256
+MOST_ENTRIES = 32
+MOST_BYTES = 8 << 20
+
+# An entry has these beside the factors of its target key.
+_OF_GRAPH = ("graph.",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NearestEntry:
+    """An entry, or the target that leads to it, beside some factors.
+
+    Args:
+        graph_hash: The entry.
+        target_key: The target key that leads to it; ``None`` where only the entry is known.
+        label: The model's class or the target's name.
+        created: Unix seconds.
+        refused: Why the target is not served without tracing; ``None`` where it is.
+        differences: Factor name to ``(value there, value here)``.
+    """
+
+    graph_hash: str
+    target_key: str | None
+    label: str
+    created: float
+    refused: str | None = None
+    differences: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTarget:
+    """A target file that was read.
+
+    Args:
+        key: The target key.
+        path: The file.
+        record: What it holds.
+    """
+
+    key: str
+    path: str
+    record: TargetRecord
+
+
+def nearest_entries(
+    roots: Sequence[str | os.PathLike[str]],
+    factors: Sequence[Factor],
+    *,
+    label: str = "",
+    most: int = 1,
+    partial: bool = False,
+    without: Collection[str] = (),
+) -> list[NearestEntry]:
+    """Find what comes nearest to some factors, among the newest files of a cache.
+
+    Args:
+        roots: The cache's root directories.
+        factors: Of the key that is to be explained.
+        label: The model's; entries with the same are preferred among those equally near.
+        most: How many to return.
+        partial: Compare only factors that are given: the key could not be computed to its end.
+        without: Target keys and graph hashes to leave out.
+
+    Returns:
+        Fewest differing factors first, then the same label, then the newest.
+    """
+    wanted = {factor.name: factor.digest for factor in factors}
+    found: list[tuple[int, bool, float, Raw, NearestEntry]] = []
+    seen: set[str] = set()
+
+    def consider(raw: Raw, entry: NearestEntry) -> None:
+        seen.add(entry.graph_hash)
+        if raw and entry.graph_hash not in without and entry.target_key not in without:
+            kept = _comparable(raw, wanted, partial)
+            distance = sum(kept.get(name, ("", ""))[1] != digest for name, digest in wanted.items())
+            distance += sum(name not in wanted for name in kept)
+            found.append((distance, entry.label != label, -entry.created, kept, entry))
+
+    budget = _Budget()
+    for target in _targets(roots, budget):
+        record = target.record
+        made = NearestEntry(
+            graph_hash=record.graph_hash,
+            target_key=target.key,
+            label=record.label,
+            created=record.created,
+            refused=record.refused,
+        )
+        raw = _tried(raw_factors, record.factors)
+        if raw:
+            consider(raw, made)
+    for raw, entry in _entries(roots, seen, budget):
+        consider(raw, entry)
+    found.sort(key=lambda item: item[:3])
+    return [_explained(entry, raw, factors) for *_, raw, entry in found[:most]]
+
+
+def targets_of(
+    roots: Sequence[str | os.PathLike[str]], wanted: Callable[[str, TargetRecord], bool]
+) -> list[StoredTarget]:
+    """All targets of a cache that are wanted, newest first; a key that several roots have comes once.
+
+    Args:
+        roots: The cache's root directories.
+        wanted: Asked with target key and record.
+    """
+    found: dict[str, StoredTarget] = {}
+    for _, path, key in _newest(roots, Area.TARGETS, None):
+        target = _target(key, path)
+        if target is not None and wanted(key, target.record):
+            found.setdefault(key, target)
+    return sorted(found.values(), key=lambda target: -target.record.created)
+
+
+def _comparable(raw: Raw, wanted: dict[str, str], partial: bool) -> Raw:
+    if partial:
+        return {name: pair for name, pair in raw.items() if name in wanted}
+    if any(name.startswith(_OF_GRAPH) for name in wanted):
+        return raw
+    return {name: pair for name, pair in raw.items() if not name.startswith(_OF_GRAPH)}
+
+
+def _explained(entry: NearestEntry, raw: Raw, factors: Sequence[Factor]) -> NearestEntry:
+    return NearestEntry(
+        graph_hash=entry.graph_hash,
+        target_key=entry.target_key,
+        label=entry.label,
+        created=entry.created,
+        refused=entry.refused,
+        differences=explain_differences(factors_of(raw), factors),
+    )
+
+
+class _Budget:
+    """Bytes that may still be read."""
+
+    def __init__(self) -> None:
+        self.left = MOST_BYTES
+
+    def allows(self, path: str) -> bool:
+        try:
+            self.left -= os.stat(path).st_size
+        except OSError:
+            return False
+        return self.left >= 0
+
+
+def _targets(roots: Sequence[str | os.PathLike[str]], budget: _Budget) -> Iterator[StoredTarget]:
+    known: set[str] = set()
+    for _, path, key in _newest(roots, Area.TARGETS, MOST_LISTED)[:MOST_TARGETS]:
+        if key not in known and budget.allows(path):
+            target = _target(key, path)
+            if target is not None:
+                known.add(key)
+                yield target
+
+
+def _target(key: str, path: str) -> StoredTarget | None:
+    return _tried(_read_target, key, path)
+
+
+def _read_target(key: str, path: str) -> StoredTarget:
+    with open(path, "rb") as file:
+        return StoredTarget(key=key, path=path, record=decode_target(file.read(), key, path=path))
+
+
+def _entries(
+    roots: Sequence[str | os.PathLike[str]], known: Collection[str], budget: _Budget
+) -> Iterator[tuple[Raw, NearestEntry]]:
+    """Entries that no target with factors leads to: made through the engine API, or keyless, or old."""
+    done = 0
+    for _, path, key in _newest(roots, Area.ENTRIES, MOST_LISTED):
+        if done == MOST_ENTRIES:
+            return
+        if key in known or not budget.allows(path):
+            continue
+        done += 1
+
+        found = _tried(_read_entry, key, path)
+        if found is not None:
+            yield found
+
+
+def _read_entry(key: str, path: str) -> tuple[Raw, NearestEntry]:
+    with open(path, "rb") as file:
+        raw = raw_entry_factors(file.read(), path=path)
+    header = read_header(path)
+    return raw, NearestEntry(graph_hash=key, target_key=None, label=header.label, created=header.created)
+
+
+def _newest(
+    roots: Sequence[str | os.PathLike[str]], area: Area, most: int | None
+) -> list[tuple[float, str, str]]:
+    """Time of the last noted use, path and key of an area's files, newest first.
+
+    Args:
+        roots: The cache's root directories.
+        area: Targets or entries.
+        most: How many files to look at, beginning with the directories that changed last; ``None`` is all.
+    """
+    shards: list[tuple[float, str]] = []
+    for root in roots:
+        listed = _listed(os.path.join(root, area))
+        shards += [(_tried(_time, shard) or 0.0, shard.path) for shard in listed if len(shard.name) == 2]
+    found: list[tuple[float, str, str]] = []
+    for _, directory in sorted(shards, reverse=True):
+        if most is not None and len(found) >= most:
+            break
+        for item in _listed(directory):
+            key = key_of(area, item.name)
+            if key is not None:
+                used = _tried(_time, item)
+                if used is not None:
+                    found.append((used, item.path, key))
+    found.sort(reverse=True)
+    return found
+
+
+def _time(entry: os.DirEntry[str]) -> float:
+    return entry.stat().st_mtime
+
+
+def _tried(read: Callable[..., T], *args: object) -> T | None:
+    """What a file holds; ``None`` where it is gone, damaged or not to be read."""
+    try:
+        return read(*args)
+    except (EntryFormatError, OSError):
+        return None
+
+
+def _listed(path: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as listing:
+            return list(listing)
+    except OSError:
+        # Missing, or not to be seen: nothing here can be near.
+        return []
