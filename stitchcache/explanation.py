@@ -33,7 +33,8 @@ class Explanation:
         target_key: 64 hex digits; ``None`` where no key stands for this target, or none was asked for.
         graph_hash: The entry.
         factors: What the target key is made of, as far as it got.
-        changed: Each source file that is not what was captured: path to ``(old digest, new digest)``.
+        changed: Each source file that is not what was captured for this target key, or for the nearest: path
+            to ``(old digest, new digest)``.
         nearest: The entry whose key came nearest when the target's was not found, with the factors that
             differ; ``None`` where it was found, or nothing was there.
         seconds: By stage.

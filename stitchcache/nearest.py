@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from stitchcache.artifact.decode import decode_target, read_header
@@ -46,6 +46,7 @@ class NearestEntry:
         created: Unix seconds.
         refused: Why the target is not served without tracing; ``None`` where it is.
         differences: Factor name to ``(value there, value here)``.
+        record: What the target key leads to; ``None`` where only the entry is known.
     """
 
     graph_hash: str
@@ -54,6 +55,7 @@ class NearestEntry:
     created: float
     refused: str | None = None
     differences: dict[str, tuple[str, str]] = field(default_factory=dict)
+    record: TargetRecord | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +116,7 @@ def nearest_entries(
             label=record.label,
             created=record.created,
             refused=record.refused,
+            record=record,
         )
         raw = _tried(raw_factors, record.factors)
         if raw:
@@ -124,20 +127,23 @@ def nearest_entries(
     return [_explained(entry, raw, factors) for *_, raw, entry in found[:most]]
 
 
-def targets_of(
-    roots: Sequence[str | os.PathLike[str]], wanted: Callable[[str, TargetRecord], bool]
+def stored_targets(
+    roots: Sequence[str | os.PathLike[str]], *, prefix: str = "", graph_hash: str | None = None
 ) -> list[StoredTarget]:
-    """All targets of a cache that are wanted, newest first; a key that several roots have comes once.
+    """All targets of a cache that begin so and lead there, newest first; one of several roots comes once.
 
     Args:
         roots: The cache's root directories.
-        wanted: Asked with target key and record.
+        prefix: First digits of the target key.
+        graph_hash: The entry that they lead to; ``None`` is any.
     """
     found: dict[str, StoredTarget] = {}
-    for _, path, key in _newest(roots, Area.TARGETS, None):
-        target = _target(key, path)
-        if target is not None and wanted(key, target.record):
-            found.setdefault(key, target)
+    for root in roots:
+        for _, path, key in _newest([root], Area.TARGETS, None):
+            if key.startswith(prefix) and key not in found:
+                target = _target(key, path)
+                if target is not None and graph_hash in (None, target.record.graph_hash):
+                    found[key] = target
     return sorted(found.values(), key=lambda target: -target.record.created)
 
 
@@ -150,14 +156,7 @@ def _comparable(raw: Raw, wanted: dict[str, str], partial: bool) -> Raw:
 
 
 def _explained(entry: NearestEntry, raw: Raw, factors: Sequence[Factor]) -> NearestEntry:
-    return NearestEntry(
-        graph_hash=entry.graph_hash,
-        target_key=entry.target_key,
-        label=entry.label,
-        created=entry.created,
-        refused=entry.refused,
-        differences=explain_differences(factors_of(raw), factors),
-    )
+    return replace(entry, differences=explain_differences(factors_of(raw), factors))
 
 
 class _Budget:

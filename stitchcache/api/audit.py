@@ -41,8 +41,8 @@ def _stale(run: Run, artifact: Artifact, traced: Traced) -> StaleEntryError:
     differs = differences_text(differences, len(differences)) or "what pieces depend on beside the graph"
     key = run.target.key or ""
     return StaleEntryError(
-        f"{run.label}: target key {key[:12]} led to entry {artifact.graph_hash[:12]}, and the model's graph is "
-        f"{traced.graph_hash[:12]}. Nothing is served. They differ in {differs}. The model depends on "
+        f"{run.label}: target key {key[:12]} led to entry {artifact.graph_hash[:12]}, and the model's graph "
+        f"is {traced.graph_hash[:12]}. Nothing is served. They differ in {differs}. The model depends on "
         "something that no key sees (see 'What is not seen' in docs/keys.md): name it in key_factors. Until "
         f"then remove {keyed_path(str(run.cache.root), Area.TARGETS, key)}.",
         expected=artifact.graph_hash,

@@ -31,8 +31,19 @@ def miss_facts(run: Run) -> MissFacts:
     found = nearest_entries(
         run.cache.roots, run.target.factors, label=run.label, partial=run.target.key is None
     )
-    nearest = found[0] if found else None
-    return MissFacts(nearest=nearest, hint=_hint(nearest) if nearest is not None else "")
+    if not found:
+        return MissFacts()
+    return MissFacts(changed=changed_beside(found[0]), nearest=found[0], hint=_hint(found[0]))
+
+
+def changed_beside(nearest: NearestEntry) -> dict[str, tuple[str, str]]:
+    """Source files that are not what the nearest entry was captured from; none where it is another model's.
+
+    The code of a model's classes is a factor of its key, so an edit of them shows as a factor that differs.
+    """
+    if nearest.record is None or "model.class" in nearest.differences:
+        return {}
+    return changed_sources(nearest.record)
 
 
 def _hint(nearest: NearestEntry) -> str:
@@ -100,8 +111,8 @@ def miss_error(run: Run, traced: Traced) -> CacheMissError:
     if facts.nearest is not None and differences:
         near = f"{facts.nearest.label or 'entry'} {facts.nearest.graph_hash[:12]}"
         detail = f" From the nearest, {near}, it differs in {differences_text(differences, _FEW)}."
-    elif facts.changed:
-        detail = f" Changed: {_changed_text(facts.changed)}."
+    if facts.changed:
+        detail += f" Changed: {_changed_text(facts.changed)}."
     return CacheMissError(
         f"{run.label}: not in the cache at {run.cache.root} ({run.reason}; no entry for graph "
         f"{traced.graph_hash[:12]} either), and a miss is an error here.{detail} "
