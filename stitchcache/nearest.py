@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import field, replace
+from dataclasses import field
 from typing import TYPE_CHECKING, TypeVar
 
 from stitchcache.artifact.decode import decode_target, read_header
-from stitchcache.artifact.factors import Raw, factors_of, raw_entry_factors, raw_factors
+from stitchcache.artifact.factors import Raw, factors_of, raw_entry_factors, raw_target
 from stitchcache.errors import EntryFormatError
 from stitchcache.keys.differences import explain_differences
 from stitchcache.store.layout import Area, key_of
@@ -33,6 +33,7 @@ MOST_BYTES = 8 << 20
 
 # An entry has these beside the factors of its target key.
 _OF_GRAPH = ("graph.",)
+_NONE = ("", "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,35 +97,23 @@ def nearest_entries(
         Fewest differing factors first, then the same label, then the newest.
     """
     wanted = {factor.name: factor.digest for factor in factors}
-    found: list[tuple[int, bool, float, Raw, NearestEntry]] = []
-    seen: set[str] = set()
-
-    def consider(raw: Raw, entry: NearestEntry) -> None:
-        seen.add(entry.graph_hash)
-        if raw and entry.graph_hash not in without and entry.target_key not in without:
-            kept = _comparable(raw, wanted, partial)
-            distance = sum(kept.get(name, ("", ""))[1] != digest for name, digest in wanted.items())
-            distance += sum(name not in wanted for name in kept)
-            found.append((distance, entry.label != label, -entry.created, kept, entry))
-
+    found: list[tuple[int, bool, float, _Seen]] = []
     budget = _Budget()
-    for target in _targets(roots, budget):
-        record = target.record
-        made = NearestEntry(
-            graph_hash=record.graph_hash,
-            target_key=target.key,
-            label=record.label,
-            created=record.created,
-            refused=record.refused,
-            record=record,
-        )
-        raw = _tried(raw_factors, record.factors)
-        if raw:
-            consider(raw, made)
-    for raw, entry in _entries(roots, seen, budget):
-        consider(raw, entry)
-    found.sort(key=lambda item: item[:3])
-    return [_explained(entry, raw, factors) for *_, raw, entry in found[:most]]
+    led_to: set[str] = set()
+    met: set[str] = set()
+    for item in _seen(roots, budget, led_to):
+        name = item.target_key or item.graph_hash
+        if not item.factors or name in met:
+            continue
+        met.add(name)
+        led_to.add(item.graph_hash)
+        if item.graph_hash not in without and item.target_key not in without:
+            item.factors = _comparable(item.factors, wanted, partial)
+            distance = sum(item.factors.get(name, _NONE)[1] != digest for name, digest in wanted.items())
+            distance += sum(name not in wanted for name in item.factors)
+            found.append((distance, item.label != label, -item.created, item))
+    found.sort(key=lambda ranked: ranked[:3])
+    return [entry for *_, item in found[:most] if (entry := _explained(item, factors)) is not None]
 
 
 def stored_targets(
@@ -155,8 +144,31 @@ def _comparable(raw: Raw, wanted: dict[str, str], partial: bool) -> Raw:
     return {name: pair for name, pair in raw.items() if not name.startswith(_OF_GRAPH)}
 
 
-def _explained(entry: NearestEntry, raw: Raw, factors: Sequence[Factor]) -> NearestEntry:
-    return replace(entry, differences=explain_differences(factors_of(raw), factors))
+def _explained(item: _Seen, factors: Sequence[Factor]) -> NearestEntry | None:
+    target = None
+    if item.target_key is not None:
+        target = _target(item.target_key, item.path)
+        if target is None:
+            return None
+    return NearestEntry(
+        graph_hash=item.graph_hash,
+        target_key=item.target_key,
+        label=item.label,
+        created=item.created,
+        refused=None if target is None else target.record.refused,
+        differences=explain_differences(factors_of(item.factors), factors),
+        record=None if target is None else target.record,
+    )
+
+
+@dataclass()
+class _Seen:
+    graph_hash: str
+    target_key: str | None
+    label: str
+    created: float
+    factors: Raw
+    path: str
 
 
 class _Budget:
@@ -173,47 +185,43 @@ class _Budget:
         return self.left >= 0
 
 
-def _targets(roots: Sequence[str | os.PathLike[str]], budget: _Budget) -> Iterator[StoredTarget]:
-    known: set[str] = set()
+def _seen(
+    roots: Sequence[str | os.PathLike[str]], budget: _Budget, led_to: Collection[str]
+) -> Iterator[_Seen]:
+    """Targets, and then entries that none of these leads to: keyless, old, or made through the engine API."""
     for _, path, key in _newest(roots, Area.TARGETS, MOST_LISTED)[:MOST_TARGETS]:
-        if key not in known and budget.allows(path):
-            target = _target(key, path)
-            if target is not None:
-                known.add(key)
-                yield target
+        item = _tried(_read_target, key, path) if budget.allows(path) else None
+        if item is not None:
+            yield item
+    left = MOST_ENTRIES
+    for _, path, key in _newest(roots, Area.ENTRIES, MOST_LISTED):
+        if left and key not in led_to and budget.allows(path):
+            left -= 1
+            item = _tried(_read_entry, key, path)
+            if item is not None:
+                yield item
+
+
+def _read_target(key: str, path: str) -> _Seen:
+    with open(path, "rb") as file:
+        graph_hash, label, created, factors = raw_target(file.read(), path=path)
+    return _Seen(graph_hash, key, label, created, factors, path)
+
+
+def _read_entry(key: str, path: str) -> _Seen:
+    with open(path, "rb") as file:
+        factors = raw_entry_factors(file.read(), path=path)
+    header = read_header(path)
+    return _Seen(key, None, header.label, header.created, factors, path)
 
 
 def _target(key: str, path: str) -> StoredTarget | None:
-    return _tried(_read_target, key, path)
+    return _tried(_read_stored, key, path)
 
 
-def _read_target(key: str, path: str) -> StoredTarget:
+def _read_stored(key: str, path: str) -> StoredTarget:
     with open(path, "rb") as file:
         return StoredTarget(key=key, path=path, record=decode_target(file.read(), key, path=path))
-
-
-def _entries(
-    roots: Sequence[str | os.PathLike[str]], known: Collection[str], budget: _Budget
-) -> Iterator[tuple[Raw, NearestEntry]]:
-    """Entries that no target with factors leads to: made through the engine API, or keyless, or old."""
-    done = 0
-    for _, path, key in _newest(roots, Area.ENTRIES, MOST_LISTED):
-        if done == MOST_ENTRIES:
-            return
-        if key in known or not budget.allows(path):
-            continue
-        done += 1
-
-        found = _tried(_read_entry, key, path)
-        if found is not None:
-            yield found
-
-
-def _read_entry(key: str, path: str) -> tuple[Raw, NearestEntry]:
-    with open(path, "rb") as file:
-        raw = raw_entry_factors(file.read(), path=path)
-    header = read_header(path)
-    return raw, NearestEntry(graph_hash=key, target_key=None, label=header.label, created=header.created)
 
 
 def _newest(

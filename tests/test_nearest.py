@@ -100,6 +100,13 @@ def test_entries_without_targets_are_found_too(cache):
     assert found[0].differences == {"b": ("1", "2")}, "what only a trace knows is no difference of keys"
 
 
+def test_the_entry_of_a_target_without_factors_is_found_itself(cache):
+    graph = add(cache, "old")
+    cache.put(dataclasses.replace(entry("x", a=1), graph_hash=graph))
+    (found,) = nearest_entries(cache.roots, factors(a=2))
+    assert (found.graph_hash, found.target_key, found.record) == (graph, None, None)
+
+
 def test_a_refused_target_says_so(cache):
     add(cache, "t", a=1, refused="it reads a clock")
     assert nearest_entries(cache.roots, factors(a=1))[0].refused == "it reads a clock"

@@ -44,12 +44,28 @@ def raw_factors(data: bytes, *, path: str = "") -> Raw:
         return {}
     found: dict[str, tuple[str, str]] = {}
     rows = unpack(data, path=path, field="factors")
-    for row in rows if type(rows) is list else [None]:
-        if type(row) is not list or len(row) != 3 or not all(type(part) is str for part in row):
-            raise malformed(path, "factors", "not an array of name, value and digest")
-        name, value, digest = row
-        found[name] = value, digest
+    try:
+        for name, value, digest in rows:
+            if not (type(name) is type(value) is type(digest) is str):
+                raise TypeError(name)
+            found[name] = value, digest
+    except (TypeError, ValueError) as error:
+        raise malformed(path, "factors", "not an array of name, value and digest") from error
     return found
+
+
+def raw_target(data: bytes, *, path: str = "") -> tuple[str, str, float, Raw]:
+    """Graph hash, label, time and factors in a target file; the rest of it is not looked at.
+
+    Raises:
+        EntryFormatError: It is damaged or has none of these.
+    """
+    payload = unpack(open_frame(data, Kind.TARGET, path=path).payload, path=path, field="payload")
+    try:
+        facts = str(payload["graph_hash"]), str(payload["label"]), float(payload["created"])
+        return *facts, raw_factors(payload.get("factors", b""), path=path)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise malformed(path, "payload", "not that of a target") from error
 
 
 def raw_entry_factors(data: bytes, *, path: str = "") -> Raw:
