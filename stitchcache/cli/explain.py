@@ -11,6 +11,7 @@ from stitchcache.cli.layout import Column
 from stitchcache.cli.options import cache_option, finding, json_option, open_cache
 from stitchcache.cli.output import print_heading, print_json, print_pairs, print_table
 from stitchcache.cli.words import age_text, count_text, moment_text, printable, seconds_text
+from stitchcache.errors import StitchCacheError
 
 if TYPE_CHECKING:
     from stitchcache.api.explain import TargetReport, TraceReport
@@ -67,15 +68,28 @@ def _explain_targets(what: str, trace: bool, factors: bool, as_json: bool, root:
 
     # Read-only: what is looked at stays as it is, damaged files included.
     cache = Cache(root, read_only=True)
-    reports = [explain_target(target, cache, trace=trace) for target in find_targets(what)]
+    reports: list[TargetReport] = []
+    failed: dict[str, StitchCacheError] = {}
+    for target in find_targets(what):
+        try:
+            reports.append(explain_target(target, cache, trace=trace))
+        except StitchCacheError as error:
+            # Like one that cannot be prewarmed, it does not stop the others.
+            failed[target.name] = error
     if as_json:
-        print_json({"root": str(cache.root), "targets": [_target_record(report) for report in reports]})
+        errors = [
+            {"name": name, "type": type(why).__name__, "message": why.message} for name, why in failed.items()
+        ]
+        targets = [_target_record(report) for report in reports]
+        print_json({"root": str(cache.root), "targets": targets, "failed": errors})
     else:
         for index, report in enumerate(reports):
             if index:
                 click.echo("")
             _print_target(report, factors, str(cache.root))
-    if any(report.verdict != "direct" for report in reports):
+        for name, why in failed.items():
+            click.echo(f"{printable(name)}: {printable(why.message)}", err=True)
+    if failed or any(report.verdict != "direct" for report in reports):
         finding()
 
 

@@ -20,8 +20,9 @@ def made(model):
 served = stitchcache.Target("served", made(layers.Scaled(2.0)), backend="eager")
 clocked = stitchcache.Target("clocked", made(layers.Clocked()), backend="eager")
 other = stitchcache.Target("other", made(layers.Scaled(5.0)), backend="eager")
+broken = stitchcache.Target("broken", lambda: 1 / 0, backend="eager")
 known = [served, clocked]
-every = [served, clocked, other]
+every = [served, clocked, broken, other]
 """
 LAYERS = """
 import time, torch
@@ -72,6 +73,8 @@ def test_every_verdict_and_an_edited_source(run_cli, project, tmp_path):
     first = run_cli(*words, cwd=tmp_path)
     assert first.status == 1
     served, clocked, other = first.json["targets"]
+    (broken,) = first.json["failed"]
+    assert (broken["name"], broken["type"]) == ("broken", "TargetError")
     assert (served["verdict"], served["reason"], served["trace"]) == ("direct", "", None)
     assert clocked["verdict"] == "off"
     assert "time.time" in clocked["reason"]
@@ -92,6 +95,7 @@ def test_every_verdict_and_an_edited_source(run_cli, project, tmp_path):
     new = hashlib.sha256(file.read_bytes()).hexdigest()
     second = run_cli(*words[:-1], "--trace", cwd=tmp_path)
     assert second.status == 1
+    assert "build() failed: ZeroDivisionError" in second.err
     lines = [" ".join(line.split()) for line in second.out.splitlines()]
     assert "reason no entry for this target" in lines
     assert any(line.startswith("model.code.layers Scaled [") for line in lines)
