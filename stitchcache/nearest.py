@@ -31,8 +31,8 @@ MOST_TARGETS = 256
 MOST_ENTRIES = 32
 MOST_BYTES = 8 << 20
 
-# An entry has these beside the factors of its target key.
-_OF_GRAPH = ("graph.",)
+# An entry has these beside, or instead of, the factors of a target key.
+_OF_ENTRIES = ("graph.", "request.")
 _NONE = ("", "")
 
 
@@ -139,9 +139,8 @@ def stored_targets(
 def _comparable(raw: Raw, wanted: dict[str, str], partial: bool) -> Raw:
     if partial:
         return {name: pair for name, pair in raw.items() if name in wanted}
-    if any(name.startswith(_OF_GRAPH) for name in wanted):
-        return raw
-    return {name: pair for name, pair in raw.items() if not name.startswith(_OF_GRAPH)}
+    unasked = tuple(kind for kind in _OF_ENTRIES if not any(name.startswith(kind) for name in wanted))
+    return {name: pair for name, pair in raw.items() if not name.startswith(unasked)}
 
 
 def _explained(item: _Seen, factors: Sequence[Factor]) -> NearestEntry | None:
