@@ -65,6 +65,14 @@ def load(
 
 def _check_kind(model: torch.nn.Module, stored: dict[str, tuple[str, str]], graph_hash: str) -> None:
     """Class, tree and attributes decide what a graph computes; they must be those of the capture."""
+    if "graph.capture" in stored:
+        raise BindError(
+            f"entry {graph_hash[:12]} is of a graph that torch.compile captured, whose arguments only Dynamo "
+            'knows. Run torch.compile(model, backend="stitchcache") again; it will hit.',
+            name="graph.capture",
+            expected="an entry of stitchcache.compile",
+            actual=stored["graph.capture"][1],
+        )
     for factor in model_factors(model).factors:
         if factor.name in stored and stored[factor.name][0] != factor.digest:
             raise BindError(

@@ -51,6 +51,8 @@ def trace(
     variants: Sequence[tuple[SizeRange | None, Capture]],
     request: Request,
     environment: Sequence[Factor],
+    *,
+    entry_only: Sequence[Factor] = (),
 ) -> Traced:
     """Plan the compilation of a captured model.
 
@@ -61,6 +63,7 @@ def trace(
         request: Options.
         environment: Factors of the machine, torch's state and the options: all that compiled pieces
             depend on beside their graph.
+        entry_only: Further factors that distinguish entries, but not the pieces in them.
 
     Raises:
         SplitError: The graph cannot be split as asked.
@@ -69,7 +72,7 @@ def trace(
     bindings = _bindings(model, [variant for _, variant in variants], [planned for _, planned in plans])
     tensors = {item.name: item.tensor for item in captured.bound if item.kind == "constant"}
     carried = {b.name: tensors[b.name] for b in bindings if b.kind == "constant"}
-    facts = _facts(captured, plans, bindings, carried)
+    facts = (*_facts(captured, plans, bindings, carried), *entry_only)
     builds = tuple((planned, own) for (_, planned), (_, own) in zip(plans, variants, strict=True))
     return Traced(captured, plans, builds, _entry_hash(plans, facts, environment), facts, bindings, carried)
 

@@ -14,6 +14,7 @@ import torch
 from stitchcache.api.cold import compile_pieces
 from stitchcache.api.miss import miss_error, miss_facts
 from stitchcache.api.ranges import capture_ranges, settle_ranges
+from stitchcache.api.request import Request
 from stitchcache.api.run import Run
 from stitchcache.api.trace import Traced, fact, trace
 from stitchcache.artifact.factors import pack_factors
@@ -67,7 +68,7 @@ def trace_run(run: Run) -> tuple[Traced, SourceRecorder]:
         SplittingOpNotFoundError: A splitting op is not in the graph.
     """
     run.tell("capture")
-    environment = _environment(run)
+    environment = environment_of(run.request, run.devices, run.label)
     run.timed("import", _import_exporter)
     request = run.request
     # Calls run in neither mode, whatever the caller's: the capture must not depend on them.
@@ -147,18 +148,23 @@ def _store(run: Run, write: Callable[[], Any]) -> None:
         log.warning("%s: the way to its entry is not stored: %s", run.label, error)
 
 
-def _environment(run: Run) -> tuple[Factor, ...]:
-    """All that compiled pieces depend on beside their graph."""
-    request = run.request
+def environment_of(request: Request, devices: Sequence[str], label: str) -> tuple[Factor, ...]:
+    """All that compiled pieces depend on beside their graph.
+
+    Args:
+        request: Options.
+        devices: Device types in use.
+        label: What to call the model in a warning.
+    """
     try:
         state = torch_state_factors()
     except UnkeyableError as error:
         # Nothing may be found under this state, and nothing that it leaves may be found again.
-        log.warning("%s: %s: nothing is taken from the cache", run.label, error)
+        log.warning("%s: %s: nothing is taken from the cache", label, error)
         state = (fact("torch.unkeyable", str(error), uuid.uuid4().hex),)
     options, caller = sorted(request.backend_options.items()), sorted(request.key_factors.items())
     return (
-        *environment_factors(request.backend, run.devices),
+        *environment_factors(request.backend, devices),
         *state,
         fact("request.backend", request.backend, request.backend),
         fact("request.options", f"{len(options)} set", repr(options)),

@@ -31,6 +31,11 @@ def expression(value: Any) -> Any:
     return sympy.sympify(value)
 
 
+def hint(value: Any) -> Any:
+    """The example's value of a symbolic one, without a guard that it stays so; anything else as it is."""
+    return value.node.hint if isinstance(value, SYMBOLIC) else value
+
+
 def shape_environment(graph: torch.fx.Graph) -> Any | None:
     """The ``ShapeEnv`` that a graph's symbolic sizes live in; ``None`` if all sizes are static."""
     for node in graph.nodes:

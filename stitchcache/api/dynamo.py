@@ -1,0 +1,211 @@
+"""The backend of ``torch.compile(model, backend="stitchcache")``.
+
+Dynamo traces in every process; pieces and stitching code come from the cache, by the graph's hash. One call
+of the backend is one graph: a model with graph breaks, or with sizes that Dynamo captures apart, has several.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from stitchcache.api.cold import compile_pieces
+from stitchcache.api.open import open_artifact
+from stitchcache.api.request import Request, device_of, devices_of
+from stitchcache.api.trace import Traced, fact, trace
+from stitchcache.api.traced import environment_of
+from stitchcache.artifact.record import Artifact
+from stitchcache.backends.torch_compile import fix_own_floats, outside_tracing
+from stitchcache.cache import Cache
+from stitchcache.capture.dynamo import capture_graph, label_of
+from stitchcache.errors import (
+    BackendError,
+    CacheMissError,
+    EntryFormatError,
+    LinkError,
+    OptionError,
+    UntrustedEntryError,
+)
+from stitchcache.graph.opnames import matches
+from stitchcache.runtime.graph import CompiledGraph, held_tensors
+from stitchcache.types import BlobRef, Factor
+
+log = logging.getLogger("stitchcache")
+
+# Options of ours that torch.compile(options=...) may carry beside Inductor's.
+_REQUEST = ("splitting_ops", "backend", "on_miss", "key_factors")
+
+
+def compile_graph(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> CompiledGraph | Any:
+    """Compile one of Dynamo's graphs, or load what an earlier process compiled.
+
+    Args:
+        gm: The graph.
+        example_inputs: One a placeholder: parameters, buffers, arguments, sizes.
+        options: ``torch.compile``'s. ``splitting_ops``, ``backend``, ``cache`` (a directory or a
+            :class:`~stitchcache.Cache`), ``on_miss``, ``key_factors`` and ``stitchcache.*`` mean what they
+            mean to :func:`stitchcache.compile`; the rest is for Inductor.
+        mode: ``torch.compile``'s; there are no modes here.
+
+    Returns:
+        What Dynamo calls instead of the graph. It runs without autograd.
+
+    Raises:
+        OptionError: An option makes no sense.
+        CaptureError: The graph cannot be traced.
+        BackendError: A piece cannot be compiled, or is wrong.
+        CacheMissError: A miss, and ``on_miss="error"`` or ``STITCHCACHE_REQUIRE=1``.
+    """
+    request, cache = _read_options(options or {}, mode)
+    if not any(node.op in {"call_function", "call_method", "call_module"} for node in gm.graph.nodes):
+        return gm.forward
+    fix_own_floats(gm)
+    run = _GraphRun(gm, list(example_inputs), replace(request, label=request.label or label_of(gm)), cache)
+    _warn_of_gradients(run.request.label, example_inputs)
+    with outside_tracing():
+        return run.by_graph() or run.compiled()
+
+
+def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Request, Cache]:
+    if mode not in (None, "default"):
+        raise OptionError(
+            f"mode={mode!r}: backend='stitchcache' has no modes. Leave it out, or give Inductor's options.",
+            option="mode",
+        )
+    left = dict(options)
+    ours = {name: left.pop(name) for name in _REQUEST if name in left}
+    where = left.pop("cache", None)
+    if isinstance(ours.get("splitting_ops"), str):
+        raise OptionError("splitting_ops is a string: give a list of names.", option="splitting_ops")
+    ours["splitting_ops"] = tuple(ours.get("splitting_ops", ()))
+    cache = where if isinstance(where, Cache) else Cache(where)
+    return Request(**ours, options=left), cache
+
+
+def _warn_of_gradients(label: str, example_inputs: Sequence[Any]) -> None:
+    wanted = torch.is_grad_enabled() and any(
+        isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
+    )
+    if wanted:
+        log.warning(
+            "%s: results will have no gradients, as compiled pieces are for inference. "
+            "Call the model under torch.no_grad() or torch.inference_mode().",
+            label,
+        )
+
+
+class _GraphRun:
+    """One graph; lives for one call of the backend."""
+
+    def __init__(self, gm: GraphModule, example_inputs: list[Any], request: Request, cache: Cache) -> None:
+        self._began = time.perf_counter()
+        self._gm, self._cache = gm, cache
+        captured = capture_graph(gm, example_inputs)
+        present = [
+            op
+            for op in request.splitting_ops
+            if any(matches(node.target, op) for node in captured.gm.graph.nodes if node.op == "call_function")
+        ]
+        if len(present) < len(request.splitting_ops):
+            absent = sorted(set(request.splitting_ops).difference(present))
+            # No error: another graph of the model may have them.
+            log.info("%s: this graph has no %s to split at", request.label, ", ".join(absent))
+        self.request = replace(request, splitting_ops=tuple(present))
+        self._held = held_tensors([item.tensor.detach() for item in captured.bound])
+        self._device = device_of(self._held, example_inputs)
+        self._devices = devices_of(self._held, example_inputs)
+        self._environment = environment_of(self.request, self._devices, request.label)
+        with outside_tracing():
+            self._traced: Traced = trace(
+                self._held,
+                captured,
+                [(None, captured)],
+                self.request,
+                self._environment,
+                entry_only=(fact("graph.capture", "torch.compile", "torch.compile"),),
+            )
+
+    def by_graph(self) -> CompiledGraph | None:
+        """Load from the cache; ``None`` is a miss."""
+        label, key = self.request.label, self._traced.graph_hash
+        try:
+            artifact = self._cache.get(key)
+            if artifact is None:
+                return None
+            with self._cache.hold(artifact):
+                opened = open_artifact(artifact, self._cache, self._device)
+            return None if opened is None else self._finish(artifact, *opened, hit="graph")
+        except (UntrustedEntryError, EntryFormatError, LinkError, BackendError) as error:
+            log.warning("%s: entry %s is not used: %s", label, key[:12], error)
+        except OSError as error:
+            log.warning("%s: entry %s cannot be loaded: %s", label, key[:12], error)
+        return None
+
+    def compiled(self) -> CompiledGraph:
+        """Compile, with other processes kept from doing the same."""
+        key = self._traced.graph_hash
+        if self.request.miss_is_error:
+            raise CacheMissError(
+                f"{self.request.label}: no entry for graph {key[:12]} in {self._cache.root}, and a miss is "
+                "an error here. Run the same torch.compile once where compiling is allowed.",
+                target=self.request.label,
+                reason="no entry for this graph",
+            )
+        with self._cache.lock(key):
+            return self.by_graph() or self._cold()
+
+    def _cold(self) -> CompiledGraph:
+        artifact, pieces, constants = compile_pieces(
+            self._traced,
+            self.request,
+            self._cache,
+            device=self._device,
+            devices=self._devices,
+            factors=_unique((*self._environment, *self._traced.factors)),
+            label=self.request.label,
+            tell=lambda _stage, _done, _total: None,
+        )
+        return self._finish(artifact, pieces, constants, hit=None)
+
+    def _finish(
+        self, artifact: Artifact, pieces: Mapping[str, Any], _constants: Mapping[str, Any], hit: str | None
+    ) -> CompiledGraph:
+        compiled = CompiledGraph(
+            artifact, pieces, self._held, cache_hit=hit, read_blob=self._read_blob, eager=self._gm.forward
+        )
+        seconds = time.perf_counter() - self._began
+        for event in ("hit.graph",) if hit else ("compiled", "miss.new"):
+            self._cache.count(event)
+        self._cache.count("microseconds.spent", int(seconds * 1e6))
+        if hit:
+            saved = max(0, int((artifact.compile_seconds - seconds) * 1e6))
+            self._cache.count("microseconds.saved", saved)
+        said = "graph hit" if hit else "compiled"
+        log.info("%s: %s %s in %.3f s", self.request.label, said, artifact.graph_hash[:12], seconds)
+        return compiled
+
+    def _read_blob(self, blob: BlobRef) -> bytes:
+        path = self._cache.blob_path(blob)
+        if path is None:
+            raise BackendError(
+                f"{self.request.label}: piece {blob.digest[:12]} is not in {self._cache.root} any more, so "
+                "the graph cannot be saved. Compile it again with a cache that can be written.",
+                backend=self.request.backend,
+            )
+        return path.read_bytes()
+
+
+def _unique(factors: Sequence[Factor]) -> tuple[Factor, ...]:
+    return tuple({factor.name: factor for factor in factors}.values())

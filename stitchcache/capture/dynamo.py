@@ -1,0 +1,206 @@
+"""Take over a graph that ``torch.compile`` captured.
+
+Dynamo's graphs call torch's Python functions and take the model's parameters as arguments. They are traced
+once more, down to the ops that ``torch.export`` would give, so that splitting ops have the same names on both
+roads and equal pieces are shared between them. Dynamo guards what its graph relies on, also what this trace
+adds to it, so there is no contract to check on a call.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from stitchcache import tree
+from stitchcache.backends.torch_compile import fake_inputs
+from stitchcache.capture.contract import tensor_spec
+from stitchcache.capture.export import BoundTensor, Capture
+from stitchcache.errors import CaptureError
+from stitchcache.graph import symbols
+from stitchcache.graph.aliasing import written_placeholders
+from stitchcache.graph.symbols import SymbolNames
+from stitchcache.types import InputSpec, LeafSpec, OutputSpec, SymbolSpec
+
+# Modes that mean nothing to a graph that runs without autograd. Dynamo writes them as calls.
+_GRADIENT_MODES = {"_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"}
+_TRACE_ERRORS = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    ArithmeticError,
+)
+
+
+def capture_graph(gm: GraphModule, example_inputs: Sequence[Any]) -> Capture:
+    """Bring a graph of Dynamo's into the form that is planned and compiled.
+
+    Args:
+        gm: As a backend of ``torch.compile`` gets it; not changed.
+        example_inputs: One a placeholder.
+
+    Returns:
+        The flat graph: tensors that Dynamo's graph holds itself first, then one placeholder an input.
+
+    Raises:
+        CaptureError: The graph cannot be traced.
+    """
+    devices = {value.device.type for value in example_inputs if isinstance(value, torch.Tensor)}
+    # Traced below autocast, its casts become ops; that takes composite ops such as attention apart too.
+    plain, lowered = _settle_modes(gm, any(map(torch.is_autocast_enabled, devices)))
+    try:
+        mode, fakes = fake_inputs(example_inputs)
+        with mode, torch.inference_mode(False), torch.no_grad():
+            traced = make_fx(plain, pre_dispatch=not lowered)(*fakes)
+    except _TRACE_ERRORS as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CaptureError(
+            f"a graph that torch.compile captured cannot be traced: {type(error).__name__}: {reason[:500]}. "
+            "See the cause below; torch.compiler.disable on the part of the model that it is about leaves "
+            "that part to eager.",
+            reason=f"{type(error).__name__}: {reason}",
+        ) from error
+    inputs = [node.name for node in traced.graph.nodes if node.op == "placeholder"]
+    bound = _lift_tensors(traced, mode)
+    names = SymbolNames()
+    return Capture(
+        gm=traced,
+        bound=tuple(bound),
+        user_inputs=tuple(inputs),
+        input_spec=_inputs(traced, inputs, example_inputs, names),
+        output_spec=_outputs(traced),
+        example=tuple(symbols.hint(value) for value in example_inputs),
+    )
+
+
+def label_of(gm: GraphModule) -> str:
+    """What to call a graph of Dynamo's in listings: the function that it is of, if that is known."""
+    for node in gm.graph.nodes:
+        frame = re.search(r'File "([^"]*)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
+        if frame is not None:
+            return f"{frame[3]} at {os.path.basename(frame[1])}:{frame[2]} (torch.compile)"
+    return "torch.compile"
+
+
+def _settle_modes(gm: GraphModule, autocast: bool) -> tuple[GraphModule, bool]:
+    """Take out the calls that switch modes which a graph without autograd and autocast is not in anyway.
+
+    Args:
+        gm: Dynamo's graph; not changed.
+        autocast: Whether the caller's autocast is on.
+
+    Returns:
+        A copy, and whether autocast is on in any part of it.
+    """
+    graph = Graph()
+    output = graph.graph_copy(gm.graph, {}, return_output_node=True)
+    if isinstance(output, tuple):
+        graph.output(output[0])
+    entered = [node for node in graph.nodes if _name(node) == "_enter_autocast"]
+    below = (body for name, body in gm.named_modules() if name and isinstance(body, GraphModule))
+    nested = any(_name(node) == "_enter_autocast" for body in below for node in body.graph.nodes)
+    autocast = autocast or nested or any(_enables(node) for node in entered)
+    gone = _GRADIENT_MODES if autocast else _GRADIENT_MODES | {"_enter_autocast", "_exit_autocast"}
+    for node in reversed(list(graph.nodes)):
+        if _name(node) in gone:
+            graph.erase_node(node)
+    return GraphModule(gm, graph), autocast
+
+
+def _name(node: Node) -> str:
+    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+
+
+def _enables(enter: Node) -> bool:
+    """Whether an ``_enter_autocast(device, dtype, enabled, cache_enabled)`` switches autocast on."""
+    enabled = enter.args[2] if len(enter.args) > 2 else enter.kwargs.get("enabled", True)
+    return enabled is not False
+
+
+def _lift_tensors(gm: GraphModule, mode: Any) -> list[BoundTensor]:
+    """Make placeholders of the tensors that a graph holds: they are bound when it is linked.
+
+    Their values stay out of the hash, as those of parameters do.
+    """
+    found: dict[str, BoundTensor] = {}
+    first = next(iter(gm.graph.nodes))
+    for node in list(gm.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        tensor = _attribute(gm, str(node.target))
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        item = found.get(str(node.target))
+        if item is None:
+            item = BoundTensor(f"held_{len(found)}", f"held.{len(found)}", "buffer", tensor)
+            with gm.graph.inserting_before(first):
+                placeholder = gm.graph.placeholder(item.placeholder)
+            value = node.meta.get("val")
+            fake = isinstance(value, torch.Tensor)
+            placeholder.meta["val"] = value if fake else mode.from_tensor(tensor, static_shapes=True)
+            found[str(node.target)] = item
+        node.replace_all_uses_with(_placeholder(gm, item.placeholder))
+        gm.graph.erase_node(node)
+    gm.recompile()
+    return list(found.values())
+
+
+def _attribute(gm: GraphModule, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(gm.get_submodule(owner), name)
+
+
+def _placeholder(gm: GraphModule, name: str) -> Node:
+    found: Node = next(n for n in gm.graph.nodes if n.op == "placeholder" and n.name == name)
+    return found
+
+
+def _inputs(gm: GraphModule, inputs: Sequence[str], example: Sequence[Any], names: SymbolNames) -> InputSpec:
+    """What Dynamo passes, for people to read and for pieces to rely on. Named by position only."""
+    nodes = {node.name: node for node in gm.graph.nodes if node.op == "placeholder"}
+    written = written_placeholders(gm)
+    leaves = []
+    for index, name in enumerate(inputs):
+        value, path = nodes[name].meta.get("val"), f"args[{index}]"
+        if isinstance(value, torch.Tensor):
+            kind = "inout" if name in written else "tensor"
+            leaves.append(LeafSpec(path=path, kind=kind, tensor=tensor_spec(value, names, path)))  # type: ignore[arg-type]
+        elif isinstance(value, torch.SymInt) and isinstance(size := names.size(value), str):
+            leaves.append(LeafSpec(path=path, kind="symbol", symbol=size))
+        elif isinstance(value, (torch.SymInt, int, float, str, type(None))):
+            leaves.append(LeafSpec(path=path, kind="constant", value=_plain(value)))
+        else:
+            raise CaptureError(
+                f"{path} of a graph that torch.compile captured is a {type(value).__qualname__}; only "
+                "tensors, sizes and plain values can be passed to pieces.",
+                reason=f"argument of type {type(value).__qualname__}",
+            )
+    shape_env = symbols.shape_environment(gm.graph)
+    ranges = [(name, *symbols.bounds(shape_env, symbol)) for symbol, name in list(names.items())]
+    return InputSpec(
+        tree=tree.dumps(tree.flatten((tuple(example), {}))[1]),
+        leaves=tuple(leaves),
+        symbols=tuple(SymbolSpec(name=name, min=low or 0, max=high) for name, low, high in ranges),
+    )
+
+
+def _plain(value: Any) -> Any:
+    return int(value) if isinstance(value, torch.SymInt) else value
+
+
+def _outputs(gm: GraphModule) -> OutputSpec:
+    results = next(node for node in gm.graph.nodes if node.op == "output").args[0]
+    if not isinstance(results, (list, tuple)):
+        raise CaptureError(
+            f"a graph that torch.compile captured returns a {type(results).__qualname__}, not a tuple.",
+            reason="output that is no tuple",
+        )
+    return OutputSpec(tree=tree.dumps(tree.flatten(tuple(results))[1]), count=len(results))

@@ -1,0 +1,297 @@
+"""``torch.compile(model, backend="stitchcache")``: graphs of Dynamo's from the cache, equal to eager."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import stitchcache
+from stitchcache import errors
+from stitchcache.api.dynamo import compile_graph
+
+HERE = Path(__file__).parent
+ZOO = {"breaks": 1e-5, "modes": 1e-5, "autocast": 3e-2, "writes": 1e-4, "decoder": 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def forget_graphs():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def zoo_process(root, backend, names, **env):
+    paths = [str(HERE), str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, str(HERE / "dynamo_zoo.py"), str(root), backend, *names],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def said(lines):
+    """What became of each graph, with its hash."""
+    found = []
+    for line in lines:
+        for what in ("graph hit", "compiled"):
+            _, mark, rest = line.partition(f": {what} ")
+            if mark:
+                found.append((what, rest.split()[0]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory):
+    """The zoo in two processes that differ in all that must not matter."""
+    root = tmp_path_factory.mktemp("torch-compile")
+    first = zoo_process(root, "eager", ZOO, PYTHONHASHSEED="1")
+    home = tmp_path_factory.mktemp("home")
+    second = zoo_process(root, "eager", ZOO, PYTHONHASHSEED="2", HOME=str(home), HOSTNAME="elsewhere")
+    return first, second
+
+
+def test_the_backend_is_registered():
+    (found,) = entry_points(group="torch_dynamo_backends", name="stitchcache")
+    assert found.load() is compile_graph
+    assert "stitchcache" in torch.compiler.list_backends()
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_equals_eager(twice, name):
+    for run in twice:
+        assert run[name]["difference"] <= ZOO[name]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_second_process_hits_every_graph(twice, name):
+    first, second = (said(run[name]["lines"]) for run in twice)
+    assert {what for what, _ in first} == {"compiled"}
+    assert [("graph hit", key) for _, key in first] == second
+
+
+def test_several_graphs_and_sizes_have_entries_of_their_own(twice):
+    keys = [key for _, key in said(twice[0]["breaks"]["lines"])]
+    assert len(set(keys)) >= 3
+
+
+@pytest.mark.compile
+def test_compiled_pieces_from_a_second_process(compiled_root):
+    first = zoo_process(compiled_root, "aoti", ["breaks"])
+    second = zoo_process(compiled_root, "aoti", ["breaks"])
+    assert first["breaks"]["difference"] <= 1e-5
+    assert second["breaks"]["difference"] <= 1e-5
+    assert {what for what, _ in said(second["breaks"]["lines"])} == {"graph hit"}
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.relu(self.linear(x))
+
+
+class Renamed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.projection = nn.Linear(8, 8)
+
+    def forward(self, states):
+        projected = self.projection(states)
+        return projected.relu()
+
+
+def keys(cache):
+    return {header.graph_hash for header in cache.entries()}
+
+
+def compiled(cache, model=None, **options):
+    return torch.compile(
+        model or Small().eval(),
+        backend="stitchcache",
+        options={"cache": cache, "backend": "eager", **options},
+    )
+
+
+def test_names_do_not_count(tmp_path):
+    cache = stitchcache.Cache(tmp_path)
+    with torch.no_grad():
+        compiled(cache)(torch.randn(3, 8))
+        torch._dynamo.reset()
+        compiled(cache, Renamed().eval())(torch.randn(3, 8))
+    assert len(keys(cache)) == 1
+
+
+def test_pieces_are_shared_with_compile(tmp_path):
+    cache, model = stitchcache.Cache(tmp_path), Small().eval()
+    stitchcache.compile(model, (torch.randn(3, 8),), cache=cache, backend="eager")
+    before = {ref.key for key in keys(cache) for ref in cache.get(key).pieces}
+    with torch.no_grad():
+        compiled(cache, model)(torch.randn(3, 8))
+    assert len(keys(cache)) == 2
+    assert {ref.key for key in keys(cache) for ref in cache.get(key).pieces} == before
+
+
+class Scaled(nn.Module):
+    """Has numbers of its own, and takes one."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(8, 8), 0.35
+
+    def forward(self, x, temperature):
+        return self.linear(x) * self.scale / temperature
+
+
+def test_floats_of_the_model_are_constants_and_those_of_calls_are_not(tmp_path):
+    cache, model, x = stitchcache.Cache(tmp_path), Scaled().eval(), torch.randn(3, 8)
+    options = {"cache": cache, "backend": "eager"}
+    fast = torch.compile(model, backend="stitchcache", dynamic=True, options=options)
+    with torch.no_grad():
+        for temperature in (0.5, 0.7, 0.9):
+            torch.testing.assert_close(fast(x, temperature), model(x, temperature))
+        assert len(keys(cache)) == 1
+        model.scale = 2.0
+        torch.testing.assert_close(fast(x, 0.5), model(x, 0.5))
+    assert len(keys(cache)) == 2
+
+
+def test_load_refuses_entries_of_dynamo(tmp_path):
+    cache, model = stitchcache.Cache(tmp_path), Small().eval()
+    with torch.no_grad():
+        compiled(cache, model)(torch.randn(3, 8))
+    with pytest.raises(errors.BindError, match=r"torch\.compile captured"):
+        stitchcache.load(keys(cache).pop(), model, cache=cache)
+
+
+def test_weights_are_seen_by_reference(tmp_path):
+    model = Small().eval()
+    fast = compiled(stitchcache.Cache(tmp_path), model)
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        fast(x)
+        model.linear.weight.mul_(3)
+        torch.testing.assert_close(fast(x), model(x))
+
+
+@pytest.mark.parametrize("environment", [True, False])
+def test_a_miss_can_be_an_error(tmp_path, monkeypatch, environment):
+    if environment:
+        monkeypatch.setenv("STITCHCACHE_REQUIRE", "1")
+    with torch.no_grad(), pytest.raises(Exception, match="a miss is an error here") as caught:
+        compiled(stitchcache.Cache(tmp_path), **({} if environment else {"on_miss": "error"}))(
+            torch.randn(3, 8)
+        )
+    assert isinstance(caught.value.__cause__ or caught.value.inner_exception, errors.CacheMissError)
+
+
+def test_it_warns_that_there_are_no_gradients(tmp_path, caplog):
+    fast = compiled(stitchcache.Cache(tmp_path))
+    with caplog.at_level(logging.WARNING, logger="stitchcache"):
+        result = fast(torch.randn(3, 8))
+    assert "no gradients" in caplog.text
+    assert not result.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"mode": "reduce-overhead"}, "has no modes"),
+        ({"options": {"backend": "nonsense"}}, "there is aoti"),
+        ({"options": {"splitting_ops": "aten::mm"}}, "a list of names"),
+        ({"options": {"stitchcache.jobs": "two"}}, "stitchcache.jobs"),
+    ],
+)
+def test_options_that_make_no_sense(kwargs, words):
+    gm = torch.fx.symbolic_trace(Small())
+    with pytest.raises(errors.OptionError, match=words):
+        compile_graph(gm, [torch.randn(3, 8)], **kwargs)
+
+
+def test_only_torch_compile_may_call_it():
+    gm = torch.fx.symbolic_trace(Small())
+    with pytest.raises(errors.CaptureError, match=r"torch\.compile"):
+        compile_graph(gm, [torch.randn(3, 8)], options={"backend": "eager"})
+
+
+def test_a_damaged_entry_is_compiled_again(tmp_path):
+    cache, model, x = stitchcache.Cache(tmp_path), Small().eval(), torch.randn(3, 8)
+    with torch.no_grad():
+        compiled(cache, model)(x)
+        (path,) = (tmp_path / "entries").rglob("*.stitch")
+        data = bytearray(path.read_bytes())
+        data[-40] ^= 1
+        path.write_bytes(data)
+        torch._dynamo.reset()
+        torch.testing.assert_close(compiled(stitchcache.Cache(tmp_path), model)(x), model(x))
+    assert len(keys(cache)) == 1
+
+
+aot_compile = pytest.mark.skipif(
+    not hasattr(torch.compiler, "load_compiled_function"), reason="this torch cannot save compiled functions"
+)
+SAVE = """
+import json, sys, torch, test_torch_compile as t
+torch.manual_seed(0)
+model = t.Small().eval()
+options = {"cache": sys.argv[2], "backend": "eager"}
+fast = torch.compile(model, backend="stitchcache", fullgraph=True, dynamic=True, options=options)
+with torch.no_grad():
+    fast.forward.aot_compile(((torch.randn(5, 8),), {})).save_compiled_function(sys.argv[1])
+"""
+LOAD = """
+import sys, torch, test_torch_compile as t
+torch.manual_seed(0)
+model = t.Small().eval()
+with open(sys.argv[1], "rb") as file:
+    fast = torch.compiler.load_compiled_function(file)
+with torch.no_grad():
+    for size in (5, 9, 2):
+        x = torch.randn(size, 8)
+        torch.testing.assert_close(fast(model, x), model(x))
+print("fine")
+"""
+
+
+def program(source, *arguments, **env):
+    paths = [str(HERE), str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [sys.executable, "-c", source, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@aot_compile
+def test_a_saved_function_needs_no_cache(tmp_path):
+    done = program(SAVE, tmp_path / "saved", tmp_path / "cache")
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = program(LOAD, tmp_path / "saved", STITCHCACHE_DIR=str(tmp_path / "nowhere"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "fine" in done.stdout
+    assert not (tmp_path / "nowhere").exists()
+
+
+@aot_compile
+def test_a_saved_function_of_another_environment_is_refused(tmp_path):
+    done = program(SAVE, tmp_path / "saved", tmp_path / "cache")
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = program(LOAD, tmp_path / "saved", TORCHINDUCTOR_MAX_AUTOTUNE="1")
+    assert done.returncode != 0
+    assert "made for another environment: env.variables" in done.stderr

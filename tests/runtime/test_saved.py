@@ -1,0 +1,56 @@
+"""Saved graphs: read back whole, refused when anything is off."""
+
+from __future__ import annotations
+
+import msgpack
+import pytest
+import torch
+
+import stitchcache
+from stitchcache import errors
+from stitchcache.runtime.saved import SavedGraph, dump_graph, load_blobs, load_graph
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    cache = stitchcache.Cache(tmp_path_factory.mktemp("cache"))
+    model = torch.nn.Linear(4, 4).eval()
+    artifact = stitchcache.compile(model, (torch.randn(2, 4),), cache=cache, backend="eager").artifact
+    blobs = {blob.digest: cache.blob_path(blob).read_bytes() for blob in artifact.blobs}
+    return SavedGraph(artifact, blobs, [torch.arange(3)])
+
+
+def test_comes_back_whole(saved):
+    again = load_graph(dump_graph(saved))
+    assert again.artifact == saved.artifact
+    assert again.blobs == saved.blobs
+    assert torch.equal(again.held[0], torch.arange(3))
+    assert load_blobs(again).keys() == {piece.key for piece in saved.artifact.pieces}
+
+
+def changed(saved, **fields):
+    return msgpack.packb({**msgpack.unpackb(dump_graph(saved)), **fields})
+
+
+def test_bytes_of_another_kind_are_refused(saved):
+    for data in (b"", b"\xc1", b"nonsense", changed(saved, magic="other"), changed(saved, entry=None)):
+        with pytest.raises(errors.EntryFormatError, match="Compile and save it again"):
+            load_graph(data)
+
+
+def test_damage_is_noticed(saved):
+    digest, data = next(iter(saved.blobs.items()))
+    for blobs in ({}, {digest: data[:-1] + b"?"}):
+        with pytest.raises(errors.EntryDamagedError, match="missing or damaged"):
+            load_graph(changed(saved, blobs=blobs))
+    entry = bytearray(msgpack.unpackb(dump_graph(saved))["entry"])
+    entry[len(entry) // 2] ^= 1
+    with pytest.raises(errors.EntryFormatError):
+        load_graph(changed(saved, entry=bytes(entry)))
+
+
+def test_every_truncation_is_refused(saved):
+    whole = dump_graph(saved)
+    for length in range(0, len(whole), 97):
+        with pytest.raises(errors.EntryFormatError):
+            load_graph(whole[:length])
