@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stitchcache.cache import Cache as Cache
     from stitchcache.codegen import compile_execution_fn as compile_execution_fn
     from stitchcache.codegen import generate_execution_code as generate_execution_code
+    from stitchcache.explanation import Explanation as Explanation
     from stitchcache.graph.canonical import graph_hash as graph_hash
     from stitchcache.graph.split import SplitItem as SplitItem
     from stitchcache.graph.split import split_graph as split_graph
@@ -33,6 +34,7 @@ _HOMES = {
     "Cache": "stitchcache.cache",
     "CompiledModel": "stitchcache.runtime.model",
     "Dim": "stitchcache.types",
+    "Explanation": "stitchcache.explanation",
     "PrewarmReport": "stitchcache.api.prewarm",
     "SizeRange": "stitchcache.types",
     "SplitItem": "stitchcache.graph.split",

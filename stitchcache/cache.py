@@ -250,9 +250,13 @@ class Cache(Store):
 
         Raises:
             StoreWriteError: The store cannot be written.
+            EntryFormatError: A value in it has no form in the format.
         """
+        from stitchcache.artifact.factors import unpack_factors
+
         data = encode_target(check_key(key), record)
         decode_target(data, key)
+        unpack_factors(record.factors)
         publish(self._top, Area.TARGETS, key, data)
 
     def get_piece(self, key: str) -> PieceRecord | None:

@@ -316,12 +316,14 @@ class CacheMissError(StitchCacheError, LookupError):
         key: The target key that was looked up, or ``""`` where there is none.
         reason: Why it is a miss.
         differences: Factor name to ``(value in the nearest entry, value now)``.
+        changed: Source file to ``(digest when captured, digest now)``, for those that are not what they were.
     """
 
     target: str = ""
     key: str = ""
     reason: str = ""
     differences: Mapping[str, tuple[str, str]] = {}
+    changed: Mapping[str, tuple[str, str]] = {}
 
 
 class StaleEntryError(StitchCacheError, RuntimeError):
@@ -330,7 +332,9 @@ class StaleEntryError(StitchCacheError, RuntimeError):
     Attributes:
         expected: Graph hash that the target key led to.
         actual: Graph hash of the fresh trace.
+        differences: Factor of the graph to ``(in the entry, in the fresh trace)``.
     """
 
     expected: str = ""
     actual: str = ""
+    differences: Mapping[str, tuple[str, str]] = {}

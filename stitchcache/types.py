@@ -262,6 +262,9 @@ class TargetRecord:
         globals: Values of module globals that the captured code read: ``module:dotted.name`` to digest.
         label: The model's class, for people.
         created: Unix seconds.
+        refused: Why nothing may be served for this key without tracing; ``None`` where it may.
+        factors: What the key is made of, packed: ``stitchcache.artifact.factors`` reads it. Empty where
+            it was not recorded. A direct hit has no use for it.
     """
 
     graph_hash: str
@@ -269,3 +272,5 @@ class TargetRecord:
     globals: tuple[tuple[str, str], ...] = ()
     label: str = ""
     created: float = 0.0
+    refused: str | None = None
+    factors: bytes = b""

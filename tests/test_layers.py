@@ -14,7 +14,7 @@ ROOT = Path(stitchcache.__file__).parent
 # What each part may import; siblings do not import each other.
 BASE = {"errors", "records", "types", "tree"}
 GROUND = BASE | {"graph", "codegen", "keys"}
-STORED = GROUND | {"artifact", "store", "cache"}
+STORED = GROUND | {"artifact", "store", "cache", "nearest", "explanation"}
 ENGINE = STORED | {"backends"}
 ALLOWED = {
     "errors": set(),
@@ -27,13 +27,15 @@ ALLOWED = {
     "artifact": GROUND,
     "store": GROUND | {"artifact"},
     "cache": GROUND | {"artifact", "store"},
+    "nearest": GROUND | {"artifact", "store"},
+    "explanation": GROUND | {"artifact", "nearest"},
     "backends": STORED,
     "capture": ENGINE,
     "runtime": ENGINE,
     "plan": ENGINE,
     "api": ENGINE | {"capture", "runtime", "plan"},
 }
-TORCH_FREE = {"errors", "records", "types", "store", "cache", "artifact"}
+TORCH_FREE = {"errors", "records", "types", "store", "cache", "artifact", "nearest", "explanation"}
 # Files that may use what torch does not promise; each says so at its top.
 PRIVATE = ("backends/", "tree.py", "graph/symbols.py", "keys/torch_private.py")
 PRIVATE_MODULES = ("torch._inductor", "torch._dynamo", "torch._functorch", "torch._C", "torch.utils._")
@@ -124,7 +126,15 @@ def test_private_torch_stays_in_its_places():
 
 @pytest.mark.parametrize(
     "module",
-    ["stitchcache", "stitchcache.errors", "stitchcache.types", "stitchcache.store", "stitchcache.cache"],
+    [
+        "stitchcache",
+        "stitchcache.errors",
+        "stitchcache.types",
+        "stitchcache.store",
+        "stitchcache.cache",
+        "stitchcache.nearest",
+        "stitchcache.explanation",
+    ],
 )
 def test_importing_brings_no_torch(module):
     source = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -58,6 +58,7 @@ def compile(
         SplittingOpNotFoundError: A splitting op is not in the graph.
         BackendError: A piece cannot be compiled, or is wrong.
         CacheMissError: A miss, and ``on_miss="error"`` or ``STITCHCACHE_REQUIRE=1``.
+        StaleEntryError: A direct hit that ``STITCHCACHE_AUDIT=1`` found to be wrong.
     """
     request = Request(
         dynamic_shapes=dynamic_shapes,

@@ -100,7 +100,7 @@ def _one(
 ) -> PrewarmResult:
     began = time.perf_counter()
     try:
-        request = _request(target, jobs, on_miss)
+        request = request_for(target, jobs, on_miss)
         model, args, kwargs = target.made()
         began = time.perf_counter()
         compiled = compile_request(model, args, kwargs, request, cache, on_progress)
@@ -121,7 +121,12 @@ def _one(
     )
 
 
-def _request(target: Target, jobs: int | None, on_miss: str) -> Request:
+def request_for(target: Target, jobs: int | None = None, on_miss: str = "compile") -> Request:
+    """A target's options in one record.
+
+    Raises:
+        OptionError: One makes no sense.
+    """
     options: dict[str, Any] = dict(target.options or {})
     if jobs is not None:
         options["stitchcache.jobs"] = jobs

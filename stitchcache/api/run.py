@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from stitchcache import tree
 from stitchcache.api.open import open_artifact
-from stitchcache.api.request import OnProgress, Progress, Request, device_of, devices_of
+from stitchcache.api.request import OnProgress, Progress, Request, device_of, devices_of, environment_flag
 from stitchcache.artifact.record import Artifact
 from stitchcache.cache import Cache
 from stitchcache.errors import BackendError, EntryFormatError, LinkError, UntrustedEntryError
@@ -19,6 +19,10 @@ from stitchcache.keys.check import check_sources
 from stitchcache.keys.target import TargetKey, target_key
 from stitchcache.runtime.mismatch import explain_mismatch
 from stitchcache.runtime.model import CompiledModel
+from stitchcache.types import TargetRecord
+
+if TYPE_CHECKING:
+    from stitchcache.explanation import MissFacts
 
 log = logging.getLogger("stitchcache")
 
@@ -40,6 +44,8 @@ class Run:
         reason: Why there was no direct hit, as far as is known.
         cause: The same in a word, for the statistics: ``new``, ``unkeyable``, ``sources``, ``entry``,
             ``example``, ``piece`` or ``refused``.
+        record: What the target key leads to, where it was found.
+        near: What a miss found out beyond its reason: ``hint`` for the log, and facts for ``explain()``.
     """
 
     def __init__(
@@ -66,13 +72,33 @@ class Run:
         )
         self.reason = self.target.reason or "no entry for this target"
         self.cause = "new" if self.target.key is not None else "unkeyable"
+        self.record: TargetRecord | None = None
+        self.near: MissFacts | None = None
 
     def direct(self) -> CompiledModel | None:
-        """Load without tracing; ``None`` is a miss, and ``reason`` says why."""
+        """Load without tracing; ``None`` is a miss, and ``reason`` says why.
+
+        Raises:
+            StaleEntryError: ``STITCHCACHE_AUDIT`` is set, and the model's graph is another one.
+        """
         self.tell("lookup")
+        artifact = self.lookup()
+        if artifact is None:
+            return None
+        if environment_flag("STITCHCACHE_AUDIT"):
+            from stitchcache.api.audit import audit
+
+            audit(self, artifact)
+        return self.open(artifact, "direct")
+
+    def lookup(self) -> Artifact | None:
+        """The entry that the target key leads to; ``None`` is a miss, and ``reason`` says why."""
         key = self.target.key
-        record = self.cache.get_target(key) if key is not None else None
+        record = self.record = self.cache.get_target(key) if key is not None else None
         if record is None:
+            return None
+        if record.refused is not None:
+            self.reason, self.cause = record.refused, "unkeyable"
             return None
         changed = self.timed("sources", lambda: check_sources(record))
         if changed is not None:
@@ -87,7 +113,7 @@ class Run:
         if misfit is not None:
             self.reason, self.cause = f"the example does not fit what was captured: {misfit}", "example"
             return None
-        return self.open(artifact, "direct")
+        return artifact
 
     def open(self, artifact: Artifact, hit: str) -> CompiledModel | None:
         """Load and link an artifact; ``None``, and a warning, if that cannot be done here."""
@@ -118,8 +144,10 @@ class Run:
         self._count(artifact, hit)
         self.timings["total"] = time.perf_counter() - self._began
         compiled.timings = dict(self.timings)
+        compiled.lookup = (self.label, self.target, "" if hit == "direct" else self.reason, self.near)
         said = f"{hit} hit" if hit else "compiled"
-        because = f" (no direct hit: {self.reason})" if hit != "direct" else ""
+        hint = self.near.hint if self.near is not None else ""
+        because = f" (no direct hit: {self.reason}{hint})" if hit != "direct" else ""
         log.info(
             "%s: %s %s in %.3f s%s",
             self.label,

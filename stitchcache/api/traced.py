@@ -6,16 +6,19 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from stitchcache.api.cold import compile_pieces
+from stitchcache.api.miss import miss_error, miss_facts
 from stitchcache.api.ranges import capture_ranges, settle_ranges
 from stitchcache.api.request import Request
 from stitchcache.api.run import Run
 from stitchcache.api.trace import Traced, fact, trace
-from stitchcache.errors import CacheMissError, StoreWriteError
+from stitchcache.artifact.factors import pack_factors
+from stitchcache.errors import StoreWriteError
 from stitchcache.keys.environment import environment_factors
 from stitchcache.keys.recorder import SourceRecorder
 from stitchcache.keys.torch_state import torch_state_factors
@@ -37,6 +40,33 @@ def compile_traced(run: Run) -> CompiledModel:
         CacheMissError: The graph is not in the cache, and a miss is an error.
         BackendError: A piece cannot be compiled, or is wrong.
     """
+    facts = run.near = run.timed("explain", lambda: miss_facts(run))
+    edited = run.cause == "sources"
+    traced, recorder = trace_run(run)
+    if recorder.unsound is not None:
+        run.reason, run.cause = recorder.unsound, "unkeyable"
+        run.near = replace(facts, hint="")
+    compiled = _by_graph(run, traced)
+    if compiled is None and run.request.miss_is_error:
+        raise miss_error(run, traced)
+    if compiled is None:
+        with run.cache.lock(traced.graph_hash, on_wait=_say_once(run)):
+            # Another process may have compiled it while this one waited.
+            compiled = _by_graph(run, traced) or _cold(run, traced)
+    _note_target(run, traced, recorder, edited)
+    return compiled
+
+
+def trace_run(run: Run) -> tuple[Traced, SourceRecorder]:
+    """Capture and plan a model, and record what that depended on.
+
+    Args:
+        run: Its compilation; gets the seconds of each stage.
+
+    Raises:
+        CaptureError: The model cannot be captured.
+        SplittingOpNotFoundError: A splitting op is not in the graph.
+    """
     run.tell("capture")
     environment = environment_of(run.request, run.devices, run.label)
     run.timed("import", _import_exporter)
@@ -51,26 +81,29 @@ def compile_traced(run: Run) -> CompiledModel:
         )
     captured, variants = run.timed("settle", lambda: settle_ranges(captured, variants))
     traced = run.timed("plan", lambda: trace(run.model, captured, variants, request, environment))
-    if recorder.unsound is not None:
-        run.reason, run.cause = recorder.unsound, "unkeyable"
-    compiled = _by_graph(run, traced)
-    if compiled is None and request.miss_is_error:
-        raise _miss(run, traced)
-    if compiled is None:
-        with run.cache.lock(traced.graph_hash, on_wait=_say_once(run)):
-            # Another process may have compiled it while this one waited.
-            compiled = _by_graph(run, traced) or _cold(run, traced)
-    if run.target.key is not None and recorder.unsound is None:
-        record = TargetRecord(
-            graph_hash=traced.graph_hash,
-            sources=recorder.sources,
-            globals=recorder.globals,
-            label=run.label,
-            created=time.time(),
-        )
-        key = run.target.key
-        _store(run, lambda: run.cache.put_target(key, record))
-    return compiled
+    return traced, recorder
+
+
+def _note_target(run: Run, traced: Traced, recorder: SourceRecorder, edited: bool) -> None:
+    """Let the target key lead to the entry, or say why it may not."""
+    key, known, refused = run.target.key, run.record, recorder.unsound
+    if key is None:
+        return
+    if known is not None and refused is not None and known.graph_hash == traced.graph_hash:
+        undisturbed = known.refused is None and not edited
+        # Something interfered with the capture here; that says nothing against one which it did not.
+        if undisturbed or known.refused == refused:
+            return
+    record = TargetRecord(
+        graph_hash=traced.graph_hash,
+        sources=recorder.sources,
+        globals=recorder.globals,
+        label=run.label,
+        created=time.time(),
+        refused=refused,
+        factors=pack_factors(run.target.factors),
+    )
+    _store(run, lambda: run.cache.put_target(key, record))
 
 
 def _say_once(run: Run) -> Callable[[float, str], None]:
@@ -136,17 +169,6 @@ def environment_of(request: Request, devices: Sequence[str], label: str) -> tupl
         fact("request.backend", request.backend, request.backend),
         fact("request.options", f"{len(options)} set", repr(options)),
         fact("request.caller", f"{len(caller)} set", repr(caller)),
-    )
-
-
-def _miss(run: Run, traced: Traced) -> CacheMissError:
-    return CacheMissError(
-        f"{run.label}: not in the cache at {run.cache.root} ({run.reason}; no entry for graph "
-        f"{traced.graph_hash[:12]} either), and a miss is an error here. "
-        "Run 'stitchcache prewarm' where compiling is allowed, with the same model and options.",
-        target=run.label,
-        key=run.target.key or "",
-        reason=run.reason,
     )
 
 

@@ -82,7 +82,7 @@ def decode_target(data: bytes, key: str, *, path: str = "") -> TargetRecord:
         EntryFormatError: It is damaged, malformed, newer, or of another key.
     """
     frame = open_frame(data, Kind.TARGET, path=path)
-    return _decoded(lambda value: _read_target(value, key), frame.payload, path, "")
+    return _decoded(lambda value: _read_target(value, key, frame.version), frame.payload, path, "")
 
 
 def decode_piece(data: bytes, key: str, *, path: str = "") -> PieceRecord:
@@ -341,15 +341,18 @@ def _read_factor(value: object) -> Factor:
     return factor
 
 
-def _read_target(value: object, key: str) -> TargetRecord:
+def _read_target(value: object, key: str, version: int) -> TargetRecord:
     record = Fields(value)
     _check_key(record.take("key", text), key)
+    explained = version > 3
     target = TargetRecord(
         graph_hash=record.take("graph_hash", digest),
         sources=record.take("sources", each(_read_source)),
         globals=record.take("globals", each(_read_pair)),
         label=record.take("label", text),
         created=record.take("created", seconds),
+        refused=record.take("refused", maybe(text)) if explained else None,
+        factors=record.take("factors", _binary) if explained else b"",
     )
     record.done()
     return target

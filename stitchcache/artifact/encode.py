@@ -50,6 +50,8 @@ def encode_target(key: str, record: TargetRecord) -> bytes:
         "globals": [[name, digest] for name, digest in record.globals],
         "label": record.label,
         "created": float(record.created),
+        "refused": record.refused,
+        "factors": record.factors,
     }
     return seal(Kind.TARGET, b"", pack(payload))
 

@@ -5,7 +5,7 @@ Grammar (docs/format.md is normative; integers are little-endian)::
     file      = prelude header-digest header payload signature digest
     prelude   = magic version kind header-size payload-size signature-size reserved   ; 32 bytes
     magic     = "STITCH" CR LF                  ; 8 bytes; CR LF shows a text-mode transfer
-    version   = u16                             ; 3
+    version   = u16                             ; 3; 4 in targets
     kind      = u16                             ; 1 entry, 2 target, 3 piece
     header-digest = sha256(prelude header)      ; lets a reader trust the header without the rest
     digest    = sha256(everything before it)    ; the last 32 bytes, in every version from 3 on
@@ -48,6 +48,10 @@ class Kind(IntEnum):
     ENTRY = 1
     TARGET = 2
     PIECE = 3
+
+
+_TARGET_VERSION = 4
+"""Targets gained factors; the frame around them, entries and pieces are as they were."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,10 +101,15 @@ def seal(kind: Kind, header: bytes, payload: bytes, signature: bytes = b"") -> b
                 field=name,
                 reason="too large",
             )
-    prelude = PRELUDE.pack(MAGIC, FORMAT_VERSION, kind, len(header), len(payload), len(signature), 0)
+    version = _newest(kind)
+    prelude = PRELUDE.pack(MAGIC, version, kind, len(header), len(payload), len(signature), 0)
     header_digest = hashlib.sha256(prelude + header).digest()
     body = b"".join((prelude, header_digest, header, payload, signature))
     return body + hashlib.sha256(body).digest()
+
+
+def _newest(kind: int) -> int:
+    return _TARGET_VERSION if kind == Kind.TARGET else FORMAT_VERSION
 
 
 def open_frame(data: bytes, kind: Kind, *, path: str = "") -> Frame:
@@ -187,9 +196,9 @@ def _check_header_digest(data: bytes, end: int, path: str) -> None:
 
 def _read_prelude(data: bytes, file_size: int, kind: Kind, path: str) -> _Prelude:
     _, version, found, header, payload, signature, reserved = PRELUDE.unpack_from(data)
-    if version > FORMAT_VERSION:
+    if version > _newest(found):
         raise FutureFormatError(
-            f"{path or 'entry'}: format version {version} is newer than this stitchcache's {FORMAT_VERSION}; "
+            f"{path or 'entry'}: format version {version} is newer than this stitchcache's {_newest(found)}; "
             "the file is left alone: upgrade stitchcache, or use another cache directory",
             path=path,
             field="version",

@@ -18,6 +18,8 @@ _COMMANDS = (
     "prewarm",
     "ls",
     "inspect",
+    "explain",
+    "diff",
     "verify",
     "prune",
     "clear",

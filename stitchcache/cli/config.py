@@ -72,6 +72,7 @@ def _settings(root: str | None) -> list[Setting]:
             for name, variable in (
                 ("read_only", "STITCHCACHE_READONLY"),
                 ("require", "STITCHCACHE_REQUIRE"),
+                ("audit", "STITCHCACHE_AUDIT"),
                 ("debug", "STITCHCACHE_DEBUG"),
             )
         ),

@@ -17,7 +17,7 @@ from stitchcache.errors import OptionError
 from stitchcache.store.probe import Trial, probe
 from stitchcache.store.settings import default_root, flag, max_size
 
-_FLAGS = ("STITCHCACHE_READONLY", "STITCHCACHE_REQUIRE", "STITCHCACHE_DEBUG")
+_FLAGS = ("STITCHCACHE_READONLY", "STITCHCACHE_REQUIRE", "STITCHCACHE_AUDIT", "STITCHCACHE_DEBUG")
 _KNOWN = {"STITCHCACHE_DIR", "STITCHCACHE_MAX_SIZE", *_FLAGS}
 # Others' variables that change what is compiled, with what, or where.
 _FOREIGN = ("CXX", "ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
@@ -147,6 +147,8 @@ def _setting(name: str) -> Trial:
             meaning = "nothing is stored: what misses is compiled in every process again"
         elif name == "STITCHCACHE_REQUIRE" and flag(name):
             meaning = "a miss is an error: prewarm what is to run here"
+        elif name == "STITCHCACHE_AUDIT" and flag(name):
+            meaning = "every direct hit is traced too, which takes seconds"
         elif name in _FLAGS:
             flag(name)
     except OptionError as error:

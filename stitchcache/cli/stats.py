@@ -28,6 +28,8 @@ _WORDS = {
     "miss.entry": "traced: the entry was gone or damaged",
     "miss.piece": "traced: a piece was gone or damaged",
     "miss.refused": "traced: the entry cannot be used here",
+    "audit.right": "audits that found the direct hit right",
+    "audit.wrong": "audits that found it wrong",
     "put": "entries stored",
     "put.bytes": "bytes stored",
     "microseconds.spent": "time spent on starts",

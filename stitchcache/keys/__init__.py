@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stitchcache.keys.check import check_sources as check_sources
+    from stitchcache.keys.differences import explain_differences as explain_differences
     from stitchcache.keys.digest import Digest as Digest
     from stitchcache.keys.digest import make_factor as make_factor
     from stitchcache.keys.environment import SCHEMA_VERSION as SCHEMA_VERSION
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from stitchcache.keys.module_tree import model_factors as model_factors
     from stitchcache.keys.recorder import SourceRecorder as SourceRecorder
     from stitchcache.keys.target import TargetKey as TargetKey
-    from stitchcache.keys.target import explain_differences as explain_differences
     from stitchcache.keys.target import target_key as target_key
     from stitchcache.keys.torch_state import torch_state_factors as torch_state_factors
     from stitchcache.keys.values import UnkeyableError as UnkeyableError
@@ -31,7 +31,7 @@ _HOMES = {
     "UnkeyableError": "stitchcache.keys.values",
     "check_sources": "stitchcache.keys.check",
     "environment_factors": "stitchcache.keys.environment",
-    "explain_differences": "stitchcache.keys.target",
+    "explain_differences": "stitchcache.keys.differences",
     "input_factors": "stitchcache.keys.inputs",
     "make_factor": "stitchcache.keys.digest",
     "model_factors": "stitchcache.keys.module_tree",

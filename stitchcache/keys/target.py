@@ -123,29 +123,3 @@ def _device_types(model: torch.nn.Module, leaves: Sequence[tuple[str, Any]]) -> 
         for tensors in (module._parameters, module._buffers):
             types.update(value.device.type for value in tensors.values() if value is not None)
     return types
-
-
-def explain_differences(old: Sequence[Factor], new: Sequence[Factor]) -> dict[str, tuple[str, str]]:
-    """Say which factors differ between two keys.
-
-    Args:
-        old: Factors of the stored key.
-        new: Factors of the key that was looked up.
-
-    Returns:
-        Factor name to ``(old value, new value)``, in the new key's order; ``"(absent)"`` for one that a key
-        does not have. Values that read alike are told apart by the start of their digests.
-    """
-    before = {factor.name: factor for factor in old}
-    after = {factor.name: factor for factor in new}
-    found = {}
-    for name in [*after, *(name for name in before if name not in after)]:
-        one, two = before.get(name), after.get(name)
-        if one is not None and two is not None:
-            if one.digest == two.digest:
-                continue
-            if one.value == two.value:
-                found[name] = (f"{one.value} [{one.digest[:8]}]", f"{two.value} [{two.digest[:8]}]")
-                continue
-        found[name] = (one.value if one else "(absent)", two.value if two else "(absent)")
-    return found

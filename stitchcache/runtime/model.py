@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +12,10 @@ from stitchcache.errors import EntryFormatError
 from stitchcache.runtime.bind import bind_tensors
 from stitchcache.runtime.call import build_call
 from stitchcache.runtime.link import link
+
+if TYPE_CHECKING:
+    from stitchcache.explanation import Explanation, MissFacts
+    from stitchcache.keys.target import TargetKey
 
 
 class CompiledModel:
@@ -27,6 +31,8 @@ class CompiledModel:
             ``None`` (compiled now).
         timings: Seconds by stage.
         model: The model whose parameters and buffers are bound.
+        lookup: Label, target key, why there was no direct hit, and what that miss found out: kept for
+            :meth:`explain` as it is. ``None`` for one that was loaded by its graph hash.
     """
 
     def __init__(
@@ -46,6 +52,7 @@ class CompiledModel:
         self._pieces = dict(pieces)
         self._constants = dict(constants)
         self.model = model
+        self.lookup: tuple[str, TargetKey, str, MissFacts | None] | None = None
         self._call = self._bound_to(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,6 +87,18 @@ class CompiledModel:
         self._call = self._bound_to(model)
         self.model = model
         return self
+
+    def explain(self) -> Explanation:
+        """Say how this came about: the kind of hit, and why it was not a direct one if it was not.
+
+        Nothing is looked up for it; what a miss found out was kept.
+
+        Returns:
+            A record; ``str()`` of it is for people.
+        """
+        from stitchcache.explanation import explained
+
+        return explained(self.lookup, self.artifact, self.cache_hit, self.timings)
 
     def __repr__(self) -> str:
         hit = self.cache_hit or "compiled"

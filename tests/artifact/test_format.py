@@ -24,6 +24,7 @@ from stitchcache.artifact.decode import (
     signed_bytes,
 )
 from stitchcache.artifact.encode import encode, encode_piece, encode_target
+from stitchcache.artifact.factors import pack_factors, raw_entry_factors, unpack_factors
 from stitchcache.artifact.frame import MAGIC, PRELUDE, Kind, open_frame, seal
 from stitchcache.artifact.record import Artifact, PieceRecord, Variant
 from stitchcache.errors import EntryDamagedError, EntryFormatError, FutureFormatError
@@ -104,6 +105,8 @@ targets = st.builds(
     globals=tuples(st.tuples(text, text)),
     label=text,
     created=times,
+    refused=st.none() | text,
+    factors=tuples(st.builds(types.Factor, name=text, value=text, digest=digests)).map(pack_factors),
 )
 
 
@@ -358,6 +361,63 @@ def test_golden_entries_still_load():
         assert encode(artifact) == data, (
             "writing the same artifact gives other bytes: raise the format version"
         )
+
+
+FACTORS = (
+    types.Factor(name="env.torch", value="2.13.0", digest="ab" * 32),
+    types.Factor(name="model.class", value="mylib.Model \ud800", digest="cd" * 32),
+)
+
+
+def test_golden_targets_still_load():
+    """Version 3 had neither factors nor a reason."""
+    key, source = "3a" * 32, types.SourceRef(module="mylib.layers", digest="cd" * 32, size=77)
+    old = decode_target((GOLDEN / "targets" / f"{key}.v3").read_bytes(), key)
+    assert (old.graph_hash, old.label, old.created) == ("ef" * 32, "Model", 1_700_000_000.0)
+    assert old.sources[1] == source
+    assert old.globals == (("env:FLAG", "1"), ("mylib.model:SCALE", "2" * 64))
+    assert (old.refused, old.factors, unpack_factors(old.factors)) == (None, b"", ())
+    data = (GOLDEN / "targets" / f"{key}.v4").read_bytes()
+    new = decode_target(data, key)
+    assert new == dataclasses.replace(old, refused="it reads a clock", factors=pack_factors(FACTORS))
+    assert unpack_factors(new.factors) == FACTORS
+    assert encode_target(key, new) == data, (
+        "writing the same target gives other bytes: raise the format version"
+    )
+
+
+def test_a_target_of_another_version_is_neither_guessed_nor_damaged():
+    key = "3a" * 32
+    old = (GOLDEN / "targets" / f"{key}.v3").read_bytes()
+    new = (GOLDEN / "targets" / f"{key}.v4").read_bytes()
+    with pytest.raises(EntryFormatError) as missing:
+        decode_target(sealed_again(old, version=4), key)
+    assert missing.value.field == "refused"
+    with pytest.raises(EntryFormatError, match="unknown key"):
+        decode_target(sealed_again(new, version=3), key)
+    with pytest.raises(FutureFormatError):
+        decode_target(sealed_again(new, version=5), key)
+
+
+def test_factors_are_only_decoded_when_they_are_asked_for():
+    for bad in (
+        b"\xc1",
+        msgpack.packb({"a": 1}),
+        msgpack.packb([["a", "b"]]),
+        msgpack.packb([["a", "b", 1]]),
+    ):
+        record = types.TargetRecord(graph_hash="ab" * 32, sources=(), factors=bad)
+        assert decode_target(encode_target("k", record), "k") == record
+        with pytest.raises(EntryFormatError):
+            unpack_factors(bad)
+
+
+def test_an_entrys_factors_can_be_read_alone():
+    data = encode(dataclasses.replace(small(), factors=FACTORS))
+    assert raw_entry_factors(data) == {f.name: (f.value, f.digest) for f in FACTORS}
+    assert raw_entry_factors(encode(small())) == {}
+    with pytest.raises(EntryDamagedError):
+        raw_entry_factors(data[:-1] + b"?")
 
 
 @settings(max_examples=300, deadline=None)

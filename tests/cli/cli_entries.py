@@ -15,7 +15,9 @@ from stitchcache.types import (
     OutputSpec,
     PieceRef,
     SizeRange,
+    SourceRef,
     SymbolSpec,
+    TargetRecord,
     TensorSpec,
 )
 
@@ -88,6 +90,22 @@ def put(root: Path, graph_hash: str, label: str = "Model", **options: object) ->
     made = artifact(cache, graph_hash, label, **options)  # type: ignore[arg-type]
     cache.put(made)
     return made
+
+
+def put_target(root: Path, name: str, graph_hash: str, factors: dict[str, str], **more: object) -> str:
+    """A target that leads to an entry; returns its key."""
+    from stitchcache.artifact.factors import pack_factors
+
+    made = [Factor(name=n, value=value, digest=key(value)) for n, value in factors.items()]
+    record = TargetRecord(
+        graph_hash=graph_hash,
+        sources=(SourceRef(module="mylib.model", digest=key("source"), size=321),),
+        globals=(("env:FLAG", "1"),),
+        factors=pack_factors(made),
+        **{"label": "Model", "created": 1_700_000_000.0, **more},  # type: ignore[arg-type]
+    )
+    Cache(root).put_target(key(name), record)
+    return key(name)
 
 
 def entry_file(root: Path, graph_hash: str) -> Path:

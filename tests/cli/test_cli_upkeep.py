@@ -124,6 +124,7 @@ def test_config(run_cli, tmp_path):
     }
     assert settings["max_size"]["value"] == 2 << 30
     assert settings["require"]["value"] is True
+    assert settings["audit"] == {"value": False, "source": "default", "variable": "STITCHCACHE_AUDIT"}
     assert settings["read_only"] == {"value": False, "source": "default", "variable": "STITCHCACHE_READONLY"}
     assert run_cli("config", "--json", "--cache", tmp_path).json["settings"]["root"]["source"] == "option"
     out = run_cli("config", env=env).out

@@ -63,8 +63,9 @@ def test_settings_in_force(run_cli, tmp_path):
     assert bad.status == 1
     assert "problem  environment  STITCHCACHE_MAX_SIZE=lots" in bad.out
     assert "note     environment  STITCHCACHE_MAXSIZE=1G" in bad.out
-    good = run_cli("doctor", "--json", tmp_path, env={"STITCHCACHE_REQUIRE": "1"})
+    good = run_cli("doctor", "--json", tmp_path, env={"STITCHCACHE_REQUIRE": "1", "STITCHCACHE_AUDIT": "1"})
     said = [each for each in good.json["findings"] if each["name"] == "environment"]
+    assert any(each["found"] == "STITCHCACHE_AUDIT=1" and "traced too" in each["meaning"] for each in said)
     assert any(
         each["found"] == "STITCHCACHE_REQUIRE=1" and "a miss is an error" in each["meaning"] for each in said
     )

@@ -1,0 +1,130 @@
+"""What a miss finds out beyond its reason: which sources changed, which factors differ, and the error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from stitchcache.api.run import Run
+from stitchcache.api.trace import Traced
+from stitchcache.artifact.record import Artifact
+from stitchcache.errors import CacheMissError
+from stitchcache.explanation import MissFacts
+from stitchcache.keys import reads
+from stitchcache.keys.differences import ABSENT, differences_text, explain_differences, names_text
+from stitchcache.keys.files import find_file, read_file
+from stitchcache.keys.values import Shared
+from stitchcache.nearest import NearestEntry, nearest_entries
+from stitchcache.types import TargetRecord
+
+_FEW = 3
+
+
+def miss_facts(run: Run) -> MissFacts:
+    """Look at what there is, before anything is stored by this run; reads a few hundred files at most.
+
+    Args:
+        run: A compilation that had no direct hit.
+    """
+    if run.record is not None:
+        changed = changed_sources(run.record) if run.cause == "sources" else {}
+        return MissFacts(changed=changed)
+    found = nearest_entries(
+        run.cache.roots, run.target.factors, label=run.label, partial=run.target.key is None
+    )
+    if not found:
+        return MissFacts()
+    return MissFacts(changed=changed_beside(found[0]), nearest=found[0], hint=_hint(found[0]))
+
+
+def changed_beside(nearest: NearestEntry) -> dict[str, tuple[str, str]]:
+    """Source files that are not what the nearest entry was captured from; none where it is another model's.
+
+    The code of a model's classes is a factor of its key, so an edit of them shows as a factor that differs.
+    """
+    if nearest.record is None or "model.class" in nearest.differences:
+        return {}
+    return changed_sources(nearest.record)
+
+
+def _hint(nearest: NearestEntry) -> str:
+    if "model.class" in nearest.differences:
+        return ", nor one of this model's class nearby"
+    if not nearest.differences:
+        return ""
+    return f"; nearest {nearest.graph_hash[:12]} differs in {names_text(list(nearest.differences), _FEW)}"
+
+
+def changed_sources(record: TargetRecord) -> dict[str, tuple[str, str]]:
+    """Every source file that is not what was captured.
+
+    Args:
+        record: What the target key led to.
+
+    Returns:
+        File, or the module's name where it has none now, to ``(digest when captured, digest now)``.
+    """
+    main = Shared().main
+    found = {}
+    for source in record.sources:
+        file, module = find_file(source.module, main)
+        now = ABSENT
+        if file is not None:
+            try:
+                now = reads.bytes_digest(read_file(file, module))
+            except OSError:
+                # Gone, or not to be read; the reason says which.
+                now = ABSENT
+        if now != source.digest:
+            found[file or source.module] = (source.digest, now)
+    return found
+
+
+def graph_differences(artifact: Artifact, traced: Traced) -> dict[str, tuple[str, str]]:
+    """What tells a fresh trace from an entry.
+
+    Args:
+        artifact: The entry.
+        traced: The fresh trace.
+
+    Returns:
+        Name to ``(in the entry, in the trace)``: factors of the graph, and ``graph.pieces`` for the pieces
+        that are others.
+    """
+    wanted = {factor.name for factor in traced.factors}
+    old = [factor for factor in artifact.factors if factor.name in wanted]
+    found = explain_differences(old, traced.factors)
+    before = [piece.key for piece in artifact.pieces]
+    planned = [piece for _, one in traced.plans for piece in one.pieces]
+    after = [piece.key for piece in planned]
+    if before != after:
+        fresh = [piece.name for piece in planned if piece.key not in before]
+        shown = f"{len(after)} calls, of these new: {names_text(fresh, _FEW) or 'none'}"
+        found["graph.pieces"] = (f"{len(before)} calls", shown)
+    return found
+
+
+def miss_error(run: Run, traced: Traced) -> CacheMissError:
+    """The error for a miss where misses are forbidden."""
+    facts = run.near or MissFacts()
+    differences = dict(facts.nearest.differences) if facts.nearest is not None else {}
+    detail = ""
+    if facts.nearest is not None and differences:
+        near = f"{facts.nearest.label or 'entry'} {facts.nearest.graph_hash[:12]}"
+        detail = f" From the nearest, {near}, it differs in {differences_text(differences, _FEW)}."
+    if facts.changed:
+        detail += f" Changed: {_changed_text(facts.changed)}."
+    return CacheMissError(
+        f"{run.label}: not in the cache at {run.cache.root} ({run.reason}; no entry for graph "
+        f"{traced.graph_hash[:12]} either), and a miss is an error here.{detail} "
+        "Run 'stitchcache prewarm' where compiling is allowed, with the same model and options; "
+        "'stitchcache explain' shows all that differs.",
+        target=run.label,
+        key=run.target.key or "",
+        reason=run.reason,
+        differences=differences,
+        changed=dict(facts.changed),
+    )
+
+
+def _changed_text(changed: Mapping[str, tuple[str, str]]) -> str:
+    return differences_text({path: (old[:12], new[:12]) for path, (old, new) in changed.items()}, _FEW)

@@ -1,0 +1,76 @@
+"""``STITCHCACHE_AUDIT``: a direct hit that is wrong is found out, and not served."""
+
+from __future__ import annotations
+
+import dataclasses
+import decimal
+import logging
+import pickle
+
+import pytest
+import torch
+from explain_models import Third, Twice
+
+import stitchcache
+from stitchcache import errors
+
+
+def compiled(cache, model):
+    return stitchcache.compile(model.eval(), (torch.ones(3),), backend="eager", cache=cache)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return stitchcache.Cache(tmp_path)
+
+
+def test_a_right_hit_is_served_and_said(cache, monkeypatch, caplog):
+    compiled(cache, Third())
+    monkeypatch.setenv("STITCHCACHE_AUDIT", "1")
+    with caplog.at_level(logging.INFO, logger="stitchcache"):
+        again = compiled(cache, Third())
+    assert again.cache_hit == "direct"
+    assert "capture" in again.timings
+    audited, served = [record.message for record in caplog.records if record.name == "stitchcache"]
+    assert audited == f"Third: audit: the graph is {again.graph_hash[:12]} as the key says"
+    assert served.startswith(f"Third: direct hit {again.graph_hash[:12]}")
+    assert cache.stats().counters["audit.right"] == 1
+
+
+def test_a_stale_hit_is_an_error_and_nothing_is_served(cache, monkeypatch):
+    first = compiled(cache, Third())
+    with decimal.localcontext() as context:
+        context.prec = 2
+        assert compiled(cache, Third()).cache_hit == "direct", "no key sees it: this is what audits are for"
+        monkeypatch.setenv("STITCHCACHE_AUDIT", "1")
+        with pytest.raises(errors.StaleEntryError) as caught:
+            compiled(cache, Third())
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert error.expected == first.graph_hash
+    assert error.actual not in ("", first.graph_hash)
+    assert "graph.pieces" in error.differences
+    for word in (error.expected[:12], error.actual[:12], "graph.pieces", "key_factors", "Third"):
+        assert word in str(error)
+    counters = cache.stats().counters
+    assert counters["audit.wrong"] == 1
+    assert counters["hit.direct"] == 1, "only the one that was served"
+    assert compiled(cache, Third()).graph_hash == first.graph_hash
+
+
+def test_a_target_that_was_led_elsewhere(cache, monkeypatch):
+    right, wrong = compiled(cache, Third()), compiled(cache, Twice())
+    key = right.explain().target_key
+    record = cache.get_target(key)
+    cache.put_target(key, dataclasses.replace(record, graph_hash=wrong.graph_hash))
+    monkeypatch.setenv("STITCHCACHE_AUDIT", "1")
+    with pytest.raises(errors.StaleEntryError) as caught:
+        compiled(cache, Third())
+    assert (caught.value.expected, caught.value.actual) == (wrong.graph_hash, right.graph_hash)
+    assert str(cache.root / "targets" / key[:2] / key) in str(caught.value)
+
+
+def test_a_setting_that_makes_no_sense(cache, monkeypatch):
+    compiled(cache, Twice())
+    monkeypatch.setenv("STITCHCACHE_AUDIT", "perhaps")
+    with pytest.raises(errors.OptionError, match="STITCHCACHE_AUDIT"):
+        compiled(cache, Twice())
