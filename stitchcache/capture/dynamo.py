@@ -21,6 +21,7 @@ from stitchcache import tree
 from stitchcache.backends.torch_compile import fake_inputs
 from stitchcache.capture.contract import tensor_spec
 from stitchcache.capture.export import BoundTensor, Capture
+from stitchcache.capture.regions import replace_by_value
 from stitchcache.errors import CaptureError
 from stitchcache.graph import symbols
 from stitchcache.graph.aliasing import written_placeholders
@@ -177,6 +178,8 @@ def _inputs(gm: GraphModule, inputs: Sequence[str], example: Sequence[Any], name
             leaves.append(LeafSpec(path=path, kind="symbol", symbol=size))
         elif isinstance(value, (torch.SymInt, int, float, str, type(None))):
             leaves.append(LeafSpec(path=path, kind="constant", value=_plain(value)))
+            # Dynamo guards the value; before torch 2.12 the graph may go on using the argument.
+            replace_by_value(nodes[name], _plain(value))
         else:
             raise CaptureError(
                 f"{path} of a graph that torch.compile captured is a {type(value).__qualname__}; only "
@@ -185,6 +188,7 @@ def _inputs(gm: GraphModule, inputs: Sequence[str], example: Sequence[Any], name
             )
     shape_env = symbols.shape_environment(gm.graph)
     ranges = [(name, *symbols.bounds(shape_env, symbol)) for symbol, name in list(names.items())]
+    gm.recompile()
     return InputSpec(
         tree=tree.dumps(tree.flatten((tuple(example), {}))[1]),
         leaves=tuple(leaves),

@@ -109,12 +109,13 @@ def _inline(gm: GraphModule, call: Node, modes: Modes) -> None:
         if isinstance(result, Node):
             user.replace_all_uses_with(result)
         else:
-            _replace_by_value(user, result)
+            replace_by_value(user, result)
         gm.graph.erase_node(user)
     gm.graph.erase_node(call)
 
 
-def _replace_by_value(node: Node, value: Any) -> None:
+def replace_by_value(node: Node, value: Any) -> None:
+    """Write a plain value wherever a node is used; the node stays."""
     for user in list(node.users):
 
         def swap(found: Node) -> Any:
