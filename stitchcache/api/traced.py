@@ -14,6 +14,7 @@ from stitchcache.api.cold import compile_pieces
 from stitchcache.api.ranges import capture_ranges, settle_ranges
 from stitchcache.api.run import Run
 from stitchcache.api.trace import Traced, fact, trace
+from stitchcache.backends.warming import warming
 from stitchcache.errors import CacheMissError, StoreWriteError
 from stitchcache.keys.environment import environment_factors
 from stitchcache.keys.recorder import SourceRecorder
@@ -36,6 +37,12 @@ def compile_traced(run: Run) -> CompiledModel:
         CacheMissError: The graph is not in the cache, and a miss is an error.
         BackendError: A piece cannot be compiled, or is wrong.
     """
+    # What compiling needs from the disk is made while the model is captured; a graph hit breaks it off.
+    with warming(run.request.backend, run.devices, run.request.backend_options, run.request.miss_is_error):
+        return _traced(run)
+
+
+def _traced(run: Run) -> CompiledModel:
     run.tell("capture")
     environment = _environment(run)
     run.timed("import", _import_exporter)

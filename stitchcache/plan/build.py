@@ -71,7 +71,7 @@ def build(
     for name in {piece.backend for piece in missing}:
         backend = get_backend(name)
         backend.require()
-        backend.prepare(devices)
+        backend.prepare(devices, options)
     inputs: dict[str, list[Any]] = {}
     if leaves is not None:
         inputs = piece_inputs(plan, leaves, {piece.name: piece.key for piece in missing})
@@ -81,16 +81,34 @@ def build(
     for piece in missing:
         directory = scratch / piece.key
         directory.mkdir()
-        run = partial(_build_one, piece, directory, options, inputs.get(piece.key), device, forked)
+        compile_one = partial(_build_one, piece, directory, options, inputs.get(piece.key), device, forked)
+        run = partial(_settled, compile_one, piece.backend, devices, options) if forked else compile_one
         pending.append(
             children.Job(name=piece.name, run=run, log=scratch / f"{piece.key}.log", backend=piece.backend)
         )
-    limit = jobs or len(os.sched_getaffinity(0))
+    limit = jobs or _at_once(len(pending), len(os.sched_getaffinity(0)))
     results = children.run_all(pending, limit) if forked else children.run_here(pending)
     # Closed whatever happens, so that no child outlives an error or Ctrl-C.
     with closing(results):
         for _, built in results:
             on_built(built)
+
+
+def _at_once(pieces: int, cores: int) -> int:
+    """How many children to run, so that no core idles while the last few pieces compile.
+
+    Three pieces on two cores are done sooner side by side than two first and one after; a third more
+    memory than one a core is the price, and half again the most.
+    """
+    rounds = max(1, pieces // cores)
+    return max(1, min(-(-pieces // rounds), cores + (cores + 1) // 2))
+
+
+def _settled(
+    work: Callable[[], BuiltPiece], backend: str, devices: Sequence[str], options: Mapping[str, Any]
+) -> BuiltPiece:
+    get_backend(backend).settle(devices, options)
+    return work()
 
 
 def _build_one(
