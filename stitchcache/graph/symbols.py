@@ -31,6 +31,14 @@ def expression(value: Any) -> Any:
     return sympy.sympify(value)
 
 
+def example_of(value: Any) -> Any:
+    """What a size or number was in the capture's example; ``None`` if only data decides it.
+
+    Reading it adds no guard.
+    """
+    return value.node.hint if isinstance(value, SYMBOLIC) else value
+
+
 def shape_environment(graph: torch.fx.Graph) -> Any | None:
     """The ``ShapeEnv`` that a graph's symbolic sizes live in; ``None`` if all sizes are static."""
     for node in graph.nodes:
