@@ -148,14 +148,7 @@ def _agrees(subject: Subject, sizes: Mapping[sympy.Symbol, int]) -> bool:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=_cuda(everything)):
             torch.manual_seed(0)
-            want, after = subject.call(
-                theirs[len(subject.bound) :],
-                {
-                    subject.buffers[placeholder]: tensor
-                    for placeholder, tensor in zip(subject.bound, theirs, strict=False)
-                    if placeholder in subject.buffers
-                },
-            )
+            want, after = subject.call(theirs[len(subject.bound) :], _state(subject, theirs))
             torch.manual_seed(0)
             got = _run_graph(subject, ours)
     except _REFUSALS:
@@ -164,6 +157,16 @@ def _agrees(subject: Subject, sizes: Mapping[sympy.Symbol, int]) -> bool:
     for index, placeholder in enumerate(subject.bound):
         theirs[index] = after.get(subject.buffers.get(placeholder, ""), theirs[index])
     return _same(want, got) and _same(theirs, ours)
+
+
+def _state(subject: Subject, copies: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of the model's tensors by name; tensors that are one object stay one."""
+    one = {id(tensor): copy for tensor, copy in zip(subject.bound.values(), copies, strict=False)}
+    return {
+        subject.buffers[placeholder]: one[id(tensor)]
+        for placeholder, tensor in subject.bound.items()
+        if placeholder in subject.buffers
+    }
 
 
 def _agrees_without_data(subject: Subject, leaves: Sequence[Any]) -> bool:

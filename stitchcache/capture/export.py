@@ -216,8 +216,8 @@ def _check_has_data(constant: BoundTensor) -> None:
     """A constant goes into the artifact by value."""
     if has_fakes([constant.tensor]):
         raise CaptureError(
-            f"the forward uses {constant.name!r}, a tensor that is neither parameter nor buffer, and the model "
-            "was built without its data. Make it a buffer (register_buffer), or build the model with data.",
+            f"the forward uses {constant.name!r}, a tensor that is neither parameter nor buffer, and it was "
+            "built without data. Make it a buffer (register_buffer), or build the model with data.",
             reason=f"constant {constant.name} without data",
         )
 

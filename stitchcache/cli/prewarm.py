@@ -85,7 +85,7 @@ def _prewarm(
 
     def on_progress(progress: Progress) -> None:
         if progress.stage != "done":
-            shown.update(target.name, progress.stage, progress.done, progress.total)
+            shown.update(target.name, progress.stage, progress.done, progress.total, progress.left)
 
     shown.update(target.name, "build")
     (result,) = prewarm(

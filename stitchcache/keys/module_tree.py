@@ -176,9 +176,11 @@ class _Walk:
         if known is not None:
             return known.decode("utf-8", "surrogatepass")
         self.encoder.seen[id(value)] = f"tensor {name}".encode("utf-8", "surrogatepass")
-        if value.__dict__ and not is_fake(value):
+        # What a fake tensor has there is its own; notes that do not count leave no trace, as on a fake.
+        own = {k: v for k, v in value.__dict__.items() if k not in TENSOR_NOTES}
+        if own and not is_fake(value):
             notes.text(name)
-            notes.put_at(name, {k: v for k, v in value.__dict__.items() if k not in TENSOR_NOTES})
+            notes.put_at(name, own)
         if not is_plain_tensor(value) or value.layout is not torch.strided or value.is_quantized:
             return tensor_line(self.encoder, name, value)
         # Layers repeat: the same few descriptions serve for all tensors of a deep model.

@@ -67,7 +67,7 @@ def build(
             model's tensors have no data, pieces are compared on made-up inputs, each on its own.
         scratch: A directory to work in.
         options: Backend options.
-        jobs: Processes at a time; ``None`` takes one a core.
+        jobs: Processes at a time; ``None`` takes about one a core, see :func:`at_once`.
         devices: Device types in use.
         on_built: Called in this process as pieces get ready.
 
@@ -97,8 +97,7 @@ def build(
         pending.append(
             children.Job(name=piece.name, run=run, log=scratch / f"{piece.key}.log", backend=piece.backend)
         )
-    limit = jobs or _at_once(len(pending), len(os.sched_getaffinity(0)))
-    results = children.run_all(pending, limit) if forked else children.run_here(pending)
+    results = children.run_all(pending, at_once(len(pending), jobs)) if forked else children.run_here(pending)
     # Closed whatever happens, so that no child outlives an error or Ctrl-C.
     with closing(results):
         for index, built in results:
@@ -107,12 +106,21 @@ def build(
             on_built(built)
 
 
-def _at_once(pieces: int, cores: int) -> int:
-    """How many children to run, so that no core idles while the last few pieces compile.
+def at_once(pieces: int, jobs: int | None) -> int:
+    """How many pieces to compile at a time, so that no core idles while the last few compile.
 
-    Three pieces on two cores are done sooner side by side than two first and one after; a third more
-    memory than one a core is the price, and half again the most.
+    Three pieces on two cores are done sooner side by side than two first and one after. The price is the
+    memory of a compiler more for every second core, at the most.
+
+    Args:
+        pieces: How many there are.
+        jobs: What the user wants; ``None`` leaves it open.
     """
+    if not children.available():
+        return 1
+    if jobs is not None:
+        return jobs
+    cores = len(os.sched_getaffinity(0))
     rounds = max(1, pieces // cores)
     return max(1, min(-(-pieces // rounds), cores + (cores + 1) // 2))
 
