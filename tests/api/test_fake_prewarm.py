@@ -111,7 +111,7 @@ class WrongAtOne(torch.nn.Module):
         self.linear = torch.nn.Linear(3, 3)
 
     def forward(self, x):
-        return self.linear(x).squeeze()
+        return self.linear(x) * (2.0 if x.shape[0] == 1 else 3.0)
 
 
 def normalized():
