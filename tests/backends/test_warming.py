@@ -26,7 +26,7 @@ COMPILER = """#!{python}
 import os, sys
 with open({log!r}, "a") as log:
     log.write(" ".join(sys.argv[1:]) + chr(10))
-os.execv({real!r}, ["g++", *sys.argv[1:]])
+os.execv({real!r}, [{real!r}, *sys.argv[1:]])
 """
 
 
