@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from stitchcache.api.estimate import Estimate
 from stitchcache.api.request import Request
 from stitchcache.api.trace import Traced, assemble, stitched_leaves
 from stitchcache.artifact.consts import dump_consts
@@ -17,7 +18,7 @@ from stitchcache.artifact.record import Artifact
 from stitchcache.backends import get_backend
 from stitchcache.cache import Cache
 from stitchcache.errors import BackendError, EntryFormatError, StoreWriteError, UntrustedEntryError
-from stitchcache.plan.build import BuiltPiece, build
+from stitchcache.plan.build import BuiltPiece, at_once, build
 from stitchcache.plan.plan import PlannedPiece
 from stitchcache.types import BlobRef, Factor
 
@@ -33,7 +34,7 @@ def compile_pieces(
     devices: Sequence[str],
     factors: Sequence[Factor],
     label: str,
-    tell: Callable[[str, int, int], None],
+    tell: Callable[[str, int, int, float | None], None],
 ) -> tuple[Artifact, dict[str, Any], Mapping[str, torch.Tensor]]:
     """Compile, load and store.
 
@@ -47,7 +48,7 @@ def compile_pieces(
         devices: Device types in use.
         factors: Named parts of all keys.
         label: What to call the entry.
-        tell: Gets the stage, pieces done, pieces in all.
+        tell: Gets the stage, pieces done, pieces in all, and seconds left where they can be told.
 
     Returns:
         The artifact, its loaded pieces, and its constants.
@@ -60,13 +61,15 @@ def compile_pieces(
     distinct = {piece.key: piece for _, planned in traced.plans for piece in planned.pieces}
     missing = {key for key, piece in distinct.items() if not shelf.find(piece)}
     done = len(distinct) - len(missing)
-    tell("compile", done, len(distinct))
+    estimate = Estimate(cache, request.backend, len(missing), at_once(len(missing), request.jobs))
+    tell("compile", done, len(distinct), estimate.left())
 
     def on_built(built: BuiltPiece) -> None:
         nonlocal done
         done += 1
+        estimate.took(built.backend, built.seconds)
         shelf.take(built)
-        tell("compile", done, len(distinct))
+        tell("compile", done, len(distinct), estimate.left() if done < len(distinct) else None)
 
     for planned, captured in traced.builds:
         pieces = {piece.key: piece for piece in planned.pieces if piece.key in missing - shelf.pieces.keys()}
@@ -83,7 +86,7 @@ def compile_pieces(
                 devices=devices,
                 on_built=on_built,
             )
-    tell("store", done, len(distinct))
+    tell("store", done, len(distinct), None)
     constants = {name: shelf.keep(dump_consts([tensor]) or b"") for name, tensor in traced.constants.items()}
     artifact = assemble(
         traced,

@@ -177,7 +177,7 @@ class _GraphRun:
                 devices=self._devices,
                 factors=_unique((*self._environment, *self._traced.factors)),
                 label=self.request.label,
-                tell=lambda _stage, _done, _total: None,
+                tell=lambda _stage, _done, _total, _left: None,
             )
         return self._finish(artifact, pieces, constants, hit=None)
 

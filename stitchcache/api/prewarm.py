@@ -69,10 +69,15 @@ def prewarm(
     cache: Cache | None = None,
     on_progress: OnProgress | None = None,
     on_miss: str = "compile",
+    fake: bool = False,
 ) -> PrewarmReport:
     """Compile targets that are not in the cache yet.
 
     A target that fails does not stop the others.
+
+    With ``fake`` no weights are needed, and none take any memory: models are built with tensors that
+    have no data. Keys are those of the real model, which then gets a direct hit. Pieces are compared
+    with eager execution on random inputs, each for itself.
 
     Args:
         targets: Targets, or references such as ``"pkg.module:name"``.
@@ -80,6 +85,7 @@ def prewarm(
         cache: Where to store; the default cache if ``None``.
         on_progress: Called with a :class:`~stitchcache.api.request.Progress` as things happen.
         on_miss: ``"compile"``, or ``"error"`` to check that everything is there already.
+        fake: Call each target's ``build`` where every tensor that it makes has no data.
 
     Returns:
         What became of each.
@@ -92,16 +98,21 @@ def prewarm(
     found = [t for item in given for t in (find_targets(item) if isinstance(item, str) else [item])]
     check_names(found)
     store = cache or Cache()
-    return PrewarmReport(tuple(_one(target, jobs, on_miss, store, on_progress) for target in found))
+    return PrewarmReport(tuple(_one(target, jobs, on_miss, fake, store, on_progress) for target in found))
 
 
 def _one(
-    target: Target, jobs: int | None, on_miss: str, cache: Cache, on_progress: OnProgress | None
+    target: Target,
+    jobs: int | None,
+    on_miss: str,
+    fake: bool,
+    cache: Cache,
+    on_progress: OnProgress | None,
 ) -> PrewarmResult:
     began = time.perf_counter()
     try:
         request = request_for(target, jobs, on_miss)
-        model, args, kwargs = target.made()
+        model, args, kwargs = target.made(fake=fake)
         began = time.perf_counter()
         compiled = compile_request(model, args, kwargs, request, cache, on_progress)
     except StitchCacheError as error:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from stitchcache import tree
+from stitchcache.backends.fakes import has_fakes
 from stitchcache.capture import Capture, capture, settled
 from stitchcache.errors import OptionError
 from stitchcache.keys.dims import dims_of_leaf, split_path
@@ -185,6 +186,10 @@ def _resized(
             size = leaves[index].shape[dim]
             if size not in size_range:
                 wanted = min(max(size, size_range.min), size_range.max)
+                if has_fakes([leaves[index]]):
+                    shape = list(leaves[index].shape)
+                    leaves[index] = leaves[index].new_empty([*shape[:dim], wanted, *shape[dim + 1 :]])
+                    continue
                 rows = torch.arange(wanted, device=leaves[index].device) % max(1, size)
                 leaves[index] = leaves[index].index_select(dim, rows)
     args, kwargs = tree.unflatten(leaves, spec)

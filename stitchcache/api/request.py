@@ -162,6 +162,8 @@ class Progress:
         done: Pieces that are ready.
         total: Distinct pieces.
         seconds: Since the target was begun.
+        left: Seconds that compiling will still take, from what pieces took in this run or before on this
+            store; ``None`` where that is not known.
     """
 
     target: str
@@ -169,6 +171,7 @@ class Progress:
     done: int = 0
     total: int = 0
     seconds: float = 0.0
+    left: float | None = None
 
 
 OnProgress = Callable[[Progress], None]

@@ -199,10 +199,10 @@ class Run:
         finally:
             self.timings[stage] = self.timings.get(stage, 0.0) + time.perf_counter() - began
 
-    def tell(self, stage: str, done: int = 0, total: int = 0) -> None:
+    def tell(self, stage: str, done: int = 0, total: int = 0, left: float | None = None) -> None:
         """Report progress."""
         if self._on_progress is not None:
             seconds = time.perf_counter() - self._began
             self._on_progress(
-                Progress(target=self.label, stage=stage, done=done, total=total, seconds=seconds)
+                Progress(target=self.label, stage=stage, done=done, total=total, seconds=seconds, left=left)
             )

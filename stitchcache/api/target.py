@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import field
 from pathlib import Path
 from types import ModuleType
@@ -60,8 +61,11 @@ class Target:
     key_factors: Mapping[str, Any] | None = field(default=None, kw_only=True)
     options: Mapping[str, Any] | None = field(default=None, kw_only=True)
 
-    def made(self) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    def made(self, *, fake: bool = False) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """Build the model and its example arguments.
+
+        Args:
+            fake: Build them without data: no weight takes any memory.
 
         Returns:
             Model, positional arguments, keyword arguments.
@@ -70,7 +74,8 @@ class Target:
             TargetError: ``build`` failed, or returned something else.
         """
         try:
-            built = self.build()
+            with _data(fake):
+                built = self.build()
         except _BUILD_ERRORS as error:
             raise TargetError(
                 f"target {self.name!r}: build() failed: {type(error).__name__}: {error}", target=self.name
@@ -83,6 +88,14 @@ class Target:
             )
         model, args = built[0], built[1]
         return model, tuple(args), dict(built[2]) if len(built) == 3 else {}
+
+
+def _data(fake: bool) -> AbstractContextManager[Any]:
+    if not fake:
+        return nullcontext()
+    from stitchcache.backends.fakes import without_data
+
+    return without_data()
 
 
 def find_targets(reference: str) -> list[Target]:

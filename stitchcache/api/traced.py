@@ -18,6 +18,7 @@ from stitchcache.api.request import Request
 from stitchcache.api.run import Run
 from stitchcache.api.trace import Traced, fact, trace
 from stitchcache.artifact.factors import pack_factors
+from stitchcache.backends.warming import warming
 from stitchcache.errors import StoreWriteError
 from stitchcache.keys.environment import environment_factors
 from stitchcache.keys.recorder import SourceRecorder
@@ -42,17 +43,19 @@ def compile_traced(run: Run) -> CompiledModel:
     """
     facts = run.near = run.timed("explain", lambda: miss_facts(run))
     edited = run.cause == "sources"
-    traced, recorder = trace_run(run)
-    if recorder.unsound is not None:
-        run.reason, run.cause = recorder.unsound, "unkeyable"
-        run.near = replace(facts, hint="")
-    compiled = _by_graph(run, traced)
-    if compiled is None and run.request.miss_is_error:
-        raise miss_error(run, traced)
-    if compiled is None:
-        with run.cache.lock(traced.graph_hash, on_wait=_say_once(run)):
-            # Another process may have compiled it while this one waited.
-            compiled = _by_graph(run, traced) or _cold(run, traced)
+    # What compiling needs from the disk is made while the model is captured; a graph hit breaks it off.
+    with warming(run.request.backend, run.devices, run.request.backend_options, run.request.miss_is_error):
+        traced, recorder = trace_run(run)
+        if recorder.unsound is not None:
+            run.reason, run.cause = recorder.unsound, "unkeyable"
+            run.near = replace(facts, hint="")
+        compiled = _by_graph(run, traced)
+        if compiled is None and run.request.miss_is_error:
+            raise miss_error(run, traced)
+        if compiled is None:
+            with run.cache.lock(traced.graph_hash, on_wait=_say_once(run)):
+                # Another process may have compiled it while this one waited.
+                compiled = _by_graph(run, traced) or _cold(run, traced)
     _note_target(run, traced, recorder, edited)
     return compiled
 

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from stitchcache.backends import inductor_process
 from stitchcache.backends.base import BoxedPiece
-from stitchcache.backends.toolchain import require_compiler
+from stitchcache.backends.headers import precompile
+from stitchcache.backends.toolchain import find_compiler, require_compiler
 from stitchcache.errors import BackendError
 
 # Namespaces whose ops Inductor knows how to call from C++. Any other op would go through a proxy
@@ -33,13 +35,27 @@ class AotiBackend:
         """Check for a C++ compiler; see :class:`~stitchcache.backends.base.Backend`."""
         require_compiler(self.name)
 
-    def prepare(self, devices: Collection[str]) -> None:
-        """Import Inductor and probe the CPU once; forked children inherit both."""
+    def wants_warming(self) -> bool:
+        """With a compiler, yes."""
+        return find_compiler() is not None
 
+    def warm(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
+        """Leave the probes of the CPU and the precompiled headers on disk."""
+        inductor_process.prepare(devices, options)
+        inductor_process.settle(devices, options)
         if "cpu" in devices:
-            from torch._inductor.cpu_vec_isa import pick_vec_isa
+            from torch._inductor import config
 
-            pick_vec_isa()
+            with config.patch(_settings(options)):
+                precompile()
+
+    def prepare(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
+        """Import Inductor and probe the CPU once; forked children inherit both."""
+        inductor_process.prepare(devices, options)
+
+    def settle(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
+        """Skip probes that could not change anything."""
+        inductor_process.settle(devices, options)
 
     def foreign_ops(self, piece: torch.fx.GraphModule) -> set[str]:
         """Custom ops: they are called between pieces."""
@@ -55,11 +71,7 @@ class AotiBackend:
 
         fakes = tuple(node.meta["val"] for node in piece.graph.nodes if node.op == "placeholder")
         library = directory / "piece.so"
-        settings = {
-            **options,
-            "aot_inductor.output_path": str(library),
-            "aot_inductor.embed_kernel_binary": True,
-        }
+        settings = {**_settings(options), "aot_inductor.output_path": str(library)}
         with torch.no_grad():
             built = torch._inductor.aot_compile(piece, fakes, options=settings)
         if not isinstance(built, str) or not Path(built).is_file():
@@ -94,6 +106,18 @@ class AotiBackend:
             ) from error
         run: BoxedPiece = runner.run
         return run
+
+
+def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's options, and what ours are."""
+    import torch._inductor
+
+    settings = {**options, "aot_inductor.embed_kernel_binary": True}
+    # Line numbers of sources that are gone by then: they cost a tenth of the C++ time, and more than
+    # half of the file. Not in every torch.
+    if hasattr(torch._inductor.config.aot_inductor, "enable_line_tables"):
+        settings.setdefault("aot_inductor.enable_line_tables", False)
+    return settings
 
 
 def _proxies(directory: Path) -> list[str]:

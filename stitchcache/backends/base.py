@@ -30,8 +30,27 @@ class Backend(Protocol):
             CompilerMissingError: It needs a C++ compiler and there is none.
         """
 
-    def prepare(self, devices: Collection[str]) -> None:
-        """Do once what every compile would do again: imports, probes of the machine."""
+    def wants_warming(self) -> bool:
+        """Whether :meth:`warm` would do anything."""
+
+    def warm(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
+        """Fill caches on disk that compiling reads. Runs in a forked process of its own.
+
+        Args:
+            devices: Device types in use.
+            options: Backend options.
+        """
+
+    def prepare(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
+        """Do once what every compile would do again: imports, probes of the machine.
+
+        Args:
+            devices: Device types in use.
+            options: Backend options.
+        """
+
+    def settle(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
+        """Get a forked child ready that does nothing but compile; after :meth:`prepare`."""
 
     def foreign_ops(self, piece: torch.fx.GraphModule) -> set[str]:
         """Ops that this backend cannot compile and that must be called between pieces instead."""

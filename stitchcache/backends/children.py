@@ -27,6 +27,8 @@ import torch
 from stitchcache.errors import BackendError, PieceCrashError, StitchCacheError
 
 _PR_SET_PDEATHSIG = 1
+# Seconds that a child and its compilers get to clean up.
+_PATIENCE = 1.0
 # What compilers and linkers put before what they complain about.
 _COMPILER = re.compile(r"(?:fatal )?error: |undefined reference|cannot find -l|No space left")
 _EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception|Refused)\b")
@@ -77,13 +79,13 @@ def run_all(jobs: Sequence[Job], limit: int) -> Generator[tuple[int, Any], None,
         PieceCrashError: A child was killed by a signal.
         BackendError: A child failed otherwise.
     """
-    running: dict[int, _Child] = {}
+    running: dict[int, Child] = {}
     todo = list(enumerate(jobs))[::-1]
     try:
         while todo or running:
             while todo and len(running) < max(1, limit):
                 index, job = todo.pop()
-                child = _start(job)
+                child = start(job)
                 running[child.process.sentinel] = child
                 child.index = index
             # The pipe tells of a result, the sentinel of a death: another child forked at the same
@@ -95,7 +97,7 @@ def run_all(jobs: Sequence[Job], limit: int) -> Generator[tuple[int, Any], None,
                     yield child.index, _finish(child)
     finally:
         for child in running.values():
-            _end(child)
+            end(child)
 
 
 def run_here(jobs: Sequence[Job]) -> Generator[tuple[int, Any], None, None]:
@@ -118,14 +120,17 @@ def run_here(jobs: Sequence[Job]) -> Generator[tuple[int, Any], None, None]:
 
 
 @dataclass(slots=True)
-class _Child:
+class Child:
+    """A job under way."""
+
     job: Job
     process: BaseProcess
     connection: Connection
     index: int = 0
 
 
-def _start(job: Job) -> _Child:
+def start(job: Job) -> Child:
+    """Start a job. Whoever does must :func:`end` it."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(
@@ -136,7 +141,7 @@ def _start(job: Job) -> _Child:
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     sender.close()
-    return _Child(job, process, receiver)
+    return Child(job, process, receiver)
 
 
 def _child(job: Job, sender: Connection, receiver: Connection, parent: int) -> None:
@@ -170,17 +175,26 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _end(child: _Child) -> None:
-    """End a child and what it started."""
-    try:
-        os.killpg(int(child.process.pid or 0), signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        child.process.kill()
+def end(child: Child) -> None:
+    """End a child and what it started, if it has not ended by itself."""
+    if child.process.is_alive():
+        # Asked first: a compiler removes half-written files then, and precompiled headers are shared.
+        _signal(child, signal.SIGTERM)
+        child.process.join(_PATIENCE)
+        _signal(child, signal.SIGKILL)
     child.process.join()
     child.connection.close()
 
 
-def _finish(child: _Child) -> Any:
+def _signal(child: Child, number: signal.Signals) -> None:
+    try:
+        os.killpg(int(child.process.pid or 0), number)
+    except (ProcessLookupError, PermissionError):
+        if child.process.is_alive():
+            child.process.kill()
+
+
+def _finish(child: Child) -> Any:
     fine: bool | None = None
     result: Any = None
     try:

@@ -29,7 +29,17 @@ class EagerBackend:
     def require(self) -> None:
         """Nothing is needed."""
 
-    def prepare(self, devices: Collection[str]) -> None:
+    def wants_warming(self) -> bool:
+        """No."""
+        return False
+
+    def warm(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
+        """Nothing to do."""
+
+    def prepare(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
+        """Nothing to do."""
+
+    def settle(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
         """Nothing to do."""
 
     def foreign_ops(self, piece: torch.fx.GraphModule) -> set[str]:

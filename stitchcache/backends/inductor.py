@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from stitchcache.backends import inductor_process
 from stitchcache.backends.base import BoxedPiece
-from stitchcache.backends.toolchain import require_compiler
+from stitchcache.backends.toolchain import find_compiler, require_compiler
 
 
 class InductorBackend:
@@ -27,13 +28,21 @@ class InductorBackend:
         """Check for a C++ compiler; see :class:`~stitchcache.backends.base.Backend`."""
         require_compiler(self.name)
 
-    def prepare(self, devices: Collection[str]) -> None:
+    def wants_warming(self) -> bool:
+        """With a compiler, yes."""
+        return find_compiler() is not None
+
+    def warm(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
+        """Leave the probes of the CPU on disk."""
+        inductor_process.prepare(devices, options)
+
+    def prepare(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
         """Import Inductor and probe the CPU once."""
+        inductor_process.prepare(devices, options)
 
-        if "cpu" in devices:
-            from torch._inductor.cpu_vec_isa import pick_vec_isa
-
-            pick_vec_isa()
+    def settle(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
+        """Skip probes that could not change anything."""
+        inductor_process.settle(devices, options)
 
     def foreign_ops(self, piece: torch.fx.GraphModule) -> set[str]:
         """Inductor calls any registered op."""

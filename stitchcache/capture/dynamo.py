@@ -78,7 +78,7 @@ def capture_graph(gm: GraphModule, example_inputs: Sequence[Any]) -> Capture:
         user_inputs=tuple(inputs),
         input_spec=_inputs(traced, inputs, example_inputs, names),
         output_spec=_outputs(traced),
-        example=tuple(symbols.hint(value) for value in example_inputs),
+        example=tuple(symbols.example_of(value) for value in example_inputs),
     )
 
 

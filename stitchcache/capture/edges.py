@@ -17,7 +17,10 @@ import sympy
 import torch
 
 from stitchcache.backends.check import clone_all
-from stitchcache.capture.example import has_fakes
+from stitchcache.backends.fakes import has_fakes
+from stitchcache.backends.stand_ins import stand_in
+from stitchcache.capture import unweighted
+from stitchcache.errors import CaptureError
 from stitchcache.graph import symbols
 from stitchcache.types import InputSpec
 
@@ -33,6 +36,7 @@ _REFUSALS = (
     AssertionError,
     ArithmeticError,
 )
+_Bound = Mapping[str, tuple[str, torch.Tensor]]
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
 
@@ -48,6 +52,9 @@ class Subject:
         call: Runs the model on leaves, with other tensors for the named ones; returns its leaves, and
             its buffers afterwards by name.
         mutations: How many results of the graph are write-backs.
+        again: Captures the model with other leaves, all their sizes fixed: what stands for a model that
+            cannot run because it has no data. Returns the graph, its bound tensors (placeholder to name
+            and tensor) and its other placeholders.
     """
 
     gm: torch.fx.GraphModule
@@ -56,6 +63,8 @@ class Subject:
     leaves: Mapping[str, Any]
     call: Callable[[Sequence[Any], Mapping[str, torch.Tensor]], tuple[list[Any], dict[str, torch.Tensor]]]
     mutations: int
+    again: Callable[[Sequence[Any]], tuple[torch.fx.GraphModule, _Bound, Sequence[str]]]
+    names: Mapping[str, str]
 
 
 class Observed(torch.nn.Module):
@@ -128,25 +137,18 @@ def _where(contract: InputSpec, name: str) -> str:
 
 def _agrees(subject: Subject, sizes: Mapping[sympy.Symbol, int]) -> bool:
     """Whether graph and model return, and leave behind, the same at certain sizes."""
-    if has_fakes([*subject.leaves.values(), *subject.bound.values()]):
-        return False
     values = {symbol: sympy.Integer(size) for symbol, size in (_hints(subject) | dict(sizes)).items()}
     leaves = _narrowed(subject, values)
     if leaves is None:
         return False
+    if has_fakes([*subject.leaves.values(), *subject.bound.values()]):
+        return _agrees_without_data(subject, leaves)
     everything = [*subject.bound.values(), *leaves]
     ours, theirs = clone_all(everything), clone_all(everything)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=_cuda(everything)):
             torch.manual_seed(0)
-            want, after = subject.call(
-                theirs[len(subject.bound) :],
-                {
-                    subject.buffers[placeholder]: tensor
-                    for placeholder, tensor in zip(subject.bound, theirs, strict=False)
-                    if placeholder in subject.buffers
-                },
-            )
+            want, after = subject.call(theirs[len(subject.bound) :], _state(subject, theirs))
             torch.manual_seed(0)
             got = _run_graph(subject, ours)
     except _REFUSALS:
@@ -155,6 +157,33 @@ def _agrees(subject: Subject, sizes: Mapping[sympy.Symbol, int]) -> bool:
     for index, placeholder in enumerate(subject.bound):
         theirs[index] = after.get(subject.buffers.get(placeholder, ""), theirs[index])
     return _same(want, got) and _same(theirs, ours)
+
+
+def _state(subject: Subject, copies: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of the model's tensors by name; tensors that are one object stay one."""
+    one = {id(tensor): copy for tensor, copy in zip(subject.bound.values(), copies, strict=False)}
+    return {
+        subject.buffers[placeholder]: one[id(tensor)]
+        for placeholder, tensor in subject.bound.items()
+        if placeholder in subject.buffers
+    }
+
+
+def _agrees_without_data(subject: Subject, leaves: Sequence[Any]) -> bool:
+    """The same with random data, and the model's own graph at these very sizes instead of the model."""
+    try:
+        gm, bound, inputs = subject.again(leaves)
+        with torch.no_grad(), torch.random.fork_rng(devices=_cuda(leaves)):
+            torch.manual_seed(0)
+            want = unweighted.run(gm, bound, dict(zip(inputs, leaves, strict=True)))
+            torch.manual_seed(0)
+            own = {key: (subject.names[key], tensor) for key, tensor in subject.bound.items()}
+            got = unweighted.run(subject.gm, own, dict(zip(subject.leaves, leaves, strict=True)))
+    except (*_REFUSALS, CaptureError):
+        return False
+    if not _same(want.results, got.results) or want.written.keys() != got.written.keys():
+        return False
+    return all(_equal(value, got.written[name]) for name, value in want.written.items())
 
 
 def _run_graph(subject: Subject, values: Sequence[Any]) -> list[Any]:
@@ -209,6 +238,8 @@ def _cut(leaf: torch.Tensor, fake: torch.Tensor, values: Mapping[sympy.Symbol, A
     stride = [_evaluate(size, values) for size in fake.stride()]
     if None in shape or None in stride or any(s > have for s, have in zip(shape, leaf.shape, strict=True)):  # type: ignore[operator]
         return None
+    if has_fakes([leaf]):
+        return stand_in(leaf.new_empty_strided(shape, stride), "an argument")  # type: ignore[arg-type]
     if shape == list(leaf.shape):
         return leaf
     cut = leaf

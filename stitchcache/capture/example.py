@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from stitchcache.backends.check import clone_all
+from stitchcache.backends.fakes import has_fakes
 from stitchcache.errors import CaptureError
 
 
@@ -34,11 +35,6 @@ def separate(leaves: Sequence[Any], model: torch.nn.Module) -> list[Any]:
             seen.add(_storage(leaf))
         separated.append(leaf)
     return separated
-
-
-def has_fakes(values: Iterable[Any]) -> bool:
-    """Whether any value is a tensor without data."""
-    return any(isinstance(v, torch.Tensor) and (hasattr(v, "fake_mode") or v.is_meta) for v in values)
 
 
 @contextmanager

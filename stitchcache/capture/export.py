@@ -18,10 +18,12 @@ import torch
 from torch.export.graph_signature import InputKind, OutputKind
 
 from stitchcache import tree
+from stitchcache.backends.fakes import has_fakes
 from stitchcache.capture.contract import input_spec
 from stitchcache.capture.edges import Observed, Subject, settle_lower_bounds
 from stitchcache.capture.example import attributes_kept, separate
 from stitchcache.capture.regions import ambient_modes, settle_regions
+from stitchcache.capture.unweighted import names_of
 from stitchcache.errors import CaptureError
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.types import InputSpec, OutputSpec
@@ -101,6 +103,7 @@ def capture(
         CaptureError: torch cannot export it; ``location`` is the user's line that stopped it.
     """
     leaves, spec = tree.flatten((args, dict(kwargs)))
+    _refuse_meta([*model.parameters(), *model.buffers(), *leaves])
     leaves = separate(leaves, model)
     example: tuple[tuple[Any, ...], dict[str, Any]] = tree.unflatten(leaves, spec)
     try:
@@ -134,6 +137,14 @@ def capture(
         result, after = torch.func.functional_call(Observed(model), given, positional, named)
         return tree.flatten(result)[0], after
 
+    def again(
+        values: Sequence[Any],
+    ) -> tuple[torch.fx.GraphModule, dict[str, tuple[str, torch.Tensor]], Sequence[str]]:
+        positional, named = tree.unflatten(values, spec)
+        with torch.inference_mode(False):
+            fixed = capture(model, positional, named)
+        return fixed.gm, names_of(fixed.bound), fixed.user_inputs
+
     subject = Subject(
         gm=gm,
         bound={item.placeholder: item.tensor for item in bound},
@@ -141,6 +152,8 @@ def capture(
         leaves=dict(zip(user_inputs, leaves, strict=True)),
         call=call,
         mutations=len(outputs.mutations),
+        again=again,
+        names={item.placeholder: item.name for item in bound},
     )
     return Capture(
         gm=gm,
@@ -163,6 +176,16 @@ def settled(captured: Capture) -> Capture:
     return replace(captured, input_spec=captured.settle(), settle=None)
 
 
+def _refuse_meta(values: Sequence[Any]) -> None:
+    if any(isinstance(value, torch.Tensor) and value.device.type == "meta" for value in values):
+        raise CaptureError(
+            "the model or an argument is on the meta device, which is no device to compile for. To compile "
+            "without weights, build the model with 'stitchcache prewarm --fake', or inside "
+            "torch._subclasses.FakeTensorMode() on the device that it will run on.",
+            reason="meta device",
+        )
+
+
 def _tensors(leaves: Sequence[Any], bound: Sequence[BoundTensor]) -> list[torch.Tensor]:
     return [*(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)), *(item.tensor for item in bound)]
 
@@ -178,6 +201,8 @@ def _inputs(program: torch.export.ExportedProgram) -> tuple[list[BoundTensor], l
         elif item.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             kind = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer"}.get(item.kind, "constant")
             bound.append(BoundTensor(name, str(item.target), kind, state[str(item.target)]))
+            if kind == "constant":
+                _check_has_data(bound[-1])
         else:
             raise CaptureError(
                 f"the model uses {item.target or name!r}, which torch.export lifts as {item.kind.name}; "
@@ -186,6 +211,16 @@ def _inputs(program: torch.export.ExportedProgram) -> tuple[list[BoundTensor], l
                 reason=f"input of kind {item.kind.name}",
             )
     return bound, user
+
+
+def _check_has_data(constant: BoundTensor) -> None:
+    """A constant goes into the artifact by value."""
+    if has_fakes([constant.tensor]):
+        raise CaptureError(
+            f"the forward uses {constant.name!r}, a tensor that is neither parameter nor buffer, and it was "
+            "built without data. Make it a buffer (register_buffer), or build the model with data.",
+            reason=f"constant {constant.name} without data",
+        )
 
 
 def _output_spec(program: torch.export.ExportedProgram, user_inputs: Sequence[str]) -> OutputSpec:

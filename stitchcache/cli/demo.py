@@ -67,7 +67,7 @@ def command(
 
         def on_progress(progress: dict[str, Any]) -> None:
             if progress["stage"] != "done":
-                shown.update(_NAME, progress["stage"], progress["done"], progress["total"])
+                shown.update(_NAME, progress["stage"], progress["done"], progress["total"], progress["left"])
 
         report = run_demo(
             config, backend, str(cache.root), runs, lambda step: shown.update(_NAME, step), on_progress

@@ -35,6 +35,7 @@ _COLUMNS = (
 @click.argument("references", metavar="REF...", nargs=-1, required=True)
 @click.option("--jobs", type=click.IntRange(min=1), help="Pieces to compile at a time.  [default: all cores]")
 @click.option("--require", is_flag=True, help="Compile nothing: a target that is not in the cache fails.")
+@click.option("--fake", is_flag=True, help="Build models without weights: nothing is loaded or allocated.")
 @click.option("-v", "--verbose", is_flag=True, help="Say why each target was a hit or a miss.")
 @json_option
 @cache_option
@@ -42,6 +43,7 @@ def command(
     references: tuple[str, ...],
     jobs: int | None,
     require: bool,
+    fake: bool,
     verbose: bool,
     as_json: bool,
     root: str | None,
@@ -58,7 +60,7 @@ def command(
         logging.getLogger("stitchcache").setLevel(logging.INFO)
     targets = _find(references)
     with display() as shown:
-        results = [_prewarm(target, jobs, require, cache, shown) for target in targets]
+        results = [_prewarm(target, jobs, require, fake, cache, shown) for target in targets]
     if as_json:
         print_json({"root": str(cache.root), "targets": [_record(result) for result in results]})
     else:
@@ -76,16 +78,23 @@ def _find(references: tuple[str, ...]) -> list[Target]:
     return targets
 
 
-def _prewarm(target: Target, jobs: int | None, require: bool, cache: Cache, shown: Display) -> PrewarmResult:
+def _prewarm(
+    target: Target, jobs: int | None, require: bool, fake: bool, cache: Cache, shown: Display
+) -> PrewarmResult:
     from stitchcache.api.prewarm import prewarm
 
     def on_progress(progress: Progress) -> None:
         if progress.stage != "done":
-            shown.update(target.name, progress.stage, progress.done, progress.total)
+            shown.update(target.name, progress.stage, progress.done, progress.total, progress.left)
 
     shown.update(target.name, "build")
     (result,) = prewarm(
-        target, jobs=jobs, cache=cache, on_miss="error" if require else "compile", on_progress=on_progress
+        target,
+        jobs=jobs,
+        cache=cache,
+        on_miss="error" if require else "compile",
+        on_progress=on_progress,
+        fake=fake,
     ).results
     shown.finish(target.name, _STATUS.get(result.status, result.status), result.seconds)
     return result

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from stitchcache.cli.words import printable, seconds_text
+from stitchcache.cli.words import left_text, printable, seconds_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -23,8 +23,8 @@ class Display(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def update(self, name: str, stage: str, done: int = 0, total: int = 0) -> None:
-        """Say where a target is."""
+    def update(self, name: str, stage: str, done: int = 0, total: int = 0, left: float | None = None) -> None:
+        """Say where a target is, and how many seconds it will still take if anybody knows."""
 
     def finish(self, name: str, status: str, seconds: float) -> None:
         """Say what became of a target."""
@@ -49,12 +49,13 @@ class PlainDisplay:
     ) -> None:
         return
 
-    def update(self, name: str, stage: str, done: int = 0, total: int = 0) -> None:
+    def update(self, name: str, stage: str, done: int = 0, total: int = 0, left: float | None = None) -> None:
         """Print where a target is, unless that was said already."""
         count = f" {done}/{total}" if total else ""
         line = f"{name}: {stage}{count}"
+        about = f", {left_text(left)}" if left is not None else ""
         if line != self._last:
-            click.echo(printable(line), err=True)
+            click.echo(printable(line + about), err=True)
             self._last = line
 
     def finish(self, name: str, status: str, seconds: float) -> None:
@@ -78,9 +79,10 @@ class LiveDisplay:
     ) -> None:
         self._progress.stop()
 
-    def update(self, name: str, stage: str, done: int = 0, total: int = 0) -> None:
+    def update(self, name: str, stage: str, done: int = 0, total: int = 0, left: float | None = None) -> None:
         """Redraw a target's line."""
-        count = f"{done}/{total} pieces" if total else ""
+        about = [left_text(left)] if left is not None else []
+        count = ", ".join([f"{done}/{total} pieces", *about]) if total else ""
         self._progress.update(
             self._task(name), stage=stage, count=count, completed=done, total=total if total else None
         )
@@ -88,7 +90,7 @@ class LiveDisplay:
     def finish(self, name: str, status: str, seconds: float) -> None:
         """Redraw a target's line for the last time, its clock stopped."""
         task = self._task(name)
-        self._progress.update(task, stage=status, completed=1, total=1)
+        self._progress.update(task, stage=status, count="", completed=1, total=1)
         self._progress.stop_task(task)
 
     def _task(self, name: str) -> TaskID:

@@ -28,6 +28,13 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes} min {rest} s"
 
 
+def left_text(seconds: float) -> str:
+    """An estimate, no finer than it is: ``about 20 s left``, ``about 3 min left``."""
+    if seconds < 60:
+        return f"about {max(1, round(seconds / 5) * 5 if seconds > 10 else round(seconds))} s left"
+    return f"about {round(seconds / 60)} min left"
+
+
 def age_text(created: float, now: float | None = None) -> str:
     """How long ago: ``5 min ago``; ``unknown`` for 0, which old formats have."""
     if created <= 0:

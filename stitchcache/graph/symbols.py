@@ -32,8 +32,11 @@ def expression(value: Any) -> Any:
     return sympy.sympify(value)
 
 
-def hint(value: Any) -> Any:
-    """The example's value of a symbolic one, without a guard that it stays so; anything else as it is."""
+def example_of(value: Any) -> Any:
+    """What a size or number was in the capture's example; ``None`` if only data decides it.
+
+    Reading it adds no guard.
+    """
     return value.node.hint if isinstance(value, SYMBOLIC) else value
 
 

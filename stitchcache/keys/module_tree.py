@@ -11,9 +11,16 @@ import torch
 from stitchcache.keys.code import put_function
 from stitchcache.keys.digest import make_factor, shorten
 from stitchcache.keys.encoder import class_contents, new_encoder
-from stitchcache.keys.modules import INTERNALS, TENSOR_NOTES, has_hooks, ignored_names, put_hooks, tensor_line
+from stitchcache.keys.modules import (
+    INTERNALS,
+    has_hooks,
+    ignored_names,
+    own_attributes,
+    put_hooks,
+    tensor_line,
+)
 from stitchcache.keys.origins import stands_by_version
-from stitchcache.keys.tensors import is_fake, is_plain_tensor
+from stitchcache.keys.tensors import is_plain_tensor
 from stitchcache.keys.values import (
     SCALARS,
     Encoder,
@@ -176,9 +183,10 @@ class _Walk:
         if known is not None:
             return known.decode("utf-8", "surrogatepass")
         self.encoder.seen[id(value)] = f"tensor {name}".encode("utf-8", "surrogatepass")
-        if value.__dict__ and not is_fake(value):
+        own = own_attributes(value)
+        if own:
             notes.text(name)
-            notes.put_at(name, {k: v for k, v in value.__dict__.items() if k not in TENSOR_NOTES})
+            notes.put_at(name, own)
         if not is_plain_tensor(value) or value.layout is not torch.strided or value.is_quantized:
             return tensor_line(self.encoder, name, value)
         # Layers repeat: the same few descriptions serve for all tensors of a deep model.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from stitchcache.keys.tensors import is_fake, is_plain_tensor, tensor_text
@@ -53,6 +55,31 @@ that run when a field of a configuration is set."""
 
 TENSOR_NOTES = frozenset({"_is_hf_initialized"})
 """What it leaves on any module and tensor."""
+
+
+_FAKE_INTERNALS = frozenset(
+    {
+        "fake_mode",
+        "fake_device",
+        "_fake_device",
+        "constant",
+        "pytype",
+        "dispatch_keys",
+        "real_tensor",
+        "_is_param",
+    }
+)
+"""What a fake tensor keeps about itself, beside its memos."""
+
+
+def own_attributes(value: torch.Tensor) -> dict[str, Any]:
+    """What somebody noted on a tensor, as far as it counts: the same on a fake as on the real one."""
+    fake = is_fake(value)
+    return {
+        name: noted
+        for name, noted in value.__dict__.items()
+        if name not in TENSOR_NOTES and not (fake and (name in _FAKE_INTERNALS or "_memo" in name))
+    }
 
 
 def ignored_names(cls: type) -> frozenset[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +16,14 @@ from torch.fx import GraphModule
 
 from stitchcache.backends import children, get_backend
 from stitchcache.backends.check import compare_with_eager
+from stitchcache.backends.fakes import has_fakes
+from stitchcache.backends.stand_ins import compare_on_stand_ins
 from stitchcache.backends.trial import load_elsewhere
+from stitchcache.graph.effects import attribute_of
 from stitchcache.plan.plan import Plan, PlannedPiece
 from stitchcache.plan.reference import piece_inputs
+
+log = logging.getLogger("stitchcache")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,7 @@ class BuiltPiece:
         path: The file; in the scratch directory that :func:`build` was given.
         seconds: What it took.
         difference: Largest absolute difference from eager; ``None`` if it was not compared.
+        unverified: Why it was not compared although it should have been.
     """
 
     key: str
@@ -37,6 +44,7 @@ class BuiltPiece:
     path: Path
     seconds: float
     difference: float | None
+    unverified: str = ""
 
 
 def build(
@@ -55,10 +63,11 @@ def build(
     Args:
         plan: The plan.
         missing: One piece for each key to compile.
-        leaves: Real arguments to compare with eager on; ``None`` skips the comparison.
+        leaves: Arguments to compare with eager on; ``None`` skips the comparison. Where they or the
+            model's tensors have no data, pieces are compared on made-up inputs, each on its own.
         scratch: A directory to work in.
         options: Backend options.
-        jobs: Processes at a time; ``None`` takes one a core.
+        jobs: Processes at a time; ``None`` takes about one a core, see :func:`at_once`.
         devices: Device types in use.
         on_built: Called in this process as pieces get ready.
 
@@ -71,9 +80,10 @@ def build(
     for name in {piece.backend for piece in missing}:
         backend = get_backend(name)
         backend.require()
-        backend.prepare(devices)
+        backend.prepare(devices, options)
     inputs: dict[str, list[Any]] = {}
-    if leaves is not None:
+    faked = leaves is not None and has_fakes([*leaves, *_tensors(plan)])
+    if leaves is not None and not faked:
         inputs = piece_inputs(plan, leaves, {piece.name: piece.key for piece in missing})
     device = next((d for d in devices if d != "cpu"), "cpu")
     forked = children.available()
@@ -81,16 +91,45 @@ def build(
     for piece in missing:
         directory = scratch / piece.key
         directory.mkdir()
-        run = partial(_build_one, piece, directory, options, inputs.get(piece.key), device, forked)
+        given = None if faked else inputs.get(piece.key)
+        compile_one = partial(_build_one, piece, directory, options, given, faked, device, forked)
+        run = partial(_settled, compile_one, piece.backend, devices, options) if forked else compile_one
         pending.append(
             children.Job(name=piece.name, run=run, log=scratch / f"{piece.key}.log", backend=piece.backend)
         )
-    limit = jobs or len(os.sched_getaffinity(0))
-    results = children.run_all(pending, limit) if forked else children.run_here(pending)
+    results = children.run_all(pending, at_once(len(pending), jobs)) if forked else children.run_here(pending)
     # Closed whatever happens, so that no child outlives an error or Ctrl-C.
     with closing(results):
-        for _, built in results:
+        for index, built in results:
+            if built.unverified:
+                log.info("piece %s: not compared with eager: %s", pending[index].name, built.unverified)
             on_built(built)
+
+
+def at_once(pieces: int, jobs: int | None) -> int:
+    """How many pieces to compile at a time, so that no core idles while the last few compile.
+
+    Three pieces on two cores are done sooner side by side than two first and one after. The price is the
+    memory of a compiler more for every second core, at the most.
+
+    Args:
+        pieces: How many there are.
+        jobs: What the user wants; ``None`` leaves it open.
+    """
+    if not children.available():
+        return 1
+    if jobs is not None:
+        return jobs
+    cores = len(os.sched_getaffinity(0))
+    rounds = max(1, pieces // cores)
+    return max(1, min(-(-pieces // rounds), cores + (cores + 1) // 2))
+
+
+def _settled(
+    work: Callable[[], BuiltPiece], backend: str, devices: Sequence[str], options: Mapping[str, Any]
+) -> BuiltPiece:
+    get_backend(backend).settle(devices, options)
+    return work()
 
 
 def _build_one(
@@ -98,19 +137,34 @@ def _build_one(
     directory: Path,
     options: Mapping[str, Any],
     inputs: list[Any] | None,
+    faked: bool,
     device: str,
     forked: bool,
 ) -> BuiltPiece:
     began = time.perf_counter()
     backend = get_backend(piece.backend)
     path = backend.build(_copy(piece.gm), directory, options)
-    difference = None
+    difference, unverified = None, ""
     if not forked and piece.backend != "eager":
         load_elsewhere(backend.name, path, device, piece.name)
     if inputs is not None:
         compiled = backend.load(path, device)
         difference = compare_with_eager(piece.gm, compiled, inputs, name=piece.name, backend=backend.name)
-    return BuiltPiece(piece.key, backend.name, path, time.perf_counter() - began, difference)
+    elif faked:
+        compiled = backend.load(path, device)
+        difference, unverified = compare_on_stand_ins(
+            piece.gm, compiled, name=piece.name, backend=backend.name
+        )
+    return BuiltPiece(piece.key, backend.name, path, time.perf_counter() - began, difference, unverified)
+
+
+def _tensors(plan: Plan) -> list[Any]:
+    """What the stitching graph takes from the model."""
+    return [
+        attribute_of(plan.split_gm, str(node.target))
+        for node in plan.split_gm.graph.nodes
+        if node.op == "get_attr"
+    ]
 
 
 def _copy(gm: GraphModule) -> GraphModule:

@@ -176,6 +176,10 @@ class Store:
 
     # -- upkeep ------------------------------------------------------------------------------------
 
+    def counted(self) -> dict[str, int]:
+        """What was counted, this process's own included; looks at no entry."""
+        return self._counters.read()[0]
+
     def count(self, event: str, amount: int = 1) -> None:
         """Add to a statistic, such as ``hit.direct`` or ``miss.no-entry``; written later, at no cost now."""
         self._counters.add(event, amount)

@@ -69,6 +69,25 @@ def test_progress_is_plain_lines(first):
     assert said[-1].startswith("net: compiled in ")
 
 
+def test_without_weights_the_entry_is_the_same(run_cli, project, first, tmp_path):
+    faked = run_cli("prewarm", "--fake", "nets.py:net", "--json", "--cache", tmp_path, cwd=project)
+    assert faked.status == 0, faked.err
+    (result,) = faked.json["targets"]
+    assert result["status"] == "compiled"
+    assert result["graph_hash"][:12] in first.out
+    real = run_cli("prewarm", "--require", "nets.py:net", "--cache", tmp_path, cwd=project)
+    assert "hit direct" in real.out
+
+
+def test_the_time_left_is_told_from_what_pieces_took(run_cli, project, first):
+    """Nothing is said on a new cache; on one that has seen pieces, their time is."""
+    assert "left" not in first.err
+    again = "import nets, dataclasses\nother = dataclasses.replace(nets.net, splitting_ops=())\n"
+    (project / "other.py").write_text(again)
+    said = run_cli("prewarm", "other.py:other", "--cache", project / "cache", cwd=project).err
+    assert "net: compile 0/1, about 1 s left" in said.splitlines()
+
+
 def test_the_second_time_is_a_direct_hit(run_cli, project, first):
     outcome = run_cli("prewarm", "nets.py:net", "--json", "--cache", project / "cache", cwd=project)
     assert outcome.status == 0, outcome.err

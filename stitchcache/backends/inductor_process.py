@@ -1,0 +1,38 @@
+"""Get a process ready for Inductor: what both of its backends do before they compile.
+
+Private API of torch (``torch._inductor``); tried with 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from stitchcache.backends.vector_isa import probe_best, take_best
+
+# What lowering imports at its first graph; once here instead of once a forked child.
+_MODULES = ("torch._inductor.compile_fx", "torch._inductor.graph", "torch._inductor.codegen.cpp")
+
+
+def import_inductor() -> None:
+    """Import what compiling a graph needs."""
+    for module in _MODULES:
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            # Another torch keeps it elsewhere; compiling imports it then.
+            continue
+
+
+def prepare(devices: Collection[str], options: Mapping[str, Any]) -> None:
+    """Import Inductor and probe the CPU; forked children inherit both."""
+    import_inductor()
+    if "cpu" in devices:
+        probe_best(options)
+
+
+def settle(devices: Collection[str], options: Mapping[str, Any]) -> None:
+    """Spare a forked child the probes that could not change anything."""
+    if "cpu" in devices:
+        take_best(options)

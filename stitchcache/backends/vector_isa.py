@@ -1,0 +1,78 @@
+"""The vector instruction set that Inductor compiles for, probed once instead of once a process.
+
+Inductor compiles and loads small test programs for every instruction set that the CPU has, best first,
+and then takes the best that worked: ten compilations on a CPU with AMX, of which four decide. Private API
+of torch (``torch._inductor.cpu_vec_isa``); tried with 2.13. Where it looks different, Inductor probes as
+it always does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+# Whoever sets one of these may be given another set than the best, so all must be probed.
+_CHOOSERS = ("cpp.simdlen", "cpp.vec_isa_ok")
+
+
+def probe_best(options: Mapping[str, Any]) -> None:
+    """Find the best instruction set that works, and let Inductor remember it.
+
+    Results on disk, in Inductor's own directory, save the compiling; loading is tried in each process.
+
+    Args:
+        options: Backend options.
+    """
+    from torch._inductor import cpu_vec_isa
+
+    candidates = _candidates(options)
+    if candidates is None:
+        cpu_vec_isa.pick_vec_isa()
+        return
+    for candidate in candidates:
+        if candidate:
+            return
+
+
+def take_best(options: Mapping[str, Any]) -> None:
+    """Keep Inductor from probing anything below the best, for the rest of this process.
+
+    Only for a process that does nothing but compile: it would not find a lesser set any more if it were
+    asked for one.
+
+    Args:
+        options: Backend options.
+    """
+    candidates = _candidates(options)
+    if candidates is None:
+        return
+    best = next((candidate for candidate in candidates if candidate), None)
+    if best is None:
+        return
+    from torch._inductor import config, cpu_vec_isa
+
+    with config.patch({"cpp.vec_isa_ok": False}):
+        # The answer for the best is remembered; the rest are told no without a test.
+        found = cpu_vec_isa.valid_vec_isa_list()
+    if found[:1] != [best]:
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+
+
+def _candidates(options: Mapping[str, Any]) -> list[Any] | None:
+    """Instruction sets of this CPU, best first; ``None`` where Inductor had better do it all itself."""
+    from torch._inductor import config, cpu_vec_isa
+
+    if os.environ.get("ATEN_CPU_CAPABILITY") or any(name in options for name in _CHOOSERS):
+        return None
+    if getattr(config.cpp, "simdlen", 0) is not None or getattr(config.cpp, "vec_isa_ok", True) is not None:
+        return None
+    known = getattr(cpu_vec_isa, "supported_vec_isa_list", None)
+    checker = getattr(cpu_vec_isa, "x86_isa_checker", None)
+    valid = getattr(cpu_vec_isa, "valid_vec_isa_list", None)
+    if known is None or checker is None or not hasattr(valid, "cache_clear"):
+        return None
+    flags = set(checker())
+    # Without flags this is no x86, and Inductor has no list to go through. With one there is nothing to skip.
+    found = [isa for isa in known if flags and set(str(isa).split()) <= flags]
+    return found if len(found) > 1 else None

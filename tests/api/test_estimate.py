@@ -1,0 +1,60 @@
+"""Seconds left: from this run's pieces, else from what the store has seen, else unknown."""
+
+from __future__ import annotations
+
+import pytest
+
+import stitchcache
+from stitchcache.api.estimate import Estimate
+from stitchcache.cli.words import left_text
+from stitchcache.plan import build
+
+
+def test_nothing_is_known_at_first_and_then_what_was_seen(tmp_path):
+    cache = stitchcache.Cache(tmp_path)
+    first = Estimate(cache, "aoti", pieces=4, at_once=2)
+    assert first.left() is None
+    first.took("eager", 500.0)
+    assert first.left() is None, "an eager piece says nothing about a compiled one"
+    first.took("aoti", 100.0)
+    assert first.left() == pytest.approx(200, abs=1), "two rounds of 100 s, just begun"
+    first.took("aoti", 300.0)
+    assert first.left() == pytest.approx(400, abs=1)
+    assert Estimate(cache, "aoti", pieces=3, at_once=3).left() == pytest.approx(200, abs=1)
+    assert Estimate(cache, "inductor", pieces=3, at_once=3).left() is None
+
+
+def test_what_takes_longer_than_expected_has_no_estimate(tmp_path):
+    estimate = Estimate(stitchcache.Cache(tmp_path), "aoti", pieces=1, at_once=1)
+    estimate.took("aoti", 0.0)
+    assert estimate.left() is None
+
+
+@pytest.mark.parametrize(
+    ("pieces", "cores", "jobs", "expected"),
+    [
+        (0, 2, None, 1),
+        (1, 2, None, 1),
+        (2, 2, None, 2),
+        (3, 2, None, 3),
+        (4, 2, None, 2),
+        (5, 2, None, 3),
+        (9, 8, None, 9),
+        (15, 8, None, 12),
+        (3, 1, None, 1),
+        (3, 2, 2, 2),
+        (100, 2, 1, 1),
+    ],
+)
+def test_how_many_at_once(pieces, cores, jobs, expected, monkeypatch):
+    monkeypatch.setattr(build.os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(build.children, "available", lambda: True)
+    assert build.at_once(pieces, jobs) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.2, "about 1 s left"), (7.4, "about 7 s left"), (23, "about 25 s left"), (200, "about 3 min left")],
+)
+def test_an_estimate_is_no_finer_than_it_is(seconds, said):
+    assert left_text(seconds) == said
