@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def dataclass(
-    *, frozen: bool = False, slots: bool = False, kw_only: bool = False
+    *, frozen: bool = False, slots: bool = False, kw_only: bool = False, order: bool = False
 ) -> Callable[[type[T]], type[T]]:
     """Like ``dataclasses.dataclass``, for the arguments that this package uses.
 
@@ -25,6 +25,7 @@ def dataclass(
         frozen: Attributes cannot be set or deleted, and instances can be hashed.
         slots: Accepted, and without effect.
         kw_only: All fields are given by keyword.
+        order: Instances of one class compare as the tuples of their fields.
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -34,6 +35,8 @@ def dataclass(
         methods["__hash__"] = _hash if frozen else None
         if frozen:
             methods |= {"__setattr__": _refuse_set, "__delattr__": _refuse_delete}
+        if order:
+            methods |= {"__lt__": _lt, "__le__": _le, "__gt__": _gt, "__ge__": _ge}
         for name, method in methods.items():
             if name not in own or (name == "__hash__" and "__eq__" not in own):
                 type.__setattr__(made, name, method)
@@ -82,6 +85,22 @@ def _compared(value: Any) -> tuple[Any, ...]:
 
 def _eq(self: Any, other: object) -> Any:
     return _compared(self) == _compared(other) if type(other) is type(self) else NotImplemented
+
+
+def _lt(self: Any, other: object) -> Any:
+    return _compared(self) < _compared(other) if type(other) is type(self) else NotImplemented
+
+
+def _le(self: Any, other: object) -> Any:
+    return _compared(self) <= _compared(other) if type(other) is type(self) else NotImplemented
+
+
+def _gt(self: Any, other: object) -> Any:
+    return _compared(self) > _compared(other) if type(other) is type(self) else NotImplemented
+
+
+def _ge(self: Any, other: object) -> Any:
+    return _compared(self) >= _compared(other) if type(other) is type(self) else NotImplemented
 
 
 def _hash(self: Any) -> int:

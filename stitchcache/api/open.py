@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from stitchcache.artifact.consts import load_consts
 from stitchcache.artifact.record import Artifact
 from stitchcache.backends import get_backend
 from stitchcache.cache import Cache
@@ -49,6 +48,8 @@ def load_constants(artifact: Artifact, cache: Cache, device: str) -> dict[str, t
     for binding in artifact.bindings:
         if binding.kind != "constant" or binding.blob is None:
             continue
+        from stitchcache.artifact.consts import load_consts
+
         path = cache.blob_path(binding.blob)
         if path is None:
             return None

@@ -7,16 +7,18 @@ Private API of torch (``torch._inductor.aot_compile``, ``torch._C._aoti``); trie
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._ops import OpOverload
 
-from stitchcache.backends.base import BoxedPiece
-from stitchcache.backends.toolchain import require_compiler
 from stitchcache.errors import BackendError
+
+if TYPE_CHECKING:
+    from stitchcache.backends.base import BoxedPiece
 
 # Namespaces whose ops Inductor knows how to call from C++. Any other op would go through a proxy
 # that needs a second file beside the library and is slower than a call from the stitching code.
@@ -31,6 +33,9 @@ class AotiBackend:
 
     def require(self) -> None:
         """Check for a C++ compiler; see :class:`~stitchcache.backends.base.Backend`."""
+        # Building needs it, and a warm start builds nothing.
+        from stitchcache.backends.toolchain import require_compiler
+
         require_compiler(self.name)
 
     def prepare(self, devices: Collection[str]) -> None:
@@ -56,6 +61,7 @@ class AotiBackend:
         fakes = tuple(node.meta["val"] for node in piece.graph.nodes if node.op == "placeholder")
         library = directory / "piece.so"
         settings = {
+            **_without_line_tables(),
             **options,
             "aot_inductor.output_path": str(library),
             "aot_inductor.embed_kernel_binary": True,
@@ -94,6 +100,18 @@ class AotiBackend:
             ) from error
         run: BoxedPiece = runner.run
         return run
+
+
+def _without_line_tables() -> dict[str, bool]:
+    """Options that leave debug sections out, where this torch writes them by default.
+
+    They are two thirds of a small library, all of which a warm start reads and digests.
+    """
+    from torch._inductor import config
+
+    asked = "AOT_INDUCTOR_ENABLE_LINE_TABLES" in os.environ
+    default = getattr(config.aot_inductor, "enable_line_tables", False)
+    return {"aot_inductor.enable_line_tables": False} if default and not asked else {}
 
 
 def _proxies(directory: Path) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from inspect import Parameter, Signature
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +13,8 @@ from stitchcache.errors import EntryFormatError
 from stitchcache.runtime.bind import bind_tensors
 from stitchcache.runtime.call import build_call
 from stitchcache.runtime.link import link
+
+_ANY = Signature([Parameter("args", Parameter.VAR_POSITIONAL), Parameter("kwargs", Parameter.VAR_KEYWORD)])
 
 
 class CompiledModel:
@@ -28,6 +31,10 @@ class CompiledModel:
         timings: Seconds by stage.
         model: The model whose parameters and buffers are bound.
     """
+
+    # Calling an object looks __call__ up in its class and binds it; a slot binds to what is in it. So a
+    # call goes straight to the generated function, without a frame and a second packing of arguments.
+    __slots__ = ("__call__", "__dict__", "__weakref__")
 
     def __init__(
         self,
@@ -46,22 +53,24 @@ class CompiledModel:
         self._pieces = dict(pieces)
         self._constants = dict(constants)
         self.model = model
-        self._call = self._bound_to(model)
+        self.__signature__ = _ANY
+        self._bind(model)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model.
+    if TYPE_CHECKING:
 
-        Args:
-            *args: As the capture's example, within its ranges.
-            **kwargs: Likewise.
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            """Run the model.
 
-        Returns:
-            What the model returns, in the same containers.
+            Args:
+                *args: As the capture's example, within its ranges.
+                **kwargs: Likewise.
 
-        Raises:
-            InputMismatchError: The capture does not cover this call; names the argument.
-        """
-        return self._call(*args, **kwargs)
+            Returns:
+                What the model returns, in the same containers.
+
+            Raises:
+                InputMismatchError: The capture does not cover this call; names the argument.
+            """
 
     def rebind(self, model: torch.nn.Module) -> CompiledModel:
         """Use another model's parameters and buffers from the next call on.
@@ -77,7 +86,7 @@ class CompiledModel:
         Raises:
             BindError: The model does not fit; the old one stays bound.
         """
-        self._call = self._bound_to(model)
+        self._bind(model)
         self.model = model
         return self
 
@@ -85,6 +94,10 @@ class CompiledModel:
         hit = self.cache_hit or "compiled"
         name = self.artifact.label or type(self.model).__name__
         return f"<CompiledModel {name} {self.graph_hash[:12]} {hit}>"
+
+    def _bind(self, model: torch.nn.Module) -> None:
+        call: Callable[..., Any] = self._bound_to(model)
+        self.__call__ = call  # type: ignore[method-assign]
 
     def _bound_to(self, model: torch.nn.Module) -> Callable[..., Any]:
         if self.artifact.input_spec is None or self.artifact.output_spec is None:

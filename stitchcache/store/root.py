@@ -23,7 +23,6 @@ from stitchcache.store.files import (
     write_all,
 )
 from stitchcache.store.layout import TAG_NAME, TAG_TEXT, Area
-from stitchcache.store.names import host_token, temporary_name
 from stitchcache.store.trust import distrust
 
 if TYPE_CHECKING:
@@ -83,6 +82,8 @@ class Root:
     @property
     def host(self) -> str:
         """This host's part of temporary names."""
+        from stitchcache.store.names import host_token
+
         if not self._host:
             self._host = host_token()
         return self._host
@@ -233,6 +234,8 @@ class Root:
 
     def create_temp(self) -> tuple[str, int]:
         """A new file of a name of its own, on the root's file system."""
+        from stitchcache.store.names import temporary_name
+
         directory = self.area(Area.TMP)
         temp = os.path.join(directory, temporary_name(self.host, "part"))
         try:
