@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from stitchcache import errors as errors
     from stitchcache.api.compile import compile as compile
     from stitchcache.api.load import load as load
+    from stitchcache.api.preload import Preloaded as Preloaded
+    from stitchcache.api.preload import preload as preload
     from stitchcache.api.prewarm import PrewarmReport as PrewarmReport
     from stitchcache.api.prewarm import prewarm as prewarm
     from stitchcache.api.target import Target as Target
@@ -33,6 +35,7 @@ _HOMES = {
     "Cache": "stitchcache.cache",
     "CompiledModel": "stitchcache.runtime.model",
     "Dim": "stitchcache.types",
+    "Preloaded": "stitchcache.api.preload",
     "PrewarmReport": "stitchcache.api.prewarm",
     "SizeRange": "stitchcache.types",
     "SplitItem": "stitchcache.graph.split",
@@ -43,6 +46,7 @@ _HOMES = {
     "generate_execution_code": "stitchcache.codegen",
     "graph_hash": "stitchcache.graph.canonical",
     "load": "stitchcache.api.load",
+    "preload": "stitchcache.api.preload",
     "prewarm": "stitchcache.api.prewarm",
     "split_graph": "stitchcache.graph.split",
 }

@@ -32,6 +32,7 @@ from stitchcache.store.layout import (
     MAX_RECORD,
     Area,
     check_key,
+    is_key,
     keyed_path,
 )
 from stitchcache.store.locks import hold_shared
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
     from stitchcache.artifact.record import Artifact, PieceRecord
 
 T = TypeVar("T")
+
+_LOOKED_AT = 256
+"""Headers that a search for a label reads at most: some fifty microseconds each."""
 
 
 class Cache(Store):
@@ -225,6 +229,34 @@ class Cache(Store):
                 f"{prefix} means any of {len(found)} entries: {shown}", prefix=prefix, candidates=found
             )
         return found[0]
+
+    def latest(self, name: str) -> str | None:
+        """Graph hash of the entry that a name means, most likely.
+
+        Args:
+            name: A graph hash, a prefix of one, or a label.
+
+        Returns:
+            Of several entries the one used last; ``None`` where there is none. Of a large cache only the
+            entries used last are looked at.
+        """
+        if is_key(name):
+            return name
+        used: list[tuple[float, str, str]] = []
+        for _, key, path in self._layers.entry_paths():
+            try:
+                used.append((self._files.lstat(path).st_mtime, key, path))
+            except OSError:
+                continue
+        used.sort(reverse=True)
+        for _, key, path in used[:_LOOKED_AT]:
+            try:
+                header = self._header(path)
+            except (EntryFormatError, OSError):
+                continue
+            if header is not None and header.label == name:
+                return key
+        return next((key for _, key, _ in used if key.startswith(name)), None)
 
     def entries(self) -> list[Header]:
         """Headers of all entries that can be read, older formats included, by layer.

@@ -1,4 +1,4 @@
-"""Where things lie under a root, and how large they may be. Only checked keys become paths, none outside it."""
+"""Where things lie under a root, and how large they may be. Only checked keys become paths."""
 
 from __future__ import annotations
 
