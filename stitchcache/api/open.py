@@ -31,14 +31,14 @@ def load_pieces(
         BackendError: A piece cannot be loaded here.
         UntrustedEntryError: A blob could have been written by others.
     """
+    distinct = {piece.key: piece for piece in artifact.pieces}
+    paths = cache.blob_paths([piece.blob for piece in distinct.values()])
     pieces: dict[str, Any] = {}
-    for piece in artifact.pieces:
-        if piece.key not in pieces:
-            path = cache.blob_path(piece.blob)
-            if path is None:
-                return None
-            loaded = ready.get((piece.backend, piece.blob.digest))
-            pieces[piece.key] = loaded or get_backend(piece.backend).load(path, device)
+    for piece, path in zip(distinct.values(), paths, strict=True):
+        if path is None:
+            return None
+        loaded = ready.get((piece.backend, piece.blob.digest))
+        pieces[piece.key] = loaded or get_backend(piece.backend).load(path, device)
     return pieces
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import linecache
-import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -44,7 +43,8 @@ def build_call(
     if inputs is None or outputs is None:
         raise EntryFormatError("the entry has no input or output specification.", field="input_spec")
     for symbol in inputs.symbols:
-        if not re.fullmatch(r"s\d+", symbol.name):
+        number = symbol.name.removeprefix("s")
+        if number == symbol.name or not (number.isascii() and number.isdecimal()):
             raise EntryFormatError(
                 f"symbol {symbol.name!r} is not a canonical name.", field="input_spec.symbols"
             )

@@ -180,7 +180,8 @@ class Root:
         if facts.st_size != size:
             return f"{facts.st_size} bytes where {size} are expected"
         found = hashlib.sha256()
-        while chunk := self.files.read(fd, CHUNK):
+        # Small enough to stay in the processor's cache, and not to be mapped and unmapped each time.
+        while chunk := self.files.read(fd, CHUNK >> 2):
             found.update(chunk)
         if found.hexdigest() != digest:
             return f"sha256 {found.hexdigest()} where its name says {digest}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from stitchcache.store.reading import Codec, Reading
     from stitchcache.store.stats import CacheStats
     from stitchcache.store.verify import VerifyReport
+
+_WORTH_THREADS = 8 << 20
+"""Bytes that take longer to digest, some six milliseconds, than threads take to start and take turns."""
 
 log = logging.getLogger("stitchcache")
 
@@ -128,6 +131,19 @@ class Store:
         """
         path = self._layers.blob_path(ref.digest, ref.size)
         return None if path is None else Path(path)
+
+    def blob_paths(self, refs: Sequence[BlobRef]) -> list[Path | None]:
+        """The same for several blobs; large ones are digested at one time, on several processors.
+
+        Raises:
+            UntrustedEntryError: Others can write one of them.
+        """
+        if len(refs) < 2 or sum(ref.size for ref in refs) < _WORTH_THREADS:
+            return [self.blob_path(ref) for ref in refs]
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(min(len(refs), os.cpu_count() or 1, 8), "stitchcache-digest") as pool:
+            return list(pool.map(self.blob_path, refs))
 
     # -- working together --------------------------------------------------------------------------
 
