@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from stitchcache import errors as errors
     from stitchcache.api.compile import compile as compile
     from stitchcache.api.load import load as load
+    from stitchcache.api.preload import Preloaded as Preloaded
+    from stitchcache.api.preload import preload as preload
     from stitchcache.api.prewarm import PrewarmReport as PrewarmReport
     from stitchcache.api.prewarm import prewarm as prewarm
     from stitchcache.api.target import Target as Target
@@ -35,6 +37,7 @@ _HOMES = {
     "CompiledModel": "stitchcache.runtime.model",
     "Dim": "stitchcache.types",
     "Explanation": "stitchcache.explanation",
+    "Preloaded": "stitchcache.api.preload",
     "PrewarmReport": "stitchcache.api.prewarm",
     "SizeRange": "stitchcache.types",
     "SplitItem": "stitchcache.graph.split",
@@ -45,6 +48,7 @@ _HOMES = {
     "generate_execution_code": "stitchcache.codegen",
     "graph_hash": "stitchcache.graph.canonical",
     "load": "stitchcache.api.load",
+    "preload": "stitchcache.api.preload",
     "prewarm": "stitchcache.api.prewarm",
     "split_graph": "stitchcache.graph.split",
 }

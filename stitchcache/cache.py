@@ -11,14 +11,10 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from stitchcache.artifact.codec import EntryCodec, decode_named, read_head
+from stitchcache.artifact.codec import EntryCodec, decode_named
 from stitchcache.artifact.decode import decode, decode_piece, decode_target
-from stitchcache.artifact.encode import encode, encode_piece, encode_target
-from stitchcache.artifact.frame import FORMAT_VERSION
-from stitchcache.artifact.header import Header
-from stitchcache.artifact.record import Artifact, PieceRecord
 from stitchcache.errors import (
     AmbiguousPrefixError,
     EntryFormatError,
@@ -29,17 +25,30 @@ from stitchcache.errors import (
 )
 from stitchcache.store.failures import words
 from stitchcache.store.files import Files, close_quietly
-from stitchcache.store.layout import LEGACY_SUFFIXES, Area, check_key, keyed_path
+from stitchcache.store.layout import (
+    LEGACY_SUFFIXES,
+    MAX_ENTRY,
+    MAX_LEGACY,
+    MAX_RECORD,
+    Area,
+    check_key,
+    is_key,
+    keyed_path,
+)
 from stitchcache.store.locks import hold_shared
-from stitchcache.store.publish import publish
-from stitchcache.store.reading import MAX_ENTRY, MAX_LEGACY, MAX_RECORD
-from stitchcache.store.reading import read_head as read_head_bytes
 from stitchcache.store.root import Root
 from stitchcache.store.settings import Roots
 from stitchcache.store.store import Store
 from stitchcache.types import BlobRef, TargetRecord
 
+if TYPE_CHECKING:
+    from stitchcache.artifact.header import Header
+    from stitchcache.artifact.record import Artifact, PieceRecord
+
 T = TypeVar("T")
+
+_LOOKED_AT = 256
+"""Headers that a search for a label reads at most: some fifty microseconds each."""
 
 
 class Cache(Store):
@@ -114,6 +123,10 @@ class Cache(Store):
                 newer stitchcache's entry has the name.
             EntryFormatError: A value in it has no form in the format.
         """
+        # What only writing needs is imported where it is done: a warm start does none.
+        from stitchcache.artifact.encode import encode
+        from stitchcache.store.publish import publish
+
         key = check_key(artifact.graph_hash)
         data = encode(artifact)
         # What is written can be read: a mistyped field is the writer's error, not the next process's.
@@ -217,6 +230,34 @@ class Cache(Store):
             )
         return found[0]
 
+    def latest(self, name: str) -> str | None:
+        """Graph hash of the entry that a name means, most likely.
+
+        Args:
+            name: A graph hash, a prefix of one, or a label.
+
+        Returns:
+            Of several entries the one used last; ``None`` where there is none. Of a large cache only the
+            entries used last are looked at.
+        """
+        if is_key(name):
+            return name
+        used: list[tuple[float, str, str]] = []
+        for _, key, path in self._layers.entry_paths():
+            try:
+                used.append((self._files.lstat(path).st_mtime, key, path))
+            except OSError:
+                continue
+        used.sort(reverse=True)
+        for _, key, path in used[:_LOOKED_AT]:
+            try:
+                header = self._header(path)
+            except (EntryFormatError, OSError):
+                continue
+            if header is not None and header.label == name:
+                return key
+        return next((key for _, key, _ in used if key.startswith(name)), None)
+
     def entries(self) -> list[Header]:
         """Headers of all entries that can be read, older formats included, by layer.
 
@@ -236,6 +277,9 @@ class Cache(Store):
         return list(headers.values())
 
     def _header(self, path: str) -> Header | None:
+        from stitchcache.artifact.codec import read_head
+        from stitchcache.store.reading import read_head as read_head_bytes
+
         head = read_head_bytes(self._files, path, self._reading.codec)
         return None if head is None else read_head(*head, path)
 
@@ -252,7 +296,9 @@ class Cache(Store):
             StoreWriteError: The store cannot be written.
             EntryFormatError: A value in it has no form in the format.
         """
+        from stitchcache.artifact.encode import encode_target
         from stitchcache.artifact.factors import unpack_factors
+        from stitchcache.store.publish import publish
 
         data = encode_target(check_key(key), record)
         decode_target(data, key)
@@ -279,6 +325,10 @@ class Cache(Store):
         Raises:
             StoreWriteError: The store cannot be written.
         """
+        from stitchcache.artifact.encode import encode_piece
+        from stitchcache.artifact.record import PieceRecord
+        from stitchcache.store.publish import publish
+
         data = encode_piece(PieceRecord(key=check_key(key), backend=backend, blob=blob))
         decode_piece(data, key)
         publish(self._top, Area.PIECES, key, data)
@@ -301,6 +351,7 @@ class Cache(Store):
             StoreWriteError: The store cannot be written.
             StoreError: The root cannot be listed.
         """
+        from stitchcache.artifact.frame import FORMAT_VERSION
         from stitchcache.store.scan import legacy_items
 
         try:

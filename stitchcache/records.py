@@ -3,13 +3,14 @@
 The standard decorator compiles up to seven functions a class, about half a millisecond; forty of them
 were a third of what importing this package cost, and every warm start pays that. Here all classes share
 functions that look at the fields. What comes out is a dataclass for ``dataclasses.replace``, ``asdict``
-and ``fields``; type checkers are shown the standard decorator. An instance is made a little slower, and
+and ``fields``, which is when its fields are made; type checkers are shown the standard decorator. An instance
 has a ``__dict__`` where the standard one would have slots.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ T = TypeVar("T")
 
 
 def dataclass(
-    *, frozen: bool = False, slots: bool = False, kw_only: bool = False
+    *, frozen: bool = False, slots: bool = False, kw_only: bool = False, order: bool = False
 ) -> Callable[[type[T]], type[T]]:
     """Like ``dataclasses.dataclass``, for the arguments that this package uses.
 
@@ -25,63 +26,141 @@ def dataclass(
         frozen: Attributes cannot be set or deleted, and instances can be hashed.
         slots: Accepted, and without effect.
         kw_only: All fields are given by keyword.
+        order: Instances of one class compare as the tuples of their fields.
     """
 
     def decorate(cls: type[T]) -> type[T]:
-        made: Any = dataclasses.dataclass(init=False, repr=False, eq=False, kw_only=kw_only)(cls)
+        made: Any = cls
         own = vars(cls)
         methods: dict[str, Any] = {"__init__": _init, "__repr__": _repr, "__eq__": _eq}
         methods["__hash__"] = _hash if frozen else None
         if frozen:
             methods |= {"__setattr__": _refuse_set, "__delattr__": _refuse_delete}
+        if order:
+            methods |= {"__lt__": _lt, "__le__": _le, "__gt__": _gt, "__ge__": _ge}
+        plan = _Plan(made, kw_only)
         for name, method in methods.items():
             if name not in own or (name == "__hash__" and "__eq__" not in own):
                 type.__setattr__(made, name, method)
+        type.__setattr__(made, "_record_plan", plan)
+        type.__setattr__(made, "__dataclass_fields__", _Fields(made, kw_only))
         return made  # type: ignore[no-any-return]
 
     return decorate
 
 
+class _Plan:
+    """What instances of a class are made of; read from the class before anything is changed in it."""
+
+    __slots__ = ("compared", "defaults", "factories", "names", "positional", "shown")
+
+    def __init__(self, cls: Any, kw_only: bool) -> None:
+        above: _Plan | None = getattr(cls, "_record_plan", None)
+        self.names: dict[str, None] = dict(above.names) if above else {}
+        self.positional: list[str] = list(above.positional) if above else []
+        self.defaults: dict[str, Any] = dict(above.defaults) if above else {}
+        self.factories: dict[str, Callable[[], Any]] = dict(above.factories) if above else {}
+        self.shown: list[str] = list(above.shown) if above else []
+        self.compared: list[str] = list(above.compared) if above else []
+        own = vars(cls)
+        for name in own.get("__annotations__", {}):
+            value = own.get(name, dataclasses.MISSING)
+            if name in self.names:
+                raise TypeError(f"{cls.__name__} redefines {name!r}, which a class above it has")
+            self.names[name] = None
+            given = value if isinstance(value, dataclasses.Field) else None
+            if given is not None and given.default_factory is not dataclasses.MISSING:
+                self.factories[name] = given.default_factory
+            default = value if given is None else given.default
+            if default is not dataclasses.MISSING:
+                self.defaults[name] = default
+            by_keyword = given.kw_only if given is not None else dataclasses.MISSING
+            if not (kw_only if by_keyword is dataclasses.MISSING else by_keyword):
+                self.positional.append(name)
+            if given is None or given.repr:
+                self.shown.append(name)
+            if given is None or given.compare:
+                self.compared.append(name)
+
+
+class _Fields:
+    """Stands for ``__dataclass_fields__`` until somebody asks; then the standard library makes them."""
+
+    __slots__ = ("_cls", "_kw_only", "_mutex")
+
+    def __init__(self, cls: Any, kw_only: bool) -> None:
+        self._cls, self._kw_only, self._mutex = cls, kw_only, threading.Lock()
+
+    def __get__(self, instance: object, owner: Any) -> Any:
+        with self._mutex:
+            found = vars(self._cls)["__dataclass_fields__"]
+            if found is self:
+                make = dataclasses.dataclass(init=False, repr=False, eq=False, kw_only=self._kw_only)
+                found = vars(make(self._cls))["__dataclass_fields__"]
+        return found
+
+
 def _init(self: Any, *args: Any, **kwargs: Any) -> None:
-    state = self.__dict__
-    fields = type(self).__dataclass_fields__
-    if args:
-        names = [name for name, field in fields.items() if not field.kw_only]
-        if len(args) > len(names):
-            raise TypeError(f"{type(self).__name__} takes {len(names)} positional arguments, not {len(args)}")
-        for name, value in zip(names, args, strict=False):
-            if name in kwargs:
-                raise TypeError(f"{type(self).__name__} got {name!r} twice")
-            kwargs[name] = value
-    for name, field in fields.items():
-        if name in kwargs:
-            state[name] = kwargs.pop(name)
-        elif field.default is not dataclasses.MISSING:
-            state[name] = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            state[name] = field.default_factory()
-        else:
-            raise TypeError(f"{type(self).__name__} needs {name!r}")
-    if kwargs:
-        raise TypeError(f"{type(self).__name__} has no {', '.join(map(repr, kwargs))}")
+    plan: _Plan = type(self)._record_plan
+    if args or kwargs.keys() != plan.names.keys():
+        kwargs = _completed(type(self).__name__, plan, args, kwargs)
+    self.__dict__.update(kwargs)
     settle = getattr(self, "__post_init__", None)
     if settle is not None:
         settle()
 
 
+def _completed(name: str, plan: _Plan, args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+    """Every field's value, from arguments and defaults."""
+    if len(args) > len(plan.positional):
+        raise TypeError(f"{name} takes {len(plan.positional)} positional arguments, not {len(args)}")
+    values = dict(zip(plan.positional, args, strict=False))
+    for field, value in given.items():
+        if field in values:
+            raise TypeError(f"{name} got {field!r} twice")
+        values[field] = value
+    complete = {}
+    for field in plan.names:
+        if field in values:
+            complete[field] = values.pop(field)
+        elif field in plan.defaults:
+            complete[field] = plan.defaults[field]
+        elif field in plan.factories:
+            complete[field] = plan.factories[field]()
+        else:
+            raise TypeError(f"{name} needs {field!r}")
+    if values:
+        raise TypeError(f"{name} has no {', '.join(map(repr, values))}")
+    return complete
+
+
 def _repr(self: Any) -> str:
-    shown = (
-        f"{name}={getattr(self, name)!r}" for name, f in type(self).__dataclass_fields__.items() if f.repr
-    )
+    shown = (f"{name}={getattr(self, name)!r}" for name in type(self)._record_plan.shown)
     return f"{type(self).__qualname__}({', '.join(shown)})"
 
 
 def _compared(value: Any) -> tuple[Any, ...]:
-    return tuple(getattr(value, name) for name, f in type(value).__dataclass_fields__.items() if f.compare)
+    return tuple([getattr(value, name) for name in type(value)._record_plan.compared])
 
 
 def _eq(self: Any, other: object) -> Any:
     return _compared(self) == _compared(other) if type(other) is type(self) else NotImplemented
+
+
+def _lt(self: Any, other: object) -> Any:
+    return _compared(self) < _compared(other) if type(other) is type(self) else NotImplemented
+
+
+def _le(self: Any, other: object) -> Any:
+    return _compared(self) <= _compared(other) if type(other) is type(self) else NotImplemented
+
+
+def _gt(self: Any, other: object) -> Any:
+    return _compared(self) > _compared(other) if type(other) is type(self) else NotImplemented
+
+
+def _ge(self: Any, other: object) -> Any:
+    return _compared(self) >= _compared(other) if type(other) is type(self) else NotImplemented
 
 
 def _hash(self: Any) -> int:

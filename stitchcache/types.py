@@ -6,7 +6,6 @@ expression over such names (``"2*s0 + 1"``); a static size is an int.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import field
 from typing import TYPE_CHECKING, Literal
 
@@ -24,7 +23,7 @@ BOUND = "bound"
 """Stitching code knows tensors of the model as ``bound.<qualified name>``."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True, order=True)
 class SizeRange:
     """Sizes of a dynamic dimension that get code of their own, both ends included.
 
@@ -52,7 +51,7 @@ class SizeRange:
         return str(self.min) if self.min == self.max else f"{self.min}..{self.max}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Dim:
     """A size that may vary, for ``dynamic_shapes``; means what ``torch.export.Dim`` means.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -65,3 +66,44 @@ def test_not_frozen():
 def test_wrong_arguments(make):
     with pytest.raises(TypeError):
         make()
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    low: int
+    high: int
+    name: str = dataclasses.field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Named(Span):
+    label: str = "none"
+
+
+def test_order_leaves_out_what_is_not_compared():
+    assert Span(1, 2, "b") < Span(1, 3, "a") <= Span(1, 3, "c") < Span(2, 0) > Span(1, 9) >= Span(1, 9)
+    assert Span(1, 2, "a") == Span(1, 2, "b")
+    assert hash(Span(1, 2, "a")) == hash(Span(1, 2, "b"))
+    with pytest.raises(TypeError):
+        assert Span(1, 2) < (1, 3)
+
+
+def test_fields_of_classes_above_come_first():
+    assert [field.name for field in dataclasses.fields(Named)] == ["low", "high", "name", "label"]
+    assert Named(1, 2, label="x") == dataclasses.replace(Named(1, 2), label="x")
+    assert repr(Named(1, 2)) == "Named(low=1, high=2, name='', label='none')"
+
+
+def test_fields_are_made_once_whoever_asks_first():
+    @dataclass(kw_only=True)
+    class Late:
+        x: int
+        items: list = dataclasses.field(default_factory=list)
+
+    early = Late(x=1)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: dataclasses.fields(Late), range(32)))
+    assert all(fields is not None and [f.name for f in fields] == ["x", "items"] for fields in found)
+    assert {tuple(map(id, fields)) for fields in found} == {tuple(map(id, dataclasses.fields(Late)))}
+    assert dataclasses.asdict(early) == dataclasses.asdict(Late(x=1)) == {"x": 1, "items": []}
+    assert dataclasses.fields(Late)[1].default_factory is list

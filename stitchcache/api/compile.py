@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stitchcache.api.pause import collection_paused
 from stitchcache.api.request import OnProgress, Request, check_model
 from stitchcache.api.run import Run
 from stitchcache.cache import Cache
+from stitchcache.errors import OptionError
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.types import SizeRange
+
+if TYPE_CHECKING:
+    from stitchcache.api.preload import Preloaded
 
 
 def compile(
@@ -27,6 +32,7 @@ def compile(
     on_miss: str = "compile",
     key_factors: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
+    preloaded: Preloaded | None = None,
 ) -> CompiledModel:
     """Compile a model, or load what an earlier process compiled.
 
@@ -48,6 +54,7 @@ def compile(
         options: Inductor options, as ``torch.compile(options=...)`` takes them; also
             ``"stitchcache.jobs"`` (processes) and ``"stitchcache.verify"`` (compare fresh pieces with
             eager; on by default).
+        preloaded: What ``stitchcache.preload`` returned. Its cache is used; nothing else depends on it.
 
     Returns:
         A callable that takes and returns what the model does.
@@ -69,7 +76,14 @@ def compile(
         key_factors=dict(key_factors or {}),
         options=dict(options or {}),
     )
-    return compile_request(model, args, kwargs or {}, request, cache or Cache())
+    if preloaded is not None and cache is None:
+        cache = preloaded.cache
+    elif preloaded is not None and cache is not preloaded.cache:
+        raise OptionError(
+            "cache and preloaded name two Cache objects: give the same one to preload() and compile().",
+            option="preloaded",
+        )
+    return compile_request(model, args, kwargs or {}, request, cache or Cache(), preloaded=preloaded)
 
 
 def compile_request(
@@ -79,12 +93,17 @@ def compile_request(
     request: Request,
     cache: Cache,
     on_progress: OnProgress | None = None,
+    preloaded: Preloaded | None = None,
 ) -> CompiledModel:
     """:func:`compile` with its options in one record; see there."""
     check_model(model, args, kwargs)
-    run = Run(model, args, dict(kwargs), request, cache, on_progress)
-    compiled = run.direct()
+    with collection_paused():
+        run = Run(model, args, dict(kwargs), request, cache, on_progress, preloaded)
+        compiled = run.direct()
     if compiled is None:
+        if preloaded is not None:
+            # Children are forked from here on, and must not inherit locks that its thread holds.
+            preloaded.wait()
         # A direct hit must not pay for importing what captures, splits and compiles.
         from stitchcache.api.traced import compile_traced
 

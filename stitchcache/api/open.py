@@ -7,20 +7,22 @@ from typing import Any
 
 import torch
 
-from stitchcache.artifact.consts import load_consts
 from stitchcache.artifact.record import Artifact
 from stitchcache.backends import get_backend
 from stitchcache.cache import Cache
 from stitchcache.errors import EntryFormatError
 
 
-def load_pieces(artifact: Artifact, cache: Cache, device: str) -> dict[str, Any] | None:
+def load_pieces(
+    artifact: Artifact, cache: Cache, device: str, ready: Mapping[tuple[str, str], Any]
+) -> dict[str, Any] | None:
     """Load every distinct piece of an artifact.
 
     Args:
         artifact: From the cache.
         cache: Where its blobs are.
         device: Where pieces run.
+        ready: Pieces that are loaded for that device already, by backend and digest of their bytes.
 
     Returns:
         Piece key to callable; ``None`` if a blob is missing or damaged.
@@ -29,13 +31,14 @@ def load_pieces(artifact: Artifact, cache: Cache, device: str) -> dict[str, Any]
         BackendError: A piece cannot be loaded here.
         UntrustedEntryError: A blob could have been written by others.
     """
+    distinct = {piece.key: piece for piece in artifact.pieces}
+    paths = cache.blob_paths([piece.blob for piece in distinct.values()])
     pieces: dict[str, Any] = {}
-    for piece in artifact.pieces:
-        if piece.key not in pieces:
-            path = cache.blob_path(piece.blob)
-            if path is None:
-                return None
-            pieces[piece.key] = get_backend(piece.backend).load(path, device)
+    for piece, path in zip(distinct.values(), paths, strict=True):
+        if path is None:
+            return None
+        loaded = ready.get((piece.backend, piece.blob.digest))
+        pieces[piece.key] = loaded or get_backend(piece.backend).load(path, device)
     return pieces
 
 
@@ -49,6 +52,8 @@ def load_constants(artifact: Artifact, cache: Cache, device: str) -> dict[str, t
     for binding in artifact.bindings:
         if binding.kind != "constant" or binding.blob is None:
             continue
+        from stitchcache.artifact.consts import load_consts
+
         path = cache.blob_path(binding.blob)
         if path is None:
             return None
@@ -66,9 +71,9 @@ def load_constants(artifact: Artifact, cache: Cache, device: str) -> dict[str, t
 
 
 def open_artifact(
-    artifact: Artifact, cache: Cache, device: str
+    artifact: Artifact, cache: Cache, device: str, ready: Mapping[tuple[str, str], Any] | None = None
 ) -> tuple[dict[str, Any], Mapping[str, Any]] | None:
     """Pieces and constants of an artifact; ``None`` if any blob is missing or damaged."""
-    pieces = load_pieces(artifact, cache, device)
+    pieces = load_pieces(artifact, cache, device, ready or {})
     constants = load_constants(artifact, cache, device) if pieces is not None else None
     return None if pieces is None or constants is None else (pieces, constants)

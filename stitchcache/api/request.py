@@ -11,6 +11,7 @@ import torch
 
 from stitchcache.backends import NAMES
 from stitchcache.errors import OptionError
+from stitchcache.runtime.bind import state_of
 from stitchcache.types import SizeRange
 
 if TYPE_CHECKING:
@@ -134,22 +135,21 @@ def check_model(model: Any, args: Any, kwargs: Any) -> None:
 
 def devices_of(model: torch.nn.Module, leaves: Sequence[Any]) -> tuple[str, ...]:
     """Device types that a model and its arguments live on, sorted."""
-    tensors = [
-        *model.parameters(),
-        *model.buffers(),
-        *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)),
-    ]
-    return tuple(sorted({tensor.device.type for tensor in tensors} or {"cpu"}))
+    return tuple(sorted({device.type for device in _devices(model, leaves)} or {"cpu"}))
 
 
 def device_of(model: torch.nn.Module, leaves: Sequence[Any]) -> str:
     """The device that pieces are loaded for: the first accelerator found, else the CPU."""
-    tensors = [
-        *model.parameters(),
-        *model.buffers(),
-        *(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)),
-    ]
-    return next((str(t.device) for t in tensors if t.device.type != "cpu"), "cpu")
+    return next((str(device) for device in _devices(model, leaves) if device.type != "cpu"), "cpu")
+
+
+def _devices(model: torch.nn.Module, leaves: Sequence[Any]) -> list[torch.device]:
+    """Devices of parameters, buffers and arguments, each once, in that order."""
+    state = state_of(model).values()
+    parameters = [tensor for tensor in state if isinstance(tensor, torch.nn.Parameter)]
+    others = [tensor for tensor in state if not isinstance(tensor, torch.nn.Parameter)]
+    arguments = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return list(dict.fromkeys(tensor.device for tensor in (*parameters, *others, *arguments)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,6 +24,9 @@ from stitchcache.types import TargetRecord
 if TYPE_CHECKING:
     from stitchcache.explanation import MissFacts
 
+if TYPE_CHECKING:
+    from stitchcache.api.preload import Preloaded
+
 log = logging.getLogger("stitchcache")
 
 T = TypeVar("T")
@@ -39,6 +42,7 @@ class Run:
         request: Options.
         cache: Where to look and store.
         on_progress: Gets told what happens.
+        preloaded: What was made ready for this; used where it is what is found to be needed.
 
     Attributes:
         reason: Why there was no direct hit, as far as is known.
@@ -56,10 +60,12 @@ class Run:
         request: Request,
         cache: Cache,
         on_progress: OnProgress | None,
+        preloaded: Preloaded | None = None,
     ) -> None:
         self._began = time.perf_counter()
         self.model, self.args, self.kwargs = model, args, kwargs
         self.request, self.cache, self._on_progress = request, cache, on_progress
+        self._preloaded = preloaded
         self.timings: dict[str, float] = {}
         self.label = request.label or type(model).__qualname__
         leaves, spec = tree.flatten((args, kwargs))
@@ -120,7 +126,7 @@ class Run:
         try:
             # Held, so that no process evicts a blob between its check and its loading.
             with self.cache.hold(artifact):
-                opened = self.timed("load", lambda: open_artifact(artifact, self.cache, self.device))
+                opened = self.timed("load", lambda: self._opened(artifact))
             if opened is not None:
                 return self.finish(artifact, *opened, hit)
             self.reason = f"a piece of entry {artifact.graph_hash[:12]} is missing or damaged"
@@ -133,6 +139,12 @@ class Run:
             log.warning("%s: entry %s cannot be loaded: %s", self.label, artifact.graph_hash[:12], error)
             self.reason, self.cause = str(error), "piece"
         return None
+
+    def _opened(self, artifact: Artifact) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+        ready = None
+        if self._preloaded is not None and self.device == "cpu":
+            ready = self._preloaded.take(artifact.graph_hash)
+        return open_artifact(artifact, self.cache, self.device, ready)
 
     def finish(
         self, artifact: Artifact, pieces: Mapping[str, Any], constants: Mapping[str, Any], hit: str | None
@@ -171,6 +183,9 @@ class Run:
 
     def get(self, graph_hash: str) -> Artifact | None:
         """An entry; one that cannot be trusted is a miss and a warning."""
+        known = self._preloaded.artifact(graph_hash) if self._preloaded else None
+        if known is not None:
+            return known
         try:
             return self.cache.get(graph_hash)
         except UntrustedEntryError as error:

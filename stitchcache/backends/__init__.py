@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from stitchcache.backends.base import Backend, BoxedPiece
+from typing import TYPE_CHECKING
+
 from stitchcache.errors import OptionError
+
+if TYPE_CHECKING:
+    from stitchcache.backends.base import Backend
 
 NAMES = ("aoti", "inductor", "eager")
 
@@ -32,4 +36,4 @@ def get_backend(name: str) -> Backend:
     raise OptionError(f"backend={name!r}: there is {', '.join(NAMES)}.", option="backend")
 
 
-__all__ = ["NAMES", "Backend", "BoxedPiece", "get_backend"]
+__all__ = ["NAMES", "get_backend"]

@@ -15,6 +15,7 @@ import torch
 
 from stitchcache.backends import inductor_process
 from stitchcache.backends.base import BoxedPiece
+from stitchcache.backends.threads import thread_options
 from stitchcache.backends.toolchain import find_compiler, require_compiler
 
 
@@ -55,7 +56,11 @@ class InductorBackend:
         fakes = [node.meta["val"] for node in piece.graph.nodes if node.op == "placeholder"]
         with torch.no_grad():
             artifact = torch._inductor.standalone_compile(
-                piece, fakes, dynamic_shapes="from_graph", options=dict(options), aot=True
+                piece,
+                fakes,
+                dynamic_shapes="from_graph",
+                options={**thread_options(piece), **options},
+                aot=True,
             )
         path = directory / "piece.inductor"
         artifact.save(path=str(path), format="binary")

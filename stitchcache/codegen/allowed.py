@@ -5,8 +5,6 @@ from __future__ import annotations
 import operator
 import types
 
-import torch
-
 from stitchcache.codegen.names import is_dunder
 
 Path = tuple[str, ...]
@@ -59,9 +57,10 @@ TORCH_SOURCES = frozenset({
 })
 """Where a function found in those must have been defined, so that an import there is not a way out."""
 
-TORCH_NAMED = frozenset[Path](
-    [("torch", name) for name in vars(torch) if name.startswith(("sym_", "_sym_", "_check"))]
-) | frozenset[Path]({
+TORCH_PREFIXES = ("sym_", "_sym_", "_check")
+"""Functions right under ``torch`` that begin so: symbolic arithmetic and checks."""
+
+TORCH_NAMED = frozenset[Path]({
     ("torch", "Size"),
     ("torch", "Tensor"),
     ("torch", "_assert"),
@@ -75,7 +74,7 @@ TORCH_NAMED = frozenset[Path](
     ("torch", "amp", "autocast_mode", "_enter_autocast"),
     ("torch", "amp", "autocast_mode", "_exit_autocast"),
 })
-"""Further objects, each looked at: symbolic arithmetic, checks, and the modes that graphs switch."""
+"""Further objects, each looked at: checks, and the modes that graphs switch."""
 
 FORBIDDEN_FUNCTIONS = frozenset({"from_file"})
 """Ops and functions that touch files, in every namespace."""

@@ -7,7 +7,6 @@ write, before any of it runs. docs/generated-code.md has the grammar. Nothing is
 from __future__ import annotations
 
 import ast
-import re
 from typing import TYPE_CHECKING, Literal
 
 from stitchcache.codegen.allowed import BUILTINS, OPERATOR_METHODS
@@ -20,7 +19,7 @@ else:
     from stitchcache.records import dataclass
 
 
-_INLINED = re.compile(r"__vllm_inlined_submods__[0-9]+\Z")
+_INLINED = "__vllm_inlined_submods__"
 _SUBMODS = "__vllm_submods__"
 _ROOTS = ("torch", "operator", "_operator")
 
@@ -160,7 +159,8 @@ def _assignable(name: str) -> bool:
 def _check_list(functions: list[ast.FunctionDef], submods: int, consts: int) -> frozenset[int]:
     names = Names(bound=False, submod_count=0, const_count=consts)
     for function in functions[:-1]:
-        if not _INLINED.match(function.name):
+        number = function.name.removeprefix(_INLINED)
+        if number == function.name or not (number.isascii() and number.isdecimal()):
             refuse(function, f"a function named {function.name}")
         _check_function(function, ExpressionGate(names), "inlined")
         names.functions.add(function.name)

@@ -6,9 +6,6 @@ import keyword
 import re
 from collections.abc import Iterable
 
-_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-_ILLEGAL = re.compile(r"[^A-Za-z0-9_]+")
-
 RESERVED = frozenset(
     {
         "__consts__",
@@ -33,7 +30,7 @@ def is_identifier(name: str) -> bool:
 
     ASCII only: Python folds other identifiers to NFKC, so that two different ones can become equal.
     """
-    return _IDENTIFIER.match(name) is not None and not keyword.iskeyword(name) and name != "__debug__"
+    return name.isascii() and name.isidentifier() and not keyword.iskeyword(name) and name != "__debug__"
 
 
 def is_dunder(name: str) -> bool:
@@ -96,7 +93,7 @@ class Namespace:
 
     @staticmethod
     def _legal(wanted: str) -> str:
-        name = _ILLEGAL.sub("_", wanted)
+        name = re.sub(r"[^A-Za-z0-9_]+", "_", wanted)
         # Two underscores in front are the ABI's own.
         if name.startswith("__") or name in ("", "_"):
             name = name.strip("_") or "value"

@@ -21,6 +21,7 @@ from stitchcache.codegen.allowed import (
     OPERATOR_FUNCTIONS,
     OPERATOR_METHODS,
     TORCH_NAMED,
+    TORCH_PREFIXES,
     TORCH_SOURCES,
     TORCH_SPACES,
     Path,
@@ -134,7 +135,7 @@ def _member(owner: Any, path: Path) -> Any:
 
 def _resolve_torch(path: Path) -> Any:
     space, name = path[:-1], path[-1]
-    named = path in TORCH_NAMED
+    named = path in TORCH_NAMED or (space == ("torch",) and name.startswith(TORCH_PREFIXES))
     if not named and (space not in TORCH_SPACES or name.startswith("_") or name in FORBIDDEN_FUNCTIONS):
         raise NotAllowedError(_REFUSED)
     found: Any = torch

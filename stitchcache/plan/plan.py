@@ -9,7 +9,7 @@ import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import GraphModule, Node
 
-from stitchcache.backends import Backend
+from stitchcache.backends.base import Backend
 from stitchcache.errors import SplitError
 from stitchcache.graph.aliasing import alias_hazards
 from stitchcache.graph.binding import bind_placeholders, drop_placeholders

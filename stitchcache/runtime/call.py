@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import linecache
-import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from stitchcache import tree
 from stitchcache.artifact.record import Artifact
+from stitchcache.backends.grad_mode import set_grad_enabled
 from stitchcache.errors import EntryFormatError, InputMismatchError
 from stitchcache.runtime.arrange import Arrangement
 from stitchcache.runtime.callcode import CallSource, output_expression, write_checks, write_inputs
@@ -43,7 +43,8 @@ def build_call(
     if inputs is None or outputs is None:
         raise EntryFormatError("the entry has no input or output specification.", field="input_spec")
     for symbol in inputs.symbols:
-        if not re.fullmatch(r"s\d+", symbol.name):
+        number = symbol.name.removeprefix("s")
+        if number == symbol.name or not (number.isascii() and number.isdecimal()):
             raise EntryFormatError(
                 f"symbol {symbol.name!r} is not a canonical name.", field="input_spec.symbols"
             )
@@ -68,6 +69,7 @@ def build_call(
         same_strides=same_strides,
         share_memory=share_memory,
         grad_enabled=torch.is_grad_enabled,
+        set_grad_enabled=set_grad_enabled,
         autocast_enabled=torch.is_autocast_enabled,
         run_quietly=run_quietly,
         unflatten=_unflattener(outputs),
@@ -86,8 +88,12 @@ def _write_body(
     arguments = ", ".join(taken)
     device = source.constant(next((t.device.type for t in tensors.values()), "cpu"))
     source.lines += [
-        f"if grad_enabled() or autocast_enabled({device}):",
+        f"if autocast_enabled({device}):",
         f"    results = run_quietly(function, {device}, ({arguments}{',' if taken else ''}))",
+        "elif grad_enabled():",
+        "    set_grad_enabled(False)",
+        f"    try: results = function({arguments})",
+        "    finally: set_grad_enabled(True)",
         f"else: results = function({arguments})",
     ]
     names = [source.fresh() for _ in range(len(outputs.mutations) + outputs.count)]

@@ -86,8 +86,13 @@ def _open(source: CallSource, tree: Any, value: str, leaves: list[str]) -> bool:
         leaves.append(value)
         return True
     names = [source.fresh() for _ in children]
-    if kind in {"builtins.list", "builtins.tuple"}:
-        source.refuse_if(f"type({value}) is not {kind[9:]} or len({value}) != {len(children)}")
+    # Python itself makes the outermost two: a tuple and a dict.
+    given = value in ("args", "kwargs")
+    if given and kind in {"builtins.tuple", "builtins.dict"} and not children:
+        source.refuse_if(value)
+    elif kind in {"builtins.list", "builtins.tuple"}:
+        wrong_type = "" if given and kind == "builtins.tuple" else f"type({value}) is not {kind[9:]} or "
+        source.refuse_if(f"{wrong_type}len({value}) != {len(children)}")
         if names:
             source.lines.append(f"{', '.join(names)}, = {value}")
     elif kind == "builtins.dict":
@@ -141,16 +146,21 @@ def _tensor_checks(
     device = known_devices.get(tensor.device, f"{name}.device.type != {tensor.device!r}")
     source.refuse_if(
         f"not isinstance({name}, Tensor) or {name}.dtype is not {source.constant(dtypes[tensor.dtype])} "
-        f"or {device} or {name}.dim() != {len(tensor.shape)}"
+        f"or {device}"
     )
     if tensor.dtype.startswith("complex"):
         source.refuse_if(f"{name}.is_conj() or {name}.is_neg()")
     elif tensor.dtype.startswith(("float", "bfloat")):
         source.refuse_if(f"{name}.is_neg()")
     if not tensor.shape:
+        source.refuse_if(f"{name}.dim()")
         return
+    # The shape is needed anyway, and says the rank for less than a call of dim().
+    shape = source.fresh()
+    source.lines.append(f"{shape} = {name}.shape")
+    source.refuse_if(f"len({shape}) != {len(tensor.shape)}")
     sizes = [source.fresh() for _ in tensor.shape]
-    source.lines.append(f"{', '.join(sizes)}, = {name}.shape")
+    source.lines.append(f"{', '.join(sizes)}, = {shape}")
     for size, actual in zip(tensor.shape, sizes, strict=True):
         _learn(source, size, actual)
     source.stride_checks.append((tensor, name))

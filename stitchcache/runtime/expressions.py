@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Collection, Mapping
+from keyword import iskeyword
 from typing import Any
 
 from stitchcache.errors import EntryFormatError
@@ -57,6 +58,9 @@ def check_expression(text: str, symbols: Collection[str], where: str) -> str:
     Raises:
         EntryFormatError: It is anything else.
     """
+    if text in symbols:
+        # Most are one symbol, and parsing each would be a part of every warm start that can be seen.
+        return text
     reason = "is too long" if len(text) > _LONGEST else ""
     try:
         nodes = [] if reason else list(ast.walk(ast.parse(text, mode="eval")))
@@ -97,6 +101,8 @@ def _objection(node: ast.AST, symbols: Collection[str]) -> str:
 
 def names_in(text: str) -> set[str]:
     """Symbols that a checked expression uses."""
+    if text.isidentifier() and not iskeyword(text):
+        return {text} - _FUNCTIONS.keys()
     found = {node.id for node in ast.walk(ast.parse(text, mode="eval")) if isinstance(node, ast.Name)}
     return found - _FUNCTIONS.keys()
 
@@ -111,6 +117,8 @@ def evaluate(text: str, values: Mapping[str, int]) -> int:
     Raises:
         KeyError: A symbol has no value.
     """
+    if text in values:
+        return int(values[text])
     return int(_evaluate(ast.parse(text, mode="eval").body, values))
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from stitchcache.artifact.consts import load_consts
 from stitchcache.artifact.record import Artifact, Variant
 from stitchcache.codegen.execution import compile_execution_fn
 from stitchcache.errors import LinkError
-from stitchcache.runtime.dispatch import dispatch_over_ranges
 from stitchcache.types import BOUND
 
 
@@ -33,6 +31,8 @@ def link(artifact: Artifact, pieces: Mapping[str, Any], tensors: Mapping[str, An
     ]
     if len(functions) == 1 and functions[0][0] is None:
         return functions[0][1]
+    from stitchcache.runtime.dispatch import dispatch_over_ranges
+
     argument, dim, name = _dispatch_on(artifact)
     ranged = [(size_range, function) for size_range, function in functions if size_range is not None]
     return dispatch_over_ranges(ranged, argument=argument, dim=dim, name=name)
@@ -62,7 +62,16 @@ def link_variant(
             "Run 'stitchcache verify --repair' and compile again.",
             missing=missing,
         )
-    return compile_execution_fn(variant.code, callables, variant.submod_names, load_consts(variant.consts))
+    return compile_execution_fn(variant.code, callables, variant.submod_names, _consts(variant))
+
+
+def _consts(variant: Variant) -> list[Any]:
+    if variant.consts is None:
+        return []
+    # Most code has none, and what reads them is one of the larger modules.
+    from stitchcache.artifact.consts import load_consts
+
+    return load_consts(variant.consts)
 
 
 def _dispatch_on(artifact: Artifact) -> tuple[int, int, str]:

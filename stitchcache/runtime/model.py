@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,8 @@ from stitchcache.runtime.link import link
 if TYPE_CHECKING:
     from stitchcache.explanation import Explanation, MissFacts
     from stitchcache.keys.target import TargetKey
+
+_ANY = Signature([Parameter("args", Parameter.VAR_POSITIONAL), Parameter("kwargs", Parameter.VAR_KEYWORD)])
 
 
 class CompiledModel:
@@ -35,6 +38,10 @@ class CompiledModel:
             :meth:`explain` as it is. ``None`` for one that was loaded by its graph hash.
     """
 
+    # Calling an object looks __call__ up in its class and binds it; a slot binds to what is in it. So a
+    # call goes straight to the generated function, without a frame and a second packing of arguments.
+    __slots__ = ("__call__", "__dict__", "__weakref__")
+
     def __init__(
         self,
         artifact: Artifact,
@@ -53,22 +60,24 @@ class CompiledModel:
         self._constants = dict(constants)
         self.model = model
         self.lookup: tuple[str, TargetKey, str, MissFacts | None] | None = None
-        self._call = self._bound_to(model)
+        self.__signature__ = _ANY
+        self._bind(model)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model.
+    if TYPE_CHECKING:
 
-        Args:
-            *args: As the capture's example, within its ranges.
-            **kwargs: Likewise.
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            """Run the model.
 
-        Returns:
-            What the model returns, in the same containers.
+            Args:
+                *args: As the capture's example, within its ranges.
+                **kwargs: Likewise.
 
-        Raises:
-            InputMismatchError: The capture does not cover this call; names the argument.
-        """
-        return self._call(*args, **kwargs)
+            Returns:
+                What the model returns, in the same containers.
+
+            Raises:
+                InputMismatchError: The capture does not cover this call; names the argument.
+            """
 
     def rebind(self, model: torch.nn.Module) -> CompiledModel:
         """Use another model's parameters and buffers from the next call on.
@@ -84,7 +93,7 @@ class CompiledModel:
         Raises:
             BindError: The model does not fit; the old one stays bound.
         """
-        self._call = self._bound_to(model)
+        self._bind(model)
         self.model = model
         return self
 
@@ -104,6 +113,10 @@ class CompiledModel:
         hit = self.cache_hit or "compiled"
         name = self.artifact.label or type(self.model).__name__
         return f"<CompiledModel {name} {self.graph_hash[:12]} {hit}>"
+
+    def _bind(self, model: torch.nn.Module) -> None:
+        call: Callable[..., Any] = self._bound_to(model)
+        self.__call__ = call  # type: ignore[method-assign]
 
     def _bound_to(self, model: torch.nn.Module) -> Callable[..., Any]:
         if self.artifact.input_spec is None or self.artifact.output_spec is None:

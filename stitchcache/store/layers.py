@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from stitchcache.errors import EntryFormatError, FutureFormatError, UntrustedEntryError
 from stitchcache.store.failures import words
 from stitchcache.store.files import Files
 from stitchcache.store.layout import LEGACY_SUFFIXES, Area, is_key, key_of, keyed_path
-from stitchcache.store.publish import Holds, hold_blob
-from stitchcache.store.quarantine import quarantine
 from stitchcache.store.root import Found, Identity, Root, identity_of
+
+if TYPE_CHECKING:
+    from stitchcache.store.publish import Holds
 
 T = TypeVar("T")
 
@@ -35,10 +37,21 @@ class Layers:
         self.roots = roots
         self.top = roots[0]
         self.files: Files = self.top.files
-        self.holds = Holds(self.files)
+        self._mutex = threading.Lock()
+        self._holds: Holds | None = None
         self._count = count
         self._good: dict[str, Identity] = {}
         self._warned: set[str] = set()
+
+    @property
+    def holds(self) -> Holds:
+        """Blobs that are kept until an entry names them; a warm start keeps none."""
+        from stitchcache.store.publish import Holds
+
+        with self._mutex:
+            if self._holds is None:
+                self._holds = Holds(self.files)
+            return self._holds
 
     def first(
         self,
@@ -90,7 +103,7 @@ class Layers:
         except UntrustedEntryError:
             raise
         except OSError as error:
-            self.warn(path, f"{path}: cannot be read ({words(error)}): taken as missing")
+            self._warn_unreadable(path, error)
             return None
         if not root.read_only and time.time() - found.modified / 1e9 > _USE_NOTED_EVERY:
             root.touch(path)
@@ -111,7 +124,7 @@ class Layers:
             except UntrustedEntryError as error:
                 untrusted = untrusted or error
             except OSError as error:
-                self.warn(path, f"{path}: cannot be read ({words(error)}): taken as missing")
+                self._warn_unreadable(path, error)
         if untrusted is not None:
             raise untrusted
         return None
@@ -141,6 +154,8 @@ class Layers:
         Raises:
             OSError: The top layer's cannot be looked at.
         """
+        from stitchcache.store.publish import hold_blob
+
         if not self.top.read_only and hold_blob(self.top, self.holds, digest, size):
             return True
         for root in self.roots if self.top.read_only else self.roots[1:]:
@@ -174,6 +189,9 @@ class Layers:
             return []
 
     def _reject(self, root: Root, path: str, identity: Identity | None, reason: str) -> None:
+        # Imported when there is damage, for a warm start has none.
+        from stitchcache.store.quarantine import quarantine
+
         self._good.pop(path, None)
         gone = quarantine(root, path, identity, reason)
         what = "moved to quarantine" if gone else "left there, for it cannot be moved"
@@ -181,6 +199,9 @@ class Layers:
         if gone:
             self._count("quarantined")
         self.warn(path, f"{path}: damaged: {reason}; {what}, and taken as missing", again=gone)
+
+    def _warn_unreadable(self, path: str, error: OSError) -> None:
+        self.warn(path, f"{path}: cannot be read ({words(error)}): taken as missing")
 
     def warn(self, path: str, message: str, *, again: bool = False) -> None:
         """Warn of a file, once; a file that stays would be warned of at each look."""

@@ -1,4 +1,4 @@
-"""Where things lie under a root. Only checked keys become paths, so none can lead out of it."""
+"""Where things lie under a root, and how large they may be. Only checked keys become paths."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ class Area(StrEnum):
     STATS = "stats"
     TMP = "tmp"
 
+
+MAX_ENTRY = 2 << 30
+MAX_RECORD = 64 << 20
+MAX_LEGACY = 256 << 20
 
 KEYED = (Area.ENTRIES, Area.TARGETS, Area.PIECES, Area.BLOBS)
 LEGACY_SUFFIXES = (".msgpack", ".pkl")

@@ -7,15 +7,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from stitchcache.errors import EntryFormatError, FutureFormatError
 from stitchcache.store.files import Files, close_quietly, read_exactly
-from stitchcache.store.layout import LEGACY_SUFFIXES, Area, keyed_path
+from stitchcache.store.layout import LEGACY_SUFFIXES, MAX_LEGACY, MAX_RECORD, Area, keyed_path
 from stitchcache.store.root import Root
 
 if TYPE_CHECKING:
     from stitchcache.store.scan import Item
-
-MAX_ENTRY = 2 << 30
-MAX_RECORD = 64 << 20
-MAX_LEGACY = 256 << 20
 
 # Most headers fit: one small read for each entry.
 HEAD_READ = 4096

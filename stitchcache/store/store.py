@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,18 +16,19 @@ from stitchcache.store.failures import words
 from stitchcache.store.files import Files
 from stitchcache.store.layers import Layers
 from stitchcache.store.layout import Area, check_key
-from stitchcache.store.locks import exclusive
-from stitchcache.store.publish import publish_blob
-from stitchcache.store.reading import Codec, Reading
 from stitchcache.store.root import Root
-from stitchcache.store.scratch import scratch, why_not_writable
 from stitchcache.store.settings import Roots, flag, max_size, root_paths
-from stitchcache.store.stats import CacheStats, Counters
+from stitchcache.store.stats import Counters
 from stitchcache.types import BlobRef
 
 if TYPE_CHECKING:
     from stitchcache.store.evict import PrunePlan, PruneResult
+    from stitchcache.store.reading import Codec, Reading
+    from stitchcache.store.stats import CacheStats
     from stitchcache.store.verify import VerifyReport
+
+_WORTH_THREADS = 8 << 20
+"""Bytes that take longer to digest, some six milliseconds, than threads take to start and take turns."""
 
 log = logging.getLogger("stitchcache")
 
@@ -78,9 +80,15 @@ class Store:
         self._top = roots[0]
         self._counters = Counters(self._top)
         self._layers = Layers(roots, self._counters.add)
-        self._reading = Reading(self._top, codec, roots[1:])
+        self._codec = codec
         # What was counted since the last put would be lost with the object.
         weakref.finalize(self, self._counters.flush)
+
+    @cached_property
+    def _reading(self) -> Reading:
+        from stitchcache.store.reading import Reading
+
+        return Reading(self._top, self._codec, self._layers.roots[1:])
 
     def __repr__(self) -> str:
         return f"Cache({', '.join(str(root) for root in self.roots)!r})"
@@ -106,6 +114,8 @@ class Store:
         Raises:
             StoreWriteError: The store cannot be written.
         """
+        from stitchcache.store.publish import publish_blob
+
         what = source if isinstance(source, bytes) else os.fspath(source)
         digest, size = publish_blob(self._top, self._layers.holds, what)
         return BlobRef(digest=digest, size=size)
@@ -121,6 +131,19 @@ class Store:
         """
         path = self._layers.blob_path(ref.digest, ref.size)
         return None if path is None else Path(path)
+
+    def blob_paths(self, refs: Sequence[BlobRef]) -> list[Path | None]:
+        """The same for several blobs; large ones are digested at one time, on several processors.
+
+        Raises:
+            UntrustedEntryError: Others can write one of them.
+        """
+        if len(refs) < 2 or sum(ref.size for ref in refs) < _WORTH_THREADS:
+            return [self.blob_path(ref) for ref in refs]
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(min(len(refs), os.cpu_count() or 1, 8), "stitchcache-digest") as pool:
+            return list(pool.map(self.blob_path, refs))
 
     # -- working together --------------------------------------------------------------------------
 
@@ -146,6 +169,8 @@ class Store:
         Raises:
             LockTimeoutError: Another process held it for all that time.
         """
+        from stitchcache.store.locks import exclusive
+
         directory = self._top.area(Area.LOCKS)
         path = os.path.join(directory, f"{check_key(key)}.lock")
         try:
@@ -163,11 +188,15 @@ class Store:
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """A private temporary directory, on the store's file system where that can be written."""
+        from stitchcache.store.scratch import scratch
+
         with scratch(self._top) as path:
             yield Path(path)
 
     def why_not_writable(self) -> str | None:
         """Why nothing can be stored; ``None`` when it can. Tries it."""
+        from stitchcache.store.scratch import why_not_writable
+
         return why_not_writable(self._top)
 
     def writable(self) -> bool:
@@ -187,6 +216,7 @@ class Store:
     def stats(self) -> CacheStats:
         """What the first root holds, and what was counted."""
         from stitchcache.store.scan import totals
+        from stitchcache.store.stats import CacheStats
 
         counters, since = self._counters.read()
         try:

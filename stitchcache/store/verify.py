@@ -9,10 +9,10 @@ from typing import Literal, TypeVar
 
 from stitchcache.errors import EntryFormatError, FutureFormatError
 from stitchcache.store.failures import words
-from stitchcache.store.layout import Area
+from stitchcache.store.layout import MAX_ENTRY, Area
 from stitchcache.store.leftovers import leftovers
 from stitchcache.store.quarantine import quarantine
-from stitchcache.store.reading import MAX_ENTRY, Reading
+from stitchcache.store.reading import Reading
 from stitchcache.store.root import Identity, Root
 from stitchcache.store.scan import Item, keyed_items, legacy_items
 

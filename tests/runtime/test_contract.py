@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -147,3 +149,50 @@ def test_a_lazy_negative_is_refused(build):
     with pytest.raises(errors.InputMismatchError, match="input: expected a tensor in memory"):
         compiled(negative)
     assert compiled(negative.resolve_neg()).shape == (3, 4)
+
+
+def test_calls_leave_the_callers_grad_mode_as_it_was(build):
+    compiled = build(Halves(), (torch.ones(6, 3),))
+    x = torch.ones(6, 3, requires_grad=True)
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            before = torch.is_grad_enabled()
+            assert not compiled(x.detach()).requires_grad
+            assert torch.is_grad_enabled() is before
+    assert not compiled(x).requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_a_piece_that_fails_leaves_grad_mode_as_it_was(build):
+    class Fails(torch.nn.Module):
+        def forward(self, x):
+            return torch.linalg.cholesky(x)
+
+    compiled = build(Fails(), (torch.eye(3),))
+    with pytest.raises(RuntimeError):
+        compiled(-torch.eye(3))
+    assert torch.is_grad_enabled()
+
+
+def test_numbers_as_tensors_have_no_rank_to_spare(build):
+    class Scale(torch.nn.Module):
+        def forward(self, x, factor):
+            return x * factor
+
+    compiled = build(Scale(), (torch.ones(3), torch.tensor(2.0)))
+    torch.testing.assert_close(compiled(torch.ones(3), torch.tensor(3.0)), torch.full((3,), 3.0))
+    for x, factor in [(torch.ones(3), torch.ones(1)), (torch.ones(3, 1), torch.tensor(2.0))]:
+        with pytest.raises(errors.InputMismatchError, match="rank"):
+            compiled(x, factor)
+
+
+def test_a_compiled_model_is_a_callable_like_others(build):
+    compiled = build(Halves(), (torch.ones(6, 3),))
+    assert callable(compiled)
+    assert list(inspect.signature(compiled).parameters) == ["args", "kwargs"]
+    first = compiled.__call__
+    other = Halves().eval()
+    assert compiled.rebind(other) is compiled
+    assert compiled.model is other
+    assert compiled.__call__ is not first
+    assert compiled(torch.ones(6, 3)).shape == (3, 3)

@@ -1,0 +1,28 @@
+"""No garbage collection in the middle of a warm start."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """Keep the cyclic collector from running for the length of the block.
+
+    A warm start makes thousands of objects that go again at once, such as the syntax tree of the stitching
+    code. They count towards the next full collection all the same, and with torch imported that one takes
+    longer than the whole start. What must be collected is collected after the block.
+
+    The switch is the process's. A thread that finds it off leaves it off; so threads in such blocks at one
+    time only shorten the pause.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -1,0 +1,164 @@
+"""Getting ready for a compilation while the model is still being built. Decides nothing.
+
+What a preload did is used only where ``compile`` asks for the very same thing: an entry by the graph hash
+that it found by itself, and a loaded piece by the digest of its bytes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from stitchcache.errors import StitchCacheError
+
+if TYPE_CHECKING:
+    from stitchcache.api.target import Target
+    from stitchcache.artifact.record import Artifact
+    from stitchcache.cache import Cache
+
+log = logging.getLogger("stitchcache")
+
+# In this order: what needs no torch comes first, for the caller may be importing that.
+_ROAD = ("stitchcache.cache", "stitchcache.backends.aoti", "stitchcache.api.compile")
+
+Ready = dict[tuple[str, str], Any]
+"""Loaded pieces, by backend and digest."""
+
+
+class Preloaded:
+    """A preload under way or done; give it to ``compile(..., preloaded=...)``.
+
+    Args:
+        target: What is wanted; see :func:`preload`.
+        cache: Where it lies.
+    """
+
+    def __init__(self, target: Target | str | None, cache: Cache | None) -> None:
+        self._wanted = target if target is None or isinstance(target, str) else target.name
+        self._cache = cache
+        self._artifact: Artifact | None = None
+        self._ready: Ready = {}
+        self._mutex = threading.Lock()
+        self._found = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="stitchcache-preload", daemon=True)
+        self._thread.start()
+
+    @property
+    def cache(self) -> Cache | None:
+        """The cache; ``None`` if the default one cannot be opened. Waits until that is known."""
+        self._found.wait()
+        return self._cache
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until it is done.
+
+        Args:
+            seconds: At most so long; ``None`` waits as long as it takes.
+
+        Returns:
+            Whether it is done.
+        """
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def artifact(self, graph_hash: str) -> Artifact | None:
+        """The entry of a graph hash, read and verified; ``None`` where it is another one or none."""
+        self._found.wait()
+        found = self._artifact
+        return found if found is not None and found.graph_hash == graph_hash else None
+
+    def take(self, graph_hash: str) -> Ready:
+        """Loaded CPU pieces of an entry; empty where another one was preloaded. Each is given out once."""
+        if self.artifact(graph_hash) is None:
+            return {}
+        self.wait()
+        with self._mutex:
+            taken, self._ready = self._ready, {}
+        return taken
+
+    def _run(self) -> None:
+        began = time.perf_counter()
+        try:
+            artifact = self._find()
+        except (StitchCacheError, OSError) as error:
+            # compile() meets it too, and says what is to be said.
+            log.debug("preload: %s", error)
+            artifact = None
+        finally:
+            self._found.set()
+        for name in _ROAD:
+            importlib.import_module(name)
+        try:
+            if artifact is not None:
+                self._load(artifact)
+        except (StitchCacheError, OSError) as error:
+            log.debug("preload: %s", error)
+        what = "modules" if artifact is None else f"entry {artifact.graph_hash[:12]}"
+        log.debug("preload: %s in %.3f s", what, time.perf_counter() - began)
+
+    def _find(self) -> Artifact | None:
+        if self._cache is None:
+            from stitchcache.cache import Cache
+
+            self._cache = Cache()
+        if self._wanted is None:
+            return None
+        graph_hash = self._cache.latest(self._wanted)
+        if graph_hash is not None:
+            self._artifact = self._cache.get(graph_hash)
+        return self._artifact
+
+    def _load(self, artifact: Artifact) -> None:
+        """Digest all blobs and load those that any process on the CPU loads alike."""
+        from stitchcache.backends.aoti import AotiBackend
+
+        if self._cache is None:
+            return
+        backend = AotiBackend()
+        tensors = [leaf.tensor for leaf in artifact.input_spec.leaves] if artifact.input_spec else []
+        tensors += [binding.tensor for binding in artifact.bindings]
+        on_cpu = all(tensor is None or tensor.device == "cpu" for tensor in tensors)
+        with self._cache.hold(artifact):
+            for blob in artifact.blobs:
+                path = self._cache.blob_path(blob)
+                # Pieces of other backends may need ops that the model's modules register.
+                if (
+                    path is None
+                    or not on_cpu
+                    or not any(
+                        piece.blob == blob and piece.backend == backend.name for piece in artifact.pieces
+                    )
+                ):
+                    continue
+                piece = backend.load(path, "cpu")
+                with self._mutex:
+                    self._ready[backend.name, blob.digest] = piece
+
+
+def preload(target: Target | str | None = None, *, cache: Cache | None = None) -> Preloaded:
+    """Start getting ready for ``compile``, in a thread, and return at once.
+
+    The thread imports what a warm start imports and, where it is told which entry to expect, reads and
+    verifies it and loads its pieces. Nothing is decided by that: ``compile`` computes its key and checks
+    sources as always, and takes what is ready only if it comes to the same entry. A wrong guess costs some
+    time of a thread, and no more.
+
+    Call it before the model is built, best before the weights are read::
+
+        preloaded = stitchcache.preload("minilm")
+        model = build()
+        compiled = stitchcache.compile(model, args, preloaded=preloaded)
+
+    Args:
+        target: Which entry to expect: a graph hash, a prefix of one, or a label as ``stitchcache ls`` shows
+            it (a target's name where it was prewarmed, else the model's class); of several entries with a
+            label the one used last. A ``Target`` means its name. ``None`` imports modules only.
+        cache: Where it lies; the default cache if ``None``.
+
+    Returns:
+        What to give to ``compile``.
+    """
+    return Preloaded(target, cache)

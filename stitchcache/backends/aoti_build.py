@@ -1,0 +1,91 @@
+"""Compile a piece with AOTInductor; loading is in ``aoti``, as a warm start builds nothing.
+
+Private API of torch (``torch._inductor``); tried with 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor
+from torch._inductor import config
+
+from stitchcache.backends import inductor_process
+from stitchcache.backends.headers import precompile
+from stitchcache.backends.threads import thread_options
+from stitchcache.errors import BackendError
+
+
+def warm(devices: Collection[str], options: Mapping[str, Any]) -> None:
+    """Leave the probes of the CPU and the precompiled headers on disk."""
+    inductor_process.prepare(devices, options)
+    inductor_process.settle(devices, options)
+    if "cpu" in devices:
+        with config.patch(settings(options)):
+            precompile()
+
+
+def settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's options, and what ours are."""
+    # Debug sections are two thirds of a small library, all of which a warm start reads and digests.
+    asked = "AOT_INDUCTOR_ENABLE_LINE_TABLES" in os.environ
+    lines = getattr(config.aot_inductor, "enable_line_tables", False) and not asked
+    ours = {"aot_inductor.enable_line_tables": False} if lines else {}
+    return {**ours, **options, "aot_inductor.embed_kernel_binary": True}
+
+
+def build(piece: torch.fx.GraphModule, directory: Path, options: Mapping[str, Any], backend: str) -> Path:
+    """Compile a piece.
+
+    Args:
+        piece: Its placeholders carry fake tensors in ``meta["val"]``; it returns a tuple.
+        directory: An empty directory to work in.
+        options: As ``torch.compile(options=...)`` takes them.
+        backend: The backend's name, for errors.
+
+    Returns:
+        The library.
+
+    Raises:
+        BackendError: It cannot be compiled, or not to one file.
+    """
+    fakes = tuple(node.meta["val"] for node in piece.graph.nodes if node.op == "placeholder")
+    chosen = {
+        **thread_options(piece),
+        **settings(options),
+        "aot_inductor.output_path": str(directory / "piece.so"),
+    }
+    with torch.no_grad():
+        built = torch._inductor.aot_compile(piece, fakes, options=chosen)
+    if not isinstance(built, str) or not Path(built).is_file():
+        raise BackendError(
+            f"AOTInductor returned {built!r} instead of the path of a library. "
+            "Remove options that change what it produces (aot_inductor.package*).",
+            backend=backend,
+        )
+    proxies = _proxies(directory)
+    if proxies:
+        raise BackendError(
+            f"AOTInductor has no C++ entry for {', '.join(proxies)} and wants to call it through a "
+            "proxy, which stitchcache does not store. Name it in splitting_ops, or use "
+            "backend='inductor' or 'eager'.",
+            backend=backend,
+        )
+    return Path(built)
+
+
+def _proxies(directory: Path) -> list[str]:
+    """Ops that a freshly built library would look up in a file beside it."""
+    found: dict[str, None] = {}
+    for path in sorted(directory.rglob("*.json")):
+        record = json.loads(path.read_text())
+        # Of the other files of this kind that Inductor leaves, none lists nodes.
+        for entry in record.get("nodes", []) if isinstance(record, dict) else []:
+            target = str(entry.get("node", {}).get("target", entry.get("name", "an op")))
+            found[target.removeprefix("torch.ops.").replace(".", "::", 1)] = None
+    return list(found)
