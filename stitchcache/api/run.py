@@ -17,6 +17,7 @@ from stitchcache.cache import Cache
 from stitchcache.errors import BackendError, EntryFormatError, LinkError, UntrustedEntryError
 from stitchcache.keys.check import check_sources
 from stitchcache.keys.target import TargetKey, target_key
+from stitchcache.keys.values import Shared
 from stitchcache.runtime.mismatch import explain_mismatch
 from stitchcache.runtime.model import CompiledModel
 
@@ -58,6 +59,7 @@ class Run:
         self.label = request.label or type(model).__qualname__
         leaves, spec = tree.flatten((args, kwargs))
         self._leaves = leaves
+        self._shared = Shared()
         paths = tree.leaf_paths(model.forward, args, kwargs)
         self.device = device_of(model, leaves)
         self.devices = devices_of(model, leaves)
@@ -74,7 +76,7 @@ class Run:
         record = self.cache.get_target(key) if key is not None else None
         if record is None:
             return None
-        changed = self.timed("sources", lambda: check_sources(record))
+        changed = self.timed("sources", lambda: check_sources(record, self._shared))
         if changed is not None:
             self.reason, self.cause = changed, "sources"
             return None
@@ -161,6 +163,7 @@ class Run:
             request.backend,
             request.backend_options,
             request.key_factors,
+            self._shared,
         )
 
     def timed(self, stage: str, work: Callable[[], T]) -> T:

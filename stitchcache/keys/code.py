@@ -12,6 +12,7 @@ import contextvars
 import enum
 import functools
 import hashlib
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from types import (
@@ -49,12 +50,14 @@ _ENUM_INTERNALS = frozenset(
     _boundary_ _flag_mask_ _singles_mask_ _all_bits_ _inverted_ __new__ __new_member__""".split()  # noqa: SIM905
 )
 
-_BY_NAME = (
-    MemberDescriptorType,
-    GetSetDescriptorType,
-    WrapperDescriptorType,
-    MethodDescriptorType,
-    ClassMethodDescriptorType,
+_BY_NAME = frozenset(
+    {
+        MemberDescriptorType,
+        GetSetDescriptorType,
+        WrapperDescriptorType,
+        MethodDescriptorType,
+        ClassMethodDescriptorType,
+    }
 )
 
 
@@ -275,6 +278,10 @@ def _sample() -> Iterator[None]:
 
 _UNSET: Any = object()
 
+_LIBRARY = os.path.dirname(os.__file__)
+_REPR_FILES = frozenset(os.path.join(_LIBRARY, name) for name in ("dataclasses.py", "reprlib.py"))
+"""Where the wrapper around a dataclass's ``__repr__`` is defined, depending on Python's version."""
+
 HANDLERS: Mapping[type, Handler] = {
     contextvars.ContextVar: _put_context_variable,
     FunctionType: put_function,
@@ -315,12 +322,17 @@ def put_class_contents(encoder: Encoder, cls: type, ignored: frozenset[str] = fr
         members: Mapping[str, Any] = cls.__members__
         contents["<members>"] = {name: member.value for name, member in members.items()}
     prefix = f"{cls.__qualname__}."
-    for name in sorted(contents):
+    for name in sorted(contents.keys() - skipped):
         value = contents[name]
-        if name in skipped or isinstance(value, _BY_NAME):
+        kind = type(value)
+        if kind in _BY_NAME:
             continue
         encoder.text(name)
-        if type(value) is FunctionType and (short := _as_shipped(encoder, cls, prefix + name, value)):
+        scalar = SCALARS.get(kind)
+        if scalar is not None:
+            encoder.out += scalar(value)
+            continue
+        if kind is FunctionType and (short := _as_shipped(encoder, cls, prefix + name, value)):
             encoder.out += short
             continue
         try:
@@ -336,14 +348,24 @@ def _is_of_dataclass(encoder: Encoder, cls: type, code: CodeType) -> bool:
     return made and file is not None and encoder.shared.origin(file)[1] != ""
 
 
+def _wraps(function: FunctionType, inner: FunctionType) -> bool:
+    """Whether a wrapper closes over the function that it says it wraps."""
+    return any(cell.cell_contents is inner for cell in function.__closure__ or ())
+
+
 def _as_shipped(encoder: Encoder, cls: type, qualname: str, function: FunctionType) -> bytes | None:
     """A short form for a method that stands in an installed file where its class does; else ``None``.
 
     Most methods of most classes are of this kind, and there are hundreds of them in a model.
     """
     code = function.__code__
-    if code.co_filename == "<string>" and _is_of_dataclass(encoder, cls, code):
-        encoder.shared.codes.setdefault(id(code), (code, b""))
+    made = code
+    if code.co_filename in _REPR_FILES and qualname.endswith(".__repr__"):
+        # A dataclass's __repr__ stands in a wrapper of the library's.
+        inner = getattr(function, "__wrapped__", None)
+        made = inner.__code__ if type(inner) is FunctionType and _wraps(function, inner) else code
+    if made.co_filename == "<string>" and _is_of_dataclass(encoder, cls, made):
+        encoder.shared.codes.setdefault(id(made), (made, b""))
         return b"i"
     if code.co_qualname != qualname or function.__module__ != cls.__module__:
         return None

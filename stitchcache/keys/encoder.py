@@ -77,14 +77,17 @@ def put_contents(encoder: Encoder, cls: type) -> None:
 
 
 def class_contents(shared: Shared, cls: type) -> bytes:
-    """The bytes of a class's contents.
+    """The bytes of a class's contents; each class is looked at once a key.
 
     Raises:
         UnkeyableError: One of its attributes cannot be written soundly.
     """
-    encoder = new_encoder(shared)
-    put_contents(encoder, cls)
-    return bytes(encoder.out)
+    known = shared.contents.get(id(cls))
+    if known is None:
+        encoder = new_encoder(shared)
+        put_contents(encoder, cls)
+        known = shared.contents[id(cls)] = (cls, bytes(encoder.out))
+    return known[1]
 
 
 __all__ = ["UnkeyableError", "class_contents", "new_encoder"]

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from stitchcache.keys import reads
-from stitchcache.keys.files import changed_since_import, read_source
+from stitchcache.keys.files import changed_since_import, process_start, read_source
 from stitchcache.keys.origins import in_stdlib, installed_path, stands_by_version
 from stitchcache.keys.values import Shared, UnkeyableError
 from stitchcache.types import SourceRef
@@ -285,6 +285,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
 
     def _sources(self) -> list[SourceRef]:
         found = []
+        started = process_start()
         for name, module in sorted(self._modules.items()):
             label = self._label(name)
             if label == "__main__" and getattr(module, "__file__", None) is None:
@@ -294,7 +295,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             except OSError as error:
                 self._refuse(f"the source of {name} cannot be read: {error}")
                 continue
-            reason = changed_since_import(module, data)
+            reason = changed_since_import(module, data, started)
             if reason is not None:
                 self._refuse(reason)
             found.append(SourceRef(module=label, digest=reads.bytes_digest(data), size=len(data)))
