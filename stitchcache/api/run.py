@@ -59,7 +59,7 @@ class Run:
         self.label = request.label or type(model).__qualname__
         leaves, spec = tree.flatten((args, kwargs))
         self._leaves = leaves
-        self._shared = Shared()
+        self.shared = Shared()
         paths = tree.leaf_paths(model.forward, args, kwargs)
         self.device = device_of(model, leaves)
         self.devices = devices_of(model, leaves)
@@ -76,7 +76,7 @@ class Run:
         record = self.cache.get_target(key) if key is not None else None
         if record is None:
             return None
-        changed = self.timed("sources", lambda: check_sources(record, self._shared))
+        changed = self.timed("sources", lambda: check_sources(record, self.shared))
         if changed is not None:
             self.reason, self.cause = changed, "sources"
             return None
@@ -163,7 +163,7 @@ class Run:
             request.backend,
             request.backend_options,
             request.key_factors,
-            self._shared,
+            self.shared,
         )
 
     def timed(self, stage: str, work: Callable[[], T]) -> T:

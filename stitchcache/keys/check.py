@@ -55,13 +55,17 @@ def _check_globals(entries: Iterable[tuple[str, str]], shared: Shared) -> str | 
             if kind == "env":
                 now: str | None = reads.text_digest(os.environ.get(rest))
                 subject = f"environment variable {rest}"
+            elif kind == "call":
+                now, subject = reads.answer_digest(entry), f"what {reads.title(rest)}() answers"
+            elif kind == "item":
+                now, subject = _item_now(rest, shared), f"item {rest}"
             elif kind == "class":
                 now, subject = _class_now(rest, shared), f"class {reads.title(rest)}"
             else:
                 now, subject = _global_now(entry, shared), f"global {reads.title(entry)}"
         except UnkeyableError as error:
             return f"{error} (it could be digested when the model was captured)"
-        if now is None and entry.removeprefix("class:").startswith("?"):
+        if now is None and (kind == "item" or entry.removeprefix("class:").startswith("?")):
             # Loaded during the capture, and not loaded yet here: its file, checked above, speaks for it.
             continue
         if now != digest:
@@ -78,6 +82,14 @@ def _class_now(entry: str, shared: Shared) -> str | None:
     module = _module(label, shared)
     cls = None if module is None else find_class(module.__name__, qualname)
     return reads.class_digest(shared, cls) if isinstance(cls, type) else None
+
+
+def _item_now(entry: str, shared: Shared) -> str | None:
+    label, name, key = entry.split(":", 2)
+    registry = getattr(_module(label, shared), name, None)
+    if not isinstance(registry, dict) or key not in registry:
+        return None
+    return reads.item_digest(shared.main, registry[key])
 
 
 def _global_now(entry: str, shared: Shared) -> str | None:

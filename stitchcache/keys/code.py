@@ -7,6 +7,7 @@ Code of an installed package is known by its place, for speed: a lookup checks t
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import contextvars
 import enum
@@ -14,6 +15,7 @@ import functools
 import hashlib
 import os
 import sys
+from _abc import _get_dump  # type: ignore[import-not-found]
 from collections.abc import Iterator, Mapping
 from types import (
     BuiltinFunctionType,
@@ -31,6 +33,7 @@ from types import (
 from typing import Any
 
 from stitchcache.keys.origins import installed_path
+from stitchcache.keys.plain import member_state
 from stitchcache.keys.values import SCALARS, Encoder, Handler, UnkeyableError, text_bytes
 
 _NOT_CONTENT = frozenset(
@@ -320,7 +323,15 @@ def put_class_contents(encoder: Encoder, cls: type, ignored: frozenset[str] = fr
     if isinstance(cls, enum.EnumMeta):
         skipped = skipped | _ENUM_INTERNALS | cls.__members__.keys()
         members: Mapping[str, Any] = cls.__members__
-        contents["<members>"] = {name: member.value for name, member in members.items()}
+        contents["<members>"] = {
+            name: (member.value, member_state(member)) for name, member in members.items()
+        }
+    if isinstance(cls, abc.ABCMeta):
+        registered = (reference() for reference in _get_dump(cls)[0])
+        for label in sorted(encoder.class_label(item) for item in registered if item is not None):
+            encoder.text(label)
+    if not encoder.shared.origin(getattr(sys.modules.get(cls.__module__), "__file__", None) or "")[1]:
+        _put_declarations(encoder, cls)
     prefix = f"{cls.__qualname__}."
     for name in sorted(contents.keys() - skipped):
         value = contents[name]
@@ -339,6 +350,20 @@ def put_class_contents(encoder: Encoder, cls: type, ignored: frozenset[str] = fr
             encoder.put(value)
         except UnkeyableError as error:
             raise UnkeyableError(f"class {encoder.class_label(cls)}, attribute {name}", str(error)) from error
+
+
+def _put_declarations(encoder: Encoder, cls: type) -> None:
+    """Write what a class declares of its attributes, for a class whose file nobody may have recorded."""
+    declared = cls.__dict__.get("__annotations__", {})
+    for name, kind in declared.items() if isinstance(declared, dict) else ():
+        encoder.text(name)
+        encoder.text(
+            kind if isinstance(kind, str) else getattr(kind, "__qualname__", type(kind).__qualname__)
+        )
+    for name, item in cls.__dict__.get("__dataclass_fields__", {}).items():
+        encoder.text(name)
+        encoder.put((bool(item.init), bool(item.kw_only), bool(item.compare)))
+        encoder.put_at(f".{name}.metadata", item.metadata)
 
 
 def _is_of_dataclass(encoder: Encoder, cls: type, code: CodeType) -> bool:
