@@ -354,7 +354,7 @@ def put_class_contents(encoder: Encoder, cls: type, ignored: frozenset[str] = fr
 
 def _put_declarations(encoder: Encoder, cls: type) -> None:
     """Write what a class declares of its attributes, for a class whose file nobody may have recorded."""
-    declared = cls.__dict__.get("__annotations__", {})
+    declared = cls.__dict__.get("__annotations__", {})  # noqa: RUF063 - its own, and as they stand
     for name, kind in declared.items() if isinstance(declared, dict) else ():
         encoder.text(name)
         encoder.text(

@@ -1,8 +1,8 @@
 """What a capture may ask the outside world, and what no key would stand for. Looked at only while capturing.
 
-A trace bakes in whatever the model's code learns while it runs. Values of globals and environment variables are
-recorded and checked at each lookup. The answers of the functions here are either recorded in the same way
-(:data:`ASKED`), or turn direct lookup off.
+A trace bakes in whatever the model's code learns while it runs. Values of globals and environment variables
+are recorded and checked at each lookup. The answers of the functions here are either recorded in the same
+way (:data:`ASKED`), or turn direct lookup off.
 """
 
 from __future__ import annotations
@@ -47,12 +47,13 @@ _HARMLESS_IN_PACKAGES = frozenset({"id", "globals", "_getframe", "getrefcount", 
 
 _PACKAGES = os.path.dirname(os.path.dirname(os.path.abspath(sys.modules["torch"].__file__ or "")))
 _LIBRARY = os.path.dirname(os.__file__)
+_WATCHED_IN_LIBRARY = "random secrets tempfile subprocess socket locale platform uuid getpass _pydecimal"
+_WATCHED_IN_PACKAGES = """torch/serialization.py torch/hub.py torch/random.py torch/cuda/memory.py
+    torch/cuda/random.py numpy/lib/npyio.py numpy/lib/_npyio_impl.py"""
 WATCHED_FILES = frozenset(
-    [os.path.join(_LIBRARY, f"{name}.py") for name in """random secrets tempfile subprocess socket locale platform
-    uuid getpass _pydecimal""".split()]  # noqa: SIM905
-    + [os.path.join(_PACKAGES, *name.split("/")) for name in """torch/serialization.py torch/hub.py torch/random.py
-    torch/cuda/memory.py torch/cuda/random.py numpy/lib/npyio.py numpy/lib/_npyio_impl.py""".split()]  # noqa: SIM905
-)  # fmt: skip
+    [os.path.join(_LIBRARY, f"{name}.py") for name in _WATCHED_IN_LIBRARY.split()]
+    + [os.path.join(_PACKAGES, *name.split("/")) for name in _WATCHED_IN_PACKAGES.split()]
+)
 """Files of the library, torch and numpy whose functions give what is not the same each time."""
 
 _ON_BEHALF = ("<frozen importlib", "<frozen zipimport")

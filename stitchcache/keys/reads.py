@@ -208,7 +208,7 @@ there at a lookup must be as it was; one that is not belongs to a model that is 
 """
 
 ROLL_CALLS = frozenset({"transformers.utils.generic:_registered_model_output_types"})
-"""Lists of classes for which something was done once; what is in them changes nothing that a model computes."""
+"""Lists of classes for which something was done once; what is in them changes nothing a model computes."""
 
 
 def item_digest(main: str, item: Any) -> str:

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - a list of names
 """What a model may read without naming it: never a wrong hit, and a reason where there is no direct lookup."""
 
 import json
