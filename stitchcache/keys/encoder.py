@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stitchcache.keys import code, plain, tensors
+from stitchcache.keys import classes, code, plain, tensors
 from stitchcache.keys.modules import ignored_names, put_module
 from stitchcache.keys.values import Encoder, Handler, Shared, UnkeyableError
 
@@ -73,7 +73,7 @@ def new_encoder(shared: Shared, path: Sequence[str] = ()) -> Encoder:
 
 def put_contents(encoder: Encoder, cls: type) -> None:
     """Write what a class's body holds, but for notes that say nothing of what it computes."""
-    code.put_class_contents(encoder, cls, ignored_names(cls))
+    classes.put_class_contents(encoder, cls, ignored_names(cls))
 
 
 def class_contents(shared: Shared, cls: type) -> bytes:
