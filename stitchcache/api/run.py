@@ -17,15 +17,14 @@ from stitchcache.cache import Cache
 from stitchcache.errors import BackendError, EntryFormatError, LinkError, UntrustedEntryError
 from stitchcache.keys.check import check_sources
 from stitchcache.keys.target import TargetKey, target_key
+from stitchcache.keys.values import Shared
 from stitchcache.runtime.mismatch import explain_mismatch
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.types import TargetRecord
 
 if TYPE_CHECKING:
-    from stitchcache.explanation import MissFacts
-
-if TYPE_CHECKING:
     from stitchcache.api.preload import Preloaded
+    from stitchcache.explanation import MissFacts
 
 log = logging.getLogger("stitchcache")
 
@@ -70,6 +69,7 @@ class Run:
         self.label = request.label or type(model).__qualname__
         leaves, spec = tree.flatten((args, kwargs))
         self._leaves = leaves
+        self.shared = Shared()
         paths = tree.leaf_paths(model.forward, args, kwargs)
         self.device = device_of(model, leaves)
         self.devices = devices_of(model, leaves)
@@ -106,7 +106,7 @@ class Run:
         if record.refused is not None:
             self.reason, self.cause = record.refused, "unkeyable"
             return None
-        changed = self.timed("sources", lambda: check_sources(record))
+        changed = self.timed("sources", lambda: check_sources(record, self.shared))
         if changed is not None:
             self.reason, self.cause = changed, "sources"
             return None
@@ -204,6 +204,7 @@ class Run:
             request.backend,
             request.backend_options,
             request.key_factors,
+            self.shared,
         )
 
     def timed(self, stage: str, work: Callable[[], T]) -> T:

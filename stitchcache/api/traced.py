@@ -75,7 +75,7 @@ def trace_run(run: Run) -> tuple[Traced, SourceRecorder]:
     run.timed("import", _import_exporter)
     request = run.request
     # Calls run in neither mode, whatever the caller's: the capture must not depend on them.
-    with torch.inference_mode(False), torch.no_grad(), SourceRecorder() as recorder:
+    with torch.inference_mode(False), torch.no_grad(), SourceRecorder(run.shared) as recorder:
         captured, variants = run.timed(
             "capture",
             lambda: capture_ranges(

@@ -1,4 +1,4 @@
-"""Canonical bytes of code: functions with what they close over, and the contents of classes.
+"""Canonical bytes of code: functions with what they close over, and what wraps them.
 
 Code is known by its bytecode, constants and names. File names, line numbers and comments are left out:
 they mean nothing to a graph. Bytecode belongs to one Python version, which is why that version is a factor.
@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import enum
 import functools
 import hashlib
-import sys
 from collections.abc import Iterator, Mapping
 from types import (
     BuiltinFunctionType,
@@ -30,31 +28,19 @@ from types import (
 from typing import Any
 
 from stitchcache.keys.origins import installed_path
-from stitchcache.keys.values import SCALARS, Encoder, Handler, UnkeyableError, text_bytes
-
-_NOT_CONTENT = frozenset(
-    """__module__ __dict__ __weakref__ __doc__ __annotations__ __abstractmethods__ _abc_impl __orig_bases__
-    __parameters__ __static_attributes__ __firstlineno__ __annotate__ __annotate_func__
-    __annotations_cache__ __qualname__ __dataclass_fields__ __dataclass_params__ __slots__ __classcell__
-    __type_params__ __signature__ __text_signature__""".split()  # noqa: SIM905
-)
-"""Class attributes that say nothing a method reads, or that follow from the rest of the class."""
+from stitchcache.keys.values import SCALARS, Encoder, Handler, text_bytes
 
 _NOT_STATE = frozenset({"__wrapped__", "__signature__", "__doc__", "__annotations__"})
 """Attributes of a function that follow from its closure, or that no call reads."""
 
-_ENUM_INTERNALS = frozenset(
-    """_member_names_ _member_map_ _value2member_map_ _unhashable_values_ _hashable_values_ _new_member_
-    _generate_next_value_ _use_args_ _member_type_ _value_repr_ _unhashable_values_map_
-    _boundary_ _flag_mask_ _singles_mask_ _all_bits_ _inverted_ __new__ __new_member__""".split()  # noqa: SIM905
-)
-
-_BY_NAME = (
-    MemberDescriptorType,
-    GetSetDescriptorType,
-    WrapperDescriptorType,
-    MethodDescriptorType,
-    ClassMethodDescriptorType,
+BY_NAME = frozenset(
+    {
+        MemberDescriptorType,
+        GetSetDescriptorType,
+        WrapperDescriptorType,
+        MethodDescriptorType,
+        ClassMethodDescriptorType,
+    }
 )
 
 
@@ -124,7 +110,7 @@ def put_function(encoder: Encoder, function: FunctionType) -> None:
     versioned = encoder.shared.origin(code.co_filename)[0]
     if not versioned:
         encoded += code_digest(encoder, code)
-        plain = _plain_defaults(function)
+        plain = plain_defaults(function)
         encoded += plain or b""
     stateful = not versioned and plain is None
     if stateful or function.__closure__:
@@ -141,7 +127,7 @@ def put_function(encoder: Encoder, function: FunctionType) -> None:
     encoder.out += encoded
 
 
-def _plain_defaults(function: FunctionType) -> bytes | None:
+def plain_defaults(function: FunctionType) -> bytes | None:
     """Defaults of a function in short, where they are scalars and it has no other state."""
     if function.__kwdefaults__ or function.__dict__:
         return None
@@ -281,7 +267,7 @@ HANDLERS: Mapping[type, Handler] = {
     MethodType: put_method,
     BuiltinFunctionType: put_builtin,
     MethodWrapperType: put_builtin,
-    **dict.fromkeys(_BY_NAME, put_descriptor),
+    **dict.fromkeys(BY_NAME, put_descriptor),
     type(functools.lru_cache(lambda: None)): _put_wrapped,
     type(_sample()): _put_context_manager,
     property: _put_property,
@@ -291,70 +277,6 @@ HANDLERS: Mapping[type, Handler] = {
     functools.partial: _put_partial,
     functools.partialmethod: _put_partial,
 }
-
-
-def put_class_contents(encoder: Encoder, cls: type, ignored: frozenset[str] = frozenset()) -> None:
-    """Write what a class's own body holds: bases, methods and plain attributes.
-
-    Args:
-        encoder: Where to.
-        cls: The class.
-        ignored: Names of attributes to leave out.
-
-    Raises:
-        UnkeyableError: An attribute cannot be written soundly.
-    """
-    encoder.text(encoder.class_label(cls))
-    encoder.put_class(type(cls))
-    for base in cls.__bases__:
-        encoder.put_class(base)
-    contents: dict[str, Any] = dict(cls.__dict__)
-    skipped = _NOT_CONTENT | ignored
-    if isinstance(cls, enum.EnumMeta):
-        skipped = skipped | _ENUM_INTERNALS | cls.__members__.keys()
-        members: Mapping[str, Any] = cls.__members__
-        contents["<members>"] = {name: member.value for name, member in members.items()}
-    prefix = f"{cls.__qualname__}."
-    for name in sorted(contents):
-        value = contents[name]
-        if name in skipped or isinstance(value, _BY_NAME):
-            continue
-        encoder.text(name)
-        if type(value) is FunctionType and (short := _as_shipped(encoder, cls, prefix + name, value)):
-            encoder.out += short
-            continue
-        try:
-            encoder.put(value)
-        except UnkeyableError as error:
-            raise UnkeyableError(f"class {encoder.class_label(cls)}, attribute {name}", str(error)) from error
-
-
-def _is_of_dataclass(encoder: Encoder, cls: type, code: CodeType) -> bool:
-    """Whether ``dataclass`` generated this code for a class in an installed file, from which it follows."""
-    made = code.co_qualname.startswith("__create_fn__.<locals>.") and "__dataclass_params__" in cls.__dict__
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return made and file is not None and encoder.shared.origin(file)[1] != ""
-
-
-def _as_shipped(encoder: Encoder, cls: type, qualname: str, function: FunctionType) -> bytes | None:
-    """A short form for a method that stands in an installed file where its class does; else ``None``.
-
-    Most methods of most classes are of this kind, and there are hundreds of them in a model.
-    """
-    code = function.__code__
-    if code.co_filename == "<string>" and _is_of_dataclass(encoder, cls, code):
-        encoder.shared.codes.setdefault(id(code), (code, b""))
-        return b"i"
-    if code.co_qualname != qualname or function.__module__ != cls.__module__:
-        return None
-    if function.__closure__ is not None and code.co_freevars != ("__class__",):
-        return None
-    defaults = _plain_defaults(function)
-    installed = encoder.shared.origin(code.co_filename)[1]
-    if defaults is None or not installed:
-        return None
-    encoder.shared.codes.setdefault(id(code), (code, b""))
-    return b"k%d:%s;" % (code.co_firstlineno, installed.encode()) + defaults
 
 
 def _subclass(write: Handler) -> Handler:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stitchcache.keys import code, plain, tensors
+from stitchcache.keys import classes, code, plain, tensors
 from stitchcache.keys.modules import ignored_names, put_module
 from stitchcache.keys.values import Encoder, Handler, Shared, UnkeyableError
 
@@ -73,18 +73,21 @@ def new_encoder(shared: Shared, path: Sequence[str] = ()) -> Encoder:
 
 def put_contents(encoder: Encoder, cls: type) -> None:
     """Write what a class's body holds, but for notes that say nothing of what it computes."""
-    code.put_class_contents(encoder, cls, ignored_names(cls))
+    classes.put_class_contents(encoder, cls, ignored_names(cls))
 
 
 def class_contents(shared: Shared, cls: type) -> bytes:
-    """The bytes of a class's contents.
+    """The bytes of a class's contents; each class is looked at once a key.
 
     Raises:
         UnkeyableError: One of its attributes cannot be written soundly.
     """
-    encoder = new_encoder(shared)
-    put_contents(encoder, cls)
-    return bytes(encoder.out)
+    known = shared.contents.get(id(cls))
+    if known is None:
+        encoder = new_encoder(shared)
+        put_contents(encoder, cls)
+        known = shared.contents[id(cls)] = (cls, bytes(encoder.out))
+    return known[1]
 
 
 __all__ = ["UnkeyableError", "class_contents", "new_encoder"]

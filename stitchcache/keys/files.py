@@ -78,17 +78,22 @@ def _find_top(name: str) -> Any:
         return None
 
 
-def changed_since_import(module: ModuleType, source: bytes) -> str | None:
+def changed_since_import(module: ModuleType, source: bytes, started: float) -> str | None:
     """Whether a module's file was edited after it was imported; then the file does not say what runs.
 
     Files older than the process cannot have been. For the others the source is compiled again, and every
     function of the module must be found in the result.
 
+    Args:
+        module: The module as it was imported.
+        source: What its file holds now.
+        started: When this process started, see :func:`process_start`.
+
     Returns:
         A reason, or ``None`` where the module is what its file says.
     """
     file = getattr(module, "__file__", None) or ""
-    if not file.endswith(".py") or not _younger_than_process(file):
+    if not file.endswith(".py") or not _younger(file, started):
         return None
     try:
         compiled = compile(source, file, "exec", dont_inherit=True)
@@ -132,9 +137,9 @@ def _is_from(function: FunctionType, module: ModuleType) -> bool:
     return function.__globals__ is vars(module) and function.__code__.co_filename == module.__file__
 
 
-def _younger_than_process(file: str) -> bool:
+def _younger(file: str, started: float) -> bool:
     try:
-        return os.stat(file).st_mtime > process_start() - _SLACK
+        return os.stat(file).st_mtime > started - _SLACK
     except OSError:
         return True
 

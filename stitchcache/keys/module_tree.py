@@ -61,22 +61,25 @@ class ModelKey:
 class _Column:
     """One attribute over all modules of a class: what it held, module by module."""
 
-    data: bytearray = field(default_factory=bytearray)
-    runs: list[tuple[bytes, str, int]] = field(default_factory=list)
+    name: str
+    parts: list[bytes] = field(default_factory=list)
+    last: bytes = b""
+    counts: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
 
     def add(self, module: bytes, encoded: bytes, value: Any) -> None:
-        self.data += module
-        self.data += b"%d:" % len(encoded)
-        self.data += encoded
-        if self.runs and self.runs[-1][0] == encoded:
-            _, text, count = self.runs[-1]
-            self.runs[-1] = (encoded, text, count + 1)
-        elif len(self.runs) <= _SHOWN:
-            self.runs.append((encoded, readable(value), 1))
+        self.parts.append(b"%b%d:%b" % (module, len(encoded), encoded))
+        if encoded == self.last:
+            self.counts[-1] += 1
+        elif len(self.texts) <= _SHOWN:
+            self.last = encoded
+            self.counts.append(1)
+            self.texts.append(readable(value))
 
     def text(self) -> str:
-        shown = [text if count == 1 else f"{text} x{count}" for _, text, count in self.runs[:_SHOWN]]
-        return ", ".join(shown) + (", ..." if len(self.runs) > _SHOWN else "")
+        runs = zip(self.texts[:_SHOWN], self.counts, strict=False)
+        shown = [text if count == 1 else f"{text} x{count}" for text, count in runs]
+        return ", ".join(shown) + (", ..." if len(self.texts) > _SHOWN else "")
 
 
 def readable(value: Any) -> str:
@@ -115,7 +118,6 @@ class _Walk:
         self.modules: list[tuple[str, torch.nn.Module]] = []
         self.tree: list[str] = []
         self.labels: dict[type, str] = {}
-        self.columns: dict[tuple[str, str], _Column] = {}
         self.extents: list[tuple[int, int, str]] = []
         self.described: dict[tuple[Any, ...], tuple[str, int]] = {}
 
@@ -183,8 +185,7 @@ class _Walk:
         if known is not None:
             return known.decode("utf-8", "surrogatepass")
         self.encoder.seen[id(value)] = f"tensor {name}".encode("utf-8", "surrogatepass")
-        own = own_attributes(value)
-        if own:
+        if value.__dict__ and (own := own_attributes(value)):
             notes.text(name)
             notes.put_at(name, own)
         if not is_plain_tensor(value) or value.layout is not torch.strided or value.is_quantized:
@@ -203,26 +204,26 @@ class _Walk:
         config = self.model.__dict__.get("config")
         if config is not None and type(config) not in self.encoder.handlers and has_plain_state(type(config)):
             yield from self._config(config)
-        slots = {cls: slots_of(cls) for cls in self.labels}
-        ignored = {cls: INTERNALS | ignored_names(cls) for cls in self.labels}
+        known: dict[type, tuple[dict[str, _Column], frozenset[str], Any]] = {
+            cls: ({}, INTERNALS | ignored_names(cls), slots_of(cls)) for cls in self.labels
+        }
         for path, module in self.modules:
             cls = type(module)
-            label, skipped, module_bytes = self.labels[cls], ignored[cls], text_bytes(path)
-            for name, value in module.__dict__.items():
-                if name not in skipped:
-                    self._cell(label, path, module_bytes, name, value)
-            for name, descriptor in slots[cls]:
-                if hasattr(module, name):
-                    self._cell(label, path, module_bytes, name, descriptor.__get__(module))
-        for (label, name), column in self.columns.items():
-            yield make_factor(f"model.attributes.{label}.{name}", column.text(), bytes(column.data))
-
-    def _cell(self, label: str, path: str, module: bytes, name: str, value: Any) -> None:
-        column = self.columns.get((label, name))
-        if column is None:
-            column = self.columns[label, name] = _Column()
-        scalar = SCALARS.get(type(value))
-        column.add(module, scalar(value) if scalar is not None else self._encode(path, name, value), value)
+            columns, skipped, slots = known[cls]
+            module_bytes = text_bytes(path)
+            items = [item for item in module.__dict__.items() if item[0] not in skipped]
+            if slots:
+                items += [(name, slot.__get__(module)) for name, slot in slots if hasattr(module, name)]
+            for name, value in items:
+                column = columns.get(name)
+                if column is None:
+                    column = columns[name] = _Column(f"model.attributes.{self.labels[cls]}.{name}")
+                scalar = SCALARS.get(type(value))
+                encoded = scalar(value) if scalar is not None else self._encode(path, name, value)
+                column.add(module_bytes, encoded, value)
+        for columns, _, _ in known.values():
+            for column in columns.values():
+                yield make_factor(column.name, column.text(), b"".join(column.parts))
 
     def _encode(self, path: str, name: str, value: Any) -> bytes:
         encoder = self.encoder

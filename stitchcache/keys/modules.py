@@ -104,7 +104,8 @@ def tensor_line(encoder: Encoder, name: str, value: torch.Tensor | None) -> str:
 
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether a call of the module runs hooks."""
-    return any(module.__dict__.get(name) for name in HOOKS)
+    state = module.__dict__
+    return any(map(state.get, HOOKS))
 
 
 def put_hooks(encoder: Encoder, module: torch.nn.Module) -> None:

@@ -120,11 +120,19 @@ def _put_path(encoder: Encoder, value: pathlib.PurePath) -> None:
     encoder.text(str(value))
 
 
+def member_state(member: enum.Enum) -> dict[str, Any]:
+    """What was set on a member of an enumeration beside its name and value."""
+    return {name: item for name, item in member.__dict__.items() if name not in _OF_EVERY_MEMBER}
+
+
 def _put_enum(encoder: Encoder, value: enum.Enum) -> None:
     encoder.out += b"e"
     encoder.put_class(type(value))
     encoder.put(value.name)
     encoder.put(value.value)
+    state = member_state(value)
+    if state and not encoder.again(value):
+        encoder.put_at(".__dict__", state)
 
 
 def _put_reduced(encoder: Encoder, value: Any) -> None:
@@ -193,6 +201,8 @@ def _put_tuple_getter(encoder: Encoder, value: Any) -> None:
     encoder.out += b"G"
     encoder.put(value.__reduce__()[1][0])
 
+
+_OF_EVERY_MEMBER = frozenset({"_name_", "_value_", "__objclass__", "_sort_order_"})
 
 _Sample = collections.namedtuple("_Sample", "field")
 

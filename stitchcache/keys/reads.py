@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stitchcache.keys.encoder import class_contents, new_encoder
-from stitchcache.keys.origins import installed_path
+from stitchcache.keys.origins import installed_path, module_by_label
 from stitchcache.keys.values import SCALARS, Shared, UnkeyableError
 
 if TYPE_CHECKING:
@@ -63,6 +63,9 @@ def global_chains(code: CodeType) -> Iterator[tuple[str, ...]]:
     if chain:
         yield tuple(chain)
 
+
+_NAMESPACE = object()
+"""Stands for the namespace of a module as a whole."""
 
 _OPS = (type(torch.ops), type(torch.ops.aten))
 
@@ -113,6 +116,8 @@ def lookup(namespace: dict[str, Any], chain: tuple[str, ...]) -> Found:
         if not isinstance(value, ModuleType):
             return Found(value, True, chain[:index], owner)
         inner, owner = vars(value), value.__name__
+        if step == "__dict__":
+            return Found(_NAMESPACE, True, chain[: index + 1], owner)
         if step not in inner and isinstance(value, _OPS):
             # torch makes these the first time they are asked for; that nobody has says nothing.
             getattr(value, step, None)
@@ -142,6 +147,15 @@ def global_digest(shared: Shared, entry: str, found: Found) -> str:
     payload = _ABSENT
     value, exists = found.value, found.exists
     library = found.owner != "" and shared.is_versioned(found.owner)
+    if value is _NAMESPACE:
+        why = f"the namespace of module {found.owner} is used as a whole; name what is read from it"
+        raise UnkeyableError(f"global {title(entry)}", why)
+    if found.owner.startswith("numpy.random"):
+        raise UnkeyableError(f"global {title(entry)}", "gives other numbers each time; draw them beforehand")
+    if value is sys.modules and not _of_package(shared, entry):
+        raise UnkeyableError(
+            f"global {title(entry)}", "what is loaded depends on the process; import it by name"
+        )
     if isinstance(value, ModuleType):
         if exists and not entry.endswith(".") and not _may_be_held(shared, value):
             why = f"the module {value.__name__} is used as a value; name what is read from it"
@@ -150,13 +164,26 @@ def global_digest(shared: Shared, entry: str, found: Found) -> str:
         payload = b"module " + value.__name__.encode()
     elif exists:
         encoder = new_encoder(shared, [f"global {title(entry)}"])
-        if library and not isinstance(value, _KEYED_OF_LIBRARY):
+        if library and not isinstance(value, _KEYED_OF_LIBRARY) and not _is_plain_of_library(found):
             # An object of torch's or the library's own; what torch's settings say are factors.
             payload = b"object " + type(value).__qualname__.encode()
         else:
             encoder.put(value)
             payload = bytes(encoder.out)
     return hashlib.sha256(payload).hexdigest()
+
+
+def _of_package(shared: Shared, entry: str) -> bool:
+    """Whether it is an installed package's code that reads an entry."""
+    label = entry.removeprefix("?").partition(":")[0]
+    file = getattr(module_by_label(label, shared.main), "__file__", None)
+    return installed_path(file or "") != ""
+
+
+def _is_plain_of_library(found: Found) -> bool:
+    """Whether a container of the standard library is known by what is in it, such as ``sys.argv``."""
+    plain = isinstance(found.value, (list, dict, tuple, set, frozenset)) and found.value is not sys.modules
+    return plain and found.owner.partition(".")[0] in sys.stdlib_module_names
 
 
 def _may_be_held(shared: Shared, module: ModuleType) -> bool:
@@ -171,6 +198,42 @@ def class_digest(shared: Shared, cls: type) -> str:
         UnkeyableError: One of its attributes cannot be written soundly.
     """
     return hashlib.sha256(class_contents(shared, cls)).hexdigest()
+
+
+REGISTRIES = frozenset({"transformers.utils.output_capturing:_CAN_RECORD_REGISTRY"})
+"""Dictionaries to which each model of a library adds itself by name: recorded item by item.
+
+Otherwise a process that has imported one model more would not find what another one compiled. An item that is
+there at a lookup must be as it was; one that is not belongs to a model that is not in use.
+"""
+
+ROLL_CALLS = frozenset({"transformers.utils.generic:_registered_model_output_types"})
+"""Lists of classes for which something was done once; what is in them changes nothing a model computes."""
+
+
+def item_digest(main: str, item: Any) -> str:
+    """Digest of an item of a registry. The classes that it names are the key's where they are in use.
+
+    Raises:
+        UnkeyableError: No digest stands for it soundly.
+    """
+    encoder = new_encoder(Shared(main=main), ["item of a registry"])
+    encoder.put(item)
+    return hashlib.sha256(encoder.out).hexdigest()
+
+
+def answer_digest(entry: str) -> str:
+    """Digest of what a function of torch answers here and now; that it raises is an answer too.
+
+    Args:
+        entry: ``call:torch.distributed:get_rank``.
+    """
+    _, module, name = entry.split(":")
+    try:
+        answer = repr(getattr(sys.modules.get(module), name)())
+    except (ValueError, RuntimeError, AttributeError, AssertionError) as error:
+        answer = f"raises {type(error).__name__}"
+    return hashlib.sha256(answer.encode()).hexdigest()
 
 
 def text_digest(value: str | None) -> str:

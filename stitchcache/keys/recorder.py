@@ -11,32 +11,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import importlib
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable
 from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 import torch
 
-from stitchcache.keys import reads
-from stitchcache.keys.files import changed_since_import, read_source
-from stitchcache.keys.origins import in_stdlib, installed_path, stands_by_version
+from stitchcache.keys import outside, reads
+from stitchcache.keys.files import changed_since_import, process_start, read_source
+from stitchcache.keys.origins import installed_path, stands_by_version
 from stitchcache.keys.values import Shared, UnkeyableError
 from stitchcache.types import SourceRef
 
 _READ_VARIABLE = type(os.environ).__getitem__.__code__
-_FORBIDDEN_CODE = {
-    threading.Thread.start.__code__: "starts a thread, whose code is not seen",
-    importlib.import_module.__code__: "imports a module by a name that is computed",
-}
-_FORBIDDEN_MODULES = frozenset(
-    {"time", "posix", "nt", "_random", "_socket", "_io", "io", "random", "_thread", "_datetime", "datetime"}
-)
-_FORBIDDEN_BUILTINS = frozenset({"open", "eval", "exec", "globals", "input", "id", "__import__"})
 _CACHED = type(functools.lru_cache(lambda: None))
 _HANDLE_LOG = logging.Logger.callHandlers.__code__
 _DYNAMO = f"{os.sep}torch{os.sep}_dynamo{os.sep}symbolic_convert.py"
@@ -45,13 +35,18 @@ _DYNAMO = f"{os.sep}torch{os.sep}_dynamo{os.sep}symbolic_convert.py"
 class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
     """Records what a capture depends on beyond the model itself. Use it around the capture, in its thread.
 
+    Args:
+        keyed: What the target key of the same compilation was computed with: functions that it digested, with
+            what they close over, such as a model's hooks, need no digest here.
+
     Attributes:
         sources: Source files that ran, after the block.
         globals: What the code read, after the block: name to digest. See docs/keys.md for the names.
         unsound: Why a target key must not lead to this capture; ``None`` where it may.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keyed: Shared | None = None) -> None:
+        self._keyed = keyed or Shared()
         self.sources: tuple[SourceRef, ...] = ()
         self.globals: tuple[tuple[str, str], ...] = ()
         self.unsound: str | None = None
@@ -66,10 +61,16 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._previous: Any = None
         self._muted: FrameType | None = None
         self._bystanders: dict[int, CodeType] = {}
+        self._watched: dict[int, CodeType] = {}
+        self._asked: dict[int, tuple[str, Any]] = {}
+        self._answers: set[str] = set()
         self._callback: Callable[[FrameType, str, Any], None] | None = None
 
     def __enter__(self) -> SourceRecorder:
         self._loaded = frozenset(sys.modules)
+        self._asked = outside.asked_functions()
+        watched = [*outside.FORBIDDEN_CODE, *(thing for _, thing in self._asked.values())]
+        self._watched = {id(code): code for code in watched}
         # What a program does with log records, or when memory is collected, is no part of its models.
         on_collect = (getattr(callback, "__code__", None) for callback in gc.callbacks)
         self._bystanders = {id(code): code for code in (_HANDLE_LOG, *on_collect) if code is not None}
@@ -85,6 +86,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             self._refuse("another profiler was installed while the model was captured")
         self._finish_imports()
         self._finish_classes()
+        self._found |= {entry: reads.answer_digest(entry) for entry in self._answers}
         self._check_covered()
         self.sources = tuple(self._sources())
         self.globals = tuple(sorted(self._found.items()))
@@ -106,17 +108,24 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                 return
             if code is _READ_VARIABLE:
                 self._variable(frame)
-            elif id(code) in _FORBIDDEN_IDS:
-                self._forbidden_code(frame, code)
             if id(code) not in self._seen:
                 self._seen[id(code)] = code
                 self._first_call(frame, code)
-        elif event == "c_call" and id(code) in self._user:
-            self._c_call(code, arg)
+            if id(code) in self._watched:
+                self._forbidden_code(frame, code)
+        elif event == "c_call":
+            if id(code) in self._user:
+                self._c_call(code, arg)
+            elif id(arg) in outside.SYSTEM and (caller := outside.on_behalf_of(frame)) is not None:
+                self._refuse(
+                    f"{_place(caller.f_code)} makes the library call {arg.__name__}, which asks the system"
+                )
 
     def _first_call(self, frame: FrameType, code: CodeType) -> None:
         filename = code.co_filename
         if stands_by_version(filename):
+            if filename in outside.WATCHED_FILES:
+                self._watched[id(code)] = code
             if code.co_name == "run" and filename.endswith(_DYNAMO):
                 self._refuse("part of the model is traced by torch._dynamo, whose reads are not seen")
             return
@@ -126,6 +135,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         if _is_search(frame):
             return
         self._user[id(code)] = code
+        if outside.sees_namespaces(code):
+            self._refuse(f"{_place(code)} looks into a namespace as a whole; name what is read from it")
         if not reads.is_module_namespace(namespace):
             # Covered only if its bytecode is part of a digest; looked at when everything was seen.
             return
@@ -163,7 +174,10 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
     def _note(self, label: str, found: reads.Found, *, whole: bool) -> None:
         late = "" if label == self._shared.main or label in self._loaded else "?"
         entry = f"{late}{label}:{'.'.join(found.used)}{'' if whole else '.'}"
-        if entry in self._found:
+        if entry in self._found or entry.rstrip(".") in reads.ROLL_CALLS:
+            return
+        if entry.rstrip(".") in reads.REGISTRIES and isinstance(found.value, dict):
+            self._registry(entry.rstrip("."), found.value)
             return
         if isinstance(found.value, _CACHED) and self._hides_calls(found.value):
             self._refuse(
@@ -174,6 +188,13 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             self._found[entry] = reads.global_digest(self._shared, entry, found)
         except UnkeyableError as error:
             self._refuse(str(error))
+
+    def _registry(self, entry: str, registry: dict[Any, Any]) -> None:
+        for key, item in registry.items():
+            try:
+                self._found[f"item:{entry}:{key}"] = reads.item_digest(self._shared.main, item)
+            except UnkeyableError as error:
+                self._refuse(str(error))
 
     def _hides_calls(self, cached: Any) -> bool:
         """Whether a function with a cache may answer without being run, so that its reads go unseen."""
@@ -195,10 +216,12 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
 
     def _variable(self, frame: FrameType) -> None:
         """Note an environment variable that the model's code reads; torch's are factors where they count."""
-        caller = _outside_stdlib(frame)
+        caller = outside.outside_stdlib(frame)
         if caller is None or stands_by_version(caller.f_code.co_filename):
             return
         key = frame.f_locals.get("key")
+        if isinstance(key, bytes):
+            key = key.decode("utf-8", "surrogateescape")
         if isinstance(key, str):
             data = key.encode("utf-8", "surrogateescape")
             value = os.environ._data.get(data)  # type: ignore[attr-defined]
@@ -206,26 +229,40 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             self._found.setdefault(f"env:{key}", reads.text_digest(text))
 
     def _forbidden_code(self, frame: FrameType, code: CodeType) -> None:
-        caller = _outside_stdlib(frame)
+        caller = outside.outside_stdlib(frame)
         filename = "" if caller is None else caller.f_code.co_filename
-        lazily = code is _IMPORT_MODULE and installed_path(filename)
-        if caller is not None and not stands_by_version(filename) and not lazily:
-            self._refuse(f"{_place(caller.f_code)} {_FORBIDDEN_CODE[code]}")
+        lazily = code is outside.IMPORT_MODULE and installed_path(filename)
+        if caller is None or stands_by_version(filename) or lazily:
+            return
+        asked = self._asked.get(id(code))
+        if asked is not None:
+            given = [value for value in frame.f_locals.values() if value is not None]
+            self._ask(asked[0], plain=not given, where=caller.f_code)
+            return
+        why = (
+            outside.FORBIDDEN_CODE.get(code)
+            or f"calls {code.co_qualname}, whose result is not the same each time"
+        )
+        self._refuse(f"{_place(caller.f_code)} {why}")
+
+    def _ask(self, entry: str, *, plain: bool, where: CodeType) -> None:
+        """Note a function of torch whose answer the model's code uses."""
+        if plain:
+            self._answers.add(entry)
+        else:
+            self._refuse(f"{_place(where)} calls {reads.title(entry)[5:]} with arguments; call it beforehand")
 
     def _c_call(self, code: CodeType, function: Any) -> None:
         """Look at what the model's code calls in C: clocks, files and random numbers are in no key."""
-        name = getattr(function, "__name__", "")
-        owner = getattr(function, "__self__", None)
-        module = getattr(function, "__module__", None)
-        if isinstance(owner, ModuleType):
-            module = owner.__name__
-        elif owner is not None and module is None:
-            module = (owner if isinstance(owner, type) else type(owner)).__module__
-        forbidden = module in _FORBIDDEN_MODULES or (module == "builtins" and name in _FORBIDDEN_BUILTINS)
-        if forbidden and not isinstance(owner, str) and code.co_name != "<module>":
-            if not (installed_path(code.co_filename) and name in {"id", "globals"}):
-                self._refuse(f"{_place(code)} calls {module}.{name}, whose result is not the same each time")
-        elif isinstance(module, str) and module not in self._modules:
+        asked = self._asked.get(id(function))
+        if asked is not None:
+            self._ask(asked[0], plain=True, where=code)
+            return
+        module = outside.module_of(function)
+        reason = outside.forbidden_call(code, function)
+        if reason is not None:
+            self._refuse(f"{_place(code)} {reason}")
+        elif module is not None and module not in self._modules:
             extension = sys.modules.get(module)
             file = getattr(extension, "__file__", None) or ""
             if extension is not None and file.endswith((".so", ".pyd")) and not stands_by_version(file):
@@ -276,7 +313,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         nested = {id(const) for const in constants if isinstance(const, CodeType)}
         files = {getattr(module, "__file__", None) for module in self._modules.values()}
         for identity, code in self._user.items():
-            if identity in self._shared.codes or identity in nested:
+            if identity in self._shared.codes or identity in self._keyed.codes or identity in nested:
                 continue
             if os.path.abspath(code.co_filename) not in files:
                 self._refuse(f"{_place(code)} has no source file that can be checked")
@@ -285,6 +322,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
 
     def _sources(self) -> list[SourceRef]:
         found = []
+        started = process_start()
         for name, module in sorted(self._modules.items()):
             label = self._label(name)
             if label == "__main__" and getattr(module, "__file__", None) is None:
@@ -294,22 +332,11 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             except OSError as error:
                 self._refuse(f"the source of {name} cannot be read: {error}")
                 continue
-            reason = changed_since_import(module, data)
+            reason = changed_since_import(module, data, started)
             if reason is not None:
                 self._refuse(reason)
             found.append(SourceRef(module=label, digest=reads.bytes_digest(data), size=len(data)))
         return found
-
-
-_IMPORT_MODULE = importlib.import_module.__code__
-_FORBIDDEN_IDS = frozenset(id(code) for code in _FORBIDDEN_CODE)
-
-
-def _outside_stdlib(frame: FrameType) -> FrameType | None:
-    caller = frame.f_back
-    while caller is not None and in_stdlib(caller.f_code.co_filename):
-        caller = caller.f_back
-    return caller
 
 
 def _is_search(frame: FrameType) -> bool:

@@ -48,6 +48,7 @@ def target_key(
     backend: str,
     options: Mapping[str, Any],
     key_factors: Mapping[str, Any] | None,
+    shared: Shared | None = None,
 ) -> TargetKey:
     """Compute the key under which a direct lookup finds a target.
 
@@ -63,17 +64,19 @@ def target_key(
         backend: ``aoti``, ``inductor`` or ``eager``.
         options: The backend's options.
         key_factors: The caller's own factors, name to plain value.
+        shared: What this lookup's steps have in common; give it to ``check_sources`` too, so that no class
+            and no function is looked at twice.
 
     Raises:
         OptionError: One of ``options`` or ``key_factors`` is no plain value.
     """
-    shared = Shared()
+    shared = shared or Shared()
     factors = list(_option_factors(splitting_ops, size_ranges, backend, options, key_factors or {}))
     reason = tracing_obstacle()
     try:
         factors += environment_factors(backend, _device_types(model, leaves))
         factors.append(make_factor("code.python", python_version()))
-        factors += torch_state_factors()
+        factors += torch_state_factors(shared)
         factors += input_factors(leaves, tree, dynamic_shapes, shared)
         parts = model_factors(model, shared)
         factors += parts.factors
@@ -118,8 +121,16 @@ def _plain(kind: str, name: str, value: Any) -> bytes:
 
 
 def _device_types(model: torch.nn.Module, leaves: Sequence[tuple[str, Any]]) -> set[str]:
-    types = {value.device.type for _, value in leaves if isinstance(value, torch.Tensor)}
-    for module in model.modules():
+    devices = {value.device for _, value in leaves if isinstance(value, torch.Tensor)}
+    # Not Module.modules(): its nested generators take a millisecond for a deep model.
+    modules, met = [model], {id(model)}
+    for module in modules:
         for tensors in (module._parameters, module._buffers):
-            types.update(value.device.type for value in tensors.values() if value is not None)
-    return types
+            for value in tensors.values():
+                if value is not None:
+                    devices.add(value.device)
+        for child in module._modules.values():
+            if child is not None and id(child) not in met:
+                met.add(id(child))
+                modules.append(child)
+    return {device.type for device in devices}

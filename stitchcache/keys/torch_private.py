@@ -75,11 +75,11 @@ def changed_inductor_settings() -> dict[str, Any]:
         return {}
     changed: dict[str, Any] = {}
     for name, entry in config._config.items():
-        if entry.alias is not None or name.startswith(_PERFORMANCE_ONLY):
-            continue
         # A context variable since 2.12, a plain value before.
         override = entry.user_override
         value = override.get() if isinstance(override, ContextVar) else override
-        if value is not _config_module._UNSET_SENTINEL and value != entry.default:
+        if value is _config_module._UNSET_SENTINEL or value == entry.default:
+            continue
+        if entry.alias is None and not name.startswith(_PERFORMANCE_ONLY):
             changed[name] = value
     return changed

@@ -15,7 +15,6 @@ import torch
 from stitchcache.keys import torch_private
 from stitchcache.keys.digest import make_factor
 from stitchcache.keys.encoder import new_encoder
-from stitchcache.keys.origins import stands_by_version
 from stitchcache.keys.values import Shared
 from stitchcache.types import Factor
 
@@ -47,13 +46,16 @@ _ATTENTION = (
 _PATCHABLE = (torch, torch.nn.functional, torch.Tensor)
 
 
-def torch_state_factors() -> tuple[Factor, ...]:
+def torch_state_factors(shared: Shared | None = None) -> tuple[Factor, ...]:
     """Factors of torch's global state.
+
+    Args:
+        shared: What this lookup's steps have in common.
 
     Raises:
         UnkeyableError: A changed setting of Inductor, or a replaced function of torch, cannot be keyed.
     """
-    return tuple(_factors())
+    return tuple(_factors(shared or Shared()))
 
 
 def tracing_obstacle() -> str | None:
@@ -69,7 +71,7 @@ def tracing_obstacle() -> str | None:
     return "another compiler is tracing" if tracing or torch.compiler.is_compiling() else None
 
 
-def _factors() -> Iterator[Factor]:
+def _factors(shared: Shared) -> Iterator[Factor]:
     yield make_factor("torch.default_dtype", str(torch.get_default_dtype()))
     yield make_factor("torch.default_device", torch.get_default_device().type)
     yield make_factor("torch.autocast", _autocast())
@@ -79,7 +81,7 @@ def _factors() -> Iterator[Factor]:
     yield make_factor("torch.backends", _read(_BACKENDS))
     yield make_factor("torch.attention", _read(_ATTENTION))
     yield make_factor("torch.inductor", *_inductor())
-    yield make_factor("torch.patched", *_patched())
+    yield make_factor("torch.patched", *_patched(shared))
 
 
 def _autocast() -> str:
@@ -136,13 +138,13 @@ def _inductor() -> tuple[str, bytes]:
     return ", ".join(f"{name}={value!r}"[:60] for name, value in sorted(changed.items())), bytes(encoder.out)
 
 
-def _patched() -> tuple[str, bytes]:
+def _patched(shared: Shared) -> tuple[str, bytes]:
     """Functions of torch that were replaced by somebody else's: captured code may call them."""
-    encoder = new_encoder(Shared())
+    encoder = new_encoder(shared)
     names = []
     for owner in _PATCHABLE:
         for name, value in vars(owner).items():
-            if type(value) is FunctionType and not stands_by_version(value.__code__.co_filename):
+            if type(value) is FunctionType and not shared.origin(value.__code__.co_filename)[0]:
                 names.append(f"{owner.__name__}.{name}")
                 encoder.text(names[-1])
                 encoder.put_at(names[-1], value)

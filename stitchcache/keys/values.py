@@ -64,6 +64,8 @@ class Shared:
         families: Filled by whoever makes the encoders.
         origins: What is known of source files, by name.
         layouts: Whether a class's instances have plain state, and in which slots.
+        contents: Bytes of classes' contents, by id; holds the class, so that the id stays its own.
+        texts: Strings as they are written: names of attributes repeat from class to class.
     """
 
     main: str = field(default_factory=main_label)
@@ -75,6 +77,8 @@ class Shared:
     families: list[tuple[type, Any]] = field(default_factory=list)
     origins: dict[str, tuple[bool, str]] = field(default_factory=dict)
     layouts: dict[type, tuple[bool, list[tuple[str, MemberDescriptorType]]]] = field(default_factory=dict)
+    contents: dict[int, tuple[type, bytes]] = field(default_factory=dict)
+    texts: dict[str, bytes] = field(default_factory=dict)
 
     def origin(self, filename: str) -> tuple[bool, str]:
         """Whether a version stands for a file; and its path below the packages if it is installed."""
@@ -138,7 +142,18 @@ class Encoder:
         path: Where the first value stands, for reasons and back references.
     """
 
-    __slots__ = ("active", "contents", "families", "handlers", "kept", "out", "path", "seen", "shared")
+    __slots__ = (
+        "active",
+        "contents",
+        "families",
+        "handlers",
+        "kept",
+        "out",
+        "path",
+        "seen",
+        "shared",
+        "start",
+    )
 
     def __init__(
         self,
@@ -150,6 +165,8 @@ class Encoder:
     ) -> None:
         self.out = bytearray()
         self.path = list(path)
+        # Back references count from here, so that bytes do not say where a value was met first.
+        self.start = len(self.path)
         self.seen: dict[int, bytes] = {}
         self.kept: list[Any] = []
         self.shared = shared
@@ -196,7 +213,10 @@ class Encoder:
 
     def text(self, value: str) -> None:
         """Write a string that is part of an encoding."""
-        self.out += text_bytes(value)
+        known = self.shared.texts.get(value)
+        if known is None:
+            known = self.shared.texts[value] = text_bytes(value)
+        self.out += known
 
     def error(self, why: str) -> UnkeyableError:
         """An error that names the present path."""
@@ -208,7 +228,7 @@ class Encoder:
         if known is not None:
             self.out += b"@%d:%s" % (len(known), known)
             return True
-        self.seen[id(value)] = "".join(self.path).encode("utf-8", "surrogatepass")
+        self.seen[id(value)] = "".join(self.path[self.start :]).encode("utf-8", "surrogatepass")
         # Held, because a temporary's id could be another object's a moment later.
         self.kept.append(value)
         return False

@@ -32,38 +32,50 @@ def graph_text(model, args):
     return json.dumps([program.graph_module.code, constants, inputs, values])
 
 
-def key_of(model, args):
+def key_of(model, args, shared):
     from stitchcache import tree
     from stitchcache.keys.target import target_key
 
     leaves, spec = tree.flatten((args, {}))
     paths = tree.leaf_paths(model.forward, args, {})
     return target_key(
-        model, list(zip(paths, leaves, strict=True)), tree.dumps(spec), None, (), None, "aoti", {}, None
+        model,
+        list(zip(paths, leaves, strict=True)),
+        tree.dumps(spec),
+        None,
+        (),
+        None,
+        "aoti",
+        {},
+        None,
+        shared,
     )
 
 
 def run_edit(folder, edit, stored):
     """In the child: import the edited project, look its key up, and capture it to see what is true."""
     from stitchcache.keys import SourceRecorder, check_sources, explain_differences
+    from stitchcache.keys.values import Shared
     from stitchcache.types import TargetRecord
 
     sys.path.insert(0, str(folder))
     scope = {}
     exec("import os, torch\n" + edit.get("before", ""), scope)
-    exec("import proj.model, proj.ops, proj.settings, proj.lazy\nmodel, args = proj.model.build()", scope)
+    modules = edit.get("modules", "proj.model, proj.ops, proj.settings, proj.lazy")
+    exec(f"import {modules}\nmodel, args = proj.model.build()", scope)
     exec(edit.get("after", ""), scope)
     model, args = scope["model"], scope["args"]
-    key = key_of(model, args)
+    shared = Shared()
+    key = key_of(model, args, shared)
     result = {"name": edit["name"], "key": key.key, "reason": key.reason, "hit": False}
     if stored is not None and key.key is not None:
         old, record = stored
         if old.key != key.key:
             result["differ"] = sorted(explain_differences(old.factors, key.factors))
         else:
-            result["reason"] = check_sources(record)
+            result["reason"] = check_sources(record, shared)
             result["hit"] = result["reason"] is None
-    with SourceRecorder() as recorder:
+    with SourceRecorder(shared) as recorder:
         result["graph"] = graph_text(model, args)
     result["unsound"] = recorder.unsound
     record = TargetRecord(graph_hash="0" * 64, sources=recorder.sources, globals=recorder.globals)

@@ -1,0 +1,81 @@
+"""Models of transformers: one process compiles, the next hits directly and equals eager."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.examples, pytest.mark.compile]
+
+SCRIPT = Path(__file__).with_name("hf_models.py")
+ROOT = SCRIPT.parents[2]
+# torch.compile(model, backend="stitchcache") can be the second road: add it here and to hf_models.ROADS.
+ROADS = ["compile"]
+NAMES = ["llama", "qwen3", "bert", "gpt2", "vit", "resnet"]
+SPLIT = {"llama", "qwen3", "bert", "gpt2"}
+
+
+def run(road, names, cache, home, seed):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "STITCHCACHE_DIR": str(cache),
+        "PYTHONHASHSEED": seed,
+        "HOME": str(home),
+    }
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), road, *names],
+        env=environment,
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="session", params=[(road, name) for road in ROADS for name in NAMES], ids="-".join)
+def started(request, compiled_root, tmp_path_factory):
+    """A model's name, and what a first and a second process said."""
+    if importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed: pip install 'stitchcache[examples]'")
+    road, name = request.param
+    # The second process has another hash seed, home and directory, and another model beside.
+    other = "gpt2" if name == "bert" else "bert"
+    first = run(road, [name], compiled_root, tmp_path_factory.mktemp("home"), "1")
+    second = run(road, [name, other], compiled_root, tmp_path_factory.mktemp("home"), "2")
+    return name, first, second
+
+
+def test_the_second_process_hits_directly(started):
+    _, first, second = started
+    # In a shared cache another test may have compiled the same.
+    assert first["hit"] in (None, "graph", "direct")
+    assert second["hit"] == "direct"
+    assert second["graph_hash"] == first["graph_hash"]
+
+
+def test_both_processes_equal_eager_at_all_sizes(started):
+    _, first, second = started
+    assert max(first["differences"] + second["differences"]) < 1e-4
+
+
+def test_a_direct_hit_imports_no_compiler(started):
+    name, _, second = started
+    if name == "bert":
+        pytest.skip("pieces of the inductor backend are Inductor's own objects, which import it")
+    assert second["imported"] == []
+
+
+def test_layers_share_pieces(started):
+    name, first, _ = started
+    assert first["pieces"] == (3 if name in SPLIT else 1)
+    assert first["distinct"] <= first["pieces"]
