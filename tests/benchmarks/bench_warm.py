@@ -55,9 +55,9 @@ def expected_seconds(options: argparse.Namespace) -> float:
     )
     if options.prepare_only:
         return cold
-    return cold + options.rounds * len(options.subjects) * sum(
-        measure.WARM_SECONDS.get(way, 6) for way in options.ways
-    )
+    lookup = 0 if options.quick else 30 + 5 * options.rounds
+    each = sum(measure.WARM_SECONDS.get(way, 6) for way in options.ways)
+    return cold + lookup + options.rounds * len(options.subjects) * each
 
 
 def measure_subject(options: argparse.Namespace, results: Results, subject: str) -> None:
@@ -115,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     goals = warm_goals(results.samples)
     results.record["goals"] = records(goals)
     results.save()
-    print(warm_table(results.record))
+    if options.subjects:
+        print(warm_table(results.record))
     print(lookup_line(results.record), failures(results.record), sep="\n")
     return settle(goals)
 

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import ways
 from measure import median_of
-from report import cold_seconds, in_order, warm_subjects
+from report import cold_seconds, in_order, number, warm_subjects
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -55,6 +55,8 @@ def draw_all(directory: Path, target: Path) -> list[str]:
             path = directory / f"{kind}.json"
             if path.is_file():
                 record = json.loads(path.read_text())
+                if kind == "warm" and not warm_subjects(record):
+                    continue
                 for name, plot in plots.items():
                     figure = plot(record)
                     figure.savefig(target / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
@@ -81,7 +83,7 @@ def warm_after_build(record: dict[str, Any]) -> Any:
             if way in by_way:
                 value = median_of(by_way[way], "after_build") * 1e3
                 axis.barh(place, value, color=COLOURS[way], height=0.7)
-                axis.text(value * 1.15, place, f"{value:.3g}", va="center", fontsize=7)
+                axis.text(value * 1.15, place, number(value), va="center", fontsize=7)
         axis.set_xscale("log")
         axis.set_title(subject)
         axis.set_yticks(range(len(order)), [ways.LABELS[way] for way in order])
@@ -107,7 +109,7 @@ def warm_process(record: dict[str, Any]) -> Any:
             if way in by_way:
                 value = median_of(by_way[way], "after_build")
                 axis.barh(place, value, left=left, color=COLOURS[way], height=0.7)
-                axis.text(left + value, place, f" {left + value:.3g}", va="center", fontsize=7)
+                axis.text(left + value, place, f" {number(left + value)}", va="center", fontsize=7)
         axis.set_title(subject)
         axis.set_yticks(range(len(order)), [ways.LABELS[way] for way in order])
         axis.set_xlabel("process start to first output, s")

@@ -207,7 +207,10 @@ def sections(directory: Path, plots: Sequence[str]) -> dict[str, str]:
 def _parts(kind: str, record: Record, plots: Sequence[str]) -> list[str]:
     pictures = [f"![{_ALT[name]}](plots/{name}.svg)" for name in plots if name.startswith(kind)]
     if kind == "warm":
-        rounds = max(len(s) for by_way in warm_subjects(record).values() for s in by_way.values())
+        subjects = warm_subjects(record)
+        if not subjects:
+            return [conditions(record), lookup_line(record)]
+        rounds = max(len(samples) for by_way in subjects.values() for samples in by_way.values())
         said = f"Medians of {rounds} fresh processes. {conditions(record)}"
         return [said, warm_table(record), *pictures, "stitchcache's time after the model is built:",
                 shares_table(record), lookup_line(record)]  # fmt: skip
