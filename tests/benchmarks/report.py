@@ -68,11 +68,18 @@ def warm_table(record: Record) -> str:
                     number(median_of(samples, "after_build") * 1e3),
                     f"{number(ratio_of(after, mine))}x" if mine and way != ways.OURS else "",
                     number(median_of(samples, "peak_mb")),
-                    "yes" if any(s["compilers"] for s in samples) else "no",
+                    _compilers(samples),
                     f"{max(s['difference'] for s in samples):.1e}",
                 )
             )
     return table(head, rows)
+
+
+def _compilers(samples: Sequence[Record]) -> str:
+    """Who imported torch's compilers before the first output."""
+    if any(sample["compilers"] for sample in samples):
+        return "yes"
+    return "by the model" if any(sample.get("compilers_before") for sample in samples) else "no"
 
 
 def shares_table(record: Record) -> str:
