@@ -1,85 +1,82 @@
-"""Seconds to compile decoders of different depth into an empty cache: distinct pieces, not layers, count.
+"""From a built model to its first output with nothing cached, by the number of layers of the demo's decoder.
 
-    python tests/benchmarks/bench_cold.py [--layers 4,16] [--rounds 1] [--peer] [--json FILE]
+    python tests/benchmarks/bench_cold.py [--layers 2,4,8,16,32] [--ways stitchcache,compile] [--dir DIR]
 
-Each compile runs in a fresh process with an empty cache and an empty Inductor directory. With ``--peer``
-torch.compile runs beside it. Exits with 1 if the deepest takes more than 1.3 times the shallowest.
+Every compile is a fresh process with empty directories; what it leaves is what bench_warm.py and
+bench_call.py start from. Written down after every compile: a run that was stopped goes on where it was.
+Prints goals; exits with 1 if one is missed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
-import subprocess
 import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-CHILD = """
-import sys, time
-way, layers, cache = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-import torch
-from stitchcache.demo import decoder
-config = decoder.DecoderConfig(layers=layers)
-model, args = decoder.build(config)
-began = time.perf_counter()
-pieces = distinct = 0
-if way == "stitchcache":
-    import stitchcache
-    target = decoder.decoder_target(config)
-    function = stitchcache.compile(model, args, dynamic_shapes=target.dynamic_shapes,
-                                   splitting_ops=target.splitting_ops, cache=stitchcache.Cache(cache))
-    pieces, distinct = len(function.artifact.pieces), len({p.key for p in function.artifact.pieces})
-else:
-    function = torch.compile(model, dynamic=True)
-with torch.no_grad():
-    function(*args)
-import json
-print(json.dumps(dict(seconds=time.perf_counter() - began, pieces=pieces, distinct=distinct)))
-"""
+import measure
+import ways
+from goals import cold_goals, records, settle
+from measure import FailedError, Results, say
+from report import cold_table, failures
+
+WAYS = (ways.OURS, ways.COMPILE, ways.PACKAGE, ways.VLLM, ways.AOT)
 
 
-def run(way: str, layers: int) -> dict:
-    with tempfile.TemporaryDirectory() as name:
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{name}/inductor"}
-        command = [sys.executable, "-c", CHILD, way, str(layers), f"{name}/cache"]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"{way}, {layers} layers failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def main() -> int:
+def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", default="4,16")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--peer", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    depths = [int(part) for part in options.layers.split(",")]
-    ways = ["stitchcache", "torch.compile"] if options.peer else ["stitchcache"]
-    samples = {(way, depth): [] for way in ways for depth in depths}
-    for _ in range(options.rounds):
-        for key, found in samples.items():
-            found.append(run(*key))
-    print(f"{'way':<16}{'layers':>8}{'seconds':>10}{'pieces':>8}{'distinct':>10}")
-    median = {}
-    for (way, depth), found in samples.items():
-        median[way, depth] = statistics.median(s["seconds"] for s in found)
-        print(
-            f"{way:<16}{depth:>8}{median[way, depth]:>10.1f}{found[0]['pieces']:>8}{found[0]['distinct']:>10}"
-        )
-    ratio = median["stitchcache", max(depths)] / median["stitchcache", min(depths)]
-    same = len({found[0]["distinct"] for (way, _), found in samples.items() if way == "stitchcache"}) == 1
-    print(
-        f"{max(depths)} layers / {min(depths)} layers: {ratio:.2f} (goal 1.3); same distinct pieces: {same}"
-    )
-    if options.json:
-        record = {f"{way} {depth}": found for (way, depth), found in samples.items()}
-        options.json.write_text(json.dumps(record, indent=1))
-    return 0 if ratio <= 1.3 and same else 1
+    parser.add_argument("--layers", help="by default 2,4,8,16,32")
+    parser.add_argument("--rounds", type=int, default=1, help="compiles of each")
+    measure.common_options(parser)
+    options = parser.parse_args(argv)
+    text = options.layers or ("2,4" if options.quick else "2,4,8,16,32")
+    options.layers = [int(part) for part in measure.split_list(text)]
+    options.ways = options.ways or list(WAYS[:2] if options.quick else WAYS)
+    if ways.MEGA in options.ways:
+        raise SystemExit("mega-cache is torch.compile's cold process with its save; it is printed with it.")
+    options.json = options.json or options.dir / "cold.json"
+    return options
+
+
+def expected_seconds(options: argparse.Namespace, results: Results) -> float:
+    """About how long it takes: ours hardly grows with layers, the others do."""
+    total = 0.0
+    for layers in options.layers:
+        for way in options.ways:
+            left = options.rounds - len(results.samples.get(f"decoder-{layers}", {}).get(way, []))
+            grows = way not in (ways.OURS, ways.VLLM)
+            total += max(0, left) * (40 if not grows else 20 + 3 * layers)
+    return total
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    options = options_of(argv)
+    results = Results(Path(options.json), "cold", again=options.again)
+    done = measure.estimate(expected_seconds(options, results), "cold compiles")
+    for number in range(options.rounds):
+        # The way is the outer loop, so that the goals' two ways are there first.
+        for way in options.ways:
+            for layers in options.layers:
+                subject = f"decoder-{layers}"
+                by_way = results.samples.setdefault(subject, {})
+                if len(by_way.get(way, [])) > number or way not in results.working(subject, [way]):
+                    continue
+                try:
+                    found = measure.run_cold(options.dir, subject, way)
+                except FailedError as error:
+                    results.fail(subject, way, error)
+                    continue
+                by_way.setdefault(way, []).append(found)
+                results.save()
+                say(f"{subject}, {ways.LABELS[way]}: {found['after_build']:.1f} s")
+    done()
+    goals = cold_goals(results.samples)
+    results.record["goals"] = records(goals)
+    results.save()
+    print(cold_table(results.record), failures(results.record), sep="\n")
+    return settle(goals)
 
 
 if __name__ == "__main__":

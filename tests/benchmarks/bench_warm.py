@@ -1,133 +1,124 @@
-"""Time to the first output in a fresh process: eager, stitchcache, torch.compile with its warm cache.
+"""From the start of a process to its first output, caches warm: stitchcache beside every peer.
 
-    python tests/benchmarks/bench_warm.py [--model decoder|minilm] [--layers 4] [--rounds 5] [--json FILE]
+    python tests/benchmarks/bench_warm.py [--subjects decoder-4,minilm] [--rounds 5] [--dir DIR] [--json FILE]
 
-Every way fills its cache first, and then runs in fresh processes, one after the other in turn, so that
-noise falls on all alike. Prints medians and ratios; exits with 1 if a goal is missed.
+Each way compiles once into ``--dir`` and is then started in fresh processes, the ways in turn, so that noise
+falls on all alike. A run that was stopped goes on where it was; results of earlier runs stay, unless
+``--again``. Prints medians, ratios and goals; exits with 1 if a goal is missed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import subprocess
+import shutil
 import sys
-import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
-CHILD = """
-import sys, time
-way, name, layers, cache = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
-spawned = float(sys.argv[5])
-import torch
-torch_ready = time.time()
-if name == "decoder":
-    from stitchcache.demo import decoder
-    config = decoder.DecoderConfig(layers=layers)
-    model, args = decoder.build(config)
-    kwargs = {}
-else:
-    sys.path.insert(0, sys.argv[6])
-    import minilm
-    model, args, kwargs = minilm.build()
-built = time.time()
-before = set(sys.modules)
-hit = ""
-if way == "eager":
-    function = model
-elif way == "stitchcache":
-    import stitchcache
-    target = decoder.decoder_target(config) if name == "decoder" else minilm.target
-    function = stitchcache.compile(
-        model, args, kwargs, dynamic_shapes=target.dynamic_shapes, splitting_ops=target.splitting_ops,
-        cache=stitchcache.Cache(cache))
-    hit = function.cache_hit or "compiled"
-elif way == "torch.compile":
-    function = torch.compile(model, dynamic=True)
-with torch.no_grad():
-    output = function(*args, **kwargs)
-done = time.time()
-import json
-calls = []
-torch.set_num_threads(1)
-with torch.no_grad():
-    for _ in range(30):
-        began = time.perf_counter()
-        function(*args, **kwargs)
-        calls.append(time.perf_counter() - began)
-calls.sort()
-ours = sorted({"torch._dynamo", "torch._inductor"} & (set(sys.modules) - before))
-print(json.dumps(dict(process=done - spawned, import_torch=torch_ready - spawned, after_build=done - built,
-                      call_us=calls[len(calls) // 2] * 1e6, hit=hit, imports=ours)))
-"""
-WAYS = ("eager", "stitchcache", "torch.compile")
-GOALS = {"decoder": 0.060, "minilm": 0.250}
+import measure
+import ways
+from goals import records, settle, warm_goals
+from measure import FailedError, Results, say
+from report import failures, lookup_line, warm_table
+
+SUBJECTS = "decoder-4,decoder-16,minilm"
+ALL_SUBJECTS = f"{SUBJECTS},llama-16,gpt2-12"
+LOOKUP = "llama-32"
 
 
-def run(way: str, options: argparse.Namespace, directory: Path) -> dict:
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(directory / f"inductor-{way}"), "HF_HUB_OFFLINE": "1"}
-    examples = Path(__file__).parents[2] / "docs" / "examples"
-    command = [sys.executable, "-c", CHILD, way, options.model, str(options.layers), str(directory / "cache")]
-    done = subprocess.run(
-        [*command, str(time.time()), str(examples)], env=env, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"{way} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def main() -> int:
+def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=sorted(GOALS), default="decoder")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        cold = {way: run(way, options, directory) for way in WAYS}
-        samples: dict[str, list[dict]] = {way: [] for way in WAYS}
-        for _ in range(options.rounds):
-            for way in WAYS:
-                samples[way].append(run(way, options, directory))
-    keys = ("process", "import_torch", "after_build", "call_us")
-    medians = {way: {key: statistics.median(s[key] for s in samples[way]) for key in keys} for way in WAYS}
-    print(
-        f"{options.model}, {options.layers} layers, medians of {options.rounds} fresh processes each, in turn"
-    )
-    print(f"{'way':<16}{'first output s':>16}{'after build ms':>16}{'one call us':>14}")
-    for way in WAYS:
-        m = medians[way]
-        print(f"{way:<16}{m['process']:>16.2f}{m['after_build'] * 1e3:>16.1f}{m['call_us']:>14.0f}")
-    ours, peer, eager = medians["stitchcache"], medians["torch.compile"], medians["eager"]
-    hits = {s["hit"] for s in samples["stitchcache"]}
-    imports = sorted({name for s in samples["stitchcache"] for name in s["imports"]})
-    goals = {
-        f"after build at most {GOALS[options.model] * 1e3:.0f} ms": ours["after_build"]
-        <= GOALS[options.model],
-        "process at least 2.5 times faster than torch.compile, warm": peer["process"]
-        >= 2.5 * ours["process"],
-        "every start a direct hit": hits == {"direct"},
-        "no compiler imported by us": not imports,
-    }
-    print(
-        f"torch.compile / stitchcache: {peer['process'] / ours['process']:.2f} of the process, "
-        f"{peer['after_build'] / ours['after_build']:.0f} after the model is built; "
-        f"stitchcache / eager: {ours['process'] / eager['process']:.3f} of the process"
-    )
-    for goal, met in goals.items():
-        print(f"  {'met   ' if met else 'MISSED'}  {goal}")
-    if options.json:
-        import torch
+    parser.add_argument("--subjects", type=measure.split_list, help=f"by default {SUBJECTS}")
+    parser.add_argument("--all", action="store_true", help=f"the subjects {ALL_SUBJECTS}")
+    parser.add_argument("--rounds", type=int, help="fresh processes of each way; by default 5")
+    parser.add_argument("--lookup", help=f"only look up a model directly; {LOOKUP} is part of every full run")
+    parser.add_argument("--prepare-only", action="store_true", help="compile, and measure nothing")
+    measure.common_options(parser)
+    options = parser.parse_args(argv)
+    quick = "decoder-4" if options.quick else ALL_SUBJECTS if options.all else SUBJECTS
+    options.subjects = options.subjects or ([] if options.lookup else quick.split(","))
+    options.rounds = options.rounds or (1 if options.quick else 5)
+    options.ways = options.ways or list(ways.WAYS)
+    options.json = options.json or options.dir / "warm.json"
+    return options
 
-        facts = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
-        record = {"facts": facts, "cold": cold, "samples": samples, "medians": medians, "goals": goals}
-        options.json.write_text(json.dumps(record, indent=1))
-    return 0 if all(goals.values()) else 1
+
+def expected_seconds(options: argparse.Namespace) -> float:
+    """About how long it takes."""
+    cold = sum(
+        measure.COLD_SECONDS.get(way, 30)
+        for subject in options.subjects
+        for way in options.ways
+        if not (measure.directory_of(options.dir, subject, way) / "prepared.json").is_file()
+        and way not in ways.PREPARED_BY
+    )
+    if options.prepare_only:
+        return cold
+    lookup = 0 if options.quick else 30 + 5 * options.rounds
+    each = sum(measure.WARM_SECONDS.get(way, 6) for way in options.ways)
+    return cold + lookup + options.rounds * len(options.subjects) * each
+
+
+def measure_subject(options: argparse.Namespace, results: Results, subject: str) -> None:
+    """Prepare what is missing, then start every way in turn."""
+    for way in results.working(subject, options.ways):
+        try:
+            measure.ensure_prepared(options.dir, subject, way)
+        except FailedError as error:
+            results.fail(subject, way, error)
+    if options.prepare_only:
+        return
+    samples = results.samples.setdefault(subject, {})
+    for number in range(options.rounds):
+        for way in results.working(subject, options.ways):
+            if len(samples.get(way, [])) > number:
+                continue
+            try:
+                # A second size is looked at once: torch.compile may compile again for it.
+                found = measure.run_warm(options.dir, subject, way, other_size=number == 0)
+            except FailedError as error:
+                results.fail(subject, way, error)
+                continue
+            samples.setdefault(way, []).append(found)
+            results.save()
+        say(f"{subject}: round {number + 1} of {options.rounds}")
+
+
+def measure_lookup(options: argparse.Namespace, results: Results, subject: str) -> None:
+    """The key and the source check of a direct hit; no piece is compiled."""
+    directory = options.dir / "prepared" / subject / "lookup"
+    job = {"mode": "lookup", "way": ways.OURS, "subject": subject, "directory": str(directory)}
+    shutil.rmtree(directory, ignore_errors=True)
+    measure.run_child(job, options.dir)
+    found = [measure.run_child(job, options.dir) for _ in range(options.rounds)]
+    if any(sample["hit"] != "direct" for sample in found):
+        raise SystemExit(f"{subject}: a lookup was no direct hit")
+    results.samples["lookup"] = {"subject": subject, "samples": found}
+    results.save()
+    say(f"{subject}: direct lookup measured")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    options = options_of(argv)
+    results = Results(Path(options.json), "warm", again=options.again)
+    done = measure.estimate(expected_seconds(options), "warm start")
+    for subject in options.subjects:
+        measure_subject(options, results, subject)
+    if options.prepare_only:
+        done()
+        return 0
+    if options.lookup or (not options.quick and "lookup" not in results.samples):
+        measure_lookup(options, results, options.lookup or LOOKUP)
+    done()
+    goals = warm_goals(results.samples)
+    results.record["goals"] = records(goals)
+    results.save()
+    if options.subjects:
+        print(warm_table(results.record))
+    print(lookup_line(results.record), failures(results.record), sep="\n")
+    return settle(goals)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""One call, by size and number of threads, and what stitchcache itself adds to it.
+
+    python tests/benchmarks/bench_call.py [--subjects decoder-4,minilm] [--rounds 7] [--dir DIR] [--json FILE]
+
+Each way loads once into a process of its own; then the parent asks one after the other for a short burst of
+calls, round by round, so that noise falls on all alike while only one runs. Ratios are medians over rounds.
+Prints goals; exits with 1 if one is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import measure
+import ways
+from goals import call_goals, records, settle
+from measure import FailedError, Results, Server, say
+from report import call_table, failures, overhead_table
+from subjects import CALL_SIZES
+
+SUBJECTS = "decoder-4,decoder-16,decoder-4x768,minilm"
+# The mega-cache ends in the same code as torch.compile.
+WAYS = tuple(way for way in ways.WAYS if way != ways.MEGA)
+THREADS = ("1 thread", "all threads")
+
+
+def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--subjects", type=measure.split_list, help=f"by default {SUBJECTS}")
+    parser.add_argument(
+        "--sizes", type=measure.split_list, default=list(CALL_SIZES), help="small,medium,large"
+    )
+    parser.add_argument("--rounds", type=int, help="bursts of each way and case; by default 7")
+    parser.add_argument("--seconds", type=float, default=0.15, help="length of a burst")
+    parser.add_argument("--prepare-only", action="store_true", help="compile, and measure nothing")
+    measure.common_options(parser)
+    options = parser.parse_args(argv)
+    options.subjects = options.subjects or ("decoder-4" if options.quick else SUBJECTS).split(",")
+    options.rounds = options.rounds or (1 if options.quick else 7)
+    options.ways = options.ways or list(WAYS)
+    options.json = options.json or options.dir / "call.json"
+    return options
+
+
+def measure_subject(options: argparse.Namespace, results: Results, subject: str) -> dict[str, Any]:
+    """All ways of one model, in turn."""
+    sizes = {name: CALL_SIZES[name] for name in options.sizes}
+    servers: dict[str, Server] = {}
+    us: dict[str, dict[str, list[float]]] = {}
+    try:
+        for way in options.ways:
+            try:
+                measure.ensure_prepared(options.dir, subject, way)
+                servers[way] = Server(options.dir, subject, way, sizes)
+            except FailedError as error:
+                results.fail(subject, way, error)
+        for number in range(options.rounds):
+            for threads in THREADS:
+                for size in sizes:
+                    case = us.setdefault(f"{size}, {threads}", {})
+                    for way, server in servers.items():
+                        answer = server.ask(size=size, threads=threads, seconds=options.seconds)
+                        case.setdefault(way, []).append(answer["us"])
+                        # The threads of the last one go to sleep.
+                        time.sleep(0.02)
+            say(f"{subject}: round {number + 1} of {options.rounds}")
+        record: dict[str, Any] = {"us": us, "sizes": sizes}
+        record["differences"] = {way: server.facts["differences"] for way, server in servers.items()}
+        record["threads"] = next(iter(servers.values())).facts["threads"]
+        if ways.OURS in servers:
+            rounds = 3 if options.quick else 25
+            record["overhead"] = servers[ways.OURS].ask(overhead=options.sizes[0], rounds=rounds)
+    finally:
+        for server in servers.values():
+            server.close()
+    return record
+
+
+def prepare(options: argparse.Namespace, results: Results) -> int:
+    """Compile what is missing; the exit status."""
+    for subject in options.subjects:
+        for way in options.ways:
+            try:
+                measure.ensure_prepared(options.dir, subject, way)
+            except FailedError as error:
+                results.fail(subject, way, error)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    options = options_of(argv)
+    results = Results(Path(options.json), "call", again=options.again)
+    if options.prepare_only:
+        return prepare(options, results)
+    left = [subject for subject in options.subjects if subject not in results.samples]
+    cases = len(options.sizes) * len(THREADS) * len(options.ways)
+    each = len(options.ways) * 6 + cases * options.rounds * (options.seconds + 0.05)
+    done = measure.estimate(len(left) * each, "calls, beside compiling what is not prepared")
+    for subject in left:
+        results.samples[subject] = measure_subject(options, results, subject)
+        results.save()
+    done()
+    goals = call_goals(results.samples)
+    results.record["goals"] = records(goals)
+    results.save()
+    print(call_table(results.record))
+    print(overhead_table(results.record), failures(results.record), sep="\n")
+    return settle(goals)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""One fresh process of a benchmark: ``python child.py '<job as JSON>'`` prints one JSON line.
+
+Everything that is measured runs here, the same code for all ways but for the one call that differs.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ways
+from subjects import EXAMPLE, OTHER_SIZE, Subject
+
+COMPILERS = ("torch._dynamo", "torch._inductor")
+
+
+def start(job: dict[str, Any]) -> dict[str, Any]:
+    """From the process's start to its first output, cold or warm.
+
+    Args:
+        job: ``way``, ``subject``, ``directory``, ``cold``, ``spawned`` (Unix seconds at which the parent
+            started this process) and ``other_size`` (whether to compare with eager at a second size).
+    """
+    import torch
+
+    imported = time.time()
+    subject, way, directory = Subject(job["subject"]), job["way"], Path(job["directory"])
+    model = subject.build()
+    args, kwargs = subject.inputs(*EXAMPLE)
+    built = time.time()
+    before = set(sys.modules)
+    imports = _import_ours() if way == ways.OURS else 0.0
+    begin = ways.prepare if job["cold"] else ways.load
+    function = begin(way, subject, model, (args, kwargs), directory)
+    opened = time.time()
+    with torch.no_grad():
+        output = function(*args, **kwargs)
+    done = time.time()
+    peak = _peak_memory()
+    by_it = [name for name in COMPILERS if name in sys.modules and name not in before]
+    if job["cold"]:
+        ways.after_first_call(way, directory)
+    found = {
+        "process": done - job["spawned"],
+        "import_torch": imported - job["spawned"],
+        "build": built - imported,
+        "after_build": done - built,
+        "imports": imports,
+        "open": opened - built - imports,
+        "first_call": done - opened,
+        "save": time.time() - done if job["cold"] else 0.0,
+        "peak_mb": peak,
+        "compilers": by_it,
+        "compilers_before": [name for name in COMPILERS if name in before],
+        "modules": len(set(sys.modules) - before),
+        "difference": _difference(subject, model, function, output, job.get("other_size", False)),
+    }
+    return found | _facts_of_ours(function)
+
+
+def _import_ours() -> float:
+    began = time.time()
+    import stitchcache
+
+    # Looked up lazily: this is what imports them.
+    _ = stitchcache.compile, stitchcache.Cache, stitchcache.Dim
+    return time.time() - began
+
+
+def _peak_memory() -> float:
+    """Megabytes, as the kernel counted them."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def _difference(subject: Subject, model: Any, function: Any, output: Any, other_size: bool) -> float:
+    import torch
+
+    sizes = [EXAMPLE, OTHER_SIZE] if other_size else [EXAMPLE]
+    worst = 0.0
+    with torch.no_grad():
+        for size in sizes:
+            args, kwargs = subject.inputs(*size)
+            actual = output if size == EXAMPLE else function(*args, **kwargs)
+            pairs = zip(subject.leaves(actual), subject.leaves(model(*args, **kwargs)), strict=True)
+            worst = max(worst, *((a - b).abs().max().item() for a, b in pairs))
+    return worst
+
+
+def _facts_of_ours(function: Any) -> dict[str, Any]:
+    if not hasattr(function, "cache_hit"):
+        return {}
+    pieces = function.artifact.pieces
+    return {
+        "hit": function.cache_hit,
+        "stages": function.timings,
+        "pieces": len(pieces),
+        "distinct": len({piece.key for piece in pieces}),
+    }
+
+
+def lookup(job: dict[str, Any]) -> dict[str, Any]:
+    """What the key and the source check of a direct hit cost, without compiling any piece."""
+    subject = Subject(job["subject"])
+    model = subject.build()
+    inputs = subject.inputs(*EXAMPLE)
+    function: Any = ways.stitched(subject, model, inputs, Path(job["directory"]), backend="eager")
+    timings = function.timings
+    return {"hit": function.cache_hit, "key": timings["key"], "sources": timings.get("sources", 0.0)}
+
+
+def serve(job: dict[str, Any]) -> None:
+    """Load once, then time calls as the parent asks for them, a line at a time."""
+    import torch
+
+    subject, way = Subject(job["subject"]), job["way"]
+    model = subject.build()
+    function = ways.load(way, subject, model, subject.inputs(*EXAMPLE), Path(job["directory"]))
+    ways.allow_any_threads(way, function)
+    threads = torch.get_num_threads()
+    differences = {}
+    calls = {}
+    with torch.no_grad():
+        for name, size in job["sizes"].items():
+            calls[name] = subject.inputs(*size)
+            if way == ways.COMPILE:
+                # It compiles again for another number of threads, then too for all sizes at once.
+                ways.mark_dynamic(calls[name])
+            args, kwargs = calls[name]
+            pairs = zip(
+                subject.leaves(function(*args, **kwargs)), subject.leaves(model(*args, **kwargs)), strict=True
+            )
+            differences[name] = max((a - b).abs().max().item() for a, b in pairs)
+        _say({"ready": True, "threads": threads, "differences": differences})
+        for line in sys.stdin:
+            asked = json.loads(line)
+            if "overhead" in asked:
+                torch.set_num_threads(1)
+                from overhead import measure
+
+                _say(measure(function, *calls[asked["overhead"]], rounds=asked["rounds"]))
+                continue
+            torch.set_num_threads(1 if asked["threads"] == "1 thread" else threads)
+            args, kwargs = calls[asked["size"]]
+            _say({"us": _one_call(function, args, kwargs, asked["seconds"])})
+
+
+def _one_call(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], seconds: float
+) -> float:
+    """Median microseconds of a call, over about that many seconds of calls."""
+    times: list[float] = []
+    for _ in range(3):
+        function(*args, **kwargs)
+    stop = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < stop:
+        began = time.perf_counter()
+        function(*args, **kwargs)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) * 1e6
+
+
+def _say(record: dict[str, Any]) -> None:
+    print(json.dumps(record), flush=True)
+
+
+def main() -> None:
+    """Read the job from the command line."""
+    job = json.loads(sys.argv[1])
+    if job["mode"] == "serve":
+        serve(job)
+    else:
+        _say({"start": start, "lookup": lookup}[job["mode"]](job))
+
+
+if __name__ == "__main__":
+    main()
