@@ -27,9 +27,12 @@ from stitchcache.capture.dynamo import capture_graph, label_of
 from stitchcache.errors import (
     BackendError,
     CacheMissError,
+    CaptureError,
+    CodegenError,
     EntryFormatError,
     LinkError,
     OptionError,
+    SplitError,
     UntrustedEntryError,
 )
 from stitchcache.graph.opnames import matches
@@ -60,22 +63,32 @@ def compile_graph(
         mode: ``torch.compile``'s; there are no modes here.
 
     Returns:
-        What Dynamo calls instead of the graph. It runs without autograd.
+        What Dynamo calls instead of the graph. It runs without autograd. A graph that cannot be traced or
+        written down is returned as it is, with a warning.
 
     Raises:
         OptionError: An option makes no sense.
-        CaptureError: The graph cannot be traced.
-        BackendError: A piece cannot be compiled, or is wrong.
+        BackendError: Not called by Dynamo; or a piece cannot be compiled, or is wrong.
         CacheMissError: A miss, and ``on_miss="error"`` or ``STITCHCACHE_REQUIRE=1``.
     """
     request, cache = _read_options(options or {}, mode)
     if not any(node.op in {"call_function", "call_method", "call_module"} for node in gm.graph.nodes):
         return gm.forward
     fix_own_floats(gm)
-    run = _GraphRun(gm, list(example_inputs), replace(request, label=request.label or label_of(gm)), cache)
-    _warn_of_gradients(run.request.label, example_inputs)
-    with outside_tracing():
-        return run.by_graph() or run.compiled()
+    request = replace(request, label=request.label or label_of(gm))
+    try:
+        run = _GraphRun(gm, list(example_inputs), request, cache)
+        _warn_of_gradients(request.label, example_inputs)
+        with outside_tracing():
+            return run.by_graph() or run.compiled()
+    except (CaptureError, SplitError, CodegenError) as error:
+        log.warning(
+            "%s: this graph runs op by op and is not cached: %s. torch.compiler.disable on the part of the "
+            "model that it is about leaves the rest to be compiled.",
+            request.label,
+            str(error).rstrip("."),
+        )
+        return gm.forward
 
 
 def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Request, Cache]:
