@@ -7,6 +7,7 @@ of the backend is one graph: a model with graph breaks, or with sizes that Dynam
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -43,6 +44,14 @@ log = logging.getLogger("stitchcache")
 
 # Options of ours that torch.compile(options=...) may carry beside Inductor's.
 _REQUEST = ("splitting_ops", "backend", "on_miss", "key_factors")
+# What others may be taken for, and what to do instead.
+_FOREIGN = {
+    "dynamic_shapes": "use torch.compile(dynamic=True) or torch._dynamo.mark_dynamic",
+    "size_ranges": "Dynamo's guards decide which graph a size gets",
+    "jobs": "write 'stitchcache.jobs'",
+    "verify": "write 'stitchcache.verify'",
+    "label": "entries are named after the function that Dynamo captured",
+}
 
 
 def compile_graph(
@@ -98,11 +107,25 @@ def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Request
             option="mode",
         )
     left = dict(options)
+    for name in _FOREIGN:
+        if name in left:
+            raise OptionError(
+                f"options[{name!r}] means nothing to torch.compile(backend='stitchcache'): {_FOREIGN[name]}.",
+                option=f"options[{name!r}]",
+            )
     ours = {name: left.pop(name) for name in _REQUEST if name in left}
     where = left.pop("cache", None)
-    if isinstance(ours.get("splitting_ops"), str):
-        raise OptionError("splitting_ops is a string: give a list of names.", option="splitting_ops")
-    ours["splitting_ops"] = tuple(ours.get("splitting_ops", ()))
+    if not isinstance(where, (Cache, str, os.PathLike, type(None))):
+        raise OptionError(
+            f"options['cache'] is a {type(where).__qualname__}: give a directory or a stitchcache.Cache.",
+            option="options['cache']",
+        )
+    ops = ours.get("splitting_ops", ())
+    if not isinstance(ops, (list, tuple, set, frozenset)):
+        raise OptionError(
+            f"splitting_ops is a {type(ops).__qualname__}: give a list of names.", option="splitting_ops"
+        )
+    ours["splitting_ops"] = tuple(sorted(ops) if isinstance(ops, (set, frozenset)) else ops)
     cache = where if isinstance(where, Cache) else Cache(where)
     return Request(**ours, options=left), cache
 

@@ -33,8 +33,8 @@ __all__ = [
     "fake_mode",
     "fix_own_floats",
     "is_fake",
-    "is_traceable_wrapper_subclass",
     "is_transformed",
+    "is_wrapper",
     "outside_tracing",
 ]
 
@@ -111,6 +111,11 @@ def fake_inputs(mode: Any, example_inputs: Sequence[Any]) -> list[Any]:
 def is_fake(value: Any) -> bool:
     """Whether a tensor has no values."""
     return isinstance(value, FakeTensor)
+
+
+def is_wrapper(value: Any) -> bool:
+    """Whether a value is a tensor that is made of others, such as a ``DTensor``."""
+    return bool(is_traceable_wrapper_subclass(value))
 
 
 def is_transformed(value: Any) -> bool:

@@ -11,19 +11,21 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
 from stitchcache import tree
 from stitchcache.backends.torch_compile import (
     fake_inputs,
     fake_mode,
     is_fake,
-    is_traceable_wrapper_subclass,
     is_transformed,
+    is_wrapper,
 )
 from stitchcache.capture.contract import tensor_spec
 from stitchcache.capture.export import BoundTensor, Capture
@@ -64,6 +66,7 @@ def capture_graph(gm: GraphModule, example_inputs: Sequence[Any]) -> Capture:
     autocast = any(map(torch.is_autocast_enabled, devices))
     traced = _trace(gm, example_inputs, mode, autocast)
     inputs = [node.name for node in traced.graph.nodes if node.op == "placeholder"]
+    _bake_numbers(traced)
     bound = _lift_tensors(traced, mode)
     names = SymbolNames()
     return Capture(
@@ -111,15 +114,21 @@ def _trace(gm: GraphModule, example_inputs: Sequence[Any], mode: Any, autocast: 
             f"a graph that torch.compile captured cannot be traced: {type(error).__name__}: {reason[:500]}",
             reason=f"{type(error).__name__}: {reason}",
         ) from error
+    for body in traced.modules():
+        if any(map(is_fake, [*vars(body).values(), *body.buffers(recurse=False)])):
+            raise CaptureError(
+                "a graph that torch.compile captured computes with a tensor that tracing lost sight of.",
+                reason="untraced tensor",
+            )
     for value in _values(traced):
-        if is_traceable_wrapper_subclass(value):
+        if is_wrapper(value):
             raise _unusual(f"a {type(value).__qualname__} in it")
     return traced
 
 
 def _refuse_unusual(tensors: Sequence[torch.Tensor]) -> None:
     for tensor in tensors:
-        if is_traceable_wrapper_subclass(tensor):
+        if is_wrapper(tensor):
             raise _unusual(f"an argument that is a {type(tensor).__qualname__}")
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise _unusual("a sparse, quantized or opaque argument")
@@ -147,6 +156,22 @@ def _values(gm: GraphModule) -> Iterator[Any]:
                 yield from tree.flatten(node.meta.get("val"))[0]
 
 
+def _bake_numbers(gm: GraphModule) -> None:
+    """Write sizes and numbers that Dynamo guards as literals, where it passes them all the same."""
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and symbols.expression(value).is_Integer:
+            value = int(value)
+        if node.op == "placeholder" and isinstance(value, (int, float, str)):
+            for user in list(node.users):
+                user.args = map_arg(user.args, partial(_baked, node, value))
+                user.kwargs = map_arg(user.kwargs, partial(_baked, node, value))
+
+
+def _baked(placeholder: Node, value: float | str, node: Node) -> Node | float | str:
+    return value if node is placeholder else node
+
+
 def _lift_tensors(gm: GraphModule, mode: Any) -> list[BoundTensor]:
     """Make placeholders of the tensors that a graph holds: they are bound when it is linked.
 
@@ -160,12 +185,6 @@ def _lift_tensors(gm: GraphModule, mode: Any) -> list[BoundTensor]:
         tensor = _attribute(gm, str(node.target))
         if not isinstance(tensor, torch.Tensor):
             continue
-        if is_fake(tensor):
-            raise CaptureError(
-                "a graph that torch.compile captured computes with a tensor that was lost in tracing (made by "
-                "an operator that torch cannot trace).",
-                reason="untraced tensor",
-            )
         item = found.get(str(node.target))
         if item is None:
             item = BoundTensor(f"held_{len(found)}", f"held.{len(found)}", "buffer", tensor)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 
 from stitchcache.graph.effects import attribute_of
@@ -56,7 +55,7 @@ def _settled(gm: GraphModule, gone: set[str]) -> GraphModule:
         if node.op in {"get_attr", "call_module"}:
             value = attribute_of(gm, str(node.target))
             attributes[str(node.target)] = _settled(value, gone) if isinstance(value, GraphModule) else value
-    settled = GraphModule(attributes, graph)  # type: ignore[arg-type]
+    settled = GraphModule(attributes, graph)
     settled.meta.update(gm.meta)
     return settled
 
