@@ -33,6 +33,7 @@ from stitchcache.errors import (
     EntryFormatError,
     LinkError,
     OptionError,
+    PieceMismatchError,
     SplitError,
     UntrustedEntryError,
 )
@@ -73,11 +74,11 @@ def compile_graph(
 
     Returns:
         What Dynamo calls instead of the graph. It runs without autograd. A graph that cannot be traced or
-        written down is returned as it is, with a warning.
+        written down, or that the compiler gets wrong, is returned as it is, with a warning.
 
     Raises:
         OptionError: An option makes no sense.
-        BackendError: Not called by Dynamo; or a piece cannot be compiled, or is wrong.
+        BackendError: Not called by Dynamo; or a piece cannot be compiled.
         CacheMissError: A miss, and ``on_miss="error"`` or ``STITCHCACHE_REQUIRE=1``.
     """
     request, cache = _read_options(options or {}, mode)
@@ -90,7 +91,7 @@ def compile_graph(
         _warn_of_gradients(request.label, example_inputs)
         with outside_tracing():
             return run.by_graph() or run.compiled()
-    except (CaptureError, SplitError, CodegenError) as error:
+    except (CaptureError, SplitError, CodegenError, PieceMismatchError) as error:
         log.warning(
             "%s: this graph runs op by op and is not cached: %s. torch.compiler.disable on the part of the "
             "model that it is about leaves the rest to be compiled.",
