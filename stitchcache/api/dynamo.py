@@ -7,6 +7,7 @@ of the backend is one graph: a model with graph breaks, or with sizes that Dynam
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,9 +28,13 @@ from stitchcache.capture.dynamo import capture_graph, label_of
 from stitchcache.errors import (
     BackendError,
     CacheMissError,
+    CaptureError,
+    CodegenError,
     EntryFormatError,
     LinkError,
     OptionError,
+    PieceMismatchError,
+    SplitError,
     UntrustedEntryError,
 )
 from stitchcache.graph.opnames import matches
@@ -41,6 +46,14 @@ log = logging.getLogger("stitchcache")
 
 # Options of ours that torch.compile(options=...) may carry beside Inductor's.
 _REQUEST = ("splitting_ops", "backend", "on_miss", "key_factors")
+# What others may be taken for, and what to do instead.
+_FOREIGN = {
+    "dynamic_shapes": "use torch.compile(dynamic=True) or torch._dynamo.mark_dynamic",
+    "size_ranges": "Dynamo's guards decide which graph a size gets",
+    "jobs": "write 'stitchcache.jobs'",
+    "verify": "write 'stitchcache.verify'",
+    "label": "entries are named after the function that Dynamo captured",
+}
 
 
 def compile_graph(
@@ -61,22 +74,32 @@ def compile_graph(
         mode: ``torch.compile``'s; there are no modes here.
 
     Returns:
-        What Dynamo calls instead of the graph. It runs without autograd.
+        What Dynamo calls instead of the graph. It runs without autograd. A graph that cannot be traced or
+        written down, or that the compiler gets wrong, is returned as it is, with a warning.
 
     Raises:
         OptionError: An option makes no sense.
-        CaptureError: The graph cannot be traced.
-        BackendError: A piece cannot be compiled, or is wrong.
+        BackendError: Not called by Dynamo; or a piece cannot be compiled.
         CacheMissError: A miss, and ``on_miss="error"`` or ``STITCHCACHE_REQUIRE=1``.
     """
     request, cache = _read_options(options or {}, mode)
     if not any(node.op in {"call_function", "call_method", "call_module"} for node in gm.graph.nodes):
         return gm.forward
     fix_own_floats(gm)
-    run = _GraphRun(gm, list(example_inputs), replace(request, label=request.label or label_of(gm)), cache)
-    _warn_of_gradients(run.request.label, example_inputs)
-    with outside_tracing():
-        return run.by_graph() or run.compiled()
+    request = replace(request, label=request.label or label_of(gm))
+    try:
+        run = _GraphRun(gm, list(example_inputs), request, cache)
+        _warn_of_gradients(request.label, example_inputs)
+        with outside_tracing():
+            return run.by_graph() or run.compiled()
+    except (CaptureError, SplitError, CodegenError, PieceMismatchError) as error:
+        log.warning(
+            "%s: this graph runs op by op and is not cached: %s. torch.compiler.disable on the part of the "
+            "model that it is about leaves the rest to be compiled.",
+            request.label,
+            str(error).rstrip("."),
+        )
+        return gm.forward
 
 
 def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Request, Cache]:
@@ -86,11 +109,25 @@ def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Request
             option="mode",
         )
     left = dict(options)
+    for name in _FOREIGN:
+        if name in left:
+            raise OptionError(
+                f"options[{name!r}] means nothing to torch.compile(backend='stitchcache'): {_FOREIGN[name]}.",
+                option=f"options[{name!r}]",
+            )
     ours = {name: left.pop(name) for name in _REQUEST if name in left}
     where = left.pop("cache", None)
-    if isinstance(ours.get("splitting_ops"), str):
-        raise OptionError("splitting_ops is a string: give a list of names.", option="splitting_ops")
-    ours["splitting_ops"] = tuple(ours.get("splitting_ops", ()))
+    if not isinstance(where, (Cache, str, os.PathLike, type(None))):
+        raise OptionError(
+            f"options['cache'] is a {type(where).__qualname__}: give a directory or a stitchcache.Cache.",
+            option="options['cache']",
+        )
+    ops = ours.get("splitting_ops", ())
+    if not isinstance(ops, (list, tuple, set, frozenset)):
+        raise OptionError(
+            f"splitting_ops is a {type(ops).__qualname__}: give a list of names.", option="splitting_ops"
+        )
+    ours["splitting_ops"] = tuple(sorted(ops) if isinstance(ops, (set, frozenset)) else ops)
     cache = where if isinstance(where, Cache) else Cache(where)
     return Request(**ours, options=left), cache
 

@@ -62,6 +62,11 @@ class Request:
                     f"splitting_ops: {op!r} is not an op's name; write 'namespace::op'.",
                     option="splitting_ops",
                 )
+        for name in ("key_factors", "options"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise OptionError(
+                    f"{name} is a {type(getattr(self, name)).__qualname__}: pass a dict.", option=name
+                )
         for name, value in self.options.items():
             kind = _OWN_OPTIONS.get(name)
             if name.startswith("stitchcache.") and (kind is None or type(value) is not kind):

@@ -1,6 +1,6 @@
 """What ``torch.compile`` hands to its backends, beyond the graph and the example inputs.
 
-Private API of torch (``torch._guards``, ``torch._dynamo``); tried with 2.11 and 2.13.
+Private API of torch (``torch._guards``, ``torch._dynamo``, ``torch._subclasses``); tried with 2.11 and 2.13.
 Only ever imported where Dynamo is at work already.
 """
 
@@ -15,6 +15,9 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from stitchcache.errors import BackendError
 
 try:
     from torch._dynamo.aot_compile_types import SerializableCallable
@@ -24,7 +27,16 @@ except ImportError:  # torch without aot_compile
         """Stands in where torch cannot save compiled functions."""
 
 
-__all__ = ["SerializableCallable", "fake_inputs", "fix_own_floats", "outside_tracing"]
+__all__ = [
+    "SerializableCallable",
+    "fake_inputs",
+    "fake_mode",
+    "fix_own_floats",
+    "is_fake",
+    "is_transformed",
+    "is_wrapper",
+    "outside_tracing",
+]
 
 
 def fix_own_floats(gm: torch.fx.GraphModule) -> None:
@@ -55,37 +67,60 @@ def fix_own_floats(gm: torch.fx.GraphModule) -> None:
         raise TensorifyScalarRestartAnalysis
 
 
-def fake_inputs(example_inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
+def fake_mode() -> Any:
+    """The fake mode that Dynamo set aside for the backend that it is calling.
+
+    Raises:
+        BackendError: Not called by Dynamo.
+    """
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        raise BackendError(
+            "there is no tracing context: this backend is for torch.compile to call.", backend="stitchcache"
+        )
+    return context.fake_mode
+
+
+def fake_inputs(mode: Any, example_inputs: Sequence[Any]) -> list[Any]:
     """Fake tensors for a backend's example inputs, with the symbols that Dynamo gave their sizes.
 
     Those in the graph's metadata will not do: the forward may have changed their shapes and strides.
 
     Args:
+        mode: From :func:`fake_mode`.
         example_inputs: As a backend gets them: tensors, ``SymInt`` objects, plain values.
 
     Returns:
-        The fake mode that Dynamo set aside for backends, and one fake an input; anything that is no tensor
-        stays as it is.
-
-    Raises:
-        RuntimeError: Not called by Dynamo.
+        One fake an input; anything that is no tensor stays as it is.
     """
-    context = TracingContext.try_get()
-    mode = context.fake_mode if context is not None else None
-    if context is None or mode is None:
-        raise RuntimeError("there is no tracing context: this backend is for torch.compile to call")
+    known = TracingContext.get().tensor_to_context
     found: list[Any] = []
     for value in example_inputs:
-        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+        if not isinstance(value, torch.Tensor) or is_fake(value):
             found.append(value)
             continue
-        known = context.tensor_to_context.get(value)  # type: ignore[no-untyped-call]
-        if known is None:
+        symbolic = known.get(value)  # type: ignore[no-untyped-call]
+        if symbolic is None:
             found.append(mode.from_tensor(value, static_shapes=True))
         else:
-            source = getattr(known, "tensor_source", None)
-            found.append(mode.from_tensor(value, symbolic_context=known, source=source, trace=False))
-    return mode, found
+            source = getattr(symbolic, "tensor_source", None)
+            found.append(mode.from_tensor(value, symbolic_context=symbolic, source=source, trace=False))
+    return found
+
+
+def is_fake(value: Any) -> bool:
+    """Whether a tensor has no values."""
+    return isinstance(value, FakeTensor)
+
+
+def is_wrapper(value: Any) -> bool:
+    """Whether a value is a tensor that is made of others, such as a ``DTensor``."""
+    return bool(is_traceable_wrapper_subclass(value))
+
+
+def is_transformed(value: Any) -> bool:
+    """Whether a value lives inside a transform of ``torch.func``, such as ``vmap``."""
+    return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 @contextlib.contextmanager

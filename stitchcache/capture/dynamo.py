@@ -10,26 +10,33 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
 from stitchcache import tree
-from stitchcache.backends.torch_compile import fake_inputs
+from stitchcache.backends.torch_compile import (
+    fake_inputs,
+    fake_mode,
+    is_fake,
+    is_transformed,
+    is_wrapper,
+)
 from stitchcache.capture.contract import tensor_spec
 from stitchcache.capture.export import BoundTensor, Capture
 from stitchcache.capture.regions import replace_by_value
+from stitchcache.capture.settle import settle_modes
 from stitchcache.errors import CaptureError
 from stitchcache.graph import symbols
 from stitchcache.graph.aliasing import written_placeholders
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.types import InputSpec, LeafSpec, OutputSpec, SymbolSpec
 
-# Modes that mean nothing to a graph that runs without autograd. Dynamo writes them as calls.
-_GRADIENT_MODES = {"_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"}
 _TRACE_ERRORS = (
     RuntimeError,
     TypeError,
@@ -55,21 +62,12 @@ def capture_graph(gm: GraphModule, example_inputs: Sequence[Any]) -> Capture:
         CaptureError: The graph cannot be traced.
     """
     devices = {value.device.type for value in example_inputs if isinstance(value, torch.Tensor)}
-    # Traced below autocast, its casts become ops; that takes composite ops such as attention apart too.
-    plain, lowered = _settle_modes(gm, any(map(torch.is_autocast_enabled, devices)))
-    try:
-        mode, fakes = fake_inputs(example_inputs)
-        with mode, torch.inference_mode(False), torch.no_grad():
-            traced = make_fx(plain, pre_dispatch=not lowered)(*fakes)
-    except _TRACE_ERRORS as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CaptureError(
-            f"a graph that torch.compile captured cannot be traced: {type(error).__name__}: {reason[:500]}. "
-            "See the cause below; torch.compiler.disable on the part of the model that it is about leaves "
-            "that part to eager.",
-            reason=f"{type(error).__name__}: {reason}",
-        ) from error
+    _refuse_unusual([value for value in example_inputs if isinstance(value, torch.Tensor)])
+    mode = fake_mode()
+    autocast = any(map(torch.is_autocast_enabled, devices))
+    traced = _trace(gm, example_inputs, mode, autocast)
     inputs = [node.name for node in traced.graph.nodes if node.op == "placeholder"]
+    _bake_numbers(traced)
     bound = _lift_tensors(traced, mode)
     names = SymbolNames()
     return Capture(
@@ -91,39 +89,88 @@ def label_of(gm: GraphModule) -> str:
     return "torch.compile"
 
 
-def _settle_modes(gm: GraphModule, autocast: bool) -> tuple[GraphModule, bool]:
-    """Take out the calls that switch modes which a graph without autograd and autocast is not in anyway.
+def _trace(gm: GraphModule, example_inputs: Sequence[Any], mode: Any, autocast: bool) -> GraphModule:
+    """Trace a graph of Dynamo's down to aten, in Dynamo's own fake mode."""
+    # Traced below autocast and below torch.func, what they do becomes ops; that takes composite ops such
+    # as attention apart too.
+    plain, lowered = settle_modes(gm, autocast)
+    try:
+        fakes = fake_inputs(mode, example_inputs)
+        before = [_layout(fake) for fake in fakes]
+        with mode, torch.inference_mode(False), torch.no_grad():
+            traced = make_fx(plain, pre_dispatch=not lowered)(*fakes)
+            if not lowered and any(map(is_transformed, _values(traced))):
+                if before != [_layout(fake) for fake in fakes]:
+                    raise CaptureError(
+                        "a graph that torch.compile captured uses torch.func and changes the shape of an "
+                        "argument; only one of them can be traced.",
+                        reason="torch.func and a changed shape",
+                    )
+                traced = make_fx(plain)(*fakes)
+    except CaptureError:
+        raise
+    except _TRACE_ERRORS as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CaptureError(
+            f"a graph that torch.compile captured cannot be traced: {type(error).__name__}: {reason[:500]}",
+            reason=f"{type(error).__name__}: {reason}",
+        ) from error
+    for body in traced.modules():
+        if any(map(is_fake, [*vars(body).values(), *body.buffers(recurse=False)])):
+            raise CaptureError(
+                "a graph that torch.compile captured computes with a tensor that tracing lost sight of.",
+                reason="untraced tensor",
+            )
+    for value in _values(traced):
+        if is_wrapper(value):
+            raise _unusual(f"a {type(value).__qualname__} in it")
+    return traced
 
-    Args:
-        gm: Dynamo's graph; not changed.
-        autocast: Whether the caller's autocast is on.
 
-    Returns:
-        A copy, and whether autocast is on in any part of it.
-    """
-    graph = Graph()
-    output = graph.graph_copy(gm.graph, {}, return_output_node=True)
-    if isinstance(output, tuple):
-        graph.output(output[0])
-    entered = [node for node in graph.nodes if _name(node) == "_enter_autocast"]
-    below = (body for name, body in gm.named_modules() if name and isinstance(body, GraphModule))
-    nested = any(_name(node) == "_enter_autocast" for body in below for node in body.graph.nodes)
-    autocast = autocast or nested or any(_enables(node) for node in entered)
-    gone = _GRADIENT_MODES if autocast else _GRADIENT_MODES | {"_enter_autocast", "_exit_autocast"}
-    for node in reversed(list(graph.nodes)):
-        if _name(node) in gone:
-            graph.erase_node(node)
-    return GraphModule(gm, graph), autocast
+def _refuse_unusual(tensors: Sequence[torch.Tensor]) -> None:
+    for tensor in tensors:
+        if is_wrapper(tensor):
+            raise _unusual(f"an argument that is a {type(tensor).__qualname__}")
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise _unusual("a sparse, quantized or opaque argument")
+        if tensor.device.type == "meta":
+            raise _unusual("an argument on the meta device")
 
 
-def _name(node: Node) -> str:
-    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+def _unusual(what: str) -> CaptureError:
+    return CaptureError(
+        f"a graph that torch.compile captured has {what}; only plain tensors with strides can be passed to "
+        "compiled pieces.",
+        reason=what,
+    )
 
 
-def _enables(enter: Node) -> bool:
-    """Whether an ``_enter_autocast(device, dtype, enabled, cache_enabled)`` switches autocast on."""
-    enabled = enter.args[2] if len(enter.args) > 2 else enter.kwargs.get("enabled", True)
-    return enabled is not False
+def _layout(value: Any) -> Any:
+    return (value.shape, value.stride()) if isinstance(value, torch.Tensor) else None
+
+
+def _values(gm: GraphModule) -> Iterator[Any]:
+    """Fake values of a graph and of those that it passes to higher-order ops."""
+    for body in gm.modules():
+        if isinstance(body, GraphModule):
+            for node in body.graph.nodes:
+                yield from tree.flatten(node.meta.get("val"))[0]
+
+
+def _bake_numbers(gm: GraphModule) -> None:
+    """Write sizes and numbers that Dynamo guards as literals, where it passes them all the same."""
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and symbols.expression(value).is_Integer:
+            value = int(value)
+        if node.op == "placeholder" and isinstance(value, (int, float, str)):
+            for user in list(node.users):
+                user.args = map_arg(user.args, partial(_baked, node, value))
+                user.kwargs = map_arg(user.kwargs, partial(_baked, node, value))
+
+
+def _baked(placeholder: Node, value: float | str, node: Node) -> Node | float | str:
+    return value if node is placeholder else node
 
 
 def _lift_tensors(gm: GraphModule, mode: Any) -> list[BoundTensor]:

@@ -53,6 +53,7 @@ class _GraphWriter(Encoder):
     def __init__(self) -> None:
         super().__init__()
         self._numbers: list[dict[torch.fx.Node, int]] = []
+        self._passed = 0
 
     def graph_module(self, gm: torch.fx.GraphModule) -> None:
         self.tag("graph", len(gm.graph.nodes))
@@ -73,7 +74,9 @@ class _GraphWriter(Encoder):
         if isinstance(value, torch.fx.Node):
             self.tag("node", self._numbers[-1][value])
         elif isinstance(value, torch.fx.GraphModule):
+            self._passed += 1
             self.graph_module(value)
+            self._passed -= 1
         else:
             super().value(value)
 
@@ -94,8 +97,9 @@ class _GraphWriter(Encoder):
     def _attribute(self, gm: torch.fx.GraphModule, path: str) -> None:
         owner, _, name = path.rpartition(".")
         module = gm.get_submodule(owner)
-        if name in module._parameters or name in module._buffers:
-            # Bound by name when the code runs, so the name is part of what is built.
+        if not self._passed and (name in module._parameters or name in module._buffers):
+            # Bound by name when the code runs, so the name is part of what is built. Nobody binds what a
+            # graph holds that is passed to a higher-order op: there it is a constant.
             self.text("bound attribute")
             self.text(path)
             self.metadata(getattr(module, name))

@@ -57,7 +57,8 @@ def _can_lower(piece: GraphModule) -> bool:
             return False
         if _find_dimension(placeholders, value) is None:
             low = value.node.shape_env.bound_sympy(symbols.expression(value)).lower
-            if (symbols.finite(low) or 0) < 0:
+            # Making the carrier guards an unbounded number against falling below zero.
+            if (symbols.finite(low) or 0) < 0 or (symbols.example_of(value) or 0) < 0:
                 return False
     return True
 

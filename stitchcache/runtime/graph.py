@@ -155,7 +155,11 @@ def _build_call(
 
     def call_carefully(*args: Any) -> Any:
         """Compiled pieces take what they write to for memory of its own."""
-        if not share_memory([args[i] for i in written], [*(args[i] for i in tensors), *more]):
+        targets = [args[i] for i in written]
+        if eager is not None and grad_enabled() and any(target.requires_grad for target in targets):
+            # A write that autograd does not see would leave it with wrong gradients.
+            return eager(*args)
+        if not share_memory(targets, [*(args[i] for i in tensors), *more]):
             return call(*args)
         if eager is not None:
             return eager(*args)

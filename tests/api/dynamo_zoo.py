@@ -9,6 +9,7 @@ import sys
 import models
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Breaks(nn.Module):
@@ -46,6 +47,48 @@ class Modes(nn.Module):
         return {"y": y, "z": z.float(), "w": w, "k": y + torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8]), "n": None}
 
 
+class Wraps(nn.Module):
+    """Blocks that Dynamo wraps: checkpoints, transforms of torch.func, ``.data``, modes inside branches."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def block(self, x):
+        with torch.no_grad():
+            return torch.relu(self.linear(x)) + torch.tensor([2.0] * 8)
+
+    def forward(self, x, shift):
+        y = checkpoint(self.block, x, use_reentrant=False)
+        z = torch.vmap(lambda row: row * row.sum())(x)
+        g = torch.func.grad(lambda t: (t * t).sin().sum())(x)
+        w = torch.cond(x.sum() > 0, self.block, lambda t: t - torch.tensor([3.0] * 8), (x,))
+        return y + shift, z, g, w, self.linear.weight.data * 2, x.roll(shift, 0)
+
+
+class Layouts(nn.Module):
+    """Returns views, of arguments and of each other, that are written to behind a graph break."""
+
+    def forward(self, x):
+        y, z = x.view(-1), torch.relu(x)
+        t, c, same = z.t(), x.clone(), torch.relu(x)
+        torch._dynamo.graph_break()
+        y[0], t[1, 1], c[0], same[0, 0] = 100, 200, 9, 5
+        return (
+            x,
+            y,
+            z,
+            t,
+            c,
+            same,
+            x[1:],
+            x.float(),
+            (x * 2).expand(2, *x.shape),
+            torch.ones(2),
+            torch.ones(2),
+        )
+
+
 class Writes(nn.Module):
     """Writes into an argument, of which another may be a view."""
 
@@ -66,6 +109,10 @@ def build(name):
         shared = torch.randn(6, 8)
         calls = [(torch.randn(6, 8), torch.randn(6, 8)), (shared, shared[:]), (shared, shared[2:4])]
         return Writes().eval(), calls
+    if name == "wraps":
+        return Wraps().eval(), [(t, n) for t, n in zip(x, (3, -4, 0, 2**40), strict=True)]
+    if name == "layouts":
+        return Layouts().eval(), [(x[0],), (x[1],), (torch.randn(12, 8)[3:9],)]
     return models.decoder(), [(models.ids(2, 7),), (models.ids(3, 5),), (models.ids(1, 9),)]
 
 
@@ -89,10 +136,18 @@ def largest_difference(got, want):
         if isinstance(two, torch.Tensor):
             assert one.shape == two.shape
             assert one.dtype == two.dtype
+            assert one.stride() == two.stride()
             worst = max([worst, (one.float() - two.float()).abs().max().item()] if one.numel() else [worst])
         else:
             assert one == two
     return worst
+
+
+def sharing(call, results):
+    """Which tensors of a call share memory."""
+    found = [t for t in torch.utils._pytree.tree_leaves((call, results)) if isinstance(t, torch.Tensor)]
+    memory = [t.untyped_storage().data_ptr() for t in found]
+    return [memory.index(address) for address in memory]
 
 
 def run(name, root, backend, **more):
@@ -108,7 +163,9 @@ def run(name, root, backend, **more):
     worst = 0.0
     with torch.no_grad():
         for ours, theirs in zip(calls, same_calls, strict=True):
-            worst = max(worst, largest_difference(compiled(*ours), reference(*theirs)))
+            got, want = compiled(*ours), reference(*theirs)
+            assert sharing(ours, got) == sharing(theirs, want)
+            worst = max(worst, largest_difference(got, want))
             worst = max(worst, largest_difference(list(ours), list(theirs)))
     logger.removeHandler(lines)
     return {"lines": lines.lines, "difference": worst}

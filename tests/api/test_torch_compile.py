@@ -13,13 +13,22 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import stitchcache
 from stitchcache import errors
 from stitchcache.api.dynamo import compile_graph
 
 HERE = Path(__file__).parent
-ZOO = {"breaks": 1e-5, "modes": 1e-5, "autocast": 3e-2, "writes": 1e-4, "decoder": 1e-4}
+ZOO = {
+    "breaks": 1e-5,
+    "modes": 1e-5,
+    "autocast": 3e-2,
+    "writes": 1e-4,
+    "wraps": 1e-4,
+    "layouts": 1e-5,
+    "decoder": 1e-4,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +179,52 @@ def test_floats_of_the_model_are_constants_and_those_of_calls_are_not(tmp_path):
     assert len(keys(cache)) == 2
 
 
+class Branch(nn.Module):
+    """A constant inside a graph that is passed to a higher-order op."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = values
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda t: t + torch.tensor(self.values), lambda t: t - 1, (x,))
+
+
+def test_constants_in_branches_are_not_mixed_up(tmp_path):
+    cache, x = stitchcache.Cache(tmp_path), torch.ones(2)
+    with torch.no_grad():
+        for values in ([1.0, 2.0], [3.0, 4.0]):
+            torch._dynamo.reset()
+            torch.testing.assert_close(compiled(cache, Branch(values))(x), x + torch.tensor(values))
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        (torch.empty(3, device="meta"), "meta device"),
+        (TwoTensor(torch.ones(3), torch.ones(3)), "TwoTensor"),
+    ],
+)
+def test_what_cannot_be_captured_runs_as_it_is(tmp_path, caplog, argument, words):
+    cache = stitchcache.Cache(tmp_path)
+    fast = compiled(cache, lambda x: x + 1)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="stitchcache"):
+        result = fast(argument)
+    assert "runs op by op and is not cached" in caplog.text
+    assert words in caplog.text
+    assert keys(cache) == set()
+    if argument.device.type != "meta":
+        torch.testing.assert_close(result.a, torch.full((3,), 2.0))
+
+
+def test_a_write_to_what_wants_gradients_keeps_them_right(tmp_path):
+    x = torch.ones(3, requires_grad=True)
+    y = x * 1
+    compiled(stitchcache.Cache(tmp_path), lambda t: t.mul_(3))(y)
+    y.sum().backward()
+    assert x.grad.tolist() == [3.0] * 3
+
+
 def test_load_refuses_entries_of_dynamo(tmp_path):
     cache, model = stitchcache.Cache(tmp_path), Small().eval()
     with torch.no_grad():
@@ -213,6 +268,10 @@ def test_it_warns_that_there_are_no_gradients(tmp_path, caplog):
         ({"mode": "reduce-overhead"}, "has no modes"),
         ({"options": {"backend": "nonsense"}}, "there is aoti"),
         ({"options": {"splitting_ops": "aten::mm"}}, "a list of names"),
+        ({"options": {"splitting_ops": None}}, "a list of names"),
+        ({"options": {"cache": 5}}, "a directory or a stitchcache.Cache"),
+        ({"options": {"key_factors": 3}}, "pass a dict"),
+        ({"options": {"dynamic_shapes": {}}}, "means nothing"),
         ({"options": {"stitchcache.jobs": "two"}}, "stitchcache.jobs"),
     ],
 )
@@ -224,7 +283,7 @@ def test_options_that_make_no_sense(kwargs, words):
 
 def test_only_torch_compile_may_call_it():
     gm = torch.fx.symbolic_trace(Small())
-    with pytest.raises(errors.CaptureError, match=r"torch\.compile"):
+    with pytest.raises(errors.BackendError, match=r"for torch\.compile to call"):
         compile_graph(gm, [torch.randn(3, 8)], options={"backend": "eager"})
 
 

@@ -345,3 +345,25 @@ def test_random_graphs_hash_equal_exactly_when_equal(first, second, how):
         return [(op, source % (index + 1)) for index, (op, source) in enumerate(steps)]
 
     assert (built(first, "a") == built(second, "zz")) == (resolved(first) == resolved(second))
+
+
+def test_tensors_in_graphs_that_are_passed_to_ops_count_by_value():
+    def branch(value):
+        root = nn.Module()
+        root.register_buffer("held", torch.tensor([value]))
+        graph = torch.fx.Graph()
+        x = graph.placeholder("x")
+        graph.output((graph.call_function(torch.ops.aten.add.Tensor, (x, graph.get_attr("held"))),))
+        return torch.fx.GraphModule(root, graph)
+
+    def caller(value):
+        root = nn.Module()
+        root.body = branch(value)
+        graph = torch.fx.Graph()
+        x = graph.placeholder("x")
+        body = graph.get_attr("body")
+        graph.output(graph.call_function(torch.ops.higher_order.cond, (x, body, body, (x,))))
+        return torch.fx.GraphModule(root, graph)
+
+    assert graph_hash(caller(1.0)) == graph_hash(caller(1.0))
+    assert graph_hash(caller(1.0)) != graph_hash(caller(2.0))
