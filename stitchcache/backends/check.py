@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch._ops import OpOverload
 
 from stitchcache.backends.base import BoxedPiece
 from stitchcache.errors import PieceMismatchError
-from stitchcache.graph import effects
+from stitchcache.graph import effects, symbols
 
 # Largest difference, relative to the largest magnitude in the tensor.
 _TOLERANCE = {
@@ -44,9 +44,11 @@ def compare_with_eager(
         Largest absolute difference seen.
 
     Raises:
-        PieceMismatchError: They differ in number, dtype, shape, strides, device or value.
+        PieceMismatchError: They differ in number, dtype, shape, device or value, or a result does not have
+            the strides that the capture promised to those who use it.
     """
     copy = clone_all if effects.mutates(piece.graph) else list
+    inputs, promised = _as_promised(piece, inputs)
     with torch.no_grad():
         eager_inputs = copy(inputs)
         expected = piece(*eager_inputs)
@@ -57,10 +59,51 @@ def compare_with_eager(
     opaque = undefined_outputs(piece)
     worst = 0.0
     for index, (want, got) in enumerate(zip(expected, actual, strict=True)):
-        worst = max(worst, _compare(want, got, f"result {index}", name, backend, values=index not in opaque))
+        what, strides = f"result {index}", promised[index] if backend != "eager" else None
+        worst = max(worst, _compare(want, got, what, name, backend, strides, values=index not in opaque))
     for index, (want, got) in enumerate(zip(eager_inputs, compiled_inputs, strict=True)):
-        worst = max(worst, _compare(want, got, f"input {index} after the call", name, backend, values=True))
+        what = f"input {index} after the call"
+        worst = max(worst, _compare(want, got, what, name, backend, None, values=True))
     return worst
+
+
+def _as_promised(
+    piece: torch.fx.GraphModule, inputs: Sequence[Any]
+) -> tuple[list[Any], list[tuple[int, ...] | None]]:
+    """Inputs with the strides that the piece is compiled for, and the strides that its results must have.
+
+    torch's fake tensors do not foresee the strides of every op (``max_pool1d`` of a transposed tensor, say).
+    Compiled pieces go by the fakes on both sides, so what eager has is no measure there.
+    """
+    placeholders = [node.meta.get("val") for node in piece.graph.nodes if node.op == "placeholder"]
+    values = symbols.solve(zip(placeholders, inputs, strict=False))
+    given = []
+    for fake, value in zip(placeholders, inputs, strict=True):
+        strides = _promise(fake, values)
+        if strides is not None and 0 not in strides and _differ(value, strides):
+            value = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(
+                value
+            )
+        given.append(value)
+    results = next(node.args[0] for node in piece.graph.nodes if node.op == "output")
+    fakes = [result.meta.get("val") if isinstance(result, torch.fx.Node) else None for result in results]
+    return given, [_promise(fake, values) for fake in fakes]
+
+
+def _promise(fake: Any, values: Mapping[Any, int]) -> tuple[int, ...] | None:
+    if not isinstance(fake, torch.Tensor) or fake.layout != torch.strided:
+        return None
+    strides = [symbols.evaluate(stride, values) for stride in fake.stride()]
+    return None if None in strides else tuple(strides)  # type: ignore[arg-type]
+
+
+def _differ(tensor: Any, strides: tuple[int, ...]) -> bool:
+    """Whether strides differ where they matter: not in dimensions of one element."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.numel() > 1
+        and _strides(tensor) != _strides(tensor, strides)
+    )
 
 
 def clone_all(values: Sequence[Any]) -> list[Any]:
@@ -114,7 +157,17 @@ def _reads(node: torch.fx.Node, undefined: set[torch.fx.Node]) -> bool:
     return any(source in undefined for source in node.all_input_nodes)
 
 
-def _compare(want: Any, got: Any, what: str, name: str, backend: str, *, values: bool) -> float:
+def _compare(
+    want: Any,
+    got: Any,
+    what: str,
+    name: str,
+    backend: str,
+    strides: tuple[int, ...] | None,
+    *,
+    values: bool,
+) -> float:
+    """Compare one tensor; ``strides`` are those promised, or ``None`` for eager's own."""
     if not isinstance(want, torch.Tensor):
         if want != got:
             raise _mismatch(name, backend, f"{what} is {got!r} instead of {want!r}")
@@ -124,8 +177,8 @@ def _compare(want: Any, got: Any, what: str, name: str, backend: str, *, values:
         ("shape", want.shape, got.shape),
         ("device", want.device, got.device),
     ]
-    if want.numel() > 1:
-        facts.append(("strides", _strides(want), _strides(got)))
+    if want.numel() > 1 and want.shape == got.shape:
+        facts.append(("strides", _strides(want, strides), _strides(got)))
     for fact, wanted, found in facts:
         if wanted != found:
             raise _mismatch(name, backend, f"{what} has {fact} {found} instead of {wanted}")
@@ -153,9 +206,10 @@ def _compare_floats(want: torch.Tensor, got: torch.Tensor, what: str, name: str,
     return worst
 
 
-def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+def _strides(tensor: torch.Tensor, strides: tuple[int, ...] | None = None) -> tuple[int, ...]:
     """Strides of dimensions that have more than one element: the others are never used."""
-    return tuple(s for size, s in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+    own = tensor.stride() if strides is None else strides
+    return tuple(s for size, s in zip(tensor.shape, own, strict=True) if size > 1)
 
 
 def _mismatch(

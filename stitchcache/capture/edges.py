@@ -9,7 +9,7 @@ the example's own arguments cut down, before a call may bring such a size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -197,20 +197,8 @@ def _run_graph(subject: Subject, values: Sequence[Any]) -> list[Any]:
 
 def _hints(subject: Subject) -> dict[sympy.Symbol, int]:
     """The example's own sizes."""
-    found: dict[sympy.Symbol, int] = {}
-    for node in subject.gm.graph.nodes:
-        leaf, value = subject.leaves.get(node.name), node.meta.get("val")
-        if isinstance(leaf, torch.Tensor) and isinstance(value, torch.Tensor):
-            pairs: Iterable[tuple[Any, int]] = zip(value.shape, leaf.shape, strict=True)
-        elif isinstance(value, torch.SymInt) and isinstance(leaf, int):
-            pairs = [(value, leaf)]
-        else:
-            continue
-        for size, actual in pairs:
-            expr = symbols.expression(size)
-            if expr.is_Symbol:
-                found.setdefault(expr, int(actual))
-    return found
+    nodes = subject.gm.graph.nodes
+    return symbols.solve((node.meta.get("val"), subject.leaves.get(node.name)) for node in nodes)
 
 
 def _narrowed(subject: Subject, values: Mapping[sympy.Symbol, Any]) -> list[Any] | None:
@@ -220,7 +208,7 @@ def _narrowed(subject: Subject, values: Mapping[sympy.Symbol, Any]) -> list[Any]
     for name, leaf in subject.leaves.items():
         value = fakes.get(name)
         if isinstance(value, torch.SymInt):
-            leaf = _evaluate(value, values)
+            leaf = symbols.evaluate(value, values)
         elif isinstance(leaf, torch.Tensor) and isinstance(value, torch.Tensor):
             leaf = _cut(leaf, value, values)
         if leaf is None and value is not None:
@@ -234,8 +222,8 @@ def _narrowed(subject: Subject, values: Mapping[sympy.Symbol, Any]) -> list[Any]
 
 
 def _cut(leaf: torch.Tensor, fake: torch.Tensor, values: Mapping[sympy.Symbol, Any]) -> torch.Tensor | None:
-    shape = [_evaluate(size, values) for size in fake.shape]
-    stride = [_evaluate(size, values) for size in fake.stride()]
+    shape = [symbols.evaluate(size, values) for size in fake.shape]
+    stride = [symbols.evaluate(size, values) for size in fake.stride()]
     if None in shape or None in stride or any(s > have for s, have in zip(shape, leaf.shape, strict=True)):  # type: ignore[operator]
         return None
     if has_fakes([leaf]):
@@ -249,11 +237,6 @@ def _cut(leaf: torch.Tensor, fake: torch.Tensor, values: Mapping[sympy.Symbol, A
         return cut
     made = torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device)  # type: ignore[arg-type]
     return made.copy_(cut)
-
-
-def _evaluate(size: Any, values: Mapping[sympy.Symbol, Any]) -> int | None:
-    expr = symbols.expression(size).xreplace(dict(values))
-    return int(expr) if expr.is_Integer and int(expr) >= 0 else None
 
 
 def _same(want: Sequence[Any], got: Sequence[Any]) -> bool:

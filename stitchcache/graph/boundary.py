@@ -1,10 +1,10 @@
 """Pin the strides of what reaches a piece from code that we did not compile.
 
 A compiled piece relies on the strides of its inputs and does not check them: given others, it
-returns wrong numbers without an error. Results of our own pieces have the promised strides (each
-is compared before it is committed), and the caller's inputs are checked on every call. What a
-splitting op returns is neither, so the stitching code brings it into the promised order: one
-``contiguous`` call, which does nothing when the strides are right already.
+returns wrong numbers without an error. Results of our own compiled pieces have the promised strides
+(each is compared before it is committed), and the caller's inputs are checked on every call. What a
+splitting op returns, or a piece that is not compiled, is neither, so the stitching code brings it into
+the promised order: one ``contiguous`` call, which does nothing when the strides are right already.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from stitchcache.errors import SplitError
 from stitchcache.graph import symbols
 
 
-def pin_strides(split_gm: GraphModule, pieces: Collection[str], passive: Collection[str] = ()) -> None:
+def pin_strides(
+    split_gm: GraphModule,
+    pieces: Collection[str],
+    passive: Collection[str] = (),
+    uncompiled: Collection[str] = (),
+) -> None:
     """Insert stride pins into the stitching graph.
 
     Args:
@@ -26,6 +31,8 @@ def pin_strides(split_gm: GraphModule, pieces: Collection[str], passive: Collect
         pieces: Names of the submodules that are compiled.
         passive: Names of the submodules that only make views and allocate: the strides of their
             results follow from those of their inputs, so the inputs are pinned instead.
+        uncompiled: Those of ``pieces`` that run op by op. Their results have the strides that eager gives
+            them, which are not always those that fake tensors promised.
 
     Raises:
         SplitError: A value cannot be pinned because its strides overlap or leave gaps.
@@ -33,12 +40,27 @@ def pin_strides(split_gm: GraphModule, pieces: Collection[str], passive: Collect
     relied_on = {*pieces, *passive}
     for node in list(split_gm.graph.nodes):
         value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or not _is_foreign(node, relied_on):
+        own = _is_from(node, uncompiled)
+        if not isinstance(value, torch.Tensor) or not (own or _is_foreign(node, relied_on)):
             continue
         users = [u for u in node.users if u.op == "call_module" and u.target in relied_on]
         if users and value.layout == torch.strided:
-            _pin(split_gm, node, value)
+            order = dense_order(value)
+            if order is not None:
+                _pin(split_gm, node, value, order)
+            elif not own:
+                # A view with gaps of an uncompiled piece has the strides of a view; nobody else's need have.
+                raise SplitError(
+                    f"{node.name} reaches a piece with strides {tuple(value.stride())} for shape "
+                    f"{tuple(value.shape)}; overlapping or padded results of a splitting op cannot be "
+                    "promised to compiled code. Let the op return a contiguous tensor."
+                )
     split_gm.recompile()
+
+
+def _is_from(node: Node, pieces: Collection[str]) -> bool:
+    source = node.args[0] if node.op == "call_function" and node.args else None
+    return isinstance(source, Node) and source.op == "call_module" and source.target in pieces
 
 
 def _is_foreign(node: Node, ours: Collection[str]) -> bool:
@@ -51,14 +73,7 @@ def _is_foreign(node: Node, ours: Collection[str]) -> bool:
     return node.target is not torch.ops.aten.empty.memory_format
 
 
-def _pin(split_gm: GraphModule, node: Node, value: torch.Tensor) -> None:
-    order = dense_order(value)
-    if order is None:
-        raise SplitError(
-            f"{node.name} reaches a piece with strides {tuple(value.stride())} for shape "
-            f"{tuple(value.shape)}; overlapping or padded results of a splitting op cannot be "
-            "promised to compiled code. Let the op return a contiguous tensor."
-        )
+def _pin(split_gm: GraphModule, node: Node, value: torch.Tensor, order: list[int]) -> None:
     graph = split_gm.graph
     users = list(node.users)
     identity = list(range(len(order)))

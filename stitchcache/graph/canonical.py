@@ -20,7 +20,7 @@ from stitchcache.graph.effects import attribute_of
 from stitchcache.graph.encoding import Encoder
 from stitchcache.types import Factor
 
-SCHEMA = b"stitchcache graph 2"
+SCHEMA = b"stitchcache graph 3"
 
 
 def graph_hash(split_gm: torch.fx.GraphModule, factors: Iterable[Factor] = ()) -> str:

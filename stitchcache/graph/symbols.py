@@ -11,7 +11,7 @@ writers but does not promise. Tried with torch 2.11 and 2.13.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import permutations
 from typing import Any
 
@@ -38,6 +38,32 @@ def example_of(value: Any) -> Any:
     Reading it adds no guard.
     """
     return value.node.hint if isinstance(value, SYMBOLIC) else value
+
+
+def solve(pairs: Iterable[tuple[Any, Any]]) -> dict[sympy.Symbol, int]:
+    """Values of the symbols that stand alone as a size.
+
+    Args:
+        pairs: Fake tensors or sizes, each with the real one; pairs of other things are passed over.
+    """
+    found: dict[sympy.Symbol, int] = {}
+    for fake, real in pairs:
+        sizes: Iterable[tuple[Any, int]] = ()
+        if isinstance(fake, torch.Tensor) and isinstance(real, torch.Tensor):
+            sizes = zip(fake.shape, real.shape, strict=True)
+        elif isinstance(fake, torch.SymInt) and isinstance(real, int):
+            sizes = [(fake, real)]
+        for size, actual in sizes:
+            expr = expression(size)
+            if expr.is_Symbol:
+                found.setdefault(expr, int(actual))
+    return found
+
+
+def evaluate(size: Any, values: Mapping[sympy.Symbol, Any]) -> int | None:
+    """A size for given values of its symbols; ``None`` if they do not decide it, or below 0."""
+    expr = expression(size).xreplace({symbol: sympy.Integer(value) for symbol, value in values.items()})
+    return int(expr) if expr.is_Integer and int(expr) >= 0 else None
 
 
 def shape_environment(graph: torch.fx.Graph) -> Any | None:

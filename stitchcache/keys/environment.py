@@ -17,7 +17,7 @@ import torch
 from stitchcache.keys.digest import make_factor
 from stitchcache.types import Factor
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the key schema: raised whenever a key's factors or their encoding change. See docs/keys.md."""
 
 _NATIVE = frozenset({"aoti", "inductor"})

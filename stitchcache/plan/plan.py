@@ -106,7 +106,8 @@ def plan(
         backends[name] = fallback
     for name in lower_sizes(split_gm, pieces):
         backends[name] = fallback
-    pin_strides(split_gm, pieces, passive)
+    uncompiled = [name for name in pieces if backends[name] is not backend]
+    pin_strides(split_gm, pieces, passive, uncompiled)
     planned = []
     for name in pieces:
         graph = submodule(split_gm, name)
