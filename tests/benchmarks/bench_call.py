@@ -25,7 +25,7 @@ from subjects import CALL_SIZES
 
 SUBJECTS = "decoder-4,decoder-16,decoder-4x768,minilm"
 # The mega-cache ends in the same code as torch.compile.
-WAYS = tuple(way for way in ways.WAYS if way != ways.MEGA)
+WAYS = tuple(way for way in ways.WAYS if way not in (ways.MEGA, ways.PRELOADED))
 THREADS = ("1 thread", "all threads")
 
 

@@ -30,13 +30,16 @@ def start(job: dict[str, Any]) -> dict[str, Any]:
 
     imported = time.time()
     subject, way, directory = Subject(job["subject"]), job["way"], Path(job["directory"])
+    begun = None if job["cold"] else ways.before_build(way, directory)
     model = subject.build()
     args, kwargs = subject.inputs(*EXAMPLE)
     built = time.time()
     before = set(sys.modules)
-    imports = _import_ours() if way == ways.OURS else 0.0
-    begin = ways.prepare if job["cold"] else ways.load
-    function = begin(way, subject, model, (args, kwargs), directory)
+    imports = _import_ours() if way in (ways.OURS, ways.PRELOADED) else 0.0
+    if job["cold"]:
+        function = ways.prepare(way, subject, model, (args, kwargs), directory)
+    else:
+        function = ways.load(way, subject, model, (args, kwargs), directory, begun)
     opened = time.time()
     with torch.no_grad():
         output = function(*args, **kwargs)

@@ -20,10 +20,12 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 EAGER, OURS, COMPILE, MEGA = "eager", "stitchcache", "compile", "mega"
 AOT, PACKAGE, VLLM = "aot_compile", "package", "vllm"
-WAYS = (EAGER, OURS, COMPILE, MEGA, AOT, PACKAGE, VLLM)
+PRELOADED = "preloaded"
+WAYS = (EAGER, OURS, PRELOADED, COMPILE, MEGA, AOT, PACKAGE, VLLM)
 LABELS = {
     EAGER: "eager",
     OURS: "stitchcache",
+    PRELOADED: "stitchcache, preloaded",
     COMPILE: "torch.compile",
     MEGA: "mega-cache",
     AOT: "aot_compile",
@@ -31,8 +33,9 @@ LABELS = {
     VLLM: "vLLM's way",
 }
 """What tables and plots call them."""
-PREPARED_BY = {MEGA: COMPILE}
-"""The artifacts of the mega-cache are saved at the end of torch.compile's own cold process."""
+PREPARED_BY = {MEGA: COMPILE, PRELOADED: OURS}
+"""The artifacts of the mega-cache are saved at the end of torch.compile's own cold process; preloading starts
+from the same cache."""
 EMPTY_INDUCTOR = (MEGA,)
 """Ways that get an empty Inductor directory in every process: all they need is in their file."""
 
@@ -61,8 +64,21 @@ def after_first_call(way: str, directory: Path) -> None:
         (directory / "mega.bin").write_bytes(saved[0])
 
 
-def load(way: str, subject: Subject, model: Any, inputs: Inputs, directory: Path) -> Call:
-    """Start from what :func:`prepare` left; arguments likewise."""
+def before_build(way: str, directory: Path) -> Any:
+    """What a way begins before the model is built: only ours has anything, a thread that reads ahead."""
+    if way != PRELOADED:
+        return None
+    import stitchcache
+
+    cache = stitchcache.Cache(directory / "cache")
+    (entry,) = cache.entries()
+    return stitchcache.preload(entry.graph_hash, cache=cache)
+
+
+def load(way: str, subject: Subject, model: Any, inputs: Inputs, directory: Path, begun: Any = None) -> Call:
+    """Start from what :func:`prepare` left; arguments likewise, and what :func:`before_build` returned."""
+    if begun is not None:
+        return stitched(subject, model, inputs, directory, preloaded=begun)
     return _LOAD[way](subject, model, inputs, directory)
 
 
@@ -70,7 +86,14 @@ def _eager(subject: Subject, model: Any, inputs: Inputs, directory: Path) -> Cal
     return model  # type: ignore[no-any-return]
 
 
-def stitched(subject: Subject, model: Any, inputs: Inputs, directory: Path, backend: str = "aoti") -> Call:
+def stitched(
+    subject: Subject,
+    model: Any,
+    inputs: Inputs,
+    directory: Path,
+    backend: str = "aoti",
+    preloaded: Any = None,
+) -> Call:
     """``stitchcache.compile``, cold and warm alike."""
     import stitchcache
 
@@ -81,6 +104,7 @@ def stitched(subject: Subject, model: Any, inputs: Inputs, directory: Path, back
         splitting_ops=subject.splitting_ops,
         backend=backend,
         cache=stitchcache.Cache(directory / "cache"),
+        preloaded=preloaded,
     )
 
 
