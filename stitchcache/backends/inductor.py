@@ -59,7 +59,7 @@ class InductorBackend:
                 piece,
                 fakes,
                 dynamic_shapes="from_graph",
-                options={**thread_options(piece), **options},
+                options={"config_patches": {**thread_options(piece), **options}},
                 aot=True,
             )
         path = directory / "piece.inductor"

@@ -80,6 +80,9 @@ def changed_inductor_settings() -> dict[str, Any]:
         value = override.get() if isinstance(override, ContextVar) else override
         if value is _config_module._UNSET_SENTINEL or value == entry.default:
             continue
+        # AOTInductor writes down there what it compiled for, and leaves it.
+        if name == "aot_inductor.metadata":
+            continue
         if entry.alias is None and not name.startswith(_PERFORMANCE_ONLY):
             changed[name] = value
     return changed

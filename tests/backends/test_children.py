@@ -159,7 +159,8 @@ def test_no_descriptors_are_left(job):
     results([job(lambda: 1, "a"), job(lambda: 2, "b")])
     with pytest.raises(PieceCrashError):
         results([job(killed_by(signal.SIGKILL))])
-    assert set(os.listdir("/proc/self/fd")) == before
+    # A collection may have closed others by now.
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 def test_torch_works_in_children_after_threads_were_used(job):
