@@ -11,6 +11,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 
@@ -121,6 +122,17 @@ def _factors(backend: str, device_types: Collection[str]) -> Iterator[Factor]:
 def python_version() -> str:
     """Implementation, major and minor version: what bytecode and pickled code belong to."""
     return f"{sys.implementation.name} {sys.version_info[0]}.{sys.version_info[1]}"
+
+
+def decimal_context() -> str:
+    """How this thread rounds decimal numbers: state of C code, which no recorder sees being read."""
+    module: Any = sys.modules.get("decimal")
+    if module is None:
+        return "default"
+    now, usual = module.getcontext().copy(), module.Context()
+    now.clear_flags()
+    usual.clear_flags()
+    return "default" if repr(now) == repr(usual) else repr(now)
 
 
 def _libc() -> str:

@@ -59,7 +59,6 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._module_classes: dict[int, type] = {}
         self._loaded: frozenset[str] = frozenset()
         self._previous: Any = None
-        self._muted: FrameType | None = None
         self._bystanders: dict[int, CodeType] = {}
         self._watched: dict[int, CodeType] = {}
         self._asked: dict[int, tuple[str, Any]] = {}
@@ -75,7 +74,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         on_collect = (getattr(callback, "__code__", None) for callback in gc.callbacks)
         self._bystanders = {id(code): code for code in (_HANDLE_LOG, *on_collect) if code is not None}
         self._previous = sys.getprofile()
-        self._callback = self._profile
+        self._callback = self._profiler()
         sys.setprofile(self._callback)
         return self
 
@@ -96,30 +95,51 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         if self.unsound is None:
             self.unsound = reason
 
-    def _profile(self, frame: FrameType, event: str, arg: Any) -> None:
-        code = frame.f_code
-        if self._muted is not None:
-            if event == "return" and frame is self._muted:
-                self._muted = None
-            return
-        if event == "call":
-            if id(code) in self._bystanders:
-                self._muted = frame
-                return
-            if code is _READ_VARIABLE:
-                self._variable(frame)
-            if id(code) not in self._seen:
-                self._seen[id(code)] = code
-                self._first_call(frame, code)
-            if id(code) in self._watched:
-                self._forbidden_code(frame, code)
-        elif event == "c_call":
-            if id(code) in self._user:
-                self._c_call(code, arg)
-            elif id(arg) in outside.SYSTEM and (caller := outside.on_behalf_of(frame)) is not None:
-                self._refuse(
-                    f"{_place(caller.f_code)} makes the library call {arg.__name__}, which asks the system"
-                )
+    def _profiler(self) -> Callable[[FrameType, str, Any], None]:
+        """What Python calls on every call and return: millions of times for a deep model.
+
+        A closure, because looking up attributes would take most of its time. ``quiet`` has the code that was
+        met before and that nobody needs to hear of again.
+        """
+        quiet: set[int] = set()
+        user, system, bystanders, watched = self._user, outside.SYSTEM, self._bystanders, self._watched
+        muted: FrameType | None = None
+
+        def profile(frame: FrameType, event: str, arg: Any) -> None:
+            nonlocal muted
+            if muted is not None:
+                if event == "return" and frame is muted:
+                    muted = None
+            elif event == "c_call":
+                if id(arg) in system or id(frame.f_code) in user:
+                    self._call_in_c(frame, arg)
+            elif event == "call":
+                code = frame.f_code
+                identity = id(code)
+                if identity in quiet:
+                    return
+                if identity in bystanders:
+                    muted = frame
+                    return
+                if code is _READ_VARIABLE:
+                    self._variable(frame)
+                if identity not in self._seen:
+                    self._seen[identity] = code
+                    self._first_call(frame, code)
+                if identity in watched:
+                    self._forbidden_code(frame, code)
+                elif code is not _READ_VARIABLE:
+                    quiet.add(identity)
+
+        return profile
+
+    def _call_in_c(self, frame: FrameType, function: Any) -> None:
+        if id(frame.f_code) in self._user:
+            self._c_call(frame.f_code, function)
+        elif id(function) in outside.SYSTEM and (caller := outside.on_behalf_of(frame)) is not None:
+            self._refuse(
+                f"{_place(caller.f_code)} makes the library call {function.__name__}, which asks the system"
+            )
 
     def _first_call(self, frame: FrameType, code: CodeType) -> None:
         filename = code.co_filename

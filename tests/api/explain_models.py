@@ -31,7 +31,7 @@ class Cached(torch.nn.Module):
 
 
 class Third(torch.nn.Module):
-    """Depends on decimal's precision, which C code keeps for the thread and no key sees."""
+    """Depends on decimal's precision, which C code keeps for the thread."""
 
     def forward(self, x):
         return x * float(decimal.Decimal(1) / decimal.Decimal(3))

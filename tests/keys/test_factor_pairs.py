@@ -1,6 +1,7 @@
 # ruff: noqa: E501 - a table reads best with one line for each factor
 """Each factor that docs/keys.md lists: one change that moves it and is named, one that does not."""
 
+import decimal
 import re
 import sys
 from dataclasses import dataclass
@@ -105,6 +106,14 @@ def called(function, value, restore):
     return change
 
 
+def rounded(mp):
+    """This thread rounds decimal numbers sooner."""
+    before = decimal.getcontext().copy()
+    decimal.getcontext().prec = 5
+    mp.undo_later(lambda: decimal.setcontext(before))
+    return {}
+
+
 def elsewhere(mp):
     """Another host, user, home, directory, device order and number of threads."""
     for name in ("HOME", "HOSTNAME", "USER", "LOGNAME", "TMPDIR", "PWD", "CUDA_VISIBLE_DEVICES_NOTE"):
@@ -186,6 +195,7 @@ PAIRS = {
     "env.libc": ("env.libc", patched(environment_module, "_libc", lambda: "glibc 9"), elsewhere),
     "env.cxx_abi": ("env.cxx_abi", patched(torch, "compiled_with_cxx11_abi", lambda: "other"), elsewhere),
     "env.python": ("env.python", patched(environment_module, "python_version", lambda: "other"), elsewhere),
+    "code.decimal": ("code.decimal", rounded, elsewhere),
     "code.python": ("code.python", patched(sys.modules["stitchcache.keys.target"], "python_version", str), elsewhere),
     "env.cuda": ("env.cuda", lambda mp: gpu(mp, cuda="13.0"), gpu),
     "env.gpu": ("env.gpu", lambda mp: gpu(mp, found="sm_100"), gpu),
