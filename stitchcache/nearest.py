@@ -7,6 +7,7 @@ write them; nothing is counted as a use, moved or warned of, and what cannot be 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import field
 from typing import TYPE_CHECKING, TypeVar
@@ -178,10 +179,12 @@ class _Budget:
 
     def allows(self, path: str) -> bool:
         try:
-            self.left -= os.stat(path).st_size
+            found = os.stat(path)
         except OSError:
             return False
-        return self.left >= 0
+        self.left -= found.st_size
+        # Opening a pipe would wait for somebody to write into it.
+        return stat.S_ISREG(found.st_mode) and self.left >= 0
 
 
 def _seen(
@@ -215,7 +218,7 @@ def _read_entry(key: str, path: str) -> _Seen:
 
 
 def _target(key: str, path: str) -> StoredTarget | None:
-    return _tried(_read_stored, key, path)
+    return _tried(_read_stored, key, path) if _Budget().allows(path) else None
 
 
 def _read_stored(key: str, path: str) -> StoredTarget:

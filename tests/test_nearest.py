@@ -165,3 +165,13 @@ def test_records_are_frozen(cache):
     (found,) = nearest_entries(cache.roots, factors(a=1))
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.label = "other"
+
+
+def test_a_pipe_where_a_file_should_be_is_passed_over(cache, tmp_path):
+    add(cache, "near", a=1)
+    for area in ("targets", "entries"):
+        key = digest(f"pipe in {area}")
+        (tmp_path / area / key[:2]).mkdir(parents=True, exist_ok=True)
+        os.mkfifo(tmp_path / area / key[:2] / (key if area == "targets" else f"{key}.stitch"))
+    assert len(nearest_entries([tmp_path], factors(a=2))) == 1
+    assert len(stored_targets([tmp_path])) == 1

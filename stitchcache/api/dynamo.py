@@ -20,13 +20,14 @@ from stitchcache.api.cold import compile_pieces
 from stitchcache.api.open import open_artifact
 from stitchcache.api.request import Request, device_of, devices_of
 from stitchcache.api.trace import Traced, fact, trace
-from stitchcache.api.traced import environment_of
+from stitchcache.api.traced import environment_of, unique_factors
 from stitchcache.artifact.record import Artifact
 from stitchcache.backends.torch_compile import fix_own_floats, outside_tracing
 from stitchcache.cache import Cache
 from stitchcache.capture.dynamo import capture_graph, label_of
 from stitchcache.errors import (
     BackendError,
+    BindError,
     CacheMissError,
     CaptureError,
     CodegenError,
@@ -40,7 +41,7 @@ from stitchcache.errors import (
 from stitchcache.graph.opnames import matches
 from stitchcache.graph.symbols import without_guards
 from stitchcache.runtime.graph import CompiledGraph, held_tensors
-from stitchcache.types import BlobRef, Factor
+from stitchcache.types import BlobRef
 
 log = logging.getLogger("stitchcache")
 
@@ -185,7 +186,7 @@ class _GraphRun:
             with self._cache.hold(artifact):
                 opened = open_artifact(artifact, self._cache, self._device)
             return None if opened is None else self._finish(artifact, *opened, hit="graph")
-        except (UntrustedEntryError, EntryFormatError, LinkError, BackendError) as error:
+        except (UntrustedEntryError, EntryFormatError, LinkError, BindError, BackendError) as error:
             log.warning("%s: entry %s is not used: %s", label, key[:12], error)
         except OSError as error:
             log.warning("%s: entry %s cannot be loaded: %s", label, key[:12], error)
@@ -212,7 +213,7 @@ class _GraphRun:
                 self._cache,
                 device=self._device,
                 devices=self._devices,
-                factors=_unique((*self._environment, *self._traced.factors)),
+                factors=unique_factors((*self._environment, *self._traced.factors)),
                 label=self.request.label,
                 tell=lambda _stage, _done, _total, _left: None,
             )
@@ -244,7 +245,3 @@ class _GraphRun:
                 backend=self.request.backend,
             )
         return path.read_bytes()
-
-
-def _unique(factors: Sequence[Factor]) -> tuple[Factor, ...]:
-    return tuple({factor.name: factor for factor in factors}.values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ class Preloaded:
         self._artifact: Artifact | None = None
         self._ready: Ready = {}
         self._mutex = threading.Lock()
+        self._process = os.getpid()
         self._found = threading.Event()
         self._thread = threading.Thread(target=self._run, name="stitchcache-preload", daemon=True)
         self._thread.start()
@@ -49,8 +51,12 @@ class Preloaded:
     @property
     def cache(self) -> Cache | None:
         """The cache; ``None`` if the default one cannot be opened. Waits until that is known."""
-        self._found.wait()
+        self._settle()
         return self._cache
+
+    def _settle(self) -> bool:
+        """Wait until the entry is known; False in a forked process, where the thread does not exist."""
+        return os.getpid() == self._process and self._found.wait()
 
     def wait(self, seconds: float | None = None) -> bool:
         """Wait until it is done.
@@ -61,13 +67,14 @@ class Preloaded:
         Returns:
             Whether it is done.
         """
+        if os.getpid() != self._process:
+            return False
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def artifact(self, graph_hash: str) -> Artifact | None:
         """The entry of a graph hash, read and verified; ``None`` where it is another one or none."""
-        self._found.wait()
-        found = self._artifact
+        found = self._artifact if self._settle() else None
         return found if found is not None and found.graph_hash == graph_hash else None
 
     def take(self, graph_hash: str) -> Ready:

@@ -136,7 +136,7 @@ def _cold(run: Run, traced: Traced) -> CompiledModel:
         run.cache,
         device=run.device,
         devices=run.devices,
-        factors=_unique((*run.target.factors, *traced.factors)),
+        factors=unique_factors((*run.target.factors, *traced.factors)),
         label=run.label,
         tell=run.tell,
     )
@@ -181,5 +181,6 @@ def _import_exporter() -> None:
     torch.export.export(torch.nn.Flatten(0), (torch.zeros(2, 3),), dynamic_shapes=shapes, strict=False)
 
 
-def _unique(factors: Sequence[Factor]) -> tuple[Factor, ...]:
+def unique_factors(factors: Sequence[Factor]) -> tuple[Factor, ...]:
+    """One factor a name, the last of each."""
     return tuple({factor.name: factor for factor in factors}.values())

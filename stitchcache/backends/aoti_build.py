@@ -56,7 +56,7 @@ def build(piece: torch.fx.GraphModule, directory: Path, options: Mapping[str, An
     """
     fakes = tuple(node.meta["val"] for node in piece.graph.nodes if node.op == "placeholder")
     chosen = {
-        **thread_options(piece),
+        **thread_options(piece, options),
         **settings(options),
         "aot_inductor.output_path": str(directory / "piece.so"),
     }

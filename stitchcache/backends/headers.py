@@ -51,6 +51,8 @@ def precompile() -> None:
             codecache._precompile_header(kernel, repr(command), **flags)
         finally:
             os._exit(0)
-    codecache._precompile_header(wrapper, repr(command), min_optimize=True, **flags)
-    if child > 0:
-        os.waitpid(child, 0)
+    try:
+        codecache._precompile_header(wrapper, repr(command), min_optimize=True, **flags)
+    finally:
+        if child > 0:
+            os.waitpid(child, 0)

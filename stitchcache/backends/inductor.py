@@ -59,7 +59,7 @@ class InductorBackend:
                 piece,
                 fakes,
                 dynamic_shapes="from_graph",
-                options={"config_patches": {**thread_options(piece), **options}},
+                options={"config_patches": {**thread_options(piece, options), **options}},
                 aot=True,
             )
         path = directory / "piece.inductor"

@@ -9,9 +9,11 @@ with 2.11 and 2.13.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
@@ -24,12 +26,16 @@ Waking a thread takes longer than the loops of a smaller piece do."""
 _NOMINAL = 8
 
 
-def thread_options(piece: GraphModule) -> dict[str, Any]:
+def thread_options(piece: GraphModule, options: Mapping[str, Any]) -> dict[str, Any]:
     """Inductor's options for a piece.
 
     Args:
         piece: Its nodes carry fake tensors in ``meta["val"]``; sizes that may vary count as in the example.
+        options: The user's own; what they say of threads is left alone.
     """
+    config: Any = torch._inductor.config
+    if {"cpp.threads", "cpp.dynamic_threads"} & options.keys() or config.cpp.threads > 0:
+        return {}
     if _largest(piece) < ENOUGH:
         return {"cpp.threads": 1}
     # The number decides how many loops are shared; how many threads share them is asked when they run.

@@ -7,8 +7,9 @@ waiting for each other at torch's own file locks.
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,17 +36,27 @@ def warming(
     if needless or not children.available() or not backend.wants_warming():
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="stitchcache-warming-") as directory:
-        said = Path(directory) / "log"
-        job = children.Job(
-            name="warming", run=partial(backend.warm, tuple(devices), dict(options)), log=said, backend=name
-        )
-        child = children.start(job)
-        try:
-            yield
-        finally:
+    directory, child = _begin(name, partial(backend.warm, tuple(devices), dict(options)))
+    try:
+        yield
+    finally:
+        if child is not None:
             children.end(child)
-            _tell(said)
+        if directory is not None:
+            _tell(Path(directory) / "log")
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _begin(name: str, warm: Callable[[], None]) -> tuple[str | None, children.Child | None]:
+    """Start the child; a machine that has no room for one, or for its log, does without."""
+    directory = None
+    try:
+        directory = tempfile.mkdtemp(prefix="stitchcache-warming-")
+        job = children.Job(name="warming", run=warm, log=Path(directory) / "log", backend=name)
+        return directory, children.start(job)
+    except OSError as error:
+        log.debug("warming up: %s", error)
+        return directory, None
 
 
 def _tell(said: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import sympy
 import torch
 
 from stitchcache.errors import CaptureError
@@ -114,20 +113,3 @@ def _symbols(program: torch.export.ExportedProgram, names: SymbolNames, shape_en
             low, high = symbols.bounds(shape_env, symbol)
         found.append(SymbolSpec(name=name, min=max(1, low or 0), max=high))
     return found
-
-
-def example_sizes(spec: InputSpec, leaves: Sequence[Any]) -> dict[str, int]:
-    """Values of plain symbols in a set of leaves: ``{"s0": 2, ...}``."""
-    values: dict[str, int] = {}
-    for leaf_spec, leaf in zip(spec.leaves, leaves, strict=True):
-        if (
-            leaf_spec.kind == "symbol"
-            and leaf_spec.symbol is not None
-            and sympy.sympify(leaf_spec.symbol).is_Symbol
-        ):
-            values.setdefault(leaf_spec.symbol, int(leaf))
-        elif leaf_spec.tensor is not None:
-            for size, actual in zip(leaf_spec.tensor.shape, leaf.shape, strict=True):
-                if isinstance(size, str) and size.isidentifier():
-                    values.setdefault(size, int(actual))
-    return values

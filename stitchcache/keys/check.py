@@ -62,10 +62,11 @@ def _check_globals(entries: Iterable[tuple[str, str]], shared: Shared) -> str | 
             elif kind == "class":
                 now, subject = _class_now(rest, shared), f"class {reads.title(rest)}"
             else:
-                now, subject = _global_now(entry, shared), f"global {reads.title(entry)}"
+                name = rest if kind == "global" else entry
+                now, subject = _global_now(name, shared), f"global {reads.title(name)}"
         except UnkeyableError as error:
             return f"{error} (it could be digested when the model was captured)"
-        if now is None and (kind == "item" or entry.removeprefix("class:").startswith("?")):
+        if now is None and (kind == "item" or entry.removeprefix(f"{kind}:").startswith("?")):
             # Loaded during the capture, and not loaded yet here: its file, checked above, speaks for it.
             continue
         if now != digest:
@@ -85,6 +86,8 @@ def _class_now(entry: str, shared: Shared) -> str | None:
 
 
 def _item_now(entry: str, shared: Shared) -> str | None:
+    if entry.count(":") < 2:
+        return ""
     label, name, key = entry.split(":", 2)
     registry = getattr(_module(label, shared), name, None)
     if not isinstance(registry, dict) or key not in registry:

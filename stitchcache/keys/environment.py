@@ -119,6 +119,13 @@ def _factors(backend: str, device_types: Collection[str]) -> Iterator[Factor]:
         yield make_factor("env.gpu", _gpu())
 
 
+# What a thread begins with where nobody changed decimal.DefaultContext; that one may be changed.
+_USUAL_DECIMALS = (
+    "Context(prec=28, rounding=ROUND_HALF_EVEN, Emin=-999999, Emax=999999, capitals=1, clamp=0, flags=[], "
+    "traps=[InvalidOperation, DivisionByZero, Overflow])"
+)
+
+
 def python_version() -> str:
     """Implementation, major and minor version: what bytecode and pickled code belong to."""
     return f"{sys.implementation.name} {sys.version_info[0]}.{sys.version_info[1]}"
@@ -128,11 +135,10 @@ def decimal_context() -> str:
     """How this thread rounds decimal numbers: state of C code, which no recorder sees being read."""
     module: Any = sys.modules.get("decimal")
     if module is None:
-        return "default"
-    now, usual = module.getcontext().copy(), module.Context()
+        return _USUAL_DECIMALS
+    now = module.getcontext().copy()
     now.clear_flags()
-    usual.clear_flags()
-    return "default" if repr(now) == repr(usual) else repr(now)
+    return repr(now)
 
 
 def _libc() -> str:

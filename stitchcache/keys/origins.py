@@ -74,11 +74,6 @@ def installed_path(filename: str) -> str:
     return ""
 
 
-def is_installed(filename: str) -> bool:
-    """Whether a file belongs to an installed package, which nobody edits while a process runs."""
-    return installed_path(filename) != ""
-
-
 def module_stands_by_version(name: str) -> bool:
     """The same for a module by name; a user's module that shadows one of the library's does not."""
     top = name.partition(".")[0]

@@ -222,12 +222,18 @@ def item_digest(main: str, item: Any) -> str:
     return hashlib.sha256(encoder.out).hexdigest()
 
 
+KINDS = frozenset({"env", "call", "item", "class", "global"})
+"""What an entry may begin with, before a colon, when it is no global of a module of another name."""
+
+
 def answer_digest(entry: str) -> str:
     """Digest of what a function of torch answers here and now; that it raises is an answer too.
 
     Args:
         entry: ``call:torch.distributed:get_rank``.
     """
+    if entry.count(":") != 2:
+        return ""
     _, module, name = entry.split(":")
     try:
         answer = repr(getattr(sys.modules.get(module), name)())

@@ -2,8 +2,8 @@
 
 A profile function sees every call in the thread. ``sys.monitoring`` would be cheaper where it exists, but it
 gives code objects without their globals, and to switch off a place after its first call, which makes it
-cheap, would miss a second function with the same code. Capture takes seconds; the profile function is paid
-only there.
+cheap, would miss a second function with the same code and other globals, or a method with another class.
+Capture takes seconds; the profile function is paid only there.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self.unsound: str | None = None
         self._shared = Shared()
         self._seen: dict[int, CodeType] = {}
+        self._met: dict[tuple[int, int, int], tuple[Any, type | None]] = {}
         self._user: dict[int, CodeType] = {}
         self._modules: dict[str, ModuleType] = {}
         self._found: dict[str, str] = {}
@@ -126,9 +127,11 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                 if identity not in self._seen:
                     self._seen[identity] = code
                     self._first_call(frame, code)
+                elif identity in user:
+                    self._further_call(frame, code)
                 if identity in watched:
                     self._forbidden_code(frame, code)
-                elif code is not _READ_VARIABLE:
+                elif identity not in user and code is not _READ_VARIABLE:
                     quiet.add(identity)
 
         return profile
@@ -165,10 +168,22 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._modules.setdefault(name, module)
         if name not in self._loaded and not installed_path(filename):
             self._refuse(f"module {name} is imported while the model runs; import it beforehand")
-        if code.co_name == "<module>":
+        self._further_call(frame, code)
+
+    def _further_call(self, frame: FrameType, code: CodeType) -> None:
+        """Look again where a function has other globals than before, or a method another class."""
+        namespace, receiver = frame.f_globals, _receiver_of(frame, code)
+        key = (id(code), id(namespace), id(receiver))
+        if key in self._met:
             return
+        self._met[key] = (namespace, receiver)
+        if code.co_name == "<module>" or not reads.is_module_namespace(namespace):
+            return
+        name = str(namespace["__name__"])
+        self._modules.setdefault(name, sys.modules[name])
         self._reads(code, namespace, name)
-        self._receiver(frame, code)
+        if receiver is not None:
+            self._receiver(receiver)
 
     def _is_generated(self, frame: FrameType) -> bool:
         """Whether code without a file is made by torch or the library, such as a namedtuple's constructor.
@@ -193,7 +208,9 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
 
     def _note(self, label: str, found: reads.Found, *, whole: bool) -> None:
         late = "" if label == self._shared.main or label in self._loaded else "?"
-        entry = f"{late}{label}:{'.'.join(found.used)}{'' if whole else '.'}"
+        name = f"{late}{label}:{'.'.join(found.used)}{'' if whole else '.'}"
+        # A module may have the name of a kind of entry.
+        entry = f"global:{name}" if label in reads.KINDS else name
         if entry in self._found or entry.rstrip(".") in reads.ROLL_CALLS:
             return
         if entry.rstrip(".") in reads.REGISTRIES and isinstance(found.value, dict):
@@ -205,7 +222,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                 "and how they came about was not seen; call its cache_clear() before compiling"
             )
         try:
-            self._found[entry] = reads.global_digest(self._shared, entry, found)
+            self._found[entry] = reads.global_digest(self._shared, name, found)
         except UnkeyableError as error:
             self._refuse(str(error))
 
@@ -223,12 +240,9 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             return False
         return not stands_by_version(code.co_filename) and cached.cache_info().currsize > 0
 
-    def _receiver(self, frame: FrameType, code: CodeType) -> None:
+    def _receiver(self, receiver: type) -> None:
         """Note the class whose method runs; those of modules are part of the target key already."""
-        if not code.co_argcount or not code.co_varnames or code.co_varnames[0] not in {"self", "cls"}:
-            return
-        value = frame.f_locals.get(code.co_varnames[0])
-        for cls in value.__mro__ if isinstance(value, type) else type(value).__mro__:
+        for cls in receiver.__mro__:
             if issubclass(cls, torch.nn.Module):
                 self._module_classes[id(cls)] = cls
             elif not self._shared.is_versioned(cls.__module__):
@@ -368,6 +382,14 @@ def _is_search(frame: FrameType) -> bool:
         caller = caller.f_back
     machinery = caller is not None and caller.f_code.co_filename.startswith("<frozen importlib")
     return machinery and name in {"find_spec", "find_module", "path_hook"}
+
+
+def _receiver_of(frame: FrameType, code: CodeType) -> type | None:
+    """The class that a method runs for; ``None`` for a plain function."""
+    if not code.co_argcount or not code.co_varnames or code.co_varnames[0] not in {"self", "cls"}:
+        return None
+    value = frame.f_locals.get(code.co_varnames[0])
+    return value if isinstance(value, type) else type(value)
 
 
 def _place(code: CodeType) -> str:

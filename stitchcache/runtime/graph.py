@@ -156,18 +156,19 @@ def _build_call(
     def call_carefully(*args: Any) -> Any:
         """Compiled pieces take what they write to for memory of its own."""
         targets = [args[i] for i in written]
-        if eager is not None and grad_enabled() and any(target.requires_grad for target in targets):
-            # A write that autograd does not see would leave it with wrong gradients.
-            return eager(*args)
-        if not share_memory(targets, [*(args[i] for i in tensors), *more]):
+        # A write that autograd does not see would leave it with wrong gradients.
+        unseen = grad_enabled() and any(target.requires_grad for target in targets)
+        if not unseen and not share_memory(targets, [*(args[i] for i in tensors), *more]):
             return call(*args)
         if eager is not None:
             return eager(*args)
+        what = "wants gradients" if unseen else "shares memory with another one"
         raise InputMismatchError(
-            "an argument that the model writes to shares memory with another one. Pass a clone.",
+            f"an argument that the model writes to {what}. "
+            + ("Call it under torch.no_grad()." if unseen else "Pass a clone."),
             argument="",
-            expected="memory of its own",
-            actual="shared memory",
+            expected="an argument without gradients" if unseen else "memory of its own",
+            actual=what,
         )
 
     return call_carefully

@@ -101,8 +101,9 @@ def check_environment(artifact: Artifact) -> None:
         BackendError: A factor of the environment is another one now; names it.
     """
     stored = {factor.name: factor for factor in artifact.factors if factor.name.startswith("env.")}
-    backends = {piece.backend for piece in artifact.pieces} - {"eager"}
-    now = environment_factors(next(iter(backends), "eager"), devices_in(artifact))
+    # The one that was asked for: single pieces may run op by op all the same.
+    backend = next((f.value for f in artifact.factors if f.name == "request.backend"), "eager")
+    now = environment_factors(backend, devices_in(artifact))
     for factor in now:
         old = stored.get(factor.name)
         if old is None or old.digest != factor.digest:
@@ -110,7 +111,7 @@ def check_environment(artifact: Artifact) -> None:
             raise BackendError(
                 f"{_WHERE} was made for another environment: {factor.name} was {before} and is "
                 f"{factor.value!r}. Compile it here.",
-                backend=next(iter(backends), "eager"),
+                backend=backend,
             )
 
 

@@ -77,3 +77,16 @@ def test_a_setting_that_makes_no_sense(cache, monkeypatch):
     monkeypatch.setenv("STITCHCACHE_AUDIT", "perhaps")
     with pytest.raises(errors.OptionError, match="STITCHCACHE_AUDIT"):
         compiled(cache, Twice())
+
+
+def test_so_is_what_threads_begin_with(cache):
+    """A changed template makes every new context unusual, and must not make it look usual."""
+    first = compiled(cache, Third())
+    before, template = decimal.getcontext().copy(), decimal.DefaultContext.prec
+    try:
+        decimal.DefaultContext.prec = 5
+        decimal.setcontext(decimal.DefaultContext.copy())
+        assert compiled(cache, Third()).graph_hash != first.graph_hash
+    finally:
+        decimal.DefaultContext.prec = template
+        decimal.setcontext(before)

@@ -158,3 +158,25 @@ def test_before_torch_is_imported(cache, fresh_process):
     assert result["hit"] == "direct"
     assert result["loaded"] == [], "the library was loaded by the thread"
     assert result["difference"] < 1e-5
+
+
+def test_a_forked_process_does_without_it(tmp_path, fresh_process):
+    result = fresh_process(
+        f"""
+        import json, os, torch, models, stitchcache
+        cache = stitchcache.Cache({str(tmp_path / "cache")!r})
+        options = models.decoder_options()
+        model, ids = models.decoder(), models.ids()
+        first = stitchcache.compile(model, (ids,), cache=cache, **options)
+        preloaded = stitchcache.preload(first.graph_hash, cache=cache)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            again = stitchcache.compile(model, (ids,), preloaded=preloaded, **options)
+            os.write(writing, (again.cache_hit or "none").encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        print(json.dumps(dict(hit=os.read(reading, 20).decode())))
+        """
+    )
+    assert result["hit"] == "direct"

@@ -103,7 +103,7 @@ def stitched(
         dynamic_shapes=subject.dynamic_shapes(stitchcache.Dim),
         splitting_ops=subject.splitting_ops,
         backend=backend,
-        cache=stitchcache.Cache(directory / "cache"),
+        cache=stitchcache.Cache(directory / "cache") if preloaded is None else preloaded.cache,
         preloaded=preloaded,
     )
 

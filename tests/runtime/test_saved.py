@@ -54,3 +54,24 @@ def test_every_truncation_is_refused(saved):
     for length in range(0, len(whole), 97):
         with pytest.raises(errors.EntryFormatError):
             load_graph(whole[:length])
+
+
+def test_pieces_that_run_op_by_op_are_of_the_environment_they_were_made_in(tmp_path):
+    """With the default backend, whose factors are not those of eager pieces."""
+    cache = stitchcache.Cache(tmp_path)
+
+    class Floats(torch.nn.Module):
+        def forward(self, x, factor):
+            return x * factor
+
+    torch._dynamo.reset()
+    options = {"cache": cache, "backend": "aoti"}
+    fast = torch.compile(Floats().eval(), backend="stitchcache", dynamic=True, options=options)
+    with torch.no_grad():
+        fast(torch.ones(3), 0.5)
+    torch._dynamo.reset()
+    (header,) = cache.entries()
+    artifact = cache.get(header.graph_hash)
+    assert {piece.backend for piece in artifact.pieces} == {"eager"}
+    blobs = {blob.digest: cache.blob_path(blob).read_bytes() for blob in artifact.blobs}
+    assert load_graph(dump_graph(SavedGraph(artifact, blobs, []))).artifact == artifact
