@@ -74,6 +74,7 @@ _VARIABLES = frozenset(
 _HARMLESS_WORDS = (
     "CACHE",
     "_DIR",
+    "_PATH",
     "HOME",
     "COMPILE_THREADS",
     "WORKER",

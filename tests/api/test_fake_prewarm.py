@@ -269,6 +269,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's own libraries take as much")
 def test_weights_take_no_memory(fresh_process):
     """Of 400 MB: a run at the smallest size and the check of the piece hold one layer at a time."""
     told = fresh_process(MEMORY)

@@ -171,8 +171,9 @@ def test_torch_works_in_children_after_threads_were_used(job):
 
 
 PARENT = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from stitchcache.backends.children import Job, run_all
 here = Path(sys.argv[1])
 def work():

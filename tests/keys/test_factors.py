@@ -496,7 +496,8 @@ def test_variables_that_change_code_count(monkeypatch, variable):
 
 
 @pytest.mark.parametrize(
-    "variable", ["HOME", "HOSTNAME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "USER"]
+    "variable",
+    ["HOME", "HOSTNAME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_PTXAS_PATH", "USER"],
 )
 def test_variables_that_say_where_do_not_count(monkeypatch, variable):
     before = environment()
