@@ -185,7 +185,7 @@ class _GraphRun:
                 return None
             with self._cache.hold(artifact):
                 opened = open_artifact(artifact, self._cache, self._device)
-            return None if opened is None else self._finish(artifact, *opened, hit="graph")
+            return None if opened is None else self._finish(artifact, opened[0], hit="graph")
         except (UntrustedEntryError, EntryFormatError, LinkError, BindError, BackendError) as error:
             log.warning("%s: entry %s is not used: %s", label, key[:12], error)
         except OSError as error:
@@ -207,7 +207,7 @@ class _GraphRun:
 
     def _cold(self) -> CompiledGraph:
         with without_guards(self._traced.capture.gm.graph):
-            artifact, pieces, constants = compile_pieces(
+            artifact, pieces, _ = compile_pieces(
                 self._traced,
                 self.request,
                 self._cache,
@@ -217,11 +217,9 @@ class _GraphRun:
                 label=self.request.label,
                 tell=lambda _stage, _done, _total, _left: None,
             )
-        return self._finish(artifact, pieces, constants, hit=None)
+        return self._finish(artifact, pieces, hit=None)
 
-    def _finish(
-        self, artifact: Artifact, pieces: Mapping[str, Any], _constants: Mapping[str, Any], hit: str | None
-    ) -> CompiledGraph:
+    def _finish(self, artifact: Artifact, pieces: Mapping[str, Any], hit: str | None) -> CompiledGraph:
         compiled = CompiledGraph(
             artifact, pieces, self._held, cache_hit=hit, read_blob=self._read_blob, eager=self._gm.forward
         )

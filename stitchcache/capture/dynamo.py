@@ -11,13 +11,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_arg
 
 from stitchcache import tree
 from stitchcache.backends.torch_compile import (
@@ -164,13 +162,7 @@ def _bake_numbers(gm: GraphModule) -> None:
         if isinstance(value, torch.SymInt) and symbols.expression(value).is_Integer:
             value = int(value)
         if node.op == "placeholder" and isinstance(value, (int, float, str)):
-            for user in list(node.users):
-                user.args = map_arg(user.args, partial(_baked, node, value))
-                user.kwargs = map_arg(user.kwargs, partial(_baked, node, value))
-
-
-def _baked(placeholder: Node, value: float | str, node: Node) -> Node | float | str:
-    return value if node is placeholder else node
+            replace_by_value(node, value)
 
 
 def _lift_tensors(gm: GraphModule, mode: Any) -> list[BoundTensor]:
@@ -224,9 +216,8 @@ def _inputs(gm: GraphModule, inputs: Sequence[str], example: Sequence[Any], name
         elif isinstance(value, torch.SymInt) and isinstance(size := names.size(value), str):
             leaves.append(LeafSpec(path=path, kind="symbol", symbol=size))
         elif isinstance(value, (torch.SymInt, int, float, str, type(None))):
-            leaves.append(LeafSpec(path=path, kind="constant", value=_plain(value)))
-            # Dynamo guards the value; before torch 2.12 the graph may go on using the argument.
-            replace_by_value(nodes[name], _plain(value))
+            plain = int(value) if isinstance(value, torch.SymInt) else value
+            leaves.append(LeafSpec(path=path, kind="constant", value=plain))
         else:
             raise CaptureError(
                 f"{path} of a graph that torch.compile captured is a {type(value).__qualname__}; only "
@@ -235,16 +226,11 @@ def _inputs(gm: GraphModule, inputs: Sequence[str], example: Sequence[Any], name
             )
     shape_env = symbols.shape_environment(gm.graph)
     ranges = [(name, *symbols.bounds(shape_env, symbol)) for symbol, name in list(names.items())]
-    gm.recompile()
     return InputSpec(
         tree=tree.dumps(tree.flatten((tuple(example), {}))[1]),
         leaves=tuple(leaves),
         symbols=tuple(SymbolSpec(name=name, min=low or 0, max=high) for name, low, high in ranges),
     )
-
-
-def _plain(value: Any) -> Any:
-    return int(value) if isinstance(value, torch.SymInt) else value
 
 
 def _outputs(gm: GraphModule) -> OutputSpec:
