@@ -39,10 +39,13 @@ print(json.dumps({"hit": compiled.cache_hit, "equal": torch.equal(compiled(x), m
 
 def begin(place: Path, number: int, seconds: float) -> subprocess.Popen[str]:
     """A process that compiles when ``go`` is there, each piece in so many seconds."""
-    (place / "script.py").write_text(SCRIPT)
+    script = place / "script.py"
+    if not script.exists():
+        # Once: a process begun before would read it while it is empty.
+        script.write_text(SCRIPT)
     path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
-        [sys.executable, str(place / "script.py"), str(place), str(number), str(seconds)],
+        [sys.executable, str(script), str(place), str(number), str(seconds)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -55,7 +58,8 @@ def test_of_many_that_start_cold_together_one_compiles(tmp_path, full):
     processes = [begin(tmp_path, number, 2) for number in range(count)]
     try:
         while len(list(tmp_path.glob("ready.*"))) < count:
-            assert all(process.poll() is None for process in processes), processes[0].communicate()[1][-2000:]
+            for process in processes:
+                assert process.poll() is None, (process.returncode, process.communicate()[1][-2000:])
             time.sleep(0.05)
         (tmp_path / "go").touch()
         outcomes = [process.communicate(timeout=300) for process in processes]
