@@ -264,6 +264,8 @@ class TargetRecord:
         refused: Why nothing may be served for this key without tracing; ``None`` where it may.
         factors: What the key is made of, packed: ``stitchcache.artifact.factors`` reads it. Empty where
             it was not recorded. A direct hit has no use for it.
+        code: Code objects of the entry's source: what names one (``stitchcache.codegen.bytecode``), and its
+            marshalled bytes.
     """
 
     graph_hash: str
@@ -273,3 +275,4 @@ class TargetRecord:
     created: float = 0.0
     refused: str | None = None
     factors: bytes = b""
+    code: tuple[tuple[str, bytes], ...] = ()

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from stitchcache.api.cold import compile_pieces
 from stitchcache.api.open import open_artifact
-from stitchcache.api.request import Request, device_of, devices_of
+from stitchcache.api.request import Request, devices_of
 from stitchcache.api.trace import Traced, fact, trace
 from stitchcache.api.traced import environment_of, unique_factors
 from stitchcache.artifact.record import Artifact
@@ -163,8 +163,7 @@ class _GraphRun:
             log.info("%s: this graph has no %s to split at", request.label, ", ".join(absent))
         self.request = replace(request, splitting_ops=tuple(present))
         self._held = held_tensors([item.tensor.detach() for item in captured.bound])
-        self._device = device_of(self._held, example_inputs)
-        self._devices = devices_of(self._held, example_inputs)
+        self._device, self._devices = devices_of(self._held, example_inputs)
         self._environment = environment_of(self.request, self._devices, request.label)
         with outside_tracing():
             self._traced: Traced = trace(

@@ -11,7 +11,7 @@ import torch
 
 from stitchcache.backends import NAMES
 from stitchcache.errors import OptionError
-from stitchcache.runtime.bind import state_of
+from stitchcache.runtime.bind import modules_of
 from stitchcache.types import SizeRange
 
 if TYPE_CHECKING:
@@ -138,23 +138,23 @@ def check_model(model: Any, args: Any, kwargs: Any) -> None:
         raise OptionError(f"kwargs is a {type(kwargs).__qualname__}; pass a dict or None.", option="kwargs")
 
 
-def devices_of(model: torch.nn.Module, leaves: Sequence[Any]) -> tuple[str, ...]:
-    """Device types that a model and its arguments live on, sorted."""
-    return tuple(sorted({device.type for device in _devices(model, leaves)} or {"cpu"}))
+def devices_of(model: torch.nn.Module, leaves: Sequence[Any]) -> tuple[str, tuple[str, ...]]:
+    """What a model and its arguments live on.
 
-
-def device_of(model: torch.nn.Module, leaves: Sequence[Any]) -> str:
-    """The device that pieces are loaded for: the first accelerator found, else the CPU."""
-    return next((str(device) for device in _devices(model, leaves) if device.type != "cpu"), "cpu")
-
-
-def _devices(model: torch.nn.Module, leaves: Sequence[Any]) -> list[torch.device]:
-    """Devices of parameters, buffers and arguments, each once, in that order."""
-    state = state_of(model).values()
-    parameters = [tensor for tensor in state if isinstance(tensor, torch.nn.Parameter)]
-    others = [tensor for tensor in state if not isinstance(tensor, torch.nn.Parameter)]
-    arguments = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    return list(dict.fromkeys(tensor.device for tensor in (*parameters, *others, *arguments)))
+    Returns:
+        The device that pieces are loaded for (the first accelerator found among parameters, buffers and
+        arguments, else the CPU), and the types of all devices, sorted.
+    """
+    parameters: dict[torch.device, None] = {}
+    others: dict[torch.device, None] = {}
+    # By hand: asking for all parameters, or a tensor whether it is one, takes milliseconds.
+    for _, module in modules_of(model):
+        parameters.update((t.device, None) for t in module._parameters.values() if t is not None)
+        others.update((t.device, None) for t in module._buffers.values() if t is not None)
+    others.update((leaf.device, None) for leaf in leaves if isinstance(leaf, torch.Tensor))
+    found = parameters | others
+    first = next((str(device) for device in found if device.type != "cpu"), "cpu")
+    return first, tuple(sorted({device.type for device in found} or {"cpu"}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,9 +11,10 @@ import torch
 
 from stitchcache import tree
 from stitchcache.api.open import open_artifact
-from stitchcache.api.request import OnProgress, Progress, Request, device_of, devices_of, environment_flag
+from stitchcache.api.request import OnProgress, Progress, Request, devices_of, environment_flag
 from stitchcache.artifact.record import Artifact
 from stitchcache.cache import Cache
+from stitchcache.codegen.bytecode import CodeObjects
 from stitchcache.errors import BackendError, EntryFormatError, LinkError, UntrustedEntryError
 from stitchcache.keys.check import check_sources
 from stitchcache.keys.target import TargetKey, target_key
@@ -49,6 +50,7 @@ class Run:
             ``example``, ``piece`` or ``refused``.
         record: What the target key leads to, where it was found.
         near: What a miss found out beyond its reason: ``hint`` for the log, and facts for ``explain()``.
+        objects: Code objects of the generated source: those of a record that may be served, and new ones.
     """
 
     def __init__(
@@ -71,8 +73,7 @@ class Run:
         self._leaves = leaves
         self.shared = Shared()
         paths = tree.leaf_paths(model.forward, args, kwargs)
-        self.device = device_of(model, leaves)
-        self.devices = devices_of(model, leaves)
+        self.device, self.devices = devices_of(model, leaves)
         self.target = self.timed(
             "key", lambda: self._target_key(list(zip(paths, leaves, strict=True)), tree.dumps(spec))
         )
@@ -80,6 +81,7 @@ class Run:
         self.cause = "new" if self.target.key is not None else "unkeyable"
         self.record: TargetRecord | None = None
         self.near: MissFacts | None = None
+        self.objects = CodeObjects()
 
     def direct(self) -> CompiledModel | None:
         """Load without tracing; ``None`` is a miss, and ``reason`` says why.
@@ -119,6 +121,7 @@ class Run:
         if misfit is not None:
             self.reason, self.cause = f"the example does not fit what was captured: {misfit}", "example"
             return None
+        self.objects = CodeObjects(record.code)
         return artifact
 
     def open(self, artifact: Artifact, hit: str) -> CompiledModel | None:
@@ -151,7 +154,10 @@ class Run:
     ) -> CompiledModel:
         """Link what is loaded, and say so."""
         compiled = self.timed(
-            "link", lambda: CompiledModel(artifact, self.model, pieces, constants, cache_hit=hit)
+            "link",
+            lambda: CompiledModel(
+                artifact, self.model, pieces, constants, cache_hit=hit, objects=self.objects
+            ),
         )
         self._count(artifact, hit)
         self.timings["total"] = time.perf_counter() - self._began

@@ -105,6 +105,7 @@ def _note_target(run: Run, traced: Traced, recorder: SourceRecorder, edited: boo
         created=time.time(),
         refused=refused,
         factors=pack_factors(run.target.factors),
+        code=tuple(run.objects) if refused is None else (),
     )
     _store(run, lambda: run.cache.put_target(key, record))
 

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from stitchcache.artifact import fields
-from stitchcache.artifact.fields import FieldError, Fields, count, digest, each, expect, maybe, seconds, text
+from stitchcache.artifact.fields import (
+    PLAIN,
+    FieldError,
+    count,
+    digest,
+    each,
+    expect,
+    maybe,
+    record,
+    seconds,
+    text,
+)
 from stitchcache.artifact.frame import (
     HEADER_OFFSET,
     MAGIC,
@@ -150,243 +161,7 @@ def _decoded(read: Callable[[object], T], encoded: bytes, path: str, root: str) 
         raise malformed(path, where.field or "payload", where.reason) from None
 
 
-def _read_header(value: object) -> Header:
-    record = Fields(value)
-    header = Header(
-        graph_hash=record.take("graph_hash", digest),
-        label=record.take("label", text),
-        created=record.take("created", seconds),
-        compile_seconds=record.take("compile_seconds", seconds),
-        format_version=3,
-        variant_count=record.take("variants", count),
-        piece_count=record.take("pieces", count),
-        backends=record.take("backends", each(text)),
-        blobs=record.take("blobs", each(_read_blob)),
-    )
-    record.done()
-    return header
-
-
-def _read_artifact(value: object, header: Header) -> Artifact:
-    record = Fields(value)
-    artifact = Artifact(
-        graph_hash=header.graph_hash,
-        variants=record.take("variants", each(_read_variant)),
-        input_spec=record.take("input_spec", maybe(_read_input_spec)),
-        output_spec=record.take("output_spec", maybe(_read_output_spec)),
-        bindings=record.take("bindings", each(_read_binding)),
-        factors=record.take("factors", each(_read_factor)),
-        created=header.created,
-        label=header.label,
-        compile_seconds=header.compile_seconds,
-        format_version=header.format_version,
-    )
-    record.done()
-    if not artifact.variants or len(artifact.variants) != header.variant_count:
-        raise FieldError("variants", f"{len(artifact.variants)} where the header says {header.variant_count}")
-    return artifact
-
-
-def _read_variant(value: object) -> Variant:
-    record = Fields(value)
-    variant = Variant(
-        size_range=record.take("size_range", maybe(_read_size_range)),
-        code=record.take("code", text),
-        submod_names=record.take("submod_names", each(text)),
-        consts=record.take("consts", maybe(_binary)),
-        pieces=record.take("pieces", each(_read_piece)),
-    )
-    record.done()
-    return variant
-
-
-def _read_size_range(value: object) -> SizeRange:
-    record = Fields(value)
-    low, high = record.take("min", count), record.take("max", count)
-    if low > high:
-        raise FieldError("max", f"{high} is below min {low}")
-    size_range = SizeRange(low, high, record.take("dim", maybe(text)))
-    record.done()
-    return size_range
-
-
-def _read_piece(value: object) -> PieceRef:
-    record = Fields(value)
-    piece = PieceRef(
-        name=record.take("name", text),
-        key=record.take("key", text),
-        backend=record.take("backend", text),
-        blob=record.take("blob", _read_blob),
-    )
-    record.done()
-    return piece
-
-
-def _read_blob(value: object) -> BlobRef:
-    record = Fields(value)
-    blob = BlobRef(digest=record.take("digest", digest), size=record.take("size", count))
-    record.done()
-    return blob
-
-
-def _read_input_spec(value: object) -> InputSpec:
-    record = Fields(value)
-    spec = InputSpec(
-        tree=record.take("tree", text),
-        leaves=record.take("leaves", each(_read_leaf)),
-        symbols=record.take("symbols", each(_read_symbol)),
-        constraints=record.take("constraints", each(text)),
-    )
-    record.done()
-    return spec
-
-
-_leaf_kind = fields.one_of("tensor", "inout", "symbol", "constant")
-_binding_kind = fields.one_of("parameter", "buffer", "constant")
-
-
-def _read_leaf(value: object) -> LeafSpec:
-    record = Fields(value)
-    leaf = LeafSpec(
-        path=record.take("path", text),
-        kind=record.take("kind", _leaf_kind),  # type: ignore[arg-type]
-        tensor=record.take("tensor", maybe(_read_tensor)),
-        symbol=record.take("symbol", maybe(text)),
-        value=record.take("value", _scalar),
-    )
-    record.done()
-    needed = {"tensor": leaf.tensor, "inout": leaf.tensor, "symbol": leaf.symbol}
-    if leaf.kind in needed and needed[leaf.kind] is None:
-        raise FieldError(leaf.kind, f"missing where kind is {leaf.kind}")
-    return leaf
-
-
-def _scalar(value: object) -> Scalar:
-    if type(value) is dict:
-        record = Fields(value)
-        number = record.take("int", text)
-        record.done()
-        try:
-            return int(number, 16)
-        except ValueError:
-            raise FieldError("int", "not a hexadecimal number") from None
-    if value is None or type(value) in (bool, int, float, str):
-        return cast(Scalar, value)
-    raise FieldError("", f"{type(value).__name__} where a scalar is expected")
-
-
-def _read_symbol(value: object) -> SymbolSpec:
-    record = Fields(value)
-    symbol = SymbolSpec(
-        name=record.take("name", text),
-        min=record.take("min", _integer),
-        max=record.take("max", maybe(_integer)),
-        label=record.take("label", text),
-    )
-    record.done()
-    return symbol
-
-
-def _read_tensor(value: object) -> TensorSpec:
-    record = Fields(value)
-    tensor = TensorSpec(
-        dtype=record.take("dtype", text),
-        device=record.take("device", text),
-        shape=record.take("shape", _read_sizes),
-        stride=record.take("stride", _read_sizes),
-    )
-    record.done()
-    if len(tensor.shape) != len(tensor.stride):
-        raise FieldError("stride", f"{len(tensor.stride)} strides for {len(tensor.shape)} dimensions")
-    return tensor
-
-
-def _size(value: object) -> Size:
-    return value if type(value) is str else count(value)
-
-
-_read_sizes = each(_size)
-
-
-def _read_output_spec(value: object) -> OutputSpec:
-    record = Fields(value)
-    spec = OutputSpec(
-        tree=record.take("tree", text),
-        count=record.take("count", count),
-        mutations=record.take("mutations", each(text)),
-    )
-    record.done()
-    return spec
-
-
-def _read_binding(value: object) -> BindingSpec:
-    record = Fields(value)
-    binding = BindingSpec(
-        name=record.take("name", text),
-        kind=record.take("kind", _binding_kind),  # type: ignore[arg-type]
-        tensor=record.take("tensor", _read_tensor),
-        blob=record.take("blob", maybe(_read_blob)),
-        aliases=record.take("aliases", each(text)),
-    )
-    record.done()
-    return binding
-
-
-def _read_factor(value: object) -> Factor:
-    record = Fields(value)
-    factor = Factor(
-        name=record.take("name", text), value=record.take("value", text), digest=record.take("digest", text)
-    )
-    record.done()
-    return factor
-
-
-def _read_target(value: object, key: str, version: int) -> TargetRecord:
-    record = Fields(value)
-    _check_key(record.take("key", text), key)
-    explained = version > 3
-    target = TargetRecord(
-        graph_hash=record.take("graph_hash", digest),
-        sources=record.take("sources", each(_read_source)),
-        globals=record.take("globals", each(_read_pair)),
-        label=record.take("label", text),
-        created=record.take("created", seconds),
-        refused=record.take("refused", maybe(text)) if explained else None,
-        factors=record.take("factors", _binary) if explained else b"",
-    )
-    record.done()
-    return target
-
-
-def _read_source(value: object) -> SourceRef:
-    record = Fields(value)
-    source = SourceRef(
-        module=record.take("module", text),
-        digest=record.take("digest", text),
-        size=record.take("size", count),
-    )
-    record.done()
-    return source
-
-
-def _read_pair(value: object) -> tuple[str, str]:
-    pair = each(text)(value)
-    if len(pair) != 2:
-        raise FieldError("", f"{len(pair)} items where 2 are expected")
-    return pair[0], pair[1]
-
-
-def _read_piece_record(value: object, key: str) -> PieceRecord:
-    record = Fields(value)
-    _check_key(record.take("key", text), key)
-    piece = PieceRecord(key=key, backend=record.take("backend", text), blob=record.take("blob", _read_blob))
-    record.done()
-    return piece
-
-
-def _check_key(found: str, key: str) -> None:
-    if found != key:
-        raise FieldError("key", f"{found} in a file that should be about {key}")
+# -- what the format says, from the inside out --------------------------------------------------------
 
 
 def _binary(value: object) -> bytes:
@@ -395,3 +170,167 @@ def _binary(value: object) -> bytes:
 
 def _integer(value: object) -> int:
     return expect(value, int)
+
+
+def _size(value: object) -> Size:
+    return value if type(value) is str else count(value)
+
+
+def _size_range(min: int, max: int, dim: str | None) -> SizeRange:
+    if min > max:
+        raise FieldError("max", f"{max} is below min {min}")
+    return SizeRange(min, max, dim)
+
+
+def _tensor(shape: tuple[Size, ...], stride: tuple[Size, ...], **values: Any) -> TensorSpec:
+    if len(shape) != len(stride):
+        raise FieldError("stride", f"{len(stride)} strides for {len(shape)} dimensions")
+    return TensorSpec(shape=shape, stride=stride, **values)
+
+
+_read_long = record(PLAIN, int=text)
+
+
+def _scalar(value: object) -> Scalar:
+    if type(value) is dict:
+        try:
+            return int(_read_long(value)["int"], 16)
+        except ValueError as error:
+            if isinstance(error, FieldError):
+                raise
+            raise FieldError("int", "not a hexadecimal number") from None
+    if value is None or type(value) in (bool, int, float, str):
+        return cast(Scalar, value)
+    raise FieldError("", f"{type(value).__name__} where a scalar is expected")
+
+
+def _leaf(kind: Any, tensor: TensorSpec | None, symbol: str | None, **values: Any) -> LeafSpec:
+    needed = {"tensor": tensor, "inout": tensor, "symbol": symbol}
+    if kind in needed and needed[kind] is None:
+        raise FieldError(kind, f"missing where kind is {kind}")
+    return LeafSpec(kind=kind, tensor=tensor, symbol=symbol, **values)
+
+
+def _pair(read: Callable[[object], T]) -> Callable[[object], tuple[str, T]]:
+    def read_pair(value: object) -> tuple[str, T]:
+        pair = expect(value, list)
+        if len(pair) != 2:
+            raise FieldError("", f"{len(pair)} items where 2 are expected")
+        try:
+            return text(pair[0]), read(pair[1])
+        except FieldError as error:
+            raise error.within("[0]" if type(pair[0]) is not str else "[1]") from None
+
+    return read_pair
+
+
+_read_sizes = each(_size)
+_read_tensor = record(_tensor, dtype=text, device=text, shape=_read_sizes, stride=_read_sizes)
+_read_blob = record(BlobRef, digest=digest, size=count)
+_read_piece = record(PieceRef, name=text, key=text, backend=text, blob=_read_blob)
+_read_size_range = record(_size_range, min=count, max=count, dim=maybe(text))
+_read_variant = record(
+    Variant,
+    size_range=maybe(_read_size_range),
+    code=text,
+    submod_names=each(text),
+    consts=maybe(_binary),
+    pieces=each(_read_piece),
+)
+_read_leaf = record(
+    _leaf,
+    path=text,
+    kind=fields.one_of("tensor", "inout", "symbol", "constant"),
+    tensor=maybe(_read_tensor),
+    symbol=maybe(text),
+    value=_scalar,
+)
+_read_symbol = record(SymbolSpec, name=text, min=_integer, max=maybe(_integer), label=text)
+_read_input_spec = record(
+    InputSpec, tree=text, leaves=each(_read_leaf), symbols=each(_read_symbol), constraints=each(text)
+)
+_read_output_spec = record(OutputSpec, tree=text, count=count, mutations=each(text))
+_read_binding = record(
+    BindingSpec,
+    name=text,
+    kind=fields.one_of("parameter", "buffer", "constant"),
+    tensor=_read_tensor,
+    blob=maybe(_read_blob),
+    aliases=each(text),
+)
+_read_factor = record(Factor, name=text, value=text, digest=text)
+_read_source = record(SourceRef, module=text, digest=text, size=count)
+
+_read_header_fields = record(
+    PLAIN,
+    graph_hash=digest,
+    label=text,
+    created=seconds,
+    compile_seconds=seconds,
+    variants=count,
+    pieces=count,
+    backends=each(text),
+    blobs=each(_read_blob),
+)
+_read_payload = record(
+    PLAIN,
+    variants=each(_read_variant),
+    input_spec=maybe(_read_input_spec),
+    output_spec=maybe(_read_output_spec),
+    bindings=each(_read_binding),
+    factors=each(_read_factor),
+)
+_IN_TARGET_3: dict[str, Callable[[object], Any]] = {
+    "key": text,
+    "graph_hash": digest,
+    "sources": each(_read_source),
+    "globals": each(_pair(text)),
+    "label": text,
+    "created": seconds,
+}
+_IN_TARGET_4 = _IN_TARGET_3 | {"refused": maybe(text), "factors": _binary}
+_IN_TARGET_5 = _IN_TARGET_4 | {"code": each(_pair(_binary))}
+_TARGETS = {
+    version: record(PLAIN, **keys)
+    for version, keys in ((3, _IN_TARGET_3), (4, _IN_TARGET_4), (5, _IN_TARGET_5))
+}
+_read_piece_fields = record(PLAIN, key=text, backend=text, blob=_read_blob)
+
+
+def _read_header(value: object) -> Header:
+    found = _read_header_fields(value)
+    return Header(
+        format_version=3, variant_count=found.pop("variants"), piece_count=found.pop("pieces"), **found
+    )
+
+
+def _read_artifact(value: object, header: Header) -> Artifact:
+    payload = _read_payload(value)
+    variants = payload["variants"]
+    if not variants or len(variants) != header.variant_count:
+        raise FieldError("variants", f"{len(variants)} where the header says {header.variant_count}")
+    return Artifact(
+        graph_hash=header.graph_hash,
+        created=header.created,
+        label=header.label,
+        compile_seconds=header.compile_seconds,
+        format_version=header.format_version,
+        **payload,
+    )
+
+
+def _read_target(value: object, key: str, version: int) -> TargetRecord:
+    found = _TARGETS[version](value)
+    _check_key(found.pop("key"), key)
+    return TargetRecord(**found)
+
+
+def _read_piece_record(value: object, key: str) -> PieceRecord:
+    found = _read_piece_fields(value)
+    _check_key(found["key"], key)
+    return PieceRecord(**found)
+
+
+def _check_key(found: str, key: str) -> None:
+    if found != key:
+        raise FieldError("key", f"{found} in a file that should be about {key}")

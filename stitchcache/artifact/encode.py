@@ -52,6 +52,7 @@ def encode_target(key: str, record: TargetRecord) -> bytes:
         "created": float(record.created),
         "refused": record.refused,
         "factors": record.factors,
+        "code": [[name, marshalled] for name, marshalled in record.code],
     }
     return seal(Kind.TARGET, b"", pack(payload))
 

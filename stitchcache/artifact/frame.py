@@ -5,7 +5,7 @@ Grammar (docs/format.md is normative; integers are little-endian)::
     file      = prelude header-digest header payload signature digest
     prelude   = magic version kind header-size payload-size signature-size reserved   ; 32 bytes
     magic     = "STITCH" CR LF                  ; 8 bytes; CR LF shows a text-mode transfer
-    version   = u16                             ; 3; 4 in targets
+    version   = u16                             ; 3; 5 in targets
     kind      = u16                             ; 1 entry, 2 target, 3 piece
     header-digest = sha256(prelude header)      ; lets a reader trust the header without the rest
     digest    = sha256(everything before it)    ; the last 32 bytes, in every version from 3 on
@@ -50,8 +50,8 @@ class Kind(IntEnum):
     PIECE = 3
 
 
-_TARGET_VERSION = 4
-"""Targets gained factors; the frame around them, entries and pieces are as they were."""
+_TARGET_VERSION = 5
+"""Targets gained factors and code objects; the frame around them, entries and pieces are as they were."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

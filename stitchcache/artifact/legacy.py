@@ -10,7 +10,7 @@ import pickle
 import pickletools
 from typing import Any
 
-from stitchcache.artifact.fields import FieldError, Fields, digest, each, expect, maybe, text
+from stitchcache.artifact.fields import PLAIN, FieldError, digest, each, expect, maybe, record, text
 from stitchcache.artifact.frame import malformed
 from stitchcache.artifact.record import Artifact, Variant
 from stitchcache.artifact.wire import unpack
@@ -49,26 +49,32 @@ def decode_legacy(data: bytes, *, path: str = "") -> Artifact:
         raise malformed(path, error.field or "payload", error.reason) from None
 
 
+def _binary(value: object) -> bytes:
+    return expect(value, bytes)
+
+
+def _integer(value: object) -> int:
+    return expect(value, int)
+
+
+_FORMAT_0 = record(PLAIN, execution_code=text, submod_names=each(text), graph_hash=digest)
+_FORMAT_1 = record(PLAIN, version=_integer, graph_hash=digest, code=text, submod_names=each(text))
+_FORMAT_2 = record(
+    PLAIN, version=_integer, graph_hash=digest, code=text, submod_names=each(text), consts=maybe(_binary)
+)
+
+
 def _format_0(value: object) -> Artifact:
-    record = Fields(value)
-    code = record.take("execution_code", text)
-    names = record.take("submod_names", each(text))
-    graph_hash = record.take("graph_hash", digest)
-    record.done()
-    return _artifact(0, graph_hash, code, names, None)
+    found = _FORMAT_0(value)
+    return _artifact(0, found["graph_hash"], found["execution_code"], found["submod_names"], None)
 
 
 def _format_1_or_2(value: object) -> Artifact:
-    record = Fields(value)
-    version = record.take("version", lambda number: expect(number, int))
-    if version not in (1, 2):
-        raise FieldError("version", f"{version} is neither 1 nor 2")
-    graph_hash = record.take("graph_hash", digest)
-    code = record.take("code", text)
-    names = record.take("submod_names", each(text))
-    consts = record.take("consts", maybe(lambda table: expect(table, bytes))) if version == 2 else None
-    record.done()
-    return _artifact(version, graph_hash, code, names, consts)
+    version = expect(value, dict).get("version")
+    if type(version) is not int or version not in (1, 2):
+        raise FieldError("version", f"{version!r} is neither 1 nor 2")
+    found = _FORMAT_1(value) if version == 1 else _FORMAT_2(value)
+    return _artifact(version, found["graph_hash"], found["code"], found["submod_names"], found.get("consts"))
 
 
 def _artifact(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stitchcache.codegen.gate import CheckedCode, check_code
+from stitchcache.codegen.bytecode import CodeObjects
 from stitchcache.errors import LinkError
 
 
@@ -43,46 +43,106 @@ def compile_execution_fn(
             number of submodules or constants.
         LinkError: The code uses a submodule that is not supplied, or an op that does not exist here.
     """
+    return bind_execution_fn(code, submod_callables, submod_names, consts, CodeObjects())
+
+
+def bind_execution_fn(
+    code: str,
+    submod_callables: Mapping[str, Any],
+    submod_names: Sequence[str],
+    consts: Sequence[Any] | None,
+    objects: CodeObjects,
+) -> Callable[..., Any]:
+    """:func:`compile_execution_fn` that takes the code object where it is kept, and keeps it where it is not.
+
+    Args:
+        code: As there, like the rest.
+        submod_callables: As there.
+        submod_names: As there.
+        consts: As there.
+        objects: Code objects of sources that passed the gate.
+
+    Returns:
+        As there.
+
+    Raises:
+        EntryFormatError: As there.
+        LinkError: As there.
+    """
     table = list(consts) if consts is not None else []
-    checked = check_code(code, len(submod_names), len(table))
-    missing = [
-        name
-        for i, name in enumerate(submod_names)
-        if i in checked.used and submod_callables.get(name) is None
-    ]
+    submods = [submod_callables.get(name) for name in submod_names] if isinstance(code, str) else []
+    # Anything but text is refused by the gate.
+    filename = _name_of(code) if isinstance(code, str) else ""
+    # What the gate held the source against is a part of what names the code object.
+    checked_as = f"{len(submod_names)} {len(table)}\0{code}"
+    kept = objects.get(filename, checked_as)
+    function = None
+    if kept is not None and all(submod is not None for submod in submods):
+        function = _bind(kept, submods, table)
+    if function is None:
+        function = _bind_checked(code, filename, submod_names, submods, table, objects, checked_as)
+    _show_source(function, filename, code)
+    return function
+
+
+def _name_of(code: str) -> str:
+    return f"<stitchcache {hashlib.sha256(code.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}>"
+
+
+def _bind(kept: types.CodeType, submods: list[Any], consts: list[Any]) -> types.FunctionType | None:
+    """Run a kept code object; ``None`` where it needs what this process lacks, which the gate can name."""
+    scope = _scope()
+    try:
+        exec(kept, scope)  # noqa: S102  (it passed the gate when it was compiled)
+        function: types.FunctionType = scope["bind"](submods, consts)
+    except AttributeError:
+        return None
+    return function
+
+
+def _bind_checked(
+    code: str,
+    filename: str,
+    submod_names: Sequence[str],
+    submods: list[Any],
+    consts: list[Any],
+    objects: CodeObjects,
+    checked_as: str,
+) -> types.FunctionType:
+    # Imported where it is needed: most warm starts find the code object.
+    from stitchcache.codegen.gate import check_code
+
+    checked = check_code(code, len(submod_names), len(consts))
+    missing = [name for i, name in enumerate(submod_names) if i in checked.used and submods[i] is None]
     if missing:
         raise LinkError(
             f"The execution code uses {', '.join(missing)}, and nothing was supplied for it. "
             "Pass a callable (or a tensor, for a parameter or buffer) under each name in submod_callables.",
             missing=missing,
         )
-    submods = [submod_callables.get(name) for name in submod_names]
-    filename = f"<stitchcache {hashlib.sha256(code.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}>"
-    function = _execute(checked, filename, submods, table)
-    _show_source(function, filename, code)
+    scope = _scope()
+    compiled = compile(checked.tree, filename, "exec", dont_inherit=True)
+    function: types.FunctionType
+    if checked.abi == "bound":
+        exec(compiled, scope)  # noqa: S102  (after the gate)
+        objects.add(filename, checked_as, compiled)
+        function = scope["bind"](submods, consts)
+    else:
+        scope["__vllm_consts__"] = consts
+        exec(compiled, scope)  # noqa: S102  (after the gate)
+        function = scope["execution_fn"]
+        function.__kwdefaults__ = {**(function.__kwdefaults__ or {}), "__vllm_submods__": submods}
     return function
 
 
-def _execute(
-    checked: CheckedCode, filename: str, submods: list[Any], consts: list[Any]
-) -> types.FunctionType:
+def _scope() -> dict[str, Any]:
     # The gate took the import statements out: what they would bind is given here.
-    scope: dict[str, Any] = {
+    return {
         "__name__": "stitchcache.generated",
         "torch": torch,
         "operator": operator,
         "_operator": operator,
     }
-    if checked.abi == "list":
-        scope["__vllm_consts__"] = consts
-    exec(compile(checked.tree, filename, "exec", dont_inherit=True), scope)  # noqa: S102  (after the gate)
-    function: types.FunctionType
-    if checked.abi == "bound":
-        function = scope["bind"](submods, consts)
-    else:
-        function = scope["execution_fn"]
-        function.__kwdefaults__ = {**(function.__kwdefaults__ or {}), "__vllm_submods__": submods}
-    return function
 
 
 class _Source(list[str]):

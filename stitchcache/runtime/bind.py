@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -71,19 +71,25 @@ def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     take a millisecond for a deep model.
     """
     state: dict[str, torch.Tensor] = {}
-    todo: list[tuple[str, torch.nn.Module]] = [("", model)]
-    while todo:
-        prefix, module = todo.pop()
+    for prefix, module in modules_of(model):
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
                     state[prefix + name] = tensor
+    return state
+
+
+def modules_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """A model's modules in their order, by each of their names, which end in a dot; the model's is empty."""
+    todo: list[tuple[str, torch.nn.Module]] = [("", model)]
+    while todo:
+        prefix, module = todo.pop()
+        yield prefix, module
         children = [
             (f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None
         ]
         # Reversed, so that what comes first is taken first.
         todo += reversed(children)
-    return state
 
 
 def _check(binding: BindingSpec, tensor: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from stitchcache import tree
 from stitchcache.artifact.record import Artifact
 from stitchcache.backends.grad_mode import set_grad_enabled
+from stitchcache.codegen.bytecode import CodeObjects
 from stitchcache.errors import EntryFormatError, InputMismatchError
 from stitchcache.runtime.arrange import Arrangement
 from stitchcache.runtime.callcode import CallSource, output_expression, write_checks, write_inputs
@@ -24,6 +25,7 @@ def build_call(
     artifact: Artifact,
     tensors: Mapping[str, torch.Tensor],
     forward: Callable[..., Any],
+    objects: CodeObjects,
 ) -> Callable[..., Any]:
     """Write and compile the code around a stitching function.
 
@@ -32,6 +34,7 @@ def build_call(
         artifact: Has the contract.
         tensors: Bound tensors by name, for buffers that are written back.
         forward: The model's own, for the order of its parameters.
+        objects: Code objects that are kept, and are to be kept.
 
     Returns:
         The function behind :class:`CompiledModel`.
@@ -74,7 +77,7 @@ def build_call(
         run_quietly=run_quietly,
         unflatten=_unflattener(outputs),
     )
-    return _compile(source, layout, artifact.graph_hash)
+    return _compile(source, layout, artifact.graph_hash, objects)
 
 
 def _write_body(
@@ -138,13 +141,19 @@ def run_quietly(function: Callable[..., Any], device: str, arguments: tuple[Any,
         return function(*arguments)
 
 
-def _compile(source: CallSource, layout: Arrangement, graph_hash: str) -> Callable[..., Any]:
+def _compile(
+    source: CallSource, layout: Arrangement, graph_hash: str, objects: CodeObjects
+) -> Callable[..., Any]:
     body = "\n".join(f"        {line}" for line in source.lines)
     parameters = ", ".join(source.names)
     text = f"def bind({parameters}):\n    def call(*args, **kwargs):\n{body}\n    return call\n"
     filename = f"<stitchcache call {graph_hash[:12]}>"
     namespace: dict[str, Any] = {}
-    exec(compile(text, filename, "exec"), namespace)  # noqa: S102 - written above, from checked parts
+    code = objects.get(filename, text)
+    if code is None:
+        code = compile(text, filename, "exec", dont_inherit=True)
+        objects.add(filename, text, code)
+    exec(code, namespace)  # noqa: S102 - written above, from checked parts
 
     def refuse(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arranged = layout.arrange(args, kwargs)

@@ -6,18 +6,25 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from stitchcache.artifact.record import Artifact, Variant
-from stitchcache.codegen.execution import compile_execution_fn
+from stitchcache.codegen.bytecode import CodeObjects
+from stitchcache.codegen.execution import bind_execution_fn
 from stitchcache.errors import LinkError
 from stitchcache.types import BOUND
 
 
-def link(artifact: Artifact, pieces: Mapping[str, Any], tensors: Mapping[str, Any]) -> Callable[..., Any]:
+def link(
+    artifact: Artifact,
+    pieces: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    objects: CodeObjects | None = None,
+) -> Callable[..., Any]:
     """Make an artifact callable. Does no I/O.
 
     Args:
         artifact: A decoded entry; not changed.
         pieces: A loaded piece for each piece key.
         tensors: A tensor for each binding's name.
+        objects: Code objects that are kept, and are to be kept.
 
     Returns:
         A callable over the leaves that the stitching function takes, in order; returns flat results.
@@ -26,8 +33,9 @@ def link(artifact: Artifact, pieces: Mapping[str, Any], tensors: Mapping[str, An
         LinkError: A piece or a tensor is missing; ``missing`` lists the names.
         EntryFormatError: The code is not of the shape that stitchcache generates.
     """
+    known = objects if objects is not None else CodeObjects()
     functions = [
-        (variant.size_range, link_variant(variant, pieces, tensors)) for variant in artifact.variants
+        (variant.size_range, link_variant(variant, pieces, tensors, known)) for variant in artifact.variants
     ]
     if len(functions) == 1 and functions[0][0] is None:
         return functions[0][1]
@@ -39,7 +47,7 @@ def link(artifact: Artifact, pieces: Mapping[str, Any], tensors: Mapping[str, An
 
 
 def link_variant(
-    variant: Variant, pieces: Mapping[str, Any], tensors: Mapping[str, Any]
+    variant: Variant, pieces: Mapping[str, Any], tensors: Mapping[str, Any], objects: CodeObjects
 ) -> Callable[..., Any]:
     """Make one variant callable; see :func:`link`."""
     callables: dict[str, Any] = {}
@@ -62,7 +70,7 @@ def link_variant(
             "Run 'stitchcache verify --repair' and compile again.",
             missing=missing,
         )
-    return compile_execution_fn(variant.code, callables, variant.submod_names, _consts(variant))
+    return bind_execution_fn(variant.code, callables, variant.submod_names, _consts(variant), objects)
 
 
 def _consts(variant: Variant) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stitchcache.artifact.record import Artifact
+from stitchcache.codegen.bytecode import CodeObjects
 from stitchcache.errors import EntryFormatError
 from stitchcache.runtime.bind import bind_tensors
 from stitchcache.runtime.call import build_call
@@ -51,6 +52,7 @@ class CompiledModel:
         *,
         cache_hit: str | None = None,
         timings: Mapping[str, float] | None = None,
+        objects: CodeObjects | None = None,
     ) -> None:
         self.artifact = artifact
         self.graph_hash = artifact.graph_hash
@@ -58,6 +60,7 @@ class CompiledModel:
         self.timings = dict(timings or {})
         self._pieces = dict(pieces)
         self._constants = dict(constants)
+        self._objects = objects if objects is not None else CodeObjects()
         self.model = model
         self.lookup: tuple[str, TargetKey, str, MissFacts | None] | None = None
         self.__signature__ = _ANY
@@ -127,5 +130,5 @@ class CompiledModel:
                 reason="missing",
             )
         tensors = bind_tensors(self.artifact.bindings, model, self._constants)
-        function = link(self.artifact, self._pieces, tensors)
-        return build_call(function, self.artifact, tensors, model.forward)
+        function = link(self.artifact, self._pieces, tensors, self._objects)
+        return build_call(function, self.artifact, tensors, model.forward, self._objects)

@@ -370,17 +370,19 @@ FACTORS = (
 
 
 def test_golden_targets_still_load():
-    """Version 3 had neither factors nor a reason."""
+    """Version 3 had neither factors nor a reason, version 4 no code objects."""
     key, source = "3a" * 32, types.SourceRef(module="mylib.layers", digest="cd" * 32, size=77)
     old = decode_target((GOLDEN / "targets" / f"{key}.v3").read_bytes(), key)
     assert (old.graph_hash, old.label, old.created) == ("ef" * 32, "Model", 1_700_000_000.0)
     assert old.sources[1] == source
     assert old.globals == (("env:FLAG", "1"), ("mylib.model:SCALE", "2" * 64))
-    assert (old.refused, old.factors, unpack_factors(old.factors)) == (None, b"", ())
-    data = (GOLDEN / "targets" / f"{key}.v4").read_bytes()
+    assert (old.refused, old.factors, unpack_factors(old.factors), old.code) == (None, b"", (), ())
+    explained = decode_target((GOLDEN / "targets" / f"{key}.v4").read_bytes(), key)
+    assert explained == dataclasses.replace(old, refused="it reads a clock", factors=pack_factors(FACTORS))
+    assert unpack_factors(explained.factors) == FACTORS
+    data = (GOLDEN / "targets" / f"{key}.v5").read_bytes()
     new = decode_target(data, key)
-    assert new == dataclasses.replace(old, refused="it reads a clock", factors=pack_factors(FACTORS))
-    assert unpack_factors(new.factors) == FACTORS
+    assert new == dataclasses.replace(explained, refused=None, code=(("12" * 32, b"\xe3code"),))
     assert encode_target(key, new) == data, (
         "writing the same target gives other bytes: raise the format version"
     )
@@ -389,14 +391,18 @@ def test_golden_targets_still_load():
 def test_a_target_of_another_version_is_neither_guessed_nor_damaged():
     key = "3a" * 32
     old = (GOLDEN / "targets" / f"{key}.v3").read_bytes()
-    new = (GOLDEN / "targets" / f"{key}.v4").read_bytes()
-    with pytest.raises(EntryFormatError) as missing:
-        decode_target(sealed_again(old, version=4), key)
-    assert missing.value.field == "refused"
+    explained = (GOLDEN / "targets" / f"{key}.v4").read_bytes()
+    new = (GOLDEN / "targets" / f"{key}.v5").read_bytes()
+    for data, version, field in ((old, 4, "refused"), (explained, 5, "code")):
+        with pytest.raises(EntryFormatError) as missing:
+            decode_target(sealed_again(data, version=version), key)
+        assert missing.value.field == field
+    with pytest.raises(EntryFormatError, match="unknown key"):
+        decode_target(sealed_again(new, version=4), key)
     with pytest.raises(EntryFormatError, match="unknown key"):
         decode_target(sealed_again(new, version=3), key)
     with pytest.raises(FutureFormatError):
-        decode_target(sealed_again(new, version=5), key)
+        decode_target(sealed_again(new, version=6), key)
 
 
 def test_factors_are_only_decoded_when_they_are_asked_for():
