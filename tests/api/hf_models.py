@@ -176,6 +176,7 @@ def main():
                 "pieces": len(compiled.artifact.pieces),
                 "distinct": len({piece.blob.digest for piece in compiled.artifact.pieces}),
                 "imported": sorted(after - before),
+                "parsed": "stitchcache.codegen.gate" in sys.modules,
                 "differences": differences,
             }
         )
