@@ -60,7 +60,10 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'stitchcache' has no attribute {name!r}")
-    module = importlib.import_module(home)
+    from stitchcache.pause import collection_paused
+
+    with collection_paused():
+        module = importlib.import_module(home)
     return module if name == "errors" else getattr(module, name)
 
 

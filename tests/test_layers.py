@@ -12,7 +12,7 @@ import stitchcache
 
 ROOT = Path(stitchcache.__file__).parent
 # What each part may import; siblings do not import each other.
-BASE = {"errors", "records", "types", "tree"}
+BASE = {"errors", "records", "types", "tree", "pause"}
 GROUND = BASE | {"graph", "codegen", "keys"}
 STORED = GROUND | {"artifact", "store", "cache", "nearest", "explanation"}
 ENGINE = STORED | {"backends"}
@@ -20,6 +20,7 @@ ALLOWED = {
     "errors": set(),
     "records": set(),
     "types": {"records"},
+    "pause": set(),
     "tree": {"errors", "types"},
     "graph": BASE,
     "codegen": BASE,

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stitchcache.api.pause import collection_paused
 from stitchcache.api.request import OnProgress, Request, check_model
 from stitchcache.api.run import Run
 from stitchcache.cache import Cache
 from stitchcache.errors import OptionError
+from stitchcache.pause import collection_paused
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.types import SizeRange
 

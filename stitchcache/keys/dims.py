@@ -12,8 +12,9 @@ from typing import Any
 from stitchcache.keys.values import UnkeyableError
 from stitchcache.types import Dim
 
-_STEP = re.compile(r"\[(?P<index>-?\d+)\]|\['(?P<key>[^']*)'\]|\.(?P<name>\w+)")
-_HEAD = re.compile(r"args\[\d+\]|[^.\[]+")
+# Compiled where one is needed: most paths are an argument's name, and compiling takes part of a warm start.
+_STEP = r"\[(?P<index>-?\d+)\]|\['(?P<key>[^']*)'\]|\.(?P<name>\w+)"
+_HEAD = r"args\[\d+\]|[^.\[]+"
 
 
 def _is_dim(value: Any) -> bool:
@@ -114,12 +115,14 @@ def _dims(spec: Any, rank: int) -> dict[int, str]:
 
 def split_path(path: str) -> tuple[str, list[int | str] | None]:
     """Split a leaf's path into the argument and the steps below it; ``None`` where it cannot be read."""
-    match = _HEAD.match(path)
+    if path.isidentifier():
+        return path, []
+    match = re.match(_HEAD, path)
     if match is None:
         return path, None
     position, steps = match.end(), []
     while position < len(path):
-        step = _STEP.match(path, position)
+        step = re.compile(_STEP).match(path, position)
         if step is None:
             return match.group(), None
         index, key, name = step.group("index", "key", "name")

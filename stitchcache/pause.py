@@ -1,4 +1,4 @@
-"""No garbage collection in the middle of a warm start."""
+"""No garbage collection in the middle of a warm start. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from contextlib import contextmanager
 def collection_paused() -> Iterator[None]:
     """Keep the cyclic collector from running for the length of the block.
 
-    A warm start makes thousands of objects that go again at once, such as the syntax tree of the stitching
-    code. They count towards the next full collection all the same, and with torch imported that one takes
+    A warm start makes thousands of objects that go again at once, and its imports thousands that stay. They
+    count towards the next full collection all the same, and with torch imported that one takes
     longer than the whole start. What must be collected is collected after the block.
 
     The switch is the process's. A thread that finds it off leaves it off; so threads in such blocks at one
