@@ -22,7 +22,7 @@ from stitchcache.errors import BackendError
 
 def warm(devices: Collection[str], options: Mapping[str, Any], before: int) -> None:
     """Leave the probes of the CPU on disk, and the precompiled headers if they are worth it."""
-    inductor_process.prepare(devices, options)
+    inductor_process.probe(devices, options)
     inductor_process.settle(devices, options)
     if "cpu" in devices and headers.worth(options, before, 0):
         with config.patch(settings(options)):

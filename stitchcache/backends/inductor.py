@@ -35,7 +35,7 @@ class InductorBackend:
 
     def warm(self, devices: Collection[str], options: Mapping[str, Any], before: int) -> None:
         """Leave the probes of the CPU on disk."""
-        inductor_process.prepare(devices, options)
+        inductor_process.probe(devices, options)
 
     def prepare(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
         """Import Inductor and probe the CPU once."""
