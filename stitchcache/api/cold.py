@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stitchcache.api.estimate import Estimate
+from stitchcache.api.estimate import Estimate, compiled_before
 from stitchcache.api.request import Request
 from stitchcache.api.trace import Traced, assemble, stitched_leaves
 from stitchcache.artifact.consts import dump_consts
@@ -61,6 +61,7 @@ def compile_pieces(
     distinct = {piece.key: piece for _, planned in traced.plans for piece in planned.pieces}
     missing = {key for key, piece in distinct.items() if not shelf.find(piece)}
     done = len(distinct) - len(missing)
+    before = {piece.backend: compiled_before(cache, piece.backend) for piece in distinct.values()}
     estimate = Estimate(cache, request.backend, len(missing), at_once(len(missing), request.jobs))
     tell("compile", done, len(distinct), estimate.left())
 
@@ -84,6 +85,7 @@ def compile_pieces(
                 request.backend_options,
                 jobs=request.jobs,
                 devices=devices,
+                before=before,
                 on_built=on_built,
             )
     tell("store", done, len(distinct), None)

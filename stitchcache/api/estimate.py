@@ -11,6 +11,11 @@ from stitchcache.cache import Cache
 _PIECES, _MICROSECONDS = "piece.compiled", "microseconds.piece"
 
 
+def compiled_before(cache: Cache, backend: str) -> int:
+    """How many pieces a backend has compiled on a store, as far as its statistics know."""
+    return cache.counted().get(f"{_PIECES}.{backend}", 0)
+
+
 class Estimate:
     """Seconds left of a run of equally likely pieces.
 

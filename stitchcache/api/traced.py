@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from stitchcache.api.cold import compile_pieces
+from stitchcache.api.estimate import compiled_before
 from stitchcache.api.miss import miss_error, miss_facts
 from stitchcache.api.ranges import capture_ranges, settle_ranges
 from stitchcache.api.request import Request
@@ -44,7 +45,9 @@ def compile_traced(run: Run) -> CompiledModel:
     facts = run.near = run.timed("explain", lambda: miss_facts(run))
     edited = run.cause == "sources"
     # What compiling needs from the disk is made while the model is captured; a graph hit breaks it off.
-    with warming(run.request.backend, run.devices, run.request.backend_options, run.request.miss_is_error):
+    request = run.request
+    before = compiled_before(run.cache, request.backend)
+    with warming(request.backend, run.devices, request.backend_options, before, request.miss_is_error):
         traced, recorder = trace_run(run)
         if recorder.unsound is not None:
             run.reason, run.cause = recorder.unsound, "unkeyable"

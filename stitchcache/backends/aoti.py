@@ -42,17 +42,25 @@ class AotiBackend:
 
         return find_compiler() is not None
 
-    def warm(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
-        """Leave the probes of the CPU and the precompiled headers on disk."""
+    def warm(self, devices: Collection[str], options: Mapping[str, Any], before: int) -> None:
+        """Leave the probes of the CPU on disk, and the precompiled headers if they are worth it."""
         from stitchcache.backends.aoti_build import warm
 
-        warm(devices, options)
+        warm(devices, options, before)
 
     def prepare(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
         """Import Inductor and probe the CPU once; forked children inherit both."""
         from stitchcache.backends.inductor_process import prepare
 
         prepare(devices, options)
+
+    def tuned(
+        self, devices: Collection[str], options: Mapping[str, Any], before: int, pieces: int
+    ) -> Mapping[str, Any]:
+        """Do without precompiled headers where they cost more than they save."""
+        from stitchcache.backends.aoti_build import tuned
+
+        return tuned(devices, options, before, pieces)
 
     def settle(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
         """Skip probes that could not change anything."""

@@ -15,19 +15,29 @@ import torch
 import torch._inductor
 from torch._inductor import config
 
-from stitchcache.backends import inductor_process
-from stitchcache.backends.headers import precompile
+from stitchcache.backends import headers, inductor_process
 from stitchcache.backends.threads import thread_options
 from stitchcache.errors import BackendError
 
 
-def warm(devices: Collection[str], options: Mapping[str, Any]) -> None:
-    """Leave the probes of the CPU and the precompiled headers on disk."""
-    inductor_process.prepare(devices, options)
+def warm(devices: Collection[str], options: Mapping[str, Any], before: int) -> None:
+    """Leave the probes of the CPU on disk, and the precompiled headers if they are worth it."""
+    inductor_process.probe(devices, options)
     inductor_process.settle(devices, options)
-    if "cpu" in devices:
+    if "cpu" in devices and headers.worth(options, before, 0):
         with config.patch(settings(options)):
-            precompile()
+            headers.precompile()
+
+
+def tuned(
+    devices: Collection[str], options: Mapping[str, Any], before: int, pieces: int
+) -> Mapping[str, Any]:
+    """The user's options, and what suits the number of pieces."""
+    known = hasattr(config.aot_inductor, "precompile_headers")
+    # What accelerators make of headers was not measured: they are left to torch.
+    if not known or set(devices) != {"cpu"} or headers.worth(options, before, pieces):
+        return options
+    return {**options, headers.OPTION: False}
 
 
 def settings(options: Mapping[str, Any]) -> dict[str, Any]:

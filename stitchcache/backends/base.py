@@ -33,12 +33,13 @@ class Backend(Protocol):
     def wants_warming(self) -> bool:
         """Whether :meth:`warm` would do anything."""
 
-    def warm(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
+    def warm(self, devices: Collection[str], options: Mapping[str, Any], before: int) -> None:
         """Fill caches on disk that compiling reads. Runs in a forked process of its own.
 
         Args:
             devices: Device types in use.
             options: Backend options.
+            before: Pieces that this backend has compiled on the store until now.
         """
 
     def prepare(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
@@ -47,6 +48,21 @@ class Backend(Protocol):
         Args:
             devices: Device types in use.
             options: Backend options.
+        """
+
+    def tuned(
+        self, devices: Collection[str], options: Mapping[str, Any], before: int, pieces: int
+    ) -> Mapping[str, Any]:
+        """Options that compile the same soonest; after :meth:`prepare`.
+
+        Args:
+            devices: Device types in use.
+            options: Backend options; what they settle stays.
+            before: Pieces that this backend has compiled on the store until now.
+            pieces: Pieces about to be compiled.
+
+        Returns:
+            Options for :meth:`build`.
         """
 
     def settle(self, devices: Collection[str], options: Mapping[str, Any]) -> None:

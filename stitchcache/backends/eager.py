@@ -33,11 +33,17 @@ class EagerBackend:
         """No."""
         return False
 
-    def warm(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
+    def warm(self, devices: Collection[str], options: Mapping[str, Any], before: int) -> None:
         """Nothing to do."""
 
     def prepare(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
         """Nothing to do."""
+
+    def tuned(
+        self, devices: Collection[str], options: Mapping[str, Any], before: int, pieces: int
+    ) -> Mapping[str, Any]:
+        """The same options for any number."""
+        return options
 
     def settle(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
         """Nothing to do."""

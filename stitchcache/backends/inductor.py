@@ -33,13 +33,19 @@ class InductorBackend:
         """With a compiler, yes."""
         return find_compiler() is not None
 
-    def warm(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
+    def warm(self, devices: Collection[str], options: Mapping[str, Any], before: int) -> None:
         """Leave the probes of the CPU on disk."""
-        inductor_process.prepare(devices, options)
+        inductor_process.probe(devices, options)
 
     def prepare(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
         """Import Inductor and probe the CPU once."""
         inductor_process.prepare(devices, options)
+
+    def tuned(
+        self, devices: Collection[str], options: Mapping[str, Any], before: int, pieces: int
+    ) -> Mapping[str, Any]:
+        """The same options for any number."""
+        return options
 
     def settle(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
         """Skip probes that could not change anything."""

@@ -28,6 +28,11 @@ def import_inductor() -> None:
 def prepare(devices: Collection[str], options: Mapping[str, Any]) -> None:
     """Import Inductor and probe the CPU; forked children inherit both."""
     import_inductor()
+    probe(devices, options)
+
+
+def probe(devices: Collection[str], options: Mapping[str, Any]) -> None:
+    """Leave the probes of the CPU on disk, which takes half of Inductor's imports only."""
     if "cpu" in devices:
         probe_best(options)
 

@@ -22,7 +22,7 @@ log = logging.getLogger("stitchcache")
 
 @contextmanager
 def warming(
-    name: str, devices: Collection[str], options: Mapping[str, Any], needless: bool = False
+    name: str, devices: Collection[str], options: Mapping[str, Any], before: int, needless: bool = False
 ) -> Iterator[None]:
     """Warm a backend up beside a block of code; what is not done at its end is given up.
 
@@ -30,13 +30,14 @@ def warming(
         name: The backend.
         devices: Device types in use.
         options: Backend options.
+        before: Pieces that the backend has compiled on the store until now.
         needless: Nothing will be compiled: only run the block.
     """
     backend = get_backend(name)
     if needless or not children.available() or not backend.wants_warming():
         yield
         return
-    directory, child = _begin(name, partial(backend.warm, tuple(devices), dict(options)))
+    directory, child = _begin(name, partial(backend.warm, tuple(devices), dict(options), before))
     try:
         yield
     finally:

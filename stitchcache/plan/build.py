@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ def build(
     *,
     jobs: int | None,
     devices: Sequence[str],
+    before: Mapping[str, int],
     on_built: Callable[[BuiltPiece], None],
 ) -> None:
     """Compile pieces, each in a child process that also loads and checks it.
@@ -69,6 +71,7 @@ def build(
         options: Backend options.
         jobs: Processes at a time; ``None`` takes about one a core, see :func:`at_once`.
         devices: Device types in use.
+        before: How many pieces each backend has compiled on this store until now.
         on_built: Called in this process as pieces get ready.
 
     Raises:
@@ -77,10 +80,12 @@ def build(
         PieceMismatchError: A piece disagrees with eager.
         BackendError: A piece cannot be compiled.
     """
-    for name in {piece.backend for piece in missing}:
+    tuned: dict[str, Mapping[str, Any]] = {}
+    for name, count in Counter(piece.backend for piece in missing).items():
         backend = get_backend(name)
         backend.require()
         backend.prepare(devices, options)
+        tuned[name] = backend.tuned(devices, options, before.get(name, 0), count)
     inputs: dict[str, list[Any]] = {}
     faked = leaves is not None and has_fakes([*leaves, *_tensors(plan)])
     if leaves is not None and not faked:
@@ -92,7 +97,9 @@ def build(
         directory = scratch / piece.key
         directory.mkdir()
         given = None if faked else inputs.get(piece.key)
-        compile_one = partial(_build_one, piece, directory, options, given, faked, device, forked)
+        compile_one = partial(
+            _build_one, piece, directory, tuned[piece.backend], given, faked, device, forked
+        )
         run = partial(_settled, compile_one, piece.backend, devices, options) if forked else compile_one
         pending.append(
             children.Job(name=piece.name, run=run, log=scratch / f"{piece.key}.log", backend=piece.backend)
