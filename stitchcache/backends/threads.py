@@ -2,13 +2,15 @@
 
 Inductor writes the number of threads of the compiling process into its C++, and leaves parallel loops out
 where that is one. Our children compile on one thread each, and a prewarmed image runs on other machines. So
-a piece with enough work is compiled for a number that is settled at run time, and a small one for a single
-thread. Options of torch's public Inductor configuration (``cpp.threads``, ``cpp.dynamic_threads``); tried
-with 2.11 and 2.13.
+a piece that can be given enough work is compiled for a number that is settled at run time, and one that is
+always small for a single thread. What it can be given is what its sizes' ranges allow. The example does not
+count: it is in no key, so whoever compiled first would decide for all others. Options of torch's public
+Inductor configuration (``cpp.threads``, ``cpp.dynamic_threads``); tried with 2.11 and 2.13.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +19,11 @@ import torch._inductor.config
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from stitchcache.graph.symbols import example_of
+from stitchcache.graph.symbols import expression, finite
 
 ENOUGH = 32768
-"""Elements of its largest tensor from which a piece's loops are shared among threads: ATen's own grain size.
-Waking a thread takes longer than the loops of a smaller piece do."""
+"""Elements that its largest tensor can have from which a piece's loops are shared among threads: ATen's own
+grain size. Waking a thread takes longer than the loops of a smaller piece do."""
 
 _NOMINAL = 8
 
@@ -30,7 +32,8 @@ def thread_options(piece: GraphModule, options: Mapping[str, Any]) -> dict[str, 
     """Inductor's options for a piece.
 
     Args:
-        piece: Its nodes carry fake tensors in ``meta["val"]``; sizes that may vary count as in the example.
+        piece: Its nodes carry fake tensors in ``meta["val"]``; a size that may vary counts as the largest
+            that the capture allows.
         options: The user's own; what they say of threads is left alone.
     """
     config: Any = torch._inductor.config
@@ -38,12 +41,13 @@ def thread_options(piece: GraphModule, options: Mapping[str, Any]) -> dict[str, 
         return {}
     if _largest(piece) < ENOUGH:
         return {"cpp.threads": 1}
-    # The number decides how many loops are shared; how many threads share them is asked when they run.
+    # Inductor then shares the outermost loops of each kernel, and asks how many threads when they run; the
+    # number here decides how deep that goes.
     return {"cpp.threads": _NOMINAL, "cpp.dynamic_threads": True}
 
 
 def _largest(piece: GraphModule) -> int:
-    """Elements of the largest tensor that a piece computes: not of its weights, nor of views."""
+    """Elements of the largest tensor that a piece can compute: not of its weights, nor of views."""
     found = 0
     for node in piece.graph.nodes:
         if node.op == "call_function" and not _is_view(node):
@@ -62,9 +66,12 @@ def _is_view(node: Node) -> bool:
 
 
 def _elements(tensor: torch.Tensor) -> int:
-    elements = 1
-    for size in tensor.shape:
-        example = example_of(size)
-        # A size that only data decides may be large.
-        elements *= ENOUGH if example is None else example
-    return elements
+    return math.prod(_most(size) for size in tensor.shape)
+
+
+def _most(size: int | torch.SymInt) -> int:
+    if not isinstance(size, torch.SymInt):
+        return size
+    top = finite(size.node.shape_env.bound_sympy(expression(size)).upper)
+    # Without a bound, or where only data decides, it may be large.
+    return ENOUGH if top is None else top

@@ -18,8 +18,9 @@ import torch
 from stitchcache.keys.digest import make_factor
 from stitchcache.types import Factor
 
-SCHEMA_VERSION = 2
-"""Version of the key schema: raised whenever a key's factors or their encoding change. See docs/keys.md."""
+SCHEMA_VERSION = 3
+"""Version of the key schema: raised whenever a key's factors or their encoding change, or the options that
+stitchcache itself chooses for a piece do, as backends/threads.py does. See docs/keys.md."""
 
 _NATIVE = frozenset({"aoti", "inductor"})
 _PICKLING = frozenset({"inductor", "eager"})
