@@ -53,21 +53,24 @@ def bind_execution_fn(
     consts: Sequence[Any] | None,
     objects: CodeObjects,
 ) -> Callable[..., Any]:
-    """:func:`compile_execution_fn` that takes the code object where it is kept, and keeps it where it is not.
+    """:func:`compile_execution_fn`, with code objects that are kept.
+
+    Source whose code object is there was checked when that was made, against the same numbers of submodules and
+    constants, and is not parsed again.
 
     Args:
-        code: As there, like the rest.
-        submod_callables: As there.
-        submod_names: As there.
-        consts: As there.
-        objects: Code objects of sources that passed the gate.
+        code: Source of the stitching function.
+        submod_callables: Callables and tensors by name.
+        submod_names: Names in the order in which the code expects them.
+        consts: Constants in the order in which the code expects them.
+        objects: Code objects of sources that passed the gate; gets what is compiled here.
 
     Returns:
-        As there.
+        A function over the graph's placeholders, in graph order.
 
     Raises:
-        EntryFormatError: As there.
-        LinkError: As there.
+        EntryFormatError: The code is not of the shape that the generators write, or does not fit.
+        LinkError: The code uses a submodule that is not supplied, or an op that does not exist here.
     """
     table = list(consts) if consts is not None else []
     submods = [submod_callables.get(name) for name in submod_names] if isinstance(code, str) else []
