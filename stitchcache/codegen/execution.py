@@ -55,8 +55,8 @@ def bind_execution_fn(
 ) -> Callable[..., Any]:
     """:func:`compile_execution_fn`, with code objects that are kept.
 
-    Source whose code object is there was checked when that was made, against the same numbers of submodules and
-    constants, and is not parsed again.
+    Source whose code object is there was checked when that was made, against the same numbers of submodules
+    and constants, and is not parsed again.
 
     Args:
         code: Source of the stitching function.
