@@ -229,7 +229,7 @@ def test_a_target_of_the_format_before_still_leads_there(cache):
     (file,) = target_files(cache)
     file.chmod(0o600)
     file.write_bytes(whole + hashlib.sha256(whole).digest())
-    assert cache.get_target(told.target_key) == dataclasses.replace(record, factors=b"")
+    assert cache.get_target(told.target_key) == dataclasses.replace(record, factors=b"", code=())
     assert compiled(cache).cache_hit == "direct"
     assert explain_target(target(), cache).verdict == "direct"
 
