@@ -71,7 +71,8 @@ def before_build(way: str, directory: Path) -> Any:
     import stitchcache
 
     cache = stitchcache.Cache(directory / "cache")
-    (entry,) = cache.entries()
+    # A directory that an older version prepared may hold its entry too.
+    entry = max(cache.entries(), key=lambda header: header.created)
     return stitchcache.preload(entry.graph_hash, cache=cache)
 
 
