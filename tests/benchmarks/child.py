@@ -35,7 +35,9 @@ def start(job: dict[str, Any]) -> dict[str, Any]:
     args, kwargs = subject.inputs(*EXAMPLE)
     built = time.time()
     before = set(sys.modules)
-    imports = _import_ours() if way in (ways.OURS, ways.PRELOADED) else 0.0
+    if way in (ways.OURS, ways.PRELOADED):
+        ways.import_ours()
+    imports = time.time() - built
     if job["cold"]:
         function = ways.prepare(way, subject, model, (args, kwargs), directory)
     else:
@@ -64,15 +66,6 @@ def start(job: dict[str, Any]) -> dict[str, Any]:
         "difference": _difference(subject, model, function, output, job.get("other_size", False)),
     }
     return found | _facts_of_ours(function)
-
-
-def _import_ours() -> float:
-    began = time.time()
-    import stitchcache
-
-    # Looked up lazily: this is what imports them.
-    _ = stitchcache.compile, stitchcache.Cache, stitchcache.Dim
-    return time.time() - began
 
 
 def _peak_memory() -> float:

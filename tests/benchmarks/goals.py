@@ -74,7 +74,7 @@ def warm_goals(samples: Samples) -> list[Goal]:
             total = statistics.median(s["key"] + s["sources"] for s in by_way["samples"])
             found.append(Goal(f"{by_way['subject']}: direct lookup", total * 1e3, "<=", 20, "ms"))
             continue
-        for mine in (ways.OURS, ways.PRELOADED):
+        for mine in (ways.OURS, ways.IMPORTED, ways.PRELOADED):
             if mine in by_way:
                 found += _warm_goals(subject, by_way, mine, limits.get(subject))
     return found

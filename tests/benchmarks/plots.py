@@ -19,6 +19,7 @@ from matplotlib import pyplot
 COLOURS = {
     ways.EAGER: "#8c8c8c",
     ways.OURS: "#0072b2",
+    ways.IMPORTED: "#0072a8",
     ways.PRELOADED: "#004c77",
     ways.COMPILE: "#e69f00",
     ways.MEGA: "#cc79a7",

@@ -222,14 +222,29 @@ def _parts(kind: str, record: Record, plots: Sequence[str]) -> list[str]:
         return [said, warm_table(record), *pictures, "stitchcache's time after the model is built:",
                 shares_table(record), lookup_line(record)]  # fmt: skip
     if kind == "cold":
-        rounds = max(len(s) for by_way in record["samples"].values() for s in by_way.values())
-        said = f"Medians of {rounds} compiles. " if rounds > 1 else "One compile each. "
-        return [said + conditions(record), cold_table(record), *pictures]
+        return [f"{_compiles(record)} {conditions(record)}", cold_table(record), *pictures]
     rounds = max(
         len(t) for s in record["samples"].values() for case in s["us"].values() for t in case.values()
     )
     said = f"Medians of {rounds} rounds. {conditions(record)}"
     return [said, call_table(record), *pictures, "stitchcache's own part of a call:", overhead_table(record)]
+
+
+def _compiles(record: Record) -> str:
+    """How many compiles a median is of; some may have been repeated and others not."""
+    by_count: dict[int, dict[str, list[int]]] = {}
+    for subject, by_way in record["samples"].items():
+        for way, samples in by_way.items():
+            by_count.setdefault(len(samples), {}).setdefault(way, []).append(layers_of(subject))
+    (most, repeated), *others = sorted(by_count.items(), reverse=True)
+    if not others:
+        return f"Medians of {most} compiles." if most > 1 else "One compile each."
+    named = "; ".join(
+        f"{ways.LABELS[way]} at {' and '.join(map(str, sorted(repeated[way])))} layers"
+        for way in in_order(repeated)
+    )
+    rest = " or ".join(str(count) for count, _ in reversed(others))
+    return f"Medians of {most} compiles for {named}; of {rest} for the rest."
 
 
 _ALT = {

@@ -20,11 +20,12 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 EAGER, OURS, COMPILE, MEGA = "eager", "stitchcache", "compile", "mega"
 AOT, PACKAGE, VLLM = "aot_compile", "package", "vllm"
-PRELOADED = "preloaded"
-WAYS = (EAGER, OURS, PRELOADED, COMPILE, MEGA, AOT, PACKAGE, VLLM)
+IMPORTED, PRELOADED = "imported", "preloaded"
+WAYS = (EAGER, OURS, IMPORTED, PRELOADED, COMPILE, MEGA, AOT, PACKAGE, VLLM)
 LABELS = {
     EAGER: "eager",
     OURS: "stitchcache",
+    IMPORTED: "stitchcache, imported first",
     PRELOADED: "stitchcache, preloaded",
     COMPILE: "torch.compile",
     MEGA: "mega-cache",
@@ -33,9 +34,9 @@ LABELS = {
     VLLM: "vLLM's way",
 }
 """What tables and plots call them."""
-PREPARED_BY = {MEGA: COMPILE, PRELOADED: OURS}
-"""The artifacts of the mega-cache are saved at the end of torch.compile's own cold process; preloading starts
-from the same cache."""
+PREPARED_BY = {MEGA: COMPILE, IMPORTED: OURS, PRELOADED: OURS}
+"""The artifacts of the mega-cache are saved at the end of torch.compile's own cold process; our three ways
+start from one cache."""
 EMPTY_INDUCTOR = (MEGA,)
 """Ways that get an empty Inductor directory in every process: all they need is in their file."""
 
@@ -65,7 +66,9 @@ def after_first_call(way: str, directory: Path) -> None:
 
 
 def before_build(way: str, directory: Path) -> Any:
-    """What a way begins before the model is built: only ours has anything, a thread that reads ahead."""
+    """What a way does before the model is built: our imports, or a thread that reads ahead."""
+    if way == IMPORTED:
+        import_ours()
     if way != PRELOADED:
         return None
     import stitchcache
@@ -74,6 +77,14 @@ def before_build(way: str, directory: Path) -> Any:
     # A directory that an older version prepared may hold its entry too.
     entry = max(cache.entries(), key=lambda header: header.created)
     return stitchcache.preload(entry.graph_hash, cache=cache)
+
+
+def import_ours() -> None:
+    """What ``from stitchcache import compile`` at the top of a program does."""
+    import stitchcache
+
+    # Looked up lazily: this is what imports them.
+    _ = stitchcache.compile, stitchcache.Cache, stitchcache.Dim
 
 
 def load(way: str, subject: Subject, model: Any, inputs: Inputs, directory: Path, begun: Any = None) -> Call:
@@ -236,6 +247,7 @@ _PREPARE: dict[str, Callable[[Subject, Any, Inputs, Path], Call]] = {
 _LOAD: dict[str, Callable[[Subject, Any, Inputs, Path], Call]] = {
     EAGER: _eager,
     OURS: stitched,
+    IMPORTED: stitched,
     COMPILE: _compile,
     MEGA: _load_mega,
     AOT: _load_aot,
