@@ -21,8 +21,11 @@ from typing import Any
 import torch
 
 from stitchcache.keys import outside, reads
+from stitchcache.keys.familiar import FamiliarCalls
 from stitchcache.keys.files import changed_since_import, process_start, read_source
+from stitchcache.keys.frames import is_search, place, receiver_of
 from stitchcache.keys.origins import installed_path, stands_by_version
+from stitchcache.keys.torch_private import active_modes
 from stitchcache.keys.values import Shared, UnkeyableError
 from stitchcache.types import SourceRef
 
@@ -65,6 +68,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._asked: dict[int, tuple[str, Any]] = {}
         self._answers: set[str] = set()
         self._callback: Callable[[FrameType, str, Any], None] | None = None
+        self._noticed = 0
+        self._unwatched = contextlib.ExitStack()
 
     def __enter__(self) -> SourceRecorder:
         self._loaded = frozenset(sys.modules)
@@ -76,12 +81,16 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._bystanders = {id(code): code for code in (_HANDLE_LOG, *on_collect) if code is not None}
         self._previous = sys.getprofile()
         self._callback = self._profiler()
+        # Modes of somebody else's would see what is asked of a call's arguments.
+        if not active_modes():
+            self._unwatched.enter_context(FamiliarCalls(self._callback, lambda: self._noticed))
         sys.setprofile(self._callback)
         return self
 
     def __exit__(self, *exc: object) -> None:
         intact = sys.getprofile() is self._callback
         sys.setprofile(self._previous)
+        self._unwatched.close()
         if not intact:
             self._refuse("another profiler was installed while the model was captured")
         self._finish_imports()
@@ -129,6 +138,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                     self._first_call(frame, code)
                 elif identity in user:
                     self._further_call(frame, code)
+                if identity in user:
+                    self._noticed += 1
                 if identity in watched:
                     self._forbidden_code(frame, code)
                 elif identity not in user and code is not _READ_VARIABLE:
@@ -138,10 +149,12 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
 
     def _call_in_c(self, frame: FrameType, function: Any) -> None:
         if id(frame.f_code) in self._user:
+            self._noticed += 1
             self._c_call(frame.f_code, function)
         elif id(function) in outside.SYSTEM and (caller := outside.on_behalf_of(frame)) is not None:
+            self._noticed += 1
             self._refuse(
-                f"{_place(caller.f_code)} makes the library call {function.__name__}, which asks the system"
+                f"{place(caller.f_code)} makes the library call {function.__name__}, which asks the system"
             )
 
     def _first_call(self, frame: FrameType, code: CodeType) -> None:
@@ -155,11 +168,11 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         namespace = frame.f_globals
         if filename.startswith("<") and self._is_generated(frame):
             return
-        if _is_search(frame):
+        if is_search(frame):
             return
         self._user[id(code)] = code
         if outside.sees_namespaces(code):
-            self._refuse(f"{_place(code)} looks into a namespace as a whole; name what is read from it")
+            self._refuse(f"{place(code)} looks into a namespace as a whole; name what is read from it")
         if not reads.is_module_namespace(namespace):
             # Covered only if its bytecode is part of a digest; looked at when everything was seen.
             return
@@ -172,7 +185,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
 
     def _further_call(self, frame: FrameType, code: CodeType) -> None:
         """Look again where a function has other globals than before, or a method another class."""
-        namespace, receiver = frame.f_globals, _receiver_of(frame, code)
+        namespace, receiver = frame.f_globals, receiver_of(frame, code)
         key = (id(code), id(namespace), id(receiver))
         if key in self._met:
             return
@@ -253,6 +266,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         caller = outside.outside_stdlib(frame)
         if caller is None or stands_by_version(caller.f_code.co_filename):
             return
+        self._noticed += 1
         key = frame.f_locals.get("key")
         if isinstance(key, bytes):
             key = key.decode("utf-8", "surrogateescape")
@@ -268,6 +282,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         lazily = code is outside.IMPORT_MODULE and installed_path(filename)
         if caller is None or stands_by_version(filename) or lazily:
             return
+        self._noticed += 1
         asked = self._asked.get(id(code))
         if asked is not None:
             given = [value for value in frame.f_locals.values() if value is not None]
@@ -277,14 +292,14 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             outside.FORBIDDEN_CODE.get(code)
             or f"calls {code.co_qualname}, whose result is not the same each time"
         )
-        self._refuse(f"{_place(caller.f_code)} {why}")
+        self._refuse(f"{place(caller.f_code)} {why}")
 
     def _ask(self, entry: str, *, plain: bool, where: CodeType) -> None:
         """Note a function of torch whose answer the model's code uses."""
         if plain:
             self._answers.add(entry)
         else:
-            self._refuse(f"{_place(where)} calls {reads.title(entry)[5:]} with arguments; call it beforehand")
+            self._refuse(f"{place(where)} calls {reads.title(entry)[5:]} with arguments; call it beforehand")
 
     def _c_call(self, code: CodeType, function: Any) -> None:
         """Look at what the model's code calls in C: clocks, files and random numbers are in no key."""
@@ -295,7 +310,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         module = outside.module_of(function)
         reason = outside.forbidden_call(code, function)
         if reason is not None:
-            self._refuse(f"{_place(code)} {reason}")
+            self._refuse(f"{place(code)} {reason}")
         elif module is not None and module not in self._modules:
             extension = sys.modules.get(module)
             file = getattr(extension, "__file__", None) or ""
@@ -350,9 +365,9 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             if identity in self._shared.codes or identity in self._keyed.codes or identity in nested:
                 continue
             if os.path.abspath(code.co_filename) not in files:
-                self._refuse(f"{_place(code)} has no source file that can be checked")
+                self._refuse(f"{place(code)} has no source file that can be checked")
             elif set(code.co_freevars) - {"__class__"}:
-                self._refuse(f"{_place(code)} was reached in a way that hides what it closes over")
+                self._refuse(f"{place(code)} was reached in a way that hides what it closes over")
 
     def _sources(self) -> list[SourceRef]:
         found = []
@@ -371,26 +386,3 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                 self._refuse(reason)
             found.append(SourceRef(module=label, digest=reads.bytes_digest(data), size=len(data)))
         return found
-
-
-def _is_search(frame: FrameType) -> bool:
-    """Whether the import machinery asks somebody's finder where a module is; that runs none of it."""
-    caller: FrameType | None = frame
-    name = ""
-    while caller is not None and not stands_by_version(caller.f_code.co_filename):
-        name = caller.f_code.co_name
-        caller = caller.f_back
-    machinery = caller is not None and caller.f_code.co_filename.startswith("<frozen importlib")
-    return machinery and name in {"find_spec", "find_module", "path_hook"}
-
-
-def _receiver_of(frame: FrameType, code: CodeType) -> type | None:
-    """The class that a method runs for; ``None`` for a plain function."""
-    if not code.co_argcount or not code.co_varnames or code.co_varnames[0] not in {"self", "cls"}:
-        return None
-    value = frame.f_locals.get(code.co_varnames[0])
-    return value if isinstance(value, type) else type(value)
-
-
-def _place(code: CodeType) -> str:
-    return f"{code.co_qualname} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"
