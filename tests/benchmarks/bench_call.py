@@ -1,6 +1,7 @@
 """One call, by size and number of threads, and what stitchcache itself adds to it.
 
     python tests/benchmarks/bench_call.py [--subjects decoder-4,minilm] [--rounds 7] [--dir DIR] [--json FILE]
+    python tests/benchmarks/bench_call.py --device cuda [--subjects decoder-4x512] ...
 
 Each way loads once into a process of its own; then the parent asks one after the other for a short burst of
 calls, round by round, so that noise falls on all alike while only one runs. Ratios are medians over rounds.
@@ -24,9 +25,11 @@ from report import call_table, failures, overhead_table
 from subjects import CALL_SIZES, Subject
 
 SUBJECTS = "decoder-4,decoder-16,decoder-4x768,minilm"
+GPU_SUBJECTS = "decoder-4x512,llama-4x512"
 # The mega-cache ends in the same code as torch.compile.
 WAYS = tuple(way for way in ways.WAYS if way not in (ways.MEGA, ways.IMPORTED, ways.PRELOADED))
-THREADS = ("1 thread", "all threads")
+# A GPU's calls do not ask how many threads the CPU may use.
+THREADS = {"cpu": ("1 thread", "all threads"), "cuda": ("",)}
 
 
 def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -39,12 +42,15 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="bursts of each way and case; by default 7")
     parser.add_argument("--seconds", type=float, default=0.15, help="length of a burst")
     parser.add_argument("--prepare-only", action="store_true", help="compile, and measure nothing")
+    measure.device_option(parser)
     measure.common_options(parser)
     options = parser.parse_args(argv)
-    options.subjects = options.subjects or ("decoder-4" if options.quick else SUBJECTS).split(",")
+    usual = (SUBJECTS if options.device == "cpu" else GPU_SUBJECTS).split(",")
+    options.subjects = options.subjects or (usual[:1] if options.quick else usual)
     options.rounds = options.rounds or (1 if options.quick else 7)
     options.ways = options.ways or list(WAYS)
-    options.json = options.json or options.dir / "call.json"
+    measure.on_device(options)
+    options.json = options.json or measure.result_path(options, "call")
     return options
 
 
@@ -61,9 +67,9 @@ def measure_subject(options: argparse.Namespace, results: Results, subject: str)
             except FailedError as error:
                 results.fail(subject, way, error)
         for number in range(options.rounds):
-            for threads in THREADS:
+            for threads in THREADS[options.device]:
                 for size in sizes:
-                    case = us.setdefault(f"{size}, {threads}", {})
+                    case = us.setdefault(f"{size}, {threads}" if threads else size, {})
                     for way, server in servers.items():
                         answer = server.ask(size=size, threads=threads, seconds=options.seconds)
                         case.setdefault(way, []).append(answer["us"])
@@ -74,7 +80,8 @@ def measure_subject(options: argparse.Namespace, results: Results, subject: str)
         record["differences"] = {way: server.facts["differences"] for way, server in servers.items()}
         record["threads"] = next(iter(servers.values())).facts["threads"]
         # Splitting ops run as they are: where they take long, what is left is their noise.
-        if ways.OURS in servers and Subject(subject).width == 64:
+        small = Subject(subject).width == 64 and options.device == "cpu"
+        if ways.OURS in servers and small:
             rounds = 3 if options.quick else 25
             record["overhead"] = servers[ways.OURS].ask(overhead=options.sizes[0], rounds=rounds)
     finally:
@@ -97,11 +104,11 @@ def prepare(options: argparse.Namespace, results: Results) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
     options = options_of(argv)
-    results = Results(Path(options.json), "call", again=options.again)
+    results = Results(Path(options.json), "call", again=options.again, device=options.device)
     if options.prepare_only:
         return prepare(options, results)
     left = [subject for subject in options.subjects if subject not in results.samples]
-    cases = len(options.sizes) * len(THREADS) * len(options.ways)
+    cases = len(options.sizes) * len(THREADS[options.device]) * len(options.ways)
     each = len(options.ways) * 6 + cases * options.rounds * (options.seconds + 0.05)
     done = measure.estimate(len(left) * each, "calls, beside compiling what is not prepared")
     for subject in left:

@@ -1,6 +1,7 @@
 """From the start of a process to its first output, caches warm: stitchcache beside every peer.
 
     python tests/benchmarks/bench_warm.py [--subjects decoder-4,minilm] [--rounds 5] [--dir DIR] [--json FILE]
+    python tests/benchmarks/bench_warm.py --device cuda [--subjects decoder-4x512] ...
 
 Each way compiles once into ``--dir`` and is then started in fresh processes, the ways in turn, so that noise
 falls on all alike. A run that was stopped goes on where it was; results of earlier runs stay, unless
@@ -23,6 +24,7 @@ from report import failures, lookup_line, warm_table
 
 SUBJECTS = "decoder-4,decoder-16,minilm"
 ALL_SUBJECTS = f"{SUBJECTS},llama-16,gpt2-12"
+GPU_SUBJECTS = "decoder-4x512,llama-4x512"
 LOOKUP = "llama-32"
 
 
@@ -34,13 +36,16 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="fresh processes of each way; by default 5")
     parser.add_argument("--lookup", help=f"only look up a model directly; {LOOKUP} is part of every full run")
     parser.add_argument("--prepare-only", action="store_true", help="compile, and measure nothing")
+    measure.device_option(parser)
     measure.common_options(parser)
     options = parser.parse_args(argv)
-    quick = "decoder-4" if options.quick else ALL_SUBJECTS if options.all else SUBJECTS
+    usual = SUBJECTS if options.device == "cpu" else GPU_SUBJECTS
+    quick = usual.split(",")[0] if options.quick else ALL_SUBJECTS if options.all else usual
     options.subjects = options.subjects or ([] if options.lookup else quick.split(","))
     options.rounds = options.rounds or (1 if options.quick else 5)
     options.ways = options.ways or list(ways.WAYS)
-    options.json = options.json or options.dir / "warm.json"
+    measure.on_device(options)
+    options.json = options.json or measure.result_path(options, "warm")
     return options
 
 
@@ -55,7 +60,7 @@ def expected_seconds(options: argparse.Namespace) -> float:
     )
     if options.prepare_only:
         return cold
-    lookup = 0 if options.quick else 30 + 5 * options.rounds
+    lookup = 0 if options.quick or options.device != "cpu" else 30 + 5 * options.rounds
     each = sum(measure.WARM_SECONDS.get(way, 6) for way in options.ways)
     return cold + lookup + options.rounds * len(options.subjects) * each
 
@@ -102,14 +107,16 @@ def measure_lookup(options: argparse.Namespace, results: Results, subject: str) 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
     options = options_of(argv)
-    results = Results(Path(options.json), "warm", again=options.again)
+    results = Results(Path(options.json), "warm", again=options.again, device=options.device)
     done = measure.estimate(expected_seconds(options), "warm start")
     for subject in options.subjects:
         measure_subject(options, results, subject)
     if options.prepare_only:
         done()
         return 0
-    if options.lookup or (not options.quick and "lookup" not in results.samples):
+    # Keys are the CPU's work alone: a full run on the CPU tells.
+    usual = not options.quick and options.device == "cpu"
+    if options.lookup or (usual and "lookup" not in results.samples):
         measure_lookup(options, results, options.lookup or LOOKUP)
     done()
     goals = warm_goals(results.samples)

@@ -33,6 +33,7 @@ def start(job: dict[str, Any]) -> dict[str, Any]:
     begun = None if job["cold"] else ways.before_build(way, directory)
     model = subject.build()
     args, kwargs = subject.inputs(*EXAMPLE)
+    subject.wait()
     built = time.time()
     before = set(sys.modules)
     if way in (ways.OURS, ways.PRELOADED):
@@ -45,6 +46,7 @@ def start(job: dict[str, Any]) -> dict[str, Any]:
     opened = time.time()
     with torch.no_grad():
         output = function(*args, **kwargs)
+        subject.wait()
     done = time.time()
     peak = _peak_memory()
     by_it = [name for name in COMPILERS if name in sys.modules and name not in before]
@@ -143,20 +145,28 @@ def serve(job: dict[str, Any]) -> None:
                 continue
             torch.set_num_threads(1 if asked["threads"] == "1 thread" else threads)
             args, kwargs = calls[asked["size"]]
-            _say({"us": _one_call(function, args, kwargs, asked["seconds"])})
+            _say({"us": _one_call(subject, function, args, kwargs, asked["seconds"])})
 
 
 def _one_call(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], seconds: float
+    subject: Subject,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    seconds: float,
 ) -> float:
-    """Median microseconds of a call, over about that many seconds of calls."""
+    """Median microseconds of a call until its result is there, over about that many seconds of calls."""
+    wait = None if subject.device == "cpu" else subject.wait
     times: list[float] = []
     for _ in range(3):
         function(*args, **kwargs)
+    subject.wait()
     stop = time.perf_counter() + seconds
     while len(times) < 5 or time.perf_counter() < stop:
         began = time.perf_counter()
         function(*args, **kwargs)
+        if wait is not None:
+            wait()
         times.append(time.perf_counter() - began)
     return statistics.median(times) * 1e6
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import ways
-from subjects import SEED
+from subjects import DEVICES, SEED, Subject
 
 HERE = Path(__file__).resolve().parent
 VERSION = 1
@@ -31,8 +31,12 @@ COLD_SECONDS = {ways.EAGER: 2, ways.OURS: 40, ways.PACKAGE: 45}
 WARM_SECONDS = {ways.EAGER: 2, ways.OURS: 2, ways.IMPORTED: 2, ways.PRELOADED: 2, ways.MEGA: 20}
 
 
-def facts() -> dict[str, Any]:
-    """The machine and the versions, without names of hosts or users."""
+def facts(device: str = "cpu") -> dict[str, Any]:
+    """The machine and the versions, without names of hosts or users.
+
+    Args:
+        device: Where models run; of ``cuda``, the GPU and its driver are facts too.
+    """
     from importlib import metadata
 
     versions = {}
@@ -42,7 +46,13 @@ def facts() -> dict[str, Any]:
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     flags = Path("/proc/cpuinfo").read_text()
     gcc = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True, check=False)
+    gpu = {}
+    if device == "cuda":
+        command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"]
+        name, _, driver = subprocess.check_output(command, text=True).strip().partition(", ")
+        gpu = {"gpu": name, "driver": driver}
     return {
+        **gpu,
         "cpu": cpu[0].partition(":")[2].strip() if cpu else platform.machine(),
         "avx512": " avx512f " in flags,
         "cores": len(os.sched_getaffinity(0)),
@@ -66,11 +76,17 @@ class Results:
         path: The JSON file; read if it is there.
         kind: ``warm``, ``cold`` or ``call``.
         again: Forget what is there.
+        device: Where the models run.
     """
 
-    def __init__(self, path: Path, kind: str, *, again: bool = False) -> None:
+    def __init__(self, path: Path, kind: str, *, again: bool = False, device: str = "cpu") -> None:
         self.path = path
-        self.record: dict[str, Any] = {"version": VERSION, "kind": kind, "facts": facts(), "samples": {}}
+        self.record: dict[str, Any] = {
+            "version": VERSION,
+            "kind": kind,
+            "facts": facts(device),
+            "samples": {},
+        }
         if path.is_file() and not again:
             found = json.loads(path.read_text())
             if found.get("version") != VERSION or found.get("kind") != kind:
@@ -154,7 +170,8 @@ def run_cold(root: Path, subject: str, way: str) -> dict[str, Any]:
     job = {"mode": "start", "way": way, "subject": subject, "directory": str(directory)}
     found = run_child(job | {"cold": True, "other_size": True}, root)
     check_agreement(subject, way, found["difference"])
-    (directory / "prepared.json").write_text(json.dumps({"facts": facts(), "measured": found}))
+    known = facts(Subject(subject).device)
+    (directory / "prepared.json").write_text(json.dumps({"facts": known, "measured": found}))
     return found
 
 
@@ -162,7 +179,7 @@ def ensure_prepared(root: Path, subject: str, way: str) -> None:
     """Compile unless an earlier run did, with the same versions."""
     maker = ways.PREPARED_BY.get(way, way)
     marker = directory_of(root, subject, maker) / "prepared.json"
-    if not marker.is_file() or json.loads(marker.read_text())["facts"] != facts():
+    if not marker.is_file() or json.loads(marker.read_text())["facts"] != facts(Subject(subject).device):
         say(f"preparing {subject}, {ways.LABELS[maker]}")
         run_cold(root, subject, maker)
     elif way == ways.OURS:
@@ -258,6 +275,23 @@ def ways_list(text: str) -> list[str]:
         if name not in ways.WAYS:
             raise argparse.ArgumentTypeError(f"no such way: {name}; there are {', '.join(ways.WAYS)}")
     return names
+
+
+def device_option(parser: argparse.ArgumentParser) -> None:
+    """Where models run; for the benchmarks that can choose."""
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="by default cpu")
+
+
+def on_device(options: argparse.Namespace) -> None:
+    """Name each model after its device: so do its directory, its job and its row in a table."""
+    if options.device != "cpu":
+        options.subjects = [f"{name.partition('@')[0]}@{options.device}" for name in options.subjects]
+
+
+def result_path(options: argparse.Namespace, kind: str) -> Path:
+    """Where a result is written by default: each device has a file of its own."""
+    name = kind if options.device == "cpu" else f"{kind}-{options.device}"
+    return Path(options.dir) / f"{name}.json"
 
 
 def common_options(parser: argparse.ArgumentParser) -> None:

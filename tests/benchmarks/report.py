@@ -2,9 +2,10 @@
 
     python tests/benchmarks/report.py DIR [--docs docs/benchmarks.md] [--no-plots]
 
-Reads ``warm.json``, ``cold.json`` and ``call.json`` in DIR, as far as they are there, writes the text between
-``<!-- begin NAME -->`` and ``<!-- end NAME -->`` anew, and draws ``docs/plots/*.svg`` and ``*.png``. Plots
-need matplotlib: ``pip install 'stitchcache[bench]'``.
+Reads ``warm.json``, ``cold.json`` and ``call.json`` in DIR, and ``warm-cuda.json`` and ``call-cuda.json`` of
+a GPU, as far as they are there, writes the text between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``
+anew, and draws ``docs/plots/*.svg`` and ``*.png``. Plots need matplotlib, which
+``pip install 'stitchcache[bench]'`` installs.
 """
 
 from __future__ import annotations
@@ -185,8 +186,9 @@ def conditions(record: Record) -> str:
     vector = " (AVX-512)" if found.get("avx512") else ""
     names = ("torch", "transformers", "python", "g++")
     versions = ", ".join(f"{name} {found[name]}" for name in names if found.get(name))
+    gpu = f"One {found['gpu']} (driver {found['driver']}); " if "gpu" in found else ""
     return (
-        f"{found['cores']} cores of an {found['cpu']}{vector}, {found['memory_gb']} GB, Linux "
+        f"{gpu}{found['cores']} cores of an {found['cpu']}{vector}, {found['memory_gb']} GB, Linux "
         f"{found['kernel']}; {versions}; seed {found['seed']}; highest load average seen "
         f"{record.get('highest_load', 0):.1f}."
     )
@@ -200,14 +202,15 @@ def in_order(names: Any) -> list[str]:
 def sections(directory: Path, plots: Sequence[str]) -> dict[str, str]:
     """Text for each marker, of the results that are there."""
     texts: dict[str, str] = {}
-    for kind in ("warm", "cold", "call"):
-        path = directory / f"{kind}.json"
+    for name in ("warm", "cold", "call", "warm-cuda", "call-cuda"):
+        path, kind = directory / f"{name}.json", name.partition("-")[0]
         if not path.is_file():
             continue
         record = json.loads(path.read_text())
-        texts[kind] = "\n\n".join(
-            part for part in (*_parts(kind, record, plots), failures(record), goals_list(record)) if part
-        )
+        # Plots are of the CPU's results, and goals are set for them.
+        on_cpu = name == kind
+        parts = [*_parts(kind, record, plots if on_cpu else ()), failures(record)]
+        texts[name] = "\n\n".join(part for part in (*parts, goals_list(record) if on_cpu else "") if part)
     return texts
 
 
@@ -227,7 +230,10 @@ def _parts(kind: str, record: Record, plots: Sequence[str]) -> list[str]:
         len(t) for s in record["samples"].values() for case in s["us"].values() for t in case.values()
     )
     said = f"Medians of {rounds} rounds. {conditions(record)}"
-    return [said, call_table(record), *pictures, "stitchcache's own part of a call:", overhead_table(record)]
+    own = []
+    if any("overhead" in found for found in record["samples"].values()):
+        own = ["stitchcache's own part of a call:", overhead_table(record)]
+    return [said, call_table(record), *pictures, *own]
 
 
 def _compiles(record: Record) -> str:

@@ -6,6 +6,8 @@
     llama-16          a Llama from a config, 16 layers, random weights (needs transformers)
     gpt2-12           a GPT-2 from a config, 12 layers, random weights (needs transformers)
 
+A name that ends in ``@cuda`` means the same model on the first GPU.
+
 Weights and inputs come from fixed seeds. Sizes are ``(rows, tokens)``, never 1: torch.compile keeps code
 of its own for a size of 1, and would compile in the middle of a measurement.
 """
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 SEED = 0
+DEVICES = ("cpu", "cuda")
 MOST_ROWS = 64
 MOST_TOKENS = 256
 EXAMPLE = (2, 16)
@@ -37,10 +40,12 @@ class Subject:
     """
 
     def __init__(self, name: str) -> None:
-        found = re.fullmatch(r"(decoder|llama|gpt2)-(\d+)(?:x(\d+))?|minilm", name)
-        if found is None:
+        model, _, device = name.partition("@")
+        found = re.fullmatch(r"(decoder|llama|gpt2)-(\d+)(?:x(\d+))?|minilm", model)
+        if found is None or device not in ("", *DEVICES):
             raise SystemExit(f"no such model: {name!r}; say decoder-LAYERS[xWIDTH], llama-LAYERS, minilm ...")
         self.name = name
+        self.device = device or "cpu"
         self.kind = found[1] or "minilm"
         self.layers = int(found[2] or 6)
         self.width = int(found[3] or (384 if self.kind == "minilm" else 64))
@@ -72,14 +77,17 @@ class Subject:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            return {"decoder": _decoder, "llama": _llama, "gpt2": _gpt2, "minilm": _minilm}[self.kind](self)
+            build = {"decoder": _decoder, "llama": _llama, "gpt2": _gpt2, "minilm": _minilm}[self.kind]
+            model = build(self)
+        return model if self.device == "cpu" else model.to(self.device)
 
     def inputs(self, rows: int, tokens: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments for a call, the same in every process."""
         import torch
 
         generator = torch.Generator().manual_seed(SEED + rows * 1000 + tokens)
-        ids = torch.randint(128, (rows, tokens), generator=generator)
+        # The same numbers on every device: moved, not made there.
+        ids = torch.randint(128, (rows, tokens), generator=generator).to(self.device)
         if self.kind == "decoder":
             return (ids,), {}
         named = {"input_ids": ids}
@@ -89,6 +97,13 @@ class Subject:
             mask[-1, tokens // 2 :] = 0
             named["attention_mask"] = mask
         return (), named
+
+    def wait(self) -> None:
+        """Wait for what a call left to the GPU; on the CPU a call is done when it returns."""
+        if self.device != "cpu":
+            import torch
+
+            torch.cuda.synchronize()
 
     def leaves(self, output: Any) -> list[Any]:
         """The tensors of an output, whatever container a way returns them in."""

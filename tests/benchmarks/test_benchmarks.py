@@ -13,7 +13,10 @@ import pytest
 
 HERE = Path(__file__).parent
 BENCHMARKS = ("bench_warm", "bench_cold", "bench_call", "report")
-PAGE = "<!-- begin warm -->\nold\n<!-- end warm -->\nkept\n<!-- begin cold -->\nold cold\n<!-- end cold -->\n"
+PAGE = (
+    "<!-- begin warm -->\nold\n<!-- end warm -->\nkept\n<!-- begin cold -->\nold cold\n<!-- end cold -->\n"
+    "<!-- begin call-cuda -->\ngpu old\n<!-- end call-cuda -->\n"
+)
 
 
 @pytest.fixture
@@ -86,6 +89,28 @@ def test_options_have_defaults_that_can_be_narrowed(bench: Any, tmp_path: Path) 
     assert bench("bench_call").options_of(["--quick"]).rounds == 1
 
 
+def test_models_on_a_gpu_have_names_and_results_of_their_own(bench: Any, tmp_path: Path) -> None:
+    asked = ["--dir", str(tmp_path), "--device", "cuda"]
+    options = bench("bench_warm").options_of([*asked, "--subjects", "decoder-4x512"])
+    assert (options.subjects, options.json) == (["decoder-4x512@cuda"], tmp_path / "warm-cuda.json")
+    options = bench("bench_call").options_of([*asked, "--quick"])
+    assert (options.subjects, options.json) == (["decoder-4x512@cuda"], tmp_path / "call-cuda.json")
+    subject = bench("subjects").Subject("llama-4x512@cuda")
+    assert (subject.kind, subject.layers, subject.width, subject.device) == ("llama", 4, 512, "cuda")
+    assert bench("subjects").Subject("minilm").device == "cpu"
+    with pytest.raises(SystemExit, match="no such model"):
+        bench("subjects").Subject("decoder-4@tpu")
+
+
+def test_a_way_that_does_not_work_is_left_out_and_named(bench: Any, tmp_path: Path) -> None:
+    measure = bench("measure")
+    results = measure.Results(tmp_path / "warm-cuda.json", "warm")
+    results.fail("decoder-4@cuda", "package", measure.FailedError("Traceback\nRuntimeError: no such thing\n"))
+    assert results.working("decoder-4@cuda", ["eager", "package"]) == ["eager"]
+    said = bench("report").failures(json.loads((tmp_path / "warm-cuda.json").read_text()))
+    assert said == "AOTInductor package does not work for decoder-4@cuda: `RuntimeError: no such thing`"
+
+
 def test_an_unknown_way_is_refused(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench("bench_warm").options_of(["--ways", "magic"])
@@ -132,6 +157,7 @@ def test_report_rewrites_what_it_has_results_for(bench: Any, tmp_path: Path) -> 
     text = page.read_text()
     assert "\nold\n" not in text
     assert "old cold" in text
+    assert "gpu old" in text
     assert "kept" in text
     assert "| decoder-4 | torch.compile | 6.05" in text
     assert "200x" in text
@@ -140,6 +166,26 @@ def test_report_rewrites_what_it_has_results_for(bench: Any, tmp_path: Path) -> 
     again = page.read_text()
     bench("report").main([str(tmp_path), "--docs", str(page), "--no-plots"])
     assert page.read_text() == again
+
+
+def test_report_of_a_gpu_has_tables_without_plots_and_goals(bench: Any, tmp_path: Path) -> None:
+    us = {"small": {"eager": [900.0, 910.0], "stitchcache": [300.0, 310.0]}}
+    samples = {"decoder-4@cuda": {"us": us, "sizes": {"small": [2, 16]}}}
+    goals = [{"name": "a goal", "value": 1.0, "relation": "<=", "limit": 1, "unit": "x", "met": True}]
+    write(tmp_path, "call", samples, goals)
+    record = json.loads((tmp_path / "call.json").read_text())
+    record["facts"] |= {"gpu": "A GPU", "driver": "1.2"}
+    (tmp_path / "call.json").rename(tmp_path / "call-cuda.json").write_text(json.dumps(record))
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    assert bench("report").main([str(tmp_path), "--docs", str(page), "--no-plots"]) == 0
+    text = page.read_text()
+    assert "gpu old" not in text
+    assert "old cold" in text
+    assert "One A GPU (driver 1.2); 2 cores of an A CPU" in text
+    assert "| decoder-4@cuda | small | 2 x 16        | 905       | 305             |" in text
+    assert "a goal" not in text
+    assert "own part" not in text
 
 
 def test_report_draws_each_plot_with_text_as_text(bench: Any, tmp_path: Path) -> None:
@@ -162,8 +208,8 @@ def test_results_of_another_machine_are_not_mixed(bench: Any, tmp_path: Path) ->
 
 def test_the_page_of_the_docs_has_every_marker(bench: Any) -> None:
     page = (HERE.parents[1] / "docs" / "benchmarks.md").read_text()
-    texts = dict.fromkeys(("warm", "cold", "call"), "new")
-    assert bench("report").rewrite(page, texts).count("new\n<!-- end") == 3
+    texts = dict.fromkeys(("warm", "cold", "call", "warm-cuda", "call-cuda"), "new")
+    assert bench("report").rewrite(page, texts).count("new\n<!-- end") == 5
 
 
 def test_code_of_vllms_form_runs(bench: Any) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import operator
 import pickle
 from collections.abc import Callable, Sequence
@@ -110,9 +111,29 @@ def _split(gm: fx.GraphModule, splitting_ops: Sequence[str]) -> tuple[fx.GraphMo
             current += 1
         else:
             part[node] = current
-    split = split_module(gm, None, part.__getitem__, keep_original_order=True, tuple_return=True)  # type: ignore[arg-type]
+    known = "tuple_return" in inspect.signature(split_module).parameters
+    more: dict[str, Any] = {"tuple_return": True} if known else {}
+    split = split_module(gm, None, part.__getitem__, keep_original_order=True, **more)  # type: ignore[arg-type]
+    if not known:
+        _return_tuples(split)
     names = [str(node.target) for node in split.graph.nodes if node.op == "call_module"]
     return split, [name for name in names if int(name.removeprefix("submod_")) not in splitting]
+
+
+def _return_tuples(split: fx.GraphModule) -> None:
+    """What ``split_module(tuple_return=True)`` does; torch 2.11 returns a single result bare."""
+    for node in list(split.graph.find_nodes(op="call_module")):
+        piece: Any = split.get_submodule(str(node.target))
+        output = piece.graph.output_node()
+        if isinstance(output.args[0], (tuple, list)):
+            continue
+        with split.graph.inserting_after(node):
+            taken = split.graph.call_function(operator.getitem, (node, 0))
+        node.replace_all_uses_with(taken, delete_user_cb=lambda user, taken=taken: user is not taken)
+        taken.meta = dict(node.meta)
+        output.args = ((output.args[0],),)
+        piece.recompile()
+    split.recompile()
 
 
 def _is_op(node: fx.Node, ops: Sequence[str]) -> bool:
