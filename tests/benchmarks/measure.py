@@ -48,6 +48,10 @@ def facts(device: str = "cpu") -> dict[str, Any]:
     gcc = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True, check=False)
     gpu = {}
     if device == "cuda":
+        if shutil.which("nvidia-smi") is None:
+            raise SystemExit(
+                "--device cuda needs an NVIDIA GPU and its driver's nvidia-smi; there is none here"
+            )
         command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"]
         name, _, driver = subprocess.check_output(command, text=True).strip().partition(", ")
         gpu = {"gpu": name, "driver": driver}

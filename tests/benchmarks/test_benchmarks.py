@@ -102,6 +102,14 @@ def test_models_on_a_gpu_have_names_and_results_of_their_own(bench: Any, tmp_pat
         bench("subjects").Subject("decoder-4@tpu")
 
 
+def test_a_gpu_is_asked_for_where_there_is_none(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):
+        bench("bench_call").main(["--dir", str(tmp_path), "--device", "cuda"])
+
+
 def test_a_way_that_does_not_work_is_left_out_and_named(bench: Any, tmp_path: Path) -> None:
     measure = bench("measure")
     results = measure.Results(tmp_path / "warm-cuda.json", "warm")
