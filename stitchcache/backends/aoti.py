@@ -16,6 +16,8 @@ from torch._ops import OpOverload
 from stitchcache.errors import BackendError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from stitchcache.backends.base import BoxedPiece
 
 # Namespaces whose ops Inductor knows how to call from C++. Any other op would go through a proxy
@@ -62,11 +64,11 @@ class AotiBackend:
 
         return tuned(devices, options, before, pieces)
 
-    def settle(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
+    def settled(self, devices: Collection[str], options: Mapping[str, Any]) -> AbstractContextManager[None]:
         """Skip probes that could not change anything."""
-        from stitchcache.backends.inductor_process import settle
+        from stitchcache.backends.inductor_process import settled
 
-        settle(devices, options)
+        return settled(devices, options)
 
     def foreign_ops(self, piece: torch.fx.GraphModule) -> set[str]:
         """Custom ops: they are called between pieces."""

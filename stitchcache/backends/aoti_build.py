@@ -23,9 +23,8 @@ from stitchcache.errors import BackendError
 def warm(devices: Collection[str], options: Mapping[str, Any], before: int) -> None:
     """Leave the probes of the CPU on disk, and the precompiled headers if they are worth it."""
     inductor_process.probe(devices, options)
-    inductor_process.settle(devices, options)
     if "cpu" in devices and headers.worth(options, before, 0):
-        with config.patch(settings(options)):
+        with inductor_process.settled(devices, options), config.patch(settings(options)):
             headers.precompile()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,8 +66,8 @@ class Backend(Protocol):
             Options for :meth:`build`.
         """
 
-    def settle(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
-        """Get a forked child ready that does nothing but compile; after :meth:`prepare`."""
+    def settled(self, devices: Collection[str], options: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Around compiling, after :meth:`prepare`: what could not change anything is skipped meanwhile."""
 
     def foreign_ops(self, piece: torch.fx.GraphModule) -> set[str]:
         """Ops that this backend cannot compile and that must be called between pieces instead."""

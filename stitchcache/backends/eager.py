@@ -6,6 +6,7 @@ For machines without a compiler, for debugging, and for pieces that a compiler r
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,9 @@ class EagerBackend:
         """The same options for any number."""
         return options
 
-    def settle(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
+    def settled(self, devices: Collection[str], options: Mapping[str, Any]) -> AbstractContextManager[None]:
         """Nothing to do."""
+        return nullcontext()
 
     def foreign_ops(self, piece: torch.fx.GraphModule) -> set[str]:
         """Every op can be called."""

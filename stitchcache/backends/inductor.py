@@ -8,6 +8,7 @@ AOTInductor refuses. Private API of torch; tried with 2.11 and 2.13.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,9 @@ class InductorBackend:
         """The same options for any number."""
         return options
 
-    def settle(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
+    def settled(self, devices: Collection[str], options: Mapping[str, Any]) -> AbstractContextManager[None]:
         """Skip probes that could not change anything."""
-        inductor_process.settle(devices, options)
+        return inductor_process.settled(devices, options)
 
     def foreign_ops(self, piece: torch.fx.GraphModule) -> set[str]:
         """Inductor calls any registered op."""

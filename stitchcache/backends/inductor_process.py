@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
-from stitchcache.backends.vector_isa import probe_best, take_best
+from stitchcache.backends.vector_isa import best_alone, none_at_all, probe_best
 
 # What lowering imports at its first graph; once here instead of once a forked child.
 _MODULES = ("torch._inductor.compile_fx", "torch._inductor.graph", "torch._inductor.codegen.cpp")
@@ -37,7 +38,7 @@ def probe(devices: Collection[str], options: Mapping[str, Any]) -> None:
         probe_best(options)
 
 
-def settle(devices: Collection[str], options: Mapping[str, Any]) -> None:
-    """Spare a forked child the probes that could not change anything."""
-    if "cpu" in devices:
-        take_best(options)
+def settled(devices: Collection[str], options: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Spare a block that compiles the probes that could not change anything."""
+    # What only starts kernels of a GPU gains nothing by the CPU's vector instructions.
+    return best_alone(options) if "cpu" in devices else none_at_all(options)

@@ -1,15 +1,16 @@
 """The vector instruction set that Inductor compiles for, probed once instead of once a process.
 
 Inductor compiles and loads small test programs for every instruction set that the CPU has, best first,
-and then takes the best that worked: ten compilations on a CPU with AMX, of which four decide. Private API
-of torch (``torch._inductor.cpu_vec_isa``); tried with 2.13. Where it looks different, Inductor probes as
-it always does.
+and then takes the best that worked: ten compilations on a CPU with AMX, of which four decide, and each test
+is a process that imports torch. Private API of torch (``torch._inductor.cpu_vec_isa``); tried with 2.11 and
+2.13. Where it looks different, Inductor probes as it always does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 # Whoever sets one of these may be given another set than the best, so all must be probed.
@@ -35,28 +36,62 @@ def probe_best(options: Mapping[str, Any]) -> None:
             return
 
 
-def take_best(options: Mapping[str, Any]) -> None:
-    """Keep Inductor from probing anything below the best, for the rest of this process.
+@contextlib.contextmanager
+def best_alone(options: Mapping[str, Any]) -> Iterator[None]:
+    """Keep Inductor from probing anything below the best.
 
-    Only for a process that does nothing but compile: it would not find a lesser set any more if it were
-    asked for one.
+    Whoever asks for a lesser set meanwhile does not find it; afterwards Inductor probes anew.
 
     Args:
         options: Backend options.
     """
     candidates = _candidates(options)
-    if candidates is None:
-        return
-    best = next((candidate for candidate in candidates if candidate), None)
-    if best is None:
-        return
+    best = next((candidate for candidate in candidates or () if candidate), None)
+    with contextlib.nullcontext() if best is None else _known([best]):
+        yield
+
+
+@contextlib.contextmanager
+def none_at_all(options: Mapping[str, Any]) -> Iterator[None]:
+    """Keep Inductor from probing: for code that only starts what runs on another device.
+
+    Args:
+        options: Backend options.
+    """
+    with contextlib.nullcontext() if _candidates(options) is None else _known([]):
+        yield
+
+
+@contextlib.contextmanager
+def _known(sets: list[Any]) -> Iterator[None]:
+    """Have Inductor know these instruction sets, unless it has probed already."""
     from torch._inductor import config, cpu_vec_isa
 
-    with config.patch({"cpp.vec_isa_ok": False}):
-        # The answer for the best is remembered; the rest are told no without a test.
-        found = cpu_vec_isa.valid_vec_isa_list()
-    if found[:1] != [best]:
-        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    valid = cpu_vec_isa.valid_vec_isa_list
+    if valid.cache_info().currsize:
+        yield
+        return
+    try:
+        with config.patch({"cpp.vec_isa_ok": False}):
+            # Sets that were found to work are remembered as such; the rest are told no without a test.
+            found = valid()
+        if found != sets:
+            _forget()
+        yield
+    finally:
+        _forget()
+
+
+def _forget() -> None:
+    """Have Inductor probe anew; what it built for that is still on disk."""
+    from torch._inductor import cpu_vec_isa
+
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    for isa in cpu_vec_isa.supported_vec_isa_list:
+        # Those that were told no remember it as if it had been tested.
+        clear = getattr(type(isa).__bool__, "cache_clear", None)
+        if clear is not None:
+            clear()
 
 
 def _candidates(options: Mapping[str, Any]) -> list[Any] | None:

@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,8 +105,12 @@ def build(
             children.Job(name=piece.name, run=run, log=scratch / f"{piece.key}.log", backend=piece.backend)
         )
     results = children.run_all(pending, at_once(len(pending), jobs)) if forked else children.run_here(pending)
-    # Closed whatever happens, so that no child outlives an error or Ctrl-C.
-    with closing(results):
+    with ExitStack() as stack:
+        if not forked:
+            for name in tuned:
+                stack.enter_context(get_backend(name).settled(devices, options))
+        # Closed whatever happens, so that no child outlives an error or Ctrl-C.
+        stack.enter_context(closing(results))
         for index, built in results:
             if built.unverified:
                 log.info("piece %s: not compared with eager: %s", pending[index].name, built.unverified)
@@ -135,8 +139,8 @@ def at_once(pieces: int, jobs: int | None) -> int:
 def _settled(
     work: Callable[[], BuiltPiece], backend: str, devices: Sequence[str], options: Mapping[str, Any]
 ) -> BuiltPiece:
-    get_backend(backend).settle(devices, options)
-    return work()
+    with get_backend(backend).settled(devices, options):
+        return work()
 
 
 def _build_one(

@@ -105,7 +105,7 @@ def test_models_on_a_gpu_have_names_and_results_of_their_own(bench: Any, tmp_pat
 def test_a_gpu_is_asked_for_where_there_is_none(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):
         bench("bench_call").main(["--dir", str(tmp_path), "--device", "cuda"])
 
