@@ -48,13 +48,19 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def ways_of(options: argparse.Namespace, subject: str) -> list[str]:
+    """The ways that are measured for a model; the decoder's attention is made to be split at."""
+    left_out = {ways.WHOLE} if Subject(subject).kind == "decoder" else set()
+    return [way for way in options.ways if way not in left_out]
+
+
 def measure_subject(options: argparse.Namespace, results: Results, subject: str) -> dict[str, Any]:
     """All ways of one model, in turn."""
     sizes = {name: CALL_SIZES[name] for name in options.sizes}
     servers: dict[str, Server] = {}
     us: dict[str, dict[str, list[float]]] = {}
     try:
-        for way in options.ways:
+        for way in ways_of(options, subject):
             try:
                 measure.ensure_prepared(options.dir, subject, way)
                 servers[way] = Server(options.dir, subject, way, sizes)
@@ -86,7 +92,7 @@ def measure_subject(options: argparse.Namespace, results: Results, subject: str)
 def prepare(options: argparse.Namespace, results: Results) -> int:
     """Compile what is missing; the exit status."""
     for subject in options.subjects:
-        for way in options.ways:
+        for way in ways_of(options, subject):
             try:
                 measure.ensure_prepared(options.dir, subject, way)
             except FailedError as error:

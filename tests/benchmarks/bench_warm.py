@@ -39,7 +39,7 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     quick = "decoder-4" if options.quick else ALL_SUBJECTS if options.all else SUBJECTS
     options.subjects = options.subjects or ([] if options.lookup else quick.split(","))
     options.rounds = options.rounds or (1 if options.quick else 5)
-    options.ways = options.ways or list(ways.WAYS)
+    options.ways = options.ways or [way for way in ways.WAYS if way != ways.WHOLE]
     options.json = options.json or options.dir / "warm.json"
     return options
 
