@@ -2,7 +2,7 @@
 
 A forked child has the model, the ops that were registered by hand, and everything that was imported,
 without a second start-up; a crash stays inside it. torch's data loader relies on the same: threads of
-the parent do not exist in the child, so the child runs torch on one thread.
+the parent do not exist in the child, so the child runs torch on one thread, which is new there.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import pickle
 import re
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -29,6 +32,8 @@ from stitchcache.errors import BackendError, PieceCrashError, StitchCacheError
 _PR_SET_PDEATHSIG = 1
 # Seconds that a child and its compilers get to clean up.
 _PATIENCE = 1.0
+# Bytes; tracing recurses deeply, and where the stack of processes is unlimited that of threads is small.
+_STACK = 64 << 20
 # What compilers and linkers put before what they complain about.
 _COMPILER = re.compile(r"(?:fatal )?error: |undefined reference|cannot find -l|No space left")
 _EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception|Refused)\b")
@@ -158,14 +163,25 @@ def _child(job: Job, sender: Connection, receiver: Connection, parent: int) -> N
     sys.stderr = os.fdopen(2, "w", closefd=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
     try:
-        sender.send((True, job.run()))
+        sender.send((True, _in_new_thread(job.run)))
     except StitchCacheError as error:
         try:
             sender.send((False, error))
         except (pickle.PicklingError, TypeError, AttributeError):
             sender.send((False, BackendError(str(error), backend=job.backend, piece=job.name)))
+
+
+def _in_new_thread(run: Callable[[], Any]) -> Any:
+    """Run in a thread that began here.
+
+    OpenMP keeps a team of threads for each thread that ever ran a parallel loop. The one that forked has
+    such a team here whose threads do not exist, and a loop that says itself how many threads it wants
+    (Inductor's ``cpp.threads``) would wait for them for ever.
+    """
+    threading.stack_size(_STACK)
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
+        return thread.submit(copy_context().run, run).result()
 
 
 def _die_with(parent: int) -> None:

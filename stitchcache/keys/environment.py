@@ -194,9 +194,13 @@ def _op_libraries() -> tuple[str, bytes]:
 
 
 def _gpu() -> str:
-    """Architectures of the visible GPUs, each once."""
+    """The visible GPUs, each kind once.
+
+    By name, as in Inductor's own cache: GPUs of one architecture differ in their multiprocessors, by which
+    kernels are tuned and some are sized. Where ROCm tells an architecture, that counts.
+    """
     names = set()
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        names.add(getattr(properties, "gcnArchName", None) or f"sm_{properties.major}{properties.minor}")
+        names.add(properties.gcnArchName if torch.version.hip else properties.name)
     return " ".join(sorted(names)) or "none"

@@ -170,6 +170,29 @@ def test_torch_works_in_children_after_threads_were_used(job):
     assert all(abs(value - float((x @ x).sum())) < 1.0 for value in got.values())
 
 
+THREADED = """
+import sys
+from pathlib import Path
+import torch
+from stitchcache.backends.children import Job, run_all
+x = torch.ones(1 << 20)
+torch.set_num_threads(4)
+print(float((x + x).sum()))
+def work():
+    # As compiled code does that names its number of threads.
+    torch.set_num_threads(4)
+    return float((x + x).sum())
+print(dict(run_all([Job("a", work, Path(sys.argv[1]), "aoti")], 1)))
+"""
+
+
+def test_loops_in_children_may_ask_for_threads_of_their_own(tmp_path):
+    (tmp_path / "threaded.py").write_text(THREADED)
+    command = [sys.executable, str(tmp_path / "threaded.py"), str(tmp_path / "log")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[:2] == ["2097152.0", "{0: 2097152.0}"], done.stderr
+
+
 PARENT = """
 import os, signal, sys, time
 from pathlib import Path

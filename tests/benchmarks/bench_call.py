@@ -25,7 +25,7 @@ from report import call_table, failures, overhead_table
 from subjects import CALL_SIZES, Subject
 
 SUBJECTS = "decoder-4,decoder-16,decoder-4x768,minilm"
-GPU_SUBJECTS = "decoder-4x512,llama-4x512"
+GPU_SUBJECTS = "decoder-4x512"
 # The mega-cache ends in the same code as torch.compile.
 WAYS = tuple(way for way in ways.WAYS if way not in (ways.MEGA, ways.IMPORTED, ways.PRELOADED))
 # A GPU's calls do not ask how many threads the CPU may use.
@@ -54,13 +54,19 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def ways_of(options: argparse.Namespace, subject: str) -> list[str]:
+    """The ways that are measured for a model; the decoder's attention is made to be split at."""
+    left_out = {ways.WHOLE} if Subject(subject).kind == "decoder" else set()
+    return [way for way in options.ways if way not in left_out]
+
+
 def measure_subject(options: argparse.Namespace, results: Results, subject: str) -> dict[str, Any]:
     """All ways of one model, in turn."""
     sizes = {name: CALL_SIZES[name] for name in options.sizes}
     servers: dict[str, Server] = {}
     us: dict[str, dict[str, list[float]]] = {}
     try:
-        for way in options.ways:
+        for way in ways_of(options, subject):
             try:
                 measure.ensure_prepared(options.dir, subject, way)
                 servers[way] = Server(options.dir, subject, way, sizes)
@@ -93,7 +99,7 @@ def measure_subject(options: argparse.Namespace, results: Results, subject: str)
 def prepare(options: argparse.Namespace, results: Results) -> int:
     """Compile what is missing; the exit status."""
     for subject in options.subjects:
-        for way in options.ways:
+        for way in ways_of(options, subject):
             try:
                 measure.ensure_prepared(options.dir, subject, way)
             except FailedError as error:

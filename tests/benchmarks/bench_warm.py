@@ -24,7 +24,7 @@ from report import failures, lookup_line, warm_table
 
 SUBJECTS = "decoder-4,decoder-16,minilm"
 ALL_SUBJECTS = f"{SUBJECTS},llama-16,gpt2-12"
-GPU_SUBJECTS = "decoder-4x512,llama-4x512"
+GPU_SUBJECTS = "decoder-4x512"
 LOOKUP = "llama-32"
 
 
@@ -43,7 +43,7 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     quick = usual.split(",")[0] if options.quick else ALL_SUBJECTS if options.all else usual
     options.subjects = options.subjects or ([] if options.lookup else quick.split(","))
     options.rounds = options.rounds or (1 if options.quick else 5)
-    options.ways = options.ways or list(ways.WAYS)
+    options.ways = options.ways or [way for way in ways.WAYS if way != ways.WHOLE]
     measure.on_device(options)
     options.json = options.json or measure.result_path(options, "warm")
     return options

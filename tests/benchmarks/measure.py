@@ -186,7 +186,7 @@ def ensure_prepared(root: Path, subject: str, way: str) -> None:
     if not marker.is_file() or json.loads(marker.read_text())["facts"] != facts(Subject(subject).device):
         say(f"preparing {subject}, {ways.LABELS[maker]}")
         run_cold(root, subject, maker)
-    elif way == ways.OURS:
+    elif way in (ways.OURS, ways.WHOLE):
         # Sources may have changed since, ours among them: then this compiles, else it is a direct hit.
         run_warm(root, subject, way, cold=True)
 

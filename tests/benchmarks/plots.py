@@ -21,6 +21,7 @@ COLOURS = {
     ways.OURS: "#0072b2",
     ways.IMPORTED: "#0072a8",
     ways.PRELOADED: "#004c77",
+    ways.WHOLE: "#003a5c",
     ways.COMPILE: "#e69f00",
     ways.MEGA: "#cc79a7",
     ways.AOT: "#009e73",

@@ -220,8 +220,7 @@ def _parts(kind: str, record: Record, plots: Sequence[str]) -> list[str]:
         subjects = warm_subjects(record)
         if not subjects:
             return [conditions(record), lookup_line(record)]
-        rounds = max(len(samples) for by_way in subjects.values() for samples in by_way.values())
-        said = f"Medians of {rounds} fresh processes. {conditions(record)}"
+        said = f"Medians of {_processes(subjects)}. {conditions(record)}"
         return [said, warm_table(record), *pictures, "stitchcache's time after the model is built:",
                 shares_table(record), lookup_line(record)]  # fmt: skip
     if kind == "cold":
@@ -234,6 +233,20 @@ def _parts(kind: str, record: Record, plots: Sequence[str]) -> list[str]:
     if any("overhead" in found for found in record["samples"].values()):
         own = ["stitchcache's own part of a call:", overhead_table(record)]
     return [said, call_table(record), *pictures, *own]
+
+
+def _processes(subjects: dict[str, dict[str, list[Record]]]) -> str:
+    """How many fresh processes medians are of; not all ways may have been measured as often."""
+    by_count: dict[int, set[str]] = {}
+    for by_way in subjects.values():
+        for way, samples in by_way.items():
+            by_count.setdefault(len(samples), set()).add(way)
+    (most, _), *others = sorted(by_count.items(), reverse=True)
+    fewer = [
+        f"{count} for {', '.join(ways.LABELS[way] for way in in_order(by_count[count]))}"
+        for count, _ in others
+    ]
+    return f"{most} fresh processes" + (f" ({'; '.join(fewer)})" if fewer else "")
 
 
 def _compiles(record: Record) -> str:

@@ -169,6 +169,7 @@ def test_report_rewrites_what_it_has_results_for(bench: Any, tmp_path: Path) -> 
     assert "kept" in text
     assert "| decoder-4 | torch.compile | 6.05" in text
     assert "200x" in text
+    assert "Medians of 2 fresh processes. 2 cores" in text
     assert "15.0 ms (12.0 for the key, 3.0 to check the sources" in text
     assert "- a goal: 21.0 ms (goal <= 25 ms): met" in text
     again = page.read_text()

@@ -20,13 +20,14 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 EAGER, OURS, COMPILE, MEGA = "eager", "stitchcache", "compile", "mega"
 AOT, PACKAGE, VLLM = "aot_compile", "package", "vllm"
-IMPORTED, PRELOADED = "imported", "preloaded"
-WAYS = (EAGER, OURS, IMPORTED, PRELOADED, COMPILE, MEGA, AOT, PACKAGE, VLLM)
+IMPORTED, PRELOADED, WHOLE = "imported", "preloaded", "whole"
+WAYS = (EAGER, OURS, IMPORTED, PRELOADED, WHOLE, COMPILE, MEGA, AOT, PACKAGE, VLLM)
 LABELS = {
     EAGER: "eager",
     OURS: "stitchcache",
     IMPORTED: "stitchcache, imported first",
     PRELOADED: "stitchcache, preloaded",
+    WHOLE: "stitchcache, not split",
     COMPILE: "torch.compile",
     MEGA: "mega-cache",
     AOT: "aot_compile",
@@ -117,6 +118,18 @@ def stitched(
         backend=backend,
         cache=stitchcache.Cache(directory / "cache") if preloaded is None else preloaded.cache,
         preloaded=preloaded,
+    )
+
+
+def _whole(subject: Subject, model: Any, inputs: Inputs, directory: Path) -> Call:
+    """One piece for the whole model, as in a package."""
+    import stitchcache
+
+    return stitchcache.compile(
+        model,
+        *inputs,
+        dynamic_shapes=subject.dynamic_shapes(stitchcache.Dim),
+        cache=stitchcache.Cache(directory / "cache"),
     )
 
 
@@ -239,6 +252,7 @@ def _load_vllm(subject: Subject, model: Any, inputs: Inputs, directory: Path) ->
 _PREPARE: dict[str, Callable[[Subject, Any, Inputs, Path], Call]] = {
     EAGER: _eager,
     OURS: stitched,
+    WHOLE: _whole,
     COMPILE: _compile,
     AOT: _prepare_aot,
     PACKAGE: _prepare_package,
@@ -247,6 +261,7 @@ _PREPARE: dict[str, Callable[[Subject, Any, Inputs, Path], Call]] = {
 _LOAD: dict[str, Callable[[Subject, Any, Inputs, Path], Call]] = {
     EAGER: _eager,
     OURS: stitched,
+    WHOLE: _whole,
     IMPORTED: stitched,
     COMPILE: _compile,
     MEGA: _load_mega,

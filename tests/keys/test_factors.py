@@ -7,6 +7,7 @@ import functools
 import logging
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -511,6 +512,20 @@ def test_backends_have_the_factors_that_matter_to_them():
     assert "env.python" in environment("eager")
     assert "env.python" not in environment("aoti")
     assert "env.gpu" not in environment()
+
+
+def test_gpus_are_known_by_name_each_once(monkeypatch):
+    kind = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0, gcnArchName="gfx942")
+    other = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, gcnArchName="gfx942")
+    visible = [kind, other, kind]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(visible))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: visible[index])
+    monkeypatch.setattr(torch.version, "hip", None)
+    found = {factor.name: factor for factor in environment_factors("aoti", {"cuda"})}
+    assert found["env.gpu"].value == "NVIDIA H100 80GB HBM3 NVIDIA H200"
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    on_rocm = {factor.name: factor for factor in environment_factors("aoti", {"cuda"})}
+    assert on_rocm["env.gpu"].value == "gfx942"
 
 
 def test_another_processor_is_another_key(monkeypatch):
