@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stitchcache.api.request import OnProgress, Request, check_model
+from stitchcache.api.request import OnProgress, Request, check_model, chosen_cache
 from stitchcache.api.run import Run
 from stitchcache.cache import Cache
 from stitchcache.errors import OptionError
@@ -83,7 +83,7 @@ def compile(
             "cache and preloaded name two Cache objects: give the same one to preload() and compile().",
             option="preloaded",
         )
-    return compile_request(model, args, kwargs or {}, request, cache or Cache(), preloaded=preloaded)
+    return compile_request(model, args, kwargs or {}, request, chosen_cache(cache), preloaded=preloaded)
 
 
 def compile_request(

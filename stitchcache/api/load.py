@@ -8,6 +8,7 @@ import time
 import torch
 
 from stitchcache.api.open import open_artifact
+from stitchcache.api.request import chosen_cache
 from stitchcache.cache import Cache
 from stitchcache.errors import BindError, EntryDamagedError, GraphHashError, OptionError
 from stitchcache.keys.module_tree import model_factors
@@ -38,7 +39,7 @@ def load(
     if not isinstance(model, torch.nn.Module):
         raise OptionError(f"model is a {type(model).__qualname__}, not a torch.nn.Module.", option="model")
     began = time.perf_counter()
-    store = cache or Cache()
+    store = chosen_cache(cache)
     graph_hash = store.find(os.fspath(source))
     artifact = store.get(graph_hash)
     if artifact is None:

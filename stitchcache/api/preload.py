@@ -107,10 +107,9 @@ class Preloaded:
         log.debug("preload: %s in %.3f s", what, time.perf_counter() - began)
 
     def _find(self) -> Artifact | None:
-        if self._cache is None:
-            from stitchcache.cache import Cache
+        from stitchcache.api.request import chosen_cache
 
-            self._cache = Cache()
+        self._cache = chosen_cache(self._cache)
         if self._wanted is None:
             return None
         graph_hash = self._cache.latest(self._wanted)

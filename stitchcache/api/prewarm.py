@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stitchcache.api.compile import compile_request
-from stitchcache.api.request import OnProgress, Request
+from stitchcache.api.request import OnProgress, Request, chosen_cache
 from stitchcache.api.target import Target, check_names, find_targets
 from stitchcache.cache import Cache
 from stitchcache.errors import StitchCacheError
@@ -97,7 +97,7 @@ def prewarm(
     given = [targets] if isinstance(targets, (Target, str)) else list(targets)
     found = [t for item in given for t in (find_targets(item) if isinstance(item, str) else [item])]
     check_names(found)
-    store = cache or Cache()
+    store = chosen_cache(cache)
     return PrewarmReport(tuple(_one(target, jobs, on_miss, fake, store, on_progress) for target in found))
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from stitchcache.backends import NAMES
+from stitchcache.cache import Cache
 from stitchcache.errors import OptionError
 from stitchcache.runtime.bind import modules_of
 from stitchcache.types import SizeRange
@@ -155,6 +156,22 @@ def devices_of(model: torch.nn.Module, leaves: Sequence[Any]) -> tuple[str, tupl
     found = parameters | others
     first = next((str(device) for device in found if device.type != "cpu"), "cpu")
     return first, tuple(sorted({device.type for device in found} or {"cpu"}))
+
+
+def chosen_cache(cache: Cache | None) -> Cache:
+    """The cache that a caller gave, or the default one.
+
+    Raises:
+        OptionError: It is something else, such as a path.
+    """
+    if cache is None:
+        return Cache()
+    if not isinstance(cache, Cache):
+        raise OptionError(
+            f"cache is {cache!r}, not a Cache: write cache=stitchcache.Cache(...) with its directory.",
+            option="cache",
+        )
+    return cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

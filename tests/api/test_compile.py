@@ -279,6 +279,21 @@ def test_options_that_make_no_sense(cache, change, error, words):
     assert list(cache.entries()) == []
 
 
+def test_a_path_is_no_cache(cache):
+    path = str(cache.root)
+    options = models.decoder_options(cache=path)
+    with pytest.raises(errors.OptionError, match=r"Cache\(\.\.\.\)"):
+        stitchcache.compile(models.decoder(), (models.ids(),), **options)
+    options["cache"] = None
+    preloaded = stitchcache.preload(cache=path)
+    with pytest.raises(errors.OptionError, match=r"Cache\(\.\.\.\)"):
+        stitchcache.compile(models.decoder(), (models.ids(),), preloaded=preloaded, **options)
+    with pytest.raises(errors.OptionError, match=r"Cache\(\.\.\.\)"):
+        stitchcache.load("0" * 64, models.decoder(), cache=path)
+    with pytest.raises(errors.OptionError, match=r"Cache\(\.\.\.\)"):
+        stitchcache.prewarm([], cache=path)
+
+
 def test_models_that_cannot_be_compiled(cache):
     x = torch.ones(3)
     with pytest.raises(errors.OptionError, match=r"eval\(\)"):
