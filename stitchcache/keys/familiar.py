@@ -21,9 +21,11 @@ from types import (
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from stitchcache.keys.origins import module_stands_by_version
+from stitchcache.keys.torch_private import dispatch_modes
 
 # To hash one of these, or to look at a value of these kinds, runs nobody's code.
 _FUNCTIONS = frozenset(
@@ -33,10 +35,10 @@ _FUNCTIONS = frozenset(
         MethodDescriptorType,
         MethodWrapperType,
         WrapperDescriptorType,
-        type(torch.ops.aten.add),
-        type(torch.ops.aten.add.Tensor),
+        OpOverload,
     }
 )
+_NAMESPACES = frozenset({"aten", "prims"})
 _PLAIN = frozenset(
     {
         bool,
@@ -64,8 +66,9 @@ class FamiliarCalls(TorchFunctionMode):
     """Takes the profile function away while torch does what it was seen doing.
 
     A call is familiar when an earlier one of the same function, with arguments of the same kinds on the same
-    kinds of devices, was watched and nothing was noticed below it. Calls that are given anything but tensors
-    of torch's own classes and plain values, a function for instance, never are.
+    kinds of devices and under the same kinds of dispatch modes, was watched and nothing was noticed below it.
+    Calls that are given anything but tensors of torch's own classes and plain values, a function for
+    instance, never are, nor is any under a mode of the user's.
 
     Args:
         profile: The profile function.
@@ -105,7 +108,13 @@ class FamiliarCalls(TorchFunctionMode):
     ) -> tuple[Any, ...] | None:
         if type(func) not in _FUNCTIONS:
             return None
-        kinds: list[Any] = [func]
+        # What a user's op does may be known from an earlier capture, and run only for another size.
+        if isinstance(func, OpOverload) and func.namespace not in _NAMESPACES:
+            return None
+        modes = [type(mode) for mode in dispatch_modes()]
+        if not all(self._is_torchs(mode) for mode in modes):
+            return None
+        kinds: list[Any] = [func, *modes]
         if all(self._add_kind(kinds, value) for value in (*args, *kwargs, *kwargs.values())):
             return tuple(kinds)
         return None
@@ -119,10 +128,13 @@ class FamiliarCalls(TorchFunctionMode):
         if kind in _CONTAINERS:
             kinds.append(len(value))
             return all(self._add_kind(kinds, item) for item in value)
-        own = self._own.get(kind)
-        if own is None:
-            own = issubclass(kind, torch.Tensor) and module_stands_by_version(kind.__module__)
-            self._own[kind] = own
+        own = issubclass(kind, torch.Tensor) and self._is_torchs(kind)
         if own:
             kinds.append(value.device.type)
         return own
+
+    def _is_torchs(self, cls: type) -> bool:
+        known = self._own.get(cls)
+        if known is None:
+            known = self._own[cls] = module_stands_by_version(cls.__module__)
+        return known

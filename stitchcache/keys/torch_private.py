@@ -55,6 +55,11 @@ def active_modes() -> list[str]:
     return [name for name in names if name not in {"DeviceContext", "FakeTensorMode"}]
 
 
+def dispatch_modes() -> list[Any]:
+    """The dispatch modes that are active, innermost last."""
+    return list(_get_current_dispatch_mode_stack())
+
+
 def in_function_transform() -> bool:
     """Whether the caller stands inside of a ``torch.func`` transform such as vmap."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -131,6 +131,52 @@ def test_a_class_of_tensors_of_the_users_stays_watched(module):
     assert watch.calls["own"] == 4
 
 
+def test_a_mode_of_the_users_keeps_its_calls_watched(module):
+    mine = module(
+        """
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        class Mine(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                return own(func(*args, **(kwargs or {})))
+
+        def own(value):
+            return value
+        """
+    )
+    watch, x = Watch("own"), torch.ones(2, 3)
+
+    def action():
+        for _ in range(3):
+            torch.add(x, x)
+        for _ in range(4):
+            with mine.Mine():
+                torch.add(x, x)
+
+    assert watch.run(action)
+    assert watch.calls["own"] == 4
+
+
+def test_an_op_of_the_users_stays_watched():
+    @torch.library.custom_op("familiar::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @twice.register_fake
+    def shape_of_twice(x):
+        return torch.empty_like(x)
+
+    watch, x = Watch(), torch.ones(2, 3, device="meta")
+
+    def action():
+        for _ in range(3):
+            torch.ops.familiar.twice(x)
+            torch.ops.familiar.twice.default(x)
+
+    assert watch.run(action)
+    assert watch.calls["shape_of_twice"] == 6
+
+
 def test_an_error_leaves_the_profile_function_where_it_was():
     watch, x = Watch(), torch.ones(2, 3)
 
