@@ -60,13 +60,16 @@ _PLAIN = frozenset(
     }
 )
 _CONTAINERS = (tuple, list)
+_CHOICES = (bool, str)
+"""Values of these choose between ways through torch's code; numbers are sizes."""
 
 
 class FamiliarCalls(TorchFunctionMode):
     """Takes the profile function away while torch does what it was seen doing.
 
-    A call is familiar when an earlier one of the same function, with arguments of the same kinds on the same
-    kinds of devices and under the same kinds of dispatch modes, was watched and nothing was noticed below it.
+    A call is familiar when an earlier one of the same function, with arguments of the same kinds (texts and
+    truth values: the same) on the same kinds of devices and under the same kinds of dispatch modes, was
+    watched and nothing was noticed below it.
     Calls that are given anything but tensors of torch's own classes and plain values, a function for
     instance, never are, nor is any under a mode of the user's.
 
@@ -114,8 +117,8 @@ class FamiliarCalls(TorchFunctionMode):
         modes = [type(mode) for mode in dispatch_modes()]
         if not all(self._is_torchs(mode) for mode in modes):
             return None
-        kinds: list[Any] = [func, *modes]
-        if all(self._add_kind(kinds, value) for value in (*args, *kwargs, *kwargs.values())):
+        kinds: list[Any] = [func, *modes, *kwargs]
+        if all(self._add_kind(kinds, value) for value in (*args, *kwargs.values())):
             return tuple(kinds)
         return None
 
@@ -124,6 +127,8 @@ class FamiliarCalls(TorchFunctionMode):
         kind = type(value)
         kinds.append(kind)
         if kind in _PLAIN:
+            if kind in _CHOICES:
+                kinds.append(value)
             return True
         if kind in _CONTAINERS:
             kinds.append(len(value))

@@ -82,6 +82,19 @@ def test_other_kinds_of_arguments_are_watched_again():
     assert watch.calls["softmax"] == 12 + 4
 
 
+def test_other_choices_are_watched_again():
+    watch, x = Watch(), torch.ones(2, 3)
+
+    def action():
+        for _ in range(3):
+            torch.nn.functional.dropout(x, training=False)
+            torch.nn.functional.dropout(x, training=True)
+            torch.nn.functional.dropout(x, inplace=True)
+
+    assert watch.run(action)
+    assert watch.calls["dropout"] == 9 + 3
+
+
 def test_what_is_noticed_below_a_call_keeps_it_watched():
     watch, x = Watch("softmax"), torch.ones(2, 3)
 
