@@ -271,8 +271,11 @@ print(json.dumps({
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's own libraries take as much")
 def test_weights_take_no_memory(fresh_process):
-    """Of 400 MB: a run at the smallest size and the check of the piece hold one layer at a time."""
+    """Of 400 MB: a run at the smallest size and the check of the piece need one layer of 17 MB at a time.
+
+    Up to eight more were seen to wait for the garbage collector, whose moment differs from run to run.
+    """
     told = fresh_process(MEMORY)
     assert (told["status"], told["distinct"]) == ("compiled", 1)
     assert told["weights"] > 400e6
-    assert told["grown"] < told["weights"] / 3
+    assert told["grown"] < told["weights"] / 2
