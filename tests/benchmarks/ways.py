@@ -9,6 +9,7 @@ same for the two ways that split.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,30 +107,19 @@ def stitched(
     directory: Path,
     backend: str = "aoti",
     preloaded: Any = None,
+    split: bool = True,
 ) -> Call:
-    """``stitchcache.compile``, cold and warm alike."""
+    """``stitchcache.compile``, cold and warm alike; not split, the whole model is one piece."""
     import stitchcache
 
     return stitchcache.compile(
         model,
         *inputs,
         dynamic_shapes=subject.dynamic_shapes(stitchcache.Dim),
-        splitting_ops=subject.splitting_ops,
+        splitting_ops=subject.splitting_ops if split else (),
         backend=backend,
         cache=stitchcache.Cache(directory / "cache") if preloaded is None else preloaded.cache,
         preloaded=preloaded,
-    )
-
-
-def _whole(subject: Subject, model: Any, inputs: Inputs, directory: Path) -> Call:
-    """One piece for the whole model, as in a package."""
-    import stitchcache
-
-    return stitchcache.compile(
-        model,
-        *inputs,
-        dynamic_shapes=subject.dynamic_shapes(stitchcache.Dim),
-        cache=stitchcache.Cache(directory / "cache"),
     )
 
 
@@ -252,7 +242,7 @@ def _load_vllm(subject: Subject, model: Any, inputs: Inputs, directory: Path) ->
 _PREPARE: dict[str, Callable[[Subject, Any, Inputs, Path], Call]] = {
     EAGER: _eager,
     OURS: stitched,
-    WHOLE: _whole,
+    WHOLE: partial(stitched, split=False),
     COMPILE: _compile,
     AOT: _prepare_aot,
     PACKAGE: _prepare_package,
@@ -261,7 +251,7 @@ _PREPARE: dict[str, Callable[[Subject, Any, Inputs, Path], Call]] = {
 _LOAD: dict[str, Callable[[Subject, Any, Inputs, Path], Call]] = {
     EAGER: _eager,
     OURS: stitched,
-    WHOLE: _whole,
+    WHOLE: partial(stitched, split=False),
     IMPORTED: stitched,
     COMPILE: _compile,
     MEGA: _load_mega,
