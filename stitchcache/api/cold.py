@@ -15,9 +15,9 @@ from stitchcache.api.request import Request
 from stitchcache.api.trace import Traced, assemble, stitched_leaves
 from stitchcache.artifact.consts import dump_consts
 from stitchcache.artifact.record import Artifact
-from stitchcache.backends import get_backend
 from stitchcache.cache import Cache
 from stitchcache.errors import BackendError, EntryFormatError, StoreWriteError, UntrustedEntryError
+from stitchcache.pieces import get_backend
 from stitchcache.plan.build import BuiltPiece, at_once, build
 from stitchcache.plan.plan import PlannedPiece
 from stitchcache.types import BlobRef, Factor

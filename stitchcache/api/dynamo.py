@@ -22,7 +22,6 @@ from stitchcache.api.request import Request, devices_of
 from stitchcache.api.trace import Traced, fact, trace
 from stitchcache.api.traced import environment_of, unique_factors
 from stitchcache.artifact.record import Artifact
-from stitchcache.backends.torch_compile import fix_own_floats, outside_tracing
 from stitchcache.cache import Cache
 from stitchcache.capture.dynamo import capture_graph, label_of
 from stitchcache.errors import (
@@ -40,6 +39,7 @@ from stitchcache.errors import (
 )
 from stitchcache.graph.opnames import matches
 from stitchcache.graph.symbols import without_guards
+from stitchcache.pieces.torch_compile import fix_own_floats, outside_tracing
 from stitchcache.runtime.graph import CompiledGraph, held_tensors
 from stitchcache.types import BlobRef
 

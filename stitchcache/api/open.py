@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from stitchcache.artifact.record import Artifact
-from stitchcache.backends import get_backend
 from stitchcache.cache import Cache
 from stitchcache.errors import EntryFormatError
+from stitchcache.pieces import get_backend
 
 
 def load_pieces(

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from stitchcache.backends import NAMES
 from stitchcache.cache import Cache
 from stitchcache.errors import OptionError
+from stitchcache.pieces import NAMES
 from stitchcache.runtime.bind import modules_of
 from stitchcache.types import SizeRange
 

@@ -13,11 +13,11 @@ import torch
 from stitchcache.api.request import Request
 from stitchcache.artifact.consts import dump_consts
 from stitchcache.artifact.record import Artifact, Variant
-from stitchcache.backends import get_backend
 from stitchcache.capture import Capture
 from stitchcache.capture.contract import tensor_spec
 from stitchcache.codegen import generate_execution_code
 from stitchcache.graph.symbols import SymbolNames
+from stitchcache.pieces import get_backend
 from stitchcache.plan import Plan, plan
 from stitchcache.types import BindingSpec, BlobRef, Factor, PieceRef, SizeRange
 

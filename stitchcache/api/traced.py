@@ -19,12 +19,12 @@ from stitchcache.api.request import Request
 from stitchcache.api.run import Run
 from stitchcache.api.trace import Traced, fact, trace
 from stitchcache.artifact.factors import pack_factors
-from stitchcache.backends.warming import warming
 from stitchcache.errors import StoreWriteError
 from stitchcache.keys.environment import environment_factors
 from stitchcache.keys.recorder import SourceRecorder
 from stitchcache.keys.torch_state import torch_state_factors
 from stitchcache.keys.values import UnkeyableError
+from stitchcache.pieces.warming import warming
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.types import Factor, TargetRecord
 

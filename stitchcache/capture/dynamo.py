@@ -18,13 +18,6 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from stitchcache import tree
-from stitchcache.backends.torch_compile import (
-    fake_inputs,
-    fake_mode,
-    is_fake,
-    is_transformed,
-    is_wrapper,
-)
 from stitchcache.capture.contract import tensor_spec
 from stitchcache.capture.export import BoundTensor, Capture
 from stitchcache.capture.regions import replace_by_value
@@ -33,6 +26,13 @@ from stitchcache.errors import CaptureError
 from stitchcache.graph import symbols
 from stitchcache.graph.aliasing import written_placeholders
 from stitchcache.graph.symbols import SymbolNames
+from stitchcache.pieces.torch_compile import (
+    fake_inputs,
+    fake_mode,
+    is_fake,
+    is_transformed,
+    is_wrapper,
+)
 from stitchcache.types import InputSpec, LeafSpec, OutputSpec, SymbolSpec
 
 _TRACE_ERRORS = (

@@ -16,12 +16,12 @@ from typing import Any
 import sympy
 import torch
 
-from stitchcache.backends.check import clone_all
-from stitchcache.backends.fakes import has_fakes
-from stitchcache.backends.stand_ins import stand_in
 from stitchcache.capture import unweighted
 from stitchcache.errors import CaptureError
 from stitchcache.graph import symbols
+from stitchcache.pieces.check import clone_all
+from stitchcache.pieces.fakes import has_fakes
+from stitchcache.pieces.stand_ins import stand_in
 from stitchcache.types import InputSpec
 
 log = logging.getLogger("stitchcache")

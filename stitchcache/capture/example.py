@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from stitchcache.backends.check import clone_all
-from stitchcache.backends.fakes import has_fakes
 from stitchcache.errors import CaptureError
+from stitchcache.pieces.check import clone_all
+from stitchcache.pieces.fakes import has_fakes
 
 
 def separate(leaves: Sequence[Any], model: torch.nn.Module) -> list[Any]:

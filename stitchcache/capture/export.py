@@ -18,7 +18,6 @@ import torch
 from torch.export.graph_signature import InputKind, OutputKind
 
 from stitchcache import tree
-from stitchcache.backends.fakes import has_fakes
 from stitchcache.capture.contract import input_spec
 from stitchcache.capture.edges import Observed, Subject, settle_lower_bounds
 from stitchcache.capture.example import attributes_kept, separate
@@ -26,6 +25,7 @@ from stitchcache.capture.regions import ambient_modes, settle_regions
 from stitchcache.capture.unweighted import names_of
 from stitchcache.errors import CaptureError
 from stitchcache.graph.symbols import SymbolNames
+from stitchcache.pieces.fakes import has_fakes
 from stitchcache.types import InputSpec, OutputSpec
 
 # What torch.export and the user's own forward may raise while it is traced.

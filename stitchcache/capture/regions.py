@@ -18,10 +18,10 @@ import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-from stitchcache.backends.autocast import autocast_has_rule
 from stitchcache.errors import CaptureError
 from stitchcache.graph.effects import called
 from stitchcache.graph.opnames import target_name
+from stitchcache.pieces.autocast import autocast_has_rule
 
 Modes = Mapping[str, torch.dtype]
 """Device type to the dtype that autocast lowers to there; devices without autocast are absent."""

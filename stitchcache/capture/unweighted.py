@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from stitchcache.backends.check import clone_all
-from stitchcache.backends.fakes import has_fakes
-from stitchcache.backends.stand_ins import stand_in
 from stitchcache.graph.aliasing import written_placeholders
+from stitchcache.pieces.check import clone_all
+from stitchcache.pieces.fakes import has_fakes
+from stitchcache.pieces.stand_ins import stand_in
 
 
 @dataclass(frozen=True, slots=True)

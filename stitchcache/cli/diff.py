@@ -14,9 +14,9 @@ from stitchcache.cli.words import printable, size_text
 from stitchcache.errors import StitchCacheError
 
 if TYPE_CHECKING:
-    from stitchcache.inspect.compare import Comparison
-    from stitchcache.inspect.pieces import DistinctPiece
-    from stitchcache.inspect.read import Entry
+    from stitchcache.report.compare import Comparison
+    from stitchcache.report.pieces import DistinctPiece
+    from stitchcache.report.read import Entry
 
 
 @click.command()
@@ -30,8 +30,8 @@ def command(a: str, b: str, as_json: bool, root: str | None) -> None:
     Exit status 0 says that they are the same, 1 that they differ, 2 that they cannot be compared.
     """
     from stitchcache.cli.app import Misuse
-    from stitchcache.inspect.compare import compare
-    from stitchcache.inspect.read import read_entry
+    from stitchcache.report.compare import compare
+    from stitchcache.report.read import read_entry
 
     cache = open_cache(root)
     try:

@@ -15,8 +15,8 @@ from stitchcache.errors import StitchCacheError
 
 if TYPE_CHECKING:
     from stitchcache.api.explain import TargetReport, TraceReport
-    from stitchcache.inspect.key import KeyReport
     from stitchcache.nearest import NearestEntry, StoredTarget
+    from stitchcache.report.key import KeyReport
     from stitchcache.types import Factor
 
 _MOST = 12
@@ -43,7 +43,7 @@ def command(what: str, trace: bool, factors: bool, as_json: bool, root: str | No
     if ":" in what:
         _explain_targets(what, trace, factors, as_json, root)
         return
-    from stitchcache.inspect.key import is_prefix, read_key
+    from stitchcache.report.key import is_prefix, read_key
 
     if not is_prefix(what):
         raise click.UsageError(

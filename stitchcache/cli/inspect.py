@@ -15,7 +15,7 @@ from stitchcache.errors import AmbiguousPrefixError
 if TYPE_CHECKING:
     from stitchcache.artifact.record import Artifact
     from stitchcache.cache import Cache
-    from stitchcache.inspect.read import Entry
+    from stitchcache.report.read import Entry
 
 _KEY = 12
 
@@ -46,7 +46,7 @@ def command(
     """
     entry = _read(open_cache(root), prefix)
     if as_json:
-        from stitchcache.inspect.record import entry_record
+        from stitchcache.report.record import entry_record
 
         print_json(entry_record(entry))
         return
@@ -64,7 +64,7 @@ def command(
 
 
 def _read(cache: Cache, prefix: str) -> Entry:
-    from stitchcache.inspect.read import read_entry
+    from stitchcache.report.read import read_entry
 
     try:
         return read_entry(cache, prefix)
@@ -78,8 +78,8 @@ def _read(cache: Cache, prefix: str) -> Entry:
 
 
 def _overview(entry: Entry, width: int) -> None:
-    from stitchcache.inspect.contract import input_lines, output_lines
-    from stitchcache.inspect.pieces import distinct_pieces, names_text
+    from stitchcache.report.contract import input_lines, output_lines
+    from stitchcache.report.pieces import distinct_pieces, names_text
 
     artifact = entry.artifact
     print_pairs(_header(entry))
@@ -153,7 +153,7 @@ def _blob_bytes(artifact: Artifact) -> int:
 
 
 def _print_pieces(artifact: Artifact, width: int) -> None:
-    from stitchcache.inspect.pieces import piece_rows
+    from stitchcache.report.pieces import piece_rows
 
     ranged = len(artifact.variants) > 1
     columns = [
@@ -181,7 +181,7 @@ def _print_pieces(artifact: Artifact, width: int) -> None:
 
 
 def _print_bindings(artifact: Artifact) -> None:
-    from stitchcache.inspect.contract import binding_text
+    from stitchcache.report.contract import binding_text
 
     columns = (Column("KIND"), Column("NAME", flexible=True), Column("TENSOR", flexible=True))
     print_table(columns, [[b.kind, b.name, binding_text(b)] for b in artifact.bindings])

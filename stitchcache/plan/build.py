@@ -15,12 +15,12 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from stitchcache.backends import children, get_backend
-from stitchcache.backends.check import compare_with_eager
-from stitchcache.backends.fakes import has_fakes
-from stitchcache.backends.stand_ins import compare_on_stand_ins
-from stitchcache.backends.trial import load_elsewhere
 from stitchcache.graph.effects import attribute_of
+from stitchcache.pieces import children, get_backend
+from stitchcache.pieces.check import compare_with_eager
+from stitchcache.pieces.fakes import has_fakes
+from stitchcache.pieces.stand_ins import compare_on_stand_ins
+from stitchcache.pieces.trial import load_elsewhere
 from stitchcache.plan.plan import Plan, PlannedPiece
 from stitchcache.plan.reference import piece_inputs
 

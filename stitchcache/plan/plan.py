@@ -9,7 +9,6 @@ import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import GraphModule, Node
 
-from stitchcache.backends.base import Backend
 from stitchcache.errors import SplitError
 from stitchcache.graph.aliasing import alias_hazards
 from stitchcache.graph.binding import bind_placeholders, drop_placeholders
@@ -19,6 +18,7 @@ from stitchcache.graph.effects import called
 from stitchcache.graph.opnames import target_name
 from stitchcache.graph.sizes import lower_sizes
 from stitchcache.graph.split import check_splitting_ops, split_graph, submodule
+from stitchcache.pieces.base import Backend
 from stitchcache.types import Factor
 
 

@@ -9,8 +9,8 @@ import torch
 from torch.fx import GraphModule
 from torch.fx.node import Argument, Target
 
-from stitchcache.backends.check import clone_all
 from stitchcache.graph.effects import mutates
+from stitchcache.pieces.check import clone_all
 from stitchcache.plan.plan import Plan
 
 

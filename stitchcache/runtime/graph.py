@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from stitchcache.artifact.record import Artifact
-from stitchcache.backends.torch_compile import SerializableCallable
 from stitchcache.errors import BackendError, EntryFormatError, InputMismatchError
+from stitchcache.pieces.torch_compile import SerializableCallable
 from stitchcache.runtime.bind import bind_tensors
 from stitchcache.runtime.call import run_quietly
 from stitchcache.runtime.link import link

@@ -19,9 +19,9 @@ from stitchcache.artifact.codec import CURRENT_SUFFIX, decode_named
 from stitchcache.artifact.consts import dump_consts, load_consts
 from stitchcache.artifact.encode import encode
 from stitchcache.artifact.record import Artifact
-from stitchcache.backends import get_backend
 from stitchcache.errors import BackendError, EntryDamagedError, EntryFormatError
 from stitchcache.keys.environment import environment_factors
+from stitchcache.pieces import get_backend
 
 if TYPE_CHECKING:
     from dataclasses import dataclass

@@ -6,8 +6,8 @@ import pytest
 
 from stitchcache.cli.layout import Column, fit
 from stitchcache.cli.words import age_text, count_text, printable, seconds_text, short_length, size_text
-from stitchcache.inspect.contract import contiguous, tensor_text
-from stitchcache.inspect.trees import tree_text
+from stitchcache.report.contract import contiguous, tensor_text
+from stitchcache.report.trees import tree_text
 from stitchcache.types import TensorSpec
 
 

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stitchcache.backends import get_backend
 from stitchcache.capture import capture
+from stitchcache.pieces import get_backend
 from stitchcache.plan import plan
 
 FULL = os.environ.get("STITCHCACHE_FULL") == "1"

@@ -91,7 +91,7 @@ def test_compile_survives_every_failing_call(road, persistent, model, tmp_path, 
 
 def test_a_piece_that_was_checked_and_cannot_be_opened_is_compiled_again(model, tmp_path, monkeypatch):
     """Loaders open files by themselves, out of reach of the calls that fail above."""
-    from stitchcache.backends.eager import EagerBackend
+    from stitchcache.pieces.eager import EagerBackend
 
     prepare("direct", model, tmp_path / "cache")
     load, failures = EagerBackend.load, [0, 1, 2]

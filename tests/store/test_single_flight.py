@@ -14,7 +14,7 @@ SCRIPT = """
 import json, logging, pathlib, sys, time
 import torch, stitchcache
 import stitchcache.api.traced
-from stitchcache.backends.eager import EagerBackend
+from stitchcache.pieces.eager import EagerBackend
 
 logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
 place = pathlib.Path(sys.argv[1])

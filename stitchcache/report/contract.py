@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stitchcache.artifact.record import Artifact
-from stitchcache.inspect.trees import tree_text
+from stitchcache.report.trees import tree_text
 from stitchcache.types import BindingSpec, InputSpec, LeafSpec, Size, SymbolSpec, TensorSpec
 
 

@@ -18,7 +18,7 @@ from stitchcache.errors import BackendError
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from stitchcache.backends.base import BoxedPiece
+    from stitchcache.pieces.base import BoxedPiece
 
 # Namespaces whose ops Inductor knows how to call from C++. Any other op would go through a proxy
 # that needs a second file beside the library and is slower than a call from the stitching code.
@@ -32,27 +32,27 @@ class AotiBackend:
     parallel = True
 
     def require(self) -> None:
-        """Check for a C++ compiler; see :class:`~stitchcache.backends.base.Backend`."""
+        """Check for a C++ compiler; see :class:`~stitchcache.pieces.base.Backend`."""
         # Building needs it, and a warm start builds nothing.
-        from stitchcache.backends.toolchain import require_compiler
+        from stitchcache.pieces.toolchain import require_compiler
 
         require_compiler(self.name)
 
     def wants_warming(self) -> bool:
         """With a compiler, yes."""
-        from stitchcache.backends.toolchain import find_compiler
+        from stitchcache.pieces.toolchain import find_compiler
 
         return find_compiler() is not None
 
     def warm(self, devices: Collection[str], options: Mapping[str, Any], before: int) -> None:
         """Leave the probes of the CPU on disk, and the precompiled headers if they are worth it."""
-        from stitchcache.backends.aoti_build import warm
+        from stitchcache.pieces.aoti_build import warm
 
         warm(devices, options, before)
 
     def prepare(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
         """Import Inductor and probe the CPU once; forked children inherit both."""
-        from stitchcache.backends.inductor_process import prepare
+        from stitchcache.pieces.inductor_process import prepare
 
         prepare(devices, options)
 
@@ -60,13 +60,13 @@ class AotiBackend:
         self, devices: Collection[str], options: Mapping[str, Any], before: int, pieces: int
     ) -> Mapping[str, Any]:
         """Do without precompiled headers where they cost more than they save."""
-        from stitchcache.backends.aoti_build import tuned
+        from stitchcache.pieces.aoti_build import tuned
 
         return tuned(devices, options, before, pieces)
 
     def settled(self, devices: Collection[str], options: Mapping[str, Any]) -> AbstractContextManager[None]:
         """Skip probes that could not change anything."""
-        from stitchcache.backends.inductor_process import settled
+        from stitchcache.pieces.inductor_process import settled
 
         return settled(devices, options)
 
@@ -79,13 +79,13 @@ class AotiBackend:
         }
 
     def build(self, piece: torch.fx.GraphModule, directory: Path, options: Mapping[str, Any]) -> Path:
-        """Compile a piece; see :class:`~stitchcache.backends.base.Backend`."""
-        from stitchcache.backends.aoti_build import build
+        """Compile a piece; see :class:`~stitchcache.pieces.base.Backend`."""
+        from stitchcache.pieces.aoti_build import build
 
         return build(piece, directory, options, self.name)
 
     def load(self, path: Path, device: str) -> BoxedPiece:
-        """Map a library; see :class:`~stitchcache.backends.base.Backend`."""
+        """Map a library; see :class:`~stitchcache.pieces.base.Backend`."""
         runners = torch._C._aoti
         try:
             if device.startswith("cuda"):

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from stitchcache.backends.base import BoxedPiece
-from stitchcache.backends.check import clone_all, compare_with_eager
 from stitchcache.graph.symbols import example_of, value_of
+from stitchcache.pieces.base import BoxedPiece
+from stitchcache.pieces.check import clone_all, compare_with_eager
 
 # What eager execution may raise on numbers that a piece was never meant for.
 _REFUSALS = (RuntimeError, ValueError, LookupError, ArithmeticError)

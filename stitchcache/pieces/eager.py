@@ -14,9 +14,9 @@ import msgpack
 import torch
 
 from stitchcache.artifact.consts import dump_consts, load_consts
-from stitchcache.backends.base import BoxedPiece
-from stitchcache.backends.bodies import function_of, source_of
 from stitchcache.errors import EntryFormatError
+from stitchcache.pieces.base import BoxedPiece
+from stitchcache.pieces.bodies import function_of, source_of
 
 _MAGIC = "stitchcache eager piece 2"
 
@@ -55,14 +55,14 @@ class EagerBackend:
         return set()
 
     def build(self, piece: torch.fx.GraphModule, directory: Path, options: Mapping[str, Any]) -> Path:
-        """Write the piece's graph as source; see :class:`~stitchcache.backends.base.Backend`."""
+        """Write the piece's graph as source; see :class:`~stitchcache.pieces.base.Backend`."""
         path = directory / "piece.eager"
         record = {"magic": _MAGIC, **source_of(piece, dump_consts)}
         path.write_bytes(msgpack.packb(record))
         return path
 
     def load(self, path: Path, device: str) -> BoxedPiece:
-        """Bind the stored source; see :class:`~stitchcache.backends.base.Backend`."""
+        """Bind the stored source; see :class:`~stitchcache.pieces.base.Backend`."""
         function = function_of(_read(path), load_consts)
 
         def run(inputs: list[Any]) -> Any:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from stitchcache.artifact.record import Artifact
-from stitchcache.inspect.contract import binding_text, input_lines, output_lines
-from stitchcache.inspect.pieces import DistinctPiece, distinct_pieces
-from stitchcache.inspect.read import Entry
 from stitchcache.keys.differences import ABSENT, explain_differences
+from stitchcache.report.contract import binding_text, input_lines, output_lines
+from stitchcache.report.pieces import DistinctPiece, distinct_pieces
+from stitchcache.report.read import Entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

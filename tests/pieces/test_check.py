@@ -9,8 +9,8 @@ from torch import nn
 
 import stitchcache
 from stitchcache import errors
-from stitchcache.backends.check import compare_with_eager
 from stitchcache.capture import capture
+from stitchcache.pieces.check import compare_with_eager
 
 
 class Pooled(nn.Module):

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stitchcache.backends import children, get_backend
+from stitchcache.pieces import children, get_backend
 
 log = logging.getLogger("stitchcache")
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from stitchcache.backends import inductor_process
-from stitchcache.backends.base import BoxedPiece
-from stitchcache.backends.threads import thread_options
-from stitchcache.backends.toolchain import find_compiler, require_compiler
+from stitchcache.pieces import inductor_process
+from stitchcache.pieces.base import BoxedPiece
+from stitchcache.pieces.threads import thread_options
+from stitchcache.pieces.toolchain import find_compiler, require_compiler
 
 
 class InductorBackend:
@@ -27,7 +27,7 @@ class InductorBackend:
     parallel = True
 
     def require(self) -> None:
-        """Check for a C++ compiler; see :class:`~stitchcache.backends.base.Backend`."""
+        """Check for a C++ compiler; see :class:`~stitchcache.pieces.base.Backend`."""
         require_compiler(self.name)
 
     def wants_warming(self) -> bool:
@@ -57,7 +57,7 @@ class InductorBackend:
         return set()
 
     def build(self, piece: torch.fx.GraphModule, directory: Path, options: Mapping[str, Any]) -> Path:
-        """Compile a piece; see :class:`~stitchcache.backends.base.Backend`."""
+        """Compile a piece; see :class:`~stitchcache.pieces.base.Backend`."""
         import torch._inductor
 
         fakes = [node.meta["val"] for node in piece.graph.nodes if node.op == "placeholder"]
@@ -74,7 +74,7 @@ class InductorBackend:
         return path
 
     def load(self, path: Path, device: str) -> BoxedPiece:
-        """Load an artifact; see :class:`~stitchcache.backends.base.Backend`."""
+        """Load an artifact; see :class:`~stitchcache.pieces.base.Backend`."""
         from torch._inductor.standalone_compile import CompiledArtifact
 
         artifact = CompiledArtifact.load(path=str(path), format="binary")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from stitchcache.backends import headers
+from stitchcache.pieces import headers
 
 COMPILE = """
 import json
@@ -88,7 +88,7 @@ def test_few_pieces_make_no_headers(tmp_path, monkeypatch):
 def test_who_says_what_of_headers_is_obeyed(tmp_path, monkeypatch):
     from torch._inductor import codecache
 
-    from stitchcache.backends import get_backend
+    from stitchcache.pieces import get_backend
 
     monkeypatch.setattr(codecache, "_HEADER_DIR", str(tmp_path))
     aoti, asked = get_backend("aoti"), {headers.OPTION: True, "max_autotune": True}

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from stitchcache.backends.base import BoxedPiece
 from stitchcache.errors import PieceMismatchError
 from stitchcache.graph import effects, symbols
+from stitchcache.pieces.base import BoxedPiece
 
 # Largest difference, relative to the largest magnitude in the tensor.
 _TOLERANCE = {

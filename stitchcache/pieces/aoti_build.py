@@ -15,9 +15,9 @@ import torch
 import torch._inductor
 from torch._inductor import config
 
-from stitchcache.backends import headers, inductor_process
-from stitchcache.backends.threads import thread_options
 from stitchcache.errors import BackendError
+from stitchcache.pieces import headers, inductor_process
+from stitchcache.pieces.threads import thread_options
 
 
 def warm(devices: Collection[str], options: Mapping[str, Any], before: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stitchcache.backends import get_backend
+from stitchcache.pieces import get_backend
 
 cpu_vec_isa = pytest.importorskip("torch._inductor.cpu_vec_isa")
 BEST = "avx512 avx512_vnni amx_tile"

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import stitchcache
-from stitchcache.backends.threads import ENOUGH, thread_options
 from stitchcache.capture import capture
+from stitchcache.pieces.threads import ENOUGH, thread_options
 
 
 class Wide(nn.Module):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stitchcache import errors
-from stitchcache.backends.fakes import has_fakes, without_data
-from stitchcache.backends.stand_ins import compare_on_stand_ins, stand_in
+from stitchcache.pieces.fakes import has_fakes, without_data
+from stitchcache.pieces.stand_ins import compare_on_stand_ins, stand_in
 
 
 class Of(torch.nn.Module):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from stitchcache.artifact.factors import unpack_factors
 from stitchcache.cache import Cache
 from stitchcache.errors import AmbiguousPrefixError, EntryFormatError, GraphHashError
-from stitchcache.inspect.read import Entry, read_entry
 from stitchcache.nearest import NearestEntry, StoredTarget, nearest_entries, stored_targets
+from stitchcache.report.read import Entry, read_entry
 from stitchcache.types import Factor
 
 

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from stitchcache.artifact.record import Artifact, Variant
-from stitchcache.inspect.pieces import piece_rows
-from stitchcache.inspect.read import Entry
+from stitchcache.report.pieces import piece_rows
+from stitchcache.report.read import Entry
 from stitchcache.types import PieceRef
 
 

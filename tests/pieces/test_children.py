@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from stitchcache.backends import children
-from stitchcache.backends.children import Job, run_all, run_here
 from stitchcache.errors import BackendError, PieceCrashError, PieceMismatchError
+from stitchcache.pieces import children
+from stitchcache.pieces.children import Job, run_all, run_here
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ THREADED = """
 import sys
 from pathlib import Path
 import torch
-from stitchcache.backends.children import Job, run_all
+from stitchcache.pieces.children import Job, run_all
 x = torch.ones(1 << 20)
 torch.set_num_threads(4)
 print(float((x + x).sum()))
@@ -197,7 +197,7 @@ PARENT = """
 import os, signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-from stitchcache.backends.children import Job, run_all
+from stitchcache.pieces.children import Job, run_all
 here = Path(sys.argv[1])
 def work():
     (here / f"pid{os.getpid()}").touch()

@@ -1,7 +1,7 @@
 """Load a fresh piece in a process of its own, where children cannot be forked.
 
 A library that was linked against the wrong C++ runtime dies in its constructor, and takes its process
-with it. Run as ``python -m stitchcache.backends.trial BACKEND FILE DEVICE``.
+with it. Run as ``python -m stitchcache.pieces.trial BACKEND FILE DEVICE``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def load_elsewhere(backend: str, path: Path, device: str, piece: str) -> None:
         PieceCrashError: The process died of it.
         BackendError: It cannot be loaded.
     """
-    command = [sys.executable, "-m", "stitchcache.backends.trial", backend, str(path), device]
+    command = [sys.executable, "-m", "stitchcache.pieces.trial", backend, str(path), device]
     search = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
     env = {**os.environ, "PYTHONPATH": search}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -51,7 +51,7 @@ def load_elsewhere(backend: str, path: Path, device: str, piece: str) -> None:
 
 def main() -> None:
     """Load what the command line names."""
-    from stitchcache.backends import get_backend
+    from stitchcache.pieces import get_backend
 
     backend, path, device = sys.argv[1:4]
     get_backend(backend).load(Path(path), device)

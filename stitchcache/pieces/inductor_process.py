@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from stitchcache.backends.vector_isa import best_alone, none_at_all, probe_best
+from stitchcache.pieces.vector_isa import best_alone, none_at_all, probe_best
 
 # What lowering imports at its first graph; once here instead of once a forked child.
 _MODULES = ("torch._inductor.compile_fx", "torch._inductor.graph", "torch._inductor.codegen.cpp")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from stitchcache.errors import OptionError
 
 if TYPE_CHECKING:
-    from stitchcache.backends.base import Backend
+    from stitchcache.pieces.base import Backend
 
 NAMES = ("aoti", "inductor", "eager")
 
@@ -22,15 +22,15 @@ def get_backend(name: str) -> Backend:
         OptionError: No such backend.
     """
     if name == "aoti":
-        from stitchcache.backends.aoti import AotiBackend
+        from stitchcache.pieces.aoti import AotiBackend
 
         return AotiBackend()
     if name == "inductor":
-        from stitchcache.backends.inductor import InductorBackend
+        from stitchcache.pieces.inductor import InductorBackend
 
         return InductorBackend()
     if name == "eager":
-        from stitchcache.backends.eager import EagerBackend
+        from stitchcache.pieces.eager import EagerBackend
 
         return EagerBackend()
     raise OptionError(f"backend={name!r}: there is {', '.join(NAMES)}.", option="backend")
