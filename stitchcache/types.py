@@ -6,6 +6,7 @@ expression over such names (``"2*s0 + 1"``); a static size is an int.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import field
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +22,21 @@ Scalar = bool | int | float | str | None
 
 BOUND = "bound"
 """Stitching code knows tensors of the model as ``bound.<qualified name>``."""
+
+
+def span(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """How much memory a strided tensor covers.
+
+    Args:
+        shape: One size a dimension.
+        stride: One stride a dimension, in elements, none of them negative.
+
+    Returns:
+        Elements from the first to the last, gaps included; 0 for a tensor without elements.
+    """
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -26,6 +26,7 @@ from typing import Any, ClassVar, NoReturn
 
 from stitchcache.artifact.globals import FUNCTION_TYPES, Refused, name_of, resolve, torch_value
 from stitchcache.errors import EntryFormatError, UnserializableConstError
+from stitchcache.types import span
 
 # What a table may call while it is read.
 _CONSTRUCTORS: tuple[Any, ...] = (complex, bytearray, set, frozenset, slice, range, collections.OrderedDict)
@@ -204,22 +205,15 @@ class _Writer(pickle.Pickler):
         raise _unserializable("its type is none of those that a consts table may hold", self._path, obj)
 
 
-def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements from the first to the last that a strided tensor reaches."""
-    if 0 in shape:
-        return 0
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-
-
 def _bytes_of(torch: Any, tensor: Any) -> bytes:
     import ctypes
 
-    span = _span(tuple(tensor.shape), tuple(tensor.stride()))
-    if span == 0:
+    count = span(tensor.shape, tensor.stride())
+    if count == 0:
         return b""
     # The memory that the strides reach over, so that overlapping and padded layouts come back as they were.
-    flat = tensor.as_strided((span,), (1,), tensor.storage_offset()).cpu().contiguous()
-    return ctypes.string_at(flat.data_ptr(), span * flat.element_size())
+    flat = tensor.as_strided((count,), (1,), tensor.storage_offset()).cpu().contiguous()
+    return ctypes.string_at(flat.data_ptr(), count * flat.element_size())
 
 
 # -- reading -------------------------------------------------------------------------------------
@@ -371,7 +365,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc,unused-ignor
         kind = self._torch_constant(dtype)
         if any(type(size) is not int or size < 0 for size in (*shape, *stride)) or len(shape) != len(stride):
             raise Refused("a tensor whose shape and strides do not fit together")
-        if type(kind) is not torch.dtype or len(data) != _span(shape, stride) * kind.itemsize:
+        if type(kind) is not torch.dtype or len(data) != span(shape, stride) * kind.itemsize:
             raise Refused(f"a tensor of {len(data)} bytes whose dtype, shape and strides need another number")
         if data:
             flat = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(kind)
@@ -380,7 +374,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc,unused-ignor
             tensor = torch.empty_strided(shape, stride, dtype=kind)
         if device != "cpu":
             try:
-                moved = torch.empty_strided((_span(shape, stride),), (1,), dtype=kind, device=device)
+                moved = torch.empty_strided((span(shape, stride),), (1,), dtype=kind, device=device)
                 moved.copy_(flat) if data else None
                 tensor = moved.as_strided(shape, stride)
             except (RuntimeError, AssertionError) as error:

@@ -30,7 +30,7 @@ from stitchcache.keys.values import (
     slots_of,
     text_bytes,
 )
-from stitchcache.types import Factor
+from stitchcache.types import Factor, span
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
@@ -194,7 +194,8 @@ class _Walk:
         what = (value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
         described = self.described.get(what)
         if described is None:
-            described = self.described[what] = (tensor_line(self.encoder, name, value), _span(value))
+            size = span(value.shape, value.stride()) * value.element_size()
+            described = self.described[what] = (tensor_line(self.encoder, name, value), size)
         if described[1] and value.device.type != "meta":
             start = value.data_ptr()
             self.extents.append((start, start + described[1], name))
@@ -301,14 +302,6 @@ def class_factors(shared: Shared) -> Iterator[Factor]:
         names = ", ".join(name for name, _ in classes)
         payload = b"".join(b"%d:" % len(contents) + contents for _, contents in classes)
         yield make_factor(f"model.code.{module}", names, payload)
-
-
-def _span(value: torch.Tensor) -> int:
-    """Bytes from a tensor's first element to its last."""
-    if value.numel() == 0:
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    return (last + 1) * value.element_size()
 
 
 def _overlaps(extents: list[tuple[int, int, str]]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from stitchcache.keys.values import Encoder, Handler
+from stitchcache.types import span
 
 MAX_TENSOR_BYTES = 64 << 20
 """Largest tensor that is read for a key; reading more would cost longer than a trace saves."""
@@ -43,10 +44,8 @@ def tensor_bytes(value: torch.Tensor) -> bytes:
 
     Read through its address, not through an operator: capture may run, and its modes would see the call.
     """
-    if value.numel() == 0:
-        return b""
-    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    return ctypes.string_at(value.data_ptr(), (last + 1) * value.element_size())
+    count = span(value.shape, value.stride())
+    return ctypes.string_at(value.data_ptr(), count * value.element_size()) if count else b""
 
 
 def put_tensor(encoder: Encoder, value: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ import torch
 from stitchcache.graph.symbols import example_of, value_of
 from stitchcache.pieces.base import BoxedPiece
 from stitchcache.pieces.check import clone_all, compare_with_eager
+from stitchcache.types import span
 
 # What eager execution may raise on numbers that a piece was never meant for.
 _REFUSALS = (RuntimeError, ValueError, LookupError, ArithmeticError)
@@ -34,14 +35,11 @@ def stand_in(like: torch.Tensor, label: str, *, positive: bool = False, zero: bo
         ValueError: Its sizes are not known.
     """
     shape, stride = ([example_of(size) for size in sizes] for sizes in (like.shape, like.stride()))
-    known = [size for size in (*shape, *stride) if size is not None]
-    if len(known) < 2 * like.dim():
+    if None in shape or None in stride:
         raise ValueError(f"{label}: a size that only data decides")
-    span = 1 + sum((size - 1) * step for size, step in zip(known, known[like.dim() :], strict=False))
-    span = 0 if 0 in known[: like.dim()] else span
     generator = torch.Generator().manual_seed(int(hashlib.sha256(label.encode()).hexdigest()[:15], 16))
-    memory = _numbers(like, span, generator, positive=positive, zero=zero)
-    return memory.to(like.device).as_strided(known[: like.dim()], known[like.dim() :])
+    memory = _numbers(like, span(shape, stride), generator, positive=positive, zero=zero)
+    return memory.to(like.device).as_strided(shape, stride)
 
 
 def _numbers(
