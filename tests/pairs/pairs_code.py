@@ -1,4 +1,4 @@
-# ruff: noqa: E501 - the odd forms are what is tested
+
 """Functions, classes and modules that look alike: closures, defaults, lambdas on a line, patched methods."""
 
 import contextlib

@@ -1,4 +1,4 @@
-# ruff: noqa: E501 - a table reads best with one line for each pair
+
 """Aliases, shared state, identity against globals, and tensors that are reached by several roads."""
 
 import copy

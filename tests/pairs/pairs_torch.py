@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """State of torch, of the process and of the machine that a forward may read; arguments and options."""
 
 import collections
