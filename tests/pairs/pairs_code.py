@@ -1,4 +1,3 @@
-
 """Functions, classes and modules that look alike: closures, defaults, lambdas on a line, patched methods."""
 
 import contextlib

@@ -1,4 +1,3 @@
-
 """Aliases, shared state, identity against globals, and tensors that are reached by several roads."""
 
 import copy
