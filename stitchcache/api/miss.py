@@ -9,9 +9,9 @@ from stitchcache.api.trace import Traced
 from stitchcache.artifact.record import Artifact
 from stitchcache.errors import CacheMissError
 from stitchcache.explanation import MissFacts
-from stitchcache.keys import reads
+from stitchcache.keys import check
 from stitchcache.keys.differences import ABSENT, differences_text, explain_differences, names_text
-from stitchcache.keys.files import find_file, read_file
+from stitchcache.keys.origins import find_file, read_file
 from stitchcache.keys.values import Shared
 from stitchcache.nearest import NearestEntry, nearest_entries
 from stitchcache.types import TargetRecord
@@ -70,7 +70,7 @@ def changed_sources(record: TargetRecord) -> dict[str, tuple[str, str]]:
         now = ABSENT
         if file is not None:
             try:
-                now = reads.bytes_digest(read_file(file, module))
+                now = check.bytes_digest(read_file(file, module))
             except OSError:
                 # Gone, or not to be read; the reason says which.
                 now = ABSENT

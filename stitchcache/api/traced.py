@@ -20,9 +20,8 @@ from stitchcache.api.run import Run
 from stitchcache.api.trace import Traced, fact, trace
 from stitchcache.artifact.factors import pack_factors
 from stitchcache.errors import StoreWriteError
-from stitchcache.keys.environment import environment_factors
+from stitchcache.keys.environment import environment_factors, torch_state_factors
 from stitchcache.keys.recorder import SourceRecorder
-from stitchcache.keys.torch_state import torch_state_factors
 from stitchcache.keys.values import UnkeyableError
 from stitchcache.pieces.warming import warming
 from stitchcache.runtime.model import CompiledModel

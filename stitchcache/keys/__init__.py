@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from stitchcache.keys.digest import make_factor as make_factor
     from stitchcache.keys.environment import SCHEMA_VERSION as SCHEMA_VERSION
     from stitchcache.keys.environment import environment_factors as environment_factors
+    from stitchcache.keys.environment import torch_state_factors as torch_state_factors
     from stitchcache.keys.inputs import input_factors as input_factors
     from stitchcache.keys.module_tree import ModelKey as ModelKey
     from stitchcache.keys.module_tree import model_factors as model_factors
     from stitchcache.keys.recorder import SourceRecorder as SourceRecorder
     from stitchcache.keys.target import TargetKey as TargetKey
     from stitchcache.keys.target import target_key as target_key
-    from stitchcache.keys.torch_state import torch_state_factors as torch_state_factors
     from stitchcache.keys.values import UnkeyableError as UnkeyableError
 
 # A warm start needs a few of these, and importing the rest takes longer than its own work.
@@ -36,7 +36,7 @@ _HOMES = {
     "make_factor": "stitchcache.keys.digest",
     "model_factors": "stitchcache.keys.module_tree",
     "target_key": "stitchcache.keys.target",
-    "torch_state_factors": "stitchcache.keys.torch_state",
+    "torch_state_factors": "stitchcache.keys.environment",
 }
 __all__ = [
     "Digest",

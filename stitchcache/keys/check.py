@@ -1,16 +1,220 @@
-"""Checks that what ran during a capture is still what would run now."""
+"""What a capture read, as its record says it: how each entry is digested, and whether it is still the same.
+
+Recorder and lookup digest with the same functions.
+"""
 
 from __future__ import annotations
 
+import builtins
+import hashlib
 import os
+import sys
 from collections.abc import Iterable
-from types import ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
 
-from stitchcache.keys import reads
-from stitchcache.keys.files import changed_since_import, find_file, process_start, read_file
-from stitchcache.keys.origins import module_by_label
-from stitchcache.keys.values import Shared, UnkeyableError, find_class
+import torch
+
+from stitchcache.keys.encoder import class_contents, new_encoder
+from stitchcache.keys.origins import (
+    changed_since_import,
+    find_file,
+    installed_path,
+    module_by_label,
+    process_start,
+    read_file,
+)
+from stitchcache.keys.values import SCALARS, Shared, UnkeyableError, find_class
 from stitchcache.types import SourceRef, TargetRecord
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
+
+
+_ABSENT = b"absent"
+_KEYED_OF_LIBRARY = (*SCALARS, FunctionType, BuiltinFunctionType, type)
+"""Kinds of values that are keyed even where they belong to torch or the library: they may be replaced."""
+
+_NAMESPACE = object()
+"""Stands for the namespace of a module as a whole."""
+
+_OPS = (type(torch.ops), type(torch.ops.aten))
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where a chain leads.
+
+    Args:
+        value: What it leads to.
+        exists: Whether there is such a thing.
+        used: The part of the chain that leads there; the rest is within the value, which is keyed whole.
+        owner: The last module on the way, or ``""``.
+    """
+
+    value: Any
+    exists: bool
+    used: tuple[str, ...]
+    owner: str = ""
+
+
+def lookup(namespace: dict[str, Any], chain: tuple[str, ...]) -> Found:
+    """Follow a chain through modules."""
+    name = chain[0]
+    if name in namespace:
+        value = namespace[name]
+    elif hasattr(builtins, name):
+        value = getattr(builtins, name)
+    else:
+        return Found(None, False, chain[:1])
+    owner = ""
+    for index, step in enumerate(chain[1:], 1):
+        if not isinstance(value, ModuleType):
+            return Found(value, True, chain[:index], owner)
+        inner, owner = vars(value), value.__name__
+        if step == "__dict__":
+            return Found(_NAMESPACE, True, chain[: index + 1], owner)
+        if step not in inner and isinstance(value, _OPS):
+            # torch makes these the first time they are asked for; that nobody has says nothing.
+            getattr(value, step, None)
+        if step not in inner:
+            return Found(value, False, chain[: index + 1], owner)
+        value = inner[step]
+    return Found(value, True, chain, owner)
+
+
+def title(entry: str) -> str:
+    """An entry's name for people: ``module.name``."""
+    return entry.removeprefix("?").replace(":", ".").rstrip(".")
+
+
+def global_digest(shared: Shared, entry: str, found: Found) -> str:
+    """Digest of what a global's name leads to.
+
+    Args:
+        shared: What this record's encoders have in common; classes that the value names are noted there.
+        entry: Its name in the record. It ends in a dot where the code goes on to read from the value;
+            elsewhere the code holds the value itself, which for a module says nothing of what it reads.
+        found: Where its chain leads.
+
+    Raises:
+        UnkeyableError: No digest stands for it soundly.
+    """
+    payload = _ABSENT
+    value, exists = found.value, found.exists
+    library = found.owner != "" and shared.is_versioned(found.owner)
+    if value is _NAMESPACE:
+        why = f"the namespace of module {found.owner} is used as a whole; name what is read from it"
+        raise UnkeyableError(f"global {title(entry)}", why)
+    if found.owner.startswith("numpy.random"):
+        raise UnkeyableError(f"global {title(entry)}", "gives other numbers each time; draw them beforehand")
+    if value is sys.modules and not _of_package(shared, entry):
+        raise UnkeyableError(
+            f"global {title(entry)}", "what is loaded depends on the process; import it by name"
+        )
+    if isinstance(value, ModuleType):
+        if exists and not entry.endswith(".") and not _may_be_held(shared, value):
+            why = f"the module {value.__name__} is used as a value; name what is read from it"
+            raise UnkeyableError(f"global {title(entry)}", why)
+        # torch and others load parts of themselves late; that a part is not there yet means nothing.
+        payload = b"module " + value.__name__.encode()
+    elif exists:
+        encoder = new_encoder(shared, [f"global {title(entry)}"])
+        if library and not isinstance(value, _KEYED_OF_LIBRARY) and not _is_plain_of_library(found):
+            # An object of torch's or the library's own; what torch's settings say are factors.
+            payload = b"object " + type(value).__qualname__.encode()
+        else:
+            encoder.put(value)
+            payload = bytes(encoder.out)
+    return hashlib.sha256(payload).hexdigest()
+
+
+def _of_package(shared: Shared, entry: str) -> bool:
+    """Whether it is an installed package's code that reads an entry."""
+    label = entry.removeprefix("?").partition(":")[0]
+    file = getattr(module_by_label(label, shared.main), "__file__", None)
+    return installed_path(file or "") != ""
+
+
+def _is_plain_of_library(found: Found) -> bool:
+    """Whether a container of the standard library is known by what is in it, such as ``sys.argv``."""
+    plain = isinstance(found.value, (list, dict, tuple, set, frozenset)) and found.value is not sys.modules
+    return plain and found.owner.partition(".")[0] in sys.stdlib_module_names
+
+
+def _may_be_held(shared: Shared, module: ModuleType) -> bool:
+    file = getattr(module, "__file__", None) or ""
+    return shared.is_versioned(module.__name__) or installed_path(file) != ""
+
+
+def class_digest(shared: Shared, cls: type) -> str:
+    """Digest of a class's contents.
+
+    Raises:
+        UnkeyableError: One of its attributes cannot be written soundly.
+    """
+    return hashlib.sha256(class_contents(shared, cls)).hexdigest()
+
+
+REGISTRIES = frozenset({"transformers.utils.output_capturing:_CAN_RECORD_REGISTRY"})
+"""Dictionaries to which each model of a library adds itself by name: recorded item by item.
+
+Otherwise a process that has imported one model more would not find what another one compiled. An item that is
+there at a lookup must be as it was; one that is not belongs to a model that is not in use.
+"""
+
+ROLL_CALLS = frozenset({"transformers.utils.generic:_registered_model_output_types"})
+"""Lists of classes for which something was done once; what is in them changes nothing a model computes."""
+
+
+def item_digest(main: str, item: Any) -> str:
+    """Digest of an item of a registry. The classes that it names are the key's where they are in use.
+
+    Raises:
+        UnkeyableError: No digest stands for it soundly.
+    """
+    encoder = new_encoder(Shared(main=main), ["item of a registry"])
+    encoder.put(item)
+    return hashlib.sha256(encoder.out).hexdigest()
+
+
+KINDS = frozenset({"env", "call", "item", "class", "global"})
+"""What an entry may begin with, before a colon, when it is no global of a module of another name."""
+
+
+def answer_digest(entry: str) -> str:
+    """Digest of what a function of torch answers here and now; that it raises is an answer too.
+
+    Args:
+        entry: ``call:torch.distributed:get_rank``.
+    """
+    if entry.count(":") != 2:
+        return ""
+    _, module, name = entry.split(":")
+    try:
+        answer = repr(getattr(sys.modules.get(module), name)())
+    except (ValueError, RuntimeError, AttributeError, AssertionError) as error:
+        answer = f"raises {type(error).__name__}"
+    return hashlib.sha256(answer.encode()).hexdigest()
+
+
+def text_digest(value: str | None) -> str:
+    """Digest of an environment variable; ``None`` where it is not set."""
+    data = b"unset" if value is None else b"=" + value.encode("utf-8", "surrogatepass")
+    return hashlib.sha256(data).hexdigest()
+
+
+def is_module_namespace(namespace: dict[str, Any]) -> bool:
+    """Whether a function's globals are those of a module that is imported under its name."""
+    module = sys.modules.get(str(namespace.get("__name__")))
+    return module is not None and vars(module) is namespace
+
+
+def bytes_digest(data: bytes) -> str:
+    """sha256 of a file's bytes."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def check_sources(record: TargetRecord, shared: Shared | None = None) -> str | None:
@@ -41,7 +245,7 @@ def _check_files(sources: Iterable[SourceRef], main: str) -> str | None:
             data = read_file(file, module)
         except OSError as error:
             return f"the source of {source.module} cannot be read: {error}"
-        if len(data) != source.size or reads.bytes_digest(data) != source.digest:
+        if len(data) != source.size or bytes_digest(data) != source.digest:
             return f"{file} ({source.module}) is not the file that was captured"
         if module is not None and (reason := changed_since_import(module, data, started)) is not None:
             return reason
@@ -53,17 +257,17 @@ def _check_globals(entries: Iterable[tuple[str, str]], shared: Shared) -> str | 
         kind, _, rest = entry.partition(":")
         try:
             if kind == "env":
-                now: str | None = reads.text_digest(os.environ.get(rest))
+                now: str | None = text_digest(os.environ.get(rest))
                 subject = f"environment variable {rest}"
             elif kind == "call":
-                now, subject = reads.answer_digest(entry), f"what {reads.title(rest)}() answers"
+                now, subject = answer_digest(entry), f"what {title(rest)}() answers"
             elif kind == "item":
                 now, subject = _item_now(rest, shared), f"item {rest}"
             elif kind == "class":
-                now, subject = _class_now(rest, shared), f"class {reads.title(rest)}"
+                now, subject = _class_now(rest, shared), f"class {title(rest)}"
             else:
                 name = rest if kind == "global" else entry
-                now, subject = _global_now(name, shared), f"global {reads.title(name)}"
+                now, subject = _global_now(name, shared), f"global {title(name)}"
         except UnkeyableError as error:
             return f"{error} (it could be digested when the model was captured)"
         if now is None and (kind == "item" or entry.removeprefix(f"{kind}:").startswith("?")):
@@ -82,7 +286,7 @@ def _class_now(entry: str, shared: Shared) -> str | None:
     label, _, qualname = entry.partition(":")
     module = _module(label, shared)
     cls = None if module is None else find_class(module.__name__, qualname)
-    return reads.class_digest(shared, cls) if isinstance(cls, type) else None
+    return class_digest(shared, cls) if isinstance(cls, type) else None
 
 
 def _item_now(entry: str, shared: Shared) -> str | None:
@@ -92,7 +296,7 @@ def _item_now(entry: str, shared: Shared) -> str | None:
     registry = getattr(_module(label, shared), name, None)
     if not isinstance(registry, dict) or key not in registry:
         return None
-    return reads.item_digest(shared.main, registry[key])
+    return item_digest(shared.main, registry[key])
 
 
 def _global_now(entry: str, shared: Shared) -> str | None:
@@ -101,8 +305,8 @@ def _global_now(entry: str, shared: Shared) -> str | None:
     if module is None:
         return None
     chain = tuple(dotted.rstrip(".").split("."))
-    found = reads.lookup(vars(module), chain)
+    found = lookup(vars(module), chain)
     if found.used != chain:
         # What was a module on the way is something else now.
         return ""
-    return reads.global_digest(shared, entry, found)
+    return global_digest(shared, entry, found)

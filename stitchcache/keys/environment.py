@@ -1,21 +1,28 @@
-"""Factors of the machine and the installation: what a compiled piece needs to be right, and to run.
+"""Factors of the machine, the installation and torch's own settings: what a trace and a piece depend on.
 
 Left out on purpose: host, user, home, paths, process, time, number of threads and the index of a device.
 The C++ compiler is left out too: pieces that two compilers made from one graph are both right, and asking
 a compiler for its version costs a process on every start. Backends record it with what they compiled.
+Grad and inference mode are no factors: a capture runs with both switched off, and calls run without
+autograd, whatever the caller's mode.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
 
+from stitchcache.keys import torch_private
 from stitchcache.keys.digest import make_factor
+from stitchcache.keys.encoder import new_encoder
+from stitchcache.keys.values import Encoder, Shared
 from stitchcache.types import Factor
 
 SCHEMA_VERSION = 3
@@ -25,70 +32,47 @@ stitchcache itself chooses for a piece do, as backends/threads.py does. See docs
 _NATIVE = frozenset({"aoti", "inductor"})
 _PICKLING = frozenset({"inductor", "eager"})
 
-_INSTRUCTION_SETS = [
-    "3dnowprefetch",
-    "abm",
-    "adx",
-    "aes",
-    "amx",
-    "apx",
-    "avx",
-    "bmi",
-    "cmpccxadd",
-    "cx16",
-    "f16c",
-    "fma",
-    "gfni",
-    "lahf_lm",
-    "lzcnt",
-    "mmx",
-    "movbe",
-    "movdir",
-    "pclmulqdq",
-    "pni",
-    "popcnt",
-    "prefetchi",
-    "raoint",
-    "rdpid",
-    "rdrand",
-    "rdseed",
-    "serialize",
-    "sha",
-    "sm3",
-    "sm4",
-    "sse",
-    "ssse",
-    "tbm",
-    "vaes",
-    "vpclmulqdq",
-    "xop",
-    "xsave",
-]
+_INSTRUCTION_SETS = tuple(
+    """3dnowprefetch abm adx aes amx apx avx bmi cmpccxadd cx16 f16c fma gfni lahf_lm lzcnt mmx movbe movdir
+    pclmulqdq pni popcnt prefetchi raoint rdpid rdrand rdseed serialize sha sm3 sm4 sse ssse tbm vaes
+    vpclmulqdq xop xsave""".split()  # noqa: SIM905
+)
 """Prefixes of the kernel's names for what a compiler may emit under ``-march=native``."""
 
-_VARIABLE_PREFIXES = ("TORCHINDUCTOR_", "AOT_INDUCTOR_", "TRITON_", "ONEDNN_", "DNNL_", "MKL_CBWR")
+_VARIABLE_PREFIXES = tuple(
+    """TORCHINDUCTOR_ _TORCHINDUCTOR_ AOT_INDUCTOR_ AOTINDUCTOR_ AOTI_ TRITON_ CUTLASS_ CUTEDSL_ TORCHDYNAMO_
+    TORCH_DYNAMO_ TORCH_COMPILE_ PARTITIONER_ ONEDNN_ DNNL_ MKL_CBWR""".split()  # noqa: SIM905
+)
 _VARIABLES = frozenset(
     """ATEN_CPU_CAPABILITY TORCH_ALLOW_TF32_CUBLAS_OVERRIDE NVIDIA_TF32_OVERRIDE CUBLAS_WORKSPACE_CONFIG
     TORCH_BLAS_PREFER_CUBLASLT TORCH_BLAS_PREFER_HIPBLASLT TORCH_LINALG_PREFER_CUSOLVER
-    TORCH_LINALG_PREFER_MAGMA USE_HUB_KERNELS DISABLE_KERNEL_MAPPING""".split()  # noqa: SIM905
+    TORCH_LINALG_PREFER_MAGMA USE_HUB_KERNELS DISABLE_KERNEL_MAPPING ENABLE_PERSISTENT_TMA_MATMUL
+    ENABLE_TEMPLATE_TMA_STORE ENABLE_TMA_LOAD_FOR_TEMPLATE_EPILOGUE PYTORCH_REORDER_COLLECTIVES_LIMIT
+    PYTORCH_SINK_WAITS_LIMIT PYTORCH_ROCM_ARCH PYTORCH_JIT FX_PATCH_GETITEM FAKE_ALLOW_META
+    UNSAFE_SKIP_FSDP_MODULE_GUARDS OMP_PREFIX""".split()  # noqa: SIM905
 )
-_HARMLESS_WORDS = (
-    "CACHE",
-    "_DIR",
-    "_PATH",
-    "HOME",
-    "COMPILE_THREADS",
-    "WORKER",
-    "LOG",
-    "VERBOSE",
-    "PROGRESS",
-    "PROVENANCE",
-    "_TRACE",
-    "DUMP",
-    "PRINT",
-    "PROFILE",
+_HARMLESS_VARIABLES = frozenset(
+    """TORCHINDUCTOR_CACHE_DIR TORCHINDUCTOR_COMPILE_THREADS TORCHINDUCTOR_COMPILE_WORKER_WAIT_TIMEOUT
+    TORCHINDUCTOR_WORKER_START TORCHINDUCTOR_WORKER_LOGPATH TORCHINDUCTOR_WORKER_SUPPRESS_LOGGING
+    TORCHINDUCTOR_QUIESCE_ASYNC_COMPILE_POOL TORCHINDUCTOR_FILE_LOCK_TIMEOUT
+    TORCHINDUCTOR_FX_GRAPH_CACHE TORCHINDUCTOR_FX_GRAPH_CACHE_DEFAULT TORCHINDUCTOR_FX_GRAPH_REMOTE_CACHE
+    TORCHINDUCTOR_AUTOGRAD_CACHE TORCHINDUCTOR_AUTOGRAD_REMOTE_CACHE TORCHINDUCTOR_AUTOTUNE_REMOTE_CACHE
+    TORCHINDUCTOR_BUNDLED_AUTOTUNE_REMOTE_CACHE TORCHINDUCTOR_NON_BLOCKING_REMOTE_CACHE_WRITE
+    TORCHINDUCTOR_REDIS_HOST TORCHINDUCTOR_REDIS_PORT TORCHINDUCTOR_REDIS_URL
+    TORCHINDUCTOR_MM_LOGGING_FILE TORCHINDUCTOR_CONV_LOGGING_FILE TORCHINDUCTOR_ENABLED_METRIC_TABLES
+    TORCHINDUCTOR_AUTOTUNE_NUM_CHOICES_DISPLAYED TORCHINDUCTOR_PATTERN_MATCH_DEBUG
+    TORCHINDUCTOR_WRITE_MISSING_OPS TORCHDYNAMO_VERBOSE TORCHDYNAMO_EXTENDED_ADVICE
+    TORCHDYNAMO_EXTENDED_DEBUG_CPP TORCH_COMPILE_CPROFILE TORCH_COMPILE_DYNAMO_PROFILER
+    TORCH_COMPILE_GRAPH_FORMAT TORCH_COMPILE_DEBUG_DIR TORCH_COMPILE_JOB_ID TORCH_COMPILE_STROBELIGHT
+    TORCH_COMPILE_FORCE_DISABLE_CACHES TORCH_COMPILE_CACHE_KEY_TAG TORCH_DYNAMO_RUN_GC_AFTER_COMPILE
+    TRITON_CACHE_DIR TRITON_DUMP_DIR TRITON_HOME TRITON_PTXAS_PATH TRITON_PRINT_AUTOTUNING
+    TRITON_KERNEL_DUMP ONEDNN_VERBOSE DNNL_VERBOSE ONEDNN_PRIMITIVE_CACHE_CAPACITY ONEDNN_JIT_PROFILE
+    ONEDNN_JIT_DUMP DNNL_JIT_PROFILE DNNL_JIT_DUMP""".split()  # noqa: SIM905
 )
-"""A variable with one of these in its name says where or how loudly, not what is made."""
+"""Variables with these prefixes that say where, how loudly or with how many workers, not what is made.
+
+Whole names, read off torch 2.13's own configuration: a part of a name says nothing (``PROLOGUE_FUSION``).
+"""
 
 
 def environment_factors(backend: str, device_types: Collection[str]) -> tuple[Factor, ...]:
@@ -133,6 +117,16 @@ def python_version() -> str:
     return f"{sys.implementation.name} {sys.version_info[0]}.{sys.version_info[1]}"
 
 
+def python_code() -> str:
+    """What decides how this process runs Python code: the version, and options that change results.
+
+    ``-O`` takes asserts out. A warning that ``-W error`` raises may be caught by the code that caused it.
+    """
+    optimize = f" -{'O' * sys.flags.optimize}" if sys.flags.optimize else ""
+    errors = [option for option in sys.warnoptions if option.startswith("error")]
+    return python_version() + optimize + "".join(f" -W {option}" for option in errors)
+
+
 def decimal_context() -> str:
     """How this thread rounds decimal numbers: state of C code, which no recorder sees being read."""
     module: Any = sys.modules.get("decimal")
@@ -161,7 +155,7 @@ def _cpu_flags() -> Iterator[str]:
             for line in file:
                 name, _, value = line.partition(":")
                 if name.strip() == "flags":
-                    yield from (flag for flag in value.split() if flag.startswith(tuple(_INSTRUCTION_SETS)))
+                    yield from (flag for flag in value.split() if flag.startswith(_INSTRUCTION_SETS))
                     return
                 if name.strip() == "Features":
                     yield from value.split()
@@ -175,7 +169,7 @@ def _variables() -> tuple[str, bytes]:
     found = []
     for name in sorted(os.environ):
         relevant = name in _VARIABLES or name.startswith(_VARIABLE_PREFIXES)
-        if relevant and not any(word in name for word in _HARMLESS_WORDS):
+        if relevant and name not in _HARMLESS_VARIABLES:
             found.append(f"{name}={os.environ[name]}")
     return ", ".join(found) or "none", "\0".join(found).encode("utf-8", "surrogatepass")
 
@@ -204,3 +198,172 @@ def _gpu() -> str:
         properties = torch.cuda.get_device_properties(index)
         names.add(properties.gcnArchName if torch.version.hip else properties.name)
     return " ".join(sorted(names)) or "none"
+
+
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+_PRECISION = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
+_REDUCTION = (
+    "cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "cuda.matmul.allow_bf16_reduced_precision_reduction",
+    "cuda.matmul.allow_fp16_accumulation",
+)
+_BACKENDS = (
+    "cudnn.enabled",
+    "cudnn.deterministic",
+    "mkldnn.enabled",
+    "mkldnn.deterministic",
+    "opt_einsum.enabled",
+    "opt_einsum.strategy",
+    "quantized.engine",
+    "mha.get_fastpath_enabled",
+)
+_ATTENTION = (
+    "cuda.flash_sdp_enabled",
+    "cuda.mem_efficient_sdp_enabled",
+    "cuda.math_sdp_enabled",
+    "cuda.cudnn_sdp_enabled",
+    "cuda.fp16_bf16_reduction_math_sdp_allowed",
+)
+_FUNCTION_MODULES = (torch, torch.nn.functional, torch.linalg, torch.fft, torch.special)
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
+_WRAPPERS = (functools.partial, functools.partialmethod, MethodType)
+_CACHE = type(functools.lru_cache(lambda: None))
+
+
+def torch_state_factors(shared: Shared | None = None) -> tuple[Factor, ...]:
+    """Factors of torch's global state.
+
+    Args:
+        shared: What this lookup's steps have in common.
+
+    Raises:
+        UnkeyableError: A changed setting of Inductor, or a replaced function of torch, cannot be keyed.
+    """
+    return tuple(_state_factors(shared or Shared()))
+
+
+def tracing_obstacle() -> str | None:
+    """Why no key can stand for a trace made now: a mode, transform or hook would change what it sees."""
+    modes = torch_private.active_modes()
+    if modes:
+        return f"the mode {modes[-1]} is active; compile outside of it"
+    if torch_private.in_function_transform():
+        return "a torch.func transform is active; compile outside of it"
+    if torch_private.has_global_module_hooks():
+        return "hooks are registered for all modules; remove them or register them on the model"
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return "another compiler is tracing" if tracing or torch.compiler.is_compiling() else None
+
+
+def _state_factors(shared: Shared) -> Iterator[Factor]:
+    yield make_factor("torch.default_dtype", str(torch.get_default_dtype()))
+    yield make_factor("torch.default_device", torch.get_default_device().type)
+    yield make_factor("torch.autocast", _autocast())
+    yield make_factor("torch.float32_precision", _float32_precision())
+    yield make_factor("torch.reduced_precision", _read(_REDUCTION))
+    yield make_factor("torch.deterministic", _deterministic())
+    yield make_factor("torch.backends", _read(_BACKENDS))
+    yield make_factor("torch.attention", _read(_ATTENTION))
+    yield make_factor("torch.inductor", *_inductor())
+    yield make_factor("torch.patched", *_patched(shared))
+
+
+def _autocast() -> str:
+    parts = []
+    for device in _AUTOCAST_DEVICES:
+        state = "on" if torch.is_autocast_enabled(device) else "off"
+        parts.append(f"{device} {state} {torch.get_autocast_dtype(device)}")
+    return ", ".join(parts)
+
+
+def _float32_precision() -> str:
+    """What each kind of operator may do to float32; unset ones ask their backend, then the whole."""
+    parts = [_legacy_precision()]
+    for name in _PRECISION:
+        backend = name.partition(".")[0]
+        asked = (_setting(f"{step}fp32_precision") for step in (f"{name}.", f"{backend}.", ""))
+        parts.append(f"{name}={next((value for value in asked if value not in {None, 'none'}), 'ieee')}")
+    return ", ".join(parts)
+
+
+def _legacy_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # Set through the newer fp32_precision, which torch does not translate back.
+        return "mixed"
+
+
+def _deterministic() -> str:
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    return f"mode {torch.get_deterministic_debug_mode()}, fill {fill}"
+
+
+def _read(names: tuple[str, ...]) -> str:
+    """Settings below ``torch.backends`` as text."""
+    return ", ".join(f"{name}={_setting(name)}" for name in names)
+
+
+def _setting(name: str) -> Any:
+    """A setting below ``torch.backends`` by dotted name; a function is asked."""
+    value: Any = torch.backends
+    for step in name.split("."):
+        value = getattr(value, step, None)
+    ask: Callable[[], Any] | None = value if callable(value) else None
+    return ask() if ask is not None else value
+
+
+def _inductor() -> tuple[str, bytes]:
+    changed = torch_private.changed_inductor_settings()
+    encoder = new_encoder(Shared(), ["torch._inductor.config"])
+    for name, value in sorted(changed.items()):
+        encoder.text(name)
+        encoder.put_at(f".{name}", value)
+    return ", ".join(f"{name}={value!r}"[:60] for name, value in sorted(changed.items())), bytes(encoder.out)
+
+
+def _patched(shared: Shared) -> tuple[str, bytes]:
+    """Functions and methods of torch that were replaced: captured code may call them.
+
+    By somebody's code, or by another function of torch's, which shows in a name that is not its own. A few
+    have two names as torch ships them; those are the same in every process of one version.
+    """
+    encoder = new_encoder(shared)
+    classes = (item for item in vars(torch.nn.modules).values() if isinstance(item, type))
+    owners: list[Any] = [*_FUNCTION_MODULES, torch.Tensor, *dict.fromkeys(classes)]
+    names: list[str] = []
+    for owner in owners:
+        prefix = owner.__qualname__ + "." if isinstance(owner, type) else ""
+        for name, value in vars(owner).items():
+            kind = type(value)
+            if kind is BuiltinFunctionType and value.__name__ == name:
+                continue
+            if kind is FunctionType and value.__qualname__ == prefix + name:
+                if not shared.origin(value.__code__.co_filename)[0]:
+                    _put_patched(encoder, names, f"{owner.__name__}.{name}", value)
+                continue
+            _put_other(encoder, names, f"{owner.__name__}.{name}", value)
+    return ", ".join(names) or "as shipped", bytes(encoder.out)
+
+
+def _put_patched(encoder: Encoder, names: list[str], name: str, value: Any) -> None:
+    names.append(name)
+    encoder.text(name)
+    encoder.put_at(name, value)
+
+
+def _put_other(encoder: Encoder, names: list[str], name: str, value: Any) -> None:
+    """Write what stands in a namespace of torch under another name than its own, or wrapped."""
+    kind = type(value)
+    if kind is property or kind is staticmethod or kind is classmethod:
+        value = value.fget if kind is property else value.__func__
+        kind = type(value)
+    if kind is _CACHE:
+        value, kind = value.__wrapped__, type(value.__wrapped__)
+    if kind is FunctionType and not encoder.shared.origin(value.__code__.co_filename)[0]:
+        _put_patched(encoder, names, name, value)
+    elif kind in _FUNCTIONS:
+        encoder.text(f"{name} {value.__qualname__}")
+    elif kind in _WRAPPERS or (callable(value) and not encoder.shared.is_versioned(kind.__module__)):
+        _put_patched(encoder, names, name, value)

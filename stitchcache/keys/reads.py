@@ -1,21 +1,12 @@
-"""What a code object reads from outside of itself: globals, attributes of modules, imports."""
+"""What a code object reads from outside of itself, as its instructions say: globals, attributes, imports."""
 
 from __future__ import annotations
 
-import builtins
 import dis
-import hashlib
 import importlib.util
-import sys
 from collections.abc import Iterator
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
-
-import torch
-
-from stitchcache.keys.encoder import class_contents, new_encoder
-from stitchcache.keys.origins import installed_path, module_by_label
-from stitchcache.keys.values import SCALARS, Shared, UnkeyableError
+from types import CodeType
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
@@ -26,9 +17,6 @@ else:
 _GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
 _ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 _BETWEEN = frozenset({"CACHE", "PUSH_NULL", "PRECALL", "EXTENDED_ARG"})
-_ABSENT = b"absent"
-_KEYED_OF_LIBRARY = (*SCALARS, FunctionType, BuiltinFunctionType, type)
-"""Kinds of values that are keyed even where they belong to torch or the library: they may be replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +52,6 @@ def global_chains(code: CodeType) -> Iterator[tuple[str, ...]]:
         yield tuple(chain)
 
 
-_NAMESPACE = object()
-"""Stands for the namespace of a module as a whole."""
-
-_OPS = (type(torch.ops), type(torch.ops.aten))
-
-
 def imports_of(code: CodeType, package: str) -> Iterator[Import]:
     """Imports within a code object."""
     instructions = [item for item in dis.get_instructions(code) if item.opname not in _BETWEEN]
@@ -83,177 +65,3 @@ def imports_of(code: CodeType, package: str) -> Iterator[Import]:
         if not names and "." in module:
             yield Import(module.partition(".")[0], code.co_names, False)
         yield Import(module, tuple(names or code.co_names), bool(names))
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """Where a chain leads.
-
-    Args:
-        value: What it leads to.
-        exists: Whether there is such a thing.
-        used: The part of the chain that leads there; the rest is within the value, which is keyed whole.
-        owner: The last module on the way, or ``""``.
-    """
-
-    value: Any
-    exists: bool
-    used: tuple[str, ...]
-    owner: str = ""
-
-
-def lookup(namespace: dict[str, Any], chain: tuple[str, ...]) -> Found:
-    """Follow a chain through modules."""
-    name = chain[0]
-    if name in namespace:
-        value = namespace[name]
-    elif hasattr(builtins, name):
-        value = getattr(builtins, name)
-    else:
-        return Found(None, False, chain[:1])
-    owner = ""
-    for index, step in enumerate(chain[1:], 1):
-        if not isinstance(value, ModuleType):
-            return Found(value, True, chain[:index], owner)
-        inner, owner = vars(value), value.__name__
-        if step == "__dict__":
-            return Found(_NAMESPACE, True, chain[: index + 1], owner)
-        if step not in inner and isinstance(value, _OPS):
-            # torch makes these the first time they are asked for; that nobody has says nothing.
-            getattr(value, step, None)
-        if step not in inner:
-            return Found(value, False, chain[: index + 1], owner)
-        value = inner[step]
-    return Found(value, True, chain, owner)
-
-
-def title(entry: str) -> str:
-    """An entry's name for people: ``module.name``."""
-    return entry.removeprefix("?").replace(":", ".").rstrip(".")
-
-
-def global_digest(shared: Shared, entry: str, found: Found) -> str:
-    """Digest of what a global's name leads to.
-
-    Args:
-        shared: What this record's encoders have in common; classes that the value names are noted there.
-        entry: Its name in the record. It ends in a dot where the code goes on to read from the value;
-            elsewhere the code holds the value itself, which for a module says nothing of what it reads.
-        found: Where its chain leads.
-
-    Raises:
-        UnkeyableError: No digest stands for it soundly.
-    """
-    payload = _ABSENT
-    value, exists = found.value, found.exists
-    library = found.owner != "" and shared.is_versioned(found.owner)
-    if value is _NAMESPACE:
-        why = f"the namespace of module {found.owner} is used as a whole; name what is read from it"
-        raise UnkeyableError(f"global {title(entry)}", why)
-    if found.owner.startswith("numpy.random"):
-        raise UnkeyableError(f"global {title(entry)}", "gives other numbers each time; draw them beforehand")
-    if value is sys.modules and not _of_package(shared, entry):
-        raise UnkeyableError(
-            f"global {title(entry)}", "what is loaded depends on the process; import it by name"
-        )
-    if isinstance(value, ModuleType):
-        if exists and not entry.endswith(".") and not _may_be_held(shared, value):
-            why = f"the module {value.__name__} is used as a value; name what is read from it"
-            raise UnkeyableError(f"global {title(entry)}", why)
-        # torch and others load parts of themselves late; that a part is not there yet means nothing.
-        payload = b"module " + value.__name__.encode()
-    elif exists:
-        encoder = new_encoder(shared, [f"global {title(entry)}"])
-        if library and not isinstance(value, _KEYED_OF_LIBRARY) and not _is_plain_of_library(found):
-            # An object of torch's or the library's own; what torch's settings say are factors.
-            payload = b"object " + type(value).__qualname__.encode()
-        else:
-            encoder.put(value)
-            payload = bytes(encoder.out)
-    return hashlib.sha256(payload).hexdigest()
-
-
-def _of_package(shared: Shared, entry: str) -> bool:
-    """Whether it is an installed package's code that reads an entry."""
-    label = entry.removeprefix("?").partition(":")[0]
-    file = getattr(module_by_label(label, shared.main), "__file__", None)
-    return installed_path(file or "") != ""
-
-
-def _is_plain_of_library(found: Found) -> bool:
-    """Whether a container of the standard library is known by what is in it, such as ``sys.argv``."""
-    plain = isinstance(found.value, (list, dict, tuple, set, frozenset)) and found.value is not sys.modules
-    return plain and found.owner.partition(".")[0] in sys.stdlib_module_names
-
-
-def _may_be_held(shared: Shared, module: ModuleType) -> bool:
-    file = getattr(module, "__file__", None) or ""
-    return shared.is_versioned(module.__name__) or installed_path(file) != ""
-
-
-def class_digest(shared: Shared, cls: type) -> str:
-    """Digest of a class's contents.
-
-    Raises:
-        UnkeyableError: One of its attributes cannot be written soundly.
-    """
-    return hashlib.sha256(class_contents(shared, cls)).hexdigest()
-
-
-REGISTRIES = frozenset({"transformers.utils.output_capturing:_CAN_RECORD_REGISTRY"})
-"""Dictionaries to which each model of a library adds itself by name: recorded item by item.
-
-Otherwise a process that has imported one model more would not find what another one compiled. An item that is
-there at a lookup must be as it was; one that is not belongs to a model that is not in use.
-"""
-
-ROLL_CALLS = frozenset({"transformers.utils.generic:_registered_model_output_types"})
-"""Lists of classes for which something was done once; what is in them changes nothing a model computes."""
-
-
-def item_digest(main: str, item: Any) -> str:
-    """Digest of an item of a registry. The classes that it names are the key's where they are in use.
-
-    Raises:
-        UnkeyableError: No digest stands for it soundly.
-    """
-    encoder = new_encoder(Shared(main=main), ["item of a registry"])
-    encoder.put(item)
-    return hashlib.sha256(encoder.out).hexdigest()
-
-
-KINDS = frozenset({"env", "call", "item", "class", "global"})
-"""What an entry may begin with, before a colon, when it is no global of a module of another name."""
-
-
-def answer_digest(entry: str) -> str:
-    """Digest of what a function of torch answers here and now; that it raises is an answer too.
-
-    Args:
-        entry: ``call:torch.distributed:get_rank``.
-    """
-    if entry.count(":") != 2:
-        return ""
-    _, module, name = entry.split(":")
-    try:
-        answer = repr(getattr(sys.modules.get(module), name)())
-    except (ValueError, RuntimeError, AttributeError, AssertionError) as error:
-        answer = f"raises {type(error).__name__}"
-    return hashlib.sha256(answer.encode()).hexdigest()
-
-
-def text_digest(value: str | None) -> str:
-    """Digest of an environment variable; ``None`` where it is not set."""
-    data = b"unset" if value is None else b"=" + value.encode("utf-8", "surrogatepass")
-    return hashlib.sha256(data).hexdigest()
-
-
-def is_module_namespace(namespace: dict[str, Any]) -> bool:
-    """Whether a function's globals are those of a module that is imported under its name."""
-    module = sys.modules.get(str(namespace.get("__name__")))
-    return module is not None and vars(module) is namespace
-
-
-def bytes_digest(data: bytes) -> str:
-    """sha256 of a file's bytes."""
-    return hashlib.sha256(data).hexdigest()

@@ -20,11 +20,16 @@ from typing import Any
 
 import torch
 
-from stitchcache.keys import outside, reads
+from stitchcache.keys import check, outside, reads
 from stitchcache.keys.familiar import FamiliarCalls
-from stitchcache.keys.files import changed_since_import, process_start, read_source
-from stitchcache.keys.frames import is_search, place, receiver_of
-from stitchcache.keys.origins import installed_path, stands_by_version
+from stitchcache.keys.origins import (
+    changed_since_import,
+    installed_path,
+    process_start,
+    read_source,
+    stands_by_version,
+)
+from stitchcache.keys.outside import is_search, place, receiver_of
 from stitchcache.keys.torch_private import active_modes
 from stitchcache.keys.values import Shared, UnkeyableError
 from stitchcache.types import SourceRef
@@ -95,7 +100,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             self._refuse("another profiler was installed while the model was captured")
         self._finish_imports()
         self._finish_classes()
-        self._found |= {entry: reads.answer_digest(entry) for entry in self._answers}
+        self._found |= {entry: check.answer_digest(entry) for entry in self._answers}
         self._check_covered()
         self.sources = tuple(self._sources())
         self.globals = tuple(sorted(self._found.items()))
@@ -173,7 +178,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._user[id(code)] = code
         if outside.sees_namespaces(code):
             self._refuse(f"{place(code)} looks into a namespace as a whole; name what is read from it")
-        if not reads.is_module_namespace(namespace):
+        if not check.is_module_namespace(namespace):
             # Covered only if its bytecode is part of a digest; looked at when everything was seen.
             return
         name = str(namespace["__name__"])
@@ -190,7 +195,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         if key in self._met:
             return
         self._met[key] = (namespace, receiver)
-        if code.co_name == "<module>" or not reads.is_module_namespace(namespace):
+        if code.co_name == "<module>" or not check.is_module_namespace(namespace):
             return
         name = str(namespace["__name__"])
         self._modules.setdefault(name, sys.modules[name])
@@ -213,20 +218,20 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
     def _reads(self, code: CodeType, namespace: dict[str, Any], name: str) -> None:
         label = self._label(name)
         for chain in reads.global_chains(code):
-            found = reads.lookup(namespace, chain)
+            found = check.lookup(namespace, chain)
             self._note(label, found, whole=found.used == chain)
         package = str(namespace.get("__package__") or name.rpartition(".")[0])
         for item in reads.imports_of(code, package):
             self._imports.append((item, code.co_qualname))
 
-    def _note(self, label: str, found: reads.Found, *, whole: bool) -> None:
+    def _note(self, label: str, found: check.Found, *, whole: bool) -> None:
         late = "" if label == self._shared.main or label in self._loaded else "?"
         name = f"{late}{label}:{'.'.join(found.used)}{'' if whole else '.'}"
         # A module may have the name of a kind of entry.
-        entry = f"global:{name}" if label in reads.KINDS else name
-        if entry in self._found or entry.rstrip(".") in reads.ROLL_CALLS:
+        entry = f"global:{name}" if label in check.KINDS else name
+        if entry in self._found or entry.rstrip(".") in check.ROLL_CALLS:
             return
-        if entry.rstrip(".") in reads.REGISTRIES and isinstance(found.value, dict):
+        if entry.rstrip(".") in check.REGISTRIES and isinstance(found.value, dict):
             self._registry(entry.rstrip("."), found.value)
             return
         if isinstance(found.value, _CACHED) and self._hides_calls(found.value):
@@ -235,14 +240,14 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                 "and how they came about was not seen; call its cache_clear() before compiling"
             )
         try:
-            self._found[entry] = reads.global_digest(self._shared, name, found)
+            self._found[entry] = check.global_digest(self._shared, name, found)
         except UnkeyableError as error:
             self._refuse(str(error))
 
     def _registry(self, entry: str, registry: dict[Any, Any]) -> None:
         for key, item in registry.items():
             try:
-                self._found[f"item:{entry}:{key}"] = reads.item_digest(self._shared.main, item)
+                self._found[f"item:{entry}:{key}"] = check.item_digest(self._shared.main, item)
             except UnkeyableError as error:
                 self._refuse(str(error))
 
@@ -274,7 +279,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             data = key.encode("utf-8", "surrogateescape")
             value = os.environ._data.get(data)  # type: ignore[attr-defined]
             text = None if value is None else value.decode("utf-8", "surrogateescape")
-            self._found.setdefault(f"env:{key}", reads.text_digest(text))
+            self._found.setdefault(f"env:{key}", check.text_digest(text))
 
     def _forbidden_code(self, frame: FrameType, code: CodeType) -> None:
         caller = outside.outside_stdlib(frame)
@@ -299,7 +304,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         if plain:
             self._answers.add(entry)
         else:
-            self._refuse(f"{place(where)} calls {reads.title(entry)[5:]} with arguments; call it beforehand")
+            self._refuse(f"{place(where)} calls {check.title(entry)[5:]} with arguments; call it beforehand")
 
     def _c_call(self, code: CodeType, function: Any) -> None:
         """Look at what the model's code calls in C: clocks, files and random numbers are in no key."""
@@ -332,7 +337,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                     if item.exact and not installed_path(getattr(module, "__file__", None) or ""):
                         self._refuse(f"{where} imports {name} from {item.module}, which computes it")
                 else:
-                    found = reads.Found(vars(module)[name], True, (name,))
+                    found = check.Found(vars(module)[name], True, (name,))
                     self._note(self._label(item.module), found, whole=False)
 
     def _finish_classes(self) -> None:
@@ -345,7 +350,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                 label = self._label(cls.__module__)
                 late = "" if label == self._shared.main or label in self._loaded else "?"
                 try:
-                    digest = reads.class_digest(self._shared, cls)
+                    digest = check.class_digest(self._shared, cls)
                 except UnkeyableError as error:
                     self._refuse(str(error))
                     continue
@@ -354,7 +359,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         for cls in self._module_classes.values():
             with contextlib.suppress(UnkeyableError):
                 # The target key has met this class, or will; here it only says which code was digested.
-                reads.class_digest(covered, cls)
+                check.class_digest(covered, cls)
 
     def _check_covered(self) -> None:
         """Refuse code that no digest stands for: made by exec, or reached with cells nobody wrote down."""
@@ -384,5 +389,5 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             reason = changed_since_import(module, data, started)
             if reason is not None:
                 self._refuse(reason)
-            found.append(SourceRef(module=label, digest=reads.bytes_digest(data), size=len(data)))
+            found.append(SourceRef(module=label, digest=check.bytes_digest(data), size=len(data)))
         return found

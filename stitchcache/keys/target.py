@@ -10,10 +10,15 @@ import torch
 from stitchcache.errors import OptionError
 from stitchcache.keys.digest import Digest, make_factor
 from stitchcache.keys.encoder import new_encoder
-from stitchcache.keys.environment import decimal_context, environment_factors, python_version
+from stitchcache.keys.environment import (
+    decimal_context,
+    environment_factors,
+    python_code,
+    torch_state_factors,
+    tracing_obstacle,
+)
 from stitchcache.keys.inputs import input_factors
 from stitchcache.keys.module_tree import model_factors, readable
-from stitchcache.keys.torch_state import torch_state_factors, tracing_obstacle
 from stitchcache.keys.values import Shared, UnkeyableError
 from stitchcache.types import Factor, SizeRange
 
@@ -75,7 +80,7 @@ def target_key(
     reason = tracing_obstacle()
     try:
         factors += environment_factors(backend, _device_types(model, leaves))
-        factors.append(make_factor("code.python", python_version()))
+        factors.append(make_factor("code.python", python_code()))
         factors.append(make_factor("code.decimal", decimal_context()))
         factors += torch_state_factors(shared)
         factors += input_factors(leaves, tree, dynamic_shapes, shared)

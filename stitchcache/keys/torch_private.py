@@ -23,25 +23,15 @@ _GLOBAL_HOOKS = (
     "_global_backward_pre_hooks",
 )
 
-_PERFORMANCE_ONLY = (
-    "trace.",
-    "worker_",
-    "compile_threads",
-    "fx_graph_cache",
-    "fx_graph_remote_cache",
-    "force_disable_caches",
-    "autotune_local_cache",
-    "autotune_remote_cache",
-    "bundled_autotune_remote_cache",
-    "bundle_triton_into_fx_graph_cache",
-    "unsafe_",
-    "disable_progress",
-    "verbose_progress",
-    "debug",
-    "quiesce_async_compile",
-    "enable_caching_generated_triton_templates",
+_PERFORMANCE_ONLY = frozenset(
+    """debug debug_fusion debug_ir_traceback disable_progress verbose_progress worker_log_path
+    worker_start_method worker_suppress_logging compile_threads quiesce_async_compile_pool
+    quiesce_async_compile_time fx_graph_cache fx_graph_remote_cache bundle_triton_into_fx_graph_cache
+    autotune_local_cache autotune_remote_cache bundled_autotune_remote_cache force_disable_caches
+    unsafe_skip_cache_dynamic_shape_guards unsafe_marked_cacheable_functions
+    enable_caching_generated_triton_templates""".split()  # noqa: SIM905
 )
-"""Prefixes of Inductor's settings that decide how it works, not what it makes."""
+"""Inductor's settings that decide how it works, not what it makes; those below ``trace.`` do too."""
 
 
 def active_modes() -> list[str]:
@@ -88,6 +78,6 @@ def changed_inductor_settings() -> dict[str, Any]:
         # AOTInductor writes down there what it compiled for, and leaves it.
         if name == "aot_inductor.metadata":
             continue
-        if entry.alias is None and not name.startswith(_PERFORMANCE_ONLY):
+        if entry.alias is None and name not in _PERFORMANCE_ONLY and not name.startswith("trace."):
             changed[name] = value
     return changed

@@ -5,6 +5,8 @@ import dataclasses
 import enum
 import functools
 import logging
+import subprocess
+import sys
 import threading
 import weakref
 from types import SimpleNamespace
@@ -479,6 +481,24 @@ def test_a_changed_setting_of_inductor_counts_and_one_about_its_work_does_not():
     assert state() == before
 
 
+def test_a_setting_of_inductor_whose_name_only_begins_like_a_harmless_one_counts():
+    config = pytest.importorskip("torch._inductor.config")
+    before = state()
+    with config.patch({"debug_index_asserts": True}):
+        assert differ(before, state()) == ["torch.inductor"]
+
+
+def test_options_of_python_that_change_results_count():
+    code = "from stitchcache.keys.environment import python_code; print(python_code())"
+    said = {}
+    for options in ((), ("-O",), ("-OO",), ("-W", "error::UserWarning"), ("-W", "ignore")):
+        command = [sys.executable, *options, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        said[options] = done.stdout.strip()
+    assert said[("-W", "ignore")] == said[()]
+    assert len(set(said.values())) == 4
+
+
 def test_a_replaced_function_of_torch_counts(monkeypatch):
     before = state()
     monkeypatch.setattr(torch.nn.functional, "gelu", double)
@@ -489,7 +509,43 @@ def environment(backend="aoti", devices=("cpu",)):
     return {factor.name: factor.digest for factor in environment_factors(backend, devices)}
 
 
-@pytest.mark.parametrize("variable", ["TORCHINDUCTOR_FREEZING", "ATEN_CPU_CAPABILITY", "TRITON_F32_DEFAULT"])
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        (torch.nn.Linear, "forward", double),
+        (torch.nn.Module, "__call__", double),
+        (torch.nn.RNNBase, "flatten_parameters", double),
+        (torch.nn.Transformer, "generate_square_subsequent_mask", staticmethod(double)),
+        (torch.nn.ReLU, "forward", torch.nn.GELU.forward),
+        (torch.nn.ReLU, "forward", functools.partialmethod(double)),
+        (torch, "relu", torch.sigmoid),
+        (torch, "relu", functools.partial(double)),
+        (torch.linalg, "norm", torch.linalg.det),
+        (torch.nn.functional, "silu", torch.nn.functional.gelu),
+        (torch.Tensor, "foo", double),
+    ],
+)
+def test_a_replaced_method_of_torch_counts(monkeypatch, owner, name, value):
+    before = state()
+    monkeypatch.setattr(owner, name, value, raising=False)
+    assert differ(before, state()) == ["torch.patched"]
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "TORCHINDUCTOR_FREEZING",
+        "ATEN_CPU_CAPABILITY",
+        "TRITON_F32_DEFAULT",
+        "TORCHINDUCTOR_PROLOGUE_FUSION",
+        "AOT_INDUCTOR_DEBUG_INTERMEDIATE_VALUE_PRINTER",
+        "TORCHINDUCTOR_CACHE_SDPA_CONSTRAINT",
+        "TORCHINDUCTOR_TRITON_PROTON_PROFILING",
+        "TORCHINDUCTOR_BENCHMARK_KERNEL",
+        "TORCH_COMPILE_OVERRIDE_INDUCTOR_CONFIGS",
+        "TORCHINDUCTOR_A_NEW_ONE_ABOUT_LOG",
+    ],
+)
 def test_variables_that_change_code_count(monkeypatch, variable):
     before = environment()
     monkeypatch.setenv(variable, "odd")
