@@ -39,8 +39,8 @@ from stitchcache.errors import (
 )
 from stitchcache.graph.opnames import matches
 from stitchcache.graph.symbols import without_guards
-from stitchcache.pieces.torch_compile import fix_own_floats, outside_tracing
 from stitchcache.runtime.graph import CompiledGraph, held_tensors
+from stitchcache.torchside.dynamo import fix_own_floats, outside_tracing
 from stitchcache.types import BlobRef
 
 log = logging.getLogger("stitchcache")

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from stitchcache import tree
 from stitchcache.capture import Capture, capture, settled
 from stitchcache.errors import OptionError
 from stitchcache.keys.dims import dims_of_leaf, split_path
-from stitchcache.pieces.fakes import has_fakes
+from stitchcache.torchside import tree
+from stitchcache.torchside.tensors import has_fakes
 from stitchcache.types import Dim, InputSpec, SizeRange
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from stitchcache import tree
 from stitchcache.api.open import open_artifact
 from stitchcache.api.request import OnProgress, Progress, Request, devices_of, environment_flag
 from stitchcache.artifact.record import Artifact
@@ -21,6 +20,7 @@ from stitchcache.keys.target import TargetKey, target_key
 from stitchcache.keys.values import Shared
 from stitchcache.runtime.mismatch import explain_mismatch
 from stitchcache.runtime.model import CompiledModel
+from stitchcache.torchside import tree
 from stitchcache.types import TargetRecord
 
 if TYPE_CHECKING:

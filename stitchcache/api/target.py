@@ -93,7 +93,7 @@ class Target:
 def _data(fake: bool) -> AbstractContextManager[Any]:
     if not fake:
         return nullcontext()
-    from stitchcache.pieces.fakes import without_data
+    from stitchcache.torchside.tensors import without_data
 
     return without_data()
 

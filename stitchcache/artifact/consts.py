@@ -157,12 +157,11 @@ class _Writer(pickle.Pickler):
     def _torch_id(self, torch: Any, obj: Any) -> Any:
         if torch_value(obj):
             return ("torch", str(obj).removeprefix("torch."))
-        if isinstance(obj, torch._ops.OpOverload):
-            return ("op", obj._schema.name, obj._overloadname)
-        if isinstance(obj, torch._ops.OpOverloadPacket):
-            return ("op", obj._qualified_op_name, None)
-        if isinstance(obj, torch._ops.HigherOrderOperator):
-            return ("op", f"higher_order::{obj.name()}", None)
+        # Imports torch: only where it is there already.
+        from stitchcache.torchside import ops
+
+        if isinstance(obj, (ops.OpOverload, ops.OpOverloadPacket, ops.HigherOrderOperator)):
+            return ("op", *ops.qualified_name(obj))
         if isinstance(obj, torch.Tensor):
             return self._tensor(torch, obj)
         if type(obj).__module__ == _PLACEMENTS:
@@ -328,7 +327,8 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc,unused-ignor
             raise Refused(
                 f"operator {shown} is not registered: import the module that registers it"
             ) from None
-        ops = torch._ops
+        from stitchcache.torchside import ops
+
         if not isinstance(found, (ops.OpOverload, ops.OpOverloadPacket, ops.HigherOrderOperator)):
             raise Refused(f"{qualified} is no operator")
         return found

@@ -15,9 +15,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from stitchcache import tree
 from stitchcache.capture.contract import tensor_spec
 from stitchcache.capture.export import BoundTensor, Capture
 from stitchcache.capture.regions import replace_by_value
@@ -26,13 +24,9 @@ from stitchcache.errors import CaptureError
 from stitchcache.graph import symbols
 from stitchcache.graph.aliasing import written_placeholders
 from stitchcache.graph.symbols import SymbolNames
-from stitchcache.pieces.torch_compile import (
-    fake_inputs,
-    fake_mode,
-    is_fake,
-    is_transformed,
-    is_wrapper,
-)
+from stitchcache.torchside import tree
+from stitchcache.torchside.dynamo import fake_inputs, fake_mode, make_fx
+from stitchcache.torchside.tensors import is_fake, is_transformed, is_wrapper
 from stitchcache.types import InputSpec, LeafSpec, OutputSpec, SymbolSpec
 
 _TRACE_ERRORS = (

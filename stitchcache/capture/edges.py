@@ -20,8 +20,9 @@ from stitchcache.capture import unweighted
 from stitchcache.errors import CaptureError
 from stitchcache.graph import symbols
 from stitchcache.pieces.check import clone_all
-from stitchcache.pieces.fakes import has_fakes
 from stitchcache.pieces.stand_ins import stand_in
+from stitchcache.torchside.symbols import guarded_facts
+from stitchcache.torchside.tensors import has_fakes
 from stitchcache.types import InputSpec
 
 log = logging.getLogger("stitchcache")
@@ -215,8 +216,8 @@ def _narrowed(subject: Subject, values: Mapping[sympy.Symbol, Any]) -> list[Any]
             return None
         narrowed.append(leaf)
     shape_env = symbols.shape_environment(subject.gm.graph)
-    for guard in shape_env.guards if shape_env is not None else ():
-        if guard.expr.xreplace(dict(values)) == sympy.false:
+    for fact in guarded_facts(shape_env) if shape_env is not None else ():
+        if fact.xreplace(dict(values)) == sympy.false:
             return None
     return narrowed
 

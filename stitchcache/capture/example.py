@@ -10,7 +10,7 @@ import torch
 
 from stitchcache.errors import CaptureError
 from stitchcache.pieces.check import clone_all
-from stitchcache.pieces.fakes import has_fakes
+from stitchcache.torchside.tensors import has_fakes, storage_id, version_of
 
 
 def separate(leaves: Sequence[Any], model: torch.nn.Module) -> list[Any]:
@@ -48,7 +48,7 @@ def attributes_kept(model: torch.nn.Module) -> Iterator[None]:
         CaptureError: The forward wrote into such a tensor.
     """
     kept = [
-        (name, key, value, value._version, value.detach().clone())
+        (name, key, value, version_of(value), value.detach().clone())
         for name, module in model.named_modules()
         for key, value in vars(module).items()
         if isinstance(value, torch.Tensor) and not value.is_inference() and not has_fakes([value])
@@ -58,7 +58,7 @@ def attributes_kept(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         for name, key, value, version, copy in kept:
-            if value._version != version:
+            if version_of(value) != version:
                 changed = f"{name}.{key}".lstrip(".")
                 with torch.no_grad():
                     value.copy_(copy)
@@ -76,4 +76,4 @@ def _has_storage(tensor: torch.Tensor) -> bool:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    return storage_id(tensor)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch.export.graph_signature import InputKind, OutputKind
 
-from stitchcache import tree
 from stitchcache.capture.contract import input_spec
 from stitchcache.capture.edges import Observed, Subject, settle_lower_bounds
 from stitchcache.capture.example import attributes_kept, separate
@@ -25,7 +24,8 @@ from stitchcache.capture.regions import ambient_modes, settle_regions
 from stitchcache.capture.unweighted import names_of
 from stitchcache.errors import CaptureError
 from stitchcache.graph.symbols import SymbolNames
-from stitchcache.pieces.fakes import has_fakes
+from stitchcache.torchside import tree
+from stitchcache.torchside.tensors import has_fakes
 from stitchcache.types import InputSpec, OutputSpec
 
 # What torch.export and the user's own forward may raise while it is traced.

@@ -15,13 +15,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from stitchcache.errors import CaptureError
 from stitchcache.graph.effects import called
 from stitchcache.graph.opnames import target_name
-from stitchcache.pieces.autocast import autocast_has_rule
+from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, autocast_has_rule, schema_of
+from stitchcache.torchside.tensors import fake_mode_of
 
 Modes = Mapping[str, torch.dtype]
 """Device type to the dtype that autocast lowers to there; devices without autocast are absent."""
@@ -147,7 +147,7 @@ def _adopt(gm: GraphModule, body: GraphModule, path: str) -> str:
 
 def _write_casts(graph: Graph, node: Node, modes: Modes) -> None:
     """Cast the inputs of an op as autocast would; leave it alone where autocast would."""
-    if not isinstance(node.target, OpOverload) or node.target._schema.is_mutable:
+    if not isinstance(node.target, OpOverload) or schema_of(node.target).is_mutable:
         return
     if {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(node.target.tags):
         return
@@ -218,8 +218,8 @@ def _cast_inputs(graph: Graph, node: Node, dtype: torch.dtype) -> None:
 
 
 def _fake_mode(node: Node) -> Any:
-    values: list[Any] = [source.meta.get("val") for source in node.all_input_nodes]
-    return next((v.fake_mode for v in values if hasattr(v, "fake_mode")), contextlib.nullcontext())
+    values = (source.meta.get("val") for source in node.all_input_nodes)
+    return fake_mode_of(values) or contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from torch.fx import Graph, GraphModule, Node
 
 from stitchcache.graph.effects import attribute_of
+from stitchcache.torchside import dynamo
 
-_INFERENCE = {"_enter_inference_mode", "_exit_inference_mode"}
-_GRADIENT = _INFERENCE | {"_set_grad_enabled"}
-_AUTOCAST = {"_enter_autocast", "_exit_autocast"}
-_CHECKPOINT = "tag_activation_checkpoint"
+_INFERENCE = dynamo.INFERENCE_CALLS
+_GRADIENT = _INFERENCE | dynamo.GRAD_CALLS
 
 
 def settle_modes(gm: GraphModule, autocast: bool) -> tuple[GraphModule, bool]:
@@ -30,14 +29,14 @@ def settle_modes(gm: GraphModule, autocast: bool) -> tuple[GraphModule, bool]:
         part of it is in one of them.
     """
     nodes = [node for graph in _graphs(gm) for node in graph.nodes]
-    autocast = autocast or any(_name(node) == "_enter_autocast" and _enables(node) for node in nodes)
-    transforms = any(_is_transform(node) for node in nodes)
+    autocast = autocast or any(_name(node) == dynamo.ENTER_AUTOCAST and _enables(node) for node in nodes)
+    transforms = any(dynamo.is_transform(node) for node in nodes)
     # A derivative is taken in gradient mode, also where results have no gradients.
-    gone = (_INFERENCE if transforms else _GRADIENT) | (set() if autocast else _AUTOCAST)
+    gone = (_INFERENCE if transforms else _GRADIENT) | (frozenset() if autocast else dynamo.AUTOCAST_CALLS)
     return _settled(gm, gone), autocast or transforms
 
 
-def _settled(gm: GraphModule, gone: set[str]) -> GraphModule:
+def _settled(gm: GraphModule, gone: frozenset[str]) -> GraphModule:
     graph = Graph()
     output = graph.graph_copy(gm.graph, {}, return_output_node=True)
     if isinstance(output, tuple):
@@ -45,9 +44,9 @@ def _settled(gm: GraphModule, gone: set[str]) -> GraphModule:
     for node in reversed(list(graph.nodes)):
         if _name(node) in gone:
             graph.erase_node(node)
-        elif _name(node) == _CHECKPOINT:
+        elif _name(node) == dynamo.CHECKPOINT_CALL:
             _call_plainly(graph, node)
-        elif _name(node) == "_get_data_attr":
+        elif _name(node) == dynamo.DATA_CALL:
             # Tracing does not see what comes of .data.
             node.op, node.target = "call_method", "detach"
     attributes = {}
@@ -75,11 +74,6 @@ def _graphs(gm: GraphModule) -> Iterator[Graph]:
 
 def _name(node: Node) -> str:
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-
-
-def _is_transform(node: Node) -> bool:
-    module = getattr(node.target, "__module__", None) or ""
-    return node.op == "call_function" and module.startswith(("torch._functorch", "torch._C._functorch"))
 
 
 def _enables(enter: Node) -> bool:

@@ -16,8 +16,8 @@ from torch.fx import GraphModule, Node
 
 from stitchcache.graph.aliasing import written_placeholders
 from stitchcache.pieces.check import clone_all
-from stitchcache.pieces.fakes import has_fakes
 from stitchcache.pieces.stand_ins import stand_in
+from stitchcache.torchside.tensors import has_fakes
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from stitchcache.codegen.literals import literal
 from stitchcache.codegen.liveness import value_mark
 from stitchcache.codegen.names import is_identifier
 from stitchcache.errors import CodegenError
+from stitchcache.torchside.symbols import constant_of
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
@@ -193,7 +194,7 @@ def _object_text(arg: Any, scope: Scope, path: str) -> str:
 
 
 def _symbol_text(arg: Any, scope: Scope, path: str) -> str:
-    constant = arg.node.maybe_as_int() if isinstance(arg, torch.SymInt) else None
+    constant = constant_of(arg)
     if constant is not None:
         return repr(int(constant))
     node = scope.symbol(arg)

@@ -17,6 +17,7 @@ from stitchcache.codegen.names import Namespace
 from stitchcache.codegen.reach import is_attribute, is_method
 from stitchcache.codegen.results import getitem_index, items_used, result_length
 from stitchcache.errors import CodegenError
+from stitchcache.torchside.symbols import expression
 
 # Each is the same operation as the function, operands in the same order.
 _OPERATORS: dict[Any, str] = {
@@ -320,4 +321,4 @@ def _hashable(target: Any) -> bool:
 
 
 def _symbol_key(value: Any) -> Any:
-    return value.node.expr
+    return expression(value)

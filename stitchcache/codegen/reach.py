@@ -27,6 +27,7 @@ from stitchcache.codegen.allowed import (
     Path,
 )
 from stitchcache.codegen.names import is_dunder, is_identifier
+from stitchcache.torchside import ops
 
 _VALUE_TYPES = (torch.dtype, torch.layout, torch.memory_format)
 _METHOD_TYPES = (types.MethodDescriptorType, types.WrapperDescriptorType, types.FunctionType)
@@ -106,20 +107,20 @@ def resolve(path: Path) -> Any:
 def _resolve_op(path: Path) -> Any:
     # Attributes of torch.ops that are no ops (load_library, __class__) fail the type checks.
     space = None if is_dunder(path[2]) else getattr(torch.ops, path[2], None)
-    if isinstance(space, torch._ops._HigherOrderNamespace) and len(path) == 4:
+    if isinstance(space, ops.HigherOrderNamespace) and len(path) == 4:
         found = _member(space, path)
-        if isinstance(found, torch._ops.HigherOrderOperator):
+        if isinstance(found, ops.HigherOrderOperator):
             return found
         raise NotAllowedError("is no higher-order op")
-    if not isinstance(space, torch._ops._OpNamespace):
+    if not isinstance(space, ops.OpNamespace):
         raise NotAllowedError("is no op")
     if path[3] in FORBIDDEN_FUNCTIONS:
         raise NotAllowedError("reads or writes files")
     packet = _member(space, path[:4])
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
+    if not isinstance(packet, ops.OpOverloadPacket):
         raise NotAllowedError("is no op")
     found = packet if len(path) == 4 else _member(packet, path)
-    if len(path) == 5 and not isinstance(found, torch._ops.OpOverload):
+    if len(path) == 5 and not isinstance(found, ops.OpOverload):
         raise NotAllowedError("is no overload of an op")
     return found
 
@@ -177,13 +178,13 @@ def path_of(target: Any) -> Path | None:
 
 def _candidates(target: Any) -> list[Path]:
     op: Any = target  # untyped where torch leaves methods of ops without annotations
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, ops.OpOverload):
         space, _, rest = op.name().partition("::")
         name, _, overload = rest.partition(".")
         return [("torch", "ops", space, name, overload or "default")]
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, ops.OpOverloadPacket):
         return [("torch", "ops", *str(target).split(".", 1))]
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, ops.HigherOrderOperator):
         return [("torch", "ops", "higher_order", op.name())]
     if not isinstance(target, (*_METHOD_TYPES, *_FUNCTION_TYPES, type)):
         return []

@@ -6,6 +6,8 @@ import operator
 
 import torch
 
+from stitchcache.torchside.ops import OpOverload, schema_of
+
 
 def getitem_index(user: torch.fx.Node, node: torch.fx.Node) -> int | None:
     """The index, where a node does nothing but take one item of another.
@@ -65,7 +67,7 @@ def result_length(node: torch.fx.Node, module: torch.nn.Module | None) -> int | 
     # A list that an op returns (split, unbind) may have another length at another size.
     if isinstance(value, tuple) or (module is not None and isinstance(value, list)):
         return len(value)
-    if isinstance(node.target, torch._ops.OpOverload):
-        returns = node.target._schema.returns
+    if isinstance(node.target, OpOverload):
+        returns = schema_of(node.target).returns
         return len(returns) if len(returns) > 1 else None
     return None

@@ -91,7 +91,10 @@ def measure(job: Job, say: Callable[[dict[str, Any]], None]) -> Measured:
     run(ids)
     first = time.time()
     stages["call"] = first - began
-    compilers = tuple(name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules)
+    # Not at the top: the times above are measured, and this imports a file.
+    from stitchcache.torchside.state import imported_compilers
+
+    compilers = imported_compilers()
     torch.set_num_threads(1)
     call = _one_call(run, ids)
     facts: dict[str, Any] = {}

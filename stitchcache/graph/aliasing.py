@@ -14,6 +14,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from stitchcache.graph import effects
+from stitchcache.torchside.tensors import storage_id
 
 
 def alias_hazards(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:
@@ -56,7 +57,7 @@ def _storage(node: Node) -> int | None:
     """Identity of a fake tensor's storage: fakes of views share it."""
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor) and value.layout == torch.strided:
-        return int(value.untyped_storage()._cdata)
+        return storage_id(value)
     return None
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
+
+from stitchcache.torchside.ops import OpOverload, schema_of
 
 # Ops that update running statistics although their schemas deny it: name to the arguments that they
 # write, and the flag that makes them.
@@ -33,7 +34,7 @@ def arguments(node: Node) -> dict[str, Any]:
     """Arguments of a call of an op by the schema's names, defaults included."""
     if not isinstance(node.target, OpOverload):
         return {}
-    schema = node.target._schema.arguments
+    schema = schema_of(node.target).arguments
     given = {a.name: a.default_value for a in schema if a.has_default_value()}
     given.update(zip((a.name for a in schema), node.args, strict=False))
     given.update(node.kwargs)
@@ -44,7 +45,7 @@ def written(node: Node) -> Iterator[Node]:
     """Nodes whose values a node writes into. Graphs that it calls are not looked into."""
     if not isinstance(node.target, OpOverload):
         return
-    schema = node.target._schema
+    schema = schema_of(node.target)
     given = arguments(node)
     names, flag = _SILENT_WRITERS.get(schema.name, ((), ""))
     if not given.get(flag, True):

@@ -17,17 +17,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 from stitchcache.errors import SplitError
 from stitchcache.graph import symbols
 from stitchcache.graph.opnames import target_name
+from stitchcache.torchside.modules import TABLES
+from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, OpOverloadPacket, schema_of
 
 _BY_REPR = {bool, int, str, type(None), type(Ellipsis), type(NotImplemented), range}
 _BY_STR = {torch.dtype, torch.layout, torch.memory_format}
 _OPS = (OpOverload, OpOverloadPacket, HigherOrderOperator, types.BuiltinFunctionType, type)
-# Attributes of every module that say nothing about what it computes.
-_MODULE_STATE = {"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 _DEPTH = 100
 
 
@@ -154,7 +153,7 @@ class Encoder:
             self._python(target)
         elif isinstance(target, _OPS):
             self.text(target_name(target))
-            self.text(str(getattr(target, "_schema", "")))
+            self.text(str(schema_of(target)) if isinstance(target, OpOverload) else "")
         else:
             self._opaque(target)
 
@@ -207,7 +206,7 @@ class Encoder:
             self.text(name)
             self.metadata(tensor)
         for name, attribute in sorted(vars(module).items()):
-            if name not in _MODULE_STATE and not _is_empty(attribute):
+            if name not in TABLES and not _is_empty(attribute):
                 self.text(name)
                 self.value(attribute)
         self.tag("children", len(module._modules))

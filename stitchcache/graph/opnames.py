@@ -6,7 +6,8 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+
+from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 
 def target_name(target: Any) -> str:

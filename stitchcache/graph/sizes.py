@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from stitchcache.errors import SplitError
 from stitchcache.graph import symbols
 from stitchcache.graph.split import submodule
+from stitchcache.torchside.symbols import known_range
+from stitchcache.torchside.tensors import fake_mode_of
 
 
 def lower_sizes(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:
@@ -56,7 +59,7 @@ def _can_lower(piece: GraphModule) -> bool:
         if not isinstance(value, torch.SymInt):
             return False
         if _find_dimension(placeholders, value) is None:
-            low = value.node.shape_env.bound_sympy(symbols.expression(value)).lower
+            low = known_range(value)[0]
             # Making the carrier guards an unbounded number against falling below zero.
             if (symbols.finite(low) or 0) < 0 or (symbols.example_of(value) or 0) < 0:
                 return False
@@ -134,11 +137,10 @@ def _carrier(split_gm: GraphModule, call: Node, size: Any, placeholder: Node) ->
         if _dimension_of(node, value) is not None:
             found: Node = node
             return found
-    fake_mode = next(
-        node.meta["val"].fake_mode
-        for node in split_gm.graph.nodes
-        if hasattr(node.meta.get("val"), "fake_mode")
-    )
+    # There is one: the size is a symbol of a traced graph.
+    fake_mode = fake_mode_of(node.meta.get("val") for node in split_gm.graph.nodes)
+    if fake_mode is None:
+        raise SplitError("a graph with symbolic sizes has no fake tensors.")
     with split_gm.graph.inserting_before(call):
         made: Node = split_gm.graph.call_function(torch.ops.aten.empty.memory_format, ([size, 0],))
     with fake_mode:

@@ -3,9 +3,6 @@
 torch names symbols by where they came from (``s77``), so the same graph has other names in another
 capture. Here a symbol is called ``s0``, ``s1``, ... in order of first appearance, and every
 expression is rebuilt over those names before it is printed, because sympy orders terms by name.
-
-Reads ``SymInt.node.expr`` and ``FakeTensor.fake_mode.shape_env``, which torch documents for backend
-writers but does not promise. Tried with torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -17,27 +14,19 @@ from typing import Any
 
 import sympy
 import torch
-from torch.utils._sympy.functions import CleanDiv, FloorDiv, Mod, PythonMod
-from torch.utils._sympy.numbers import IntInfinity
 
 from stitchcache.errors import SplitError
-
-SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
-
-
-def expression(value: Any) -> Any:
-    """The sympy expression behind a size, with known equalities between symbols applied."""
-    if isinstance(value, SYMBOLIC):
-        return value.node.expr
-    return sympy.sympify(value)
-
-
-def example_of(value: Any) -> Any:
-    """What a size or number was in the capture's example; ``None`` if only data decides it.
-
-    Reading it adds no guard.
-    """
-    return value.node.hint if isinstance(value, SYMBOLIC) else value
+from stitchcache.torchside.expressions import CleanDiv, FloorDiv, IntInfinity, Mod, PythonMod
+from stitchcache.torchside.symbols import SYMBOLIC as SYMBOLIC
+from stitchcache.torchside.symbols import (
+    asserted_facts,
+    assumed_range,
+    environment_of,
+    guarded_facts,
+)
+from stitchcache.torchside.symbols import example_of as example_of
+from stitchcache.torchside.symbols import expression as expression
+from stitchcache.torchside.symbols import without_guards as _without_guards
 
 
 def solve(pairs: Iterable[tuple[Any, Any]]) -> dict[sympy.Symbol, int]:
@@ -76,7 +65,7 @@ def shape_environment(graph: torch.fx.Graph) -> Any | None:
                 sizes = (*item.shape, *stride_of(item))
             for size in sizes:
                 if isinstance(size, SYMBOLIC):
-                    return size.node.shape_env
+                    return environment_of(size)
     return None
 
 
@@ -93,8 +82,7 @@ def stride_of(value: torch.Tensor) -> tuple[Any, ...]:
 @contextlib.contextmanager
 def without_guards(graph: torch.fx.Graph) -> Iterator[None]:
     """Let nobody add assumptions about a graph's sizes: the process that only loads would not make them."""
-    shape_env = shape_environment(graph)
-    with shape_env.suppress_guards() if shape_env is not None else contextlib.nullcontext():
+    with _without_guards(shape_environment(graph)):
         yield
 
 
@@ -203,10 +191,8 @@ _JOINTS: tuple[tuple[type, str], ...] = (
 
 def bounds(shape_env: Any, symbol: sympy.Symbol) -> tuple[int | None, int | None]:
     """Smallest and largest value that the capture assumed for a symbol; ``None`` is unbounded."""
-    value_range = shape_env.var_to_range.get(symbol)
-    if value_range is None:
-        return None, None
-    return finite(value_range.lower), finite(value_range.upper)
+    found = assumed_range(shape_env, symbol)
+    return (None, None) if found is None else (finite(found[0]), finite(found[1]))
 
 
 def finite(bound: sympy.Basic | int) -> int | None:
@@ -229,8 +215,7 @@ def guards(shape_env: Any, names: SymbolNames, *, only_known: bool = False) -> l
         Python expressions that must hold; relations that hold by themselves are left out.
     """
     found = set()
-    for guard in shape_env.guards:
-        expr = shape_env.replace(guard.expr)
+    for expr in guarded_facts(shape_env):
         if not expr.free_symbols or (only_known and not all(s in names for s in expr.free_symbols)):
             continue
         found.add(text(names.rename(expr)))
@@ -243,9 +228,7 @@ def relations(shape_env: Any, names: SymbolNames) -> list[str]:
     More than :func:`guards`: also what it asserts of sizes that data decides. A compiler may use any
     of it, so it belongs in a hash; not all of it can be checked on a call.
     """
-    facts = [shape_env.replace(guard.expr) for guard in shape_env.guards]
-    for asserted in shape_env.deferred_runtime_asserts.values():
-        facts += [shape_env.replace(item.expr) for item in asserted]
+    facts = guarded_facts(shape_env) + asserted_facts(shape_env)
     return [
         structure(names.rename(fact))
         for fact in facts

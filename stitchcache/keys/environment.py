@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from stitchcache.keys import torch_private
 from stitchcache.keys.digest import make_factor
 from stitchcache.keys.encoder import new_encoder
 from stitchcache.keys.values import Encoder, Shared
+from stitchcache.torchside import modules, state
 from stitchcache.types import Factor
 
 SCHEMA_VERSION = 3
@@ -245,12 +245,12 @@ def torch_state_factors(shared: Shared | None = None) -> tuple[Factor, ...]:
 
 def tracing_obstacle() -> str | None:
     """Why no key can stand for a trace made now: a mode, transform or hook would change what it sees."""
-    modes = torch_private.active_modes()
+    modes = state.active_modes()
     if modes:
         return f"the mode {modes[-1]} is active; compile outside of it"
-    if torch_private.in_function_transform():
+    if state.in_function_transform():
         return "a torch.func transform is active; compile outside of it"
-    if torch_private.has_global_module_hooks():
+    if modules.has_global_hooks():
         return "hooks are registered for all modules; remove them or register them on the model"
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return "another compiler is tracing" if tracing or torch.compiler.is_compiling() else None
@@ -315,8 +315,8 @@ def _setting(name: str) -> Any:
 
 
 def _inductor() -> tuple[str, bytes]:
-    changed = torch_private.changed_inductor_settings()
-    encoder = new_encoder(Shared(), ["torch._inductor.config"])
+    changed = state.changed_inductor_settings()
+    encoder = new_encoder(Shared(), [state.INDUCTOR_SETTINGS])
     for name, value in sorted(changed.items()):
         encoder.text(name)
         encoder.put_at(f".{name}", value)

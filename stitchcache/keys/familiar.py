@@ -21,11 +21,11 @@ from types import (
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
 from stitchcache.keys.origins import module_stands_by_version
-from stitchcache.keys.torch_private import dispatch_modes
+from stitchcache.torchside.ops import OpOverload
+from stitchcache.torchside.state import dispatch_modes
 
 # To hash one of these, or to look at a value of these kinds, runs nobody's code.
 _FUNCTIONS = frozenset(

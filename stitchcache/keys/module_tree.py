@@ -12,7 +12,6 @@ from stitchcache.keys.code import put_function
 from stitchcache.keys.digest import make_factor, shorten
 from stitchcache.keys.encoder import class_contents, new_encoder
 from stitchcache.keys.modules import (
-    INTERNALS,
     has_hooks,
     ignored_names,
     own_attributes,
@@ -30,6 +29,7 @@ from stitchcache.keys.values import (
     slots_of,
     text_bytes,
 )
+from stitchcache.torchside.modules import COMPILED_CALL, INTERNALS, TRANSIENT_BUFFERS
 from stitchcache.types import Factor, span
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class _Walk:
         notes = new_encoder(self.shared)
         for path, module in self.modules:
             state = module.__dict__
-            transient = state["_non_persistent_buffers_set"]
+            transient = state[TRANSIENT_BUFFERS]
             prefix = f"{path}." if path else ""
             for kind, found in lines.items():
                 for name, value in state[f"_{kind}"].items():
@@ -228,7 +228,7 @@ class _Walk:
 
     def _encode(self, path: str, name: str, value: Any) -> bytes:
         encoder = self.encoder
-        if name == "_compiled_call_impl":
+        if name == COMPILED_CALL:
             raise UnkeyableError(path, "Module.compile() was called; pass the model as it was before")
         encoder.out.clear()
         encoder.path = [path, f".{name}"]

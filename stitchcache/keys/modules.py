@@ -8,35 +8,8 @@ import torch
 
 from stitchcache.keys.tensors import is_fake, is_plain_tensor, tensor_text
 from stitchcache.keys.values import Encoder
-
-HOOKS = {
-    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
-    "_backward_hooks": (),
-    "_backward_pre_hooks": (),
-}
-"""Dictionaries of hooks that a call looks at, each with those that say how its hooks are called.
-
-Hooks around state dictionaries are no part of a call.
-"""
-
-INTERNALS = frozenset(
-    {
-        "training",
-        "_parameters",
-        "_buffers",
-        "_modules",
-        "_non_persistent_buffers_set",
-        "_is_full_backward_hook",
-        "_state_dict_hooks",
-        "_state_dict_pre_hooks",
-        "_load_state_dict_pre_hooks",
-        "_load_state_dict_post_hooks",
-        *HOOKS,
-        *(flag for flags in HOOKS.values() for flag in flags),
-    }
-)
-"""What torch itself keeps in a module; each is either a factor of its own or no part of a call."""
+from stitchcache.torchside.modules import HOOKS, INTERNALS
+from stitchcache.torchside.tensors import FAKE_INTERNALS
 
 HF_NOTES = frozenset(
     {
@@ -57,28 +30,13 @@ TENSOR_NOTES = frozenset({"_is_hf_initialized"})
 """What it leaves on any module and tensor."""
 
 
-_FAKE_INTERNALS = frozenset(
-    {
-        "fake_mode",
-        "fake_device",
-        "_fake_device",
-        "constant",
-        "pytype",
-        "dispatch_keys",
-        "real_tensor",
-        "_is_param",
-    }
-)
-"""What a fake tensor keeps about itself, beside its memos."""
-
-
 def own_attributes(value: torch.Tensor) -> dict[str, Any]:
     """What somebody noted on a tensor, as far as it counts: the same on a fake as on the real one."""
     fake = is_fake(value)
     return {
         name: noted
         for name, noted in value.__dict__.items()
-        if name not in TENSOR_NOTES and not (fake and (name in _FAKE_INTERNALS or "_memo" in name))
+        if name not in TENSOR_NOTES and not (fake and (name in FAKE_INTERNALS or "_memo" in name))
     }
 
 

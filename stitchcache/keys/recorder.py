@@ -30,8 +30,8 @@ from stitchcache.keys.origins import (
     stands_by_version,
 )
 from stitchcache.keys.outside import is_search, place, receiver_of
-from stitchcache.keys.torch_private import active_modes
 from stitchcache.keys.values import Shared, UnkeyableError
+from stitchcache.torchside.state import active_modes
 from stitchcache.types import SourceRef
 
 _READ_VARIABLE = type(os.environ).__getitem__.__code__

@@ -1,7 +1,5 @@
-"""AOTInductor: one shared library a piece, loaded in place by torch's C++ runner.
-
-Private API of torch (``torch._C._aoti``); tried with 2.11 and 2.13. Loading imports neither
-``torch._inductor`` nor ``torch._dynamo``.
+"""AOTInductor: one shared library a piece, loaded in place by torch's C++ runner. Loading imports neither
+Inductor nor Dynamo.
 """
 
 from __future__ import annotations
@@ -11,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._ops import OpOverload
 
 from stitchcache.errors import BackendError
+from stitchcache.torchside.aoti import load_library
+from stitchcache.torchside.ops import OpOverload
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -86,17 +85,11 @@ class AotiBackend:
 
     def load(self, path: Path, device: str) -> BoxedPiece:
         """Map a library; see :class:`~stitchcache.pieces.base.Backend`."""
-        runners = torch._C._aoti
         try:
-            if device.startswith("cuda"):
-                runner: Any = runners.AOTIModelContainerRunnerCuda(str(path), 1, device)
-            else:
-                runner = runners.AOTIModelContainerRunnerCpu(str(path), 1)
+            return load_library(str(path), device)
         except RuntimeError as error:
             raise BackendError(
                 f"{path} cannot be loaded: {str(error).splitlines()[0]}. If it lies on a file system "
                 "mounted noexec, set STITCHCACHE_DIR to another; else run 'stitchcache verify --repair'.",
                 backend=self.name,
             ) from error
-        run: BoxedPiece = runner.run
-        return run

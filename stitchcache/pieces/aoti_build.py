@@ -1,7 +1,4 @@
-"""Compile a piece with AOTInductor; loading is in ``aoti``, as a warm start builds nothing.
-
-Private API of torch (``torch._inductor``); tried with 2.11 and 2.13.
-"""
+"""Compile a piece with AOTInductor; loading is in ``aoti``, as a warm start builds nothing."""
 
 from __future__ import annotations
 
@@ -12,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor
-from torch._inductor import config
 
 from stitchcache.errors import BackendError
-from stitchcache.pieces import headers, inductor_process
+from stitchcache.pieces import inductor_process
 from stitchcache.pieces.threads import thread_options
+from stitchcache.torchside import headers, inductor
 
 
 def warm(devices: Collection[str], options: Mapping[str, Any], before: int) -> None:
     """Leave the probes of the CPU on disk, and the precompiled headers if they are worth it."""
     inductor_process.probe(devices, options)
     if "cpu" in devices and headers.worth(options, before, 0):
-        with inductor_process.settled(devices, options), config.patch(settings(options)):
+        with inductor_process.settled(devices, options), inductor.settings().patch(settings(options)):
             headers.precompile()
 
 
@@ -32,7 +28,7 @@ def tuned(
     devices: Collection[str], options: Mapping[str, Any], before: int, pieces: int
 ) -> Mapping[str, Any]:
     """The user's options, and what suits the number of pieces."""
-    known = hasattr(config.aot_inductor, "precompile_headers")
+    known = hasattr(inductor.settings().aot_inductor, "precompile_headers")
     # What accelerators make of headers was not measured: they are left to torch.
     if not known or set(devices) != {"cpu"} or headers.worth(options, before, pieces):
         return options
@@ -43,7 +39,7 @@ def settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """The user's options, and what ours are."""
     # Debug sections are two thirds of a small library, all of which a warm start reads and digests.
     asked = "AOT_INDUCTOR_ENABLE_LINE_TABLES" in os.environ
-    lines = getattr(config.aot_inductor, "enable_line_tables", False) and not asked
+    lines = getattr(inductor.settings().aot_inductor, "enable_line_tables", False) and not asked
     ours = {"aot_inductor.enable_line_tables": False} if lines else {}
     return {**ours, **options, "aot_inductor.embed_kernel_binary": True}
 
@@ -63,14 +59,13 @@ def build(piece: torch.fx.GraphModule, directory: Path, options: Mapping[str, An
     Raises:
         BackendError: It cannot be compiled, or not to one file.
     """
-    fakes = tuple(node.meta["val"] for node in piece.graph.nodes if node.op == "placeholder")
+    fakes = [node.meta["val"] for node in piece.graph.nodes if node.op == "placeholder"]
     chosen = {
         **thread_options(piece, options),
         **settings(options),
         "aot_inductor.output_path": str(directory / "piece.so"),
     }
-    with torch.no_grad():
-        built = torch._inductor.aot_compile(piece, fakes, options=chosen)
+    built = inductor.compile_library(piece, fakes, chosen)
     if not isinstance(built, str) or not Path(built).is_file():
         raise BackendError(
             f"AOTInductor returned {built!r} instead of the path of a library. "

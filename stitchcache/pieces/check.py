@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
 
 from stitchcache.errors import PieceMismatchError
 from stitchcache.graph import effects, symbols
 from stitchcache.pieces.base import BoxedPiece
+from stitchcache.torchside.ops import OpOverload
+from stitchcache.torchside.tensors import negated, storage_id
 
 # Largest difference, relative to the largest magnitude in the tensor.
 _TOLERANCE = {
@@ -117,10 +118,9 @@ def clone_all(values: Sequence[Any]) -> list[Any]:
         if not isinstance(value, torch.Tensor):
             copies.append(value)
             continue
-        storage = value.untyped_storage()
-        key = storage._cdata
+        key = storage_id(value)
         if key not in storages:
-            storages[key] = storage.clone()  # type: ignore[no-untyped-call]
+            storages[key] = value.untyped_storage().clone()  # type: ignore[no-untyped-call]
         copy = torch.empty(0, dtype=value.dtype, device=value.device)
         copy.set_(storages[key], value.storage_offset(), value.size(), value.stride())
         copies.append(_with_bits_of(copy, value))
@@ -131,7 +131,7 @@ def _with_bits_of(copy: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Views that conjugate or negate lazily do so by a bit of theirs, not in memory."""
     if value.is_conj():
         copy = copy.conj()
-    return torch._neg_view(copy) if value.is_neg() else copy
+    return negated(copy) if value.is_neg() else copy
 
 
 def undefined_outputs(piece: torch.fx.GraphModule) -> set[int]:

@@ -1,8 +1,8 @@
 """Inductor's standalone artifacts (``standalone_compile(aot=True)``).
 
-Loading one imports ``torch._inductor`` and, on the CPU, compiles the C++ again where Inductor's own
+Loading one imports Inductor and, on the CPU, compiles the C++ again where Inductor's own
 cache is empty: seconds, and a compiler, where AOTInductor needs neither. It is here for graphs that
-AOTInductor refuses. Private API of torch; tried with 2.11 and 2.13.
+AOTInductor refuses.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from stitchcache.pieces import inductor_process
 from stitchcache.pieces.base import BoxedPiece
 from stitchcache.pieces.threads import thread_options
 from stitchcache.pieces.toolchain import find_compiler, require_compiler
+from stitchcache.torchside import inductor
 
 
 class InductorBackend:
@@ -58,26 +59,14 @@ class InductorBackend:
 
     def build(self, piece: torch.fx.GraphModule, directory: Path, options: Mapping[str, Any]) -> Path:
         """Compile a piece; see :class:`~stitchcache.pieces.base.Backend`."""
-        import torch._inductor
-
         fakes = [node.meta["val"] for node in piece.graph.nodes if node.op == "placeholder"]
-        with torch.no_grad():
-            artifact = torch._inductor.standalone_compile(
-                piece,
-                fakes,
-                dynamic_shapes="from_graph",
-                options={"config_patches": {**thread_options(piece, options), **options}},
-                aot=True,
-            )
         path = directory / "piece.inductor"
-        artifact.save(path=str(path), format="binary")
+        inductor.compile_artifact(piece, fakes, {**thread_options(piece, options), **options}, path)
         return path
 
     def load(self, path: Path, device: str) -> BoxedPiece:
         """Load an artifact; see :class:`~stitchcache.pieces.base.Backend`."""
-        from torch._inductor.standalone_compile import CompiledArtifact
-
-        artifact = CompiledArtifact.load(path=str(path), format="binary")
+        artifact = inductor.load_artifact(path)
 
         def run(inputs: list[Any]) -> Any:
             return artifact(*inputs)

@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch._inductor.config
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from stitchcache.graph.symbols import expression, finite
+from stitchcache.graph.symbols import finite
+from stitchcache.torchside import inductor
+from stitchcache.torchside.ops import OpOverload, is_view
+from stitchcache.torchside.symbols import known_range
 
 ENOUGH = 32768
 """Elements that its largest tensor can have from which a piece's loops are shared among threads: ATen's own
@@ -36,8 +37,7 @@ def thread_options(piece: GraphModule, options: Mapping[str, Any]) -> dict[str, 
             that the capture allows.
         options: The user's own; what they say of threads is left alone.
     """
-    config: Any = torch._inductor.config
-    if {"cpp.threads", "cpp.dynamic_threads"} & options.keys() or config.cpp.threads > 0:
+    if {"cpp.threads", "cpp.dynamic_threads"} & options.keys() or inductor.settings().cpp.threads > 0:
         return {}
     if _largest(piece) < ENOUGH:
         return {"cpp.threads": 1}
@@ -61,8 +61,7 @@ def _largest(piece: GraphModule) -> int:
 def _is_view(node: Node) -> bool:
     if not isinstance(node.target, OpOverload):
         return True
-    returns = node.target._schema.returns
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return is_view(node.target)
 
 
 def _elements(tensor: torch.Tensor) -> int:
@@ -72,6 +71,6 @@ def _elements(tensor: torch.Tensor) -> int:
 def _most(size: int | torch.SymInt) -> int:
     if not isinstance(size, torch.SymInt):
         return size
-    top = finite(size.node.shape_env.bound_sympy(expression(size)).upper)
+    top = finite(known_range(size)[1])
     # Without a bound, or where only data decides, it may be large.
     return ENOUGH if top is None else top

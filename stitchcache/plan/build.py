@@ -18,11 +18,11 @@ from torch.fx import GraphModule
 from stitchcache.graph.effects import attribute_of
 from stitchcache.pieces import children, get_backend
 from stitchcache.pieces.check import compare_with_eager
-from stitchcache.pieces.fakes import has_fakes
 from stitchcache.pieces.stand_ins import compare_on_stand_ins
 from stitchcache.pieces.trial import load_elsewhere
 from stitchcache.plan.plan import Plan, PlannedPiece
 from stitchcache.plan.reference import piece_inputs
+from stitchcache.torchside.tensors import has_fakes
 
 log = logging.getLogger("stitchcache")
 

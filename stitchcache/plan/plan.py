@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import GraphModule, Node
 
 from stitchcache.errors import SplitError
@@ -19,6 +18,7 @@ from stitchcache.graph.opnames import target_name
 from stitchcache.graph.sizes import lower_sizes
 from stitchcache.graph.split import check_splitting_ops, split_graph, submodule
 from stitchcache.pieces.base import Backend
+from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, is_view
 from stitchcache.types import Factor
 
 
@@ -133,9 +133,7 @@ def _is_free(node: Node) -> bool:
     if not isinstance(node.target, OpOverload):
         # Arithmetic on sizes, and taking results apart.
         return not isinstance(node.target, HigherOrderOperator)
-    returns = node.target._schema.returns
-    views = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-    return views or str(node.target).split(".")[1].startswith(_FREE)
+    return is_view(node.target) or str(node.target).split(".")[1].startswith(_FREE)
 
 
 def _refuse_control_flow(item: GraphModule) -> None:

@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from stitchcache import tree
 from stitchcache.errors import InputMismatchError
 from stitchcache.runtime.mismatch import mismatch
+from stitchcache.torchside import tree
 from stitchcache.types import InputSpec
 
 

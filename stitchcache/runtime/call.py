@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from stitchcache import tree
 from stitchcache.artifact.record import Artifact
 from stitchcache.codegen.bytecode import CodeObjects
 from stitchcache.errors import EntryFormatError, InputMismatchError
-from stitchcache.pieces.grad_mode import set_grad_enabled
 from stitchcache.runtime.arrange import Arrangement
 from stitchcache.runtime.callcode import CallSource, output_expression, write_checks, write_inputs
 from stitchcache.runtime.mismatch import explain_mismatch, share_memory
+from stitchcache.torchside import tree
+from stitchcache.torchside.state import set_grad_enabled
 from stitchcache.types import OutputSpec
 
 

@@ -9,12 +9,12 @@ import torch
 
 from stitchcache.artifact.record import Artifact
 from stitchcache.errors import BackendError, EntryFormatError, InputMismatchError
-from stitchcache.pieces.torch_compile import SerializableCallable
 from stitchcache.runtime.bind import bind_tensors
 from stitchcache.runtime.call import run_quietly
 from stitchcache.runtime.link import link
 from stitchcache.runtime.mismatch import share_memory
 from stitchcache.runtime.saved import SavedGraph, dump_graph, load_blobs, load_graph
+from stitchcache.torchside.dynamo import SerializableCallable
 from stitchcache.types import BlobRef
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stitchcache import tree
 from stitchcache.runtime.bind import bind_tensors
 from stitchcache.runtime.link import link
 from stitchcache.runtime.model import CompiledModel
+from stitchcache.torchside import tree
 
 _SECONDS = 0.02
 

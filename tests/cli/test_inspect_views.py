@@ -15,7 +15,7 @@ def test_trees_are_those_of_torch():
     torch = pytest.importorskip("torch")
     from collections import OrderedDict, namedtuple
 
-    from stitchcache import tree
+    from stitchcache.torchside import tree
 
     Pair = namedtuple("Pair", "a b")
     torch.utils._pytree._register_namedtuple(Pair, serialized_type_name="tests.views.Pair")

@@ -33,8 +33,8 @@ def graph_text(model, args):
 
 
 def key_of(model, args, shared):
-    from stitchcache import tree
     from stitchcache.keys.target import target_key
+    from stitchcache.torchside import tree
 
     leaves, spec = tree.flatten((args, {}))
     paths = tree.leaf_paths(model.forward, args, {})

@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch.export import Dim
 
-from stitchcache import tree
 from stitchcache.keys import SourceRecorder, check_sources, explain_differences, target_key
+from stitchcache.torchside import tree
 from stitchcache.types import TargetRecord
 
 TEXT = {"vocab_size": 100}

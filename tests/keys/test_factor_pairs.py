@@ -13,7 +13,8 @@ from torch import nn
 from torch.export import Dim
 
 from stitchcache.keys import environment as environment_module
-from stitchcache.keys import explain_differences, target_key, torch_private
+from stitchcache.keys import explain_differences, target_key
+from stitchcache.torchside import state
 from stitchcache.types import SizeRange
 
 DOCS = Path(__file__).parents[2] / "docs" / "keys.md"
@@ -219,7 +220,7 @@ PAIRS = {
     "torch.attention": ("torch.attention", called(torch.backends.cuda.enable_flash_sdp, False, True), elsewhere),
     "torch.inductor": (
         "torch.inductor",
-        patched(torch_private, "changed_inductor_settings", lambda: {"cpp.simdlen": 8}),
+        patched(state, "changed_inductor_settings", lambda: {"cpp.simdlen": 8}),
         elsewhere,
     ),
     "torch.patched": (

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from stitchcache import tree
 from stitchcache.errors import OptionError
 from stitchcache.keys import (
     environment_factors,
@@ -26,6 +25,7 @@ from stitchcache.keys import (
     target_key,
     torch_state_factors,
 )
+from stitchcache.torchside import tree
 from stitchcache.types import SizeRange
 
 

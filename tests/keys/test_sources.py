@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 SCRIPT = """
 import json, pickle, sys
 import torch
-from stitchcache import tree
+from stitchcache.torchside import tree
 from stitchcache.keys import SourceRecorder, check_sources, explain_differences, target_key
 from stitchcache.types import TargetRecord
 import part

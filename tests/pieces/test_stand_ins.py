@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stitchcache import errors
-from stitchcache.pieces.fakes import has_fakes, without_data
 from stitchcache.pieces.stand_ins import compare_on_stand_ins, stand_in
+from stitchcache.torchside.tensors import has_fakes, without_data
 
 
 class Of(torch.nn.Module):

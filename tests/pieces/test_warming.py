@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from stitchcache.pieces import headers
+from stitchcache.torchside import headers
 
 COMPILE = """
 import json

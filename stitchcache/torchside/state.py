@@ -1,27 +1,28 @@
-"""The private parts of torch that keys need. Tried with torch 2.11 and 2.13.
+"""What is switched on in this process: modes, transforms, autograd, settings of Inductor.
 
-Nothing public says which modes are active, which hooks every module runs, or which of Inductor's settings
-somebody changed.
+Uses ``torch.overrides._get_current_function_mode_stack``,
+``torch.utils._python_dispatch._get_current_dispatch_mode_stack``, ``torch._C._functorch``,
+``torch._C._set_grad_enabled`` and the entries of ``torch._inductor.config`` (``torch.utils._config_module``).
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch.nn.modules import module as nn_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _config_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
+SEEN = ("2.11", "2.13")
+
+INDUCTOR_SETTINGS = "torch._inductor.config"
+
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
+"""Set this thread's grad mode. ``torch.no_grad`` calls it too, and takes seven times as long."""
 
 _PERFORMANCE_ONLY = frozenset(
     """debug debug_fusion debug_ir_traceback disable_progress verbose_progress worker_log_path
@@ -32,6 +33,11 @@ _PERFORMANCE_ONLY = frozenset(
     enable_caching_generated_triton_templates""".split()  # noqa: SIM905
 )
 """Inductor's settings that decide how it works, not what it makes; those below ``trace.`` do too."""
+
+
+def imported_compilers() -> tuple[str, ...]:
+    """Those of torch's compilers that this process has imported."""
+    return tuple(name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules)
 
 
 def active_modes() -> list[str]:
@@ -55,17 +61,12 @@ def in_function_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def has_global_module_hooks() -> bool:
-    """Whether hooks are registered that every module runs."""
-    return any(getattr(nn_module, name, None) for name in _GLOBAL_HOOKS)
-
-
 def changed_inductor_settings() -> dict[str, Any]:
     """Settings of Inductor that differ from their defaults, without importing Inductor.
 
     Where it is not imported nothing was changed but by environment variables, which are factors.
     """
-    config: Any = sys.modules.get("torch._inductor.config")
+    config: Any = sys.modules.get(INDUCTOR_SETTINGS)
     if config is None:
         return {}
     changed: dict[str, Any] = {}

@@ -1,7 +1,6 @@
 """Nested arguments and results: flatten, rebuild, write down.
 
-torch has no public pytree module in the versions that we support, so this file, and no other, uses
-``torch.utils._pytree``. Tried with torch 2.11 and 2.13.
+Uses ``torch.utils._pytree``: torch has no public pytree module in the versions that we support.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from typing import Any
 import torch.utils._pytree as pytree
 
 from stitchcache.errors import EntryFormatError, OptionError
+
+SEEN = ("2.11", "2.13")
 
 TreeSpec = pytree.TreeSpec
 

@@ -2,9 +2,9 @@
 
 Each takes 5 s of one core, once for a machine, compiler and set of flags, and saves every piece a second:
 a few pieces are compiled sooner without. AOTInductor makes them one after the other when it meets the first
-piece. Private API of torch (``torch._inductor.codecache``, ``torch._inductor.cpp_builder``); tried with
-2.13. torch locks each header by file, so whoever else wants it waits for it; a header made with other flags
-than the pieces' is one that nobody takes.
+piece. Uses ``torch._inductor.codecache`` and ``torch._inductor.cpp_builder``. torch locks each header by
+file, so whoever else wants it waits for it; a header made with other flags than the pieces' is one that
+nobody takes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+SEEN = ("2.13",)
 
 OPTION = "aot_inductor.precompile_headers"
 PAYS_FROM = 6

@@ -1,7 +1,8 @@
 """What ``torch.compile`` hands to its backends, beyond the graph and the example inputs.
 
-Private API of torch (``torch._guards``, ``torch._dynamo``, ``torch._subclasses``); tried with 2.11 and 2.13.
-Only ever imported where Dynamo is at work already.
+Uses ``torch._guards``, ``torch._dynamo`` (``exc``, ``symbolic_convert``, ``aot_compile_types``), the names of
+what Dynamo writes into its graphs, ``SymNode._expr`` and ``torch.fx.experimental.proxy_tensor``. Only ever
+imported where Dynamo is at work already.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import torch
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from stitchcache.errors import BackendError
+from stitchcache.torchside.tensors import is_fake
 
 try:
     from torch._dynamo.aot_compile_types import SerializableCallable
@@ -28,15 +29,37 @@ except ImportError:  # torch without aot_compile
 
 
 __all__ = [
+    "AUTOCAST_CALLS",
+    "CHECKPOINT_CALL",
+    "DATA_CALL",
+    "ENTER_AUTOCAST",
+    "GRAD_CALLS",
+    "INFERENCE_CALLS",
     "SerializableCallable",
     "fake_inputs",
     "fake_mode",
     "fix_own_floats",
-    "is_fake",
-    "is_transformed",
-    "is_wrapper",
+    "is_transform",
+    "make_fx",
     "outside_tracing",
 ]
+
+SEEN = ("2.11", "2.13")
+
+# Names of the functions that Dynamo writes into its graphs.
+INFERENCE_CALLS = frozenset({"_enter_inference_mode", "_exit_inference_mode"})
+GRAD_CALLS = frozenset({"_set_grad_enabled"})
+ENTER_AUTOCAST = "_enter_autocast"
+AUTOCAST_CALLS = frozenset({ENTER_AUTOCAST, "_exit_autocast"})
+CHECKPOINT_CALL = "tag_activation_checkpoint"
+DATA_CALL = "_get_data_attr"
+"""What a read of ``Tensor.data`` becomes."""
+
+
+def is_transform(node: torch.fx.Node) -> bool:
+    """Whether a node calls a transform of ``torch.func``."""
+    module = getattr(node.target, "__module__", None) or ""
+    return node.op == "call_function" and module.startswith(("torch._functorch", "torch._C._functorch"))
 
 
 def fix_own_floats(gm: torch.fx.GraphModule) -> None:
@@ -106,21 +129,6 @@ def fake_inputs(mode: Any, example_inputs: Sequence[Any]) -> list[Any]:
             source = getattr(symbolic, "tensor_source", None)
             found.append(mode.from_tensor(value, symbolic_context=symbolic, source=source, trace=False))
     return found
-
-
-def is_fake(value: Any) -> bool:
-    """Whether a tensor has no values."""
-    return isinstance(value, FakeTensor)
-
-
-def is_wrapper(value: Any) -> bool:
-    """Whether a value is a tensor that is made of others, such as a ``DTensor``."""
-    return bool(is_traceable_wrapper_subclass(value))
-
-
-def is_transformed(value: Any) -> bool:
-    """Whether a value lives inside a transform of ``torch.func``, such as ``vmap``."""
-    return isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 @contextlib.contextmanager

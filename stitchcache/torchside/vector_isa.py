@@ -2,8 +2,8 @@
 
 Inductor compiles and loads small test programs for every instruction set that the CPU has, best first,
 and then takes the best that worked: ten compilations on a CPU with AMX, of which four decide, and each test
-is a process that imports torch. Private API of torch (``torch._inductor.cpu_vec_isa``); tried with 2.11 and
-2.13. Where it looks different, Inductor probes as it always does.
+is a process that imports torch. Uses ``torch._inductor.cpu_vec_isa``; where it looks different, Inductor
+probes as it always does.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+SEEN = ("2.11", "2.13")
 
 # Whoever sets one of these may be given another set than the best, so all must be probed.
 _CHOOSERS = ("cpp.simdlen", "cpp.vec_isa_ok")
