@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from stitchcache.artifact.codec import EntryCodec, decode_named
-from stitchcache.artifact.decode import decode, decode_piece, decode_target
+from stitchcache.artifact.entry import EntryCodec, decode, decode_named, decode_piece, decode_target
 from stitchcache.errors import (
     AmbiguousPrefixError,
     EntryFormatError,
@@ -42,8 +41,7 @@ from stitchcache.store.store import Store
 from stitchcache.types import BlobRef, TargetRecord
 
 if TYPE_CHECKING:
-    from stitchcache.artifact.header import Header
-    from stitchcache.artifact.record import Artifact, PieceRecord
+    from stitchcache.artifact.record import Artifact, Header, PieceRecord
 
 T = TypeVar("T")
 
@@ -124,7 +122,7 @@ class Cache(Store):
             EntryFormatError: A value in it has no form in the format.
         """
         # What only writing needs is imported where it is done: a warm start does none.
-        from stitchcache.artifact.encode import encode
+        from stitchcache.artifact.entry import encode
         from stitchcache.store.publish import publish
 
         key = check_key(artifact.graph_hash)
@@ -277,30 +275,47 @@ class Cache(Store):
         return list(headers.values())
 
     def _header(self, path: str) -> Header | None:
-        from stitchcache.artifact.codec import read_head
-        from stitchcache.store.reading import read_head as read_head_bytes
+        from stitchcache.artifact.entry import decode_header
+        from stitchcache.store.reading import read_head
 
-        head = read_head_bytes(self._files, path, self._reading.codec)
-        return None if head is None else read_head(*head, path)
+        head = read_head(self._files, path, self._reading.codec)
+        return None if head is None else decode_header(*head, path=path)
 
     # -- blobs, pieces, targets --------------------------------------------------------------------
 
-    def get_target(self, key: str) -> TargetRecord | None:
-        """What a target key leads to; ``None`` where nothing sound is known."""
-        return self._record(Area.TARGETS, key, lambda data, path: decode_target(data, key, path=path))
+    def get_target(self, key: str) -> tuple[TargetRecord, ...]:
+        """What a target key leads to: one record for each configuration of what the key does not cover.
+
+        Two processes that differ only in a global or an environment variable that the model reads have one
+        key and a record each.
+
+        Returns:
+            Newest first; none where nothing sound is known. The first one whose sources and globals are
+            unchanged is the one that counts.
+        """
+        found = self._record(Area.TARGETS, key, lambda data, path: decode_target(data, key, path=path))
+        return found or ()
 
     def put_target(self, key: str, record: TargetRecord) -> None:
         """Let a target key lead to an entry; the entry comes first.
+
+        The record replaces the one with the same sources and globals, else it is added. Of more than eight
+        records the oldest goes. Where two processes do this at once, the record of one may be lost: that
+        costs a trace.
 
         Raises:
             StoreWriteError: The store cannot be written.
             EntryFormatError: A value in it has no form in the format.
         """
-        from stitchcache.artifact.encode import encode_target
-        from stitchcache.artifact.factors import unpack_factors
+        from stitchcache.artifact.entry import MOST_RECORDS, encode_target, unpack_factors
         from stitchcache.store.publish import publish
 
-        data = encode_target(check_key(key), record)
+        others = [
+            known
+            for known in self.get_target(key)
+            if (known.sources, known.globals) != (record.sources, record.globals)
+        ]
+        data = encode_target(key, [record, *others][:MOST_RECORDS])
         decode_target(data, key)
         unpack_factors(record.factors)
         publish(self._top, Area.TARGETS, key, data)
@@ -325,7 +340,7 @@ class Cache(Store):
         Raises:
             StoreWriteError: The store cannot be written.
         """
-        from stitchcache.artifact.encode import encode_piece
+        from stitchcache.artifact.entry import encode_piece
         from stitchcache.artifact.record import PieceRecord
         from stitchcache.store.publish import publish
 
@@ -351,7 +366,7 @@ class Cache(Store):
             StoreWriteError: The store cannot be written.
             StoreError: The root cannot be listed.
         """
-        from stitchcache.artifact.frame import FORMAT_VERSION
+        from stitchcache.artifact.frame import ENTRY_VERSION
         from stitchcache.store.scan import legacy_items
 
         try:
@@ -374,7 +389,7 @@ class Cache(Store):
             with self._top.writing(item.path):
                 # An entry that was compiled since has more to it.
                 if not self._has_current(item.key):
-                    self.put(replace(old, format_version=FORMAT_VERSION))
+                    self.put(replace(old, format_version=ENTRY_VERSION))
                 self._files.unlink(item.path)
             done.append(item.key)
         return done

@@ -12,8 +12,14 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import field
 from typing import TYPE_CHECKING, TypeVar
 
-from stitchcache.artifact.decode import decode_target, read_header
-from stitchcache.artifact.factors import Raw, factors_of, raw_entry_factors, raw_target
+from stitchcache.artifact.entry import (
+    Raw,
+    decode_target,
+    factors_of,
+    raw_entry_factors,
+    raw_target,
+    read_header,
+)
 from stitchcache.errors import EntryFormatError
 from stitchcache.keys.differences import explain_differences
 from stitchcache.store.layout import Area, key_of
@@ -67,7 +73,7 @@ class StoredTarget:
     Args:
         key: The target key.
         path: The file.
-        record: What it holds.
+        record: The newest that it holds.
     """
 
     key: str
@@ -223,7 +229,7 @@ def _target(key: str, path: str) -> StoredTarget | None:
 
 def _read_stored(key: str, path: str) -> StoredTarget:
     with open(path, "rb") as file:
-        return StoredTarget(key=key, path=path, record=decode_target(file.read(), key, path=path))
+        return StoredTarget(key=key, path=path, record=decode_target(file.read(), key, path=path)[0])
 
 
 def _newest(

@@ -100,14 +100,30 @@ class _Fields:
         return found
 
 
+def defaults_of(cls: Any) -> dict[str, Any]:
+    """Field names to defaults, of the fields that have one that all instances share."""
+    plan: _Plan = cls._record_plan
+    return plan.defaults
+
+
+def fill(cls: type[T], values: dict[str, Any]) -> T:
+    """An instance with these values and no other check; the dict becomes its own.
+
+    For decoding, where the values were checked one by one.
+    """
+    made = object.__new__(cls)
+    object.__setattr__(made, "__dict__", values)
+    return made
+
+
 def _init(self: Any, *args: Any, **kwargs: Any) -> None:
     plan: _Plan = type(self)._record_plan
     if args or kwargs.keys() != plan.names.keys():
         kwargs = _completed(type(self).__name__, plan, args, kwargs)
     self.__dict__.update(kwargs)
-    settle = getattr(self, "__post_init__", None)
-    if settle is not None:
-        settle()
+    check = getattr(self, "__post_init__", None)
+    if check is not None:
+        check()
 
 
 def _completed(name: str, plan: _Plan, args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,38 @@ else:
     from stitchcache.records import dataclass
 
 
+Digest = str
+"""64 lowercase hex digits."""
+
+Name = str
+"""Text of at most 65,536 characters, which a person may read: names, labels, paths."""
+
+Expression = str
+"""Arithmetic over symbols: at most 16,384 characters, and no number of more than 20 digits."""
+
+Count = int
+"""A whole number from 0 to 2**63 - 1."""
+
+Length = int
+"""How many things there are: from 0 to 2**20, because all of them are held in memory."""
+
+Seconds = float
+"""A finite number of seconds; at most 250 thousand million, so that a time has a date."""
+
+Amount = float
+"""A finite number that is not negative."""
+
 Size = int | str
+"""A :data:`Count`, or an :data:`Expression`."""
+
+Shape = tuple[Size, ...]
+"""One size a dimension; at most 64."""
+
 Scalar = bool | int | float | str | None
+
+# A record says once what its fields are: by these names in its annotations. ``stitchcache.artifact.schema``
+# derives reading, checking and writing from them. A rule about several fields of a record is its method
+# ``flaw``, which returns the field that is wrong and why, or ``None``.
 
 
 BOUND = "bound"
@@ -52,13 +82,17 @@ class SizeRange:
         ValueError: ``min`` is below 0 or above ``max``.
     """
 
-    min: int
-    max: int
-    dim: str | None = field(default=None, compare=False)
+    min: Count
+    max: Count
+    dim: Name | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.min <= self.max:
             raise ValueError(f"SizeRange({self.min}, {self.max}): needs 0 <= min <= max")
+
+    def flaw(self) -> tuple[str, str] | None:
+        """What is wrong with fields that were read."""
+        return ("max", f"{self.max} is below min {self.min}") if self.min > self.max else None
 
     def __contains__(self, size: int) -> bool:
         return self.min <= size <= self.max
@@ -109,9 +143,9 @@ class Factor:
         digest: 64 hex digits over the whole value.
     """
 
-    name: str
+    name: Name
     value: str
-    digest: str
+    digest: Name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,8 +157,8 @@ class BlobRef:
         size: Length in bytes.
     """
 
-    digest: str
-    size: int
+    digest: Digest
+    size: Count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,9 +172,9 @@ class PieceRef:
         blob: The compiled piece.
     """
 
-    name: str
-    key: str
-    backend: str
+    name: Name
+    key: Name
+    backend: Name
     blob: BlobRef
 
 
@@ -155,10 +189,16 @@ class TensorSpec:
         stride: One stride a dimension, in elements.
     """
 
-    dtype: str
-    device: str
-    shape: tuple[Size, ...]
-    stride: tuple[Size, ...]
+    dtype: Name
+    device: Name
+    shape: Shape
+    stride: Shape
+
+    def flaw(self) -> tuple[str, str] | None:
+        """What is wrong with fields that were read."""
+        if len(self.shape) != len(self.stride):
+            return "stride", f"{len(self.stride)} strides for {len(self.shape)} dimensions"
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,11 +214,18 @@ class LeafSpec:
         value: For a constant: what it must equal.
     """
 
-    path: str
+    path: Name
     kind: Literal["tensor", "inout", "symbol", "constant"]
     tensor: TensorSpec | None = None
-    symbol: str | None = None
+    symbol: Expression | None = None
     value: Scalar = None
+
+    def flaw(self) -> tuple[str, str] | None:
+        """What is wrong with fields that were read."""
+        needed = {"tensor": self.tensor, "inout": self.tensor, "symbol": self.symbol}
+        if needed.get(self.kind, self) is None:
+            return self.kind, f"missing where kind is {self.kind}"
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,10 +239,10 @@ class SymbolSpec:
         label: The user's name for it (``torch.export.Dim``), or ``""``.
     """
 
-    name: str
+    name: Name
     min: int
     max: int | None
-    label: str = ""
+    label: Name = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,7 +260,7 @@ class InputSpec:
     tree: str
     leaves: tuple[LeafSpec, ...]
     symbols: tuple[SymbolSpec, ...] = ()
-    constraints: tuple[str, ...] = ()
+    constraints: tuple[Expression, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,8 +275,8 @@ class OutputSpec:
     """
 
     tree: str
-    count: int
-    mutations: tuple[str, ...] = ()
+    count: Length
+    mutations: tuple[Name, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,11 +292,41 @@ class BindingSpec:
             be the same tensor.
     """
 
-    name: str
+    name: Name
     kind: Literal["parameter", "buffer", "constant"]
     tensor: TensorSpec
     blob: BlobRef | None = None
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[Name, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputBound:
+    """How far one output of a compiled model was from the model's own.
+
+    Args:
+        name: The output, as a person writes it, such as ``output['logits']``.
+        difference: Largest absolute difference that was seen.
+        magnitude: Largest absolute value of the model's own.
+    """
+
+    name: Name
+    difference: Amount
+    magnitude: Amount
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckRecord:
+    """How the results of a cold compile compared with those of the model itself.
+
+    Args:
+        state: ``compared``, or ``unchecked`` where there was nothing to compare with.
+        reason: Why it is unchecked; ``""`` where it is compared.
+        bounds: One for each output that was compared.
+    """
+
+    state: Literal["compared", "unchecked"]
+    reason: str = ""
+    bounds: tuple[OutputBound, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,9 +339,9 @@ class SourceRef:
         size: Length in bytes.
     """
 
-    module: str
-    digest: str
-    size: int
+    module: Name
+    digest: Name
+    size: Count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,11 +361,11 @@ class TargetRecord:
             marshalled bytes.
     """
 
-    graph_hash: str
+    graph_hash: Digest
     sources: tuple[SourceRef, ...]
-    globals: tuple[tuple[str, str], ...] = ()
-    label: str = ""
-    created: float = 0.0
+    globals: tuple[tuple[Name, str], ...] = ()
+    label: Name = ""
+    created: Seconds = 0.0
     refused: str | None = None
     factors: bytes = b""
-    code: tuple[tuple[str, bytes], ...] = ()
+    code: tuple[tuple[Name, bytes], ...] = ()

@@ -147,8 +147,8 @@ def test_entries_are_listed_by_their_headers_and_damage_is_left_out(cache, caplo
     assert {header.graph_hash for header in headers} == {each.graph_hash for each in made[1:]}
     header = headers[0]
     assert (header.label, header.created, header.compile_seconds) == ("Model", 1.5, 3.0)
-    assert (header.piece_count, header.blob_count, header.blob_bytes) == (2, 2, 7)
-    assert (header.backends, header.format_version) == (("aoti",), 3)
+    assert (header.pieces, header.blob_count, header.blob_bytes) == (2, 2, 7)
+    assert (header.backends, header.format_version) == (("aoti",), 4)
     assert len(caplog.records) == 1
     assert str(path) in caplog.text
 
@@ -222,8 +222,8 @@ def test_an_entry_under_another_name_is_refused(cache):
     moved = cache.root / "targets" / key("u")[:2] / key("u")
     moved.parent.mkdir(exist_ok=True)
     shutil.copy(cache.root / "targets" / key("t")[:2] / key("t"), moved)
-    assert cache.get_target(key("u")) is None
-    assert cache.get_target(key("t")) == record
+    assert cache.get_target(key("u")) == ()
+    assert cache.get_target(key("t")) == (record,)
 
 
 def test_a_future_format_is_left_alone_and_not_overwritten(cache, caplog):
@@ -232,7 +232,7 @@ def test_a_future_format_is_left_alone_and_not_overwritten(cache, caplog):
     made = put(cache, "a", [])
     path = cache.root / "entries" / made.graph_hash[:2] / f"{made.graph_hash}.stitch"
     body = bytearray(path.read_bytes()[:-32])
-    body[8] = 4
+    body[8] = 5
     future = bytes(body) + hashlib.sha256(body).digest()
     path.write_bytes(future)
     with caplog.at_level(logging.WARNING, "stitchcache"):
@@ -259,9 +259,47 @@ def test_pieces_and_targets(cache):
     cache.put_piece(key("p"), "aoti", blob)
     record = cache.get_piece(key("p"))
     assert (record.key, record.backend, record.blob) == (key("p"), "aoti", blob)
-    assert cache.get_target(key("t")) is None
+    assert cache.get_target(key("t")) == ()
     cache.put_target(key("t"), target(made.graph_hash))
-    assert cache.get_target(key("t")) == target(made.graph_hash)
+    assert cache.get_target(key("t")) == (target(made.graph_hash),)
+
+
+def test_configurations_with_one_key_have_a_record_each(cache, tmp_path):
+    made = [put(cache, name, []) for name in range(12)]
+    records = [
+        dataclasses.replace(target(each.graph_hash), globals=(("mylib:FLAG", str(index)),))
+        for index, each in enumerate(made)
+    ]
+    for index, record in enumerate(records[:3]):
+        cache.put_target(key("t"), record)
+        assert cache.get_target(key("t")) == tuple(reversed(records[: index + 1]))
+    again = dataclasses.replace(records[0], graph_hash=made[5].graph_hash, refused="it reads a clock")
+    cache.put_target(key("t"), again)
+    assert cache.get_target(key("t")) == (again, records[2], records[1])
+    for record in records:
+        cache.put_target(key("t"), record)
+    assert cache.get_target(key("t")) == tuple(reversed(records))[:8]
+    above = Cache([tmp_path / "above", cache.root])
+    above.put_target(key("t"), records[0])
+    assert above.get_target(key("t")) == (records[0], *tuple(reversed(records))[:7])
+    assert cache.get_target(key("t")) == tuple(reversed(records))[:8]
+
+
+def test_a_target_goes_with_the_last_of_its_entries(cache):
+    old, new = put(cache, "old", []), put(cache, "new", [])
+    paths = [cache.root / "entries" / e.graph_hash[:2] / f"{e.graph_hash}.stitch" for e in (old, new)]
+    os.utime(paths[0], (1.0, 1.0))
+    first, second = target(old.graph_hash), dataclasses.replace(target(new.graph_hash), globals=())
+    cache.put_target(key("t"), first)
+    cache.put_target(key("t"), second)
+    plan = cache.plan_prune(max_age=1000.0)
+    assert ([item.key for item, _ in plan.entries], plan.targets) == ([old.graph_hash], ())
+    plan.execute()
+    assert cache.get_target(key("t")) == (second, first)
+    assert cache.verify().clean
+    paths[1].unlink()
+    assert [finding.problem for finding in cache.verify(repair=True).findings] == ["stale"]
+    assert cache.get_target(key("t")) == ()
 
 
 def test_a_piece_whose_blob_is_gone_is_a_miss(cache):
@@ -314,7 +352,7 @@ def test_another_users_files_are_not_trusted(cache):
         cache.blob_path(made.pieces[0].blob)
     cache.put_target(key("t"), target(made.graph_hash))
     os.chown(cache.root / "targets" / key("t")[:2] / key("t"), 12345, 12345)
-    assert cache.get_target(key("t")) is None
+    assert cache.get_target(key("t")) == ()
 
 
 def test_files_are_writable_by_their_owner_alone_whatever_the_umask(tmp_path):
@@ -384,7 +422,7 @@ def test_layers_are_searched_in_order_and_only_the_first_is_written(tmp_path):
     both = Cache([tmp_path / "top", tmp_path / "baked"])
     assert read_back(both, old.graph_hash) == [b"baked"]
     assert both.get_piece(key("p")).blob == old.pieces[0].blob
-    assert both.get_target(key("t")) is not None
+    assert both.get_target(key("t"))
     assert not (tmp_path / "top").exists()
     mixed = artifact("b", [old.pieces[0].blob, both.put_blob(b"new")])
     both.put(mixed)
@@ -392,7 +430,7 @@ def test_layers_are_searched_in_order_and_only_the_first_is_written(tmp_path):
     assert {header.graph_hash for header in both.entries()} == {old.graph_hash, mixed.graph_hash}
     both.put_target(key("u"), target(old.graph_hash))
     both.plan_prune(grace_seconds=0).execute()
-    assert both.get_target(key("u")) is not None
+    assert both.get_target(key("u"))
     assert both.verify().clean
     assert files_under(baked.root) == before
 
@@ -471,7 +509,7 @@ def test_migrate_loses_nothing_and_is_idempotent(old_root):
     assert not list(old_root.glob("*.msgpack"))
     for graph_hash, old in before.items():
         new = cache.get(graph_hash)
-        assert new == dataclasses.replace(old, format_version=3)
+        assert new == dataclasses.replace(old, format_version=4)
 
 
 def test_a_damaged_legacy_entry_is_not_migrated_and_not_lost(old_root, caplog):

@@ -9,7 +9,7 @@ import os
 import pytest
 
 from stitchcache import nearest
-from stitchcache.artifact.factors import pack_factors
+from stitchcache.artifact.entry import pack_factors
 from stitchcache.artifact.record import Artifact, Variant
 from stitchcache.cache import Cache
 from stitchcache.nearest import nearest_entries, stored_targets

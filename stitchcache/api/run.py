@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -102,15 +103,26 @@ class Run:
     def lookup(self) -> Artifact | None:
         """The entry that the target key leads to; ``None`` is a miss, and ``reason`` says why."""
         key = self.target.key
-        record = self.record = self.cache.get_target(key) if key is not None else None
-        if record is None:
-            return None
+        records = self.cache.get_target(key) if key is not None else ()
+        # The reason and the record of a miss are those of the newest, which is most like what runs here.
+        self.record = records[0] if records else None
+        for record in records:
+            changed = self.timed("sources", partial(check_sources, record, self.shared))
+            if changed is None:
+                self.record = record
+                found = self._of_record(record)
+                if found is not None or record.refused is not None:
+                    return found
+            elif record is records[0]:
+                self.reason, self.cause = (
+                    (changed, "sources") if record.refused is None else (record.refused, "unkeyable")
+                )
+        return None
+
+    def _of_record(self, record: TargetRecord) -> Artifact | None:
+        """The entry of a record whose sources are unchanged."""
         if record.refused is not None:
             self.reason, self.cause = record.refused, "unkeyable"
-            return None
-        changed = self.timed("sources", lambda: check_sources(record, self.shared))
-        if changed is not None:
-            self.reason, self.cause = changed, "sources"
             return None
         artifact = self.get(record.graph_hash)
         if artifact is None or artifact.input_spec is None:

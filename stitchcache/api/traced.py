@@ -18,7 +18,7 @@ from stitchcache.api.ranges import capture_ranges, settle_ranges
 from stitchcache.api.request import Request
 from stitchcache.api.run import Run
 from stitchcache.api.trace import Traced, fact, trace
-from stitchcache.artifact.factors import pack_factors
+from stitchcache.artifact.entry import pack_factors
 from stitchcache.errors import StoreWriteError
 from stitchcache.keys.environment import environment_factors, torch_state_factors
 from stitchcache.keys.recorder import SourceRecorder

@@ -1,11 +1,11 @@
-"""The frame around every file that stitchcache writes: sizes, digests, room for a signature.
+"""The frame around every file that stitchcache writes: sizes and digests.
 
 Grammar (docs/format.md is normative; integers are little-endian)::
 
-    file      = prelude header-digest header payload signature digest
-    prelude   = magic version kind header-size payload-size signature-size reserved   ; 32 bytes
+    file      = prelude header-digest header payload reserved digest
+    prelude   = magic version kind header-size payload-size reserved-size zero   ; 32 bytes
     magic     = "STITCH" CR LF                  ; 8 bytes; CR LF shows a text-mode transfer
-    version   = u16                             ; 3; 5 in targets
+    version   = u16                             ; of the kind: 4 in entries, 6 in targets, 3 in pieces
     kind      = u16                             ; 1 entry, 2 target, 3 piece
     header-digest = sha256(prelude header)      ; lets a reader trust the header without the rest
     digest    = sha256(everything before it)    ; the last 32 bytes, in every version from 3 on
@@ -30,7 +30,6 @@ else:
 
 
 MAGIC = b"STITCH\r\n"
-FORMAT_VERSION = 3
 PRELUDE = struct.Struct("<8sHHIQII")
 DIGEST_SIZE = 32
 HEADER_OFFSET = PRELUDE.size + DIGEST_SIZE
@@ -38,8 +37,8 @@ OVERHEAD = HEADER_OFFSET + DIGEST_SIZE
 
 MAX_HEADER = 16 << 20
 MAX_PAYLOAD = 1 << 30
-MAX_SIGNATURE = 4096
-MAX_FILE = OVERHEAD + MAX_HEADER + MAX_PAYLOAD + MAX_SIGNATURE
+MAX_RESERVED = 4096
+MAX_FILE = OVERHEAD + MAX_HEADER + MAX_PAYLOAD + MAX_RESERVED
 
 
 class Kind(IntEnum):
@@ -50,8 +49,10 @@ class Kind(IntEnum):
     PIECE = 3
 
 
-_TARGET_VERSION = 5
-"""Targets gained factors and code objects; the frame around them, entries and pieces are as they were."""
+FIRST_VERSION = 3
+ENTRY_VERSION = 4
+NEWEST = {Kind.ENTRY: ENTRY_VERSION, Kind.TARGET: 6, Kind.PIECE: 3}
+"""The version that is written. The frame is the same in all of them; what lies in it has changed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,54 +63,30 @@ class Frame:
         version: Format version it was written in.
         header: Encoded header; empty for targets and pieces.
         payload: Encoded payload.
-        signature: Signature block; empty where unsigned. Not verified here.
     """
 
     version: int
     header: bytes
     payload: bytes
-    signature: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class _Prelude:
-    version: int
-    kind: int
-    header: int
-    payload: int
-    signature: int
-
-    @property
-    def total(self) -> int:
-        return OVERHEAD + self.header + self.payload + self.signature
-
-
-def seal(kind: Kind, header: bytes, payload: bytes, signature: bytes = b"") -> bytes:
+def seal(kind: Kind, header: bytes, payload: bytes) -> bytes:
     """Put a frame around encoded bytes.
 
     Raises:
         EntryFormatError: A part is larger than the format allows.
     """
-    for name, part, cap in (
-        ("header", header, MAX_HEADER),
-        ("payload", payload, MAX_PAYLOAD),
-        ("signature", signature, MAX_SIGNATURE),
-    ):
+    for name, part, cap in (("header", header, MAX_HEADER), ("payload", payload, MAX_PAYLOAD)):
         if len(part) > cap:
             raise EntryFormatError(
                 f"{name} of {len(part)} bytes is larger than the format's {cap}; keep large tensors in blobs",
                 field=name,
                 reason="too large",
             )
-    version = _newest(kind)
-    prelude = PRELUDE.pack(MAGIC, version, kind, len(header), len(payload), len(signature), 0)
+    prelude = PRELUDE.pack(MAGIC, NEWEST[kind], kind, len(header), len(payload), 0, 0)
     header_digest = hashlib.sha256(prelude + header).digest()
-    body = b"".join((prelude, header_digest, header, payload, signature))
+    body = b"".join((prelude, header_digest, header, payload))
     return body + hashlib.sha256(body).digest()
-
-
-def _newest(kind: int) -> int:
-    return _TARGET_VERSION if kind == Kind.TARGET else FORMAT_VERSION
 
 
 def open_frame(data: bytes, kind: Kind, *, path: str = "") -> Frame:
@@ -133,15 +110,13 @@ def open_frame(data: bytes, kind: Kind, *, path: str = "") -> Frame:
         raise _damaged(path, "magic", "the file does not begin as a stitchcache file does")
     if hashlib.sha256(memoryview(data)[:-DIGEST_SIZE]).digest() != data[-DIGEST_SIZE:]:
         raise _damaged(path, "digest", "the bytes do not match their sha256")
-    prelude = _read_prelude(data, len(data), kind, path)
-    header_end = HEADER_OFFSET + prelude.header
-    _check_header_digest(data, header_end, path)
-    payload_end = header_end + prelude.payload
+    version, header, payload = _read_prelude(data, len(data), kind, path)
+    payload_begin = HEADER_OFFSET + header
+    _check_header_digest(data, payload_begin, path)
     return Frame(
-        version=prelude.version,
-        header=data[HEADER_OFFSET:header_end],
-        payload=data[header_end:payload_end],
-        signature=data[payload_end : payload_end + prelude.signature],
+        version=version,
+        header=data[HEADER_OFFSET:payload_begin],
+        payload=data[payload_begin : payload_begin + payload],
     )
 
 
@@ -180,11 +155,11 @@ def open_header(prefix: bytes, file_size: int, kind: Kind, *, path: str = "") ->
     end = header_end(prefix, path=path)
     if len(prefix) < end:
         raise _damaged(path, "header", "the file ends within the header")
-    version = PRELUDE.unpack_from(prefix)[1]
-    if version == FORMAT_VERSION:
+    # A newer version may have its header's digest elsewhere; what is newer is said before what is damaged.
+    if PRELUDE.unpack_from(prefix)[1] <= NEWEST[kind]:
         _check_header_digest(prefix, end, path)
-    prelude = _read_prelude(prefix, file_size, kind, path)
-    return prelude.version, prefix[HEADER_OFFSET:end]
+    version, *_ = _read_prelude(prefix, file_size, kind, path)
+    return version, prefix[HEADER_OFFSET:end]
 
 
 def _check_header_digest(data: bytes, end: int, path: str) -> None:
@@ -194,33 +169,36 @@ def _check_header_digest(data: bytes, end: int, path: str) -> None:
         raise _damaged(path, "header-digest", "the header does not match its sha256")
 
 
-def _read_prelude(data: bytes, file_size: int, kind: Kind, path: str) -> _Prelude:
-    _, version, found, header, payload, signature, reserved = PRELUDE.unpack_from(data)
-    if version > _newest(found):
+def _read_prelude(data: bytes, file_size: int, kind: Kind, path: str) -> tuple[int, int, int]:
+    """Version, header size and payload size, once all that the prelude says is possible."""
+    _, version, found, header, payload, reserved, zero = PRELUDE.unpack_from(data)
+    # A kind that is not known is a newer version's, if the version says so.
+    newest = NEWEST.get(found, FIRST_VERSION)
+    if version > newest:
         raise FutureFormatError(
-            f"{path or 'entry'}: format version {version} is newer than this stitchcache's {_newest(found)}; "
+            f"{path or 'entry'}: format version {version} is newer than this stitchcache's {newest}; "
             "the file is left alone: upgrade stitchcache, or use another cache directory",
             path=path,
             field="version",
             reason=f"format version {version}",
             version=version,
         )
-    if version < FORMAT_VERSION:
+    if version < FIRST_VERSION:
         raise malformed(path, "version", f"{version} was never written in this layout")
     if found != kind:
         raise malformed(path, "kind", f"{found} where {int(kind)} ({kind.name.lower()}) is expected")
     for field, size, cap in (
         ("header-size", header, MAX_HEADER),
         ("payload-size", payload, MAX_PAYLOAD),
-        ("signature-size", signature, MAX_SIGNATURE),
-        ("reserved", reserved, 0),
+        ("reserved-size", reserved, MAX_RESERVED),
+        ("zero", zero, 0),
     ):
         if size > cap:
             raise malformed(path, field, f"{size} is more than the format's {cap}")
-    prelude = _Prelude(version, found, header, payload, signature)
-    if prelude.total != file_size:
-        raise _damaged(path, "size", f"{file_size} bytes where the sizes inside add up to {prelude.total}")
-    return prelude
+    total = OVERHEAD + header + payload + reserved
+    if total != file_size:
+        raise _damaged(path, "size", f"{file_size} bytes where the sizes inside add up to {total}")
+    return version, header, payload
 
 
 def _damaged(path: str, field: str, reason: str) -> EntryDamagedError:

@@ -8,12 +8,17 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stitchcache.artifact.fields import PLAIN, FieldError, digest, each, expect, maybe, record, text
 from stitchcache.artifact.frame import malformed
 from stitchcache.artifact.record import Artifact, Variant
-from stitchcache.artifact.wire import unpack
+from stitchcache.artifact.schema import FieldError, record, unpack
+from stitchcache.types import Digest, Name
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
 
 MAX_SIZE = 256 << 20
 
@@ -49,32 +54,37 @@ def decode_legacy(data: bytes, *, path: str = "") -> Artifact:
         raise malformed(path, error.field or "payload", error.reason) from None
 
 
-def _binary(value: object) -> bytes:
-    return expect(value, bytes)
+@dataclass(frozen=True, kw_only=True)
+class _Format0:
+    execution_code: str
+    submod_names: tuple[Name, ...]
+    graph_hash: Digest
 
 
-def _integer(value: object) -> int:
-    return expect(value, int)
+@dataclass(frozen=True, kw_only=True)
+class _Format2:
+    version: int
+    graph_hash: Digest
+    code: str
+    submod_names: tuple[Name, ...]
+    consts: bytes | None = None
 
 
-_FORMAT_0 = record(PLAIN, execution_code=text, submod_names=each(text), graph_hash=digest)
-_FORMAT_1 = record(PLAIN, version=_integer, graph_hash=digest, code=text, submod_names=each(text))
-_FORMAT_2 = record(
-    PLAIN, version=_integer, graph_hash=digest, code=text, submod_names=each(text), consts=maybe(_binary)
-)
+_FORMAT_0 = record(_Format0)
+_FORMATS = {1: record(_Format2, skip=("consts",)), 2: record(_Format2)}
 
 
 def _format_0(value: object) -> Artifact:
-    found = _FORMAT_0(value)
-    return _artifact(0, found["graph_hash"], found["execution_code"], found["submod_names"], None)
+    found: _Format0 = _FORMAT_0.read(value)
+    return _artifact(0, found.graph_hash, found.execution_code, found.submod_names, None)
 
 
 def _format_1_or_2(value: object) -> Artifact:
-    version = expect(value, dict).get("version")
-    if type(version) is not int or version not in (1, 2):
+    version = value.get("version") if type(value) is dict else None
+    if type(version) is not int or version not in _FORMATS:
         raise FieldError("version", f"{version!r} is neither 1 nor 2")
-    found = _FORMAT_1(value) if version == 1 else _FORMAT_2(value)
-    return _artifact(version, found["graph_hash"], found["code"], found["submod_names"], found.get("consts"))
+    found: _Format2 = _FORMATS[version].read(value)
+    return _artifact(version, found.graph_hash, found.code, found.submod_names, found.consts)
 
 
 def _artifact(

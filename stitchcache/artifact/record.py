@@ -1,10 +1,24 @@
-"""The artifact: everything that a compiled model is, but its weights. Imports no torch."""
+"""The artifact: everything that a compiled model is, but its weights; and its header. Imports no torch."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stitchcache.types import BindingSpec, BlobRef, Factor, InputSpec, OutputSpec, PieceRef, SizeRange
+from stitchcache.artifact.frame import ENTRY_VERSION
+from stitchcache.types import (
+    BindingSpec,
+    BlobRef,
+    CheckRecord,
+    Digest,
+    Factor,
+    InputSpec,
+    Length,
+    Name,
+    OutputSpec,
+    PieceRef,
+    Seconds,
+    SizeRange,
+)
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
@@ -26,7 +40,7 @@ class Variant:
 
     size_range: SizeRange | None
     code: str
-    submod_names: tuple[str, ...]
+    submod_names: tuple[Name, ...]
     consts: bytes | None
     pieces: tuple[PieceRef, ...]
 
@@ -42,22 +56,29 @@ class Artifact:
         output_spec: How results are returned; ``None`` likewise.
         bindings: Tensors taken from the model, in the order the stitching function takes them.
         factors: Named parts of its keys.
+        check: How its results compared with the model's own when it was compiled; ``None`` where nothing
+            was noted.
         created: Unix seconds.
         label: The model's class or the target's name, for people.
         compile_seconds: What compiling it took.
         format_version: Version it was read from; new ones have the current.
     """
 
-    graph_hash: str
+    graph_hash: Digest
     variants: tuple[Variant, ...]
     input_spec: InputSpec | None = None
     output_spec: OutputSpec | None = None
     bindings: tuple[BindingSpec, ...] = ()
     factors: tuple[Factor, ...] = ()
-    created: float = 0.0
-    label: str = ""
-    compile_seconds: float = 0.0
-    format_version: int = 3
+    check: CheckRecord | None = None
+    created: Seconds = 0.0
+    label: Name = ""
+    compile_seconds: Seconds = 0.0
+    format_version: int = ENTRY_VERSION
+
+    def flaw(self) -> tuple[str, str] | None:
+        """What is wrong with fields that were read."""
+        return None if self.variants else ("variants", "none")
 
     @property
     def code(self) -> str:
@@ -97,6 +118,65 @@ class PieceRecord:
         blob: The compiled piece.
     """
 
-    key: str
-    backend: str
+    key: Digest
+    backend: Name
     blob: BlobRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What can be told of an entry from its first bytes.
+
+    Args:
+        graph_hash: Its name.
+        label: The model's class or the target's name.
+        created: Unix seconds.
+        compile_seconds: What compiling it took.
+        variants: Size ranges that have code of their own.
+        pieces: Pieces of all variants, repeated ones counted each time.
+        backends: Backends of its pieces, sorted.
+        blobs: Distinct blobs, in order of first use.
+        format_version: 0 to 4.
+        path: The file.
+        file_bytes: Length of the file.
+    """
+
+    graph_hash: Digest
+    label: Name
+    created: Seconds
+    compile_seconds: Seconds
+    variants: Length
+    pieces: Length
+    backends: tuple[Name, ...]
+    blobs: tuple[BlobRef, ...]
+    format_version: int = ENTRY_VERSION
+    path: str = ""
+    file_bytes: int = 0
+
+    @property
+    def blob_count(self) -> int:
+        """Distinct blobs."""
+        return len(self.blobs)
+
+    @property
+    def blob_bytes(self) -> int:
+        """Bytes of the distinct blobs."""
+        return sum(blob.size for blob in self.blobs)
+
+
+def header_of(artifact: Artifact, *, path: str = "", file_bytes: int = 0) -> Header:
+    """The header that an artifact has or would have."""
+    pieces = artifact.pieces
+    return Header(
+        graph_hash=artifact.graph_hash,
+        label=artifact.label,
+        created=artifact.created,
+        compile_seconds=artifact.compile_seconds,
+        variants=len(artifact.variants),
+        pieces=len(pieces),
+        backends=tuple(sorted({piece.backend for piece in pieces})),
+        blobs=artifact.blobs,
+        format_version=artifact.format_version,
+        path=path,
+        file_bytes=file_bytes,
+    )

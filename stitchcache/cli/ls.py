@@ -12,7 +12,7 @@ from stitchcache.cli.output import on_terminal, print_json, print_table
 from stitchcache.cli.words import age_text, count_text, seconds_text, short_length, size_text
 
 if TYPE_CHECKING:
-    from stitchcache.artifact.decode import Header
+    from stitchcache.artifact.record import Header
 
 _COLUMNS = (
     Column("GRAPH"),
@@ -67,7 +67,7 @@ def _row(header: Header, length: int) -> list[str]:
         header.label or "-",
         age_text(header.created),
         ",".join(header.backends) or "-",
-        str(header.piece_count),
+        str(header.pieces),
         str(header.blob_count),
         size_text(_size(header)),
         seconds_text(header.compile_seconds) if header.compile_seconds else "-",
@@ -82,8 +82,8 @@ def _record(header: Header) -> dict[str, Any]:
         "created": header.created,
         "compile_seconds": header.compile_seconds,
         "format_version": header.format_version,
-        "variants": header.variant_count,
-        "pieces": header.piece_count,
+        "variants": header.variants,
+        "pieces": header.pieces,
         "backends": list(header.backends),
         "blobs": [{"digest": blob.digest, "bytes": blob.size} for blob in header.blobs],
         "blob_bytes": header.blob_bytes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stitchcache.artifact.factors import unpack_factors
+from stitchcache.artifact.entry import unpack_factors
 from stitchcache.cache import Cache
 from stitchcache.errors import AmbiguousPrefixError, EntryFormatError, GraphHashError
 from stitchcache.nearest import NearestEntry, StoredTarget, nearest_entries, stored_targets

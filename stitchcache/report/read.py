@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from stitchcache.artifact.codec import decode_named
+from stitchcache.artifact.entry import decode_named
 from stitchcache.artifact.record import Artifact
 from stitchcache.cache import Cache
 from stitchcache.errors import GraphHashError, StoreError

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 import torch
 
-from stitchcache.artifact.codec import CURRENT_SUFFIX, decode_named
 from stitchcache.artifact.consts import dump_consts, load_consts
-from stitchcache.artifact.encode import encode
+from stitchcache.artifact.entry import CURRENT_SUFFIX, decode_named, encode
 from stitchcache.artifact.record import Artifact
 from stitchcache.errors import BackendError, EntryDamagedError, EntryFormatError
 from stitchcache.keys.environment import environment_factors

@@ -80,7 +80,7 @@ class PrunePlan:
     Args:
         entries: Entries to evict, least recently used first, with the reason.
         blobs: Blobs that no remaining entry names.
-        targets: Targets whose entry goes or is gone.
+        targets: Targets none of whose entries stays.
         pieces: Piece files whose blob goes or is gone.
         leftovers: What processes that died left in ``tmp``, and quarantined files beyond the cap.
         total_bytes: Bytes of all files before.
@@ -124,10 +124,23 @@ class PrunePlan:
 class _Scan:
     entries: list[Item]
     blobs: dict[str, Item]
-    targets: list[tuple[Item, str | None]]
+    targets: list[tuple[Item, Sequence[str] | None]]
     pieces: list[tuple[Item, str | None]]
     names: dict[str, Sequence[str]]
     unreadable: list[str]
+
+
+def _with_last(
+    targets: Iterable[tuple[Item, Sequence[str]]], entries: Sequence[Item]
+) -> dict[str, list[Item]]:
+    """Graph hash to the targets that go with its entry: a target stays until the last of its entries goes."""
+    order = {item.key: place for place, item in enumerate(entries)}
+    leading: dict[str, list[Item]] = {}
+    for item, keys in targets:
+        last = max((key for key in keys if key in order), key=order.__getitem__, default=None)
+        if last is not None:
+            leading.setdefault(last, []).append(item)
+    return leading
 
 
 class _Work:
@@ -187,8 +200,9 @@ class _Work:
             blobs=tuple(blobs),
             targets=tuple(
                 item
-                for item, key in seen.targets
-                if key is not None and key not in kept_entries and not self.reading.entry_beneath(key)
+                for item, keys in seen.targets
+                if keys is not None
+                and not any(key in kept_entries or self.reading.entry_beneath(key) for key in keys)
             ),
             pieces=tuple(
                 item
@@ -208,17 +222,15 @@ class _Work:
     def _choose(self, seen: _Scan, limits: Limits, size: int, files: int) -> list[tuple[Item, str]]:
         """Entries to evict, and why."""
         users = Counter(name for named in seen.names.values() for name in named)
-        leading: dict[str, list[Item]] = {}
-        for item, key in seen.targets:
-            if key is not None:
-                leading.setdefault(key, []).append(item)
+        oldest_first = sorted(seen.entries, key=lambda entry: (entry.modified, entry.path))
+        leading = _with_last(((item, keys or ()) for item, keys in seen.targets), oldest_first)
         indexed: dict[str, list[Item]] = {}
         for item, name in seen.pieces:
             if name is not None:
                 indexed.setdefault(name, []).append(item)
         free = self._free(limits)
         evicted = []
-        for item in sorted(seen.entries, key=lambda entry: (entry.modified, entry.path)):
+        for item in oldest_first:
             if item.path not in seen.names:
                 continue
             reason = self._reason(item, limits, size, files, free)
@@ -303,15 +315,10 @@ class _Removal:
         )
 
     def run(self, plan: PrunePlan) -> None:
-        leading: dict[str, list[Item]] = {}
-        stale = []
-        going = {item.key for item, _ in plan.entries}
-        for item in plan.targets:
-            key = self._work.reading.target(item)
-            if key in going:
-                leading.setdefault(key, []).append(item)
-            elif key is not None:
-                stale.append(item)
+        named = [(item, self._work.reading.target(item)) for item in plan.targets]
+        leading = _with_last(((item, keys or ()) for item, keys in named), [item for item, _ in plan.entries])
+        placed = {item.path for items in leading.values() for item in items}
+        stale = [item for item, keys in named if keys is not None and item.path not in placed]
         self._each(stale, self._remove)
         kept: set[str] = set()
         for item, _ in plan.entries:

@@ -31,8 +31,8 @@ class Codec(Protocol):
     def entry(self, data: bytes, key: str, path: str) -> Sequence[BlobName]:
         """The same from a whole entry, all of it checked."""
 
-    def target(self, data: bytes, key: str, path: str) -> str:
-        """The graph hash that a target leads to."""
+    def target(self, data: bytes, key: str, path: str) -> Sequence[str]:
+        """The graph hashes that a target leads to."""
 
     def piece(self, data: bytes, key: str, path: str) -> BlobName:
         """The blob that a piece leads to."""
@@ -94,8 +94,8 @@ class Reading:
         except OSError:
             return None
 
-    def target(self, item: Item) -> str | None:
-        """Graph hash that a target leads to; ``None`` for one that is left for ``verify``."""
+    def target(self, item: Item) -> Sequence[str] | None:
+        """Graph hashes that a target leads to; ``None`` for one that is left for ``verify``."""
         try:
             found = self.root.read(item.path, MAX_RECORD)
             return None if found is None else self.codec.target(found.data, item.key, item.path)

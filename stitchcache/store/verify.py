@@ -131,13 +131,12 @@ class _Walk:
         self.count(Area.TARGETS, item)
         loaded = self._load(item, self.reading.codec.target)
         if loaded is not None:
-            key = loaded[0]
-            if (
-                key not in self.good_entries
-                and key not in self.unsure
-                and not self.reading.entry_beneath(key)
+            keys = loaded[0]
+            if not any(
+                key in self.good_entries or key in self.unsure or self.reading.entry_beneath(key)
+                for key in keys
             ):
-                self._drop(item, f"its entry {key} is gone")
+                self._drop(item, f"its entry {keys[0]} is gone")
 
     def piece(self, item: Item) -> None:
         self.count(Area.PIECES, item)

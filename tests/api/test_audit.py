@@ -40,7 +40,7 @@ def test_a_right_hit_is_served_and_said(cache, monkeypatch, caplog):
 def lead_elsewhere(cache, compiled_model, graph_hash):
     """What would be so if a model depended on something that no key sees."""
     key = compiled_model.explain().target_key
-    cache.put_target(key, dataclasses.replace(cache.get_target(key), graph_hash=graph_hash))
+    cache.put_target(key, dataclasses.replace(cache.get_target(key)[0], graph_hash=graph_hash))
     return cache.root / "targets" / key[:2] / key
 
 

@@ -12,9 +12,9 @@ from explain_models import Cached, Scaled, cached_three
 
 import stitchcache
 from stitchcache.api.explain import explain_target
-from stitchcache.artifact.factors import unpack_factors
+from stitchcache.artifact.entry import unpack_factors
 from stitchcache.artifact.frame import PRELUDE
-from stitchcache.artifact.wire import pack
+from stitchcache.artifact.schema import pack
 
 
 def compiled(cache, model=None, **more):
@@ -57,7 +57,7 @@ def test_a_direct_hit(cache):
     assert (told.hit, told.reason, told.changed, told.nearest) == ("direct", "", {}, None)
     assert told.graph_hash == model.graph_hash
     assert {"model.class", "env.torch", "input.0.x"} <= {factor.name for factor in told.factors}
-    assert cache.get_target(told.target_key).graph_hash == model.graph_hash
+    assert cache.get_target(told.target_key)[0].graph_hash == model.graph_hash
     assert told.seconds == model.timings
     assert str(told).startswith(f"Scaled: direct hit {model.graph_hash} in ")
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -173,7 +173,7 @@ def test_a_refusal_is_stored_and_said_without_tracing(tmp_path, caplog):
     first = compiled(cache, Cached())
     refused = first.explain().reason
     assert "cache_clear" in refused
-    record = cache.get_target(first.explain().target_key)
+    record = cache.get_target(first.explain().target_key)[0]
     assert (record.refused, record.graph_hash) == (refused, first.graph_hash)
     assert [f.name for f in unpack_factors(record.factors)] == [f.name for f in first.explain().factors]
     (file,) = target_files(cache)
@@ -191,7 +191,7 @@ def test_a_refusal_is_stored_and_said_without_tracing(tmp_path, caplog):
 
 def test_a_refused_record_is_never_served(cache):
     told = compiled(cache).explain()
-    record = cache.get_target(told.target_key)
+    record = cache.get_target(told.target_key)[0]
     cache.put_target(told.target_key, dataclasses.replace(record, refused="for the test"))
     again = compiled(cache)
     assert (again.cache_hit, again.explain().reason) == ("graph", "for the test")
@@ -207,13 +207,13 @@ def test_an_interfered_capture_does_not_undo_a_sound_one(tmp_path):
     again = compiled(cache, Cached())
     assert again.cache_hit is None
     assert "cache_clear" in again.explain().reason
-    assert cache.get_target(key).refused is None
+    assert cache.get_target(key)[0].refused is None
     assert compiled(cache, Cached()).cache_hit == "direct"
 
 
 def test_a_target_of_the_format_before_still_leads_there(cache):
     told = compiled(cache).explain()
-    record = cache.get_target(told.target_key)
+    record = cache.get_target(told.target_key)[0]
     payload = {
         "key": told.target_key,
         "graph_hash": record.graph_hash,
@@ -229,7 +229,7 @@ def test_a_target_of_the_format_before_still_leads_there(cache):
     (file,) = target_files(cache)
     file.chmod(0o600)
     file.write_bytes(whole + hashlib.sha256(whole).digest())
-    assert cache.get_target(told.target_key) == dataclasses.replace(record, factors=b"", code=())
+    assert cache.get_target(told.target_key)[0] == dataclasses.replace(record, factors=b"", code=())
     assert compiled(cache).cache_hit == "direct"
     assert explain_target(target(), cache).verdict == "direct"
 

@@ -14,17 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stitchcache import types
-from stitchcache.artifact import decode as decode_module
-from stitchcache.artifact.decode import (
+from stitchcache.artifact import schema
+from stitchcache.artifact.entry import (
+    MOST_RECORDS,
     decode,
     decode_piece,
     decode_target,
+    encode,
+    encode_piece,
+    encode_target,
     header_of,
+    pack_factors,
+    raw_entry_factors,
+    raw_target,
     read_header,
-    signed_bytes,
+    unpack_factors,
 )
-from stitchcache.artifact.encode import encode, encode_piece, encode_target
-from stitchcache.artifact.factors import pack_factors, raw_entry_factors, unpack_factors
 from stitchcache.artifact.frame import MAGIC, PRELUDE, Kind, open_frame, seal
 from stitchcache.artifact.record import Artifact, PieceRecord, Variant
 from stitchcache.errors import EntryDamagedError, EntryFormatError, FutureFormatError
@@ -33,8 +38,10 @@ GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 
 digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
 text = st.text(max_size=8)
-counts = st.integers(0, 1 << 62)
-times = st.floats(0, 1e12)
+counts = st.integers(0, (1 << 63) - 1)
+lengths = st.integers(0, 1 << 20)
+times = st.floats(0, 250e9)
+amounts = st.floats(0, allow_infinity=False, allow_nan=False)
 blobs = st.builds(types.BlobRef, digest=digests, size=counts)
 sizes = st.one_of(counts, text)
 
@@ -81,7 +88,7 @@ artifacts = st.builds(
     | st.builds(
         types.InputSpec, tree=text, leaves=tuples(leaves), symbols=tuples(symbols), constraints=tuples(text)
     ),
-    output_spec=st.none() | st.builds(types.OutputSpec, tree=text, count=counts, mutations=tuples(text)),
+    output_spec=st.none() | st.builds(types.OutputSpec, tree=text, count=lengths, mutations=tuples(text)),
     bindings=tuples(
         st.builds(
             types.BindingSpec,
@@ -93,10 +100,17 @@ artifacts = st.builds(
         )
     ),
     factors=tuples(st.builds(types.Factor, name=text, value=text, digest=digests)),
+    check=st.none()
+    | st.builds(
+        types.CheckRecord,
+        state=st.sampled_from(["compared", "unchecked"]),
+        reason=text,
+        bounds=tuples(st.builds(types.OutputBound, name=text, difference=amounts, magnitude=amounts)),
+    ),
     created=times,
     label=text,
     compile_seconds=times,
-    format_version=st.just(3),
+    format_version=st.just(4),
 )
 targets = st.builds(
     types.TargetRecord,
@@ -126,9 +140,12 @@ def test_an_artifact_survives(artifact):
 
 
 @settings(max_examples=50, deadline=None)
-@given(targets, digests, pieces)
-def test_targets_and_pieces_survive(target, key, piece):
-    assert decode_target(encode_target(key, target), key) == target
+@given(st.lists(targets, min_size=1, max_size=MOST_RECORDS), digests, pieces)
+def test_targets_and_pieces_survive(records, key, piece):
+    data = encode_target(key, records)
+    assert decode_target(data, key) == tuple(records)
+    newest = records[0]
+    assert raw_target(data)[:3] == (newest.graph_hash, newest.label, newest.created)
     record = PieceRecord(key=key, backend=piece.backend, blob=piece.blob)
     assert decode_piece(encode_piece(record), key) == record
 
@@ -159,6 +176,9 @@ def test_no_field_of_a_record_is_forgotten():
         output_spec=types.OutputSpec(tree="", count=0),
         bindings=(types.BindingSpec(name="", kind="buffer", tensor=tensor, blob=blob),),
         factors=(types.Factor(name="", value="", digest=""),),
+        check=types.CheckRecord(
+            state="compared", bounds=(types.OutputBound(name="", difference=0.0, magnitude=1.0),)
+        ),
     )
     frame = open_frame(encode(whole), Kind.ENTRY)
     keys(msgpack.unpackb(frame.header))
@@ -166,7 +186,7 @@ def test_no_field_of_a_record_is_forgotten():
     record = types.TargetRecord(
         graph_hash="ab" * 32, sources=(types.SourceRef(module="", digest="", size=0),)
     )
-    keys(msgpack.unpackb(open_frame(encode_target("k", record), Kind.TARGET).payload))
+    keys(msgpack.unpackb(open_frame(encode_target("ab" * 32, [record]), Kind.TARGET).payload))
     for kind in [Artifact, Variant, *vars(types).values()]:
         if dataclasses.is_dataclass(kind):
             missing = {field.name for field in dataclasses.fields(kind)} - written - {"format_version"}
@@ -187,8 +207,8 @@ def test_special_values_survive():
 def test_every_bit_flip_and_truncation_is_seen_before_decoding(monkeypatch):
     data = encode(small())
     decoded = []
-    real = decode_module.unpack
-    monkeypatch.setattr(decode_module, "unpack", lambda *a, **k: decoded.append(1) or real(*a, **k))
+    real = schema.unpack
+    monkeypatch.setattr(schema, "unpack", lambda *a, **k: decoded.append(1) or real(*a, **k))
     for bit in range(len(data) * 8):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
@@ -234,7 +254,7 @@ def test_the_header_alone_says_what_the_whole_says(tmp_path):
     assert read_header(path).blobs == large.blobs
 
 
-def sealed_again(data: bytes, version: int = 3) -> bytes:
+def sealed_again(data: bytes, version: int = 4) -> bytes:
     body = bytearray(data[:-32])
     struct.pack_into("<H", body, 8, version)
     end = PRELUDE.size + 32 + PRELUDE.unpack_from(data)[3]
@@ -245,10 +265,10 @@ def sealed_again(data: bytes, version: int = 3) -> bytes:
 
 
 def test_a_future_format_is_told_from_damage(tmp_path):
-    data = sealed_again(encode(small()), version=4)
+    data = sealed_again(encode(small()), version=5)
     with pytest.raises(FutureFormatError) as caught:
         decode(data, path="some/file")
-    assert caught.value.version == 4
+    assert caught.value.version == 5
     assert "some/file" in str(caught.value)
     (tmp_path / "entry").write_bytes(data)
     with pytest.raises(FutureFormatError):
@@ -262,6 +282,30 @@ def resealed(change) -> bytes:
     header, payload = msgpack.unpackb(frame.header), msgpack.unpackb(frame.payload)
     change(header, payload)
     return seal(Kind.ENTRY, msgpack.packb(header), msgpack.packb(payload))
+
+
+LEAF = {
+    "path": "x",
+    "kind": "tensor",
+    "tensor": {"dtype": "f", "device": "cpu", "shape": [], "stride": []},
+    "symbol": None,
+    "value": None,
+}
+
+
+def with_input(**changes):
+    spec = {"tree": "", "leaves": [], "symbols": [], "constraints": []}
+    return lambda header, payload: payload.update(input_spec=spec | changes)
+
+
+def with_leaf(**changes):
+    return with_input(leaves=[LEAF | {"tensor": LEAF["tensor"] | changes}])
+
+
+def with_bound(**changes):
+    bound = {"name": "", "difference": 0.0, "magnitude": 0.0} | changes
+    check = {"state": "compared", "reason": "", "bounds": [bound]}
+    return lambda header, payload: payload.update(check=check)
 
 
 BAD = {
@@ -279,6 +323,31 @@ BAD = {
     "variants": lambda h, p: p.update(variants=[]),
     "factors": lambda h, p: p.update(factors={}),
     "input_spec": lambda h, p: p.update(input_spec=True),
+    "variants[0].pieces[0].name": lambda h, p: p["variants"][0]["pieces"][0].update(name="x" * 65_537),
+    "variants[0].pieces[0].blob.size ": lambda h, p: p["variants"][0]["pieces"][0]["blob"].update(
+        size=1 << 63
+    ),
+    "output_spec.count": lambda h, p: p.update(output_spec={"tree": "", "count": 10**9, "mutations": []}),
+    "input_spec.constraints[1]": with_input(constraints=["s0 <= 2", "s0 < 9**" + "9" * 21]),
+    "input_spec.constraints[0]": with_input(constraints=["s0+" * 6000]),
+    "input_spec.leaves[0].tensor.shape[1]": with_leaf(shape=[1, "s0*" + "1" * 21], stride=[1, 1]),
+    "input_spec.leaves[0].tensor.stride[0]": with_leaf(shape=[1], stride=[1 << 63]),
+    "input_spec.leaves[0].tensor.shape": with_leaf(shape=[1] * 65, stride=[1] * 65),
+    "input_spec.leaves[0].tensor.stride": with_leaf(shape=[1, 2], stride=[1]),
+    "input_spec.leaves[0].tensor": with_input(leaves=[LEAF | {"tensor": None}]),
+    "input_spec.leaves[0].kind": with_input(leaves=[LEAF | {"kind": "other"}]),
+    "input_spec.leaves[0].value": with_input(leaves=[LEAF | {"value": [1]}]),
+    "input_spec.leaves[0].value.int": with_input(leaves=[LEAF | {"value": {"int": "0x" + "f" * 20_000}}]),
+    "input_spec.leaves[0].value.int ": with_input(leaves=[LEAF | {"value": {"int": "spam"}}]),
+    "input_spec.leaves[0].value.'also'": with_input(leaves=[LEAF | {"value": {"int": "1", "also": 1}}]),
+    "check.state": lambda h, p: p.update(check={"state": "fine", "reason": "", "bounds": []}),
+    "check.bounds[0].difference": with_bound(difference=float("inf")),
+    "check.bounds[0].magnitude": with_bound(magnitude=-1.0),
+    "check.bounds[0].name": with_bound(name=7),
+    "header.compile_seconds": lambda h, p: h.update(compile_seconds=1e300),
+    "header.variants": lambda h, p: h.update(variants=1 << 40),
+    "header.blobs[0].digest": lambda h, p: h["blobs"][0].update(digest="x"),
+    "header ": lambda h, p: h.update(backends=["eager"]),
     "header.graph_hash": lambda h, p: h.update(graph_hash="../../etc/passwd"),
     "header.created": lambda h, p: h.update(created=float("nan")),
     "header.pieces": lambda h, p: h.update(pieces=True),
@@ -290,7 +359,7 @@ BAD = {
 def test_errors_say_where(field):
     with pytest.raises(EntryFormatError) as caught:
         decode(resealed(BAD[field]), path="some/file")
-    assert caught.value.field == field
+    assert caught.value.field == field.rstrip()
     assert "some/file" in str(caught.value)
 
 
@@ -324,7 +393,7 @@ def test_sizes_are_checked_before_anything_is_allocated():
 
 
 def test_kinds_are_not_confused():
-    target = encode_target("ab" * 32, types.TargetRecord(graph_hash="ab" * 32, sources=()))
+    target = encode_target("ab" * 32, [types.TargetRecord(graph_hash="ab" * 32, sources=())])
     with pytest.raises(EntryFormatError, match="kind"):
         decode(target)
     with pytest.raises(EntryFormatError, match="kind"):
@@ -334,14 +403,23 @@ def test_kinds_are_not_confused():
     assert caught.value.field == "key"
 
 
-def test_a_signature_has_room_and_covers_header_and_payload():
-    plain, signed = encode(small()), encode(small(), signature=b"s" * 100)
-    assert decode(signed) == decode(plain) == small()
-    assert signed_bytes(signed) == (signed_bytes(plain)[0], b"s" * 100)
-    other = encode(dataclasses.replace(small(), label="Other"))
-    assert signed_bytes(other)[0] != signed_bytes(plain)[0]
-    with pytest.raises(EntryFormatError):
-        encode(small(), signature=b"s" * 5000)
+def test_bytes_that_are_reserved_for_signatures_are_passed_over(tmp_path):
+    """No version writes any; an older one could."""
+    frame = open_frame(encode(small()), Kind.ENTRY)
+    for size in (1, 100, 4096):
+        prelude = PRELUDE.pack(MAGIC, 3, Kind.ENTRY, len(frame.header), len(frame.payload), size, 0)
+        payload = msgpack.unpackb(frame.payload)
+        del payload["check"]
+        prelude = PRELUDE.pack(MAGIC, 3, 1, len(frame.header), len(msgpack.packb(payload)), size, 0)
+        body = prelude + hashlib.sha256(prelude + frame.header).digest() + frame.header
+        body += msgpack.packb(payload) + b"s" * size
+        data = body + hashlib.sha256(body).digest()
+        assert decode(data) == dataclasses.replace(small(), format_version=3)
+        (tmp_path / "entry").write_bytes(data)
+        assert read_header(tmp_path / "entry").format_version == 3
+    body = PRELUDE.pack(MAGIC, 3, 1, 0, 0, 4097, 0) + b"\0" * (32 + 4097)
+    with pytest.raises(EntryFormatError, match="4097 is more than"):
+        decode(body + hashlib.sha256(body).digest())
 
 
 def test_what_has_no_form_is_refused():
@@ -358,9 +436,13 @@ def test_golden_entries_still_load():
         data = path.read_bytes()
         artifact = decode(data, path=str(path))
         assert artifact.graph_hash == path.stem
-        assert encode(artifact) == data, (
-            "writing the same artifact gives other bytes: raise the format version"
-        )
+        if artifact.format_version == 4:
+            assert encode(artifact) == data, (
+                "writing the same artifact gives other bytes: raise the format version"
+            )
+        assert decode(encode(artifact)) == dataclasses.replace(artifact, format_version=4)
+    versions = [decode(path.read_bytes()).format_version for path in paths]
+    assert sorted(versions) == [3, 3, 4]
 
 
 FACTORS = (
@@ -370,39 +452,53 @@ FACTORS = (
 
 
 def test_golden_targets_still_load():
-    """Version 3 had neither factors nor a reason, version 4 no code objects."""
+    """Version 3 had neither factors nor a reason, 4 no code objects, and until 5 there was one record."""
     key, source = "3a" * 32, types.SourceRef(module="mylib.layers", digest="cd" * 32, size=77)
-    old = decode_target((GOLDEN / "targets" / f"{key}.v3").read_bytes(), key)
+    (old,) = decode_target((GOLDEN / "targets" / f"{key}.v3").read_bytes(), key)
     assert (old.graph_hash, old.label, old.created) == ("ef" * 32, "Model", 1_700_000_000.0)
     assert old.sources[1] == source
     assert old.globals == (("env:FLAG", "1"), ("mylib.model:SCALE", "2" * 64))
     assert (old.refused, old.factors, unpack_factors(old.factors), old.code) == (None, b"", (), ())
-    explained = decode_target((GOLDEN / "targets" / f"{key}.v4").read_bytes(), key)
+    (explained,) = decode_target((GOLDEN / "targets" / f"{key}.v4").read_bytes(), key)
     assert explained == dataclasses.replace(old, refused="it reads a clock", factors=pack_factors(FACTORS))
     assert unpack_factors(explained.factors) == FACTORS
-    data = (GOLDEN / "targets" / f"{key}.v5").read_bytes()
-    new = decode_target(data, key)
-    assert new == dataclasses.replace(explained, refused=None, code=(("12" * 32, b"\xe3code"),))
-    assert encode_target(key, new) == data, (
+    (coded,) = decode_target((GOLDEN / "targets" / f"{key}.v5").read_bytes(), key)
+    assert coded == dataclasses.replace(explained, refused=None, code=(("12" * 32, b"\xe3code"),))
+    data = (GOLDEN / "targets" / f"{key}.v6").read_bytes()
+    assert decode_target(data, key) == (coded, explained)
+    assert encode_target(key, [coded, explained]) == data, (
         "writing the same target gives other bytes: raise the format version"
     )
+    for version in (3, 4, 5, 6):
+        data = (GOLDEN / "targets" / f"{key}.v{version}").read_bytes()
+        with pytest.raises(EntryFormatError) as other:
+            decode_target(data, "4b" * 32)
+        assert other.value.field == "key"
+        assert raw_target(data)[:3] == ("ef" * 32, "Model", 1_700_000_000.0)
 
 
 def test_a_target_of_another_version_is_neither_guessed_nor_damaged():
     key = "3a" * 32
-    old = (GOLDEN / "targets" / f"{key}.v3").read_bytes()
-    explained = (GOLDEN / "targets" / f"{key}.v4").read_bytes()
-    new = (GOLDEN / "targets" / f"{key}.v5").read_bytes()
-    for data, version, field in ((old, 4, "refused"), (explained, 5, "code")):
+    read = {v: (GOLDEN / "targets" / f"{key}.v{v}").read_bytes() for v in (3, 4, 5, 6)}
+    for data, version, field in ((read[3], 4, "refused"), (read[4], 5, "code"), (read[5], 6, "records")):
         with pytest.raises(EntryFormatError) as missing:
             decode_target(sealed_again(data, version=version), key)
         assert missing.value.field == field
-    with pytest.raises(EntryFormatError, match="unknown key"):
-        decode_target(sealed_again(new, version=4), key)
-    with pytest.raises(EntryFormatError, match="unknown key"):
-        decode_target(sealed_again(new, version=3), key)
+    for data, version in ((read[5], 4), (read[5], 3)):
+        with pytest.raises(EntryFormatError, match="unknown key"):
+            decode_target(sealed_again(data, version=version), key)
+    with pytest.raises(EntryFormatError):
+        decode_target(sealed_again(read[6], version=5), key)
     with pytest.raises(FutureFormatError):
-        decode_target(sealed_again(new, version=6), key)
+        decode_target(sealed_again(read[6], version=7), key)
+
+
+def test_a_target_has_at_least_one_record_and_no_more_than_allowed():
+    record = types.TargetRecord(graph_hash="ab" * 32, sources=())
+    for number in (0, MOST_RECORDS + 1):
+        with pytest.raises(EntryFormatError) as caught:
+            decode_target(encode_target("ab" * 32, [record] * number), "ab" * 32)
+        assert caught.value.field == "records"
 
 
 def test_factors_are_only_decoded_when_they_are_asked_for():
@@ -413,7 +509,7 @@ def test_factors_are_only_decoded_when_they_are_asked_for():
         msgpack.packb([["a", "b", 1]]),
     ):
         record = types.TargetRecord(graph_hash="ab" * 32, sources=(), factors=bad)
-        assert decode_target(encode_target("k", record), "k") == record
+        assert decode_target(encode_target("ab" * 32, [record]), "ab" * 32) == (record,)
         with pytest.raises(EntryFormatError):
             unpack_factors(bad)
 

@@ -12,8 +12,7 @@ import msgpack
 import pytest
 
 from stitchcache.artifact.consts import load_consts
-from stitchcache.artifact.decode import decode, read_header
-from stitchcache.artifact.encode import encode
+from stitchcache.artifact.entry import decode, encode, read_header
 from stitchcache.artifact.legacy import decode_legacy
 from stitchcache.errors import EntryFormatError
 

@@ -37,7 +37,7 @@ def bench_get(place: Path) -> list[tuple[str, float, float | None]]:
 
     def load() -> None:
         cache = Cache(place)
-        record = cache.get_target(key("t"))
+        (record,) = cache.get_target(key("t"))
         found = cache.get(record.graph_hash)
         assert all(cache.blob_path(piece.blob) for piece in found.pieces)
 

@@ -94,7 +94,7 @@ def put(root: Path, graph_hash: str, label: str = "Model", **options: object) ->
 
 def put_target(root: Path, name: str, graph_hash: str, factors: dict[str, str], **more: object) -> str:
     """A target that leads to an entry; returns its key."""
-    from stitchcache.artifact.factors import pack_factors
+    from stitchcache.artifact.entry import pack_factors
 
     made = [Factor(name=n, value=value, digest=key(value)) for n, value in factors.items()]
     record = TargetRecord(

@@ -41,7 +41,7 @@ def test_json_has_raw_values(run_cli, tmp_path):
     assert entry["blob_bytes"] == sum(blob.size for blob in made.blobs)
     assert entry["entry_bytes"] == entry_file(tmp_path, key("a")).stat().st_size
     assert [blob["digest"] for blob in entry["blobs"]] == [blob.digest for blob in made.blobs]
-    assert (entry["pieces"], entry["variants"], entry["format_version"]) == (3, 1, 3)
+    assert (entry["pieces"], entry["variants"], entry["format_version"]) == (3, 1, 4)
 
 
 def test_short_hashes_stay_different(run_cli, tmp_path):

@@ -149,5 +149,5 @@ def test_migrate(run_cli, tmp_path):
         shutil.copy(file, tmp_path)
     done = run_cli("migrate", "--json", "--cache", tmp_path).json["migrated"]
     assert len(done) == 5
-    assert {header.format_version for header in Cache(tmp_path).entries()} == {3}
+    assert {header.format_version for header in Cache(tmp_path).entries()} == {4}
     assert run_cli("migrate", "--cache", tmp_path).out == ""

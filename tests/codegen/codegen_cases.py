@@ -13,8 +13,7 @@ import torch
 from torch import fx
 
 from stitchcache.artifact.consts import dump_consts, load_consts
-from stitchcache.artifact.decode import decode
-from stitchcache.artifact.encode import encode
+from stitchcache.artifact.entry import decode, encode
 from stitchcache.artifact.record import Artifact, Variant
 from stitchcache.codegen import compile_execution_fn, generate_execution_code
 from stitchcache.errors import UnserializableConstError

@@ -54,8 +54,7 @@ def do_get(cache: Cache, acknowledged: set[str]) -> None:
     assert read_back(cache, key("old")) in (CONTENT["old"], None)
     assert cache.get(key("damaged")) is None
     cache.get(OLD)
-    record = cache.get_target(key("target"))
-    assert record is None or record == target(key("old"))
+    assert cache.get_target(key("target")) in ((), (target(key("old")),))
     cache.get_piece(key("no piece"))
     cache.entries()
     cache.stats()

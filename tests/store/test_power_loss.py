@@ -61,7 +61,7 @@ def test_power_loss(durability, tmp_path, full):
                     evicted = not any(mark.startswith(f"put {name} ") for mark in since_prune)
                     assert durability == "fast" or evicted
                 if durability == "full" and f"target {name}" in since_prune:
-                    assert cache.get_target(key(f"t{name}")) == target(key(name))
+                    assert cache.get_target(key(f"t{name}")) == (target(key(name)),)
             report = cache.verify(repair=True)
             assert cache.verify().clean, report
             shutil.rmtree(place / "root")

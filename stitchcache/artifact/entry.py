@@ -1,0 +1,343 @@
+"""Entries, targets and pieces: bytes to records and back. The same record always gives the same bytes.
+
+What each record holds and how it is checked stands in its declaration (``stitchcache.types``,
+``stitchcache.artifact.record``); here stands which records a file consists of, in each version of the format.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from stitchcache.artifact.frame import (
+    HEADER_OFFSET,
+    MAGIC,
+    Kind,
+    header_end,
+    malformed,
+    open_frame,
+    open_header,
+    seal,
+)
+from stitchcache.artifact.record import Artifact, Header, PieceRecord, header_of
+from stitchcache.artifact.schema import FieldError, Form, fields_of, pack, read_packed, record, unpack
+from stitchcache.records import fill
+from stitchcache.types import Digest, Factor, TargetRecord
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
+
+CURRENT_SUFFIX = ".stitch"
+
+MOST_RECORDS = 8
+"""Records of a target."""
+
+# Most headers fit: one small read for each entry that `ls` lists.
+HEADER_READ = 4096
+
+Raw = Mapping[str, tuple[str, str]]
+"""Factor name to value and digest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What a target file holds: records for one target key, as several configurations may have the same key.
+
+    Args:
+        key: The target key; it is written too, so that a file under a wrong name is noticed.
+        records: Newest first.
+    """
+
+    key: Digest
+    records: tuple[TargetRecord, ...]
+
+    def flaw(self) -> tuple[str, str] | None:
+        """What is wrong with fields that were read."""
+        number = len(self.records)
+        return None if 0 < number <= MOST_RECORDS else ("records", f"{number} of them")
+
+
+# -- what stands where ----------------------------------------------------------------------------
+
+_HEADER = record(Header, skip=("format_version", "path", "file_bytes"))
+_ELSEWHERE = ("graph_hash", "label", "created", "compile_seconds", "format_version")
+"""Fields of an artifact that the header has."""
+
+_PAYLOADS = {3: fields_of(Artifact, skip=(*_ELSEWHERE, "check")), 4: fields_of(Artifact, skip=_ELSEWHERE)}
+_PIECE = record(PieceRecord)
+_TARGET = record(Target)
+_OLD_TARGETS = {
+    3: record(TargetRecord, skip=("refused", "factors", "code")),
+    4: record(TargetRecord, skip=("code",)),
+    5: record(TargetRecord),
+}
+"""Until version 5 a file was one record, with the key beside its fields."""
+
+
+def encode(artifact: Artifact) -> bytes:
+    """The bytes of an entry in the current format; ``created`` comes from it, no clock is read.
+
+    Raises:
+        EntryFormatError: A value has no form in the format.
+    """
+    header, payload = _HEADER.write(header_of(artifact)), _PAYLOADS[4].write(artifact)
+    return seal(Kind.ENTRY, pack(header), pack(payload))
+
+
+def decode(data: bytes, *, path: str = "") -> Artifact:
+    """The artifact in an entry's bytes, of any format version up to the current.
+
+    Args:
+        data: A whole file.
+        path: The file, for messages.
+
+    Raises:
+        EntryDamagedError: A size or digest is off.
+        EntryFormatError: The bytes are no entry; ``field`` says where they go wrong.
+        FutureFormatError: A newer stitchcache wrote them.
+    """
+    if is_legacy(data):
+        return _decode_legacy(data, path)
+    frame = open_frame(data, Kind.ENTRY, path=path)
+    header = _header(frame.header, frame.version, path)
+
+    def read(value: Any) -> Artifact:
+        values = _PAYLOADS[frame.version].read(value)
+        values.setdefault("check", None)
+        artifact = fill(Artifact, values | {name: getattr(header, name) for name in _ELSEWHERE})
+        flaw = artifact.flaw()
+        if flaw is not None:
+            raise FieldError(*flaw)
+        return artifact
+
+    artifact: Artifact = read_packed(Form(read, read), frame.payload, path)
+    if header_of(artifact) != header:
+        raise malformed(path, "header", "its counts, backends or blobs are not those of the payload")
+    return artifact
+
+
+def decode_named(data: bytes, key: str, path: str) -> Artifact:
+    """The artifact in a file, which must be of the graph hash that its name says, and of its kind.
+
+    Raises:
+        EntryFormatError: It is damaged, malformed, newer, or another's.
+    """
+    # The name decides which format is tried, so that damage cannot turn one into another.
+    artifact = decode(data, path=path) if path.endswith(CURRENT_SUFFIX) else _decode_legacy(data, path)
+    if artifact.graph_hash != key:
+        raise malformed(path, "graph_hash", f"{artifact.graph_hash} in a file that is named {key}")
+    return artifact
+
+
+def is_legacy(data: bytes) -> bool:
+    """Whether bytes look like an entry of format 0 to 2."""
+    # A pickle of protocol 2 and up, or a msgpack map; neither is within one bit of the current magic.
+    return data[:1] in (b"\x80", b"\x83", b"\x84", b"\x85") and data[: len(MAGIC)] != MAGIC
+
+
+def _decode_legacy(data: bytes, path: str) -> Artifact:
+    # Imported when one is met: it needs modules that a warm start does not.
+    from stitchcache.artifact.legacy import decode_legacy
+
+    return decode_legacy(data, path=path)
+
+
+# -- headers --------------------------------------------------------------------------------------
+
+
+def decode_header(prefix: bytes, file_size: int, *, path: str = "") -> Header:
+    """The header in an entry's first bytes, or in a whole legacy entry.
+
+    Args:
+        prefix: At least ``header_end(prefix)`` bytes; all of a legacy entry, which has no header.
+        file_size: Length of the whole file.
+        path: The file, for messages.
+    """
+    if is_legacy(prefix):
+        return header_of(_decode_legacy(prefix, path), path=path, file_bytes=file_size)
+    version, encoded = open_header(prefix, file_size, Kind.ENTRY, path=path)
+    return _header(encoded, version, path, file_size)
+
+
+def _header(encoded: bytes, version: int, path: str, file_size: int | None = None) -> Header:
+    found: Header = read_packed(_HEADER, encoded, path, "header")
+    place = {} if file_size is None else {"path": path, "file_bytes": file_size}
+    return fill(Header, {**vars(found), "format_version": version, **place})
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """The header of an entry's file, by one small read.
+
+    Raises:
+        EntryFormatError: It is damaged, malformed or newer.
+        OSError: It cannot be read.
+    """
+    name = os.fspath(path)
+    with open(name, "rb") as file:
+        prefix = file.read(HEADER_READ)
+        size = os.fstat(file.fileno()).st_size
+        if is_legacy(prefix):
+            prefix += file.read()
+        elif len(prefix) >= HEADER_OFFSET:
+            missing = header_end(prefix, path=name) - len(prefix)
+            prefix += file.read(missing) if missing > 0 else b""
+    return decode_header(prefix, size, path=name)
+
+
+# -- targets and pieces ---------------------------------------------------------------------------
+
+
+def encode_target(key: str, records: Sequence[TargetRecord]) -> bytes:
+    """The bytes of a target file."""
+    return seal(Kind.TARGET, b"", pack(_TARGET.write(Target(key=key, records=tuple(records)))))
+
+
+def decode_target(data: bytes, key: str, *, path: str = "") -> tuple[TargetRecord, ...]:
+    """The records in a target file, newest first.
+
+    Raises:
+        EntryFormatError: It is damaged, malformed, newer, or of another key.
+    """
+    frame = open_frame(data, Kind.TARGET, path=path)
+
+    def read(value: Any) -> tuple[TargetRecord, ...]:
+        if frame.version not in _OLD_TARGETS:
+            target: Target = _TARGET.read(value)
+            _check_key(target.key, key)
+            return target.records
+        if type(value) is dict:
+            _check_key(value.pop("key", None), key)
+        return (_OLD_TARGETS[frame.version].read(value),)
+
+    found: tuple[TargetRecord, ...] = read_packed(Form(read, read), frame.payload, path)
+    return found
+
+
+def encode_piece(piece: PieceRecord) -> bytes:
+    """The bytes of a piece file."""
+    return seal(Kind.PIECE, b"", pack(_PIECE.write(piece)))
+
+
+def decode_piece(data: bytes, key: str, *, path: str = "") -> PieceRecord:
+    """The record in a piece file.
+
+    Raises:
+        EntryFormatError: It is damaged, malformed, newer, or of another key.
+    """
+    found: PieceRecord = read_packed(_PIECE, open_frame(data, Kind.PIECE, path=path).payload, path)
+    if found.key != key:
+        raise malformed(path, "key", f"{found.key} in a file that should be about {key}")
+    return found
+
+
+def _check_key(found: object, key: str) -> None:
+    if found != key:
+        raise FieldError("key", f"{found} in a file that should be about {key}")
+
+
+# -- factors alone --------------------------------------------------------------------------------
+# A target's factors are packed into one field of its record, so that a direct hit need not decode them:
+# [[name, value, digest], ...] in msgpack, in the key's order.
+
+
+def pack_factors(factors: Sequence[Factor]) -> bytes:
+    """The bytes of ``TargetRecord.factors``.
+
+    Raises:
+        EntryFormatError: A value has no form in the format.
+    """
+    return pack([[factor.name, factor.value, factor.digest] for factor in factors])
+
+
+def unpack_factors(data: bytes, *, path: str = "") -> tuple[Factor, ...]:
+    """The factors in a record; none where none were recorded.
+
+    Raises:
+        EntryFormatError: The bytes are something else.
+    """
+    return factors_of(raw_factors(data, path=path))
+
+
+def raw_factors(data: bytes, *, path: str = "") -> Raw:
+    """The same without a record for each, for a look at many targets.
+
+    Raises:
+        EntryFormatError: The bytes are something else.
+    """
+    if not data:
+        return {}
+    found: dict[str, tuple[str, str]] = {}
+    rows = unpack(data, path=path, field="factors")
+    try:
+        for name, value, digest in rows:
+            if not (type(name) is type(value) is type(digest) is str):
+                raise TypeError(name)
+            found[name] = value, digest
+    except (TypeError, ValueError) as error:
+        raise malformed(path, "factors", "not an array of name, value and digest") from error
+    return found
+
+
+def raw_target(data: bytes, *, path: str = "") -> tuple[str, str, float, Raw]:
+    """Graph hash, label, time and factors of the newest record in a target file; nothing else is looked at.
+
+    Raises:
+        EntryFormatError: It is damaged or has none of these.
+    """
+    payload = unpack(open_frame(data, Kind.TARGET, path=path).payload, path=path, field="payload")
+    try:
+        newest = payload["records"][0] if "records" in payload else payload
+        facts = str(newest["graph_hash"]), str(newest["label"]), float(newest["created"])
+        return *facts, raw_factors(newest.get("factors", b""), path=path)
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
+        raise malformed(path, "payload", "not that of a target") from error
+
+
+def raw_entry_factors(data: bytes, *, path: str = "") -> Raw:
+    """The factors in an entry of the current format; the rest of it is not looked at.
+
+    Raises:
+        EntryFormatError: It is damaged or has none.
+    """
+    payload = unpack(open_frame(data, Kind.ENTRY, path=path).payload, path=path, field="payload")
+    rows: Any = payload.get("factors") if type(payload) is dict else None
+    try:
+        return {str(row["name"]): (str(row["value"]), str(row["digest"])) for row in rows}
+    except (TypeError, KeyError) as error:
+        raise malformed(path, "factors", "not an array of factors") from error
+
+
+def factors_of(raw: Raw) -> tuple[Factor, ...]:
+    """A record for each."""
+    return tuple(Factor(name=name, value=value, digest=digest) for name, (value, digest) in raw.items())
+
+
+# -- what the store's upkeep needs ----------------------------------------------------------------
+
+
+class EntryCodec:
+    """What files name; has what ``stitchcache.store.reading.Codec`` asks for."""
+
+    def head_size(self, prefix: bytes, path: str) -> int:
+        """Bytes that the header ends at."""
+        return header_end(prefix, path=path)
+
+    def head(self, prefix: bytes, file_size: int, path: str) -> Sequence[tuple[str, int]]:
+        """Blobs that an entry names, from its header."""
+        return [(blob.digest, blob.size) for blob in decode_header(prefix, file_size, path=path).blobs]
+
+    def entry(self, data: bytes, key: str, path: str) -> Sequence[tuple[str, int]]:
+        """Blobs that an entry names, all of it checked."""
+        return [(blob.digest, blob.size) for blob in decode_named(data, key, path).blobs]
+
+    def target(self, data: bytes, key: str, path: str) -> Sequence[str]:
+        """Graph hashes that a target leads to."""
+        return list(dict.fromkeys(found.graph_hash for found in decode_target(data, key, path=path)))
+
+    def piece(self, data: bytes, key: str, path: str) -> tuple[str, int]:
+        """Blob that a piece leads to."""
+        blob = decode_piece(data, key, path=path).blob
+        return blob.digest, blob.size
