@@ -284,16 +284,18 @@ class BindingSpec:
     """A tensor that the stitching function takes from the model, not from the call.
 
     Args:
-        name: Qualified name in the model, such as ``layers.0.norm.weight``.
-        kind: ``parameter`` or ``buffer`` (looked up in the model) or ``constant`` (stored here).
+        name: Qualified name in the model, such as ``layers.0.norm.weight``; for an attribute a path, such as
+            ``cache.layers[0].keys``.
+        kind: ``parameter``, ``buffer`` or ``attribute`` (looked up in the model) or ``constant`` (stored
+            here). An attribute lies where only plain attributes, containers and objects lead.
         tensor: What it must be.
         blob: For a constant: its bytes.
-        aliases: Other names that the same tensor had in the model (tied weights); they must still
+        aliases: Other names and paths that the same tensor had in the model (tied weights); they must still
             be the same tensor.
     """
 
     name: Name
-    kind: Literal["parameter", "buffer", "constant"]
+    kind: Literal["parameter", "buffer", "attribute", "constant"]
     tensor: TensorSpec
     blob: BlobRef | None = None
     aliases: tuple[Name, ...] = ()

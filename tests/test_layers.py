@@ -16,7 +16,7 @@ ROOT = Path(stitchcache.__file__).parent
 # What each part may import; siblings do not import each other.
 BASE = {"errors", "records", "types", "pause"}
 TORCHSIDE = BASE | {"torchside"}
-GROUND = TORCHSIDE | {"graph", "codegen", "keys"}
+GROUND = TORCHSIDE | {"graph", "codegen", "keys", "state"}
 STORED = GROUND | {"artifact", "store", "cache", "nearest", "explanation"}
 ENGINE = STORED | {"pieces"}
 ALLOWED = {
@@ -25,9 +25,10 @@ ALLOWED = {
     "types": {"records"},
     "pause": set(),
     "torchside": {"errors", "types"},
-    "graph": TORCHSIDE,
+    "state": TORCHSIDE,
+    "graph": TORCHSIDE | {"state"},
     "codegen": TORCHSIDE,
-    "keys": TORCHSIDE,
+    "keys": TORCHSIDE | {"state"},
     "artifact": GROUND,
     "store": GROUND | {"artifact"},
     "cache": GROUND | {"artifact", "store"},

@@ -12,7 +12,7 @@ import torch
 from stitchcache.cache import Cache
 from stitchcache.errors import OptionError
 from stitchcache.pieces import NAMES
-from stitchcache.runtime.bind import modules_of
+from stitchcache.state import modules_of
 from stitchcache.types import SizeRange
 
 if TYPE_CHECKING:

@@ -108,16 +108,18 @@ def _bindings(
     ]:
         names.setdefault(id(tensor), []).append(name)
     found = []
-    tensors = {item.name: item for captured in captures for item in captured.bound}
+    every = [item for captured in captures for item in captured.bound]
+    tensors = {item.name: item for item in every}
     for item in tensors.values():
         if item.name in used | written:
             shared = names.get(id(item.tensor), []) if item.kind != "constant" else []
+            paths = [path for other in every if other.name == item.name for path in other.aliases]
             found.append(
                 BindingSpec(
                     name=item.name,
                     kind=item.kind,  # type: ignore[arg-type]
                     tensor=tensor_spec(item.tensor, SymbolNames(), item.name),
-                    aliases=tuple(name for name in shared if name != item.name),
+                    aliases=tuple(dict.fromkeys(n for n in [*shared, *paths] if n != item.name)),
                 )
             )
     return tuple(found)

@@ -48,37 +48,25 @@ class Subject:
     Args:
         gm: The flat graph.
         bound: Placeholder to tensor, for what the model feeds.
-        buffers: Placeholder to qualified name, for the model's own buffers and parameters.
         leaves: Placeholder to the example's leaf.
-        call: Runs the model on leaves, with other tensors for the named ones; returns its leaves, and
-            its buffers afterwards by name.
+        call: Runs the model on leaves; returns copies of its results' leaves, and of its tensors afterwards,
+            one for each of ``state``. The model's own are as before.
         mutations: How many results of the graph are write-backs.
         again: Captures the model with other leaves, all their sizes fixed: what stands for a model that
             cannot run because it has no data. Returns the graph, its bound tensors (placeholder to name
             and tensor) and its other placeholders.
+        names: Placeholder to the name of the tensor that feeds it.
+        state: Placeholders of the model's own tensors, all but constants.
     """
 
     gm: torch.fx.GraphModule
     bound: Mapping[str, torch.Tensor]
-    buffers: Mapping[str, str]
     leaves: Mapping[str, Any]
-    call: Callable[[Sequence[Any], Mapping[str, torch.Tensor]], tuple[list[Any], dict[str, torch.Tensor]]]
+    call: Callable[[Sequence[Any]], tuple[list[Any], list[torch.Tensor]]]
     mutations: int
     again: Callable[[Sequence[Any]], tuple[torch.fx.GraphModule, _Bound, Sequence[str]]]
     names: Mapping[str, str]
-
-
-class Observed(torch.nn.Module):
-    """A model that also returns its buffers as they are after a call, replaced ones included."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-        """Call the model."""
-        result = self.model(*args, **kwargs)
-        return result, dict(self.model.named_buffers(remove_duplicate=False))
+    state: Sequence[str]
 
 
 def settle_lower_bounds(
@@ -149,25 +137,15 @@ def _agrees(subject: Subject, sizes: Mapping[sympy.Symbol, int]) -> bool:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=_cuda(everything)):
             torch.manual_seed(0)
-            want, after = subject.call(theirs[len(subject.bound) :], _state(subject, theirs))
+            want, after = subject.call(theirs[len(subject.bound) :])
             torch.manual_seed(0)
             got = _run_graph(subject, ours)
     except _REFUSALS:
         return False
-    # A buffer that the model replaced by another tensor is that tensor.
+    changed = dict(zip(subject.state, after, strict=True))
     for index, placeholder in enumerate(subject.bound):
-        theirs[index] = after.get(subject.buffers.get(placeholder, ""), theirs[index])
+        theirs[index] = changed.get(placeholder, theirs[index])
     return _same(want, got) and _same(theirs, ours)
-
-
-def _state(subject: Subject, copies: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies of the model's tensors by name; tensors that are one object stay one."""
-    one = {id(tensor): copy for tensor, copy in zip(subject.bound.values(), copies, strict=False)}
-    return {
-        subject.buffers[placeholder]: one[id(tensor)]
-        for placeholder, tensor in subject.bound.items()
-        if placeholder in subject.buffers
-    }
 
 
 def _agrees_without_data(subject: Subject, leaves: Sequence[Any]) -> bool:

@@ -18,12 +18,15 @@ import torch
 from torch.export.graph_signature import InputKind, OutputKind
 
 from stitchcache.capture.contract import input_spec
-from stitchcache.capture.edges import Observed, Subject, settle_lower_bounds
-from stitchcache.capture.example import attributes_kept, separate
+from stitchcache.capture.edges import Subject, settle_lower_bounds
+from stitchcache.capture.example import separate
 from stitchcache.capture.regions import ambient_modes, settle_regions
 from stitchcache.capture.unweighted import names_of
 from stitchcache.errors import CaptureError
+from stitchcache.graph.aliasing import written_placeholders
 from stitchcache.graph.symbols import SymbolNames
+from stitchcache.pieces.check import clone_all
+from stitchcache.state import kept, memory_of, plain_tensors, state_of, tensor_at, unchanged
 from stitchcache.torchside import tree
 from stitchcache.torchside.tensors import has_fakes
 from stitchcache.types import InputSpec, OutputSpec
@@ -48,15 +51,17 @@ class BoundTensor:
 
     Args:
         placeholder: The placeholder's name in the graph.
-        name: Qualified name in the model; for a constant, torch's name for it.
-        kind: ``parameter``, ``buffer`` or ``constant``.
+        name: Qualified name in the model, or path; for a constant, torch's name for it.
+        kind: ``parameter``, ``buffer``, ``attribute`` or ``constant``.
         tensor: The tensor itself.
+        aliases: Paths to the same tensor that the forward may have gone by.
     """
 
     placeholder: str
     name: str
     kind: str
     tensor: torch.Tensor
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,18 +109,18 @@ def capture(
     """
     leaves, spec = tree.flatten((args, dict(kwargs)))
     _refuse_meta([*model.parameters(), *model.buffers(), *leaves])
-    leaves = separate(leaves, model)
+    plain = plain_tensors(model)
+    leaves = separate(leaves, [*model.parameters(), *model.buffers(), *plain.values()])
     example: tuple[tuple[Any, ...], dict[str, Any]] = tree.unflatten(leaves, spec)
     try:
-        with torch.no_grad(), attributes_kept(model):
+        # torch runs an op of which every argument is such a tensor for real.
+        with torch.no_grad(), kept([tensor for tensor in plain.values() if not has_fakes([tensor])]):
             program = torch.export.export(
                 model, example[0], example[1], dynamic_shapes=dynamic_shapes, strict=False
             )
     except _EXPORT_ERRORS as error:
-        if isinstance(error, CaptureError):
-            raise
         raise _capture_error(model, error) from error
-    bound, user_inputs = _inputs(program)
+    bound, user_inputs = _inputs(program, Roads(model, plain))
     paths = tree.leaf_paths(model.forward, args, dict(kwargs))
     if len(leaves) != len(user_inputs):
         raise CaptureError(
@@ -129,13 +134,14 @@ def capture(
     contract = input_spec(program, user_inputs, paths, leaves, tree.dumps(spec), dynamic_shapes, names)
     outputs = _output_spec(program, user_inputs)
 
-    def call(
-        values: Sequence[Any], state: Mapping[str, torch.Tensor]
-    ) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    def call(values: Sequence[Any]) -> tuple[list[Any], list[torch.Tensor]]:
         positional, named = tree.unflatten(values, spec)
-        given = {f"model.{name}": tensor for name, tensor in state.items()}
-        result, after = torch.func.functional_call(Observed(model), given, positional, named)
-        return tree.flatten(result)[0], after
+        with unchanged(model):
+            result = tree.flatten(model(*positional, **named))[0]
+            state = state_of(model)
+            after = [state.get(i.name, tensor_at(model, i.name)) for i in bound if i.kind != "constant"]
+            copies = clone_all([*result, *after])
+        return copies[: len(result)], copies[len(result) :]
 
     def again(
         values: Sequence[Any],
@@ -148,12 +154,12 @@ def capture(
     subject = Subject(
         gm=gm,
         bound={item.placeholder: item.tensor for item in bound},
-        buffers={item.placeholder: item.name for item in bound if item.kind != "constant"},
         leaves=dict(zip(user_inputs, leaves, strict=True)),
         call=call,
         mutations=len(outputs.mutations),
         again=again,
         names={item.placeholder: item.name for item in bound},
+        state=[item.placeholder for item in bound if item.kind != "constant"],
     )
     return Capture(
         gm=gm,
@@ -190,8 +196,40 @@ def _tensors(leaves: Sequence[Any], bound: Sequence[BoundTensor]) -> list[torch.
     return [*(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)), *(item.tensor for item in bound)]
 
 
-def _inputs(program: torch.export.ExportedProgram) -> tuple[list[BoundTensor], list[str]]:
+class Roads:
+    """Names of a model's tensors by their memory.
+
+    torch.export takes a tensor that the forward reaches through a plain attribute, a list or an object for a
+    constant. Copied into an artifact it would be another tensor than the model's: what one compiled model
+    writes, no other would see, nor the model itself.
+    """
+
+    def __init__(self, model: torch.nn.Module, plain: Mapping[str, torch.Tensor]) -> None:
+        self._model = model
+        self._paths: dict[object, list[tuple[str, torch.Tensor]]] = {}
+        for path, tensor in plain.items():
+            self._paths.setdefault(memory_of(tensor), []).append((path, tensor))
+        self._state: dict[object, tuple[str, str, torch.Tensor]] = {}
+
+    def named(self, placeholder: str, constant: torch.Tensor) -> BoundTensor | None:
+        """The tensor of the model that torch took for a constant; ``None`` for one that nothing leads to."""
+        place = memory_of(constant)
+        if place is None or not (paths := self._paths.get(place)):
+            return None
+        if not self._state:
+            for name, tensor in state_of(self._model).items():
+                kind = "parameter" if isinstance(tensor, torch.nn.Parameter) else "buffer"
+                self._state.setdefault(memory_of(tensor), (name, kind, tensor))
+        names = tuple(path for path, _ in paths)
+        if place in self._state:
+            name, kind, tensor = self._state[place]
+            return BoundTensor(placeholder, name, kind, tensor, names)
+        return BoundTensor(placeholder, names[0], "attribute", paths[0][1], names[1:])
+
+
+def _inputs(program: torch.export.ExportedProgram, roads: Roads) -> tuple[list[BoundTensor], list[str]]:
     """Sort the placeholders into tensors that we bind and leaves that the user brings."""
+    written = written_placeholders(program.graph_module) - _copied_first(program.graph)
     bound, user = [], []
     state: dict[str, torch.Tensor] = dict(program.state_dict) | dict(program.constants)
     for item in program.graph_signature.input_specs:
@@ -200,9 +238,11 @@ def _inputs(program: torch.export.ExportedProgram) -> tuple[list[BoundTensor], l
             user.append(name)
         elif item.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
             kind = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer"}.get(item.kind, "constant")
-            bound.append(BoundTensor(name, str(item.target), kind, state[str(item.target)]))
-            if kind == "constant":
-                _check_has_data(bound[-1])
+            tensor = state[str(item.target)]
+            found = roads.named(name, tensor) if kind == "constant" else None
+            bound.append(found or BoundTensor(name, str(item.target), kind, tensor))
+            if bound[-1].kind == "constant":
+                _check_constant(bound[-1], written)
         else:
             raise CaptureError(
                 f"the model uses {item.target or name!r}, which torch.export lifts as {item.kind.name}; "
@@ -213,8 +253,25 @@ def _inputs(program: torch.export.ExportedProgram) -> tuple[list[BoundTensor], l
     return bound, user
 
 
-def _check_has_data(constant: BoundTensor) -> None:
+def _copied_first(graph: torch.fx.Graph) -> set[str]:
+    """Placeholders that only copies are made of: of the literals in ``torch.tensor(...)``.
+
+    The copy's fake tensor has the memory of what it is a copy of, as if that was written.
+    """
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    copies = torch.ops.aten.lift_fresh_copy.default
+    return {node.name for node in placeholders if all(user.target is copies for user in node.users)}
+
+
+def _check_constant(constant: BoundTensor, written: set[str]) -> None:
     """A constant goes into the artifact by value."""
+    if constant.placeholder in written:
+        raise CaptureError(
+            f"the forward writes into {constant.name!r} (as torch.export names it), a tensor that no "
+            "attribute of the model leads to: a global, or one that a function holds. Keep it in the model, "
+            "as a buffer (register_buffer) or in an attribute, so that compiled models share it.",
+            reason=f"write into constant {constant.name}",
+        )
     if has_fakes([constant.tensor]):
         raise CaptureError(
             f"the forward uses {constant.name!r}, a tensor that is neither parameter nor buffer, and it was "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 
 from stitchcache.errors import BindError
+from stitchcache.state import memory_of, state_of, tensor_at
 from stitchcache.types import BindingSpec
 
 
@@ -30,8 +31,10 @@ def bind_tensors(
     dtypes: dict[str, object] = {}
     found: dict[str, torch.Tensor] = {}
     for binding in bindings:
-        source = constants if binding.kind == "constant" else state
-        tensor = source.get(binding.name)
+        if binding.kind == "attribute":
+            tensor = tensor_at(model, binding.name)
+        else:
+            tensor = (constants if binding.kind == "constant" else state).get(binding.name)
         if tensor is None:
             raise BindError(
                 f"the model has no {binding.kind} {binding.name!r}, which the artifact uses. "
@@ -41,7 +44,11 @@ def bind_tensors(
                 actual="nothing",
             )
         for alias in binding.aliases:
-            if state.get(alias) is not tensor:
+            other = state.get(alias)
+            if other is None:
+                other = tensor_at(model, alias)
+            # Another object over the same memory is the same to whoever reads or writes it.
+            if other is not tensor and (other is None or memory_of(other) != memory_of(tensor)):
                 raise BindError(
                     f"{alias!r} and {binding.name!r} were one tensor when the artifact was compiled and are "
                     "two now. Tie them again, or compile this model.",
@@ -62,34 +69,6 @@ def bind_tensors(
             _check(binding, tensor)
         found[binding.name] = tensor
     return found
-
-
-def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer by each of its names.
-
-    As ``named_parameters`` and ``named_buffers`` without removal of duplicates, whose nested generators
-    take a millisecond for a deep model.
-    """
-    state: dict[str, torch.Tensor] = {}
-    for prefix, module in modules_of(model):
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    state[prefix + name] = tensor
-    return state
-
-
-def modules_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """A model's modules in their order, by each of their names, which end in a dot; the model's is empty."""
-    todo: list[tuple[str, torch.nn.Module]] = [("", model)]
-    while todo:
-        prefix, module = todo.pop()
-        yield prefix, module
-        children = [
-            (f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None
-        ]
-        # Reversed, so that what comes first is taken first.
-        todo += reversed(children)
 
 
 def _check(binding: BindingSpec, tensor: torch.Tensor) -> None:

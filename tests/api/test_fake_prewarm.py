@@ -173,10 +173,22 @@ def test_size_ranges_and_a_mode_of_ones_own(tmp_path):
 class Keeps(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.scale = torch.tensor([1.0, 2.0, 3.0])
+        scale = torch.tensor([1.0, 2.0, 3.0])
+        self.scaled = lambda x: x * scale
 
     def forward(self, x):
-        return x * self.scale
+        return self.scaled(x)
+
+
+class KeepsWithin(torch.nn.Module):
+    """A tensor that is no buffer, but that a path leads to."""
+
+    def __init__(self):
+        super().__init__()
+        self.scales = [torch.tensor([1.0, 2.0, 3.0])]
+
+    def forward(self, x):
+        return x * self.scales[0]
 
 
 class Decides(torch.nn.Module):
@@ -207,6 +219,17 @@ def test_what_needs_data_is_refused(make, fake, words, tmp_path):
     assert isinstance(result.error, errors.CaptureError)
     with pytest.raises(errors.CaptureError, match=f"(?s){words}"):
         raise result.error
+
+
+def test_a_tensor_in_a_list_needs_no_data(tmp_path):
+    cache = stitchcache.Cache(tmp_path)
+    target = Target("it", lambda: (KeepsWithin().eval(), (torch.ones(2, 3),)), backend="eager")
+    (result,) = stitchcache.prewarm(target, cache=cache, fake=True).results
+    assert result.error is None
+    compiled = stitchcache.compile(
+        KeepsWithin().eval(), (torch.ones(2, 3),), backend="eager", cache=cache, on_miss="error"
+    )
+    assert compiled(torch.ones(2, 3)).tolist() == [[1.0, 2.0, 3.0]] * 2
 
 
 def test_a_llama_without_weights(tmp_path):

@@ -96,21 +96,49 @@ def test_a_splitting_op_that_is_not_there(tmp_path):
     assert caught.value.present == ["aten::relu.default"]
 
 
-def test_writing_into_a_plain_attribute_is_refused_and_undone():
-    class Counting(nn.Module):
+class Counting(nn.Module):
+    """Writes into a tensor that only plain objects lead to."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {"a.b": [torch.zeros(2)]}
+
+    def forward(self, x):
+        self.seen["a.b"][0].add_(1)
+        return x + self.seen["a.b"][0]
+
+
+def test_a_tensor_in_a_plain_object_is_bound_by_its_path_and_not_written_while_traced():
+    model = Counting().eval()
+    (bound,) = capture(model, (torch.ones(2),), {}).bound
+    assert (bound.kind, bound.name) == ("attribute", "seen['a%2e;b'][0]")
+    assert bound.tensor is model.seen["a.b"][0]
+    assert torch.equal(bound.tensor, torch.zeros(2))
+
+
+def test_a_parameter_that_a_list_leads_to_is_that_parameter():
+    class Listed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.seen = torch.zeros(2)
+            self.w = nn.Parameter(torch.ones(2))
+            self.all = [self.w]
 
         def forward(self, x):
-            self.seen.add_(1)
-            return x + self.seen
+            return x * self.all[0]
 
-    model = Counting()
-    error = refused(model, torch.ones(2))
-    assert "'seen'" in str(error)
-    assert "register_buffer('seen'" in str(error)
-    assert torch.equal(model.seen, torch.zeros(2))
+    model = Listed().eval()
+    used = [item for item in capture(model, (torch.ones(2),), {}).bound if item.aliases]
+    assert [(item.kind, item.name, item.aliases) for item in used] == [("parameter", "w", ("all[0]",))]
+    assert used[0].tensor is model.w
+
+
+GLOBAL = torch.zeros(2)
+
+
+def test_writing_into_a_tensor_that_no_attribute_leads_to_is_refused():
+    error = refused(Model(lambda x: x + GLOBAL.add_(1)), torch.ones(2))
+    assert "no attribute of the model leads to" in str(error)
+    assert "register_buffer" in str(error)
 
 
 def test_a_sparse_argument_is_refused():

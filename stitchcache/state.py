@@ -1,0 +1,234 @@
+"""The tensors of a model, by every road that leads to them.
+
+Most are parameters and buffers, under their qualified names. Others lie in plain attributes, lists, dicts and
+objects, such as the layers of a static cache. Their name is a path: ``cache.layers[0].keys``,
+``tables['long']``. A path is followed through what lies there, never through code of the user's: no property
+and no ``__getattr__`` runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from typing import Any
+
+import torch
+
+from stitchcache.torchside.tensors import storage_id, version_of
+
+# What holds no tensors of the model's own, however much can be reached through it.
+_CLOSED = (
+    type,
+    ModuleType,
+    FunctionType,
+    MethodType,
+    BuiltinFunctionType,
+    torch.Size,
+    torch.dtype,
+    torch.device,
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    type(None),
+)
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+_STEP = re.compile(r"\.?([^.\[\]]+)|\[(?:(-?\d{1,18})|'([^']*)')\]")
+_MISSING = object()
+
+
+def modules_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """A model's modules in their order, by each of their names, which end in a dot; the model's is empty."""
+    todo: list[tuple[str, torch.nn.Module]] = [("", model)]
+    while todo:
+        prefix, module = todo.pop()
+        yield prefix, module
+        children = [
+            (f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None
+        ]
+        # Reversed, so that what comes first is taken first.
+        todo += reversed(children)
+
+
+def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer by each of its names.
+
+    As ``named_parameters`` and ``named_buffers`` without removal of duplicates, whose nested generators
+    take a millisecond for a deep model.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for prefix, module in modules_of(model):
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    state[prefix + name] = tensor
+    return state
+
+
+def plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every tensor that plain attributes, containers and objects lead to, by each of its paths.
+
+    An object is looked into once, by the first path to it. Objects of torch's own classes other than modules,
+    functions and classes are not looked into.
+    """
+    found: dict[str, torch.Tensor] = {}
+    registered = [module for _, module in modules_of(model)]
+    seen = {id(module) for module in registered}
+    todo: list[tuple[str, Any]] = []
+    for prefix, module in modules_of(model):
+        inside = [(prefix + name, value) for name, value in vars(module).items() if name not in _REGISTERED]
+        todo += reversed(inside)
+        while todo:
+            path, value = todo.pop()
+            if isinstance(value, torch.Tensor):
+                found[path] = value
+            elif not isinstance(value, _CLOSED) and id(value) not in seen:
+                seen.add(id(value))
+                todo += reversed(list(_inside(path, value)))
+    return found
+
+
+def _inside(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What lies in a container or an object, with the path to it."""
+    if isinstance(value, dict):
+        for key, item in dict.items(value):
+            if type(key) in (int, str):
+                yield f"{path}[{_written(key)}]", item
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield f"{path}[{index}]", item
+    if isinstance(value, torch.nn.Module):
+        # A module that is not registered, in a list say: its tensors are no parameters of the model.
+        for registry in _REGISTERED:
+            for name, item in vars(value)[registry].items():
+                yield f"{path}.{name}", item
+    elif type(value).__module__.partition(".")[0] == "torch":
+        return
+    for name, item in _attributes(value):
+        if name.isidentifier() and name not in _REGISTERED:
+            yield f"{path}.{name}", item
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    """An object's own attributes: those of its ``__dict__``, and its slots."""
+    own = getattr(value, "__dict__", None)
+    if isinstance(own, dict):
+        yield from list(own.items())
+    for cls in type(value).__mro__:
+        for name, member in vars(cls).items():
+            if isinstance(member, MemberDescriptorType) and "__slots__" in vars(cls):
+                item = _slot(member, value)
+                if item is not _MISSING:
+                    yield name, item
+
+
+def _slot(member: MemberDescriptorType, value: Any) -> Any:
+    try:
+        return member.__get__(value, type(value))
+    except AttributeError:
+        return _MISSING
+
+
+def _written(key: int | str) -> str:
+    if isinstance(key, int):
+        return str(key)
+    # torch keeps the tensors of a graph under dotted names, and writes such a name between double quotes.
+    return "'" + re.sub(r"[^\w -]", lambda found: f"%{ord(found[0]):x};", key) + "'"
+
+
+def tensor_at(model: torch.nn.Module, path: str) -> torch.Tensor | None:
+    """The tensor that a path leads to.
+
+    Args:
+        model: Where the path begins.
+        path: As :func:`plain_tensors` writes it, or the name of a parameter or buffer.
+
+    Returns:
+        The tensor; ``None`` if there is none, or the path is none.
+    """
+    value: Any = model
+    end = 0
+    for step in _STEP.finditer(path):
+        if step.start() != end:
+            return None
+        end = step.end()
+        if step[1] is not None:
+            value = _named(value, step[1])
+        else:
+            value = _item(value, int(step[2]) if step[2] is not None else _read(step[3]))
+    return value if end == len(path) and isinstance(value, torch.Tensor) else None
+
+
+def _named(value: Any, name: str) -> Any:
+    if isinstance(value, torch.nn.Module):
+        for registry in _REGISTERED:
+            if name in vars(value)[registry]:
+                return vars(value)[registry][name]
+    return next((item for known, item in _attributes(value) if known == name), None)
+
+
+def _read(text: str) -> str:
+    return re.sub(r"%([0-9a-f]{1,5});", lambda found: chr(int(found[1], 16)), text)
+
+
+def _item(value: Any, key: int | str) -> Any:
+    if isinstance(value, dict):
+        return dict.get(value, key)
+    if isinstance(value, (list, tuple)) and isinstance(key, int) and 0 <= key < len(value):
+        return value[key]
+    return None
+
+
+def memory_of(tensor: torch.Tensor) -> tuple[object, ...] | None:
+    """What tells a tensor's elements from those of others; ``None`` for one without strides.
+
+    Not identity: torch.export detaches the parameters that it meets outside of the module tree.
+    """
+    if tensor.layout != torch.strided:
+        return None
+    return (storage_id(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+@contextmanager
+def kept(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Give tensors their values back after a block that may write into them."""
+    copies = [(tensor, _version(tensor), tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, version, copy in copies:
+            if version is None or _version(tensor) != version:
+                with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
+                    tensor.copy_(copy)
+
+
+@contextmanager
+def unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """Let a model run, and put back what its forward wrote.
+
+    That is the values of its tensors, and the attributes, parameters and buffers that its modules had. What
+    other objects were given instead of what they had is not put back.
+    """
+    modules = [vars(module) for _, module in modules_of(model)]
+    before = [
+        (space, dict(space))
+        for own in modules
+        for space in (own, *(own[registry] for registry in _REGISTERED))
+    ]
+    tensors = {id(tensor): tensor for tensor in (*state_of(model).values(), *plain_tensors(model).values())}
+    with kept(list(tensors.values())):
+        try:
+            yield
+        finally:
+            for space, items in before:
+                if space.keys() != items.keys() or any(space[name] is not items[name] for name in items):
+                    space.clear()
+                    space.update(items)
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often a tensor was written to; tensors made in inference mode do not count that."""
+    return None if tensor.is_inference() else version_of(tensor)
