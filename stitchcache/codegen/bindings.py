@@ -5,9 +5,8 @@ from __future__ import annotations
 import pickle
 from typing import Any, Literal
 
-from stitchcache.codegen.allowed import BUILTINS, Path
 from stitchcache.codegen.names import Namespace, is_identifier
-from stitchcache.codegen.reach import path_of
+from stitchcache.codegen.reach import BUILTINS, Path, path_of
 from stitchcache.errors import UnserializableConstError
 
 # What pickling refuses with, by itself and through an object's own __reduce__ or __getstate__.

@@ -1,27 +1,54 @@
 """The gate: which source text may be executed.
 
 Code that came from outside is parsed, and every construct in it is compared with what the generators
-write, before any of it runs. docs/generated-code.md has the grammar. Nothing is executed here.
+write, before any of it runs. docs/generated-code.md has the grammar; the methods of `_Gate` follow it
+rule by rule. What a rule does not name is refused: there is no list of what is dangerous here. Nothing
+is executed here.
 """
 
 from __future__ import annotations
 
 import ast
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
-from stitchcache.codegen.allowed import BUILTINS, OPERATOR_METHODS
-from stitchcache.codegen.expressions import ExpressionGate, Names, dotted_path, refuse, resolve_op
-from stitchcache.errors import EntryFormatError
+from stitchcache.codegen.names import is_dunder
+from stitchcache.codegen.reach import (
+    BUILTINS,
+    OPERATOR_METHODS,
+    NoSuchOpError,
+    NotAllowedError,
+    Path,
+    is_attribute,
+    is_method,
+    resolve,
+)
+from stitchcache.errors import EntryFormatError, LinkError
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
 else:
     from stitchcache.records import dataclass
 
-
 _INLINED = "__vllm_inlined_submods__"
-_SUBMODS = "__vllm_submods__"
 _ROOTS = ("torch", "operator", "_operator")
+_BINARY = (
+    ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.MatMult, ast.BitAnd, ast.BitOr,
+    ast.BitXor, ast.LShift, ast.RShift,
+)  # fmt: skip
+_COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+_IN_DEFAULTS = (ast.Constant, ast.UnaryOp, ast.USub, ast.Tuple, ast.List, ast.Dict, ast.Load)
+
+# What an expression stands for: a variable of the function, a submodule or a constant that the caller
+# supplies, an op, or a function that was defined above (list ABI).
+_Kind = Literal["local", "submod", "const", "op", "function"]
+_VALUES = ("local", "submod", "const")
+# Names that stand for the caller's tables: unpacked in the bound ABI, indexed in the list ABI.
+_TABLES: dict[str, Literal["submod", "const"]] = {
+    "__submods__": "submod",
+    "__consts__": "const",
+    "__vllm_submods__": "submod",
+    "__vllm_consts__": "const",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,190 +92,341 @@ def check_code(code: str, submods: int, consts: int) -> CheckedCode:
             f"line {line} of the code is not Python: {error}", field=f"code, line {line}", reason=str(error)
         ) from error
     functions = _functions(tree)
+    # Imports are not run: what they would bind is put into the globals.
     tree.body = list(functions)
+    is_bound = len(functions) == 1 and functions[0].name == "bind"
+    gate = _Gate(is_bound, submods, consts)
     try:
-        if len(functions) == 1 and functions[0].name == "bind":
-            return CheckedCode(tree, "bound", _check_bound(functions[0], submods, consts))
-        return CheckedCode(tree, "list", _check_list(functions, submods, consts))
+        gate.bind(functions[0]) if is_bound else gate.list_module(functions)
     except RecursionError as error:
         raise EntryFormatError(
             "The code is nested too deeply.", field="code", reason="nested too deeply"
         ) from error
+    return CheckedCode(tree, "bound" if is_bound else "list", frozenset(gate.used))
+
+
+def _refuse(node: ast.AST, construct: str) -> NoReturn:
+    line = getattr(node, "lineno", 1)
+    raise EntryFormatError(
+        f"line {line} of the code has {construct}, which generated code never has. "
+        "The entry was changed or made by something else; it is not run.",
+        field=f"code, line {line}, {type(node).__name__}",
+        reason=construct,
+    )
 
 
 def _functions(tree: ast.Module) -> list[ast.FunctionDef]:
     functions: list[ast.FunctionDef] = []
     for number, node in enumerate(tree.body):
-        if isinstance(node, ast.FunctionDef):
-            functions.append(node)
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name not in ("torch", "operator") or alias.asname is not None or functions:
-                    refuse(node, f"import {alias.name}")
-        elif number or not _is_docstring(node):
-            refuse(node, "a statement outside a function")
+        match node:
+            case ast.FunctionDef():
+                functions.append(node)
+            case ast.Import(names=names) if not functions and all(
+                name.name in ("torch", "operator") and name.asname is None for name in names
+            ):
+                pass
+            case _ if number or not _is_docstring(node):
+                _refuse(node, "a statement outside a function")
     if not functions:
-        refuse(tree, "no function")
+        _refuse(tree, "no function")
     return functions
 
 
 def _is_docstring(node: ast.stmt) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+    match node:
+        case ast.Expr(value=ast.Constant(value=str())):
+            return True
+    return False
 
 
-def _check_bound(bind: ast.FunctionDef, submods: int, consts: int) -> frozenset[int]:
-    _check_header(bind)
-    _check_positional(bind, ["__submods__", "__consts__"])
-    names = Names(bound=True)
-    unpacked: dict[str, int] = {}
-    *assigns, function, last = _body(bind, least=2)
-    if not isinstance(function, ast.FunctionDef) or function.name != "execution_fn":
-        refuse(function, "anything but execution_fn before bind returns")
-    if not (
-        isinstance(last, ast.Return) and isinstance(last.value, ast.Name) and last.value.id == "execution_fn"
-    ):
-        refuse(last, "anything but 'return execution_fn' at the end of bind")
-    for node in assigns:
-        if not isinstance(node, ast.Assign) or len(node.targets) != 1:
-            refuse(node, "anything but a binding in bind")
-        target = node.targets[0]
-        if isinstance(target, ast.Tuple):
-            _bind_slots(node, target, names, unpacked)
-        elif isinstance(target, ast.Name):
-            _take(target, names)
-            names.ops.add(target.id)
-            resolve_op(node.value, dotted_path(node.value))
-        else:
-            refuse(target, "an assignment to anything but names")
-    for source, count in (("__submods__", submods), ("__consts__", consts)):
-        if unpacked.get(source, 0) != count:
-            refuse(bind, f"{unpacked.get(source, 0)} names for {count} {source.strip('_')}")
-    gate = ExpressionGate(names)
-    _check_function(function, gate, "bound")
-    return frozenset(gate.used)
+class _Gate:
+    """Checks the functions of one source text, in the order in which they run.
 
+    Args:
+        is_bound: Whether it is the bound ABI; the list ABI otherwise.
+        submods: How many submodules there are.
+        consts: How many constants there are.
+    """
 
-def _bind_slots(node: ast.Assign, target: ast.Tuple, names: Names, unpacked: dict[str, int]) -> None:
-    source = node.value.id if isinstance(node.value, ast.Name) else ""
-    if source not in ("__submods__", "__consts__") or source in unpacked:
-        refuse(node, "unpacking of anything but __submods__ and __consts__, once each")
-    for index, name in enumerate(target.elts):
-        if not isinstance(name, ast.Name):
-            refuse(name, "an assignment to anything but names")
-        _take(name, names)
-        (names.slots if source == "__submods__" else names.consts)[name.id] = index
-    unpacked[source] = len(target.elts)
+    def __init__(self, is_bound: bool, submods: int, consts: int) -> None:
+        self._is_bound = is_bound
+        self._counts = {"submod": submods, "const": consts}
+        # What names of the module and of bind stand for, with the number of a submodule.
+        self._outer: dict[str, tuple[_Kind, int]] = {}
+        self._local: set[str] = set()
+        self.used: set[int] = set()
 
+    # -- functions ---------------------------------------------------------------------------------
 
-def _take(target: ast.Name, names: Names) -> None:
-    if names.is_outer(target.id) or not _assignable(target.id) or target.id in BUILTINS:
-        refuse(target, f"an assignment to {target.id}")
+    def bind(self, bind: ast.FunctionDef) -> None:
+        """``bind``: slots and ops get names, then ``execution_fn`` is defined and returned."""
+        if self._parameters(bind) != ["__submods__", "__consts__"] or bind.args.defaults:
+            _refuse(bind, "parameters other than (__submods__, __consts__)")
+        *assigns, function, last = _body(bind, least=2)
+        if not isinstance(function, ast.FunctionDef) or function.name != "execution_fn":
+            _refuse(function, "anything but execution_fn before bind returns")
+        match last:
+            case ast.Return(value=ast.Name(id="execution_fn")):
+                pass
+            case _:
+                _refuse(last, "anything but 'return execution_fn' at the end of bind")
+        unpacked: dict[str, int] = {}
+        for node in assigns:
+            match node:
+                case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Name(id=table)) if (
+                    table in ("__submods__", "__consts__") and _TABLES[table] not in unpacked
+                ):
+                    unpacked[_TABLES[table]] = len(names)
+                    for index, name in enumerate(names):
+                        self._outer[self._new_name(name)] = (_TABLES[table], index)
+                case ast.Assign(targets=[ast.Name() as name], value=value):
+                    self._resolve(value)
+                    self._outer[self._new_name(name)] = ("op", 0)
+                case _:
+                    _refuse(node, "anything but a binding in bind")
+        if {"submod": 0, "const": 0, **unpacked} != self._counts:
+            _refuse(bind, f"{unpacked} names for {self._counts} slots")
+        self._function(function)
 
+    def list_module(self, functions: list[ast.FunctionDef]) -> None:
+        """``execution_fn`` of the list ABI, after the inlined functions that it calls."""
+        *inlined, execution = functions
+        submods, self._counts["submod"] = self._counts["submod"], 0  # an inlined function gets none
+        for function in inlined:
+            number = function.name.removeprefix(_INLINED)
+            if number == function.name or not (number.isascii() and number.isdecimal()):
+                _refuse(function, f"a function named {function.name}")
+            self._function(function)
+            self._outer[function.name] = ("function", 0)
+        self._counts["submod"] = submods
+        if execution.name != "execution_fn":
+            _refuse(execution, f"a last function named {execution.name}")
+        args = execution.args
+        defaults = dict(zip((arg.arg for arg in args.kwonlyargs), args.kw_defaults, strict=True))
+        if defaults.get("__vllm_submods__", args) is not None:
+            _refuse(execution, "no keyword parameter __vllm_submods__ without a default")
+        self._function(execution, given="__vllm_submods__")
 
-def _assignable(name: str) -> bool:
-    if name.startswith("__"):
-        # vLLM's code has a local of this name where the graph calls torch.Tensor.__mul__.
-        return name in OPERATOR_METHODS
-    return name not in _ROOTS
+    def _function(self, function: ast.FunctionDef, given: str = "") -> None:
+        self._local = set()
+        for default in (*function.args.defaults, *filter(None, function.args.kw_defaults)):
+            self._default(default)
+        for name in self._parameters(function):
+            if name != given:
+                self._local.add(self._new_local(function, name))
+        *statements, last = _body(function, least=1)
+        for statement in statements:
+            self._statement(statement)
+        match last:
+            case ast.Return(value=None):
+                pass
+            case ast.Return(value=ast.expr() as value):
+                self._value(value)
+            case _:
+                _refuse(last, "anything but a return at the end of a function")
 
+    @staticmethod
+    def _parameters(function: ast.FunctionDef) -> list[str]:
+        args = function.args
+        every = [*args.args, *args.kwonlyargs, *filter(None, (args.vararg, args.kwarg))]
+        if function.decorator_list or function.returns or getattr(function, "type_params", None):
+            _refuse(function, "a decorator, annotation or type parameter")
+        if args.posonlyargs or any(arg.annotation for arg in every):
+            _refuse(function, "an annotated or positional-only parameter")
+        names = [arg.arg for arg in every]
+        if len(set(names)) < len(names):
+            _refuse(function, "two parameters of one name")  # Python parses that and refuses to compile it
+        return names
 
-def _check_list(functions: list[ast.FunctionDef], submods: int, consts: int) -> frozenset[int]:
-    names = Names(bound=False, submod_count=0, const_count=consts)
-    for function in functions[:-1]:
-        number = function.name.removeprefix(_INLINED)
-        if number == function.name or not (number.isascii() and number.isdecimal()):
-            refuse(function, f"a function named {function.name}")
-        _check_function(function, ExpressionGate(names), "inlined")
-        names.functions.add(function.name)
-    names.submod_count = submods
-    if functions[-1].name != "execution_fn":
-        refuse(functions[-1], f"a last function named {functions[-1].name}")
-    gate = ExpressionGate(names)
-    _check_function(functions[-1], gate, "list")
-    return frozenset(gate.used)
+    def _default(self, node: ast.expr) -> None:
+        """A parameter's default: a literal or a constant."""
+        if self._stands_for(node) != "const":
+            for part in ast.walk(node):
+                if not isinstance(part, _IN_DEFAULTS):
+                    _refuse(part, "a default that is no literal")
+        self._value(node)
 
+    # -- statements --------------------------------------------------------------------------------
 
-def _check_header(function: ast.FunctionDef) -> None:
-    args = function.args
-    every = [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, (args.vararg, args.kwarg))]
-    if function.decorator_list or function.returns or getattr(function, "type_params", None):
-        refuse(function, "a decorator, annotation or type parameter")
-    if args.posonlyargs or any(arg.annotation for arg in every):
-        refuse(function, "an annotated or positional-only parameter")
+    def _statement(self, node: ast.stmt) -> None:
+        match node:
+            case ast.Assign(targets=[target], value=value):
+                self._value(value)
+                for name in target.elts if isinstance(target, ast.Tuple) else [target]:
+                    if not isinstance(name, ast.Name):
+                        _refuse(name, "an assignment to anything but names")
+                    self._local.add(self._new_local(name, name.id))
+            case ast.Delete(targets=targets):
+                for name in targets:
+                    if not isinstance(name, ast.Name) or name.id not in self._local:
+                        _refuse(name, "a del of anything but a local name that is defined")
+                    self._local.discard(name.id)
+            case ast.Expr(value=value) if not isinstance(value, ast.Constant):
+                self._value(value)
+            case _:
+                _refuse(node, f"a {type(node).__name__} statement")
 
+    def _new_local(self, node: ast.AST, name: str) -> str:
+        # vLLM's code has a local named __mul__ where the graph calls torch.Tensor.__mul__.
+        legal = name in OPERATOR_METHODS if name.startswith("__") else name not in (*_ROOTS, "getattr")
+        if not legal or name in self._outer:
+            _refuse(node, f"an assignment to {name}")
+        return name
 
-def _check_positional(function: ast.FunctionDef, expected: list[str]) -> None:
-    args = function.args
-    if (
-        [arg.arg for arg in args.args] != expected
-        or args.kwonlyargs
-        or args.vararg
-        or args.kwarg
-        or args.defaults
-    ):
-        refuse(function, f"parameters other than ({', '.join(expected)})")
+    def _new_name(self, node: ast.expr) -> str:
+        # bind binds `op_0 = max`: a slot that is named max would change what that means.
+        if not isinstance(node, ast.Name) or node.id in BUILTINS:
+            _refuse(node, "an assignment to anything but names that are free")
+        return self._new_local(node, node.id)
 
+    # -- expressions -------------------------------------------------------------------------------
 
-def _check_function(
-    function: ast.FunctionDef, gate: ExpressionGate, kind: Literal["bound", "list", "inlined"]
-) -> None:
-    _check_header(function)
-    args = function.args
-    for default in (*args.defaults, *filter(None, args.kw_defaults)):
-        gate.check_default(default)
-    parameters = [*args.args, *args.kwonlyargs, *filter(None, (args.vararg, args.kwarg))]
-    if kind == "list":
-        own = [
-            arg for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True) if arg.arg == _SUBMODS
-        ]
-        if len(own) != 1 or args.kw_defaults[args.kwonlyargs.index(own[0])] is not None:
-            refuse(function, f"no keyword parameter {_SUBMODS}")
-        parameters.remove(own[0])
-    for parameter in parameters:
-        if gate.names.is_outer(parameter.arg) or not _assignable(parameter.arg):
-            refuse(parameter, f"a parameter named {parameter.arg}")
-        gate.defined.add(parameter.arg)
-    *statements, last = _body(function, least=1)
-    for statement in statements:
-        _check_statement(statement, gate)
-    if not isinstance(last, ast.Return):
-        refuse(last, "anything but a return at the end of a function")
-    if last.value is not None:
-        gate.check(last.value)
+    def _value(self, node: ast.expr) -> None:
+        """An expression that is computed."""
+        if self._stands_for(node) not in (None, "function"):
+            return
+        match node:
+            case ast.Constant():
+                pass
+            case ast.Call():
+                self._call(node)
+            case ast.Attribute(value=owner, attr=name) if self._stands_for(owner) in _VALUES:
+                if not is_attribute(name):
+                    _refuse(node, f"the attribute {name}")
+            case ast.Subscript(value=ast.Name() | ast.Call() | ast.Subscript() as owner, slice=index):
+                self._value(owner)
+                for part in index.elts if isinstance(index, ast.Tuple) else [index]:
+                    bounds = (part.lower, part.upper, part.step) if isinstance(part, ast.Slice) else (part,)
+                    for bound in filter(None, bounds):
+                        self._value(bound)
+            case ast.Tuple(elts=items) | ast.List(elts=items):
+                for item in items:
+                    self._value(item)
+            case ast.Dict(keys=keys, values=values):
+                for key, value in zip(keys, values, strict=True):
+                    if key is None:
+                        _refuse(node, "a dict inside a dict display")
+                    self._value(key)
+                    self._value(value)
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() | complex())):
+                pass
+            case ast.BinOp(left=left, op=op, right=right) if isinstance(op, _BINARY):
+                self._value(left)
+                self._value(right)
+            case ast.Compare(left=left, ops=[op], comparators=[right]) if isinstance(op, _COMPARISONS):
+                self._value(left)
+                self._value(right)
+            case _:
+                _refuse(node, f"{_shown(node)}, which has no meaning there")
+
+    def _call(self, node: ast.Call) -> None:
+        if not self._is_getattr(node):
+            self._callee(node.func)
+        for arg in node.args:
+            self._value(arg)
+        for keyword in node.keywords:
+            match keyword:
+                case ast.keyword(arg=None, value=ast.Dict(keys=keys)):
+                    if not all(isinstance(key, ast.Constant) and isinstance(key.value, str) for key in keys):
+                        _refuse(node, "keyword arguments from anything but a dict of names")
+                case ast.keyword(arg=str() as name) if not is_dunder(name):
+                    pass
+                case _:
+                    _refuse(node, "a keyword argument that graphs do not have")
+            self._value(keyword.value)
+
+    def _callee(self, node: ast.expr) -> None:
+        kind = self._stands_for(node)
+        if kind is not None and kind != "local":
+            return
+        match node:
+            case ast.Attribute(value=owner, attr=name) if self._stands_for(owner) in _VALUES:
+                if not is_method(name):
+                    _refuse(node, f"a call of the method {name}")
+            case _:
+                _refuse(node, f"a call of {_shown(node)}, which is no submodule, op or method")
+
+    def _is_getattr(self, node: ast.Call) -> bool:
+        """Whether it is ``getattr(value, 'name')``, as graphs read attributes in the list ABI."""
+        match node:
+            case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str() as name), *rest]):
+                return not (self._is_bound or node.keywords or rest[1:]) and is_attribute(name)
+        return False
+
+    # -- names -------------------------------------------------------------------------------------
+
+    def _stands_for(self, node: ast.expr) -> _Kind | None:
+        """What a name, a slot or a dotted path stands for; ``None`` for any other expression."""
+        match node:
+            case ast.Name(id=name):
+                if name in self._local:
+                    return "local"
+                kind, index = self._outer.get(name, (None, 0))
+                if kind == "submod":
+                    self.used.add(index)
+                return "op" if kind is None and not self._is_bound and name in BUILTINS else kind
+            case ast.Subscript(value=ast.Name(id="__vllm_submods__" | "__vllm_consts__" as table), slice=at):
+                number = at.value if isinstance(at, ast.Constant) else None
+                count = 0 if self._is_bound else self._counts[_TABLES[table]]
+                # Not isinstance: True is an int too, and generated code never has it there.
+                if type(number) is not int or not 0 <= number < count:
+                    _refuse(node, f"an index into {table} that is not one of its {count}")
+                if _TABLES[table] == "submod":
+                    self.used.add(number)
+                return _TABLES[table]
+            case ast.Attribute() | ast.Call(func=ast.Name(id="getattr")) if not self._is_bound:
+                path = _dotted_path(node)
+                if path and path[0] in _ROOTS:
+                    self._resolve(node)
+                    return "op"
+        return None
+
+    def _resolve(self, node: ast.expr) -> None:
+        path = _dotted_path(node)
+        if path is None:
+            _refuse(node, f"{_shown(node)} for an op")
+        name = ".".join(path)
+        try:
+            resolve(path)
+        except NotAllowedError as error:
+            _refuse(node, f"the name {name}, which {error}")
+        except NoSuchOpError as error:
+            raise LinkError(
+                f"The code needs {name}, which does not exist in this process. "
+                "Import the library that registers it before loading.",
+                missing=[name],
+            ) from error
 
 
 def _body(function: ast.FunctionDef, least: int) -> list[ast.stmt]:
     body = function.body[1:] if _is_docstring(function.body[0]) else function.body
     if len(body) < least:
-        refuse(function, "a function without a return")
+        _refuse(function, "a function without a return")
     return body
 
 
-def _check_statement(statement: ast.stmt, gate: ExpressionGate) -> None:
-    if isinstance(statement, ast.Assign):
-        if len(statement.targets) != 1:
-            refuse(statement, "a chained assignment")
-        gate.check(statement.value)
-        target = statement.targets[0]
-        for name in target.elts if isinstance(target, ast.Tuple) else [target]:
-            if not isinstance(name, ast.Name):
-                refuse(name, "an assignment to anything but names")
-            if gate.names.is_outer(name.id) or not _assignable(name.id):
-                refuse(name, f"an assignment to {name.id}")
-            gate.defined.add(name.id)
-    elif isinstance(statement, ast.Delete):
-        for name in statement.targets:
-            if not isinstance(name, ast.Name) or name.id not in gate.defined:
-                refuse(name, "a del of anything but a local name that is defined")
-            gate.defined.discard(name.id)
-    elif isinstance(statement, ast.Expr) and not isinstance(statement.value, ast.Constant):
-        gate.check(statement.value)
-    else:
-        refuse(statement, f"a {type(statement).__name__} statement")
+def _shown(node: ast.expr) -> str:
+    path = _dotted_path(node)
+    return f"the name {'.'.join(path)}" if path else f"a {type(node).__name__} expression"
+
+
+def _dotted_path(node: ast.expr) -> Path | None:
+    """Read a dotted path, some steps of which may be written as ``getattr(path, 'step')``."""
+    steps: list[str] = []
+    while True:
+        match node:
+            case ast.Name(id=name):
+                return (name, *reversed(steps))
+            case ast.Attribute(value=owner, attr=step):
+                pass
+            case ast.Call(
+                func=ast.Name(id="getattr"), args=[owner, ast.Constant(value=str() as step)], keywords=[]
+            ):
+                pass
+            case _:
+                return None
+        steps.append(step)
+        node = owner
 
 
 __all__ = ["CheckedCode", "check_code"]

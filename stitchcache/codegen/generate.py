@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import torch
 
-from stitchcache.codegen.allowed import BUILTINS
 from stitchcache.codegen.arguments import Ref, argument_text
 from stitchcache.codegen.bindings import Bindings
 from stitchcache.codegen.literals import literal
 from stitchcache.codegen.liveness import INDENT, body_lines
 from stitchcache.codegen.lower import Lowering
 from stitchcache.codegen.names import RESERVED, Namespace
+from stitchcache.codegen.reach import BUILTINS
 from stitchcache.errors import OptionError
 
 _GRAPH_HASH = re.compile(r"[0-9A-Za-z_.:-]*\Z")

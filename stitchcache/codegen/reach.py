@@ -14,24 +14,99 @@ from typing import Any
 
 import torch
 
-from stitchcache.codegen.allowed import (
-    BUILTINS,
-    FORBIDDEN_FUNCTIONS,
-    FORBIDDEN_MEMBERS,
-    OPERATOR_FUNCTIONS,
-    OPERATOR_METHODS,
-    TORCH_NAMED,
-    TORCH_PREFIXES,
-    TORCH_SOURCES,
-    TORCH_SPACES,
-    Path,
-)
 from stitchcache.codegen.names import is_dunder, is_identifier
 from stitchcache.torchside import ops
+
+Path = tuple[str, ...]
+
+# fmt: off
+BUILTINS = frozenset({
+    "abs", "all", "any", "bool", "bytes", "complex", "dict", "divmod", "enumerate", "float", "frozenset",
+    "int", "isinstance", "issubclass", "iter", "len", "list", "map", "max", "min", "next", "pow", "range",
+    "reversed", "round", "set", "slice", "sorted", "str", "sum", "tuple", "zip",
+})
+"""Builtins that code may call by name. None reaches an attribute by a computed name, or a file."""
+
+OPERATOR_FUNCTIONS = frozenset(operator.__all__) - {"attrgetter", "methodcaller", "call"}
+"""Functions of ``operator``, but those that reach an attribute by a computed name or call a value."""
+
+_REFLECTED = frozenset({
+    "__bool__", "__complex__", "__divmod__", "__float__", "__int__", "__iter__", "__len__", "__radd__",
+    "__rand__", "__rdiv__", "__rfloordiv__", "__rlshift__", "__rmatmul__", "__rmod__", "__rmul__", "__ror__",
+    "__rpow__", "__rrshift__", "__rsub__", "__rtruediv__", "__rxor__", "__round__",
+})
+
+OPERATOR_METHODS = (
+    frozenset(name for name in vars(operator) if is_dunder(name) and callable(getattr(operator, name)))
+    - frozenset(vars(types.ModuleType))
+    - {"__call__", "__builtins__", "__loader__", "__spec__"}
+) | _REFLECTED
+"""Dunder methods that do what an operator does, and nothing else."""
+
+TORCH_SPACES = frozenset[Path]({
+    ("torch",),
+    ("torch", "functional"),
+    ("torch", "nn", "functional"),
+    ("torch", "linalg"),
+    ("torch", "fft"),
+    ("torch", "special"),
+    ("torch", "sparse"),
+    ("torch", "nested"),
+    ("torch", "_C", "_nn"),
+    ("torch", "_C", "_linalg"),
+    ("torch", "_C", "_fft"),
+    ("torch", "_C", "_special"),
+    ("torch", "_C", "_sparse"),
+    ("torch", "_C", "_nested"),
+})
+"""Modules of torch that hold functions over tensors."""
+
+TORCH_SOURCES = frozenset({
+    "torch.functional", "torch.nn.functional", "torch.sparse", "torch.nested", "torch._C._nn",
+    "torch._C._linalg", "torch._C._fft", "torch._C._special", "torch._C._sparse", "torch._C._nested",
+})
+"""Where a function found in those must have been defined, so that an import there is not a way out."""
+
+TORCH_PREFIXES = ("sym_", "_sym_", "_check")
+"""Functions right under ``torch`` that begin so: symbolic arithmetic and checks."""
+
+TORCH_NAMED = frozenset[Path]({
+    ("torch", "Size"),
+    ("torch", "Tensor"),
+    ("torch", "_assert"),
+    ("torch", "device"),
+    ("torch", "get_default_dtype"),
+    ("torch", "is_grad_enabled"),
+    ("torch", "is_inference_mode_enabled"),
+    ("torch", "is_storage"),
+    ("torch", "is_tensor"),
+    ("torch", "_C", "_set_grad_enabled"),
+    ("torch", "amp", "autocast_mode", "_enter_autocast"),
+    ("torch", "amp", "autocast_mode", "_exit_autocast"),
+})
+"""Further objects, each looked at: checks, and the modes that graphs switch."""
+
+FORBIDDEN_FUNCTIONS = frozenset({"from_file"})
+"""Ops and functions that touch files, in every namespace."""
+
+FORBIDDEN_MEMBERS = frozenset({
+    # files and processes
+    "dump", "dumps", "from_file", "load", "loads", "open", "popen", "save", "system", "tofile",
+    "write", "writelines",
+    # code, and attributes by computed name
+    "eval", "exec", "format", "format_map", "import_module", "load_library", "mro",
+    # frames and code objects
+    "ag_await", "ag_code", "ag_frame", "co_code", "cr_await", "cr_code", "cr_frame", "cr_origin", "f_back",
+    "f_builtins", "f_code", "f_globals", "f_locals", "f_trace", "func_code", "func_globals", "gi_code",
+    "gi_frame", "gi_yieldfrom", "tb_frame", "tb_next",
+})
+"""Public methods and attributes that lead out of computing, on whatever value."""
+# fmt: on
 
 _VALUE_TYPES = (torch.dtype, torch.layout, torch.memory_format)
 _METHOD_TYPES = (types.MethodDescriptorType, types.WrapperDescriptorType, types.FunctionType)
 _FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType)
+_TORCH_CLASS = "_VariableFunctionsClass."
 _REFUSED = "is no function of torch that code may reach"
 
 
@@ -44,33 +119,17 @@ class NoSuchOpError(Exception):
 
 
 def is_method(name: str) -> bool:
-    """Whether code may call a method of this name on a value.
-
-    Args:
-        name: The method's name.
-
-    Returns:
-        True for public names but a few that lead out, for the dunder methods that operators have,
-        and for single-underscore methods of ``torch.Tensor``.
-    """
-    if not is_identifier(name) or name in FORBIDDEN_MEMBERS:
-        return False
+    """Whether code may call a method of this name on any value."""
     if not name.startswith("_"):
-        return True
+        return is_attribute(name)
     if name.startswith("__"):
         return name in OPERATOR_METHODS
+    # Graphs call torch.Tensor._values and the like; _make_subclass makes what is no plain tensor.
     return not name.startswith("_make_") and isinstance(getattr(torch.Tensor, name, None), _METHOD_TYPES)
 
 
 def is_attribute(name: str) -> bool:
-    """Whether code may read an attribute of this name from a value.
-
-    Args:
-        name: The attribute's name.
-
-    Returns:
-        True for public names but those that lead out.
-    """
+    """Whether code may read an attribute of this name from any value."""
     return is_identifier(name) and not name.startswith("_") and name not in FORBIDDEN_MEMBERS
 
 
@@ -116,12 +175,12 @@ def _resolve_op(path: Path) -> Any:
         raise NotAllowedError("is no op")
     if path[3] in FORBIDDEN_FUNCTIONS:
         raise NotAllowedError("reads or writes files")
-    packet = _member(space, path[:4])
-    if not isinstance(packet, ops.OpOverloadPacket):
+    kind: type[object] = ops.OpOverloadPacket
+    found = _member(space, path[:4])
+    if isinstance(found, kind) and len(path) == 5:
+        found, kind = _member(found, path), ops.OpOverload
+    if not isinstance(found, kind):
         raise NotAllowedError("is no op")
-    found = packet if len(path) == 4 else _member(packet, path)
-    if len(path) == 5 and not isinstance(found, ops.OpOverload):
-        raise NotAllowedError("is no overload of an op")
     return found
 
 
@@ -145,17 +204,13 @@ def _resolve_torch(path: Path) -> Any:
         found = vars(found).get(step)
         if found is None:
             raise NotAllowedError(_REFUSED)
-    if named or isinstance(found, _VALUE_TYPES) or _is_function(found):
+    if named or isinstance(found, _VALUE_TYPES):
+        return found
+    # torch.relu and its like are methods of one class of torch's; the rest must be defined where it is found.
+    is_op = isinstance(found, types.BuiltinFunctionType) and found.__qualname__.startswith(_TORCH_CLASS)
+    if is_op or (isinstance(found, _FUNCTION_TYPES) and found.__module__ in TORCH_SOURCES):
         return found
     raise NotAllowedError(_REFUSED)
-
-
-def _is_function(found: object) -> bool:
-    if isinstance(found, types.BuiltinFunctionType) and found.__qualname__.startswith(
-        "_VariableFunctionsClass."
-    ):
-        return True
-    return isinstance(found, _FUNCTION_TYPES) and found.__module__ in TORCH_SOURCES
 
 
 def path_of(target: Any) -> Path | None:
