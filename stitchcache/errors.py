@@ -18,7 +18,8 @@ The tree (the builtin that each also derives from in brackets)::
     |-- BackendError [RuntimeError]            a piece cannot be compiled or loaded
     |   |-- CompilerMissingError               no C++ compiler
     |   |-- PieceCrashError                    a piece killed the child process that tried it
-    |   `-- PieceMismatchError                 a piece disagrees with eager
+    |   |-- PieceMismatchError                 a piece disagrees with eager
+    |   `-- EnvironmentMismatchError           compiled for another processor, GPU, libc or torch
     |-- StoreError [OSError]                   the store cannot be used as asked
     |   |-- StoreWriteError                    it cannot be written (read-only, full, foreign)
     |   `-- LockTimeoutError [TimeoutError]    another process held the lock for too long
@@ -218,6 +219,20 @@ class PieceMismatchError(BackendError):
 
     difference: float = 0.0
     tolerance: float = 0.0
+
+
+class EnvironmentMismatchError(BackendError):
+    """An entry was compiled for another environment; nothing of it was loaded.
+
+    Attributes:
+        factor: What differs, such as ``env.cpu``.
+        expected: Its value where the entry was compiled; ``""`` where it was not recorded.
+        actual: Its value here.
+    """
+
+    factor: str = ""
+    expected: str = ""
+    actual: str = ""
 
 
 class StoreError(StitchCacheError, OSError):

@@ -53,6 +53,25 @@ def modules_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
         todo += reversed(children)
 
 
+def devices_of(model: torch.nn.Module, leaves: Sequence[Any] = ()) -> tuple[str, tuple[str, ...]]:
+    """What a model and its arguments live on.
+
+    Returns:
+        The device that pieces are loaded for (the first accelerator found among parameters, buffers and
+        arguments, else the CPU), and the types of all devices, sorted.
+    """
+    parameters: dict[torch.device, None] = {}
+    others: dict[torch.device, None] = {}
+    # By hand: asking for all parameters, or a tensor whether it is one, takes milliseconds.
+    for _, module in modules_of(model):
+        parameters.update((t.device, None) for t in module._parameters.values() if t is not None)
+        others.update((t.device, None) for t in module._buffers.values() if t is not None)
+    others.update((leaf.device, None) for leaf in leaves if isinstance(leaf, torch.Tensor))
+    found = parameters | others
+    first = next((str(device) for device in found if device.type != "cpu"), "cpu")
+    return first, tuple(sorted({device.type for device in found} or {"cpu"}))
+
+
 def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and buffer by each of its names.
 

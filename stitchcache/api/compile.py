@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stitchcache.api.request import OnProgress, Request, check_model, chosen_cache
-from stitchcache.api.run import Run
 from stitchcache.cache import Cache
+from stitchcache.codegen.bytecode import CodeObjects
 from stitchcache.errors import OptionError
 from stitchcache.pause import collection_paused
+from stitchcache.pipeline.find import Hit, Miss, Ready, Wanted, find, want
+from stitchcache.pipeline.request import OnProgress, Request, check_model, chosen_cache
+from stitchcache.pipeline.start import start, started_or_miss
 from stitchcache.runtime.model import CompiledModel
-from stitchcache.types import SizeRange
+from stitchcache.store.settings import flag
+from stitchcache.types import SizeRange, TargetRecord
 
 if TYPE_CHECKING:
     from stitchcache.api.preload import Preloaded
@@ -30,6 +34,8 @@ def compile(
     backend: str = "aoti",
     cache: Cache | None = None,
     on_miss: str = "compile",
+    require: str | None = None,
+    check: str | None = None,
     key_factors: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     preloaded: Preloaded | None = None,
@@ -50,6 +56,10 @@ def compile(
         backend: ``"aoti"``, ``"inductor"`` or ``"eager"``.
         cache: Where to look and store; the default cache if ``None``.
         on_miss: ``"compile"``, or ``"error"`` to raise instead.
+        require: ``"direct"`` raises unless there is a direct hit: the model is never traced.
+        check: When the result is compared with the model itself, run once on the example: ``"example"``
+            before it is returned, ``"background"`` in a thread, ``"none"`` never. ``None`` takes
+            ``STITCHCACHE_CHECK``, or else ``"example"``.
         key_factors: Anything else that the result depends on, name to plain value.
         options: Inductor options, as ``torch.compile(options=...)`` takes them; also
             ``"stitchcache.jobs"`` (processes) and ``"stitchcache.verify"`` (compare fresh pieces with
@@ -64,7 +74,8 @@ def compile(
         CaptureError: The model cannot be captured as one graph.
         SplittingOpNotFoundError: A splitting op is not in the graph.
         BackendError: A piece cannot be compiled, or is wrong.
-        CacheMissError: A miss, and ``on_miss="error"`` or ``STITCHCACHE_REQUIRE=1``.
+        CacheMissError: A miss, and ``on_miss="error"`` or ``STITCHCACHE_REQUIRE=1``; or no direct hit, and
+            ``require="direct"`` or ``STITCHCACHE_REQUIRE=direct``.
         StaleEntryError: A direct hit that ``STITCHCACHE_AUDIT=1`` found to be wrong.
     """
     request = Request(
@@ -73,6 +84,8 @@ def compile(
         size_ranges=tuple(size_ranges or ()),
         backend=backend,
         on_miss=on_miss,  # type: ignore[arg-type]
+        require=require,  # type: ignore[arg-type]
+        check=check,  # type: ignore[arg-type]
         key_factors=dict(key_factors or {}),
         options=dict(options or {}),
     )
@@ -83,7 +96,7 @@ def compile(
             "cache and preloaded name two Cache objects: give the same one to preload() and compile().",
             option="preloaded",
         )
-    return compile_request(model, args, kwargs or {}, request, chosen_cache(cache), preloaded=preloaded)
+    return compile_request(model, args, kwargs or {}, request, chosen_cache(cache), ready=preloaded)
 
 
 def compile_request(
@@ -93,19 +106,66 @@ def compile_request(
     request: Request,
     cache: Cache,
     on_progress: OnProgress | None = None,
-    preloaded: Preloaded | None = None,
+    ready: Ready | None = None,
 ) -> CompiledModel:
     """:func:`compile` with its options in one record; see there."""
     check_model(model, args, kwargs)
     with collection_paused():
-        run = Run(model, args, dict(kwargs), request, cache, on_progress, preloaded)
-        compiled = run.direct()
-    if compiled is None:
-        if preloaded is not None:
-            # Children are forked from here on, and must not inherit locks that its thread holds.
-            preloaded.wait()
-        # A direct hit must not pay for importing what captures, splits and compiles.
-        from stitchcache.api.traced import compile_traced
+        wanted = want(model, args, kwargs, request, cache, on_progress, ready)
+        found = find(wanted)
+        served = found if isinstance(found, Miss) else _serve(wanted, found)
+    if not isinstance(served, Miss):
+        return served
+    if ready is not None:
+        # Children are forked from here on, and must not inherit locks that its thread holds.
+        ready.wait()
+    # A direct hit must not pay for importing what captures, splits and compiles.
+    from stitchcache.pipeline.trace import compile_traced
 
-        compiled = compile_traced(run)
-    return compiled
+    return compile_traced(wanted, served, _look_of(wanted, None))
+
+
+def _look_of(wanted: Wanted, record: TargetRecord | None) -> Callable[[CompiledModel], None] | None:
+    """What compares a callable with the model before anybody gets it.
+
+    It gets the callable, which tells its artifact and its kind of hit. A hit that disagrees raises
+    ``StaleEntryError`` and becomes a miss; a fresh compilation that does raises ``CaptureError``.
+
+    Args:
+        wanted: The model, its example and the request.
+        record: What led to a direct hit; ``None`` on the other roads.
+    """
+    del wanted, record
+    return None
+
+
+def _serve(wanted: Wanted, hit: Hit) -> CompiledModel | Miss:
+    """Start a direct hit; one that cannot be used, or that the look refuses, is a miss."""
+    if flag("STITCHCACHE_AUDIT"):
+        # An audit traces, which a direct hit has no use for otherwise.
+        from stitchcache.pipeline.trace import audit
+
+        audit(wanted, hit)
+    record = hit.record
+    served = started_or_miss(
+        hit.artifact,
+        wanted.site,
+        lambda: start(
+            hit.artifact,
+            wanted.model,
+            wanted.site,
+            hit="direct",
+            target=wanted.target,
+            objects=CodeObjects(record.code if record is not None else ()),
+            ready=wanted.ready,
+            look=_look_of(wanted, record),
+        ),
+    )
+    if not isinstance(served, Miss):
+        return served
+    if served.cause == "look" and record is not None and wanted.target.key is not None:
+        # Nobody is served by this record again before a trace has replaced it.
+        from stitchcache.pipeline.trace import store_target
+
+        store_target(wanted, wanted.target.key, replace(record, refused=served.reason))
+    return replace(served, record=record)

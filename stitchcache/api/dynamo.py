@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,30 +15,25 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from stitchcache.api.cold import compile_pieces
-from stitchcache.api.open import open_artifact
-from stitchcache.api.request import Request, devices_of
-from stitchcache.api.trace import Traced, fact, trace
-from stitchcache.api.traced import environment_of, unique_factors
 from stitchcache.artifact.record import Artifact
 from stitchcache.cache import Cache
-from stitchcache.capture.dynamo import capture_graph, label_of
+from stitchcache.capture.dynamo import label_of
 from stitchcache.errors import (
     BackendError,
-    BindError,
     CacheMissError,
     CaptureError,
     CodegenError,
-    EntryFormatError,
-    LinkError,
     OptionError,
     PieceMismatchError,
     SplitError,
-    UntrustedEntryError,
 )
-from stitchcache.graph.opnames import matches
-from stitchcache.graph.symbols import without_guards
-from stitchcache.runtime.graph import CompiledGraph, held_tensors
+from stitchcache.pipeline.entry import plan_entry
+from stitchcache.pipeline.find import Miss
+from stitchcache.pipeline.request import Clock, Request
+from stitchcache.pipeline.source import dynamo_source
+from stitchcache.pipeline.start import Loaded, start_with
+from stitchcache.pipeline.trace import compile_planned
+from stitchcache.runtime.graph import CompiledGraph
 from stitchcache.torchside.dynamo import fix_own_floats, outside_tracing
 from stitchcache.types import BlobRef
 
@@ -53,6 +47,8 @@ _FOREIGN = {
     "size_ranges": "Dynamo's guards decide which graph a size gets",
     "jobs": "write 'stitchcache.jobs'",
     "verify": "write 'stitchcache.verify'",
+    "require": "Dynamo traces in every process, so there are no direct hits",
+    "check": "a backend sees only Dynamo's graph",
     "label": "entries are named after the function that Dynamo captured",
 }
 
@@ -89,10 +85,8 @@ def compile_graph(
     fix_own_floats(gm)
     request = replace(request, label=request.label or label_of(gm))
     try:
-        run = _GraphRun(gm, list(example_inputs), request, cache)
         _warn_of_gradients(request.label, example_inputs)
-        with outside_tracing():
-            return run.by_graph() or run.compiled()
+        return _compiled(gm, example_inputs, request, cache)
     except (CaptureError, SplitError, CodegenError, PieceMismatchError) as error:
         log.warning(
             "%s: this graph runs op by op and is not cached: %s. torch.compiler.disable on the part of the "
@@ -145,100 +139,55 @@ def _warn_of_gradients(label: str, example_inputs: Sequence[Any]) -> None:
         )
 
 
-class _GraphRun:
-    """One graph; lives for one call of the backend."""
+def _compiled(
+    gm: GraphModule, example_inputs: Sequence[Any], request: Request, cache: Cache
+) -> CompiledGraph:
+    """Capture, plan, and start what the graph leads to, or make it."""
+    clock = Clock(request.label)
+    source, request, site = dynamo_source(gm, example_inputs, request, cache, clock)
+    with outside_tracing():
+        planned = plan_entry(source, request)
 
-    def __init__(self, gm: GraphModule, example_inputs: list[Any], request: Request, cache: Cache) -> None:
-        self._began = time.perf_counter()
-        self._gm, self._cache = gm, cache
-        captured = capture_graph(gm, example_inputs)
-        present = [
-            op
-            for op in request.splitting_ops
-            if any(matches(node.target, op) for node in captured.gm.graph.nodes if node.op == "call_function")
-        ]
-        if len(present) < len(request.splitting_ops):
-            absent = sorted(set(request.splitting_ops).difference(present))
-            # No error: another graph of the model may have them.
-            log.info("%s: this graph has no %s to split at", request.label, ", ".join(absent))
-        self.request = replace(request, splitting_ops=tuple(present))
-        self._held = held_tensors([item.tensor.detach() for item in captured.bound])
-        self._device, self._devices = devices_of(self._held, example_inputs)
-        self._environment = environment_of(self.request, self._devices, request.label)
-        with outside_tracing():
-            self._traced: Traced = trace(
-                self._held,
-                captured,
-                [(None, captured)],
-                self.request,
-                self._environment,
-                entry_only=(fact("graph.capture", "torch.compile", "torch.compile"),),
-            )
+        def read_blob(blob: BlobRef) -> bytes:
+            path = cache.blob_path(blob)
+            if path is None:
+                raise BackendError(
+                    f"{site.label}: piece {blob.digest[:12]} is not in {cache.root} any more, so the graph "
+                    "cannot be saved. Compile it again with a cache that can be written.",
+                    backend=request.backend,
+                )
+            return path.read_bytes()
 
-    def by_graph(self) -> CompiledGraph | None:
-        """Load from the cache; ``None`` is a miss."""
-        label, key = self.request.label, self._traced.graph_hash
-        try:
-            artifact = self._cache.get(key)
-            if artifact is None:
-                return None
-            with self._cache.hold(artifact):
-                opened = open_artifact(artifact, self._cache, self._device)
-            return None if opened is None else self._finish(artifact, opened[0], hit="graph")
-        except (UntrustedEntryError, EntryFormatError, LinkError, BindError, BackendError) as error:
-            log.warning("%s: entry %s is not used: %s", label, key[:12], error)
-        except OSError as error:
-            log.warning("%s: entry %s cannot be loaded: %s", label, key[:12], error)
-        return None
+        def begin(
+            artifact: Artifact, *, hit: str | None, miss: Miss, loaded: Loaded | None = None
+        ) -> CompiledGraph:
+            def link(found: Loaded) -> CompiledGraph:
+                return CompiledGraph(
+                    artifact,
+                    found.pieces,
+                    source.model,
+                    cache_hit=hit,
+                    read_blob=read_blob,
+                    eager=gm.forward,
+                )
 
-    def compiled(self) -> CompiledGraph:
-        """Compile, with other processes kept from doing the same."""
-        key = self._traced.graph_hash
-        if self.request.miss_is_error:
-            raise CacheMissError(
-                f"{self.request.label}: no entry for graph {key[:12]} in {self._cache.root}, and a miss is "
+            # Dynamo traces in every process: a graph hit is no direct hit that was missed.
+            return start_with(link, artifact, site, hit=hit, miss=None if hit else miss, loaded=loaded)
+
+        def refuse() -> CacheMissError:
+            return CacheMissError(
+                f"{site.label}: no entry for graph {planned.graph_hash[:12]} in {cache.root}, and a miss is "
                 "an error here. Run the same torch.compile once where compiling is allowed.",
-                target=self.request.label,
+                target=site.label,
                 reason="no entry for this graph",
             )
-        with self._cache.lock(key):
-            return self.by_graph() or self._cold()
 
-    def _cold(self) -> CompiledGraph:
-        with without_guards(self._traced.capture.gm.graph):
-            artifact, pieces, _ = compile_pieces(
-                self._traced,
-                self.request,
-                self._cache,
-                device=self._device,
-                devices=self._devices,
-                factors=unique_factors((*self._environment, *self._traced.factors)),
-                label=self.request.label,
-                tell=lambda _stage, _done, _total, _left: None,
-            )
-        return self._finish(artifact, pieces, hit=None)
-
-    def _finish(self, artifact: Artifact, pieces: Mapping[str, Any], hit: str | None) -> CompiledGraph:
-        compiled = CompiledGraph(
-            artifact, pieces, self._held, cache_hit=hit, read_blob=self._read_blob, eager=self._gm.forward
+        return compile_planned(
+            planned,
+            request,
+            site,
+            Miss(reason="no entry for this graph", cause="new"),
+            begin=begin,
+            refuse=refuse,
+            known=source.environment,
         )
-        seconds = time.perf_counter() - self._began
-        for event in ("hit.graph",) if hit else ("compiled", "miss.new"):
-            self._cache.count(event)
-        self._cache.count("microseconds.spent", int(seconds * 1e6))
-        if hit:
-            saved = max(0, int((artifact.compile_seconds - seconds) * 1e6))
-            self._cache.count("microseconds.saved", saved)
-        said = "graph hit" if hit else "compiled"
-        log.info("%s: %s %s in %.3f s", self.request.label, said, artifact.graph_hash[:12], seconds)
-        return compiled
-
-    def _read_blob(self, blob: BlobRef) -> bytes:
-        path = self._cache.blob_path(blob)
-        if path is None:
-            raise BackendError(
-                f"{self.request.label}: piece {blob.digest[:12]} is not in {self._cache.root} any more, so "
-                "the graph cannot be saved. Compile it again with a cache that can be written.",
-                backend=self.request.backend,
-            )
-        return path.read_bytes()

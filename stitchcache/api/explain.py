@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from stitchcache.api.miss import changed_beside, changed_sources, graph_differences
 from stitchcache.api.prewarm import request_for
-from stitchcache.api.request import check_model
-from stitchcache.api.run import Run
 from stitchcache.api.target import Target
 from stitchcache.artifact.record import Artifact
 from stitchcache.cache import Cache
 from stitchcache.errors import UntrustedEntryError
 from stitchcache.nearest import NearestEntry, nearest_entries
+from stitchcache.pipeline.find import Hit, Wanted, find, find_by_graph, want
+from stitchcache.pipeline.miss import changed_beside, changed_sources, graph_differences
+from stitchcache.pipeline.request import check_model
 from stitchcache.types import Factor
 
 
@@ -83,32 +83,34 @@ def explain_target(target: Target, cache: Cache, *, trace: bool = False, most: i
     request = request_for(target)
     model, args, kwargs = target.made()
     check_model(model, args, kwargs)
-    run = Run(model, args, kwargs, request, cache, None)
-    artifact = run.lookup()
-    if artifact is not None and (missing := _missing_blob(artifact, cache)) is not None:
-        run.reason, run.cause, artifact = missing, "piece", None
-    record = run.record
-    changed = changed_sources(record) if record is not None and run.cause == "sources" else {}
+    wanted = want(model, args, kwargs, request, cache)
+    found = find(wanted)
+    record = found.record
+    reason, cause = ("", "") if isinstance(found, Hit) else (found.reason, found.cause)
+    if isinstance(found, Hit):
+        missing = _missing_blob(found.artifact, cache)
+        reason, cause = (missing, "piece") if missing is not None else ("", "")
+    changed = changed_sources(record) if record is not None and cause == "sources" else {}
     nearest: list[NearestEntry] = []
+    site, key = wanted.site, wanted.target
     if record is None:
         nearest = nearest_entries(
-            cache.roots, run.target.factors, label=run.label, most=most, partial=run.target.key is None
+            cache.roots, key.factors, label=site.label, most=most, partial=key.key is None
         )
         changed = changed_beside(nearest[0]) if nearest else {}
-    verdict = "direct" if artifact is not None else "off" if run.cause == "unkeyable" else "miss"
     leads_to = record.graph_hash if record is not None else None
     compared = leads_to or (nearest[0].graph_hash if nearest else None)
-    traced = _traced(run, compared) if trace else None
+    traced = _traced(wanted, compared) if trace else None
     return TargetReport(
         name=target.name,
-        verdict=verdict,
-        reason="" if artifact is not None else run.reason,
-        target_key=run.target.key,
+        verdict="direct" if not cause else "off" if cause == "unkeyable" else "miss",
+        reason=reason,
+        target_key=key.key,
         graph_hash=leads_to,
-        factors=run.target.factors,
+        factors=key.factors,
         changed=changed,
         nearest=tuple(nearest),
-        seconds=dict(run.timings),
+        seconds=dict(site.clock.timings),
         trace=traced,
     )
 
@@ -123,16 +125,21 @@ def _missing_blob(artifact: Artifact, cache: Cache) -> str | None:
     return None
 
 
-def _traced(run: Run, compared: str | None) -> TraceReport:
-    from stitchcache.api.traced import trace_run
+def _traced(wanted: Wanted, compared: str | None) -> TraceReport:
+    # A report without a trace needs no exporter.
+    from stitchcache.pipeline.entry import plan_entry
+    from stitchcache.pipeline.source import export_source
 
-    traced, recorder = trace_run(run)
-    cached = run.get(traced.graph_hash) is not None
-    other = run.get(compared) if compared is not None and not cached else None
+    source = export_source(wanted)
+    planned = plan_entry(source, wanted.request)
+    cache = wanted.site.cache
+    cached = isinstance(find_by_graph(planned.graph_hash, cache), Hit)
+    other = find_by_graph(compared, cache) if compared is not None and not cached else None
+    entry = other.artifact if isinstance(other, Hit) else None
     return TraceReport(
-        graph_hash=traced.graph_hash,
+        graph_hash=planned.graph_hash,
         cached=cached,
-        refused=recorder.unsound,
-        compared=None if other is None else other.graph_hash,
-        differences={} if other is None else graph_differences(other, traced),
+        refused=source.unsound,
+        compared=None if entry is None else entry.graph_hash,
+        differences={} if entry is None else graph_differences(entry, planned),
     )

@@ -107,7 +107,8 @@ class Preloaded:
         log.debug("preload: %s in %.3f s", what, time.perf_counter() - began)
 
     def _find(self) -> Artifact | None:
-        from stitchcache.api.request import chosen_cache
+        # Imports torch, which the caller may still be doing; whatever needs none is done by now.
+        from stitchcache.pipeline.request import chosen_cache
 
         self._cache = chosen_cache(self._cache)
         if self._wanted is None:
@@ -120,13 +121,13 @@ class Preloaded:
     def _load(self, artifact: Artifact) -> None:
         """Digest all blobs and load those that any process on the CPU loads alike."""
         from stitchcache.pieces.aoti import AotiBackend
+        from stitchcache.runtime.environment import check_environment, devices_in
 
         if self._cache is None:
             return
+        check_environment(artifact, f"entry {artifact.graph_hash[:12]}")
         backend = AotiBackend()
-        tensors = [leaf.tensor for leaf in artifact.input_spec.leaves] if artifact.input_spec else []
-        tensors += [binding.tensor for binding in artifact.bindings]
-        on_cpu = all(tensor is None or tensor.device == "cpu" for tensor in tensors)
+        on_cpu = devices_in(artifact) == {"cpu"}
         with self._cache.hold(artifact):
             for blob in artifact.blobs:
                 path = self._cache.blob_path(blob)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stitchcache.api.compile import compile_request
-from stitchcache.api.request import OnProgress, Request, chosen_cache
 from stitchcache.api.target import Target, check_names, find_targets
 from stitchcache.cache import Cache
 from stitchcache.errors import StitchCacheError
+from stitchcache.pipeline.request import OnProgress, Request, chosen_cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,7 @@ def prewarm(
         targets: Targets, or references such as ``"pkg.module:name"``.
         jobs: Pieces to compile at a time; ``None`` takes one a core.
         cache: Where to store; the default cache if ``None``.
-        on_progress: Called with a :class:`~stitchcache.api.request.Progress` as things happen.
+        on_progress: Called with a :class:`~stitchcache.pipeline.request.Progress` as things happen.
         on_miss: ``"compile"``, or ``"error"`` to check that everything is there already.
         fake: Call each target's ``build`` where every tensor that it makes has no data.
 

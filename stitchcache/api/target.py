@@ -22,21 +22,6 @@ else:
     from stitchcache.records import dataclass
 
 
-# What a model's constructor, or the reading of its weights, may raise.
-_BUILD_ERRORS = (
-    ImportError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    LookupError,
-    AssertionError,
-    ArithmeticError,
-    NameError,
-)
-
-
 @dataclass(frozen=True, slots=True)
 class Target:
     """A model to compile, and how.
@@ -76,7 +61,9 @@ class Target:
         try:
             with _data(fake):
                 built = self.build()
-        except _BUILD_ERRORS as error:
+        except Exception as error:
+            # A boundary: build() is the user's, with their loaders of weights and all that those may raise.
+            # Whatever it is, it must not stop the targets after this one; Ctrl-C and exits still do.
             raise TargetError(
                 f"target {self.name!r}: build() failed: {type(error).__name__}: {error}", target=self.name
             ) from error

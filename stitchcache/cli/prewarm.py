@@ -15,9 +15,9 @@ from stitchcache.cli.words import printable, seconds_text, size_text
 
 if TYPE_CHECKING:
     from stitchcache.api.prewarm import PrewarmResult
-    from stitchcache.api.request import Progress
     from stitchcache.api.target import Target
     from stitchcache.cache import Cache
+    from stitchcache.pipeline.request import Progress
 
 _STATUS = {"direct": "hit direct", "graph": "hit graph"}
 _COLUMNS = (

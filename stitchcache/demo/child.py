@@ -133,9 +133,9 @@ def _cached(
 ) -> Any:
     began = time.time()
     from stitchcache.api.compile import compile_request
-    from stitchcache.api.request import Progress, Request
     from stitchcache.cache import Cache
     from stitchcache.demo.decoder import decoder_target
+    from stitchcache.pipeline.request import Progress, Request
 
     def on_progress(progress: Progress) -> None:
         say({"progress": asdict(progress)})

@@ -18,9 +18,9 @@ import torch
 from stitchcache.artifact.consts import dump_consts, load_consts
 from stitchcache.artifact.entry import CURRENT_SUFFIX, decode_named, encode
 from stitchcache.artifact.record import Artifact
-from stitchcache.errors import BackendError, EntryDamagedError, EntryFormatError
-from stitchcache.keys.environment import environment_factors
+from stitchcache.errors import EntryDamagedError, EntryFormatError
 from stitchcache.pieces import get_backend
+from stitchcache.runtime.environment import check_environment, devices_in
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
@@ -81,7 +81,7 @@ def load_graph(data: bytes) -> SavedGraph:
         if not isinstance(record.get(field), kind):  # type: ignore[arg-type]
             raise _malformed(field, "missing, or of another type")
     artifact = decode_named(record["entry"], record["graph_hash"], _WHERE + CURRENT_SUFFIX)
-    check_environment(artifact)
+    check_environment(artifact, _WHERE)
     for blob in artifact.blobs:
         found = record["blobs"].get(blob.digest)
         if not isinstance(found, bytes) or hashlib.sha256(found).hexdigest() != blob.digest:
@@ -91,34 +91,6 @@ def load_graph(data: bytes) -> SavedGraph:
                 reason="missing or damaged",
             )
     return SavedGraph(artifact, record["blobs"], load_consts(record["held"]))
-
-
-def check_environment(artifact: Artifact) -> None:
-    """Refuse pieces that were compiled for another processor, GPU, libc or torch.
-
-    Raises:
-        BackendError: A factor of the environment is another one now; names it.
-    """
-    stored = {factor.name: factor for factor in artifact.factors if factor.name.startswith("env.")}
-    # The one that was asked for: single pieces may run op by op all the same.
-    backend = next((f.value for f in artifact.factors if f.name == "request.backend"), "eager")
-    now = environment_factors(backend, devices_in(artifact))
-    for factor in now:
-        old = stored.get(factor.name)
-        if old is None or old.digest != factor.digest:
-            before = "not there" if old is None else repr(old.value)
-            raise BackendError(
-                f"{_WHERE} was made for another environment: {factor.name} was {before} and is "
-                f"{factor.value!r}. Compile it here.",
-                backend=backend,
-            )
-
-
-def devices_in(artifact: Artifact) -> set[str]:
-    """Device types of the tensors that an artifact takes."""
-    leaves = artifact.input_spec.leaves if artifact.input_spec is not None else ()
-    tensors = [leaf.tensor for leaf in leaves] + [binding.tensor for binding in artifact.bindings]
-    return {tensor.device for tensor in tensors if tensor is not None} or {"cpu"}
 
 
 def load_blobs(graph: SavedGraph) -> dict[str, Any]:

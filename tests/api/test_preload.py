@@ -146,7 +146,7 @@ def test_before_torch_is_imported(cache, fresh_process):
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()).eval()
         preloaded.wait()
         taken = []
-        from stitchcache.api import open as opening
+        from stitchcache.pipeline import start as opening
         get_backend = opening.get_backend
         opening.get_backend = lambda name: taken.append(name) or get_backend(name)
         compiled = stitchcache.compile(model, (torch.ones(2, 4),), preloaded=preloaded)

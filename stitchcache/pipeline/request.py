@@ -1,18 +1,19 @@
-"""What a caller asks for, checked once."""
+"""What a caller asks for, checked once; and where a start happens."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
 from stitchcache.cache import Cache
 from stitchcache.errors import OptionError
 from stitchcache.pieces import NAMES
-from stitchcache.state import modules_of
+from stitchcache.store.settings import flag
 from stitchcache.types import SizeRange
 
 if TYPE_CHECKING:
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 else:
     from stitchcache.records import dataclass
 
+T = TypeVar("T")
 
 OnMiss = Literal["compile", "error"]
+Check = Literal["example", "background", "none"]
+_CHECKS = ("example", "background", "none")
 _OWN_OPTIONS = {"stitchcache.jobs": int, "stitchcache.verify": bool}
 
 
@@ -35,6 +39,8 @@ class Request:
         size_ranges: Ranges that get code of their own.
         backend: Piece backend.
         on_miss: ``compile`` or ``error``.
+        require: ``"direct"``: a graph hit is an error too, as it traces the model.
+        check: When a hit is compared with the model itself; ``None`` takes ``STITCHCACHE_CHECK``. In no key.
         key_factors: The caller's own distinctions.
         options: Inductor's options, and ours under ``stitchcache.``.
         label: What to call the model in listings.
@@ -48,15 +54,17 @@ class Request:
     size_ranges: tuple[SizeRange, ...] = ()
     backend: str = "aoti"
     on_miss: OnMiss = "compile"
+    require: Literal["direct"] | None = None
+    check: Check | None = None
     key_factors: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
 
     def __post_init__(self) -> None:
-        if self.backend not in NAMES:
-            raise OptionError(f"backend={self.backend!r}: there is {', '.join(NAMES)}.", option="backend")
-        if self.on_miss not in ("compile", "error"):
-            raise OptionError(f"on_miss={self.on_miss!r}: use 'compile' or 'error'.", option="on_miss")
+        _one_of("backend", self.backend, NAMES)
+        _one_of("on_miss", self.on_miss, ("compile", "error"))
+        _one_of("require", self.require, (None, "direct"))
+        _one_of("check", self.check, (None, *_CHECKS))
         for op in self.splitting_ops:
             if not isinstance(op, str) or not op:
                 raise OptionError(
@@ -75,6 +83,11 @@ class Request:
                 raise OptionError(
                     f"options[{name!r}]={value!r}: there is {known}.", option=f"options[{name!r}]"
                 )
+        if self.jobs is not None and self.jobs < 1:
+            raise OptionError(
+                f"jobs={self.jobs}: at least one process has to compile. Leave it out for about one a core.",
+                option="jobs",
+            )
 
     @property
     def backend_options(self) -> dict[str, Any]:
@@ -83,7 +96,7 @@ class Request:
 
     @property
     def jobs(self) -> int | None:
-        """Processes to compile with; ``None`` takes one a core."""
+        """Processes to compile with; ``None`` takes about one a core."""
         jobs: int | None = self.options.get("stitchcache.jobs")
         return jobs
 
@@ -93,23 +106,36 @@ class Request:
         return bool(self.options.get("stitchcache.verify", True))
 
     @property
+    def must_be_direct(self) -> bool:
+        """Whether tracing is forbidden, by argument or by ``STITCHCACHE_REQUIRE=direct``."""
+        return self.require == "direct" or _required_by_environment() == "direct"
+
+    @property
     def miss_is_error(self) -> bool:
         """Whether compiling is forbidden, by argument or by ``STITCHCACHE_REQUIRE``."""
-        return self.on_miss == "error" or environment_flag("STITCHCACHE_REQUIRE")
+        return self.on_miss == "error" or self.require is not None or _required_by_environment() != ""
+
+    @property
+    def checked(self) -> Check:
+        """When a hit is compared with the model: the argument, else ``STITCHCACHE_CHECK``, else at once."""
+        if self.check is not None:
+            return self.check
+        value = os.environ.get("STITCHCACHE_CHECK", "").strip().lower() or "example"
+        _one_of("STITCHCACHE_CHECK", value, _CHECKS)
+        return value  # type: ignore[return-value]
 
 
-def environment_flag(name: str) -> bool:
-    """An environment variable that is on or off.
+def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:
+    if value not in known:
+        there = ", ".join(str(one) for one in known)
+        raise OptionError(f"{name}={value!r}: use one of {there}.", option=name)
 
-    Raises:
-        OptionError: It is neither.
-    """
-    value = os.environ.get(name, "").strip().lower()
-    if value in {"", "0", "false", "no", "off"}:
-        return False
-    if value in {"1", "true", "yes", "on"}:
-        return True
-    raise OptionError(f"{name}={value!r}: use 1 or 0.", option=name)
+
+def _required_by_environment() -> str:
+    """``STITCHCACHE_REQUIRE``: ``""``, ``"hit"`` or ``"direct"``."""
+    if os.environ.get("STITCHCACHE_REQUIRE", "").strip().lower() == "direct":
+        return "direct"
+    return "hit" if flag("STITCHCACHE_REQUIRE") else ""
 
 
 def check_model(model: Any, args: Any, kwargs: Any) -> None:
@@ -137,25 +163,6 @@ def check_model(model: Any, args: Any, kwargs: Any) -> None:
         )
     if not isinstance(kwargs, Mapping):
         raise OptionError(f"kwargs is a {type(kwargs).__qualname__}; pass a dict or None.", option="kwargs")
-
-
-def devices_of(model: torch.nn.Module, leaves: Sequence[Any]) -> tuple[str, tuple[str, ...]]:
-    """What a model and its arguments live on.
-
-    Returns:
-        The device that pieces are loaded for (the first accelerator found among parameters, buffers and
-        arguments, else the CPU), and the types of all devices, sorted.
-    """
-    parameters: dict[torch.device, None] = {}
-    others: dict[torch.device, None] = {}
-    # By hand: asking for all parameters, or a tensor whether it is one, takes milliseconds.
-    for _, module in modules_of(model):
-        parameters.update((t.device, None) for t in module._parameters.values() if t is not None)
-        others.update((t.device, None) for t in module._buffers.values() if t is not None)
-    others.update((leaf.device, None) for leaf in leaves if isinstance(leaf, torch.Tensor))
-    found = parameters | others
-    first = next((str(device) for device in found if device.type != "cpu"), "cpu")
-    return first, tuple(sorted({device.type for device in found} or {"cpu"}))
 
 
 def chosen_cache(cache: Cache | None) -> Cache:
@@ -197,3 +204,63 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+
+class Clock:
+    """Seconds by stage, and progress for whoever asked to be told. Nothing is decided by it.
+
+    Args:
+        label: What to call the model in progress.
+        on_progress: Gets told what happens.
+    """
+
+    def __init__(self, label: str, on_progress: OnProgress | None = None) -> None:
+        self._began = time.perf_counter()
+        self._label, self._on_progress = label, on_progress
+        self.timings: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Since the start began."""
+        return time.perf_counter() - self._began
+
+    def timed(self, stage: str, work: Callable[[], T]) -> T:
+        """Do something and add its seconds to a stage."""
+        began = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self.timings[stage] = self.timings.get(stage, 0.0) + time.perf_counter() - began
+
+    def tell(self, stage: str, done: int = 0, total: int = 0, left: float | None = None) -> None:
+        """Report progress."""
+        if self._on_progress is not None:
+            self._on_progress(
+                Progress(
+                    target=self._label,
+                    stage=stage,
+                    done=done,
+                    total=total,
+                    seconds=self.seconds,
+                    left=left,
+                )
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where a start happens.
+
+    Args:
+        cache: Where to look and store.
+        label: What to call the model in log lines and listings.
+        device: The device that pieces are loaded for.
+        devices: Types of all devices in use, sorted.
+        clock: Measures it.
+    """
+
+    cache: Cache
+    label: str
+    device: str
+    devices: tuple[str, ...]
+    clock: Clock

@@ -1,4 +1,4 @@
-"""The traced road: capture, plan, and an artifact for what was planned."""
+"""What an entry is: its plans, its tensors, its hash; and the artifact that is put together from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from stitchcache.api.request import Request
 from stitchcache.artifact.consts import dump_consts
 from stitchcache.artifact.record import Artifact, Variant
 from stitchcache.capture import Capture
@@ -18,20 +17,22 @@ from stitchcache.capture.contract import tensor_spec
 from stitchcache.codegen import generate_execution_code
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.pieces import get_backend
+from stitchcache.pipeline.request import Request
+from stitchcache.pipeline.source import Source, fact
 from stitchcache.plan import Plan, plan
 from stitchcache.types import BindingSpec, BlobRef, Factor, PieceRef, SizeRange
 
 
 @dataclass(frozen=True, slots=True)
-class Traced:
-    """A captured and planned model.
+class EntryPlan:
+    """A captured model, planned: everything that its entry will be but the compiled pieces.
 
     Args:
         capture: The capture that has the contract.
         plans: What has to be compiled, for each size range or for all sizes.
         builds: Each plan with its own capture.
         graph_hash: Names the entry.
-        factors: What went into the graph hash beside the graph.
+        factors: What went into the graph hash beside pieces and environment.
         bindings: Tensors that the stitching code uses, by name.
         constants: Tensors that the artifact carries.
     """
@@ -45,36 +46,33 @@ class Traced:
     constants: Mapping[str, torch.Tensor]
 
 
-def trace(
-    model: torch.nn.Module,
-    captured: Capture,
-    variants: Sequence[tuple[SizeRange | None, Capture]],
-    request: Request,
-    environment: Sequence[Factor],
-    *,
-    entry_only: Sequence[Factor] = (),
-) -> Traced:
+def plan_entry(source: Source, request: Request) -> EntryPlan:
     """Plan the compilation of a captured model.
 
     Args:
-        model: The model.
-        captured: The capture that has the contract.
-        variants: A capture for each size range, or one for all sizes.
+        source: What was captured.
         request: Options.
-        environment: Factors of the machine, torch's state and the options: all that compiled pieces
-            depend on beside their graph.
-        entry_only: Further factors that distinguish entries, but not the pieces in them.
 
     Raises:
         SplitError: The graph cannot be split as asked.
     """
+    environment, variants = source.environment, source.variants
     plans = tuple((size_range, _plan(variant, request, environment)) for size_range, variant in variants)
-    bindings = _bindings(model, [variant for _, variant in variants], [planned for _, planned in plans])
-    tensors = {item.name: item.tensor for item in captured.bound if item.kind == "constant"}
+    bindings = _bindings(
+        source.model, [variant for _, variant in variants], [planned for _, planned in plans]
+    )
+    tensors = {item.name: item.tensor for item in source.whole.bound if item.kind == "constant"}
     carried = {b.name: tensors[b.name] for b in bindings if b.kind == "constant"}
-    facts = (*_facts(captured, plans, bindings, carried), *entry_only)
-    builds = tuple((planned, own) for (_, planned), (_, own) in zip(plans, variants, strict=True))
-    return Traced(captured, plans, builds, _entry_hash(plans, facts, environment), facts, bindings, carried)
+    facts = (*_facts(source.whole, plans, bindings, carried), *source.facts)
+    return EntryPlan(
+        capture=source.whole,
+        plans=plans,
+        builds=tuple((planned, own) for (_, planned), (_, own) in zip(plans, variants, strict=True)),
+        graph_hash=_entry_hash(plans, facts, environment),
+        factors=facts,
+        bindings=bindings,
+        constants=carried,
+    )
 
 
 def _plan(captured: Capture, request: Request, environment: Sequence[Factor]) -> Plan:
@@ -143,11 +141,6 @@ def _facts(
     )
 
 
-def fact(name: str, value: str, whole: str) -> Factor:
-    """A factor with the digest of its whole value."""
-    return Factor(name=name, value=value, digest=hashlib.sha256(whole.encode()).hexdigest())
-
-
 def _entry_hash(
     plans: Sequence[tuple[SizeRange | None, Plan]], facts: Sequence[Factor], environment: Sequence[Factor]
 ) -> str:
@@ -162,21 +155,21 @@ def _entry_hash(
 
 
 def assemble(
-    traced: Traced,
+    planned: EntryPlan,
     blobs: Mapping[str, BlobRef],
     constants: Mapping[str, BlobRef],
     *,
-    factors: Sequence[Factor],
+    known: Sequence[Factor],
     label: str,
     seconds: float,
 ) -> Artifact:
     """Write the stitching code and put an artifact together.
 
     Args:
-        traced: What was planned.
+        planned: What was planned.
         blobs: Piece key to stored piece.
         constants: Constant name to stored tensor.
-        factors: Named parts of all keys, for explanations.
+        known: Further factors of the source, to explain and to compare with later.
         label: What to call it in listings.
         seconds: What compiling took.
 
@@ -184,18 +177,19 @@ def assemble(
         CodegenError: A node of the stitching graph has no form as source.
     """
     variants = tuple(
-        _variant(size_range, planned, traced.graph_hash, blobs) for size_range, planned in traced.plans
+        _variant(size_range, one, planned.graph_hash, blobs) for size_range, one in planned.plans
     )
     bindings = tuple(
-        replace(b, blob=constants[b.name]) if b.kind == "constant" else b for b in traced.bindings
+        replace(b, blob=constants[b.name]) if b.kind == "constant" else b for b in planned.bindings
     )
     return Artifact(
-        graph_hash=traced.graph_hash,
+        graph_hash=planned.graph_hash,
         variants=variants,
-        input_spec=traced.capture.input_spec,
-        output_spec=traced.capture.output_spec,
+        input_spec=planned.capture.input_spec,
+        output_spec=planned.capture.output_spec,
         bindings=bindings,
-        factors=tuple(factors),
+        # One factor a name, the last of each.
+        factors=tuple({factor.name: factor for factor in (*known, *planned.factors)}.values()),
         created=time.time(),
         label=label,
         compile_seconds=seconds,

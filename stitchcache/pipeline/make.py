@@ -1,64 +1,66 @@
-"""Compile the pieces that the cache lacks, and store what came of it."""
+"""``make``: from a planned entry to an artifact, compiling the pieces that the cache lacks."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import torch
-
-from stitchcache.api.estimate import Estimate, compiled_before
-from stitchcache.api.request import Request
-from stitchcache.api.trace import Traced, assemble, stitched_leaves
 from stitchcache.artifact.consts import dump_consts
 from stitchcache.artifact.record import Artifact
 from stitchcache.cache import Cache
 from stitchcache.errors import BackendError, EntryFormatError, StoreWriteError, UntrustedEntryError
+from stitchcache.graph.symbols import without_guards
 from stitchcache.pieces import get_backend
+from stitchcache.pipeline.entry import EntryPlan, assemble, stitched_leaves
+from stitchcache.pipeline.request import Request, Site
+from stitchcache.pipeline.start import Loaded
 from stitchcache.plan.build import BuiltPiece, at_once, build
 from stitchcache.plan.plan import PlannedPiece
 from stitchcache.types import BlobRef, Factor
 
 log = logging.getLogger("stitchcache")
 
+_PIECES, _MICROSECONDS = "piece.compiled", "microseconds.piece"
 
-def compile_pieces(
-    traced: Traced,
-    request: Request,
-    cache: Cache,
-    *,
-    device: str,
-    devices: Sequence[str],
-    factors: Sequence[Factor],
-    label: str,
-    tell: Callable[[str, int, int, float | None], None],
-) -> tuple[Artifact, dict[str, Any], Mapping[str, torch.Tensor]]:
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A new artifact.
+
+    Args:
+        artifact: What was compiled.
+        loaded: Its pieces and constants, ready to be linked.
+    """
+
+    artifact: Artifact
+    loaded: Loaded
+
+
+def make(planned: EntryPlan, request: Request, site: Site, known: Sequence[Factor]) -> Made:
     """Compile, load and store.
 
     A store that cannot be written costs the storing, not the compiling.
 
     Args:
-        traced: What was planned.
+        planned: What was planned.
         request: Options.
-        cache: Where to store.
-        device: Where pieces run.
-        devices: Device types in use.
-        factors: Named parts of all keys.
-        label: What to call the entry.
-        tell: Gets the stage, pieces done, pieces in all, and seconds left where they can be told.
-
-    Returns:
-        The artifact, its loaded pieces, and its constants.
+        site: Where to store, and what to call the entry.
+        known: Further factors of the source, which the entry keeps.
 
     Raises:
         BackendError: A piece cannot be compiled, or is wrong.
+        CodegenError: The stitching graph has no form as source.
     """
     began = time.perf_counter()
-    shelf = _Shelf(cache, label, device)
-    distinct = {piece.key: piece for _, planned in traced.plans for piece in planned.pieces}
+    cache, tell = site.cache, site.clock.tell
+    shelf = _Shelf(cache, site.label, site.device)
+    distinct = {piece.key: piece for _, one in planned.plans for piece in one.pieces}
     missing = {key for key, piece in distinct.items() if not shelf.find(piece)}
     done = len(distinct) - len(missing)
     before = {piece.backend: compiled_before(cache, piece.backend) for piece in distinct.values()}
@@ -72,35 +74,31 @@ def compile_pieces(
         shelf.take(built)
         tell("compile", done, len(distinct), estimate.left() if done < len(distinct) else None)
 
-    for planned, captured in traced.builds:
-        pieces = {piece.key: piece for piece in planned.pieces if piece.key in missing - shelf.pieces.keys()}
+    for one, captured in planned.builds:
+        pieces = {piece.key: piece for piece in one.pieces if piece.key in missing - shelf.pieces.keys()}
         if not pieces:
             continue
-        with cache.scratch() as scratch:
+        # A process that only loads makes no assumptions about sizes, so compiling must add none.
+        with cache.scratch() as scratch, without_guards(captured.gm.graph):
             build(
-                planned,
+                one,
                 list(pieces.values()),
                 stitched_leaves(captured) if request.verify else None,
                 scratch,
                 request.backend_options,
                 jobs=request.jobs,
-                devices=devices,
+                devices=site.devices,
                 before=before,
                 on_built=on_built,
             )
-    tell("store", done, len(distinct), None)
-    constants = {name: shelf.keep(dump_consts([tensor]) or b"") for name, tensor in traced.constants.items()}
-    artifact = assemble(
-        traced,
-        shelf.blobs,
-        constants,
-        factors=factors,
-        label=label,
-        seconds=time.perf_counter() - began,
-    )
+    tell("store", done, len(distinct))
+    constants = {name: shelf.keep(dump_consts([tensor]) or b"") for name, tensor in planned.constants.items()}
+    seconds = time.perf_counter() - began
+    artifact = assemble(planned, shelf.blobs, constants, known=known, label=site.label, seconds=seconds)
     shelf.put(artifact)
     # Copies, as every later process has them: a change to the model's own must not show in one only.
-    return artifact, shelf.pieces, {name: tensor.clone() for name, tensor in traced.constants.items()}
+    copies = {name: tensor.clone() for name, tensor in planned.constants.items()}
+    return Made(artifact, Loaded(shelf.pieces, copies))
 
 
 class _Shelf:
@@ -161,11 +159,57 @@ class _Shelf:
 
 
 def _name(source: bytes | Path) -> BlobRef:
-    import hashlib
-
     try:
         data = source if isinstance(source, bytes) else source.read_bytes()
     except OSError:
         # Too many open files, say. Nothing of this run is stored any more, so nobody goes by the name.
         data = b""
     return BlobRef(digest=hashlib.sha256(data).hexdigest(), size=len(data))
+
+
+def compiled_before(cache: Cache, backend: str) -> int:
+    """How many pieces a backend has compiled on a store, as far as its statistics know."""
+    return cache.counted().get(f"{_PIECES}.{backend}", 0)
+
+
+class Estimate:
+    """Seconds left of a run of equally likely pieces.
+
+    Args:
+        cache: Whose statistics speak until the first piece of this run is done; gets what this one takes.
+        backend: Only pieces of the same backend compare.
+        pieces: How many will be compiled.
+        at_once: How many at a time.
+    """
+
+    def __init__(self, cache: Cache, backend: str, pieces: int, at_once: int) -> None:
+        self._cache, self._backend = cache, backend
+        self._rounds = -(-pieces // max(1, at_once))
+        self._began = time.perf_counter()
+        self._seen: list[float] = []
+        self._before = _mean(cache.counted(), backend) if pieces else None
+
+    def took(self, backend: str, seconds: float) -> None:
+        """Learn from a finished piece.
+
+        Args:
+            backend: What compiled it.
+            seconds: From the start of its process to its checked file.
+        """
+        self._cache.count(f"{_PIECES}.{backend}")
+        self._cache.count(f"{_MICROSECONDS}.{backend}", int(seconds * 1e6))
+        if backend == self._backend:
+            self._seen.append(seconds)
+
+    def left(self) -> float | None:
+        """Seconds to go; ``None`` where nothing like it was ever timed, or it takes longer than that."""
+        one = fmean(self._seen) if self._seen else self._before
+        if one is None:
+            return None
+        left = self._rounds * one - (time.perf_counter() - self._began)
+        return left if left > 0 else None
+
+
+def _mean(counters: Mapping[str, int], backend: str) -> float | None:
+    pieces = counters.get(f"{_PIECES}.{backend}", 0)
+    return counters.get(f"{_MICROSECONDS}.{backend}", 0) / 1e6 / pieces if pieces > 0 else None

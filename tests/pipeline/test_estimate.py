@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import stitchcache
-from stitchcache.api.estimate import Estimate, compiled_before
 from stitchcache.cli.words import left_text
+from stitchcache.pipeline.make import Estimate, compiled_before
 from stitchcache.plan import build
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from stitchcache.api.run import Run
-from stitchcache.api.trace import Traced
 from stitchcache.artifact.record import Artifact
 from stitchcache.errors import CacheMissError
 from stitchcache.explanation import MissFacts
@@ -14,23 +12,25 @@ from stitchcache.keys.differences import ABSENT, differences_text, explain_diffe
 from stitchcache.keys.origins import find_file, read_file
 from stitchcache.keys.values import Shared
 from stitchcache.nearest import NearestEntry, nearest_entries
+from stitchcache.pipeline.entry import EntryPlan
+from stitchcache.pipeline.find import Miss, Wanted
 from stitchcache.types import TargetRecord
 
 _FEW = 3
 
 
-def miss_facts(run: Run) -> MissFacts:
+def miss_facts(wanted: Wanted, miss: Miss) -> MissFacts:
     """Look at what there is, before anything is stored by this run; reads a few hundred files at most.
 
     Args:
-        run: A compilation that had no direct hit.
+        wanted: What had no direct hit.
+        miss: Why it had none.
     """
-    if run.record is not None:
-        changed = changed_sources(run.record) if run.cause == "sources" else {}
+    if miss.record is not None:
+        changed = changed_sources(miss.record) if miss.cause == "sources" else {}
         return MissFacts(changed=changed)
-    found = nearest_entries(
-        run.cache.roots, run.target.factors, label=run.label, partial=run.target.key is None
-    )
+    site, target = wanted.site, wanted.target
+    found = nearest_entries(site.cache.roots, target.factors, label=site.label, partial=target.key is None)
     if not found:
         return MissFacts()
     return MissFacts(changed=changed_beside(found[0]), nearest=found[0], hint=_hint(found[0]))
@@ -79,7 +79,7 @@ def changed_sources(record: TargetRecord) -> dict[str, tuple[str, str]]:
     return found
 
 
-def graph_differences(artifact: Artifact, traced: Traced) -> dict[str, tuple[str, str]]:
+def graph_differences(artifact: Artifact, traced: EntryPlan) -> dict[str, tuple[str, str]]:
     """What tells a fresh trace from an entry.
 
     Args:
@@ -103,9 +103,16 @@ def graph_differences(artifact: Artifact, traced: Traced) -> dict[str, tuple[str
     return found
 
 
-def miss_error(run: Run, traced: Traced) -> CacheMissError:
-    """The error for a miss where misses are forbidden."""
-    facts = run.near or MissFacts()
+def miss_error(wanted: Wanted, miss: Miss, graph_hash: str | None = None) -> CacheMissError:
+    """The error for a miss where misses are forbidden.
+
+    Args:
+        wanted: What was looked up.
+        miss: Why it is a miss.
+        graph_hash: What it was looked up by too; ``None`` where tracing is forbidden.
+    """
+    site, key = wanted.site, wanted.target.key
+    facts = miss.facts or MissFacts()
     differences = dict(facts.nearest.differences) if facts.nearest is not None else {}
     detail = ""
     if facts.nearest is not None and differences:
@@ -113,14 +120,22 @@ def miss_error(run: Run, traced: Traced) -> CacheMissError:
         detail = f" From the nearest, {near}, it differs in {differences_text(differences, _FEW)}."
     if facts.changed:
         detail += f" Changed: {_changed_text(facts.changed)}."
+    if graph_hash is None:
+        what = (
+            f"no direct hit in the cache at {site.cache.root} ({miss.reason}), and tracing is an error here."
+        )
+    else:
+        what = (
+            f"not in the cache at {site.cache.root} ({miss.reason}; no entry for graph {graph_hash[:12]} "
+            "either), and a miss is an error here."
+        )
     return CacheMissError(
-        f"{run.label}: not in the cache at {run.cache.root} ({run.reason}; no entry for graph "
-        f"{traced.graph_hash[:12]} either), and a miss is an error here.{detail} "
+        f"{site.label}: {what}{detail} "
         "Run 'stitchcache prewarm' where compiling is allowed, with the same model and options; "
         "'stitchcache explain' shows all that differs.",
-        target=run.label,
-        key=run.target.key or "",
-        reason=run.reason,
+        target=site.label,
+        key=key or "",
+        reason=miss.reason,
         differences=differences,
         changed=dict(facts.changed),
     )

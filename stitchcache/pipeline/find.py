@@ -1,0 +1,211 @@
+"""``find``: what a start can be served from, by target key or by graph hash. Traces nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from stitchcache.artifact.record import Artifact
+from stitchcache.cache import Cache
+from stitchcache.errors import UntrustedEntryError
+from stitchcache.keys.check import check_sources
+from stitchcache.keys.target import TargetKey, target_key
+from stitchcache.keys.values import Shared
+from stitchcache.pipeline.request import Clock, OnProgress, Request, Site
+from stitchcache.runtime.mismatch import explain_mismatch
+from stitchcache.state import devices_of
+from stitchcache.torchside import tree
+from stitchcache.types import TargetRecord
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+
+    from stitchcache.explanation import MissFacts
+else:
+    from stitchcache.records import dataclass
+
+log = logging.getLogger("stitchcache")
+
+
+class Ready(Protocol):
+    """What a preload may have made ready. It decides nothing."""
+
+    def artifact(self, graph_hash: str) -> Artifact | None:
+        """The entry of a graph hash, read and verified; ``None`` where it is not ready."""
+
+    def take(self, graph_hash: str) -> Mapping[tuple[str, str], Any]:
+        """Its loaded CPU pieces, by backend and digest of their bytes."""
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until its thread is done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What is to be started: a model, an example call, a request, and the key that stands for them.
+
+    Args:
+        model: The model.
+        args: Example positional arguments.
+        kwargs: Example keyword arguments.
+        leaves: Their leaves, in tree order.
+        request: Options.
+        site: Where.
+        target: The target key.
+        shared: What computing the key has digested; checking sources need not digest it again.
+        ready: What a preload made ready; taken only where it is what was found.
+    """
+
+    model: torch.nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    leaves: Sequence[Any]
+    request: Request
+    site: Site
+    target: TargetKey
+    shared: Shared
+    ready: Ready | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hit:
+    """An entry that may be served.
+
+    Args:
+        artifact: The entry.
+        record: The target record that led to it; ``None`` where the graph hash did.
+    """
+
+    artifact: Artifact
+    record: TargetRecord | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Miss:
+    """Why nothing is served.
+
+    Args:
+        reason: For people.
+        cause: The same in a word, for the statistics: ``new``, ``unkeyable``, ``sources``, ``entry``,
+            ``example``, ``piece``, ``refused`` or ``look``.
+        record: The newest target record that the key leads to; ``None`` where it leads nowhere.
+        facts: What was found out beyond the reason.
+    """
+
+    reason: str
+    cause: str
+    record: TargetRecord | None = None
+    facts: MissFacts | None = None
+
+
+def want(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    request: Request,
+    cache: Cache,
+    on_progress: OnProgress | None = None,
+    ready: Ready | None = None,
+) -> Wanted:
+    """Compute the target key of a model with an example call.
+
+    Args:
+        model: The model; none of its code is run.
+        args: Example positional arguments.
+        kwargs: Example keyword arguments.
+        request: Options.
+        cache: Where to look and store.
+        on_progress: Gets told what happens.
+        ready: What a preload made ready.
+
+    Raises:
+        OptionError: One of the options or key factors is no plain value.
+    """
+    label = request.label or type(model).__qualname__
+    clock, shared = Clock(label, on_progress), Shared()
+    leaves, spec = tree.flatten((args, dict(kwargs)))
+    paths = tree.leaf_paths(model.forward, args, dict(kwargs))
+    device, devices = devices_of(model, leaves)
+    target = clock.timed(
+        "key",
+        lambda: target_key(
+            model,
+            list(zip(paths, leaves, strict=True)),
+            tree.dumps(spec),
+            request.dynamic_shapes,
+            request.splitting_ops,
+            request.size_ranges,
+            request.backend,
+            request.backend_options,
+            request.key_factors,
+            shared,
+        ),
+    )
+    return Wanted(
+        model=model,
+        args=args,
+        kwargs=dict(kwargs),
+        leaves=leaves,
+        request=request,
+        site=Site(cache=cache, label=label, device=device, devices=devices, clock=clock),
+        target=target,
+        shared=shared,
+        ready=ready,
+    )
+
+
+def find(wanted: Wanted) -> Hit | Miss:
+    """The entry that the target key leads to.
+
+    A key may have several records: one model, told apart by a global or an environment variable that no key
+    covers. The newest whose sources and globals are what they were is taken; a miss tells of the newest.
+    """
+    key = wanted.target.key
+    wanted.site.clock.tell("lookup")
+    if key is None:
+        return Miss(reason=wanted.target.reason or "this target has no key", cause="unkeyable")
+    records = wanted.site.cache.get_target(key)
+    first: Miss | None = None
+    for record in records:
+        found = _find_by_record(wanted, record)
+        if isinstance(found, Hit):
+            return found
+        first = first or found
+        if record.refused is not None and len(records) > 1 and check_sources(record, wanted.shared) is None:
+            # It is about what is wanted here, so an older record must not be served past it.
+            break
+    return first or Miss(reason="no entry for this target", cause="new")
+
+
+def _find_by_record(wanted: Wanted, record: TargetRecord) -> Hit | Miss:
+    if record.refused is not None:
+        return Miss(reason=record.refused, cause="unkeyable", record=record)
+    changed = wanted.site.clock.timed("sources", lambda: check_sources(record, wanted.shared))
+    if changed is not None:
+        return Miss(reason=changed, cause="sources", record=record)
+    found = find_by_graph(record.graph_hash, wanted.site.cache, wanted.ready)
+    if isinstance(found, Miss) or found.artifact.input_spec is None:
+        reason = f"the entry {record.graph_hash[:12]} is gone or damaged"
+        return Miss(reason=reason, cause="entry", record=record)
+    # torch.export may tie two sizes together by the example's; another example is another target.
+    misfit = explain_mismatch(found.artifact.input_spec, wanted.leaves)
+    if misfit is not None:
+        reason = f"the example does not fit what was captured: {misfit}"
+        return Miss(reason=reason, cause="example", record=record)
+    return Hit(artifact=found.artifact, record=record)
+
+
+def find_by_graph(graph_hash: str, cache: Cache, ready: Ready | None = None) -> Hit | Miss:
+    """The entry of a graph hash; one that cannot be trusted is a miss and a warning."""
+    artifact = ready.artifact(graph_hash) if ready is not None else None
+    if artifact is None:
+        try:
+            artifact = cache.get(graph_hash)
+        except UntrustedEntryError as error:
+            log.warning("%s", error)
+    if artifact is None:
+        return Miss(reason=f"no entry for graph {graph_hash[:12]}", cause="new")
+    return Hit(artifact=artifact)
