@@ -359,7 +359,7 @@ class TargetRecord:
         refused: Why nothing may be served for this key without tracing; ``None`` where it may.
         factors: What the key is made of, packed: ``stitchcache.artifact.factors`` reads it. Empty where
             it was not recorded. A direct hit has no use for it.
-        code: Code objects of the entry's source: what names one (``stitchcache.codegen.bytecode``), and its
+        code: Code objects of the entry's source: what names one (``stitchcache.codegen.execution``), and its
             marshalled bytes.
     """
 

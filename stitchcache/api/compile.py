@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stitchcache.cache import Cache
-from stitchcache.codegen.bytecode import CodeObjects
+from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import OptionError
 from stitchcache.pause import collection_paused
 from stitchcache.pipeline.find import Hit, Miss, Ready, Wanted, find, want

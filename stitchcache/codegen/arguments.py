@@ -10,9 +10,8 @@ import torch
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from stitchcache.codegen.bindings import Bindings
-from stitchcache.codegen.literals import literal
 from stitchcache.codegen.liveness import value_mark
-from stitchcache.codegen.names import is_identifier
+from stitchcache.codegen.names import is_identifier, literal
 from stitchcache.errors import CodegenError
 from stitchcache.torchside.symbols import constant_of
 
@@ -76,17 +75,11 @@ def call_text(
         kwargs: Keyword arguments; their names need not be identifiers.
         scope: Of the node.
         first: Number of the first positional argument in the node's own arguments.
-
-    Returns:
-        Source text.
-
-    Raises:
-        CodegenError: An argument has no source text.
     """
-    parts = [_node_ref(arg, scope, f"args[{i}]") for i, arg in enumerate(args, first)]
+    parts = [argument_text(arg, scope, f"args[{i}]") for i, arg in enumerate(args, first)]
     rest: list[str] = []
     for key, value in kwargs.items():
-        text = _node_ref(value, scope, f"kwargs[{key!r}]")
+        text = argument_text(value, scope, f"kwargs[{key!r}]")
         # Once one needs a dict the others follow it there, so that the order stays.
         if rest or not is_identifier(key):
             rest.append(f"{key!a}: {text}")
@@ -97,12 +90,7 @@ def call_text(
     return f"{function}({', '.join(parts)})"
 
 
-def argument_text(value: Any, scope: Scope, path: str, *, subscript: bool = False) -> str:
-    """Write one argument; see `_node_ref`, the only place where that happens."""
-    return _node_ref(value, scope, path, subscript=subscript)
-
-
-def _node_ref(arg: Any, scope: Scope, path: str, *, subscript: bool = False, depth: int = 0) -> str:
+def argument_text(arg: Any, scope: Scope, path: str, *, subscript: bool = False, depth: int = 0) -> str:
     """Write an argument as source text.
 
     Args:
@@ -128,30 +116,31 @@ def _node_ref(arg: Any, scope: Scope, path: str, *, subscript: bool = False, dep
         raise scope.error(path, f"is nested more than {_MAX_DEPTH} levels deep.")
 
     def inner(value: Any, step: str, nested: bool = False) -> str:
-        return _node_ref(value, scope, f"{path}{step}", subscript=nested, depth=depth + 1)
+        return argument_text(value, scope, f"{path}{step}", subscript=nested, depth=depth + 1)
 
     kind = type(arg)
     if kind is list or kind is immutable_list:
         return "[" + ", ".join(inner(item, f"[{i}]") for i, item in enumerate(arg)) + "]"
     if kind is dict or kind is immutable_dict:
-        return (
-            "{"
-            + ", ".join(
-                f"{inner(k, '.keys()')}: {inner(v, f'[{literal(k) or type(k).__name__}]')}"
-                for k, v in arg.items()
-            )
-            + "}"
-        )
+        pairs = [
+            f"{inner(k, '.keys()')}: {inner(v, f'[{literal(k) or type(k).__name__}]')}"
+            for k, v in arg.items()
+        ]
+        return "{" + ", ".join(pairs) + "}"
     if kind is tuple:
         items = [inner(item, f"[{i}]", subscript) for i, item in enumerate(arg)]
         if subscript and items:
             return ", ".join(items) + ("," if len(items) == 1 else "")
         return "(" + ", ".join(items) + ("," if len(items) == 1 else "") + ")"
-    if isinstance(arg, slice):
-        return _slice_text(arg, inner, scope, subscript)
-    if isinstance(arg, range):
-        parts = [inner(getattr(arg, step), f".{step}") for step in ("start", "stop", "step")]
-        return f"{scope.bindings.op('range')}({', '.join(parts)})"
+    if isinstance(arg, (slice, range)):
+        steps = ("start", "stop", "step")
+        if subscript and isinstance(arg, slice):
+            start, stop, step = (
+                "" if getattr(arg, s) is None else inner(getattr(arg, s), f".{s}") for s in steps
+            )
+            return f"{start}:{stop}:{step}" if step else f"{start}:{stop}"
+        parts = [inner(getattr(arg, step), f".{step}") for step in steps]
+        return f"{scope.bindings.op(kind.__name__)}({', '.join(parts)})"
     if isinstance(arg, tuple) and hasattr(kind, "_fields"):
         fields = [inner(item, f".{name}") for name, item in zip(kind._fields, arg, strict=True)]
         return f"{scope.bindings.callable(kind, scope.node, path)}({', '.join(fields)})"
@@ -168,15 +157,6 @@ def _value_text(node: torch.fx.Node, scope: Scope, path: str) -> str:
         return ref.text
     scope.uses.append(ref.text)
     return value_mark(ref.text)
-
-
-def _slice_text(arg: slice, inner: Callable[..., str], scope: Scope, subscript: bool) -> str:
-    if not subscript:
-        parts = [inner(getattr(arg, step), f".{step}") for step in ("start", "stop", "step")]
-        return f"{scope.bindings.op('slice')}({', '.join(parts)})"
-    start = "" if arg.start is None else inner(arg.start, ".start")
-    stop = "" if arg.stop is None else inner(arg.stop, ".stop")
-    return f"{start}:{stop}" + ("" if arg.step is None else f":{inner(arg.step, '.step')}")
 
 
 def _object_text(arg: Any, scope: Scope, path: str) -> str:

@@ -34,115 +34,68 @@ class Bindings:
     Args:
         namespace: Where the names in the code come from.
         abi: How the code spells a slot.
+
+    Attributes:
+        slots: Qualified name of each submodule, parameter and buffer, to its source text.
+        ops: Dotted path of each op to its source text.
+        consts: The constants.
+        const_text: Identity of each constant to its source text.
     """
 
     def __init__(self, namespace: Namespace, abi: Literal["bound", "list"]) -> None:
         self._namespace = namespace
         self._abi = abi
-        self._slots: dict[str, str] = {}
-        self._const_text: dict[int, str] = {}
-        self._ops: dict[Path, str] = {}
+        self.const_text: dict[int, str] = {}
         self._callables: dict[int, str | None] = {}
+        self.slots: dict[str, str] = {}
+        self.ops: dict[Path, str] = {}
         self.consts: list[Any] = []
 
-    @property
-    def slot_names(self) -> list[str]:
-        """Qualified names of the submodules, parameters and buffers."""
-        return list(self._slots)
-
-    @property
-    def slot_variables(self) -> list[str]:
-        """Their names in the code (bound ABI)."""
-        return list(self._slots.values())
-
-    @property
-    def const_variables(self) -> list[str]:
-        """The constants' names in the code (bound ABI)."""
-        return list(self._const_text.values())
-
-    @property
-    def op_bindings(self) -> list[tuple[str, str]]:
-        """Name in the code and source text of each op (bound ABI)."""
-        return [(name, dotted(path)) for path, name in self._ops.items()]
-
     def slot(self, qualified_name: str) -> str:
-        """Take a submodule, parameter or buffer.
-
-        Args:
-            qualified_name: Its name below the root module.
-
-        Returns:
-            Source text that reads it.
-        """
-        if qualified_name not in self._slots:
+        """Take a submodule, parameter or buffer by its name below the root; gives its source text."""
+        if qualified_name not in self.slots:
             if self._abi == "list":
-                self._slots[qualified_name] = f"__vllm_submods__[{len(self._slots)}]"
+                self.slots[qualified_name] = f"__vllm_submods__[{len(self.slots)}]"
             else:
                 # bind() reads builtins after it has named its slots: `op_0 = max` must mean the builtin.
                 wanted = f"{qualified_name}_" if qualified_name in BUILTINS else qualified_name
-                self._slots[qualified_name] = self._namespace.take(wanted)
-        return self._slots[qualified_name]
+                self.slots[qualified_name] = self._namespace.take(wanted)
+        return self.slots[qualified_name]
 
     def const(self, value: Any, node: str, path: str) -> str:
-        """Take a constant.
+        """Take a constant, the argument of a node that stands at ``path``; gives its source text.
 
         Two arguments share a slot when they are the same object, whatever ``==`` says of them.
-
-        Args:
-            value: Any object.
-            node: Name of the node whose argument it is.
-            path: Where in the node's arguments it stands.
-
-        Returns:
-            Source text that reads it.
 
         Raises:
             UnserializableConstError: It cannot be pickled.
         """
-        if id(value) not in self._const_text:
-            check_picklable(value, node, path)
+        if id(value) not in self.const_text:
+            _check_picklable(value, node, path)
             index = len(self.consts)
             self.consts.append(value)
-            self._const_text[id(value)] = (
+            self.const_text[id(value)] = (
                 f"__vllm_consts__[{index}]" if self._abi == "list" else self._namespace.take_numbered("const")
             )
-        return self._const_text[id(value)]
+        return self.const_text[id(value)]
 
     def callable(self, target: Any, node: str, path: str) -> str:
-        """Take a function, op, method or class.
-
-        Args:
-            target: It.
-            node: Name of the node that uses it.
-            path: Where in the node it stands.
-
-        Returns:
-            Source text that reads it: an op's name, or a constant's where no dotted name leads to it.
+        """Take a function, op, method or class; gives the source text of an op, or else of a constant.
 
         Raises:
             UnserializableConstError: No dotted name leads to it and it cannot be pickled.
         """
         if id(target) not in self._callables:
             found = path_of(target)
-            self._callables[id(target)] = None if found is None else self._op(found)
+            self._callables[id(target)] = None if found is None else self.op(*found)
         name = self._callables[id(target)]
         return self.const(target, node, path) if name is None else name
 
     def op(self, *path: str) -> str:
-        """Take what a dotted path leads to.
-
-        Args:
-            *path: Its steps.
-
-        Returns:
-            Source text that reads it.
-        """
-        return self._op(path)
-
-    def _op(self, path: Path) -> str:
-        if path not in self._ops:
-            self._ops[path] = dotted(path) if self._abi == "list" else self._namespace.take_numbered("op")
-        return self._ops[path]
+        """Take what a dotted path leads to; gives its source text."""
+        if path not in self.ops:
+            self.ops[path] = dotted(path) if self._abi == "list" else self._namespace.take_numbered("op")
+        return self.ops[path]
 
 
 def dotted(path: Path) -> str:
@@ -153,17 +106,8 @@ def dotted(path: Path) -> str:
     return text
 
 
-def check_picklable(value: Any, node: str, path: str) -> None:
-    """Refuse a constant that could not be stored, while its node is still known.
-
-    Args:
-        value: The constant.
-        node: Name of the node whose argument it is.
-        path: Where in the node's arguments it stands.
-
-    Raises:
-        UnserializableConstError: It cannot be pickled.
-    """
+def _check_picklable(value: Any, node: str, path: str) -> None:
+    """Refuse a constant that could not be stored, while its node is still known."""
     try:
         pickle.Pickler(_Discard(), protocol=4).dump(value)
     except _REFUSALS as error:

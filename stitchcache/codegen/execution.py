@@ -4,16 +4,66 @@ from __future__ import annotations
 
 import hashlib
 import linecache
+import marshal
 import operator
+import sys
 import types
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.util import MAGIC_NUMBER
 from typing import Any
 
 import torch
 
-from stitchcache.codegen.bytecode import CodeObjects
+import stitchcache
 from stitchcache.errors import LinkError
+
+
+class CodeObjects:
+    """Code objects of generated source, kept so that a warm start neither parses nor compiles it.
+
+    A code object is named by a digest over everything that it comes from: the source, the name that
+    tracebacks show, Python's bytecode version, and this package's version, for that decides what source is
+    accepted at all. Any difference names another one, and then there is none: the source is read and
+    checked as if nothing had been kept.
+
+    Args:
+        kept: Digest and marshalled code object, from bytes whose own digest was checked and that nobody else
+            could have written.
+    """
+
+    def __init__(self, kept: Iterable[tuple[str, bytes]] = ()) -> None:
+        self._kept = dict(kept)
+
+    def get(self, filename: str, source: str) -> types.CodeType | None:
+        """The code object of a source, if it is kept.
+
+        Args:
+            filename: What tracebacks show.
+            source: The source, and what else the gate held it against.
+        """
+        kept = self._kept.get(_digest(filename, source))
+        if kept is None:
+            return None
+        try:
+            code = marshal.loads(kept)
+        except (ValueError, EOFError, TypeError):
+            return None
+        return code if isinstance(code, types.CodeType) else None
+
+    def add(self, filename: str, source: str, code: types.CodeType) -> None:
+        """Keep a code object that was compiled from checked source."""
+        self._kept[_digest(filename, source)] = marshal.dumps(code)
+
+    def __iter__(self) -> Iterator[tuple[str, bytes]]:
+        """Digests and marshalled code objects, to be stored."""
+        return iter(self._kept.items())
+
+
+def _digest(filename: str, source: str) -> str:
+    flags = f"{sys.flags.optimize} {sys.implementation.cache_tag} {MAGIC_NUMBER.hex()}"
+    text = "\0".join((stitchcache.__version__, flags, filename, source))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def compile_execution_fn(
@@ -53,24 +103,10 @@ def bind_execution_fn(
     consts: Sequence[Any] | None,
     objects: CodeObjects,
 ) -> Callable[..., Any]:
-    """:func:`compile_execution_fn`, with code objects that are kept.
+    """`compile_execution_fn`, with code objects that are kept.
 
     Source whose code object is there was checked when that was made, against the same numbers of submodules
-    and constants, and is not parsed again.
-
-    Args:
-        code: Source of the stitching function.
-        submod_callables: Callables and tensors by name.
-        submod_names: Names in the order in which the code expects them.
-        consts: Constants in the order in which the code expects them.
-        objects: Code objects of sources that passed the gate; gets what is compiled here.
-
-    Returns:
-        A function over the graph's placeholders, in graph order.
-
-    Raises:
-        EntryFormatError: The code is not of the shape that the generators write, or does not fit.
-        LinkError: The code uses a submodule that is not supplied, or an op that does not exist here.
+    and constants, and is not parsed again. What is compiled here is added to ``objects``.
     """
     table = list(consts) if consts is not None else []
     submods = [submod_callables.get(name) for name in submod_names] if isinstance(code, str) else []

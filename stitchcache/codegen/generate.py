@@ -9,11 +9,10 @@ from typing import Any, Literal
 import torch
 
 from stitchcache.codegen.arguments import Ref, argument_text
-from stitchcache.codegen.bindings import Bindings
-from stitchcache.codegen.literals import literal
+from stitchcache.codegen.bindings import Bindings, dotted
 from stitchcache.codegen.liveness import INDENT, body_lines
 from stitchcache.codegen.lower import Lowering
-from stitchcache.codegen.names import RESERVED, Namespace
+from stitchcache.codegen.names import RESERVED, Namespace, literal
 from stitchcache.codegen.reach import BUILTINS
 from stitchcache.errors import OptionError
 
@@ -66,7 +65,11 @@ def generate_execution_code(
     body = body_lines(names, lowering.statements, result, kept)
     title = _title(graph_hash, len(lowering.pieces))
     text = _bound_text if abi == "bound" else _list_text
-    return text(bindings, parameters, [f'{INDENT}"""{title}"""', *body]), bindings.slot_names, bindings.consts
+    return (
+        text(bindings, parameters, [f'{INDENT}"""{title}"""', *body]),
+        list(bindings.slots),
+        bindings.consts,
+    )
 
 
 def _title(graph_hash: str, pieces: int) -> str:
@@ -95,10 +98,11 @@ def _parameters(
 
 def _bound_text(bindings: Bindings, parameters: Sequence[str], body: Sequence[str]) -> str:
     lines = ["import torch", "import operator", "", "", "def bind(__submods__, __consts__):"]
-    for names, source in ((bindings.slot_variables, "__submods__"), (bindings.const_variables, "__consts__")):
+    tables = {"__submods__": bindings.slots.values(), "__consts__": bindings.const_text.values()}
+    for table, names in tables.items():
         if names:
-            lines += [f"{INDENT}{line}" for line in _unpack(names, source)]
-    lines += [f"{INDENT}{name} = {path}" for name, path in bindings.op_bindings]
+            lines += [f"{INDENT}{line}" for line in _unpack(list(names), table)]
+    lines += [f"{INDENT}{name} = {dotted(path)}" for path, name in bindings.ops.items()]
     lines += ["", f"{INDENT}def execution_fn({', '.join(parameters)}):"]
     lines += [f"{INDENT}{line}" for line in body]
     lines += ["", f"{INDENT}return execution_fn", ""]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 
 from stitchcache.codegen.arguments import Ref, Scope, argument_text, call_text
 from stitchcache.codegen.bindings import Bindings
-from stitchcache.codegen.inline import bind_placeholders, takes_placeholders
-from stitchcache.codegen.literals import literal
 from stitchcache.codegen.liveness import Statement, value_mark
-from stitchcache.codegen.names import Namespace
+from stitchcache.codegen.names import Namespace, literal
 from stitchcache.codegen.reach import is_attribute, is_method
-from stitchcache.codegen.results import getitem_index, items_used, result_length
 from stitchcache.errors import CodegenError
-from stitchcache.torchside.symbols import expression
+from stitchcache.torchside.ops import OpOverload, schema_of
+from stitchcache.torchside.symbols import SYMBOLIC, expression
 
 # Each is the same operation as the function, operands in the same order.
 _OPERATORS: dict[Any, str] = {
@@ -80,16 +78,11 @@ class Lowering:
         self.statements: list[Statement] = []
 
     def define(self, node: torch.fx.Node, ref: Ref) -> None:
-        """Say what the value of a node is called.
-
-        Args:
-            node: The node.
-            ref: Its name.
-        """
+        """Say what the value of a node is called."""
         self._values[node] = ref
         value = node.meta.get("val", node.meta.get("example_value"))
-        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            self._symbols.setdefault(_symbol_key(value), node)
+        if isinstance(value, SYMBOLIC):
+            self._symbols.setdefault(expression(value), node)
 
     def run(self, graph: torch.fx.Graph, prefix: str) -> torch.fx.Node | None:
         """Lower every node but the placeholders, which are defined already.
@@ -121,15 +114,8 @@ class Lowering:
         return None
 
     def scope(self, node: torch.fx.Node) -> Scope:
-        """Make the scope for writing a node's arguments.
-
-        Args:
-            node: The node.
-        """
-        return Scope(self._bindings, self._values, self._find_symbol, node.name)
-
-    def _find_symbol(self, value: Any) -> torch.fx.Node | None:
-        return self._symbols.get(_symbol_key(value))
+        """Make the scope for writing a node's arguments."""
+        return Scope(self._bindings, self._values, lambda v: self._symbols.get(expression(v)), node.name)
 
     def _assign(self, node: torch.fx.Node, expression: str, scope: Scope, *, effect: bool = True) -> None:
         name = self._namespace.take(node.name)
@@ -138,7 +124,7 @@ class Lowering:
 
     def _assign_call(self, node: torch.fx.Node, expression: str, scope: Scope, length: int | None) -> None:
         """Assign a call's result, item by item where only its items are wanted."""
-        wanted = items_used(node, length) if self._unpack else None
+        wanted = _items_used(node, length) if self._unpack else None
         if not wanted or (length is None and len(wanted) > 1):
             self._assign(node, expression, scope)
             return
@@ -152,7 +138,7 @@ class Lowering:
         unpack = isinstance(places, range)
         text = expression if unpack else f"{expression}[{next(iter(wanted))}]"
         self.statements.append(Statement(tuple(targets), text, tuple(scope.uses), unpack=unpack))
-        # Whoever asked for the whole would not be here; the name only keeps the node known.
+        # Nothing reads the result itself: every user takes items of it. The name keeps the node known.
         self._values[node] = Ref("_")
 
     def _call_function(self, node: torch.fx.Node) -> None:
@@ -165,7 +151,7 @@ class Lowering:
                 return
             scope.uses.clear()
         function = self._bindings.callable(target, node.name, "target")
-        self._assign_call(node, call_text(function, args, kwargs, scope), scope, result_length(node, None))
+        self._assign_call(node, call_text(function, args, kwargs, scope), scope, _result_length(node, None))
 
     def _operator_text(self, target: Any, args: tuple[Any, ...], scope: Scope) -> str | None:
         """Write what Python has syntax for, or None."""
@@ -213,7 +199,7 @@ class Lowering:
             scope.uses[:] = [temporary]
             owner = value_mark(temporary)
         expression = call_text(f"{owner}.{name}", node.args[1:], node.kwargs, scope, first=1)
-        self._assign_call(node, expression, scope, result_length(node, None))
+        self._assign_call(node, expression, scope, _result_length(node, None))
 
     def _call_module(self, node: torch.fx.Node, prefix: str) -> None:
         target = f"{prefix}{node.target}"
@@ -221,30 +207,24 @@ class Lowering:
             module = self._root.get_submodule(target)
         except AttributeError as error:
             raise CodegenError(f"{node.name}: there is no submodule {target!r}.", node=node.name) from error
-        if (
-            isinstance(module, torch.fx.GraphModule)
-            and target not in self._boxed
-            and takes_placeholders(module)
-        ):
+        boxed = target in self._boxed
+        if not boxed and isinstance(module, torch.fx.GraphModule) and _takes_placeholders(module):
             self._inline(node, module, f"{target}.")
             return
         scope = self.scope(node)
         self.pieces.add(target)
         function = self._bindings.slot(target)
-        if target not in self._boxed:
+        if not boxed:
             expression = call_text(function, node.args, node.kwargs, scope)
         elif node.kwargs:
             raise scope.error("kwargs", f"cannot be passed to {target}, which takes one list of arguments.")
         else:
             items = ", ".join(argument_text(arg, scope, f"args[{i}]") for i, arg in enumerate(node.args))
             expression = f"{function}([{items}])"
-        self._assign_call(node, expression, scope, result_length(node, module))
-
-    def _is_inlined(self, target: str, module: torch.fx.GraphModule) -> bool:
-        return target not in self._boxed and takes_placeholders(module)
+        self._assign_call(node, expression, scope, _result_length(node, module))
 
     def _inline(self, node: torch.fx.Node, module: torch.fx.GraphModule, prefix: str) -> None:
-        for placeholder, arg in bind_placeholders(node, module.graph):
+        for placeholder, arg in _bind_placeholders(node, module.graph):
             self._define_argument(node, placeholder, arg)
         output = self.run(module.graph, prefix)
         # An inlined graph may be called again: its nodes get new names then.
@@ -269,19 +249,12 @@ class Lowering:
 
     def _forward_items(self, node: torch.fx.Node, result: Any) -> bool:
         """Call an inlined tuple's items by their own names where only items are wanted."""
-        if not isinstance(result, (tuple, list)) or not node.users:
+        wanted = _items_used(node, len(result)) if isinstance(result, (tuple, list)) else None
+        if not wanted or not all(isinstance(result[index], torch.fx.Node) for index in wanted):
             return False
-        picked = []
-        for user in node.users:
-            index = getitem_index(user, node)
-            if index is None or not -len(result) <= index < len(result):
-                return False
-            item = result[index]
-            if not isinstance(item, torch.fx.Node):
-                return False
-            picked.append((user, item))
-        for user, item in picked:
-            self.define(user, self._values[item])
+        for index, users in wanted.items():
+            for user in users:
+                self.define(user, self._values[result[index]])
         self._values[node] = Ref("_")
         return True
 
@@ -320,5 +293,80 @@ def _hashable(target: Any) -> bool:
     return type(target).__hash__ is not None
 
 
-def _symbol_key(value: Any) -> Any:
-    return expression(value)
+def _items_used(node: torch.fx.Node, length: int | None) -> dict[int, list[torch.fx.Node]] | None:
+    """Index to the nodes that take that item; ``None`` where anything but items of the result is used.
+
+    Indices count from the front where ``length`` is known.
+    """
+    found: dict[int, list[torch.fx.Node]] = {}
+    for user in node.users:
+        if user.op != "call_function" or user.target is not operator.getitem or user.kwargs:
+            return None
+        source, index = user.args if len(user.args) == 2 else (None, None)
+        # Not isinstance: True is an int, and an index by it is no item of a tuple that unpacking gives.
+        if source is not node or type(index) is not int:
+            return None
+        if length is not None and not -length <= index < length:
+            return None
+        found.setdefault(index if length is None else index % length, []).append(user)
+    return found
+
+
+def _result_length(node: torch.fx.Node, module: torch.nn.Module | None) -> int | None:
+    """How many items a call's result has; ``None`` where that may change from call to call.
+
+    Unpacking needs the exact number, and a result that is a sequence: a tensor or dict would unpack
+    into something else than what indexing gives.
+    """
+    if isinstance(module, torch.fx.GraphModule):
+        output = next((n for n in reversed(module.graph.nodes) if n.op == "output"), None)
+        if output is not None and isinstance(output.args[0], (tuple, list)):
+            return len(output.args[0])
+    value = node.meta.get("val", node.meta.get("example_value"))
+    # A list that an op returns (split, unbind) may have another length at another size.
+    if isinstance(value, tuple) or (module is not None and isinstance(value, list)):
+        return len(value)
+    if isinstance(node.target, OpOverload):
+        returns = schema_of(node.target).returns
+        return len(returns) if len(returns) > 1 else None
+    return None
+
+
+def _takes_placeholders(module: torch.fx.GraphModule) -> bool:
+    """Whether a call's arguments are the placeholders' values one to one.
+
+    A graph exported with a pytree signature flattens its arguments first; such a module is called as
+    any other.
+    """
+    probe = [object()]
+    inputs = tuple(module.graph.process_inputs(probe))
+    return len(inputs) == 1 and inputs[0] is probe
+
+
+def _bind_placeholders(node: torch.fx.Node, graph: torch.fx.Graph) -> Iterator[tuple[torch.fx.Node, Any]]:
+    """Match the arguments of a ``call_module`` node with placeholders, as a Python call would.
+
+    Written by hand: ``inspect.Signature`` takes identifiers only, and a placeholder may have any name.
+    """
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for placeholder in graph.nodes:
+        if placeholder.op != "placeholder":
+            continue
+        name = str(placeholder.target)
+        if name.startswith("**"):
+            yield placeholder, kwargs
+            kwargs = {}
+        elif name.startswith("*"):
+            yield placeholder, tuple(args)
+            args = []
+        elif args:
+            yield placeholder, args.pop(0)
+        elif name in kwargs:
+            yield placeholder, kwargs.pop(name)
+        elif placeholder.args:
+            yield placeholder, placeholder.args[0]
+        else:
+            raise CodegenError(f"{node.name}: {node.target} needs an argument {name!r}.", node=node.name)
+    if args or kwargs:
+        extra = f"{len(args)} more positional" if args else f"unknown {list(kwargs)}"
+        raise CodegenError(f"{node.name}: {node.target} is called with {extra} arguments.", node=node.name)

@@ -10,7 +10,7 @@ import torch
 
 from stitchcache.artifact.record import Artifact
 from stitchcache.cache import Cache
-from stitchcache.codegen.bytecode import CodeObjects
+from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import (
     BackendError,
     BindError,

@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 
 from stitchcache.artifact.entry import pack_factors
 from stitchcache.artifact.record import Artifact
-from stitchcache.codegen.bytecode import CodeObjects
+from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import CacheMissError, StaleEntryError, StoreWriteError
 from stitchcache.keys.differences import differences_text
 from stitchcache.pieces.warming import warming

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from stitchcache.artifact.record import Artifact
-from stitchcache.codegen.bytecode import CodeObjects
+from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import EntryFormatError, InputMismatchError
 from stitchcache.runtime.arrange import Arrangement
 from stitchcache.runtime.callcode import CallSource, output_expression, write_checks, write_inputs

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from stitchcache.artifact.record import Artifact, Variant
-from stitchcache.codegen.bytecode import CodeObjects
-from stitchcache.codegen.execution import bind_execution_fn
+from stitchcache.codegen.execution import CodeObjects, bind_execution_fn
 from stitchcache.errors import LinkError
 from stitchcache.types import BOUND
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stitchcache.artifact.record import Artifact
-from stitchcache.codegen.bytecode import CodeObjects
+from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import EntryFormatError
 from stitchcache.runtime.bind import bind_tensors
 from stitchcache.runtime.call import build_call

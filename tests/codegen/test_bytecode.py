@@ -18,9 +18,8 @@ from codegen_cases import graph_module
 from torch import fx
 
 import stitchcache
-from stitchcache.codegen import bytecode, compile_execution_fn, generate_execution_code
-from stitchcache.codegen.bytecode import CodeObjects
-from stitchcache.codegen.execution import bind_execution_fn
+from stitchcache.codegen import compile_execution_fn, execution, generate_execution_code
+from stitchcache.codegen.execution import CodeObjects, bind_execution_fn
 from stitchcache.errors import EntryFormatError, LinkError
 from stitchcache.store.layout import Area
 from stitchcache.store.scan import keyed_items
@@ -81,12 +80,12 @@ def test_another_python_or_another_stitchcache_finds_nothing(what, monkeypatch):
     if what == "version":
         monkeypatch.setattr(stitchcache, "__version__", "0.0.9")
     elif what == "magic":
-        monkeypatch.setattr(bytecode, "MAGIC_NUMBER", b"\0\0\r\n")
+        monkeypatch.setattr(execution, "MAGIC_NUMBER", b"\0\0\r\n")
     else:
         optimized = types.SimpleNamespace(
             flags=types.SimpleNamespace(optimize=2), implementation=sys.implementation
         )
-        monkeypatch.setattr(bytecode, "sys", optimized)
+        monkeypatch.setattr(execution, "sys", optimized)
     assert kept.get("<stitchcache>", BOUND) is None
     digests = {name for name, _ in kept}
     fresh = CodeObjects()
