@@ -254,7 +254,9 @@ class InputSpec:
         leaves: One a leaf, in tree order.
         symbols: Symbols in order of first appearance.
         constraints: Further relations that the capture relied on, as expressions that must hold,
-            such as ``"s0 <= 2*s1"``.
+            such as ``"s0 <= 2*s1"``, and any of three words. ``distinct``: no tensor is given twice.
+            ``plain``: no tensor is a parameter, requires gradients, has one or begins inside its storage.
+            ``apart``: no tensor shares memory with the tensors of the model.
     """
 
     tree: str

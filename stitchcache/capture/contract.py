@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from types import CodeType
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from stitchcache.graph.symbols import SymbolNames
 from stitchcache.types import InputSpec, LeafSpec, SymbolSpec, TensorSpec
 
 _SCALARS = (bool, int, float, str)
+# What code asks a tensor by these names is not checked on calls, and may differ between two tensors of one
+# shape, dtype and layout.
+_ASKS_KIND = frozenset(
+    {"Parameter", "requires_grad", "is_leaf", "grad", "grad_fn", "storage_offset", "_is_param", "Buffer"}
+)
 
 
 def input_spec(
@@ -58,6 +64,57 @@ def input_spec(
         symbols=tuple(_symbols(program, names, shape_env)),
         constraints=tuple(constraints),
     )
+
+
+def more_constraints(codes: Iterable[CodeType], example: Sequence[Any]) -> tuple[str, ...]:
+    """What calls must keep to besides, as the code that was traced asks for more than sizes and dtypes.
+
+    From its bytecode: a trace does not see that two arguments were compared with ``is``, or what kind of
+    tensor one was. Most models ask for neither, and their calls pay for neither. Tensors as keys of a dict,
+    and ``in`` for a list of them, compare identity unseen.
+
+    Args:
+        codes: Code that ran during the capture, torch's own left out: what it asks changes no result.
+        example: The leaves that were traced.
+
+    Raises:
+        CaptureError: Code asks for the kind of a tensor, and the example has other ones than plain tensors.
+    """
+    words = {}
+    for code in codes:
+        if not _ASKS_KIND.isdisjoint(code.co_names):
+            words["plain"] = code
+        if "id" in code.co_names or _compares_identity(code):
+            words["distinct"] = code
+    tensors = [value for value in example if isinstance(value, torch.Tensor)]
+    if "plain" in words and any(t.requires_grad or type(t) is torch.nn.Parameter for t in tensors):
+        raise CaptureError(
+            f"{words['plain'].co_qualname} asks whether a tensor is a parameter or has gradients, and an "
+            "argument of the example is a parameter or requires gradients. Pass x.detach(); compiled models "
+            "are for inference.",
+            reason="an argument with gradients that the code asks about",
+        )
+    return tuple(sorted(words))
+
+
+def _compares_identity(code: CodeType) -> bool:
+    """Whether code uses ``is`` with something else than a constant or what a global leads to."""
+    # Not at the top: only what traces needs it.
+    import dis
+
+    loads: list[str] = []
+    for step in dis.get_instructions(code):
+        if step.opname == "IS_OP" and loads and not loads[-1].startswith(("LOAD_CONST", "LOAD_GLOBAL")):
+            return True
+        if not step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "PRECALL", "CACHE")):
+            loads.append(step.opname)
+    return False
+
+
+def writes_state(gm: torch.fx.GraphModule, bound: Collection[str], leaves: Sequence[LeafSpec]) -> bool:
+    """Whether a graph writes into a tensor of the model, or into an argument beside such tensors."""
+    written = written_placeholders(gm)
+    return not written.isdisjoint(bound) or (bool(bound) and any(leaf.kind == "inout" for leaf in leaves))
 
 
 def tensor_spec(value: torch.Tensor, names: SymbolNames, path: str = "") -> TensorSpec:

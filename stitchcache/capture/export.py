@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.export.graph_signature import InputKind, OutputKind
 
-from stitchcache.capture.contract import input_spec
+from stitchcache.capture.contract import input_spec, writes_state
 from stitchcache.capture.edges import Subject, settle_lower_bounds
 from stitchcache.capture.example import separate
 from stitchcache.capture.regions import ambient_modes, settle_regions
@@ -84,7 +84,7 @@ class Capture:
     input_spec: InputSpec
     output_spec: OutputSpec
     example: tuple[Any, ...] = ()
-    settle: Callable[[], InputSpec] | None = None
+    settle: Callable[[InputSpec], InputSpec] | None = None
 
 
 def capture(
@@ -133,6 +133,9 @@ def capture(
     names = SymbolNames()
     contract = input_spec(program, user_inputs, paths, leaves, tree.dumps(spec), dynamic_shapes, names)
     outputs = _output_spec(program, user_inputs)
+    placeholders = {item.placeholder for item in bound}
+    if outputs.mutations or writes_state(gm, placeholders, contract.leaves):
+        contract = replace(contract, constraints=(*contract.constraints, "apart"))
 
     def call(values: Sequence[Any]) -> tuple[list[Any], list[torch.Tensor]]:
         positional, named = tree.unflatten(values, spec)
@@ -168,7 +171,7 @@ def capture(
         input_spec=contract,
         output_spec=outputs,
         example=tuple(leaves),
-        settle=lambda: settle_lower_bounds(contract, subject, names, type(model).__qualname__),
+        settle=lambda spec: settle_lower_bounds(spec, subject, names, type(model).__qualname__),
     )
 
 
@@ -179,7 +182,7 @@ def settled(captured: Capture) -> Capture:
     """
     if captured.settle is None:
         return captured
-    return replace(captured, input_spec=captured.settle(), settle=None)
+    return replace(captured, input_spec=captured.settle(captured.input_spec), settle=None)
 
 
 def _refuse_meta(values: Sequence[Any]) -> None:

@@ -106,6 +106,11 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self.globals = tuple(sorted(self._found.items()))
         self._callback = self._previous = None
 
+    @property
+    def codes(self) -> list[CodeType]:
+        """Code that ran, but that of torch and of the standard library."""
+        return list(self._user.values())
+
     def _refuse(self, reason: str) -> None:
         if self.unsound is None:
             self.unsound = reason

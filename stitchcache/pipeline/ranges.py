@@ -8,14 +8,16 @@ capture that relies on more than that is refused, because nobody would check it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from types import CodeType
 from typing import Any
 
 import torch
 
 from stitchcache.capture import Capture, capture, settled
+from stitchcache.capture.contract import more_constraints
 from stitchcache.errors import OptionError
 from stitchcache.keys.dims import dims_of_leaf, split_path
 from stitchcache.torchside import tree
@@ -65,22 +67,25 @@ def capture_ranges(
 
 
 def settle_ranges(
-    whole: Capture, variants: Sequence[tuple[SizeRange | None, Capture]]
+    whole: Capture, variants: Sequence[tuple[SizeRange | None, Capture]], codes: Iterable[CodeType]
 ) -> tuple[Capture, list[tuple[SizeRange | None, Capture]]]:
     """Let only sizes through at which every graph was shown right.
 
     Args:
         whole: The capture that has the contract.
         variants: From :func:`capture_ranges`.
+        codes: Code that ran while they were captured.
 
     Returns:
-        The same, with bounds that hold.
+        The same, with bounds that hold, and with what that code asks of the arguments.
 
     Raises:
         OptionError: A range begins below what its own graph can be shown right at.
     """
+    asked = more_constraints(codes, whole.example)
+    contract = replace(whole.input_spec, constraints=(*whole.input_spec.constraints, *asked))
     if len(variants) == 1 and variants[0][1] is whole:
-        done = settled(whole)
+        done = settled(replace(whole, input_spec=contract))
         return done, [(variants[0][0], done)]
     found: list[tuple[SizeRange | None, Capture]] = []
     for size_range, variant in variants:
@@ -93,7 +98,7 @@ def settle_ranges(
                 f"{before[raised[0].name]}; begin at {raised[0].min}, or give that size a range of its own."
             )
         found.append((size_range, done))
-    return whole, found
+    return replace(whole, input_spec=contract), found
 
 
 def _torch_dims(shapes: Any) -> Any:

@@ -14,7 +14,7 @@ from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import EntryFormatError, InputMismatchError
 from stitchcache.runtime.arrange import Arrangement
 from stitchcache.runtime.callcode import CallSource, output_expression, write_checks, write_inputs
-from stitchcache.runtime.mismatch import explain_mismatch, share_memory
+from stitchcache.runtime.mismatch import explain_mismatch, is_plain, share_memory
 from stitchcache.torchside import tree
 from stitchcache.torchside.state import set_grad_enabled
 from stitchcache.types import OutputSpec
@@ -54,7 +54,8 @@ def build_call(
     wanted = {leaf.tensor.dtype for leaf in inputs.leaves if leaf.tensor is not None}
     dtypes = {name: value for name in wanted if isinstance(value := getattr(torch, name, None), torch.dtype)}
     source = CallSource(symbols=frozenset(symbol.name for symbol in inputs.symbols))
-    leaves = write_inputs(source, inputs, dtypes)
+    layout = Arrangement(inputs, forward, tensors)
+    leaves = write_inputs(source, inputs, dtypes, layout.collected())
     if leaves is None:
         leaves = [source.fresh() for _ in inputs.leaves]
         source.lines.append("leaves = take_apart(args, kwargs)")
@@ -63,9 +64,11 @@ def build_call(
         write_checks(source, inputs, leaves, dtypes)
     taken = [name for name, leaf in zip(leaves, inputs.leaves, strict=True) if leaf.kind != "constant"]
     _write_body(source, taken, outputs, leaves, tensors)
-    layout = Arrangement(inputs, forward)
     source.names.update(
         Tensor=torch.Tensor,
+        Parameter=torch.nn.Parameter,
+        is_plain=is_plain,
+        meets_state=layout.meets_state,
         function=function,
         refuse=None,
         take_apart=layout.take_apart,
@@ -158,7 +161,7 @@ def _compile(
     def refuse(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arranged = layout.arrange(args, kwargs)
         leaves = layout.take_apart(*arranged)
-        error = explain_mismatch(layout.spec, leaves)
+        error = explain_mismatch(layout.spec, leaves) or layout.meeting(leaves)
         if error is not None:
             raise error
         if len(arranged[0]) == len(args) and arranged[1].keys() == kwargs.keys():

@@ -8,12 +8,13 @@ every call. Any surprise leaves the fast path for ``refuse``, which finds out wh
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from stitchcache.errors import EntryFormatError
-from stitchcache.runtime.expressions import check_expression, evaluate, names_in
+from stitchcache.runtime.expressions import WORDS, check_expression, evaluate, names_in
 from stitchcache.types import InputSpec, LeafSpec, OutputSpec, Size, TensorSpec
 
 if TYPE_CHECKING:
@@ -56,13 +57,16 @@ class CallSource:
         self.lines.append(f"if {condition}: return refuse(args, kwargs)")
 
 
-def write_inputs(source: CallSource, spec: InputSpec, dtypes: Mapping[str, Any]) -> list[str] | None:
+def write_inputs(
+    source: CallSource, spec: InputSpec, dtypes: Mapping[str, Any], collected: Sequence[str]
+) -> list[str] | None:
     """Write the code that takes a call apart and checks it.
 
     Args:
         source: Gets the lines.
         spec: The contract.
         dtypes: torch's dtypes by name.
+        collected: Keywords that the model's ``**kwargs`` collects, in the order of the example.
 
     Returns:
         Local names of the leaves in order; ``None`` when the tree holds containers that only torch
@@ -72,6 +76,10 @@ def write_inputs(source: CallSource, spec: InputSpec, dtypes: Mapping[str, Any])
         EntryFormatError: A dtype or an expression in the contract is not one.
     """
     leaves: list[str] = []
+    if len(collected) > 1:
+        # The model may go through them in their order. That of named parameters nobody sees.
+        wanted, members = source.constant(list(collected)), source.constant(frozenset(collected))
+        source.refuse_if(f"[key for key in kwargs if key in {members}] != {wanted}")
     for tree, value in zip(json.loads(spec.tree)[1]["children_spec"], ("args", "kwargs"), strict=True):
         if not _open(source, tree, value, leaves):
             return None
@@ -96,10 +104,18 @@ def _open(source: CallSource, tree: Any, value: str, leaves: list[str]) -> bool:
         if names:
             source.lines.append(f"{', '.join(names)}, = {value}")
     elif kind == "builtins.dict":
-        keys = [source.constant(key) for key in json.loads(tree["context"])]
-        source.refuse_if(f"type({value}) is not dict or len({value}) != {len(keys)}")
+        known = json.loads(tree["context"])
+        keys = [source.constant(key) for key in known]
+        if given:
+            source.refuse_if(f"len({value}) != {len(keys)}")
+            for key in keys:
+                source.refuse_if(f"{key} not in {value}")
+        else:
+            # In their order, as the model may go through them. 1 and True are one key, and two values.
+            source.refuse_if(f"type({value}) is not dict or [*{value}] != {source.constant(known)}")
+            if not all(type(key) is str for key in known):
+                source.refuse_if(f"[*map(type, {value})] != {source.constant([type(key) for key in known])}")
         for name, key in zip(names, keys, strict=True):
-            source.refuse_if(f"{key} not in {value}")
             source.lines.append(f"{name} = {value}[{key}]")
     else:
         return False
@@ -129,8 +145,23 @@ def write_checks(source: CallSource, spec: InputSpec, leaves: list[str], dtypes:
     if written:
         tensors = [name for leaf, name in zip(spec.leaves, leaves, strict=True) if leaf.tensor is not None]
         source.refuse_if(f"share_memory(({', '.join(written)},), ({', '.join(tensors)},))")
-    for expr in spec.constraints:
+    _write_words(source, spec, [name for leaf, name in zip(spec.leaves, leaves, strict=True) if leaf.tensor])
+    for expr in (expr for expr in spec.constraints if expr not in WORDS):
         source.refuse_if(f"not {check_expression(expr, source.known, 'input_spec.constraints')}")
+
+
+def _write_words(source: CallSource, spec: InputSpec, tensors: list[str]) -> None:
+    """Write the checks of the constraints that are words."""
+    if "distinct" in spec.constraints and len(tensors) > 3:
+        ids = ", ".join(f"id({name})" for name in tensors)
+        source.refuse_if(f"len({{{ids}}}) != {len(tensors)}")
+    elif "distinct" in spec.constraints and len(tensors) > 1:
+        source.refuse_if(" or ".join(f"{a} is {b}" for a, b in combinations(tensors, 2)))
+    if "plain" in spec.constraints:
+        for name in tensors:
+            source.refuse_if(f"not is_plain({name})")
+    if "apart" in spec.constraints and tensors:
+        source.refuse_if(f"meets_state(({', '.join(tensors)},))")
 
 
 def _tensor_checks(
@@ -144,9 +175,10 @@ def _tensor_checks(
         )
     known_devices = {"cpu": f"not {name}.is_cpu", "cuda": f"not {name}.is_cuda"}
     device = known_devices.get(tensor.device, f"{name}.device.type != {tensor.device!r}")
+    # Exact types: what a subclass computes is its own, and compiled pieces return none.
     source.refuse_if(
-        f"not isinstance({name}, Tensor) or {name}.dtype is not {source.constant(dtypes[tensor.dtype])} "
-        f"or {device}"
+        f"type({name}) is not Tensor and type({name}) is not Parameter "
+        f"or {name}.dtype is not {source.constant(dtypes[tensor.dtype])} or {device}"
     )
     if tensor.dtype.startswith("complex"):
         source.refuse_if(f"{name}.is_conj() or {name}.is_neg()")
@@ -195,9 +227,13 @@ def _solve(source: CallSource) -> None:
         if len(unknown) != 1 or len(names_in(expr)) != 1:
             continue
         (symbol,) = unknown
-        offset = evaluate(expr, {symbol: 0})
-        step = evaluate(expr, {symbol: 1}) - offset
-        if step and all(evaluate(expr, {symbol: x}) == step * x + offset for x in (2, 7, 1000)):
+        try:
+            offset, one, *more = (evaluate(expr, {symbol: x}) for x in (0, 1, 2, 7, 1000))
+        except EntryFormatError:
+            # It divides by zero at one of them, so it is no line.
+            continue
+        step = one - offset
+        if step and more == [step * x + offset for x in (2, 7, 1000)]:
             source.lines.append(f"{symbol} = ({actual} - {offset}) // {step}")
             source.known.add(symbol)
 
@@ -223,6 +259,10 @@ def _constant_check(source: CallSource, leaf: LeafSpec, name: str) -> None:
         source.refuse_if(f"{name} is not None")
         return
     value, kind = source.constant(leaf.value), type(leaf.value).__name__
+    if kind == "float" and leaf.value == 0:
+        # Zeros of both signs are equal, and not the same to what divides by them.
+        source.refuse_if(f"type({name}) is not float or {name} or str({name}) != {str(leaf.value)!r}")
+        return
     both_nan = f"and ({name} == {name} or {value} == {value})" if kind == "float" else ""
     source.refuse_if(f"type({name}) is not {kind} or ({name} != {value} {both_nan})")
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from stitchcache.errors import InputMismatchError
-from stitchcache.runtime.expressions import evaluate, names_in
+from stitchcache.errors import EntryFormatError, InputMismatchError
+from stitchcache.runtime.expressions import WORDS, evaluate, names_in
+from stitchcache.torchside.tensors import is_fake
 from stitchcache.types import InputSpec, LeafSpec, SymbolSpec, TensorSpec
 
 
@@ -59,11 +60,8 @@ def mismatch(argument: str, expected: str, actual: str, advice: str = "") -> Inp
 
 def _kind(leaf: LeafSpec, value: Any) -> InputMismatchError | None:
     if leaf.kind == "constant":
-        same = (
-            value is None if leaf.value is None else type(value) is type(leaf.value) and value == leaf.value
-        )
-        both_nan = leaf.value != leaf.value and value != value
-        if not same and not both_nan:
+        # By its text, in which zeros of both signs differ, and NaN is NaN.
+        if type(value) is not type(leaf.value) or repr(value) != repr(leaf.value):
             return mismatch(
                 leaf.path,
                 repr(leaf.value),
@@ -77,6 +75,14 @@ def _kind(leaf: LeafSpec, value: Any) -> InputMismatchError | None:
         return None
     if not isinstance(value, torch.Tensor):
         return mismatch(leaf.path, "a tensor", type(value).__qualname__)
+    # A fake one is the example of a model without data; no call has it.
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) and not is_fake(value):
+        return mismatch(
+            leaf.path,
+            "a plain tensor",
+            f"a {type(value).__qualname__}",
+            "What a subclass of Tensor computes is its own; pass x.as_subclass(torch.Tensor).",
+        )
     return _metadata(leaf.path, leaf.tensor, value)
 
 
@@ -185,8 +191,12 @@ def _holds(expr: str, actual: int, values: dict[str, int]) -> bool:
     if len(unknown) > 1:
         return True
     (symbol,) = unknown
-    offset = evaluate(expr, {**values, symbol: 0})
-    step = evaluate(expr, {**values, symbol: 1}) - offset
+    try:
+        offset = evaluate(expr, {**values, symbol: 0})
+        step = evaluate(expr, {**values, symbol: 1}) - offset
+    except EntryFormatError:
+        # It divides by zero there, so this is no way to find the symbol.
+        return True
     if step and (actual - offset) % step == 0:
         values[symbol] = (actual - offset) // step
     return symbol in values
@@ -194,16 +204,39 @@ def _holds(expr: str, actual: int, values: dict[str, int]) -> bool:
 
 def _constraints(spec: InputSpec, values: dict[str, int]) -> InputMismatchError | None:
     for expr in spec.constraints:
-        if names_in(expr) <= values.keys() and not evaluate(expr, values):
+        if expr not in WORDS and names_in(expr) <= values.keys() and not evaluate(expr, values):
             sizes = ", ".join(f"{name}={values[name]}" for name in sorted(names_in(expr)))
             return mismatch("sizes", f"{expr}", sizes, "The capture relied on this relation between sizes.")
     return None
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor answers as the plain one that was traced, whatever a model asks of it."""
+    if type(tensor) is torch.nn.Parameter or tensor.requires_grad or tensor.storage_offset():
+        return False
+    return tensor.grad is None
 
 
 def _sharing(spec: InputSpec, leaves: Sequence[Any]) -> InputMismatchError | None:
     tensors = [
         (leaf, value) for leaf, value in zip(spec.leaves, leaves, strict=True) if leaf.tensor is not None
     ]
+    for index, (leaf, value) in enumerate(tensors):
+        first = next((other for other, tensor in tensors[:index] if tensor is value), None)
+        if first is not None and "distinct" in spec.constraints:
+            return mismatch(
+                leaf.path,
+                f"another tensor than {first.path}, because the model's code compares objects with 'is'",
+                "the same",
+                "Pass a clone.",
+            )
+        if "plain" in spec.constraints and not is_plain(value):
+            return mismatch(
+                leaf.path,
+                "a plain tensor, because the model's code asks whether it is a parameter or has gradients",
+                "a parameter, a tensor with gradients, or a part of another one",
+                "Pass x.detach().clone().",
+            )
     for leaf, value in tensors:
         others = [
             other for other, tensor in tensors if other is not leaf and share_memory([value], [value, tensor])

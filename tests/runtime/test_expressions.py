@@ -51,11 +51,28 @@ def test_arithmetic(text, value):
         "9 ** s0",
         "(" * 3000 + "s0" + ")" * 3000,
         "f'{s0}'",
+        "max",
+        "s0 + min",
+        "9**999999999",
+        "((9**99)**99)**99",
+        "s0**99",
+        "*".join(["s0"] * 99),
+        "9" * 3000,
+        "-" * 300 + "s0",
+        "s0 << 3",
     ],
 )
 def test_anything_else_is_refused(text):
     with pytest.raises(EntryFormatError, match=r"spec\.here"):
         check_expression(text, SYMBOLS, "spec.here")
+
+
+@pytest.mark.parametrize(
+    "text", ["9**999999999", "s0 // (s0 - s0)", "s0 % 0", "s9 + 1", "import os", "'a' * 9"]
+)
+def test_what_nobody_checked_is_not_evaluated(text):
+    with pytest.raises(EntryFormatError):
+        evaluate(text, {"s0": 6})
 
 
 @st.composite
