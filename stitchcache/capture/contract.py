@@ -75,7 +75,8 @@ def more_constraints(codes: Iterable[CodeType], example: Sequence[Any]) -> tuple
 
     Args:
         codes: Code that ran during the capture, torch's own left out: what it asks changes no result.
-        example: The leaves that were traced.
+        example: The example's leaves as they were given. Where one tensor was given twice, two were traced,
+            and the look compares that with the model: so calls may do either.
 
     Raises:
         CaptureError: Code asks for the kind of a tensor, and the example has other ones than plain tensors.
@@ -94,6 +95,8 @@ def more_constraints(codes: Iterable[CodeType], example: Sequence[Any]) -> tuple
             "are for inference.",
             reason="an argument with gradients that the code asks about",
         )
+    if len({id(tensor) for tensor in tensors}) < len(tensors):
+        words.pop("distinct", None)
     return tuple(sorted(words))
 
 

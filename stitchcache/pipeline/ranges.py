@@ -67,7 +67,10 @@ def capture_ranges(
 
 
 def settle_ranges(
-    whole: Capture, variants: Sequence[tuple[SizeRange | None, Capture]], codes: Iterable[CodeType]
+    whole: Capture,
+    variants: Sequence[tuple[SizeRange | None, Capture]],
+    codes: Iterable[CodeType],
+    example: Sequence[Any],
 ) -> tuple[Capture, list[tuple[SizeRange | None, Capture]]]:
     """Let only sizes through at which every graph was shown right.
 
@@ -75,6 +78,7 @@ def settle_ranges(
         whole: The capture that has the contract.
         variants: From :func:`capture_ranges`.
         codes: Code that ran while they were captured.
+        example: The example's leaves as they were given.
 
     Returns:
         The same, with bounds that hold, and with what that code asks of the arguments.
@@ -82,7 +86,7 @@ def settle_ranges(
     Raises:
         OptionError: A range begins below what its own graph can be shown right at.
     """
-    asked = more_constraints(codes, whole.example)
+    asked = more_constraints(codes, example)
     contract = replace(whole.input_spec, constraints=(*whole.input_spec.constraints, *asked))
     if len(variants) == 1 and variants[0][1] is whole:
         done = settled(replace(whole, input_spec=contract))

@@ -78,7 +78,9 @@ def export_source(wanted: Wanted) -> Source:
                 wanted.model, wanted.args, wanted.kwargs, request.dynamic_shapes, request.size_ranges
             ),
         )
-    captured, variants = clock.timed("settle", lambda: settle_ranges(captured, variants, recorder.codes))
+    captured, variants = clock.timed(
+        "settle", lambda: settle_ranges(captured, variants, recorder.codes, wanted.leaves)
+    )
     return Source(
         model=wanted.model,
         whole=captured,

@@ -124,17 +124,17 @@ def _bits(node: ast.AST, depth: int) -> int:
         if node.id in _FUNCTIONS:
             raise ValueError(f"names {node.id!r} and does not call it")
         return _SIZE_BITS
-    if isinstance(node, ast.Constant) and type(node.value) in (int, bool):
-        bits = int(node.value).bit_length()
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        bits = node.value.bit_length()
     elif isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
         left, right = _bits(node.left, depth + 1), _bits(node.right, depth + 1)
         bits = max(left, right) + 1
         if isinstance(node.op, ast.Mult):
             bits = left + right
         elif isinstance(node.op, ast.Pow):
-            if not isinstance(node.right, ast.Constant):
+            if not isinstance(node.right, ast.Constant) or not isinstance(node.right.value, int):
                 raise ValueError("has a variable exponent")
-            bits = left * int(node.right.value)
+            bits = left * node.right.value
     else:
         bits = max((_bits(part, depth + 1) for part in _parts(node)), default=1)
     if bits > _MOST_BITS:

@@ -107,6 +107,12 @@ def test_one_tensor_given_twice_to_code_that_compares_identity(build):
     assert "another tensor than args[0]" in refused(compiled, "args[1]", X, X)
 
 
+def test_an_example_that_gives_one_tensor_twice(build):
+    compiled = build(lambda a, b: a + b if (a is b) in (True, False) else a, X, X)
+    assert torch.equal(compiled(X, X), X * 2)
+    assert torch.equal(compiled(X, X + 1), X * 2 + 1)
+
+
 def five(*all):
     return sum(all) if all[0] is not all[4] else all[0] * 1
 
