@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stitchcache.api.prewarm import PrewarmReport as PrewarmReport
     from stitchcache.api.prewarm import prewarm as prewarm
     from stitchcache.api.target import Target as Target
+    from stitchcache.artifact.globals import register_const_type as register_const_type
     from stitchcache.artifact.record import Artifact as Artifact
     from stitchcache.cache import Cache as Cache
     from stitchcache.codegen import compile_execution_fn as compile_execution_fn
@@ -50,6 +51,7 @@ _HOMES = {
     "load": "stitchcache.api.load",
     "preload": "stitchcache.api.preload",
     "prewarm": "stitchcache.api.prewarm",
+    "register_const_type": "stitchcache.artifact.globals",
     "split_graph": "stitchcache.graph.split",
 }
 

@@ -25,6 +25,7 @@ The tree (the builtin that each also derives from in brackets)::
     |   `-- LockTimeoutError [TimeoutError]    another process held the lock for too long
     |-- EntryFormatError [ValueError]          bytes from outside that are not an entry
     |   |-- EntryDamagedError                  truncated or changed: a digest or a size is off
+    |   |-- ForbiddenGlobalError               a consts table that names or calls what it may not
     |   `-- FutureFormatError                  written by a newer stitchcache
     |-- UntrustedEntryError [PermissionError]  native code that nobody vouches for
     |-- GraphHashError [LookupError]           a graph hash, or prefix of one, that names no entry
@@ -281,6 +282,18 @@ class EntryFormatError(StitchCacheError, ValueError):
 
 class EntryDamagedError(EntryFormatError):
     """A file was truncated or changed: its size or digest is off."""
+
+
+class ForbiddenGlobalError(EntryFormatError):
+    """A consts table names, or calls, something that is not listed and not registered; nothing of it ran.
+
+    Attributes:
+        module: The module, as the table has it.
+        name: The name in it.
+    """
+
+    module: str = ""
+    name: str = ""
 
 
 class FutureFormatError(EntryFormatError):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import enum
 import functools
+import importlib
 import io
 import math
 import operator
@@ -14,7 +16,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import tokenize
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -23,7 +27,16 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from stitchcache.artifact.consts import dump_consts, load_consts  # noqa: E402
-from stitchcache.errors import EntryFormatError, UnserializableConstError  # noqa: E402
+from stitchcache.artifact.globals import register_const_type  # noqa: E402
+from stitchcache.errors import (  # noqa: E402
+    EntryFormatError,
+    ForbiddenGlobalError,
+    OptionError,
+    UnserializableConstError,
+)
+
+for standard in (signal.Signals, re.RegexFlag, tokenize.TokenInfo):
+    register_const_type(standard)
 
 BASE = torch.arange(12.0)
 VALUES = [
@@ -158,8 +171,140 @@ def test_an_empty_table_is_none():
     assert load_consts(None) == []
 
 
+@register_const_type
 class LocalEnum(enum.Enum):
     A = 1
+
+
+@register_const_type
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    rate: float
+    inner: object = None
+
+
+@register_const_type
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    rate: float
+
+
+@register_const_type
+class Reduced:
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __reduce__(self):
+        return Reduced, (self.rate,)
+
+
+@register_const_type
+class Stateful:
+    def __setstate__(self, state):
+        self.rate = state["rate"] * 1
+
+    def __getstate__(self):
+        return {"rate": self.rate}
+
+
+@register_const_type
+class Pair(NamedTuple):
+    left: object
+    right: object
+
+
+def stateful(rate):
+    made = Stateful()
+    made.rate = rate
+    return made
+
+
+@pytest.mark.parametrize(
+    "value", [Frozen(2.5, (1, torch.float32)), Slotted(2.5), Reduced(2.5), stateful(2.5)], ids=repr
+)
+def test_registered_classes_survive(value):
+    first, second = load_consts(dump_consts([value, {"k": [value]}]))
+    for found in (first, second["k"][0]):
+        assert type(found) is type(value)
+        assert found.rate == 2.5
+    if type(value) is Frozen:
+        assert first == value
+
+
+def test_registered_namedtuples_and_classes_themselves_survive():
+    table = [Pair(1, Pair(float("inf"), [])), Pair, Frozen, LocalEnum, LocalEnum.A]
+    assert load_consts(dump_consts(table)) == table
+    assert load_consts(pickle.dumps([LocalEnum.A, Pair(1, 2)])) == [LocalEnum.A, Pair(1, 2)]
+
+
+class Free(enum.Enum):
+    A = 1
+
+
+class FreePair(NamedTuple):
+    left: int
+
+
+@dataclasses.dataclass
+class FreeRecord:
+    rate: float
+
+
+@pytest.mark.parametrize("value", [Free.A, FreePair(1), FreeRecord(1.0), Free, FreeRecord], ids=repr)
+def test_a_type_that_is_not_registered_is_refused_and_the_error_says_what_to_do(value):
+    with pytest.raises(UnserializableConstError, match=r"register_const_type\(test_consts\.Free"):
+        dump_consts([value])
+    with pytest.raises(ForbiddenGlobalError, match="register_const_type") as caught:
+        load_consts(pickle.dumps([value]))
+    assert (caught.value.module, caught.value.name[:4]) == (__name__, "Free")
+
+
+def test_only_classes_that_another_process_finds_can_be_registered():
+    class Local:
+        pass
+
+    moved = type("Frozen", (), {"__module__": __name__, "__qualname__": "Frozen"})
+    for bad in (Local, moved, 5, len):
+        with pytest.raises(OptionError):
+            register_const_type(bad)
+    assert register_const_type(Frozen) is Frozen
+
+
+class Doubtful:
+    """Its subclasses are registered, and rebuilt by what they should not be."""
+
+    how: tuple = ()
+
+    def __reduce__(self):
+        return self.how
+
+
+@register_const_type
+class ByFunction(Doubtful):
+    how = (len, ((1,),))
+
+
+@register_const_type
+class WithItems(Doubtful):
+    pass
+
+
+WithItems.how = (WithItems, (), None, iter([1]))
+
+
+def test_a_registered_class_is_rebuilt_by_nothing_but_itself():
+    for value, said in ((ByFunction(), "calls something else"), (WithItems(), "items besides state")):
+        with pytest.raises(UnserializableConstError, match=said):
+            dump_consts([value])
+    for state in ({"__class__": Anything}, {1: 2}, [1]):
+        bad = ("object", __name__, "Frozen", False, (), state)
+        with pytest.raises(EntryFormatError):
+            load_consts(table(bad))
+    for module, name in (("builtins", "object"), (__name__, "Anything"), (__name__, "Free")):
+        with pytest.raises(ForbiddenGlobalError):
+            load_consts(table(("object", module, name, False, (), None)))
+    with pytest.raises(ForbiddenGlobalError):
+        load_consts(pickle.dumps([Calls(Frozen, 1.0)]))
 
 
 class Anything:
@@ -238,15 +383,30 @@ HOSTILE = {
     "operator.attrgetter": pickle.dumps([operator.attrgetter("__class__")]),
     "collections.defaultdict": pickle.dumps([collections.defaultdict(list)]),
     "numpy": b"cnumpy.core.multiarray\n_reconstruct\n(I1\ntR.",
+    "types.CodeType": b"ctypes\nCodeType\n.",
+    "torch.utils.collect_env.run": b"ctorch.utils.collect_env\nrun\n(S'touch evil'\ntR.",
+    "sympy.core.sympify.sympify": b"csympy.core.sympify\nsympify\n.",
+    "numpy.load": b"cnumpy\nload\n(Vevil\ntR.",
+    "pydoc.pipepager": b"cpydoc\npipepager\n(Va\nVtouch evil\ntR.",
+    "importlib.import_module": pickle.dumps([Calls(importlib.import_module, "antigravity")]),
+    "operator.methodcaller": pickle.dumps([operator.methodcaller("system", "touch evil")]),
+    "operator.call": b"coperator\ncall\n.",
+    "torch.load": b"ctorch\nload\n.",
+    "torch.from_file": b"ctorch\nfrom_file\n.",
+    "torch.hub.load": b"ctorch.hub\nload\n.",
+    "torch.nn.functional.torch": b"ctorch.nn.functional\ntorch\n.",
+    "builtins.len": pickle.dumps([Calls(len, (1,))]),
+    "operator.add": pickle.dumps([Calls(operator.add, 1, 2)]),
 }
 
 
 @pytest.mark.parametrize("name", list(HOSTILE))
 def test_hostile_tables_call_nothing_and_the_global_is_named(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(EntryFormatError) as caught:
+    with pytest.raises(ForbiddenGlobalError) as caught:
         load_consts(HOSTILE[name], path="entry.stitch")
-    assert name in caught.value.reason
+    assert name.removeprefix("operator.") in caught.value.reason
+    assert caught.value.name in caught.value.reason
     assert caught.value.field == "consts"
     assert "entry.stitch" in str(caught.value)
     assert not list(tmp_path.iterdir())
@@ -279,12 +439,19 @@ def table(*ids) -> bytes:
         ("op", "aten::no_such_op", "x"),
         ("op", "", ""),
         ("op", "aten::add", "__class__"),
+        ("op", "aten::from_file", ""),
+        ("op", "debugprims::load_tensor", "default"),
         ("torch", "load"),
         ("placement", "Placement.__init__", {}),
         ("same", 7),
         ("tensor", 0, "float32", "cpu", (1 << 40,), (1,), b"", ""),
         ("tensor", 0, "float32", "cpu", (2,), (1,), b"1234", ""),
         ("tensor", 0, "float32", "cpu", (-1,), (1,), b"", ""),
+        ("tensor", 0, "float32", "cpu", (1 << 62, 1 << 62), (0, 0), b"1234", ""),
+        ("tensor", 0, "float32", "cpu", (0,) + (1 << 62,) * 64, (1,) * 65, b"", ""),
+        ("enum", "re", "RegexFlag", None, 1 << 9_000),
+        ("enum", __name__, "LocalEnum", "B", None),
+        ("placement", "DeviceMesh", {}),
         ("tensor", 0, "load", "cpu", (1,), (1,), b"1234", ""),
         ("tensor", 0, "float32", "nowhere", (1,), (1,), b"1234", ""),
     ],
@@ -293,6 +460,40 @@ def table(*ids) -> bytes:
 def test_forged_ids_are_refused(bad):
     with pytest.raises(EntryFormatError):
         load_consts(table(bad))
+
+
+def opcodes(*parts) -> bytes:
+    return b"".join(getattr(pickle, part) if isinstance(part, str) else part for part in parts)
+
+
+BOMB = opcodes("EMPTY_TUPLE", *[b"2\x86"] * 60)
+"""A tuple that holds itself twice, 60 times over: nobody can hash it."""
+
+COSTLY = {
+    "hash a bomb, dict": opcodes("EMPTY_DICT", BOMB, "NONE", "SETITEM", "STOP"),
+    "hash a bomb, dict at once": opcodes("MARK", BOMB, "NONE", "DICT", "STOP"),
+    "hash a bomb, set": opcodes(b"\x80\x04", "EMPTY_SET", "MARK", BOMB, "ADDITEMS", "STOP"),
+    "hash a bomb, frozenset": opcodes(b"\x80\x04", "MARK", BOMB, "FROZENSET", "STOP"),
+    "hash a bomb, set called": opcodes(
+        b"cbuiltins\nset\n", "EMPTY_LIST", BOMB, "APPEND", "TUPLE1", "REDUCE", "STOP"
+    ),
+    "a deep key": opcodes("EMPTY_DICT", "EMPTY_TUPLE", b"\x85" * 200_000, "NONE", "SETITEM", "STOP"),
+    "a large bytearray": b"cbuiltins\nbytearray\n(I1000000000000\ntR.",
+    "a large range, listed": b"cbuiltins\nset\n(cbuiltins\nrange\n(I1000000000000\ntRtR.",
+    "deep marks": b"(" * 100_000 + b".",
+    "many opcodes": b"NO0"[:1] + b"N0" * 600_000 + b".",
+    "bytearray8": b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b".",
+    "build": pickle.dumps([WithState()])[:-1] + b".",
+    "python 2": b"S'text'\n.",
+}
+
+
+@pytest.mark.parametrize("name", list(COSTLY))
+def test_what_would_cost_much_is_refused_at_once(name):
+    began = time.perf_counter()
+    with pytest.raises(EntryFormatError):
+        load_consts(COSTLY[name])
+    assert time.perf_counter() - began < 10
 
 
 @settings(max_examples=300, deadline=None)

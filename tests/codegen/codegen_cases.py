@@ -14,11 +14,12 @@ from torch import fx
 
 from stitchcache.artifact.consts import dump_consts, load_consts
 from stitchcache.artifact.entry import decode, encode
+from stitchcache.artifact.globals import register_const_type
 from stitchcache.artifact.record import Artifact, Variant
 from stitchcache.codegen import compile_execution_fn, generate_execution_code
 from stitchcache.errors import UnserializableConstError
 
-Point = collections.namedtuple("Point", "x y")
+Point = register_const_type(collections.namedtuple("Point", "x y"))
 
 
 class Opaque(torch.nn.Module):

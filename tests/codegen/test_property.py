@@ -19,6 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import fx
 
+from stitchcache.artifact.globals import register_const_type
+
 EXAMPLES = 4000 if os.environ.get("STITCHCACHE_FULL") else 200
 NAMES = [
     "x",
@@ -40,6 +42,7 @@ INF = float("inf")
 NAN = float("nan")
 
 
+@register_const_type
 class Color(enum.IntEnum):
     RED = 3
 

@@ -13,11 +13,13 @@ from codegen_cases import Opaque, Point, check, compiled, graph_module, record
 from torch import fx
 from torch.distributed.tensor.placement_types import Replicate, Shard
 
+from stitchcache.artifact.globals import register_const_type
 from stitchcache.codegen import generate_execution_code
 
 CASES: dict[str, tuple[Any, tuple[Any, ...]]] = {}
 
 
+@register_const_type
 class Mode(enum.IntEnum):
     FAST = 1
     SLOW = 2
