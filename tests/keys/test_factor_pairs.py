@@ -195,7 +195,7 @@ PAIRS = {
     "env.cpu": ("env.cpu", patched(environment_module, "_cpu_flags", lambda: iter(["avx2"])), elsewhere),
     "env.libc": ("env.libc", patched(environment_module, "_libc", lambda: "glibc 9"), elsewhere),
     "env.cxx_abi": ("env.cxx_abi", patched(torch, "compiled_with_cxx11_abi", lambda: "other"), elsewhere),
-    "env.python": ("env.python", patched(environment_module, "python_code", lambda: "other"), elsewhere),
+    "env.python": ("env.python", patched(environment_module, "python_version", lambda: "other"), elsewhere),
     "code.decimal": ("code.decimal", rounded, elsewhere),
     "code.python": ("code.python", patched(sys.modules["stitchcache.keys.target"], "python_code", str), elsewhere),
     "env.cuda": ("env.cuda", lambda mp: gpu(mp, cuda="13.0"), gpu),
