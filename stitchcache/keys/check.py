@@ -9,7 +9,7 @@ import builtins
 import hashlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -60,20 +60,32 @@ class Found:
     owner: str = ""
 
 
-def lookup(namespace: dict[str, Any], chain: tuple[str, ...]) -> Found:
-    """Follow a chain through modules."""
+def lookup(
+    namespace: dict[str, Any], chain: tuple[str, ...], patched: Mapping[int, dict[str, Any]] | None = None
+) -> Found:
+    """Follow a chain through modules.
+
+    Args:
+        namespace: The globals that the first name is looked up in.
+        chain: A global's name, and attributes.
+        patched: Namespaces as they were before torch patched them for the time of a trace, by the id of
+            what they are now.
+    """
+    patched = patched or {}
     name = chain[0]
-    if name in namespace:
-        value = namespace[name]
-    elif hasattr(builtins, name):
-        value = getattr(builtins, name)
+    own = patched.get(id(namespace), namespace)
+    common = patched.get(id(vars(builtins)), vars(builtins))
+    if name in own:
+        value = own[name]
+    elif name in common:
+        value = common[name]
     else:
         return Found(None, False, chain[:1])
     owner = ""
     for index, step in enumerate(chain[1:], 1):
         if not isinstance(value, ModuleType):
             return Found(value, True, chain[:index], owner)
-        inner, owner = vars(value), value.__name__
+        inner, owner = patched.get(id(vars(value)), vars(value)), value.__name__
         if step == "__dict__":
             return Found(_NAMESPACE, True, chain[: index + 1], owner)
         if step not in inner and isinstance(value, _OPS):
@@ -115,7 +127,7 @@ def global_digest(shared: Shared, entry: str, found: Found) -> str:
             f"global {title(entry)}", "what is loaded depends on the process; import it by name"
         )
     if isinstance(value, ModuleType):
-        if exists and not entry.endswith(".") and not _may_be_held(shared, value):
+        if exists and not entry.endswith(".") and not _may_be_held(shared, entry, value):
             why = f"the module {value.__name__} is used as a value; name what is read from it"
             raise UnkeyableError(f"global {title(entry)}", why)
         # torch and others load parts of themselves late; that a part is not there yet means nothing.
@@ -139,14 +151,17 @@ def _of_package(shared: Shared, entry: str) -> bool:
 
 
 def _is_plain_of_library(found: Found) -> bool:
-    """Whether a container of the standard library is known by what is in it, such as ``sys.argv``."""
+    """Whether a value of torch or the library is known by what is in it, such as ``sys.argv``."""
+    if hasattr(type(found.value), "__dataclass_fields__"):
+        return True
     plain = isinstance(found.value, (list, dict, tuple, set, frozenset)) and found.value is not sys.modules
     return plain and found.owner.partition(".")[0] in sys.stdlib_module_names
 
 
-def _may_be_held(shared: Shared, module: ModuleType) -> bool:
-    file = getattr(module, "__file__", None) or ""
-    return shared.is_versioned(module.__name__) or installed_path(file) != ""
+def _may_be_held(shared: Shared, entry: str, module: ModuleType) -> bool:
+    """Whether code may use a module as a value: one of torch's, or of its own package, as lazy imports do."""
+    installed = installed_path(getattr(module, "__file__", None) or "") != ""
+    return shared.is_versioned(module.__name__) or (installed and _of_package(shared, entry))
 
 
 def class_digest(shared: Shared, cls: type) -> str:
@@ -180,7 +195,7 @@ def item_digest(main: str, item: Any) -> str:
     return hashlib.sha256(encoder.out).hexdigest()
 
 
-KINDS = frozenset({"env", "call", "item", "class", "global"})
+KINDS = frozenset({"env", "call", "item", "class", "global", "import"})
 """What an entry may begin with, before a colon, when it is no global of a module of another name."""
 
 
@@ -204,6 +219,12 @@ def text_digest(value: str | None) -> str:
     """Digest of an environment variable; ``None`` where it is not set."""
     data = b"unset" if value is None else b"=" + value.encode("utf-8", "surrogatepass")
     return hashlib.sha256(data).hexdigest()
+
+
+def import_digest(name: str, main: str) -> str:
+    """Digest of whether there is a module of this name to import; nothing is imported for it."""
+    there = sys.modules.get(name) is not None or find_file(name, main)[0] is not None
+    return text_digest("there" if there else None)
 
 
 def is_module_namespace(namespace: dict[str, Any]) -> bool:
@@ -231,25 +252,35 @@ def check_sources(record: TargetRecord, shared: Shared | None = None) -> str | N
         ``None`` if nothing changed, else the reason, naming the file, global or variable.
     """
     shared = shared or Shared()
-    reason = _check_files(record.sources, shared.main)
-    return reason if reason is not None else _check_globals(record.globals, shared)
+    reason = _check_files(record.sources, shared) or _check_globals(record.globals, shared)
+    return reason or shared.warm_cache()
 
 
-def _check_files(sources: Iterable[SourceRef], main: str) -> str | None:
-    started = process_start()
+def _check_files(sources: Iterable[SourceRef], shared: Shared) -> str | None:
     for source in sources:
-        file, module = find_file(source.module, main)
-        if file is None:
-            return f"the source of {source.module} cannot be found; it ran during the capture"
-        try:
-            data = read_file(file, module)
-        except OSError as error:
-            return f"the source of {source.module} cannot be read: {error}"
-        if len(data) != source.size or bytes_digest(data) != source.digest:
+        # Records of one target name mostly the same files: each is read once for all of them.
+        known = shared.files.get(source.module)
+        if known is None:
+            known = shared.files[source.module] = _look_at_file(source.module, shared.main)
+        file, size, digest, reason = known
+        if size >= 0 and (size != source.size or digest != source.digest):
             return f"{file} ({source.module}) is not the file that was captured"
-        if module is not None and (reason := changed_since_import(module, data, started)) is not None:
+        if reason is not None:
             return reason
     return None
+
+
+def _look_at_file(name: str, main: str) -> tuple[str, int, str, str | None]:
+    """A module's file, its size and digest, and why it does not say what runs; ``None`` where it does."""
+    file, module = find_file(name, main)
+    if file is None:
+        return "", -1, "", f"the source of {name} cannot be found; it ran during the capture"
+    try:
+        data = read_file(file, module)
+    except OSError as error:
+        return file, -1, "", f"the source of {name} cannot be read: {error}"
+    reason = None if module is None else changed_since_import(module, data, process_start())
+    return file, len(data), bytes_digest(data), reason
 
 
 def _check_globals(entries: Iterable[tuple[str, str]], shared: Shared) -> str | None:
@@ -261,6 +292,8 @@ def _check_globals(entries: Iterable[tuple[str, str]], shared: Shared) -> str | 
                 subject = f"environment variable {rest}"
             elif kind == "call":
                 now, subject = answer_digest(entry), f"what {title(rest)}() answers"
+            elif kind == "import":
+                now, subject = import_digest(rest, shared.main), f"whether {rest} can be imported"
             elif kind == "item":
                 now, subject = _item_now(rest, shared), f"item {rest}"
             elif kind == "class":

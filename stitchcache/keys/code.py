@@ -27,7 +27,6 @@ from types import (
 )
 from typing import Any
 
-from stitchcache.keys.origins import installed_path
 from stitchcache.keys.values import SCALARS, Encoder, Handler, text_bytes
 
 _NOT_STATE = frozenset({"__wrapped__", "__signature__", "__doc__", "__annotations__"})
@@ -52,9 +51,11 @@ def code_digest(encoder: Encoder, code: CodeType) -> bytes:
     installed = encoder.shared.origin(code.co_filename)[1]
     if installed:
         # The record of a target holds this file's digest if any of it ran, so the place says it all.
+        # Lambdas are the only functions of which several may stand in one place; they go by content.
         place = text_bytes(f"{installed} {code.co_qualname} {code.co_firstlineno}")
-        encoder.shared.codes[id(code)] = (code, place)
-        return place
+        if code.co_name != "<lambda>":
+            encoder.shared.codes[id(code)] = (code, place)
+            return place
     numbers = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
     names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
     out = bytearray(repr((numbers, names)).encode("utf-8", "surrogatepass"))
@@ -199,8 +200,7 @@ def put_module_reference(encoder: Encoder, module: ModuleType) -> None:
     Raises:
         UnkeyableError: It is a module that its user may edit or set attributes of.
     """
-    file = getattr(module, "__file__", None) or ""
-    if not encoder.shared.is_versioned(module.__name__) and not installed_path(file):
+    if not encoder.shared.is_versioned(module.__name__):
         raise encoder.error(f"the module {module.__name__} is held as a value; import it where it is used")
     encoder.out += b"P"
     encoder.text(module.__name__)
@@ -209,6 +209,7 @@ def put_module_reference(encoder: Encoder, module: ModuleType) -> None:
 def _put_wrapped(encoder: Encoder, wrapper: Any) -> None:
     encoder.out += b"W"
     encoder.text(type(wrapper).__name__)
+    encoder.shared.caches.append(("".join(encoder.path).lstrip(".") or wrapper.__name__, wrapper))
     encoder.put_at(".__wrapped__", wrapper.__wrapped__)
 
 

@@ -21,7 +21,7 @@ import torch
 
 from stitchcache.keys.digest import make_factor
 from stitchcache.keys.encoder import new_encoder
-from stitchcache.keys.values import Encoder, Shared
+from stitchcache.keys.values import SCALARS, Encoder, Shared
 from stitchcache.torchside import modules, state
 from stitchcache.types import Factor
 
@@ -261,12 +261,19 @@ def _state_factors(shared: Shared) -> Iterator[Factor]:
     yield make_factor("torch.default_device", torch.get_default_device().type)
     yield make_factor("torch.autocast", _autocast())
     yield make_factor("torch.float32_precision", _float32_precision())
+    yield make_factor("torch.denormals", "flushed" if _flushes_denormals() else "kept")
     yield make_factor("torch.reduced_precision", _read(_REDUCTION))
     yield make_factor("torch.deterministic", _deterministic())
     yield make_factor("torch.backends", _read(_BACKENDS))
     yield make_factor("torch.attention", _read(_ATTENTION))
     yield make_factor("torch.inductor", *_inductor())
     yield make_factor("torch.patched", *_patched(shared))
+
+
+def _flushes_denormals() -> bool:
+    """What ``torch.set_flush_denormal`` set in this thread; nothing says so but a calculation."""
+    smallest, two = sys.float_info.min, float(len("ab"))
+    return smallest / two == 0.0
 
 
 def _autocast() -> str:
@@ -343,7 +350,11 @@ def _patched(shared: Shared) -> tuple[str, bytes]:
                 if not shared.origin(value.__code__.co_filename)[0]:
                     _put_patched(encoder, names, f"{owner.__name__}.{name}", value)
                 continue
-            _put_other(encoder, names, f"{owner.__name__}.{name}", value)
+            if isinstance(owner, type) and (scalar := SCALARS.get(kind)) is not None and name[:2] != "__":
+                encoder.text(f"{prefix}{name}")
+                encoder.out += scalar(value)
+            else:
+                _put_other(encoder, names, f"{owner.__name__}.{name}", value)
     return ", ".join(names) or "as shipped", bytes(encoder.out)
 
 

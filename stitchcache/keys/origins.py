@@ -8,11 +8,13 @@ numpy, so its version is a factor. All other code is known by its bytes.
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import importlib.util
 import os
 import sys
-from types import CodeType, FunctionType, ModuleType
+from collections.abc import Iterable
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -202,37 +204,57 @@ def _find_top(name: str) -> Any:
         return None
 
 
-def changed_since_import(module: ModuleType, source: bytes, started: float) -> str | None:
-    """Whether a module's file was edited after it was imported; then the file does not say what runs.
+def changed_since_import(
+    module: ModuleType, source: bytes, started: float, ran: Iterable[CodeType] = ()
+) -> str | None:
+    """Whether what runs of a module is not what its file says, as the file was edited after its import.
 
-    Files older than the process cannot have been. For the others the source is compiled again, and every
-    function of the module must be found in the result.
+    Files that nobody touched since the process started cannot have been. For the others the source is
+    compiled again, and every function of the module must be found in the result, decorated or not.
 
     Args:
         module: The module as it was imported.
         source: What its file holds now.
         started: When this process started, see :func:`process_start`.
+        ran: Code of this file that is known to have run. It is always looked for, however old the file is:
+            bytecode that Python keeps beside a file may be that of an older text of the same size and time.
 
     Returns:
         A reason, or ``None`` where the module is what its file says.
     """
     file = getattr(module, "__file__", None) or ""
-    if not file.endswith(".py") or not _younger(file, started):
+    suspicious = _touched(file, started) or _bytecode_is_older(module, file)
+    found = [*ran, *(_codes_of(module) if suspicious else ())]
+    if not file.endswith(".py") or not found:
         return None
     try:
         compiled = compile(source, file, "exec", dont_inherit=True)
     except (SyntaxError, ValueError):
-        return f"{file} was changed since it was imported"
-    known = {(code.co_qualname, code.co_code, repr(_plain(code))) for code in _nested(compiled)}
-    for name, code in _codes_of(module):
-        if (code.co_qualname, code.co_code, repr(_plain(code))) not in known:
-            return f"{file} was changed since it was imported: {name} is not what runs"
+        return f"{file} was changed since it was imported; start the process again"
+    known = {_fingerprint(code) for code in _nested(compiled)}
+    for code in found:
+        if _fingerprint(code) not in known:
+            why = f"{file} was changed since it was imported: {code.co_qualname} is not what runs"
+            return f"{why}; start the process again"
     return None
 
 
-def _plain(code: CodeType) -> tuple[Any, ...]:
-    consts = [const for const in code.co_consts if type(const) in {int, float, str, bytes, bool, complex}]
-    return code.co_names, code.co_varnames, consts
+def _fingerprint(code: CodeType) -> tuple[Any, ...]:
+    """All of a code object but where it stands: two texts that differ in comments only are one."""
+    counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
+    names = (code.co_qualname, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
+    return (*counts, *names, code.co_code, code.co_exceptiontable, _constant(code.co_consts))
+
+
+def _constant(value: Any) -> Any:
+    # By type and text: equality would take -0.0 for 0.0, and True for 1.
+    if isinstance(value, CodeType):
+        return _fingerprint(value)
+    if isinstance(value, tuple):
+        return tuple(map(_constant, value))
+    if isinstance(value, frozenset):
+        return frozenset(map(_constant, value))
+    return type(value).__name__, repr(value)
 
 
 def _nested(code: CodeType) -> list[CodeType]:
@@ -243,29 +265,83 @@ def _nested(code: CodeType) -> list[CodeType]:
     return found
 
 
-def _codes_of(module: ModuleType) -> list[tuple[str, CodeType]]:
-    """Functions and methods that were defined in a module, by name."""
-    found = []
-    for owner in [module, *(item for item in vars(module).values() if isinstance(item, type))]:
-        if owner is not module and owner.__module__ != module.__name__:
+def _codes_of(module: ModuleType) -> list[CodeType]:
+    """The code of functions that a module's names and its classes' attributes lead to, also when wrapped."""
+    file = module.__file__
+    found: list[CodeType] = []
+    todo: list[Any] = list(vars(module).values())
+    met: set[int] = set()
+    while todo:
+        item = todo.pop()
+        if id(item) in met:
             continue
-        for value in list(vars(owner).values()):
-            function = getattr(value, "__func__", value)
-            function = function.fget if isinstance(function, property) else function
-            if isinstance(function, FunctionType) and _is_from(function, module):
-                found.append((function.__qualname__, function.__code__))
+        met.add(id(item))
+        if isinstance(item, type):
+            if item.__module__ == module.__name__:
+                todo += vars(item).values()
+        elif isinstance(item, FunctionType):
+            if item.__code__.co_filename == file:
+                found.append(item.__code__)
+            # A decorator's own function closes over the one that it was given.
+            todo += [cell.cell_contents for cell in item.__closure__ or () if _is_filled(cell)]
+        else:
+            todo += _inner(item)
     return found
 
 
-def _is_from(function: FunctionType, module: ModuleType) -> bool:
-    return function.__globals__ is vars(module) and function.__code__.co_filename == module.__file__
+_PARTS: dict[type, tuple[str, ...]] = {
+    property: ("fget", "fset", "fdel"),
+    functools.cached_property: ("func",),
+    functools.partial: ("func",),
+    functools.partialmethod: ("func",),
+    staticmethod: ("__func__",),
+    classmethod: ("__func__",),
+    MethodType: ("__func__",),
+    type(functools.lru_cache(lambda: None)): ("__wrapped__",),
+}
 
 
-def _younger(file: str, started: float) -> bool:
+def _inner(item: Any) -> list[Any]:
+    """What a wrapper wraps; for an object of a class made in Python, the functions among its attributes."""
+    parts = _PARTS.get(type(item))
+    if parts is not None:
+        return [getattr(item, name, None) for name in parts]
     try:
-        return os.stat(file).st_mtime > started - _SLACK
+        # Not getattr: a proxy would run code, or import what it stands for.
+        held = object.__getattribute__(item, "__dict__")
+    except AttributeError:
+        return []
+    return [value for value in held.values() if type(value) is FunctionType or type(value) in _PARTS]
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _touched(file: str, started: float) -> bool:
+    """Whether a file may have been written since the process started; a copy may keep its old mtime."""
+    try:
+        found = os.stat(file)
     except OSError:
         return True
+    return max(found.st_mtime, found.st_ctime) > started - _SLACK
+
+
+def _bytecode_is_older(module: ModuleType, file: str) -> bool:
+    """Whether a user's file was touched after its bytecode was written, which Python may have run.
+
+    Not asked for installed files: an image's layers give them any order of times.
+    """
+    cached = getattr(module, "__cached__", None)
+    if cached is None or installed_path(file):
+        return False
+    try:
+        return os.stat(file).st_ctime > os.stat(cached).st_mtime + _SLACK
+    except OSError:
+        return False
 
 
 def process_start() -> float:

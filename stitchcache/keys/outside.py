@@ -14,10 +14,18 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from types import BuiltinFunctionType, CodeType, FrameType, ModuleType
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
-from stitchcache.keys.origins import in_stdlib, installed_path, stands_by_version
+import torch
+
+from stitchcache.keys.check import Found
+from stitchcache.keys.origins import (
+    in_stdlib,
+    installed_path,
+    module_stands_by_version,
+    stands_by_version,
+)
 
 FORBIDDEN_CODE = {
     threading.Thread.start.__code__: "starts a thread, whose code is not seen",
@@ -56,6 +64,7 @@ WATCHED_FILES = frozenset(
 )
 """Files of the library, torch and numpy whose functions give what is not the same each time."""
 
+_FX_TRACE = os.path.join(_PACKAGES, "torch", "fx", "_symbolic_trace.py")
 _ON_BEHALF = ("<frozen importlib", "<frozen zipimport")
 _BYSTANDING_FILES = frozenset(
     os.path.join(_LIBRARY, *name.split("/"))
@@ -76,8 +85,23 @@ SYSTEM = {
 
 _SEES_NAMESPACES = frozenset({"__globals__", "f_globals", "__builtins__"})
 
+OF_A_PROCESS = frozenset(
+    """RANK LOCAL_RANK GROUP_RANK ROLE_RANK NODE_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE
+    ROLE_WORLD_SIZE TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT""".split()  # noqa: SIM905
+)
+"""Variables that tell processes of one program apart: recorded also where torch reads them for a model."""
+
 ASKED: dict[str, tuple[str, ...]] = {
-    "torch": ("get_num_threads", "get_num_interop_threads", "initial_seed"),
+    "sys": ("get_int_max_str_digits",),
+    "numpy": ("geterr", "geterrcall", "get_printoptions", "getbufsize"),
+    "torch": (
+        "get_num_threads",
+        "get_num_interop_threads",
+        "initial_seed",
+        "is_warn_always_enabled",
+        "is_anomaly_enabled",
+        "is_anomaly_check_nan_enabled",
+    ),
     "torch.cuda": (
         "is_available",
         "device_count",
@@ -85,7 +109,15 @@ ASKED: dict[str, tuple[str, ...]] = {
         "get_device_capability",
         "get_device_name",
     ),
-    "torch.distributed": ("is_available", "is_initialized", "get_rank", "get_world_size", "get_backend"),
+    "torch.distributed": (
+        "is_available",
+        "is_initialized",
+        "is_torchelastic_launched",
+        "get_rank",
+        "get_world_size",
+        "get_backend",
+        "get_node_local_rank",
+    ),
 }
 """Functions of torch whose answers are recorded: module to names."""
 
@@ -153,6 +185,52 @@ def outside_stdlib(frame: FrameType) -> FrameType | None:
     return next(
         (caller for caller in _callers(frame.f_back) if not in_stdlib(caller.f_code.co_filename)), None
     )
+
+
+_FX_NAMES: dict[str, Any] = {
+    "device": torch.device,
+    "inf": float("inf"),
+    "nan": float("nan"),
+    "NoneType": type(None),
+    "fx_pytree": sys.modules.get("torch.fx._pytree"),
+    "pytree": sys.modules.get("torch.utils._pytree"),
+}
+
+
+def is_given(code: CodeType, name: str, value: object) -> bool:
+    """Whether a global of code that no module holds means the same wherever it has this name.
+
+    So do torch itself and the library's modules under their own names, and what torch.fx puts beside the code
+    that it generates for a graph.
+    """
+    if isinstance(value, ModuleType) and value.__name__ == name and sys.modules.get(name) is value:
+        return module_stands_by_version(name)
+    if not code.co_filename.startswith("<eval_with_key>"):
+        return False
+    known = _FX_NAMES.get(name)
+    return known is not None and (value is known or repr(value) == repr(known))
+
+
+def as_before_trace(found: Found) -> Found:
+    """A global as it is when nobody traces: torch.fx wraps functions under ``torch.fx.wrap`` meanwhile."""
+    code = getattr(found.value, "__code__", None)
+    if type(found.value) is FunctionType and code is not None and code.co_filename == _FX_TRACE:
+        original = getattr(found.value, "__wrapped__", None)
+        return found if original is None else Found(original, found.exists, found.used, found.owner)
+    return found
+
+
+def forbidden_to_dynamo(code: CodeType, value: object) -> str | None:
+    """Why a function that torch._dynamo traces may not read a global whose calls nobody would see."""
+    if value is os.environ or value is getattr(os, "environb", None):
+        return "reads environment variables"
+    called = getattr(value, "__code__", None)
+    if called is not None:
+        watched = called in FORBIDDEN_CODE or called.co_filename in WATCHED_FILES
+        return f"calls {called.co_qualname}" if watched else None
+    if id(value) in SYSTEM:
+        return f"calls {getattr(value, '__name__', '')}, which asks the system"
+    return forbidden_call(code, value) if isinstance(value, BuiltinFunctionType) else None
 
 
 def sees_namespaces(code: CodeType) -> bool:

@@ -15,6 +15,7 @@ else:
 
 
 _GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
+_CELL = frozenset({"LOAD_DEREF", "LOAD_CLASSDEREF"})
 _ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 _BETWEEN = frozenset({"CACHE", "PUSH_NULL", "PRECALL", "EXTENDED_ARG"})
 
@@ -34,22 +35,31 @@ class Import:
     exact: bool
 
 
-def global_chains(code: CodeType) -> Iterator[tuple[str, ...]]:
+def global_chains(code: CodeType) -> list[tuple[str, ...]]:
     """Globals that a code object reads, each with the attributes that it takes from it at once."""
-    chain: list[str] = []
+    return [chain for opname, chain in _chains(code) if opname in _GLOBAL]
+
+
+def cell_chains(code: CodeType) -> list[tuple[str, ...]]:
+    """The same for what a code object closes over: a module may be held in a cell, too."""
+    return [chain for opname, chain in _chains(code) if opname in _CELL]
+
+
+def _chains(code: CodeType) -> Iterator[tuple[str, tuple[str, ...]]]:
+    opname, chain = "", [""]
     for instruction in dis.get_instructions(code):
         if instruction.opname in _BETWEEN:
             continue
-        if chain and instruction.opname in _ATTRIBUTE:
+        if opname and instruction.opname in _ATTRIBUTE:
             chain.append(str(instruction.argval))
             continue
-        if chain:
-            yield tuple(chain)
-            chain = []
-        if instruction.opname in _GLOBAL:
-            chain = [str(instruction.argval)]
-    if chain:
-        yield tuple(chain)
+        if opname:
+            yield opname, tuple(chain)
+            opname = ""
+        if instruction.opname in _GLOBAL or instruction.opname in _CELL:
+            opname, chain = instruction.opname, [str(instruction.argval)]
+    if opname:
+        yield opname, tuple(chain)
 
 
 def imports_of(code: CodeType, package: str) -> Iterator[Import]:

@@ -8,10 +8,11 @@ Capture takes seconds; the profile function is paid only there.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
-import functools
 import gc
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -30,14 +31,14 @@ from stitchcache.keys.origins import (
     stands_by_version,
 )
 from stitchcache.keys.outside import is_search, place, receiver_of
-from stitchcache.keys.values import Shared, UnkeyableError
+from stitchcache.keys.values import WARM_CACHE, Shared, UnkeyableError
 from stitchcache.torchside.state import active_modes
 from stitchcache.types import SourceRef
 
 _READ_VARIABLE = type(os.environ).__getitem__.__code__
-_CACHED = type(functools.lru_cache(lambda: None))
 _HANDLE_LOG = logging.Logger.callHandlers.__code__
 _DYNAMO = f"{os.sep}torch{os.sep}_dynamo{os.sep}symbolic_convert.py"
+_BUILTINS = vars(builtins)
 
 
 class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
@@ -72,12 +73,17 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._watched: dict[int, CodeType] = {}
         self._asked: dict[int, tuple[str, Any]] = {}
         self._answers: set[str] = set()
+        self._runs: dict[int, int] = {}
+        self._generated: set[int] = set()
+        self._patched: dict[int, dict[str, Any]] = {}
         self._callback: Callable[[FrameType, str, Any], None] | None = None
         self._noticed = 0
         self._unwatched = contextlib.ExitStack()
 
     def __enter__(self) -> SourceRecorder:
         self._loaded = frozenset(sys.modules)
+        # torch.export replaces builtin min and max and math.pow while it traces, for its own ends.
+        self._patched = {id(space): dict(space) for space in (_BUILTINS, vars(math))}
         self._asked = outside.asked_functions()
         watched = [*outside.FORBIDDEN_CODE, *(thing for _, thing in self._asked.values())]
         self._watched = {id(code): code for code in watched}
@@ -100,6 +106,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             self._refuse("another profiler was installed while the model was captured")
         self._finish_imports()
         self._finish_classes()
+        self._check_caches()
         self._found |= {entry: check.answer_digest(entry) for entry in self._answers}
         self._check_covered()
         self.sources = tuple(self._sources())
@@ -123,6 +130,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         """
         quiet: set[int] = set()
         user, system, bystanders, watched = self._user, outside.SYSTEM, self._bystanders, self._watched
+        runs = self._runs
         muted: FrameType | None = None
 
         def profile(frame: FrameType, event: str, arg: Any) -> None:
@@ -150,6 +158,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                     self._further_call(frame, code)
                 if identity in user:
                     self._noticed += 1
+                    runs[identity] = runs.get(identity, 0) + 1
                 if identity in watched:
                     self._forbidden_code(frame, code)
                 elif identity not in user and code is not _READ_VARIABLE:
@@ -170,28 +179,39 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
     def _first_call(self, frame: FrameType, code: CodeType) -> None:
         filename = code.co_filename
         if stands_by_version(filename):
-            if filename in outside.WATCHED_FILES:
+            if filename in outside.WATCHED_FILES or (code.co_name == "run" and filename.endswith(_DYNAMO)):
                 self._watched[id(code)] = code
-            if code.co_name == "run" and filename.endswith(_DYNAMO):
-                self._refuse("part of the model is traced by torch._dynamo, whose reads are not seen")
             return
-        namespace = frame.f_globals
-        if filename.startswith("<") and self._is_generated(frame):
+        if filename.startswith("<") and (id(code) in self._generated or self._is_generated(frame)):
+            self._generated |= {id(const) for const in code.co_consts if isinstance(const, CodeType)}
             return
         if is_search(frame):
             return
+        if frame.f_builtins is not _BUILTINS:
+            self._refuse(f"{place(code)} has builtins of its own; define it in a module that is imported")
+        if self._meet(code, frame.f_globals):
+            self._further_call(frame, code)
+
+    def _meet(self, code: CodeType, namespace: dict[str, Any]) -> bool:
+        """Note code of the user's; ``False`` if its globals are not those of a module."""
         self._user[id(code)] = code
         if outside.sees_namespaces(code):
             self._refuse(f"{place(code)} looks into a namespace as a whole; name what is read from it")
         if not check.is_module_namespace(namespace):
-            # Covered only if its bytecode is part of a digest; looked at when everything was seen.
-            return
+            # Its bytecode may be part of a digest, which is looked at when everything was seen. Its globals
+            # never are: no name leads to them in another process.
+            for chain in reads.global_chains(code):
+                if chain[0] in namespace and not outside.is_given(code, chain[0], namespace[chain[0]]):
+                    self._refuse(
+                        f"{place(code)} reads {chain[0]} from globals that belong to no imported module; "
+                        "define it in a module, and put that in sys.modules"
+                    )
+            return False
         name = str(namespace["__name__"])
-        module = sys.modules[name]
-        self._modules.setdefault(name, module)
-        if name not in self._loaded and not installed_path(filename):
+        self._modules.setdefault(name, sys.modules[name])
+        if name not in self._loaded and not installed_path(code.co_filename):
             self._refuse(f"module {name} is imported while the model runs; import it beforehand")
-        self._further_call(frame, code)
+        return True
 
     def _further_call(self, frame: FrameType, code: CodeType) -> None:
         """Look again where a function has other globals than before, or a method another class."""
@@ -205,6 +225,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         name = str(namespace["__name__"])
         self._modules.setdefault(name, sys.modules[name])
         self._reads(code, namespace, name)
+        if code.co_freevars:
+            self._cells(code, frame.f_locals)
         if receiver is not None:
             self._receiver(receiver)
 
@@ -214,7 +236,9 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         A body that they execute only defines functions; those are looked at when they run.
         """
         module = str(frame.f_globals.get("__name__"))
-        if module.startswith("namedtuple_") or self._shared.is_versioned(module):
+        if module.startswith("namedtuple_"):
+            return True
+        if check.is_module_namespace(frame.f_globals) and self._shared.is_versioned(module):
             return True
         caller = frame.f_back
         body = frame.f_code.co_name == "<module>"
@@ -223,11 +247,24 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
     def _reads(self, code: CodeType, namespace: dict[str, Any], name: str) -> None:
         label = self._label(name)
         for chain in reads.global_chains(code):
-            found = check.lookup(namespace, chain)
+            found = check.lookup(namespace, chain, self._patched)
             self._note(label, found, whole=found.used == chain)
         package = str(namespace.get("__package__") or name.rpartition(".")[0])
         for item in reads.imports_of(code, package):
             self._imports.append((item, code.co_qualname))
+
+    def _cells(self, code: CodeType, cells: dict[str, Any]) -> None:
+        """Note what code reads from modules that it closes over; the target key has their names only."""
+        for chain in reads.cell_chains(code):
+            module = cells.get(chain[0])
+            if len(chain) == 1 or not isinstance(module, ModuleType):
+                continue
+            if sys.modules.get(module.__name__) is not module:
+                name = module.__name__
+                self._refuse(f"{place(code)} reads from module {name}; put that in sys.modules")
+                continue
+            found = check.lookup(vars(module), chain[1:], self._patched)
+            self._note(self._label(module.__name__), found, whole=found.used == chain[1:])
 
     def _note(self, label: str, found: check.Found, *, whole: bool) -> None:
         late = "" if label == self._shared.main or label in self._loaded else "?"
@@ -239,13 +276,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         if entry.rstrip(".") in check.REGISTRIES and isinstance(found.value, dict):
             self._registry(entry.rstrip("."), found.value)
             return
-        if isinstance(found.value, _CACHED) and self._hides_calls(found.value):
-            self._refuse(
-                f"{label}.{'.'.join(found.used)} has results from before the capture in its lru_cache, "
-                "and how they came about was not seen; call its cache_clear() before compiling"
-            )
         try:
-            self._found[entry] = check.global_digest(self._shared, name, found)
+            self._found[entry] = check.global_digest(self._shared, name, outside.as_before_trace(found))
         except UnkeyableError as error:
             self._refuse(str(error))
 
@@ -256,12 +288,19 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             except UnkeyableError as error:
                 self._refuse(str(error))
 
-    def _hides_calls(self, cached: Any) -> bool:
-        """Whether a function with a cache may answer without being run, so that its reads go unseen."""
-        code = getattr(cached.__wrapped__, "__code__", None)
-        if code is None or id(code) in self._seen or installed_path(code.co_filename):
-            return False
-        return not stands_by_version(code.co_filename) and cached.cache_info().currsize > 0
+    def _check_caches(self) -> None:
+        """Refuse a function that may have answered from its cache, so that its reads were not seen.
+
+        Every call that a cache does not answer is a miss, so more misses than calls that were seen were made
+        before the capture. Those of installed packages are left to the look.
+        """
+        for where, cached in (*self._keyed.caches, *self._shared.caches):
+            code = getattr(cached.__wrapped__, "__code__", None)
+            info = cached.cache_info()
+            if info.currsize == 0 or (code is not None and any(self._shared.origin(code.co_filename))):
+                continue
+            if code is None or info.misses > self._runs.get(id(code), 0):
+                self._refuse(f"{where} {WARM_CACHE}")
 
     def _receiver(self, receiver: type) -> None:
         """Note the class whose method runs; those of modules are part of the target key already."""
@@ -274,12 +313,14 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
     def _variable(self, frame: FrameType) -> None:
         """Note an environment variable that the model's code reads; torch's are factors where they count."""
         caller = outside.outside_stdlib(frame)
-        if caller is None or stands_by_version(caller.f_code.co_filename):
+        if caller is None:
             return
-        self._noticed += 1
         key = frame.f_locals.get("key")
         if isinstance(key, bytes):
             key = key.decode("utf-8", "surrogateescape")
+        if stands_by_version(caller.f_code.co_filename) and key not in outside.OF_A_PROCESS:
+            return
+        self._noticed += 1
         if isinstance(key, str):
             data = key.encode("utf-8", "surrogateescape")
             value = os.environ._data.get(data)  # type: ignore[attr-defined]
@@ -287,8 +328,14 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             self._found.setdefault(f"env:{key}", check.text_digest(text))
 
     def _forbidden_code(self, frame: FrameType, code: CodeType) -> None:
+        if code.co_filename.endswith(_DYNAMO):
+            self._traced_by_dynamo(frame.f_locals.get("self"))
+            return
         caller = outside.outside_stdlib(frame)
         filename = "" if caller is None else caller.f_code.co_filename
+        if caller is not None and stands_by_version(filename) and self._on_behalf(code):
+            # torch asks for the rank, say, for a module that the model is made of.
+            filename = ""
         lazily = code is outside.IMPORT_MODULE and installed_path(filename)
         if caller is None or stands_by_version(filename) or lazily:
             return
@@ -303,6 +350,37 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             or f"calls {code.co_qualname}, whose result is not the same each time"
         )
         self._refuse(f"{place(caller.f_code)} {why}")
+
+    def _on_behalf(self, code: CodeType) -> bool:
+        """Whether it matters, also where torch itself asks it: which process of many this one is."""
+        entry = self._asked.get(id(code), ("", None))[0]
+        return entry.startswith("call:torch.distributed:") and not entry.endswith(":is_available")
+
+    def _traced_by_dynamo(self, translator: Any) -> None:
+        """Note a function whose bytecode torch._dynamo reads instead of running it: a branch of torch.cond.
+
+        What it reads is known from its code as for any other. What it would call in C is not
+        seen, so that is looked for among its globals, too.
+        """
+        code, namespace = getattr(translator, "f_code", None), getattr(translator, "f_globals", None)
+        if not isinstance(code, CodeType) or not isinstance(namespace, dict):
+            self._refuse("part of the model is traced by torch._dynamo, whose reads are not seen")
+            return
+        if stands_by_version(code.co_filename):
+            return
+        self._noticed += 1
+        self._seen[id(code)] = code
+        if not self._meet(code, namespace):
+            return
+        name = str(namespace["__name__"])
+        self._reads(code, namespace, name)
+        for chain in reads.global_chains(code):
+            value = check.lookup(namespace, chain, self._patched).value
+            why = outside.forbidden_to_dynamo(code, value)
+            if why is None and id(getattr(value, "__code__", value)) in self._asked:
+                why = f"asks {chain[-1]}()"
+            if why is not None:
+                self._refuse(f"{place(code)} {why} where torch._dynamo traces; do so outside of the branch")
 
     def _ask(self, entry: str, *, plain: bool, where: CodeType) -> None:
         """Note a function of torch whose answer the model's code uses."""
@@ -333,6 +411,10 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
     def _finish_imports(self) -> None:
         for item, where in self._imports:
             module = sys.modules.get(item.module)
+            if module is None and not self._shared.is_versioned(item.module):
+                digest = check.import_digest(item.module, self._shared.main)
+                if digest == check.text_digest(None):
+                    self._found[f"import:{item.module}"] = digest
             if module is None or self._shared.is_versioned(item.module):
                 continue
             for name in item.names:
@@ -391,7 +473,10 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             except OSError as error:
                 self._refuse(f"the source of {name} cannot be read: {error}")
                 continue
-            reason = changed_since_import(module, data, started)
+            file = getattr(module, "__file__", None)
+            ran = [code for code in self._user.values() if code.co_filename == file]
+            # Hundreds of functions of an installed package may have run; nobody edits those in place.
+            reason = changed_since_import(module, data, started, () if installed_path(file or "") else ran)
             if reason is not None:
                 self._refuse(reason)
             found.append(SourceRef(module=label, digest=check.bytes_digest(data), size=len(data)))

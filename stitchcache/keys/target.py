@@ -86,7 +86,7 @@ def target_key(
         factors += input_factors(leaves, tree, dynamic_shapes, shared)
         parts = model_factors(model, shared)
         factors += parts.factors
-        reason = reason or parts.unsound
+        reason = reason or parts.unsound or shared.warm_cache()
     except UnkeyableError as error:
         reason = str(error)
     if reason is not None:

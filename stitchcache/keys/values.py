@@ -33,6 +33,12 @@ _MANAGED_DICT = 1 << 4
 _POINTER = struct.calcsize("P")
 
 
+WARM_CACHE = (
+    "has results from before the capture in its lru_cache, and how they came about was not seen; "
+    "call its cache_clear() before compiling"
+)
+
+
 class UnkeyableError(ValueError):
     """A value that no digest stands for soundly; the reason names it, so that one can act on it.
 
@@ -66,6 +72,8 @@ class Shared:
         layouts: Whether a class's instances have plain state, and in which slots.
         contents: Bytes of classes' contents, by id; holds the class, so that the id stays its own.
         texts: Strings as they are written: names of attributes repeat from class to class.
+        files: What is known of modules' files, by name: file, size, digest, and why it is not what runs.
+        caches: Functions with an ``lru_cache`` that were met, with where.
     """
 
     main: str = field(default_factory=main_label)
@@ -79,6 +87,20 @@ class Shared:
     layouts: dict[type, tuple[bool, list[tuple[str, MemberDescriptorType]]]] = field(default_factory=dict)
     contents: dict[int, tuple[type, bytes]] = field(default_factory=dict)
     texts: dict[str, bytes] = field(default_factory=dict)
+    files: dict[str, tuple[str, int, str, str | None]] = field(default_factory=dict)
+    caches: list[tuple[str, Any]] = field(default_factory=list)
+
+    def warm_cache(self) -> str | None:
+        """Why a function that was met may answer from its ``lru_cache``; ``None`` where all are empty.
+
+        What it read when it was called is in no key. Those of installed packages are left to the look.
+        """
+        for where, cached in self.caches:
+            code = getattr(cached.__wrapped__, "__code__", None)
+            known = code is not None and any(self.origin(code.co_filename))
+            if not known and cached.cache_info().currsize:
+                return f"{where} {WARM_CACHE}"
+        return None
 
     def origin(self, filename: str) -> tuple[bool, str]:
         """Whether a version stands for a file; and its path below the packages if it is installed."""

@@ -1,6 +1,8 @@
+# ruff: noqa: E501 - small modules read best as one line
 """What a capture read beyond its model: recorded, checked, and refused where it cannot be seen."""
 
 import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -12,7 +14,9 @@ import pytest
 import torch
 
 from stitchcache.keys import SourceRecorder, check_sources
-from stitchcache.types import TargetRecord
+from stitchcache.keys.encoder import new_encoder
+from stitchcache.keys.values import Shared
+from stitchcache.types import SourceRef, TargetRecord
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -314,3 +318,168 @@ def test_a_missing_module_is_a_reason(imported):
     assert check_sources(record) is None or "not there" in check_sources(record)
     Path(module.__file__).unlink()
     assert module.__name__ in check_sources(record)
+
+
+# ---- where the recorder is blind, direct lookup is off
+
+
+FOREIGN = {
+    "made by exec": "scope = {'BY': 2.0}\nexec('def inner(): return BY', scope)\nf = scope['inner']\n",
+    "made by eval": "f = eval('lambda: BY', {'BY': 2.0})\n",
+    "another module's code": (
+        "import types\ndef g():\n    return BY\nf = types.FunctionType(g.__code__, {'BY': 2.0, '__name__': __name__})\n"
+    ),
+    "builtins of its own": (
+        "import types\ndef g():\n    return len('ab')\n"
+        "f = types.FunctionType(g.__code__, {'__builtins__': {'len': lambda x: 3}, '__name__': __name__})\n"
+    ),
+    "made by runpy": (
+        "import pathlib, runpy, tempfile\npath = pathlib.Path(tempfile.mkdtemp()) / 'ran.py'\n"
+        "path.write_text('BY = 2.0\\ndef f(): return BY')\nf = runpy.run_path(str(path))['f']\n"
+    ),
+    "module by its place": (
+        "import importlib.util, pathlib, tempfile\npath = pathlib.Path(tempfile.mkdtemp()) / 'placed.py'\n"
+        "path.write_text('BY = 2.0\\ndef f(): return BY')\n"
+        "spec = importlib.util.spec_from_file_location('placed', path)\n"
+        "module = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(module)\nf = module.f\n"
+    ),
+    "compiled by sympy": (
+        "import sympy\nx = sympy.Symbol('x')\ng = sympy.lambdify(x, sympy.sin(x) * 2, 'math')\n"
+        "def f():\n    return g(1.0)\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_functions_whose_globals_no_module_has_turn_direct_lookup_off(imported, name):
+    if "sympy" in name:
+        pytest.importorskip("sympy")
+    module = imported(FOREIGN[name])
+    said = recorded_call(module.f).unsound
+    assert "define it in a module" in said or "no source file" in said, said
+
+
+CACHES = {
+    "of a method": (
+        "class Table:\n    BY = 2.0\n    @functools.lru_cache\n    def get(self, n):\n        return self.BY * n\n"
+        "TABLE = Table()\nwarm = TABLE.get\ndef f():\n    return TABLE.get(1)\n"
+    ),
+    "in a closure": (
+        "BY = 2.0\ndef make():\n    @functools.lru_cache\n    def get(n):\n        return BY * n\n"
+        "    def f():\n        return get(1)\n    return f, get\nf, warm = make()\nHELD = [f]\n"
+        "def f():\n    return HELD[0]()\n"
+    ),
+    "in a list": "@functools.lru_cache\ndef warm(n):\n    return n\nHELD = [warm]\ndef f():\n    return HELD[0](1)\n",
+    "called again with something else": (
+        "@functools.lru_cache\ndef warm(n):\n    return n\ndef f():\n    return warm(2) + warm(1)\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_that_is_warm_is_found_wherever_it_is(imported, name):
+    module = imported("import functools\n" + CACHES[name])
+    cold = recorded_call(module.f)
+    assert cold.unsound is None
+    # What it read before is in no record, so a warm one is refused at a lookup, too.
+    assert "cache_clear" in check_sources(as_record(cold))
+    clear = getattr(module.warm, "cache_clear", None) or module.Table.get.cache_clear
+    clear()
+    assert check_sources(as_record(cold)) is None
+    module.warm(1)
+    assert "cache_clear" in recorded_call(module.f).unsound
+
+
+def test_modules_that_are_closed_over_are_read_like_globals(imported, monkeypatch):
+    module = imported(
+        "def make():\n    import math\n    def f():\n        return math.sqrt(4.0)\n    return f\ng = make()\n"
+        "def f():\n    return g()\n"
+    )
+    recorder = recorded_call(module.f)
+    assert recorder.unsound is None
+    assert check_sources(as_record(recorder)) is None
+    monkeypatch.setattr("math.sqrt", lambda value: 9.0)
+    assert "math.sqrt" in check_sources(as_record(recorder))
+
+
+def test_a_module_that_is_missing_is_recorded_as_missing(imported, monkeypatch, tmp_path):
+    module = imported(
+        "def f():\n    try:\n        import not_there_yet\n    except ImportError:\n        return 2\n    return 3\n"
+    )
+    record = as_record(recorded_call(module.f))
+    assert check_sources(record) is None
+    (tmp_path / "not_there_yet.py").write_text("")
+    assert "not_there_yet" in check_sources(record)
+
+
+def test_ranks_that_torch_reads_for_a_model_are_checked(imported, monkeypatch):
+    module = imported(
+        "import torch\ndef f():\n    return torch.distributed.is_torchelastic_launched(), "
+        "torch.distributed.get_node_local_rank(0)\n"
+    )
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    recorder = recorded_call(module.f)
+    record = as_record(recorder)
+    if recorder.unsound is None:
+        assert check_sources(record) is None
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert check_sources(record) is not None
+
+
+STALE = {
+    "plain": "def f():\n    return 1\n",
+    "decorated": (
+        "import functools\ndef deco(g):\n    @functools.wraps(g)\n    def inner(*a):\n        return g(*a)\n    return inner\n"
+        "@deco\ndef g():\n    return 1\ndef f():\n    return g()\n"
+    ),
+    "cached": "import functools\n@functools.lru_cache\ndef f():\n    return 1\n",
+    "wrapped in an object": (
+        "class Jit:\n    def __init__(self, fn):\n        self.fn = fn\n    def __call__(self):\n        return self.fn()\n"
+        "@Jit\ndef f():\n    return 1\n"
+    ),
+    "in a tuple": "def f():\n    return (1, -0.0)[1]\n",
+    "property": "class C:\n    @property\n    def p(self):\n        return 1\ndef f():\n    return C().p\n",
+}
+
+
+@pytest.mark.parametrize("name", STALE)
+def test_what_runs_is_compared_with_what_lies_there(imported, name):
+    module = imported(STALE[name])
+    module_file = Path(module.__file__)
+    record = as_record(recorded_call(module.f))
+    times = module_file.stat()
+    text = module_file.read_text()
+    module_file.write_text(text.replace("return 1", "return 2").replace("-0.0", "0.0"))
+    # A copy that keeps times would have the time of the old text.
+    os.utime(module_file, ns=(times.st_atime_ns, times.st_mtime_ns - 10**13))
+    if hasattr(module.f, "cache_clear"):
+        module.f.cache_clear()
+    assert "changed since it was imported" in recorded_call(module.f).unsound
+    new = hashlib.sha256(module_file.read_bytes()).hexdigest()
+    stale = [SourceRef(module=s.module, digest=new, size=module_file.stat().st_size) for s in record.sources]
+    found = check_sources(TargetRecord(graph_hash="0" * 64, sources=tuple(stale), globals=()))
+    assert "changed since it was imported" in found
+
+
+def test_two_lambdas_on_one_line_of_an_installed_file_differ(monkeypatch, tmp_path):
+    place = tmp_path / "site-packages"
+    place.mkdir()
+    (place / "one_line_of_two.py").write_text("TWO = (lambda x: x * 2, lambda x: x * 3)\n")
+    monkeypatch.syspath_prepend(str(place))
+    import one_line_of_two
+
+    def digest(function):
+        encoder = new_encoder(Shared())
+        encoder.put(function)
+        return bytes(encoder.out)
+
+    assert digest(one_line_of_two.TWO[0]) != digest(one_line_of_two.TWO[1])
+    del sys.modules["one_line_of_two"]
+
+
+def test_records_of_one_target_share_what_is_known_of_files(imported, monkeypatch):
+    module = imported("def f():\n    return 1\n")
+    record, shared = as_record(recorded_call(module.f)), Shared()
+    assert check_sources(record, shared) is None
+    monkeypatch.setattr("stitchcache.keys.check.read_file", None)
+    assert check_sources(record, shared) is None
