@@ -10,7 +10,7 @@ import torch
 
 from stitchcache.errors import CaptureError
 from stitchcache.graph import symbols
-from stitchcache.graph.aliasing import written_placeholders
+from stitchcache.graph.effects import written_placeholders
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.types import InputSpec, LeafSpec, SymbolSpec, TensorSpec
 

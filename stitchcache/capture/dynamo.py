@@ -22,7 +22,7 @@ from stitchcache.capture.regions import replace_by_value
 from stitchcache.capture.settle import settle_modes
 from stitchcache.errors import CaptureError
 from stitchcache.graph import symbols
-from stitchcache.graph.aliasing import written_placeholders
+from stitchcache.graph.effects import written_placeholders
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.torchside import tree
 from stitchcache.torchside.dynamo import fake_inputs, fake_mode, make_fx

@@ -23,7 +23,7 @@ from stitchcache.capture.example import separate
 from stitchcache.capture.regions import ambient_modes, settle_regions
 from stitchcache.capture.unweighted import names_of
 from stitchcache.errors import CaptureError
-from stitchcache.graph.aliasing import written_placeholders
+from stitchcache.graph.effects import written_placeholders
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.pieces.check import clone_all
 from stitchcache.state import kept, memory_of, plain_tensors, state_of, tensor_at, unchanged

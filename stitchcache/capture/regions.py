@@ -18,8 +18,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from stitchcache.errors import CaptureError
-from stitchcache.graph.effects import called
-from stitchcache.graph.opnames import target_name
+from stitchcache.graph.effects import called, target_name
 from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, autocast_has_rule, schema_of
 from stitchcache.torchside.tensors import fake_mode_of
 

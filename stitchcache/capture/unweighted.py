@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from stitchcache.graph.aliasing import written_placeholders
+from stitchcache.graph.effects import written_placeholders
 from stitchcache.pieces.check import clone_all
 from stitchcache.pieces.stand_ins import stand_in
 from stitchcache.torchside.tensors import has_fakes

@@ -1,14 +1,16 @@
-"""What ops do beyond returning values: write into arguments, draw random numbers."""
+"""Ops of a graph: their names, what they write into, who else sees that memory, and which ones are random."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from stitchcache.torchside.ops import OpOverload, schema_of
+from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, OpOverloadPacket, schema_of
+from stitchcache.torchside.tensors import storage_id
 
 # Ops that update running statistics although their schemas deny it: name to the arguments that they
 # write, and the flag that makes them.
@@ -28,6 +30,44 @@ _QUIET: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("train", (False,)),
     ("training", (False,)),
 )
+
+
+def target_name(target: Any) -> str:
+    """A name for the target of a ``call_function`` node that is the same in every process.
+
+    ``aten::add.Tensor`` for ops, ``module.qualname`` for functions.
+    """
+    if isinstance(target, OpOverload):
+        return f"{target.namespace}::{str(target).removeprefix(target.namespace + '.')}"
+    if isinstance(target, OpOverloadPacket):
+        return str(target).replace(".", "::", 1)
+    if isinstance(target, HigherOrderOperator):
+        return f"higher_order::{target}"
+    module = getattr(target, "__module__", None) or type(target).__module__
+    kind = type(target).__qualname__
+    name = getattr(target, "__qualname__", None) or getattr(target, "__name__", kind)
+    return f"{module}.{name}"
+
+
+def matches(target: Any, wanted: str) -> bool:
+    """Whether a splitting op's name, as a user writes it, means this target.
+
+    ``ns::op`` means every overload, ``ns::op.overload`` one; a dot may stand for the colons.
+    """
+    name = target_name(target)
+    if name == wanted:
+        return True
+    if "::" not in name:
+        return False
+    namespace, _, op = name.partition("::")
+    base = op.split(".")[0]
+    return wanted in {f"{namespace}::{base}", f"{namespace}.{base}", f"{namespace}.{op}"}
+
+
+def ops_in(gm: torch.fx.GraphModule) -> list[str]:
+    """Names of all ops that a graph calls, most frequent first."""
+    counts = Counter(target_name(n.target) for n in gm.graph.nodes if n.op == "call_function")
+    return [name for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
 
 
 def arguments(node: Node) -> dict[str, Any]:
@@ -94,3 +134,61 @@ def is_random(node: Node) -> bool:
         name in given and type(given[name]) in (bool, int, float) and given[name] in values
         for name, values in _QUIET
     )
+
+
+def alias_hazards(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:
+    """Find pieces that see, or return, memory that is shared and written to.
+
+    A compiler may return a copy where eager returns a view, and takes two inputs for distinct memory.
+    Nobody can tell, unless something writes into memory that is seen twice. Where that could happen the
+    piece is run op by op instead.
+
+    Args:
+        split_gm: A split graph whose values carry fake tensors.
+        pieces: Submodules that would be compiled.
+
+    Returns:
+        Names of the pieces that must keep eager's aliasing.
+    """
+    groups: dict[int, set[Node]] = defaultdict(set)
+    for node in split_gm.graph.nodes:
+        storage = _storage(node)
+        if storage is not None:
+            groups[storage].add(node)
+    shared = {storage for storage in _written(split_gm.graph) if len(groups.get(storage, ())) > 1}
+    hazards = set()
+    for node in split_gm.graph.nodes:
+        if node.op != "call_module" or node.target not in pieces:
+            continue
+        outputs = [user for user in node.users if _storage(user) in shared]
+        inputs = Counter(_storage(source) for source in node.all_input_nodes)
+        if outputs or any(storage in shared and count > 1 for storage, count in inputs.items()):
+            hazards.add(str(node.target))
+    return hazards
+
+
+def written_placeholders(gm: GraphModule) -> set[str]:
+    """Names of the placeholders whose memory a graph writes to."""
+    found = _written(gm.graph)
+    return {n.name for n in gm.graph.nodes if n.op == "placeholder" and _storage(n) in found}
+
+
+def _storage(node: Node) -> int | None:
+    """Identity of a fake tensor's storage: fakes of views share it."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        return storage_id(value)
+    return None
+
+
+def _written(graph: Graph) -> set[int]:
+    """Storages that ops of a graph, or of a graph below it, write to."""
+    found = set()
+    for node in graph.nodes:
+        for target in written(node):
+            storage = _storage(target)
+            if storage is not None:
+                found.add(storage)
+        for below in called(node):
+            found |= _written(below.graph)
+    return found

@@ -20,7 +20,7 @@ import torch
 
 from stitchcache.errors import SplitError
 from stitchcache.graph import symbols
-from stitchcache.graph.opnames import target_name
+from stitchcache.graph.effects import target_name
 from stitchcache.torchside.modules import TABLES
 from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, OpOverloadPacket, schema_of
 

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from stitchcache.errors import SplitError, SplittingOpNotFoundError
-from stitchcache.graph import opnames
+from stitchcache.graph.effects import matches, ops_in
 from stitchcache.graph.symbols import SYMBOLIC
 
 
@@ -73,8 +73,8 @@ def check_splitting_ops(gm: GraphModule, splitting_ops: Sequence[str]) -> None:
     """
     targets = {node.target for node in gm.graph.nodes if node.op == "call_function"}
     for wanted in splitting_ops:
-        if not any(opnames.matches(target, wanted) for target in targets):
-            present = opnames.ops_in(gm)
+        if not any(matches(target, wanted) for target in targets):
+            present = ops_in(gm)
             raise SplittingOpNotFoundError(
                 f"splitting op {wanted!r} is not in the graph. Its most frequent ops are "
                 f"{', '.join(present[:8])}. Take one of these, or leave the op out.",
@@ -104,6 +104,13 @@ def submodule(gm: GraphModule, name: str) -> GraphModule:
     return found
 
 
+def drop_unused_sizes(graph: Graph) -> None:
+    """Erase nodes that compute sizes which nothing uses."""
+    for node in reversed(list(graph.nodes)):
+        if _is_symbolic(node) and not node.users:
+            graph.erase_node(node)
+
+
 def _is_symbolic(node: Node) -> bool:
     return node.op == "call_function" and isinstance(node.meta.get("val"), SYMBOLIC)
 
@@ -118,7 +125,7 @@ def _assign(gm: GraphModule, splitting_ops: Sequence[str]) -> list[_Partition]:
         if _is_symbolic(node) and not any(source in home for source in node.all_input_nodes):
             continue
         splitting = node.op == "call_function" and any(
-            opnames.matches(node.target, wanted) for wanted in splitting_ops
+            matches(node.target, wanted) for wanted in splitting_ops
         )
         if node.target is operator.getitem and node.args[0] in home and len(node.all_input_nodes) == 1:
             partition = home[node.args[0]]
@@ -182,7 +189,7 @@ class _Stitcher:
         if output is None:
             raise SplitError("the graph has no output node; nothing can be built from it.")
         self._copy(output)
-        self._drop_unused_sizes()
+        drop_unused_sizes(self._graph)
         split = GraphModule(self._root, self._graph, class_name="Stitching")
         split.meta.update(self._gm.meta)
         items = [
@@ -220,11 +227,6 @@ class _Stitcher:
             )
             taken.meta = dict(node.meta)
             self._values[node] = taken
-
-    def _drop_unused_sizes(self) -> None:
-        for node in reversed(list(self._graph.nodes)):
-            if _is_symbolic(node) and not node.users:
-                self._graph.erase_node(node)
 
 
 def _submodule(gm: GraphModule, partition: _Partition) -> tuple[GraphModule, list[Node]]:

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from stitchcache.cache import Cache
 from stitchcache.capture import Capture
 from stitchcache.capture.dynamo import capture_graph
-from stitchcache.graph.opnames import matches
+from stitchcache.graph.effects import matches
 from stitchcache.keys.environment import environment_factors, torch_state_factors
 from stitchcache.keys.recorder import SourceRecorder
 from stitchcache.keys.values import UnkeyableError

@@ -9,14 +9,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from stitchcache.errors import SplitError
-from stitchcache.graph.aliasing import alias_hazards
-from stitchcache.graph.binding import bind_placeholders, drop_placeholders
-from stitchcache.graph.boundary import pin_strides
 from stitchcache.graph.canonical import graph_hash
-from stitchcache.graph.effects import called
-from stitchcache.graph.opnames import target_name
-from stitchcache.graph.sizes import lower_sizes
+from stitchcache.graph.effects import alias_hazards, called, target_name
 from stitchcache.graph.split import check_splitting_ops, split_graph, submodule
+from stitchcache.graph.stitching import bind_placeholders, drop_placeholders, lower_sizes, pin_strides
 from stitchcache.pieces.base import Backend
 from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, is_view
 from stitchcache.types import Factor
