@@ -18,7 +18,7 @@ _SCALARS = (bool, int, float, str)
 # What code asks a tensor by these names is not checked on calls, and may differ between two tensors of one
 # shape, dtype and layout.
 _ASKS_KIND = frozenset(
-    {"Parameter", "requires_grad", "is_leaf", "grad", "grad_fn", "storage_offset", "_is_param", "Buffer"}
+    {"Parameter", "requires_grad", "is_leaf", "grad", "grad_fn", "storage_offset", "Buffer"}
 )
 
 

@@ -14,21 +14,22 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from stitchcache.capture.contract import tensor_spec
 from stitchcache.capture.export import BoundTensor, Capture
 from stitchcache.capture.regions import replace_by_value
-from stitchcache.capture.settle import settle_modes
 from stitchcache.errors import CaptureError
 from stitchcache.graph import symbols
-from stitchcache.graph.effects import written_placeholders
+from stitchcache.graph.effects import attribute_of, written_placeholders
 from stitchcache.graph.symbols import SymbolNames
-from stitchcache.torchside import tree
+from stitchcache.torchside import dynamo, tree
 from stitchcache.torchside.dynamo import fake_inputs, fake_mode, make_fx
 from stitchcache.torchside.tensors import is_fake, is_transformed, is_wrapper
 from stitchcache.types import InputSpec, LeafSpec, OutputSpec, SymbolSpec
 
+_INFERENCE = dynamo.INFERENCE_CALLS
+_GRADIENT = _INFERENCE | dynamo.GRAD_CALLS
 _TRACE_ERRORS = (
     RuntimeError,
     TypeError,
@@ -85,7 +86,7 @@ def _trace(gm: GraphModule, example_inputs: Sequence[Any], mode: Any, autocast: 
     """Trace a graph of Dynamo's down to aten, in Dynamo's own fake mode."""
     # Traced below autocast and below torch.func, what they do becomes ops; that takes composite ops such
     # as attention apart too.
-    plain, lowered = settle_modes(gm, autocast)
+    plain, lowered = drop_modes(gm, autocast)
     try:
         fakes = fake_inputs(mode, example_inputs)
         before = [_layout(fake) for fake in fakes]
@@ -235,3 +236,68 @@ def _outputs(gm: GraphModule) -> OutputSpec:
             reason="output that is no tuple",
         )
     return OutputSpec(tree=tree.dumps(tree.flatten(tuple(results))[1]), count=len(results))
+
+
+def drop_modes(gm: GraphModule, autocast: bool) -> tuple[GraphModule, bool]:
+    """Take out calls that switch modes which the graph is not in when it runs.
+
+    Args:
+        gm: Dynamo's graph; not changed.
+        autocast: Whether the caller's autocast is on.
+
+    Returns:
+        A copy, and whether it must be traced below autocast and the transforms of ``torch.func``, because a
+        part of it is in one of them.
+    """
+    nodes = [node for graph in _graphs(gm) for node in graph.nodes]
+    autocast = autocast or any(_name(node) == dynamo.ENTER_AUTOCAST and _enables(node) for node in nodes)
+    transforms = any(dynamo.is_transform(node) for node in nodes)
+    # A derivative is taken in gradient mode, also where results have no gradients.
+    gone = (_INFERENCE if transforms else _GRADIENT) | (frozenset() if autocast else dynamo.AUTOCAST_CALLS)
+    return _without(gm, gone), autocast or transforms
+
+
+def _without(gm: GraphModule, gone: frozenset[str]) -> GraphModule:
+    graph = Graph()
+    output = graph.graph_copy(gm.graph, {}, return_output_node=True)
+    if isinstance(output, tuple):
+        graph.output(output[0])
+    for node in reversed(list(graph.nodes)):
+        if _name(node) in gone:
+            graph.erase_node(node)
+        elif _name(node) == dynamo.CHECKPOINT_CALL:
+            _call_plainly(graph, node)
+        elif _name(node) == dynamo.DATA_CALL:
+            # Tracing does not see what comes of .data.
+            node.op, node.target = "call_method", "detach"
+    attributes = {}
+    for node in graph.nodes:
+        if node.op in {"get_attr", "call_module"}:
+            value = attribute_of(gm, str(node.target))
+            attributes[str(node.target)] = _without(value, gone) if isinstance(value, GraphModule) else value
+    left = GraphModule(attributes, graph)
+    left.meta.update(gm.meta)
+    return left
+
+
+def _call_plainly(graph: Graph, node: Node) -> None:
+    """Have a checkpointed block called as any other."""
+    body = node.args[0]
+    if isinstance(body, Node) and body.op == "get_attr":
+        node.op, node.target, node.args, node.kwargs = "call_module", str(body.target), node.args[1:], {}
+        if not body.users:
+            graph.erase_node(body)
+
+
+def _graphs(gm: GraphModule) -> Iterator[Graph]:
+    return (module.graph for module in gm.modules() if isinstance(module, GraphModule))
+
+
+def _name(node: Node) -> str:
+    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+
+
+def _enables(enter: Node) -> bool:
+    """Whether an ``_enter_autocast(device, dtype, enabled, cache_enabled)`` switches autocast on."""
+    enabled = enter.args[2] if len(enter.args) > 2 else enter.kwargs.get("enabled", True)
+    return enabled is not False

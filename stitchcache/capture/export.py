@@ -18,17 +18,15 @@ import torch
 from torch.export.graph_signature import InputKind, OutputKind
 
 from stitchcache.capture.contract import input_spec, writes_state
-from stitchcache.capture.edges import Subject, settle_lower_bounds
-from stitchcache.capture.example import separate
-from stitchcache.capture.regions import ambient_modes, settle_regions
-from stitchcache.capture.unweighted import names_of
+from stitchcache.capture.regions import ambient_modes, inline_regions
+from stitchcache.capture.sizes import Subject, names_of, prove_lower_bounds
 from stitchcache.errors import CaptureError
 from stitchcache.graph.effects import written_placeholders
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.pieces.check import clone_all
 from stitchcache.state import kept, memory_of, plain_tensors, state_of, tensor_at, unchanged
 from stitchcache.torchside import tree
-from stitchcache.torchside.tensors import has_fakes
+from stitchcache.torchside.tensors import has_fakes, storage_id
 from stitchcache.types import InputSpec, OutputSpec
 
 # What torch.export and the user's own forward may raise while it is traced.
@@ -75,7 +73,7 @@ class Capture:
         input_spec: What a call must bring.
         output_spec: How results are returned.
         example: The leaves that it was captured with, one for each of ``user_inputs``.
-        settle: Tries the sizes below what torch assumed; see :func:`settled`.
+        prove: Tries the sizes below what torch assumed; see :func:`proved`.
     """
 
     gm: torch.fx.GraphModule
@@ -84,7 +82,7 @@ class Capture:
     input_spec: InputSpec
     output_spec: OutputSpec
     example: tuple[Any, ...] = ()
-    settle: Callable[[InputSpec], InputSpec] | None = None
+    prove: Callable[[InputSpec], InputSpec] | None = None
 
 
 def capture(
@@ -129,7 +127,7 @@ def capture(
             reason="inputs rearranged",
         )
     gm = program.graph_module
-    settle_regions(gm, ambient_modes({leaf.device.type for leaf in _tensors(leaves, bound)}))
+    inline_regions(gm, ambient_modes({leaf.device.type for leaf in _tensors(leaves, bound)}))
     names = SymbolNames()
     contract = input_spec(program, user_inputs, paths, leaves, tree.dumps(spec), dynamic_shapes, names)
     outputs = _output_spec(program, user_inputs)
@@ -171,18 +169,18 @@ def capture(
         input_spec=contract,
         output_spec=outputs,
         example=tuple(leaves),
-        settle=lambda spec: settle_lower_bounds(spec, subject, names, type(model).__qualname__),
+        prove=lambda spec: prove_lower_bounds(spec, subject, names, type(model).__qualname__),
     )
 
 
-def settled(captured: Capture) -> Capture:
+def proved(captured: Capture) -> Capture:
     """A capture whose contract allows only sizes at which its graph was shown right.
 
     Apart from :func:`capture`, because it runs graph and model, which is no part of what was captured.
     """
-    if captured.settle is None:
+    if captured.prove is None:
         return captured
-    return replace(captured, input_spec=captured.settle(captured.input_spec), settle=None)
+    return replace(captured, input_spec=captured.prove(captured.input_spec), prove=None)
 
 
 def _refuse_meta(values: Sequence[Any]) -> None:
@@ -333,3 +331,31 @@ def _user_line(error: BaseException) -> str:
                 break
         chain = chain.__cause__ or chain.__context__
     return ""
+
+
+def separate(leaves: Sequence[Any], state: Sequence[torch.Tensor]) -> list[Any]:
+    """Copy tensors that share memory with an earlier leaf or with the model.
+
+    The exporter takes two arguments that are one tensor for one input, and the graph would compute
+    with the wrong one as soon as a call brings two.
+
+    Args:
+        leaves: Example leaves.
+        state: Tensors of the model.
+
+    Returns:
+        Leaves, none of which shares memory with another.
+    """
+    seen = {storage_id(tensor) for tensor in state if _has_storage(tensor)}
+    separated: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor) and _has_storage(leaf):
+            if storage_id(leaf) in seen:
+                leaf = leaf.clone() if has_fakes([leaf]) else clone_all([leaf.detach()])[0]
+            seen.add(storage_id(leaf))
+        separated.append(leaf)
+    return separated
+
+
+def _has_storage(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided

@@ -1,10 +1,10 @@
-"""Settle the modes that a forward switches inside itself: gradients and autocast.
+"""Write out the modes that a forward switches inside itself: gradients and autocast.
 
 ``torch.export`` keeps a block under ``torch.no_grad`` or ``torch.autocast`` as a call of a
 higher-order op over a graph of its own. Such a block could neither be split nor run without torch's
 dispatcher in the right mode. Gradients mean nothing in inference, so those blocks are inlined. Under
 autocast the casts are written out as ops, and then the block is inlined too. The caller's own autocast
-at the time of the capture is settled in the same way: calls run without any.
+at the time of the capture is written out in the same way: calls run without any.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def ambient_modes(devices: set[str]) -> dict[str, torch.dtype]:
     }
 
 
-def settle_regions(gm: GraphModule, modes: Modes) -> None:
+def inline_regions(gm: GraphModule, modes: Modes) -> None:
     """Inline blocks under changed modes, and write out what autocast does in them.
 
     Args:
@@ -50,7 +50,7 @@ def settle_regions(gm: GraphModule, modes: Modes) -> None:
         elif node.op == "get_attr":
             for body in called(node):
                 if any(_modes_of(user, modes) is None for user in node.users):
-                    settle_regions(body, modes)
+                    inline_regions(body, modes)
         elif modes:
             _write_casts(gm.graph, node, modes)
     for node in reversed(list(gm.graph.nodes)):
@@ -84,7 +84,7 @@ def _inline(gm: GraphModule, call: Node, modes: Modes) -> None:
     body = _body(source) if isinstance(source, Node) else None
     if body is None:
         raise CaptureError(f"{call.name} calls no graph.", reason=str(call.target))
-    settle_regions(body, modes)
+    inline_regions(body, modes)
     values: dict[Node, Node] = {}
     placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
     values.update(zip(placeholders, call.args[position + 1 :], strict=True))  # type: ignore[arg-type]

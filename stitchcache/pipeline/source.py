@@ -15,12 +15,12 @@ from torch.fx import GraphModule
 from stitchcache.cache import Cache
 from stitchcache.capture import Capture
 from stitchcache.capture.dynamo import capture_graph
+from stitchcache.capture.ranges import capture_ranges, prove_ranges
 from stitchcache.graph.effects import matches
 from stitchcache.keys.environment import environment_factors, torch_state_factors
 from stitchcache.keys.recorder import SourceRecorder
 from stitchcache.keys.values import UnkeyableError
 from stitchcache.pipeline.find import Wanted
-from stitchcache.pipeline.ranges import capture_ranges, settle_ranges
 from stitchcache.pipeline.request import Clock, Request, Site
 from stitchcache.runtime.graph import held_tensors
 from stitchcache.state import devices_of
@@ -79,7 +79,7 @@ def export_source(wanted: Wanted) -> Source:
             ),
         )
     captured, variants = clock.timed(
-        "settle", lambda: settle_ranges(captured, variants, recorder.codes, wanted.leaves)
+        "prove", lambda: prove_ranges(captured, variants, recorder.codes, wanted.leaves)
     )
     return Source(
         model=wanted.model,

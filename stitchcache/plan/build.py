@@ -20,8 +20,7 @@ from stitchcache.pieces import children, get_backend
 from stitchcache.pieces.check import compare_with_eager
 from stitchcache.pieces.stand_ins import compare_on_stand_ins
 from stitchcache.pieces.trial import load_elsewhere
-from stitchcache.plan.plan import Plan, PlannedPiece
-from stitchcache.plan.reference import piece_inputs
+from stitchcache.plan.plan import Plan, PlannedPiece, piece_inputs
 from stitchcache.torchside.tensors import has_fakes
 
 log = logging.getLogger("stitchcache")

@@ -12,9 +12,8 @@ import torch
 from stitchcache.artifact.record import Artifact
 from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import EntryFormatError, InputMismatchError
-from stitchcache.runtime.arrange import Arrangement
 from stitchcache.runtime.callcode import CallSource, output_expression, write_checks, write_inputs
-from stitchcache.runtime.mismatch import explain_mismatch, is_plain, share_memory
+from stitchcache.runtime.mismatch import Arrangement, explain_mismatch, is_plain, share_memory
 from stitchcache.torchside import tree
 from stitchcache.torchside.state import set_grad_enabled
 from stitchcache.types import OutputSpec

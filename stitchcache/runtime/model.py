@@ -11,9 +11,8 @@ import torch
 from stitchcache.artifact.record import Artifact
 from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import EntryFormatError
-from stitchcache.runtime.bind import bind_tensors
 from stitchcache.runtime.call import build_call
-from stitchcache.runtime.link import link
+from stitchcache.runtime.link import bind_tensors, link
 
 if TYPE_CHECKING:
     from stitchcache.explanation import Explanation, MissFacts
@@ -25,7 +24,7 @@ _ANY = Signature([Parameter("args", Parameter.VAR_POSITIONAL), Parameter("kwargs
 class CompiledModel:
     """A model that runs compiled pieces; called as the model itself.
 
-    Calls run without autograd and without autocast, whatever the caller's modes: both were settled
+    Calls run without autograd and without autocast, whatever the caller's modes: both were fixed
     when the model was captured. Calls from several threads are safe.
 
     Attributes:

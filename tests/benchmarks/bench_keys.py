@@ -89,8 +89,8 @@ def capture(key: Any, model: Any, args: Any, kwargs: Any, shapes: Any, stored: P
     import torch
     import torch.export
 
+    from stitchcache.capture.ranges import capture_ranges
     from stitchcache.keys.recorder import SourceRecorder
-    from stitchcache.pipeline.ranges import capture_ranges
     from stitchcache.types import TargetRecord
 
     with torch.no_grad(), SourceRecorder() as recorder:

@@ -13,8 +13,7 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stitchcache.runtime.bind import bind_tensors
-from stitchcache.runtime.link import link
+from stitchcache.runtime.link import bind_tensors, link
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.torchside import tree
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from stitchcache.capture import Capture, capture, settled
 from stitchcache.capture.contract import more_constraints
+from stitchcache.capture.export import Capture, capture, proved
 from stitchcache.errors import OptionError
 from stitchcache.keys.dims import dims_of_leaf, split_path
 from stitchcache.torchside import tree
@@ -66,7 +66,7 @@ def capture_ranges(
     return whole, variants
 
 
-def settle_ranges(
+def prove_ranges(
     whole: Capture,
     variants: Sequence[tuple[SizeRange | None, Capture]],
     codes: Iterable[CodeType],
@@ -89,11 +89,11 @@ def settle_ranges(
     asked = more_constraints(codes, example)
     contract = replace(whole.input_spec, constraints=(*whole.input_spec.constraints, *asked))
     if len(variants) == 1 and variants[0][1] is whole:
-        done = settled(replace(whole, input_spec=contract))
+        done = proved(replace(whole, input_spec=contract))
         return done, [(variants[0][0], done)]
     found: list[tuple[SizeRange | None, Capture]] = []
     for size_range, variant in variants:
-        done = settled(variant)
+        done = proved(variant)
         before = {symbol.name: symbol.min for symbol in variant.input_spec.symbols}
         raised = [s for s in done.input_spec.symbols if s.min > before[s.name]]
         if raised and size_range is not None:

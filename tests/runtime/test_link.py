@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stitchcache.errors import InputMismatchError, OptionError
-from stitchcache.runtime.dispatch import dispatch_over_ranges
+from stitchcache.runtime.link import dispatch_over_ranges
 from stitchcache.types import SizeRange
 
 

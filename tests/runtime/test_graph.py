@@ -8,7 +8,7 @@ import torch
 
 import stitchcache
 from stitchcache import errors
-from stitchcache.runtime.saved import SavedGraph, dump_graph, load_blobs, load_graph
+from stitchcache.runtime.graph import SavedGraph, dump_graph, load_blobs, load_graph
 
 
 @pytest.fixture(scope="module")
