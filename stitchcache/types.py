@@ -373,3 +373,23 @@ class TargetRecord:
     refused: str | None = None
     factors: bytes = b""
     code: tuple[tuple[Name, bytes], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What tells a model from the one that was compiled.
+
+    Args:
+        name: A factor of the key, such as ``model.class``, or ``sources``.
+        was: Its value when the model was compiled.
+        now: Its value now; where nothing can be told, the reason.
+        unknown: Whether nothing can be told, as no key stands for the model.
+    """
+
+    name: str
+    was: str
+    now: str
+    unknown: bool = False
+
+    def __str__(self) -> str:
+        return self.now if self.unknown else f"{self.name} was {self.was} and is {self.now}"

@@ -13,6 +13,7 @@ from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import OptionError
 from stitchcache.pause import collection_paused
 from stitchcache.pipeline.find import Hit, Miss, Ready, Wanted, find, want
+from stitchcache.pipeline.origin import changed_from
 from stitchcache.pipeline.request import OnProgress, Request, check_model, chosen_cache
 from stitchcache.pipeline.start import start, started_or_miss
 from stitchcache.runtime.model import CompiledModel
@@ -162,6 +163,8 @@ def _serve(wanted: Wanted, hit: Hit) -> CompiledModel | Miss:
         ),
     )
     if not isinstance(served, Miss):
+        if record is not None:
+            served.changed = changed_from(wanted, record)
         return served
     if served.cause == "look" and record is not None and wanted.target.key is not None:
         # Nobody is served by this record again before a trace has replaced it.

@@ -9,12 +9,12 @@ import torch
 from stitchcache.artifact.record import Artifact
 from stitchcache.cache import Cache
 from stitchcache.errors import BindError, GraphHashError, OptionError
-from stitchcache.keys.module_tree import model_factors
 from stitchcache.pipeline.find import Miss, find_by_graph
+from stitchcache.pipeline.origin import changed_from_entry
 from stitchcache.pipeline.request import Clock, Site, chosen_cache
 from stitchcache.pipeline.start import start
 from stitchcache.runtime.environment import check_environment
-from stitchcache.runtime.model import CompiledModel
+from stitchcache.runtime.model import CompiledModel, refuse_change
 from stitchcache.state import devices_of
 
 
@@ -58,41 +58,24 @@ def load(
             prefix=os.fspath(source),
         )
     artifact = found.artifact
+    _refuse_graphs_of_dynamo(artifact)
     check_environment(artifact, f"entry {artifact.graph_hash[:12]}")
-    clock.timed("key", lambda: _check_kind(model, artifact, trust_model))
+    changed_now = changed_from_entry(artifact.factors)
+    refuse_change(clock.timed("key", lambda: changed_now(model)), artifact, model, trusted=trust_model)
     device, devices = devices_of(model)
     site = Site(cache=store, label=label, device=device, devices=devices, clock=clock)
-    return start(artifact, model, site, hit="load")
+    compiled = start(artifact, model, site, hit="load")
+    compiled.changed = changed_now
+    return compiled
 
 
-def _check_kind(model: torch.nn.Module, artifact: Artifact, trusted: bool) -> None:
-    """Class, tree and attributes decide what a graph computes; they must be those of the capture."""
-    name, stored = artifact.graph_hash[:12], {factor.name: factor for factor in artifact.factors}
-    if "graph.capture" in stored:
+def _refuse_graphs_of_dynamo(artifact: Artifact) -> None:
+    captured = next((factor.value for factor in artifact.factors if factor.name == "graph.capture"), None)
+    if captured is not None:
         raise BindError(
-            f"entry {name} is of a graph that torch.compile captured, whose arguments only Dynamo "
-            'knows. Run torch.compile(model, backend="stitchcache") again; it will hit.',
+            f"entry {artifact.graph_hash[:12]} is of a graph that torch.compile captured, whose arguments "
+            'only Dynamo knows. Run torch.compile(model, backend="stitchcache") again; it will hit.',
             name="graph.capture",
             expected="an entry of stitchcache.compile",
-            actual=stored["graph.capture"].value,
-        )
-    now = model_factors(model)
-    differing = next((f for f in now.factors if f.name in stored and stored[f.name].digest != f.digest), None)
-    if differing is not None:
-        was = stored[differing.name].value
-        raise BindError(
-            f"entry {name} was compiled from another model: {differing.name} was {was!r} and is "
-            f"{differing.value!r}. Compile this model instead.",
-            name=differing.name,
-            expected=was,
-            actual=differing.value,
-        )
-    unknown = now.unsound or ("" if "model.class" in stored else "the entry does not say what its model was")
-    if unknown and not trusted:
-        raise BindError(
-            f"nothing shows that {type(model).__qualname__} is what entry {name} was compiled from: "
-            f"{unknown}. Compile the model instead, or pass trust_model=True if you know that it is.",
-            name="model.class",
-            expected="a model that can be compared",
-            actual=unknown,
+            actual=captured,
         )

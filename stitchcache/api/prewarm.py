@@ -97,6 +97,8 @@ def prewarm(
     given = [targets] if isinstance(targets, (Target, str)) else list(targets)
     found = [t for item in given for t in (find_targets(item) if isinstance(item, str) else [item])]
     check_names(found)
+    # Not of one target, so it is no failure of each: refused before any model is built.
+    Request(options={"stitchcache.jobs": jobs} if jobs is not None else {})
     store = chosen_cache(cache)
     return PrewarmReport(tuple(_one(target, jobs, on_miss, fake, store, on_progress) for target in found))
 

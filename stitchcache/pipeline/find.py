@@ -52,6 +52,8 @@ class Wanted:
         args: Example positional arguments.
         kwargs: Example keyword arguments.
         leaves: Their leaves, in tree order.
+        paths: How a person writes each leaf, such as ``batch['mask']``.
+        tree: The tree of the leaves, written down.
         request: Options.
         site: Where.
         target: The target key.
@@ -63,6 +65,8 @@ class Wanted:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     leaves: Sequence[Any]
+    paths: Sequence[str]
+    tree: str
     request: Request
     site: Site
     target: TargetKey
@@ -128,32 +132,43 @@ def want(
     clock, shared = Clock(label, on_progress), Shared()
     leaves, spec = tree.flatten((args, dict(kwargs)))
     paths = tree.leaf_paths(model.forward, args, dict(kwargs))
+    text = tree.dumps(spec)
     device, devices = devices_of(model, leaves)
-    target = clock.timed(
-        "key",
-        lambda: target_key(
-            model,
-            list(zip(paths, leaves, strict=True)),
-            tree.dumps(spec),
-            request.dynamic_shapes,
-            request.splitting_ops,
-            request.size_ranges,
-            request.backend,
-            request.backend_options,
-            request.key_factors,
-            shared,
-        ),
-    )
     return Wanted(
         model=model,
         args=args,
         kwargs=dict(kwargs),
         leaves=leaves,
+        paths=paths,
+        tree=text,
         request=request,
         site=Site(cache=cache, label=label, device=device, devices=devices, clock=clock),
-        target=target,
+        target=clock.timed("key", lambda: key_of(model, leaves, paths, text, request, shared)),
         shared=shared,
         ready=ready,
+    )
+
+
+def key_of(
+    model: torch.nn.Module,
+    leaves: Sequence[Any],
+    paths: Sequence[str],
+    tree_text: str,
+    request: Request,
+    shared: Shared,
+) -> TargetKey:
+    """The target key of a model with a flattened example; the arguments are as in :class:`Wanted`."""
+    return target_key(
+        model,
+        list(zip(paths, leaves, strict=True)),
+        tree_text,
+        request.dynamic_shapes,
+        request.splitting_ops,
+        request.size_ranges,
+        request.backend,
+        request.backend_options,
+        request.key_factors,
+        shared,
     )
 
 

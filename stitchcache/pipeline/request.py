@@ -128,7 +128,7 @@ class Request:
 def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:
     if value not in known:
         there = ", ".join(str(one) for one in known)
-        raise OptionError(f"{name}={value!r}: use one of {there}.", option=name)
+        raise OptionError(f"{name}={value!r}: there is {there}.", option=name)
 
 
 def _required_by_environment() -> str:

@@ -19,8 +19,9 @@ from stitchcache.pipeline.entry import EntryPlan, plan_entry
 from stitchcache.pipeline.find import Hit, Miss, Ready, Wanted, find_by_graph
 from stitchcache.pipeline.make import compiled_before, make
 from stitchcache.pipeline.miss import graph_differences, miss_error, miss_facts
+from stitchcache.pipeline.origin import changed_from
 from stitchcache.pipeline.request import Request, Site
-from stitchcache.pipeline.source import Source, export_source
+from stitchcache.pipeline.source import export_source
 from stitchcache.pipeline.start import Loaded, start, started_or_miss
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.store.layout import Area, keyed_path
@@ -88,7 +89,18 @@ def compile_traced(
             known=wanted.target.factors,
             ready=wanted.ready,
         )
-    _put_target(wanted, source, planned, objects, miss.record, edited)
+    record = TargetRecord(
+        graph_hash=planned.graph_hash,
+        sources=source.sources,
+        globals=source.globals,
+        label=site.label,
+        created=time.time(),
+        refused=source.unsound,
+        factors=pack_factors(wanted.target.factors),
+        code=tuple(objects) if source.unsound is None else (),
+    )
+    _put_target(wanted, record, miss.record, edited)
+    compiled.changed = changed_from(wanted, record)
     return compiled
 
 
@@ -157,46 +169,24 @@ def _say_once(site: Site) -> Callable[[float, str], None]:
     return on_wait
 
 
-def _put_target(
-    wanted: Wanted,
-    source: Source,
-    planned: EntryPlan,
-    objects: CodeObjects,
-    known: TargetRecord | None,
-    edited: bool,
-) -> None:
+def _put_target(wanted: Wanted, record: TargetRecord, known: TargetRecord | None, edited: bool) -> None:
     """Let the target key lead to the entry, or say why it may not.
 
     Args:
         wanted: What was started.
-        source: What was captured.
-        planned: The entry.
-        objects: Code objects of its stitching functions.
+        record: What the trace found.
         known: The record that the key led to.
         edited: Whether that record's sources or globals have changed.
     """
-    key, refused = wanted.target.key, source.unsound
+    key, refused = wanted.target.key, record.refused
     if key is None:
         return
-    if known is not None and refused is not None and known.graph_hash == planned.graph_hash:
+    if known is not None and refused is not None and known.graph_hash == record.graph_hash:
         undisturbed = known.refused is None and not edited
         # Something interfered with the capture here; that says nothing against one which it did not.
         if undisturbed or known.refused == refused:
             return
-    store_target(
-        wanted,
-        key,
-        TargetRecord(
-            graph_hash=planned.graph_hash,
-            sources=source.sources,
-            globals=source.globals,
-            label=wanted.site.label,
-            created=time.time(),
-            refused=refused,
-            factors=pack_factors(wanted.target.factors),
-            code=tuple(objects) if refused is None else (),
-        ),
-    )
+    store_target(wanted, key, record)
 
 
 def store_target(wanted: Wanted, key: str, record: TargetRecord) -> None:

@@ -10,9 +10,10 @@ import torch
 
 from stitchcache.artifact.record import Artifact
 from stitchcache.codegen.execution import CodeObjects
-from stitchcache.errors import EntryFormatError
+from stitchcache.errors import BindError, EntryFormatError
 from stitchcache.runtime.call import build_call
 from stitchcache.runtime.link import bind_tensors, link
+from stitchcache.types import Change
 
 if TYPE_CHECKING:
     from stitchcache.explanation import Explanation, MissFacts
@@ -36,6 +37,7 @@ class CompiledModel:
         model: The model whose parameters and buffers are bound.
         lookup: Label, target key, why there was no direct hit, and what that miss found out: kept for
             :meth:`explain` as it is. ``None`` for one that was loaded by its graph hash.
+        changed: Tells whether a model is another one than was compiled; ``None`` where nothing tells.
     """
 
     # Calling an object looks __call__ up in its class and binds it; a slot binds to what is in it. So a
@@ -62,6 +64,7 @@ class CompiledModel:
         self._objects = objects if objects is not None else CodeObjects()
         self.model = model
         self.lookup: tuple[str, TargetKey, str, MissFacts | None] | None = None
+        self.changed: Callable[[torch.nn.Module], Change | None] | None = None
         self.__signature__ = _ANY
         self._bind(model)
 
@@ -81,20 +84,34 @@ class CompiledModel:
                 InputMismatchError: The capture does not cover this call; names the argument.
             """
 
-    def rebind(self, model: torch.nn.Module) -> CompiledModel:
+    def is_current(self) -> bool:
+        """Whether a trace of the bound model would still be the one that was compiled.
+
+        Computes the target key and reads the recorded sources again, as a start does; nothing is traced.
+        False also where no key stands for the model, as nothing can be told of it then.
+        """
+        return self.changed is not None and self.changed(self.model) is None
+
+    def rebind(self, model: torch.nn.Module, *, trust_model: bool = False) -> CompiledModel:
         """Use another model's parameters and buffers from the next call on.
 
         Needed when parameters were replaced by other tensors; a change in place is seen without it.
 
         Args:
-            model: Has the same names, shapes, strides, dtypes and device type.
+            model: Has the same names, shapes, strides, dtypes and device type, and would trace to the same.
+            trust_model: Take it although nothing can be told of it, as it holds something that no key
+                stands for.
 
         Returns:
             This object.
 
         Raises:
-            BindError: The model does not fit; the old one stays bound.
+            BindError: The model does not fit, or would trace to something else; the old one stays bound.
         """
+        # First what a caller can see: a name, a shape. A key that differs says less about it.
+        self._bound_to(model)
+        if self.changed is not None:
+            refuse_change(self.changed(model), self.artifact, model, trusted=trust_model)
         self._bind(model)
         self.model = model
         return self
@@ -131,3 +148,30 @@ class CompiledModel:
         tensors = bind_tensors(self.artifact.bindings, model, self._constants)
         function = link(self.artifact, self._pieces, tensors, self._objects)
         return build_call(function, self.artifact, tensors, model.forward, self._objects)
+
+
+def refuse_change(
+    change: Change | None, artifact: Artifact, model: torch.nn.Module, *, trusted: bool
+) -> None:
+    """Refuse a model that is another one than was compiled.
+
+    Args:
+        change: What tells them apart; ``None`` where nothing does.
+        artifact: What was compiled.
+        model: The model.
+        trusted: Whether one that nothing can be told of is taken.
+
+    Raises:
+        BindError: It is another one, or nothing can be told of it.
+    """
+    if change is None or (change.unknown and trusted):
+        return
+    name, cls = artifact.graph_hash[:12], type(model).__qualname__
+    if change.unknown:
+        message = (
+            f"nothing shows that this {cls} is what entry {name} was compiled from: {change}. "
+            "Compile the model, or pass trust_model=True if you know that it is."
+        )
+    else:
+        message = f"entry {name} was compiled from another model: {change}. Compile this {cls} instead."
+    raise BindError(message, name=change.name, expected=change.was, actual=change.now)

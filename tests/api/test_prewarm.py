@@ -103,6 +103,46 @@ def test_one_failure_stops_no_other(cache):
     assert not report.ok
 
 
+class CorruptWeights(Exception):
+    """As a reader of weights raises it: it derives from nothing but Exception."""
+
+
+@pytest.mark.parametrize(
+    "error", [CorruptWeights("checksum"), MemoryError(), StopIteration(), RecursionError("deep"), EOFError()]
+)
+def test_whatever_build_raises_stops_no_other(cache, error):
+    def bad():
+        raise error
+
+    def good():
+        return torch.nn.Linear(3, 3).eval(), (torch.ones(2, 3),)
+
+    targets = [stitchcache.Target(name, build, backend="eager") for name, build in (("a", bad), ("b", good))]
+    report = stitchcache.prewarm(targets, cache=cache)
+    assert [result.status for result in report.results] == ["failed", "compiled"]
+    told = report.failed[0].error
+    assert isinstance(told, errors.TargetError)
+    assert told.target == "a"
+    assert type(error).__name__ in str(told)
+    assert told.__cause__ is error
+
+
+def test_an_interrupt_is_no_failure_of_a_target(cache):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stitchcache.prewarm(stitchcache.Target("a", interrupted, backend="eager"), cache=cache)
+
+
+def test_no_jobs_at_all(cache):
+    def build():
+        pytest.fail("refused before anything is built")
+
+    with pytest.raises(errors.OptionError, match="jobs=0"):
+        stitchcache.prewarm(stitchcache.Target("a", build, backend="eager"), jobs=0, cache=cache)
+
+
 def test_two_targets_of_one_name(cache):
     target = stitchcache.Target("same", models.decoder)
     with pytest.raises(errors.DuplicateTargetError, match="same"):
