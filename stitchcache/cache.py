@@ -22,21 +22,20 @@ from stitchcache.errors import (
     StoreWriteError,
     UntrustedEntryError,
 )
-from stitchcache.store.failures import words
-from stitchcache.store.files import Files, close_quietly
+from stitchcache.store.files import Files, close_quietly, words
 from stitchcache.store.layout import (
     LEGACY_SUFFIXES,
     MAX_ENTRY,
     MAX_LEGACY,
     MAX_RECORD,
     Area,
+    Roots,
     check_key,
     is_key,
     keyed_path,
 )
 from stitchcache.store.locks import hold_shared
 from stitchcache.store.root import Root
-from stitchcache.store.settings import Roots
 from stitchcache.store.store import Store
 from stitchcache.types import BlobRef, TargetRecord
 
@@ -276,7 +275,7 @@ class Cache(Store):
 
     def _header(self, path: str) -> Header | None:
         from stitchcache.artifact.entry import decode_header
-        from stitchcache.store.reading import read_head
+        from stitchcache.store.scan import read_head
 
         head = read_head(self._files, path, self._reading.codec)
         return None if head is None else decode_header(*head, path=path)

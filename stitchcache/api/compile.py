@@ -17,7 +17,7 @@ from stitchcache.pipeline.origin import changed_from
 from stitchcache.pipeline.request import OnProgress, Request, check_model, chosen_cache
 from stitchcache.pipeline.start import start, started_or_miss
 from stitchcache.runtime.model import CompiledModel
-from stitchcache.store.settings import flag
+from stitchcache.store.layout import flag
 from stitchcache.types import SizeRange, TargetRecord
 
 if TYPE_CHECKING:

@@ -319,7 +319,7 @@ def factors_of(raw: Raw) -> tuple[Factor, ...]:
 
 
 class EntryCodec:
-    """What files name; has what ``stitchcache.store.reading.Codec`` asks for."""
+    """What files name; has what ``stitchcache.store.scan.Codec`` asks for."""
 
     def head_size(self, prefix: bytes, path: str) -> int:
         """Bytes that the header ends at."""

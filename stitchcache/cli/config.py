@@ -52,7 +52,7 @@ def command(as_json: bool, root: str | None) -> None:
 
 
 def _settings(root: str | None) -> list[Setting]:
-    from stitchcache.store.settings import flag
+    from stitchcache.store.layout import flag
 
     cache = open_cache(root)
     limit = cache.max_bytes

@@ -14,8 +14,8 @@ from stitchcache.cli.options import cache_option, finding, json_option
 from stitchcache.cli.output import print_json
 from stitchcache.cli.words import count_text, printable, size_text
 from stitchcache.errors import OptionError
+from stitchcache.store.layout import default_root, flag, max_size
 from stitchcache.store.probe import Trial, probe
-from stitchcache.store.settings import default_root, flag, max_size
 
 _FLAGS = ("STITCHCACHE_READONLY", "STITCHCACHE_REQUIRE", "STITCHCACHE_AUDIT", "STITCHCACHE_DEBUG")
 _KNOWN = {"STITCHCACHE_DIR", "STITCHCACHE_MAX_SIZE", *_FLAGS}

@@ -22,7 +22,7 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 def _size(_ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     """Bytes in a text such as ``10G``."""
     from stitchcache.errors import OptionError
-    from stitchcache.store.settings import parse_size
+    from stitchcache.store.layout import parse_size
 
     if value is None:
         return None

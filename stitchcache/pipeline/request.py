@@ -13,7 +13,7 @@ import torch
 from stitchcache.cache import Cache
 from stitchcache.errors import OptionError
 from stitchcache.pieces import NAMES
-from stitchcache.store.settings import flag
+from stitchcache.store.layout import flag
 from stitchcache.types import SizeRange
 
 if TYPE_CHECKING:

@@ -24,12 +24,10 @@ from dataclasses import dataclass, field
 from stitchcache.errors import LockTimeoutError
 from stitchcache.store.files import close_quietly
 from stitchcache.store.layout import Area
-from stitchcache.store.leftovers import leftovers
 from stitchcache.store.locks import exclusive, same_file, try_lock
-from stitchcache.store.quarantine import excess
-from stitchcache.store.reading import Reading
 from stitchcache.store.root import Root
-from stitchcache.store.scan import Item, keyed_items, legacy_items
+from stitchcache.store.scan import Item, Reading, keyed_items, leftovers, legacy_items
+from stitchcache.store.verify import excess
 
 GRACE_SECONDS = 3600.0
 _PATIENCE = 10.0

@@ -1,6 +1,7 @@
 """Every file-system call of the store, one method each, so that a test can fail, delay or record any of them.
 
 Methods add nothing to the calls beneath but what every caller would have to repeat; they raise ``OSError``.
+Below them stands what a failed call means for the user, and whose files are trusted.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from stitchcache.errors import StoreWriteError
 
 CHUNK = 1 << 20
 
@@ -185,3 +188,67 @@ def is_file(result: os.stat_result) -> bool:
 def is_dir(result: os.stat_result) -> bool:
     """Whether facts are about a directory."""
     return stat.S_ISDIR(result.st_mode)
+
+
+# -- failures ------------------------------------------------------------------------------------
+
+_ELSEWHERE = "or set STITCHCACHE_DIR to another directory"
+_ADVICE = {
+    errno.ENOSPC: f"the disk is full: free space (`stitchcache prune`), {_ELSEWHERE}",
+    errno.EDQUOT: f"the quota is used up: free space (`stitchcache prune`), {_ELSEWHERE}",
+    errno.EROFS: f"the file system is read-only: use it as a lower layer, {_ELSEWHERE}",
+    errno.EACCES: f"permission is denied: check who owns it, {_ELSEWHERE}",
+    errno.EPERM: f"permission is denied: check who owns it, {_ELSEWHERE}",
+    errno.EMFILE: "this process has too many open files: raise `ulimit -n`",
+    errno.ENFILE: "the system has too many open files: raise fs.file-max",
+    errno.ENOTDIR: f"a file stands where a directory should be: move it away, {_ELSEWHERE}",
+    errno.ESTALE: f"the network file system lost the file: try again, {_ELSEWHERE}",
+    errno.EIO: f"the device reports an error: look at the system's log, {_ELSEWHERE}",
+}
+
+
+def words(error: OSError) -> str:
+    """The operating system's words for an error."""
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
+def write_error(error: OSError, path: str) -> StoreWriteError:
+    """The store's error for a write that failed.
+
+    Args:
+        error: What the system said.
+        path: What was to be written, where the error does not say.
+    """
+    where = error.filename if isinstance(error.filename, str) else path
+    advice = _ADVICE.get(error.errno or 0, "`stitchcache doctor` tries what the directory can do")
+    return StoreWriteError(
+        f"{where}: cannot be written ({words(error)}): {advice}", path=where, reason=words(error)
+    )
+
+
+# -- trust ---------------------------------------------------------------------------------------
+# What an entry holds is code: a file that others can write is as good as theirs.
+
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+def distrust(path: str, facts: os.stat_result) -> str | None:
+    """Why a file or directory is not trusted; ``None`` when it is.
+
+    Args:
+        path: What it is about, for the message.
+        facts: Its ``stat``.
+    """
+    # Ownership by root is no weaker: root can do anything to the process anyway.
+    if facts.st_uid not in (os.geteuid(), 0):
+        return (
+            f"{path} belongs to user {facts.st_uid}, and this process runs as {os.geteuid()}: "
+            "whoever owns it could run code here; copy the cache, or chown it"
+        )
+    if facts.st_mode & _OTHERS_WRITE:
+        mode = stat.S_IMODE(facts.st_mode)
+        return (
+            f"{path} has mode {mode:04o}, so that others can write it and run code here: "
+            f"chmod go-w {path!r} after checking who did"
+        )
+    return None

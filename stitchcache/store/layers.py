@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from stitchcache.errors import EntryFormatError, FutureFormatError, UntrustedEntryError
-from stitchcache.store.failures import words
-from stitchcache.store.files import Files
+from stitchcache.store.files import Files, words
 from stitchcache.store.layout import LEGACY_SUFFIXES, Area, is_key, key_of, keyed_path
 from stitchcache.store.root import Found, Identity, Root, identity_of
 
@@ -190,7 +189,7 @@ class Layers:
 
     def _reject(self, root: Root, path: str, identity: Identity | None, reason: str) -> None:
         # Imported when there is damage, for a warm start has none.
-        from stitchcache.store.quarantine import quarantine
+        from stitchcache.store.verify import quarantine
 
         self._good.pop(path, None)
         gone = quarantine(root, path, identity, reason)

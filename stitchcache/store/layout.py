@@ -1,11 +1,17 @@
-"""Where things lie under a root, and how large they may be. Only checked keys become paths."""
+"""Where things lie under a root, and what arguments and environment say about roots and limits.
+
+Only checked keys become paths.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import stat
+from collections.abc import Sequence
 from enum import StrEnum
 
-from stitchcache.errors import OptionError
+from stitchcache.errors import OptionError, StoreError
 
 TAG_NAME = "CACHEDIR.TAG"
 TAG_TEXT = (
@@ -70,3 +76,91 @@ def key_of(area: Area, name: str) -> str | None:
     suffix = SUFFIX.get(area, "")
     key = name.removesuffix(suffix) if suffix else name
     return key if is_key(key) and name == key + suffix else None
+
+
+# -- settings ------------------------------------------------------------------------------------
+
+Roots = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+def root_paths(root: Roots | None) -> list[str]:
+    """Absolute paths of the roots that an argument names, or of the default one.
+
+    Raises:
+        OptionError: A name is empty.
+        StoreError: One is something other than a directory.
+    """
+    if root is None:
+        paths = [default_root()]
+    else:
+        roots = [root] if isinstance(root, (str, os.PathLike)) else list(root)
+        if not roots or any(not os.fspath(path) for path in roots):
+            raise OptionError("root: a cache needs a directory, and got an empty name", option="root")
+        paths = [_absolute(os.fspath(path)) for path in roots]
+    for path in paths:
+        _check_directory(path)
+    return paths
+
+
+def default_root() -> str:
+    """The directory that is used where none is named: ``STITCHCACHE_DIR``, or the user's cache directory."""
+    configured = os.environ.get("STITCHCACHE_DIR")
+    if configured:
+        return _absolute(configured)
+    import platformdirs
+
+    return str(platformdirs.user_cache_dir("stitchcache", appauthor=False))
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _check_directory(path: str) -> None:
+    try:
+        facts = os.stat(path)
+    except OSError:
+        # Missing, or not to be seen: reads will miss, and writes will say why they cannot.
+        return
+    if not stat.S_ISDIR(facts.st_mode):
+        raise StoreError(
+            f"{path}: is not a directory, so it cannot be a cache: move that file away, or name another "
+            "directory (root=..., or STITCHCACHE_DIR)",
+            path=path,
+        )
+
+
+def flag(name: str) -> bool:
+    """An environment variable that is on or off; missing is off.
+
+    Raises:
+        OptionError: It is neither.
+    """
+    value = os.environ.get(name, "").strip().lower()
+    if value in ("", "0", "false", "no", "off"):
+        return False
+    if value in ("1", "true", "yes", "on"):
+        return True
+    raise OptionError(f"{name}={value!r}: use 1 or 0", option=name)
+
+
+def max_size() -> int | None:
+    """``STITCHCACHE_MAX_SIZE`` in bytes; ``None`` where it is not set.
+
+    Raises:
+        OptionError: It is no size.
+    """
+    text = os.environ.get("STITCHCACHE_MAX_SIZE", "").strip()
+    return parse_size(text, option="STITCHCACHE_MAX_SIZE") if text else None
+
+
+def parse_size(text: str, *, option: str = "size") -> int:
+    """Bytes in a text such as ``10G``, ``500 MiB`` or ``1048576``; units are powers of 1024.
+
+    Raises:
+        OptionError: It is no such text.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise OptionError(f"{option}={text!r}: use a number with K, M, G or T, such as 10G", option=option)
+    return int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " "))

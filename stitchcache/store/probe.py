@@ -9,11 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from stitchcache.store.failures import words
-from stitchcache.store.files import Files, close_quietly, write_all
+from stitchcache.store.files import Files, close_quietly, distrust, words, write_all
 from stitchcache.store.layout import Area
 from stitchcache.store.locks import try_lock
-from stitchcache.store.trust import distrust
 
 _LOW_BYTES = 1 << 30
 _LOW_INODES = 10_000

@@ -11,19 +11,19 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from stitchcache.errors import EntryDamagedError, StitchCacheError, StoreWriteError
-from stitchcache.store.failures import write_error
 from stitchcache.store.files import (
     CHUNK,
     Files,
     close_quietly,
+    distrust,
     is_dir,
     is_file,
     opened,
     read_exactly,
     write_all,
+    write_error,
 )
 from stitchcache.store.layout import TAG_NAME, TAG_TEXT, Area
-from stitchcache.store.trust import distrust
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
@@ -82,7 +82,7 @@ class Root:
     @property
     def host(self) -> str:
         """This host's part of temporary names."""
-        from stitchcache.store.names import host_token
+        from stitchcache.store.locks import host_token
 
         if not self._host:
             self._host = host_token()
@@ -235,7 +235,7 @@ class Root:
 
     def create_temp(self) -> tuple[str, int]:
         """A new file of a name of its own, on the root's file system."""
-        from stitchcache.store.names import temporary_name
+        from stitchcache.store.locks import temporary_name
 
         directory = self.area(Area.TMP)
         temp = os.path.join(directory, temporary_name(self.host, "part"))

@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from stitchcache.errors import OptionError, StoreError
-from stitchcache.store.failures import words
-from stitchcache.store.files import Files
+from stitchcache.store.files import Files, words
 from stitchcache.store.layers import Layers
-from stitchcache.store.layout import Area, check_key
+from stitchcache.store.layout import Area, Roots, check_key, flag, max_size, root_paths
 from stitchcache.store.root import Root
-from stitchcache.store.settings import Roots, flag, max_size, root_paths
 from stitchcache.store.stats import Counters
 from stitchcache.types import BlobRef
 
 if TYPE_CHECKING:
     from stitchcache.store.evict import PrunePlan, PruneResult
-    from stitchcache.store.reading import Codec, Reading
+    from stitchcache.store.scan import Codec, Reading
     from stitchcache.store.stats import CacheStats
     from stitchcache.store.verify import VerifyReport
 
@@ -86,7 +84,7 @@ class Store:
 
     @cached_property
     def _reading(self) -> Reading:
-        from stitchcache.store.reading import Reading
+        from stitchcache.store.scan import Reading
 
         return Reading(self._top, self._codec, self._layers.roots[1:])
 
@@ -188,14 +186,14 @@ class Store:
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """A private temporary directory, on the store's file system where that can be written."""
-        from stitchcache.store.scratch import scratch
+        from stitchcache.store.publish import scratch
 
         with scratch(self._top) as path:
             yield Path(path)
 
     def why_not_writable(self) -> str | None:
         """Why nothing can be stored; ``None`` when it can. Tries it."""
-        from stitchcache.store.scratch import why_not_writable
+        from stitchcache.store.publish import why_not_writable
 
         return why_not_writable(self._top)
 

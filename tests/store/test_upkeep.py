@@ -12,7 +12,7 @@ from stores import artifact, files_under, key, put, read_back, target
 
 from stitchcache.cache import Cache
 from stitchcache.store.probe import probe
-from stitchcache.store.quarantine import MAX_FILES
+from stitchcache.store.verify import MAX_FILES
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def test_the_quarantine_is_capped(cache):
 
 
 def test_a_good_entry_published_meanwhile_is_not_quarantined(cache):
-    from stitchcache.store.quarantine import quarantine
+    from stitchcache.store.verify import quarantine
 
     made = put(cache, "a", [b"one"])
     path = str(entry_path(cache, made.graph_hash))
