@@ -12,14 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import field
 from typing import TYPE_CHECKING, TypeVar
 
-from stitchcache.artifact.entry import (
-    Raw,
-    decode_target,
-    factors_of,
-    raw_entry_factors,
-    raw_target,
-    read_header,
-)
+from stitchcache.artifact.entry import decode, decode_target, unpack_factors
 from stitchcache.errors import EntryFormatError
 from stitchcache.keys.differences import explain_differences
 from stitchcache.store.layout import Area, key_of
@@ -40,7 +33,7 @@ MOST_BYTES = 8 << 20
 
 # An entry has these beside, or instead of, the factors of a target key.
 _OF_ENTRIES = ("graph.", "request.")
-_NONE = ("", "")
+_Factors = dict[str, Factor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +109,8 @@ def nearest_entries(
         led_to.add(item.graph_hash)
         if item.graph_hash not in without and item.target_key not in without:
             item.factors = _comparable(item.factors, wanted, partial)
-            distance = sum(item.factors.get(name, _NONE)[1] != digest for name, digest in wanted.items())
+            there = {name: factor.digest for name, factor in item.factors.items()}
+            distance = sum(there.get(name) != digest for name, digest in wanted.items())
             distance += sum(name not in wanted for name in item.factors)
             found.append((distance, item.label != label, -item.created, item))
     found.sort(key=lambda ranked: ranked[:3])
@@ -143,11 +137,11 @@ def stored_targets(
     return sorted(found.values(), key=lambda target: -target.record.created)
 
 
-def _comparable(raw: Raw, wanted: dict[str, str], partial: bool) -> Raw:
+def _comparable(found: _Factors, wanted: dict[str, str], partial: bool) -> _Factors:
     if partial:
-        return {name: pair for name, pair in raw.items() if name in wanted}
+        return {name: factor for name, factor in found.items() if name in wanted}
     unasked = tuple(kind for kind in _OF_ENTRIES if not any(name.startswith(kind) for name in wanted))
-    return {name: pair for name, pair in raw.items() if not name.startswith(unasked)}
+    return {name: factor for name, factor in found.items() if not name.startswith(unasked)}
 
 
 def _explained(item: _Seen, factors: Sequence[Factor]) -> NearestEntry | None:
@@ -162,7 +156,7 @@ def _explained(item: _Seen, factors: Sequence[Factor]) -> NearestEntry | None:
         label=item.label,
         created=item.created,
         refused=None if target is None else target.record.refused,
-        differences=explain_differences(factors_of(item.factors), factors),
+        differences=explain_differences(tuple(item.factors.values()), factors),
         record=None if target is None else target.record,
     )
 
@@ -173,7 +167,7 @@ class _Seen:
     target_key: str | None
     label: str
     created: float
-    factors: Raw
+    factors: _Factors
     path: str
 
 
@@ -212,15 +206,19 @@ def _seen(
 
 def _read_target(key: str, path: str) -> _Seen:
     with open(path, "rb") as file:
-        graph_hash, label, created, factors = raw_target(file.read(), path=path)
-    return _Seen(graph_hash, key, label, created, factors, path)
+        newest, *_ = decode_target(file.read(), key, path=path)
+    factors = unpack_factors(newest.factors, path=path)
+    return _Seen(newest.graph_hash, key, newest.label, newest.created, _by_name(factors), path)
 
 
 def _read_entry(key: str, path: str) -> _Seen:
     with open(path, "rb") as file:
-        factors = raw_entry_factors(file.read(), path=path)
-    header = read_header(path)
-    return _Seen(key, None, header.label, header.created, factors, path)
+        found = decode(file.read(), path=path)
+    return _Seen(key, None, found.label, found.created, _by_name(found.factors), path)
+
+
+def _by_name(factors: Sequence[Factor]) -> _Factors:
+    return {factor.name: factor for factor in factors}
 
 
 def _target(key: str, path: str) -> StoredTarget | None:

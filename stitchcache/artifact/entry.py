@@ -6,12 +6,10 @@ What each record holds and how it is checked stands in its declaration (``stitch
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stitchcache.artifact.frame import (
-    HEADER_OFFSET,
     MAGIC,
     Kind,
     header_end,
@@ -21,7 +19,7 @@ from stitchcache.artifact.frame import (
     seal,
 )
 from stitchcache.artifact.record import Artifact, Header, PieceRecord, header_of
-from stitchcache.artifact.schema import FieldError, Form, fields_of, pack, read_packed, record, unpack
+from stitchcache.artifact.schema import FieldError, Form, fields_of, form, pack, read_packed, record
 from stitchcache.records import fill
 from stitchcache.types import Digest, Factor, TargetRecord
 
@@ -34,12 +32,6 @@ CURRENT_SUFFIX = ".stitch"
 
 MOST_RECORDS = 8
 """Records of a target."""
-
-# Most headers fit: one small read for each entry that `ls` lists.
-HEADER_READ = 4096
-
-Raw = Mapping[str, tuple[str, str]]
-"""Factor name to value and digest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +60,7 @@ _ELSEWHERE = ("graph_hash", "label", "created", "compile_seconds", "format_versi
 
 _PAYLOADS = {3: fields_of(Artifact, skip=(*_ELSEWHERE, "check")), 4: fields_of(Artifact, skip=_ELSEWHERE)}
 _PIECE = record(PieceRecord)
+_FACTORS = form("tuple[tuple[Name, str, Name], ...]")
 _TARGET = record(Target)
 _OLD_TARGETS = {
     3: record(TargetRecord, skip=("refused", "factors", "code")),
@@ -168,25 +161,6 @@ def _header(encoded: bytes, version: int, path: str, file_size: int | None = Non
     return fill(Header, {**vars(found), "format_version": version, **place})
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
-    """The header of an entry's file, by one small read.
-
-    Raises:
-        EntryFormatError: It is damaged, malformed or newer.
-        OSError: It cannot be read.
-    """
-    name = os.fspath(path)
-    with open(name, "rb") as file:
-        prefix = file.read(HEADER_READ)
-        size = os.fstat(file.fileno()).st_size
-        if is_legacy(prefix):
-            prefix += file.read()
-        elif len(prefix) >= HEADER_OFFSET:
-            missing = header_end(prefix, path=name) - len(prefix)
-            prefix += file.read(missing) if missing > 0 else b""
-    return decode_header(prefix, size, path=name)
-
-
 # -- targets and pieces ---------------------------------------------------------------------------
 
 
@@ -258,61 +232,10 @@ def unpack_factors(data: bytes, *, path: str = "") -> tuple[Factor, ...]:
     Raises:
         EntryFormatError: The bytes are something else.
     """
-    return factors_of(raw_factors(data, path=path))
-
-
-def raw_factors(data: bytes, *, path: str = "") -> Raw:
-    """The same without a record for each, for a look at many targets.
-
-    Raises:
-        EntryFormatError: The bytes are something else.
-    """
     if not data:
-        return {}
-    found: dict[str, tuple[str, str]] = {}
-    rows = unpack(data, path=path, field="factors")
-    try:
-        for name, value, digest in rows:
-            if not (type(name) is type(value) is type(digest) is str):
-                raise TypeError(name)
-            found[name] = value, digest
-    except (TypeError, ValueError) as error:
-        raise malformed(path, "factors", "not an array of name, value and digest") from error
-    return found
-
-
-def raw_target(data: bytes, *, path: str = "") -> tuple[str, str, float, Raw]:
-    """Graph hash, label, time and factors of the newest record in a target file; nothing else is looked at.
-
-    Raises:
-        EntryFormatError: It is damaged or has none of these.
-    """
-    payload = unpack(open_frame(data, Kind.TARGET, path=path).payload, path=path, field="payload")
-    try:
-        newest = payload["records"][0] if "records" in payload else payload
-        facts = str(newest["graph_hash"]), str(newest["label"]), float(newest["created"])
-        return *facts, raw_factors(newest.get("factors", b""), path=path)
-    except (TypeError, KeyError, IndexError, ValueError, AttributeError) as error:
-        raise malformed(path, "payload", "not that of a target") from error
-
-
-def raw_entry_factors(data: bytes, *, path: str = "") -> Raw:
-    """The factors in an entry of the current format; the rest of it is not looked at.
-
-    Raises:
-        EntryFormatError: It is damaged or has none.
-    """
-    payload = unpack(open_frame(data, Kind.ENTRY, path=path).payload, path=path, field="payload")
-    rows: Any = payload.get("factors") if type(payload) is dict else None
-    try:
-        return {str(row["name"]): (str(row["value"]), str(row["digest"])) for row in rows}
-    except (TypeError, KeyError) as error:
-        raise malformed(path, "factors", "not an array of factors") from error
-
-
-def factors_of(raw: Raw) -> tuple[Factor, ...]:
-    """A record for each."""
-    return tuple(Factor(name=name, value=value, digest=digest) for name, (value, digest) in raw.items())
+        return ()
+    rows: tuple[tuple[str, str, str], ...] = read_packed(_FACTORS, data, path, "factors")
+    return tuple(Factor(name=name, value=value, digest=digest) for name, value, digest in rows)
 
 
 # -- what the store's upkeep needs ----------------------------------------------------------------

@@ -296,9 +296,9 @@ def fields_of(cls: type, *, skip: Collection[str] = ()) -> Form:
     """The same, but what is read is a dict of the fields' values."""
     module = vars(sys.modules[cls.__module__])
     annotations: Mapping[str, str] = cls.__annotations__
-    forms = {name: _form(text, module) for name, text in annotations.items() if name not in skip}
-    readers = tuple((name, form.read) for name, form in forms.items())
-    writers = tuple((name, form.write) for name, form in forms.items())
+    forms = {name: form(text, module) for name, text in annotations.items() if name not in skip}
+    readers = tuple((name, each.read) for name, each in forms.items())
+    writers = tuple((name, each.write) for name, each in forms.items())
     number = len(forms)
 
     def read(value: Any) -> Any:
@@ -323,22 +323,27 @@ def fields_of(cls: type, *, skip: Collection[str] = ()) -> Form:
     return Form(read, write)
 
 
-def _form(text: str, module: Mapping[str, Any]) -> Form:
-    """The form of an annotation, as its source says it."""
+def form(text: str, module: Mapping[str, Any] | None = None) -> Form:
+    """The form of an annotation.
+
+    Args:
+        text: Its source.
+        module: Where the names of records in it mean something.
+    """
     if text in _FORMS:
         return _FORMS[text]
     if text == "Shape":
         return _array(_SIZE, _MOST_DIMENSIONS)
     if text.endswith(" | None"):
-        return _or_nil(_form(text.removesuffix(" | None"), module))
+        return _or_nil(form(text.removesuffix(" | None"), module))
     kind, _, inner = text.removesuffix("]").partition("[")
     if kind == "tuple" and inner.endswith(", ..."):
-        return _array(_form(inner.removesuffix(", ..."), module), _MOST_ITEMS)
+        return _array(form(inner.removesuffix(", ..."), module), _MOST_ITEMS)
     if kind == "tuple":
-        return _row([_form(each, module) for each in inner.split(", ")])
+        return _row([form(each, module) for each in inner.split(", ")])
     if kind == "Literal":
         return Form(_one_of(tuple(word.strip("\"'") for word in inner.split(", "))), _itself)
-    return record(module[text])
+    return record((module or {})[text])
 
 
 def _or_nil(form: Form) -> Form:
