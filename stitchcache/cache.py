@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from stitchcache.artifact.entry import EntryCodec, decode, decode_named, decode_piece, decode_target
 from stitchcache.errors import (
@@ -22,14 +22,13 @@ from stitchcache.errors import (
     StoreWriteError,
     UntrustedEntryError,
 )
-from stitchcache.store.files import Files, close_quietly, words
+from stitchcache.store.files import close_quietly, words
 from stitchcache.store.layout import (
     LEGACY_SUFFIXES,
     MAX_ENTRY,
     MAX_LEGACY,
     MAX_RECORD,
     Area,
-    Roots,
     check_key,
     is_key,
     keyed_path,
@@ -68,25 +67,7 @@ class Cache(Store):
         OptionError: An environment variable makes no sense.
     """
 
-    def __init__(
-        self,
-        root: Roots | None = None,
-        *,
-        read_only: bool = False,
-        max_bytes: int | None = None,
-        max_files: int | None = None,
-        durability: Literal["full", "fast"] = "full",
-        _files: Files | None = None,
-    ) -> None:
-        super().__init__(
-            root,
-            EntryCodec(),
-            read_only=read_only,
-            max_bytes=max_bytes,
-            max_files=max_files,
-            durability=durability,
-            files=_files,
-        )
+    codec = EntryCodec()
 
     # -- entries ---------------------------------------------------------------------------------
 

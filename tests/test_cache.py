@@ -380,7 +380,7 @@ def test_a_root_that_is_a_file_is_refused_with_the_way_out(tmp_path):
         Cache(tmp_path / "file")
     below = Cache(tmp_path / "file" / "below")
     assert below.get(key("a")) is None
-    assert not below.writable()
+    assert below.why_not_writable()
     with pytest.raises(StoreWriteError):
         below.put_blob(b"x")
     with below.lock(key("a")) as held:

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from stitchcache.store.files import Files, close_quietly, distrust, words, write_all
+from stitchcache.store.files import Files, distrust, opened, words, write_all
 from stitchcache.store.layout import Area
 from stitchcache.store.locks import try_lock
+
+Level = Literal["ok", "note", "problem"]
 
 _LOW_BYTES = 1 << 30
 _LOW_INODES = 10_000
@@ -30,7 +32,7 @@ class Trial:
     """
 
     name: str
-    level: Literal["ok", "note", "problem"]
+    level: Level
     found: str
     meaning: str
 
@@ -45,197 +47,136 @@ def probe(path: str, *, files: Files | None = None) -> list[Trial]:
     Returns:
         One trial each, in the order they were tried.
     """
-    work = _Probe(files or Files(), _existing(os.path.abspath(path)), os.path.abspath(path))
-    return work.run()
-
-
-def _existing(path: str) -> str:
-    while not os.path.lexists(path) and os.path.dirname(path) != path:
-        path = os.path.dirname(path)
-    return path
-
-
-class _Probe:
-    def __init__(self, files: Files, place: str, asked: str) -> None:
-        self.files = files
-        self.place = place
-        self.asked = asked
-        self.trials: list[Trial] = []
-        self.stem = os.path.join(place, f".stitchcache-probe-{os.urandom(8).hex()}")
-
-    def run(self) -> list[Trial]:
-        if not self._directory():
-            return self.trials
-        self._trust()
-        self._space()
-        if self._create():
+    files = files or Files()
+    asked = place = os.path.abspath(path)
+    while not os.path.lexists(place) and os.path.dirname(place) != place:
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        meaning = "nothing can be stored: move that file away, or set STITCHCACHE_DIR to another directory"
+        return [_trial("directory", "problem", f"{place} is not a directory", meaning)]
+    missing = place != asked
+    trials = [_trial("directory", "ok", f"missing; tried {place} in its place" if missing else "exists")]
+    trials += [_trial("trust", "ok", "not made yet") if missing else _trust(files, place)]
+    trials += _room(files, place)
+    stem = os.path.join(place, f".stitchcache-probe-{os.urandom(8).hex()}")
+    try:
+        for name, bad, act, meaning in _ACTS:
             try:
-                for trial in (self._rename, self._link, self._times, self._fsync, self._lock, self._exec):
-                    trial()
-            finally:
-                for suffix in ("", ".renamed", ".linked"):
-                    self._remove(self.stem + suffix)
-        return self.trials
-
-    def _add(self, name: str, level: Literal["ok", "note", "problem"], found: str, meaning: str = "") -> None:
-        self.trials.append(Trial(name=name, level=level, found=found, meaning=meaning))
-
-    def _remove(self, path: str) -> None:
-        try:
-            self.files.unlink(path)
-        except OSError:
-            pass
-
-    def _attempt(
-        self,
-        name: str,
-        act: Callable[[], object],
-        bad: Literal["note", "problem"],
-        meaning: str,
-    ) -> bool:
-        try:
-            act()
-        except OSError as error:
-            self._add(name, bad, words(error), meaning)
-            return False
-        self._add(name, "ok", "works")
-        return True
-
-    def _directory(self) -> bool:
-        if not os.path.isdir(self.place):
-            self._add(
-                "directory",
-                "problem",
-                f"{self.place} is not a directory",
-                "nothing can be stored: move that file away, or set STITCHCACHE_DIR to another directory",
-            )
-            return False
-        found = "exists" if self.place == self.asked else f"missing; tried {self.place} in its place"
-        self._add("directory", "ok", found)
-        return True
-
-    def _trust(self) -> None:
-        if self.place != self.asked:
-            self._add("trust", "ok", "not made yet")
-            return
-        for name in ("", *Area):
-            path = os.path.join(self.place, name) if name else self.place
-            try:
-                reason = distrust(path, self.files.lstat(path) if name else self.files.stat(path))
-            except FileNotFoundError:
-                continue
+                act(files, stem)
+                trials.append(_trial(name, "ok", "works"))
             except OSError as error:
-                reason = f"{path} cannot be looked at ({words(error)})"
-            if reason is not None:
-                meaning = "entries here are not loaded: compiled pieces are native code"
-                self._add("trust", "problem", reason, meaning)
-                return
-        self._add("trust", "ok", "nobody else can write it")
+                trials.append(_trial(name, bad, words(error), meaning))
+                if name == "create":
+                    # Everything else is tried on the file that it makes.
+                    break
+    finally:
+        for suffix in ("", ".renamed", ".linked"):
+            try:
+                files.unlink(stem + suffix)
+            except OSError:
+                pass
+    return trials
 
-    def _space(self) -> None:
+
+def _trial(name: str, level: Level, found: str, meaning: str = "") -> Trial:
+    return Trial(name=name, level=level, found=found, meaning=meaning)
+
+
+def _trust(files: Files, place: str) -> Trial:
+    for path in (place, *(os.path.join(place, area) for area in Area)):
         try:
-            facts = self.files.statvfs(self.place)
+            reason = distrust(path, files.stat(path) if path == place else files.lstat(path))
+        except FileNotFoundError:
+            continue
         except OSError as error:
-            self._add("space", "note", words(error), "how much room is left is not known")
-            return
-        free = facts.f_bavail * facts.f_frsize
-        low = free < _LOW_BYTES
+            reason = f"{path} cannot be looked at ({words(error)})"
+        if reason is not None:
+            meaning = "entries here are not loaded: compiled pieces are native code"
+            return _trial("trust", "problem", reason, meaning)
+    return _trial("trust", "ok", "nobody else can write it")
+
+
+def _room(files: Files, place: str) -> list[Trial]:
+    try:
+        facts = files.statvfs(place)
+    except OSError as error:
+        return [_trial("space", "note", words(error), "how much room is left is not known")]
+    free = facts.f_bavail * facts.f_frsize
+    space, inodes = _trial("space", "ok", f"{free / 1e9:.1f} GB free"), f"{facts.f_favail} free"
+    if free < _LOW_BYTES:
         advice = "a prewarm may fill the disk: free space, or set STITCHCACHE_MAX_SIZE"
-        self._add("space", "problem" if low else "ok", f"{free / 1e9:.1f} GB free", advice if low else "")
-        # Some file systems have no fixed number of inodes and say 0 of 0.
-        low = facts.f_files > 0 and facts.f_favail < _LOW_INODES
-        found = f"{facts.f_favail} free" if facts.f_files else "not limited"
+        space = _trial("space", "problem", space.found, advice)
+    # Some file systems have no fixed number of inodes and say 0 of 0.
+    if facts.f_files > 0 and facts.f_favail < _LOW_INODES:
         advice = "new files fail although bytes are free: remove small files, or use another file system"
-        self._add("inodes", "problem" if low else "ok", found, advice if low else "")
+        return [space, _trial("inodes", "problem", inodes, advice)]
+    return [space, _trial("inodes", "ok", inodes if facts.f_files else "not limited")]
 
-    def _create(self) -> bool:
-        def create() -> None:
-            fd = self.files.create(self.stem)
-            try:
-                write_all(self.files, fd, b"probe" * 1000)
-            finally:
-                self.files.close(fd)
 
-        return self._attempt(
-            "create",
-            create,
-            "problem",
-            "nothing can be stored here; entries that are here are served. Compile elsewhere and use this "
-            "as a lower layer, or set STITCHCACHE_DIR to a writable directory",
-        )
+def _create(files: Files, stem: str) -> None:
+    with opened(files, files.create(stem)) as fd:
+        write_all(files, fd, b"probe" * 1000)
 
-    def _rename(self) -> None:
-        def rename() -> None:
-            self.files.rename(self.stem, self.stem + ".renamed")
-            self.files.rename(self.stem + ".renamed", self.stem)
 
-        self._attempt("rename", rename, "problem", "nothing can be stored: publishing needs an atomic rename")
+def _rename(files: Files, stem: str) -> None:
+    files.rename(stem, stem + ".renamed")
+    files.rename(stem + ".renamed", stem)
 
-    def _link(self) -> None:
-        self._attempt(
-            "link",
-            lambda: self.files.link(self.stem, self.stem + ".linked"),
-            "note",
-            "no hard links: blobs are published by rename, which is as safe",
-        )
 
-    def _times(self) -> None:
-        def times() -> None:
-            before = time.time_ns() - 7_000_000_000
-            self.files.utime(self.stem, before)
-            if self.files.stat(self.stem).st_mtime_ns != before:
-                raise OSError("times are coarse")
+def _link(files: Files, stem: str) -> None:
+    files.link(stem, stem + ".linked")
 
-        self._attempt("times", times, "note", "last uses are not exact; eviction leans on its grace period")
 
-    def _fsync(self) -> None:
-        def fsync() -> None:
-            fd = self.files.open_write(self.stem)
-            try:
-                self.files.fsync(fd)
-            finally:
-                close_quietly(self.files, fd)
-            self.files.fsync_dir(self.place)
+def _times(files: Files, stem: str) -> None:
+    before = time.time_ns() - 7_000_000_000
+    files.utime(stem, before)
+    if files.stat(stem).st_mtime_ns != before:
+        raise OSError("times are coarse")
 
-        self._attempt(
-            "fsync", fsync, "problem", "a put is not known to survive a crash: use durability='fast' here"
-        )
 
-    def _lock(self) -> None:
-        meaning = (
-            "processes that start together may compile the same model twice, and eviction leans on its grace "
-            "period; on NFS check the lock service"
-        )
-        first = second = None
-        try:
-            first, second = self.files.open_write(self.stem), self.files.open_write(self.stem)
-            had, clashed = try_lock(self.files, first), try_lock(self.files, second)
-        except OSError as error:
-            self._add("lock", "note", words(error), meaning)
-            return
-        finally:
-            for fd in (first, second):
-                if fd is not None:
-                    close_quietly(self.files, fd)
-        if had and clashed is False:
-            self._add("lock", "ok", "works")
-        else:
-            found = "locks do not exclude" if had and clashed else "locks are not supported"
-            self._add("lock", "note", found, meaning)
+def _fsync(files: Files, stem: str) -> None:
+    with opened(files, files.open_write(stem)) as fd:
+        files.fsync(fd)
+    files.fsync_dir(os.path.dirname(stem))
 
-    def _exec(self) -> None:
-        def map_executable() -> None:
-            # What dlopen does first; a noexec mount refuses it.
-            fd = self.files.open_read(self.stem)
-            try:
-                mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_EXEC).close()
-            finally:
-                close_quietly(self.files, fd)
 
-        self._attempt(
-            "exec",
-            map_executable,
-            "problem",
-            "compiled pieces cannot be loaded from here (mounted noexec?): remount with exec, or set "
-            "STITCHCACHE_DIR to another directory",
-        )
+def _lock(files: Files, stem: str) -> None:
+    with opened(files, files.open_write(stem)) as first, opened(files, files.open_write(stem)) as second:
+        had, clashed = try_lock(files, first), try_lock(files, second)
+    if not had or clashed is not False:
+        raise OSError("locks do not exclude" if had and clashed else "locks are not supported")
+
+
+def _exec(files: Files, stem: str) -> None:
+    # What dlopen does first; a noexec mount refuses it.
+    with opened(files, files.open_read(stem)) as fd:
+        mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_EXEC).close()
+
+
+_ACTS: tuple[tuple[str, Level, Callable[[Files, str], None], str], ...] = (
+    (
+        "create",
+        "problem",
+        _create,
+        "nothing can be stored here; entries that are here are served. Compile elsewhere and use this as a "
+        "lower layer, or set STITCHCACHE_DIR to a writable directory",
+    ),
+    ("rename", "problem", _rename, "nothing can be stored: publishing needs an atomic rename"),
+    ("link", "note", _link, "no hard links: blobs are published by rename, which is as safe"),
+    ("times", "note", _times, "last uses are not exact; eviction leans on its grace period"),
+    ("fsync", "problem", _fsync, "a put is not known to survive a crash: use durability='fast' here"),
+    (
+        "lock",
+        "note",
+        _lock,
+        "processes that start together may compile the same model twice, and eviction leans on its grace "
+        "period; on NFS check the lock service",
+    ),
+    (
+        "exec",
+        "problem",
+        _exec,
+        "compiled pieces cannot be loaded from here (mounted noexec?): remount with exec, or set "
+        "STITCHCACHE_DIR to another directory",
+    ),
+)

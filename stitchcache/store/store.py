@@ -32,32 +32,22 @@ log = logging.getLogger("stitchcache")
 
 
 class Store:
-    """Roots, their blobs, locks and upkeep; ``stitchcache.Cache`` adds entries, targets and pieces.
+    """Roots, their blobs, locks and upkeep.
 
-    Args:
-        root: Directory, or several: the first is written, all are searched in order.
-        codec: The format of entries, targets and pieces.
-        read_only: Write nothing.
-        max_bytes: Evict down to this after a put.
-        max_files: Likewise for the number of files.
-        durability: ``"full"`` or ``"fast"``.
-        files: File-system calls.
-
-    Raises:
-        StoreError: A root is something other than a directory.
-        OptionError: An argument or environment variable makes no sense.
+    :class:`stitchcache.Cache` tells what the arguments are; it adds entries, targets, pieces and the format.
     """
+
+    codec: Codec
 
     def __init__(
         self,
-        root: Roots | None,
-        codec: Codec,
+        root: Roots | None = None,
         *,
         read_only: bool = False,
         max_bytes: int | None = None,
         max_files: int | None = None,
         durability: Literal["full", "fast"] = "full",
-        files: Files | None = None,
+        _files: Files | None = None,
     ) -> None:
         if durability not in ("full", "fast"):
             raise OptionError(f"durability={durability!r}: use 'full' or 'fast'", option="durability")
@@ -65,7 +55,7 @@ class Store:
         self.max_bytes = max_size() if max_bytes is None else max_bytes
         self.max_files = max_files
         self.durability = durability
-        self._files = files or Files()
+        self._files = _files or Files()
         roots = [
             Root(
                 path,
@@ -78,7 +68,6 @@ class Store:
         self._top = roots[0]
         self._counters = Counters(self._top)
         self._layers = Layers(roots, self._counters.add)
-        self._codec = codec
         # What was counted since the last put would be lost with the object.
         weakref.finalize(self, self._counters.flush)
 
@@ -86,7 +75,7 @@ class Store:
     def _reading(self) -> Reading:
         from stitchcache.store.scan import Reading
 
-        return Reading(self._top, self._codec, self._layers.roots[1:])
+        return Reading(self._top, self.codec, self._layers.roots[1:])
 
     def __repr__(self) -> str:
         return f"Cache({', '.join(str(root) for root in self.roots)!r})"
@@ -196,10 +185,6 @@ class Store:
         from stitchcache.store.publish import why_not_writable
 
         return why_not_writable(self._top)
-
-    def writable(self) -> bool:
-        """Whether something can be stored; :meth:`why_not_writable` says why not."""
-        return self.why_not_writable() is None
 
     # -- upkeep ------------------------------------------------------------------------------------
 
