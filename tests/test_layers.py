@@ -14,7 +14,7 @@ import stitchcache
 
 ROOT = Path(stitchcache.__file__).parent
 # What each part may import; siblings do not import each other.
-BASE = {"errors", "records", "types", "pause"}
+BASE = {"errors", "records", "types", "pause", "encoding"}
 TORCHSIDE = BASE | {"torchside"}
 GROUND = TORCHSIDE | {"graph", "codegen", "keys", "state"}
 STORED = GROUND | {"artifact", "store", "cache", "nearest", "explanation"}
@@ -24,6 +24,7 @@ ALLOWED = {
     "records": set(),
     "types": {"records"},
     "pause": set(),
+    "encoding": set(),
     "torchside": {"errors", "types"},
     "state": TORCHSIDE,
     "graph": TORCHSIDE | {"state"},
@@ -41,7 +42,17 @@ ALLOWED = {
     "pipeline": ENGINE | {"capture", "runtime", "plan"},
     "api": ENGINE | {"capture", "runtime", "plan", "pipeline"},
 }
-TORCH_FREE = {"errors", "records", "types", "store", "cache", "artifact", "nearest", "explanation"}
+TORCH_FREE = {
+    "errors",
+    "records",
+    "types",
+    "encoding",
+    "store",
+    "cache",
+    "artifact",
+    "nearest",
+    "explanation",
+}
 # Strings and attributes that look like private names of torch, and where they are something else.
 PRIVATE_STRINGS = {
     # Lists of what stored code may name: data of the entry format, compared and never looked up in torch.

@@ -19,7 +19,7 @@ import torch
 from stitchcache.capture.contract import more_constraints
 from stitchcache.capture.export import Capture, capture, proved
 from stitchcache.errors import OptionError
-from stitchcache.keys.dims import dims_of_leaf, split_path
+from stitchcache.keys.inputs import dims_of_leaf, split_path
 from stitchcache.torchside import tree
 from stitchcache.torchside.tensors import has_fakes
 from stitchcache.types import Dim, InputSpec, SizeRange

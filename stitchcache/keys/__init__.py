@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stitchcache.encoding import UnkeyableError as UnkeyableError
     from stitchcache.keys.check import check_sources as check_sources
     from stitchcache.keys.differences import explain_differences as explain_differences
     from stitchcache.keys.digest import Digest as Digest
@@ -14,27 +15,28 @@ if TYPE_CHECKING:
     from stitchcache.keys.environment import environment_factors as environment_factors
     from stitchcache.keys.environment import torch_state_factors as torch_state_factors
     from stitchcache.keys.inputs import input_factors as input_factors
-    from stitchcache.keys.module_tree import ModelKey as ModelKey
-    from stitchcache.keys.module_tree import model_factors as model_factors
+    from stitchcache.keys.model import ModelKey as ModelKey
+    from stitchcache.keys.model import model_factors as model_factors
     from stitchcache.keys.recorder import SourceRecorder as SourceRecorder
     from stitchcache.keys.target import TargetKey as TargetKey
     from stitchcache.keys.target import target_key as target_key
-    from stitchcache.keys.values import UnkeyableError as UnkeyableError
+    from stitchcache.keys.walk import Walk as Walk
 
 # A warm start needs a few of these, and importing the rest takes longer than its own work.
 _HOMES = {
     "Digest": "stitchcache.keys.digest",
-    "ModelKey": "stitchcache.keys.module_tree",
+    "ModelKey": "stitchcache.keys.model",
     "SCHEMA_VERSION": "stitchcache.keys.environment",
     "SourceRecorder": "stitchcache.keys.recorder",
     "TargetKey": "stitchcache.keys.target",
-    "UnkeyableError": "stitchcache.keys.values",
+    "UnkeyableError": "stitchcache.encoding",
+    "Walk": "stitchcache.keys.walk",
     "check_sources": "stitchcache.keys.check",
     "environment_factors": "stitchcache.keys.environment",
     "explain_differences": "stitchcache.keys.differences",
     "input_factors": "stitchcache.keys.inputs",
     "make_factor": "stitchcache.keys.digest",
-    "model_factors": "stitchcache.keys.module_tree",
+    "model_factors": "stitchcache.keys.model",
     "target_key": "stitchcache.keys.target",
     "torch_state_factors": "stitchcache.keys.environment",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "SourceRecorder",
     "TargetKey",
     "UnkeyableError",
+    "Walk",
     "check_sources",
     "environment_factors",
     "explain_differences",

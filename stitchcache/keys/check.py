@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stitchcache.keys.encoder import class_contents, new_encoder
+from stitchcache.encoding import SCALARS, UnkeyableError, find_class
 from stitchcache.keys.origins import (
     changed_since_import,
     find_file,
@@ -24,7 +24,8 @@ from stitchcache.keys.origins import (
     process_start,
     read_file,
 )
-from stitchcache.keys.values import SCALARS, Shared, UnkeyableError, find_class
+from stitchcache.keys.scope import Scope
+from stitchcache.keys.walk import Walk
 from stitchcache.types import SourceRef, TargetRecord
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def title(entry: str) -> str:
     return entry.removeprefix("?").replace(":", ".").rstrip(".")
 
 
-def global_digest(shared: Shared, entry: str, found: Found) -> str:
+def global_digest(shared: Scope, entry: str, found: Found) -> str:
     """Digest of what a global's name leads to.
 
     Args:
@@ -133,7 +134,7 @@ def global_digest(shared: Shared, entry: str, found: Found) -> str:
         # torch and others load parts of themselves late; that a part is not there yet means nothing.
         payload = b"module " + value.__name__.encode()
     elif exists:
-        encoder = new_encoder(shared, [f"global {title(entry)}"])
+        encoder = shared.writer("global", entry, [f"global {title(entry)}"])
         if library and not isinstance(value, _KEYED_OF_LIBRARY) and not _is_plain_of_library(found):
             # An object of torch's or the library's own; what torch's settings say are factors.
             payload = b"object " + type(value).__qualname__.encode()
@@ -143,7 +144,7 @@ def global_digest(shared: Shared, entry: str, found: Found) -> str:
     return hashlib.sha256(payload).hexdigest()
 
 
-def _of_package(shared: Shared, entry: str) -> bool:
+def _of_package(shared: Scope, entry: str) -> bool:
     """Whether it is an installed package's code that reads an entry."""
     label = entry.removeprefix("?").partition(":")[0]
     file = getattr(module_by_label(label, shared.main), "__file__", None)
@@ -158,19 +159,19 @@ def _is_plain_of_library(found: Found) -> bool:
     return plain and found.owner.partition(".")[0] in sys.stdlib_module_names
 
 
-def _may_be_held(shared: Shared, entry: str, module: ModuleType) -> bool:
+def _may_be_held(shared: Scope, entry: str, module: ModuleType) -> bool:
     """Whether code may use a module as a value: one of torch's, or of its own package, as lazy imports do."""
     installed = installed_path(getattr(module, "__file__", None) or "") != ""
     return shared.is_versioned(module.__name__) or (installed and _of_package(shared, entry))
 
 
-def class_digest(shared: Shared, cls: type) -> str:
+def class_digest(shared: Scope, cls: type) -> str:
     """Digest of a class's contents.
 
     Raises:
         UnkeyableError: One of its attributes cannot be written soundly.
     """
-    return hashlib.sha256(class_contents(shared, cls)).hexdigest()
+    return hashlib.sha256(shared.contents(cls)).hexdigest()
 
 
 REGISTRIES = frozenset({"transformers.utils.output_capturing:_CAN_RECORD_REGISTRY"})
@@ -190,7 +191,9 @@ def item_digest(main: str, item: Any) -> str:
     Raises:
         UnkeyableError: No digest stands for it soundly.
     """
-    encoder = new_encoder(Shared(main=main), ["item of a registry"])
+    walk = Walk()
+    walk.main = main
+    encoder = walk.writer("item", path=["item of a registry"])
     encoder.put(item)
     return hashlib.sha256(encoder.out).hexdigest()
 
@@ -238,7 +241,7 @@ def bytes_digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def check_sources(record: TargetRecord, shared: Shared | None = None) -> str | None:
+def check_sources(record: TargetRecord, keyed: Scope | None = None) -> str | None:
     """Check every source file and every value from outside of the model that a capture depended on.
 
     Files are read and digested each time: nothing cheaper is sure, and a model's few dozen files take about
@@ -246,17 +249,17 @@ def check_sources(record: TargetRecord, shared: Shared | None = None) -> str | N
 
     Args:
         record: What the target key led to.
-        shared: What the target key was just computed with; what it digested is not digested again.
+        keyed: The walk that the target key was just computed with; it is not changed.
 
     Returns:
         ``None`` if nothing changed, else the reason, naming the file, global or variable.
     """
-    shared = shared or Shared()
+    shared = Walk(keyed)
     reason = _check_files(record.sources, shared) or _check_globals(record.globals, shared)
     return reason or shared.warm_cache()
 
 
-def _check_files(sources: Iterable[SourceRef], shared: Shared) -> str | None:
+def _check_files(sources: Iterable[SourceRef], shared: Scope) -> str | None:
     for source in sources:
         # Records of one target name mostly the same files: each is read once for all of them.
         known = shared.files.get(source.module)
@@ -283,7 +286,7 @@ def _look_at_file(name: str, main: str) -> tuple[str, int, str, str | None]:
     return file, len(data), bytes_digest(data), reason
 
 
-def _check_globals(entries: Iterable[tuple[str, str]], shared: Shared) -> str | None:
+def _check_globals(entries: Iterable[tuple[str, str]], shared: Scope) -> str | None:
     for entry, digest in entries:
         kind, _, rest = entry.partition(":")
         try:
@@ -311,18 +314,18 @@ def _check_globals(entries: Iterable[tuple[str, str]], shared: Shared) -> str | 
     return None
 
 
-def _module(label: str, shared: Shared) -> ModuleType | None:
+def _module(label: str, shared: Scope) -> ModuleType | None:
     return module_by_label(label.removeprefix("?"), shared.main)
 
 
-def _class_now(entry: str, shared: Shared) -> str | None:
+def _class_now(entry: str, shared: Scope) -> str | None:
     label, _, qualname = entry.partition(":")
     module = _module(label, shared)
     cls = None if module is None else find_class(module.__name__, qualname)
     return class_digest(shared, cls) if isinstance(cls, type) else None
 
 
-def _item_now(entry: str, shared: Shared) -> str | None:
+def _item_now(entry: str, shared: Scope) -> str | None:
     if entry.count(":") < 2:
         return ""
     label, name, key = entry.split(":", 2)
@@ -332,7 +335,7 @@ def _item_now(entry: str, shared: Shared) -> str | None:
     return item_digest(shared.main, registry[key])
 
 
-def _global_now(entry: str, shared: Shared) -> str | None:
+def _global_now(entry: str, shared: Scope) -> str | None:
     label, _, dotted = entry.partition(":")
     module = _module(label, shared)
     if module is None:

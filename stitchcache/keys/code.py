@@ -1,19 +1,25 @@
-"""Canonical bytes of code: functions with what they close over, and what wraps them.
+"""How code is written: functions with what they close over, what wraps them, and what classes hold.
 
-Code is known by its bytecode, constants and names. File names, line numbers and comments are left out:
-they mean nothing to a graph. Bytecode belongs to one Python version, which is why that version is a factor.
-Code of an installed package is known by its place, for speed: a lookup checks the file's digest as well.
+Code is known by its bytecode, constants and names. Bytecode belongs to one Python version, which is why that
+version is a factor. Code of an installed package is known by its place, for speed: a lookup checks the file's
+digest as well.
 """
 
 from __future__ import annotations
 
+import abc
 import contextlib
-import contextvars
+import dataclasses
+import enum
 import functools
 import hashlib
+import os
+import sys
+from _abc import _get_dump  # type: ignore[import-not-found]
 from collections.abc import Iterator, Mapping
 from types import (
     BuiltinFunctionType,
+    CellType,
     ClassMethodDescriptorType,
     CodeType,
     FunctionType,
@@ -27,7 +33,17 @@ from types import (
 )
 from typing import Any
 
-from stitchcache.keys.values import SCALARS, Encoder, Handler, text_bytes
+from stitchcache.encoding import (
+    SCALARS,
+    Handler,
+    UnkeyableError,
+    Writer,
+    data_bytes,
+    member_state,
+    put_code,
+    text_bytes,
+)
+from stitchcache.keys.scope import KeyWriter, Scope
 
 _NOT_STATE = frozenset({"__wrapped__", "__signature__", "__doc__", "__annotations__"})
 """Attributes of a function that follow from its closure, or that no call reads."""
@@ -43,89 +59,77 @@ BY_NAME = frozenset(
 )
 
 
-def code_digest(encoder: Encoder, code: CodeType) -> bytes:
-    """32 bytes over what a code object does; for an installed file's, its place instead."""
-    known = encoder.shared.codes.get(id(code))
-    if known is not None:
+def code_bytes(walk: Scope, code: CodeType) -> bytes:
+    """What a code object does, in a few bytes; for an installed file's, its place instead."""
+    known = walk.codes.get(id(code))
+    # An empty entry says that a class's contents speak for this code.
+    if known is not None and known[1]:
         return known[1]
-    installed = encoder.shared.origin(code.co_filename)[1]
-    if installed:
+    installed = walk.origin(code.co_filename)[1]
+    # A line may hold several lambdas, so their place does not say which of them it is.
+    if installed and not code.co_name.startswith("<"):
         # The record of a target holds this file's digest if any of it ran, so the place says it all.
-        # Lambdas are the only functions of which several may stand in one place; they go by content.
-        place = text_bytes(f"{installed} {code.co_qualname} {code.co_firstlineno}")
-        if code.co_name != "<lambda>":
-            encoder.shared.codes[id(code)] = (code, place)
-            return place
-    numbers = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
-    names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
-    out = bytearray(repr((numbers, names)).encode("utf-8", "surrogatepass"))
-    for part in (code.co_code, code.co_exceptiontable):
-        out += b"%d:%s" % (len(part), part)
-    for const in code.co_consts:
-        _const(encoder, const, out)
-    digest = hashlib.sha256(out).digest()
-    encoder.shared.codes[id(code)] = (code, digest)
+        place = b"[place 1:" + text_bytes(f"{installed} {code.co_qualname} {code.co_firstlineno}")
+        walk.codes[id(code)] = (code, place)
+        return place
+    writer = Writer()
+
+    def nested(inner: CodeType) -> None:
+        writer.out += code_bytes(walk, inner)
+
+    put_code(writer, code, nested)
+    digest = b"[code digest 1:" + data_bytes(hashlib.sha256(writer.out).digest())
+    walk.codes[id(code)] = (code, digest)
     return digest
 
 
-def _const(encoder: Encoder, const: Any, out: bytearray) -> None:
-    kind = type(const)
-    scalar = SCALARS.get(kind)
-    if scalar is not None:
-        out += scalar(const)
-    elif kind is CodeType:
-        out += b"K" + code_digest(encoder, const)
-    elif kind is tuple or kind is frozenset:
-        parts = []
-        for item in const:
-            part = bytearray()
-            _const(encoder, item, part)
-            parts.append(bytes(part))
-        if kind is frozenset:
-            parts.sort()
-        out += b"%s%d:" % (b"(" if kind is tuple else b"{", len(parts))
-        out += b"".join(parts)
-    else:
-        raise encoder.error(f"code holds a constant of type {kind.__name__}")
-
-
-def function_label(encoder: Encoder, function: FunctionType) -> str:
-    """A function's name for people and keys, the same in every process."""
+def _function_label(walk: Scope, function: FunctionType) -> str:
     module = function.__module__ or ""
-    return f"{encoder.shared.main if module == '__main__' else module}.{function.__qualname__}"
+    return f"{walk.main if module == '__main__' else module}.{function.__qualname__}"
 
 
-def put_function(encoder: Encoder, function: FunctionType) -> None:
+def put_function(writer: KeyWriter, function: FunctionType) -> None:
     """Write a function: its code, defaults, attributes and what it closes over."""
-    known = encoder.shared.functions.get(id(function))
-    if known is not None:
-        encoder.out += known[1]
+    if writer.again(function):
         return
-    if id(function) in encoder.active:
-        # A function that closes over itself: the name stands for the cycle.
-        encoder.out += b"r"
-        encoder.text(function_label(encoder, function))
+    walk, code = writer.walk, function.__code__
+    label = _function_label(walk, function)
+    if walk.origin(code.co_filename)[0]:
+        writer.head(b"library function", 3)
+        writer.text(label)
+        writer.text(f"{code.co_qualname} {code.co_firstlineno}")
+        _put_cells(writer, function, label)
         return
-    encoded = b"f" + text_bytes(function_label(encoder, function))
-    code = function.__code__
-    versioned = encoder.shared.origin(code.co_filename)[0]
-    if not versioned:
-        encoded += code_digest(encoder, code)
-        plain = plain_defaults(function)
-        encoded += plain or b""
-    stateful = not versioned and plain is None
-    if stateful or function.__closure__:
-        inner = encoder.fresh()
-        inner.active = [*encoder.active, id(function)]
-        if stateful:
-            _put_state(inner, function)
-        if function.__closure__:
-            _put_cells(inner, function)
-        encoded += hashlib.sha256(inner.out).digest()
-    if not encoder.active:
-        # Within a cycle the bytes depend on where it was entered; only a whole one may be kept.
-        encoder.shared.functions[id(function)] = (function, encoded)
-    encoder.out += encoded
+    writer.head(b"function", 5)
+    writer.text(label)
+    writer.out += code_bytes(walk, code)
+    plain = plain_defaults(function)
+    if plain is not None:
+        writer.out += b"[plain 1:" + plain
+    else:
+        writer.head(b"defaults", 3)
+        where = f" default of {function.__qualname__}"
+        for part in (function.__defaults__, function.__kwdefaults__):
+            writer.put_at(where, part)
+        writer.put_state(function, _NOT_STATE)
+    _put_cells(writer, function, label)
+    # It follows from the closure where functools.wraps set it, and there alone.
+    inner = function.__dict__.get("__wrapped__") if function.__dict__ else None
+    if inner is None or closes_over(function, inner):
+        writer.out += b"N"
+    else:
+        writer.put_at(".__wrapped__", inner)
+
+
+def closes_over(function: FunctionType, inner: object) -> bool:
+    """Whether one of a function's cells holds an object."""
+    for cell in function.__closure__ or ():
+        try:
+            if cell.cell_contents is inner:
+                return True
+        except ValueError:
+            continue
+    return False
 
 
 def plain_defaults(function: FunctionType) -> bytes | None:
@@ -134,8 +138,8 @@ def plain_defaults(function: FunctionType) -> bytes | None:
         return None
     defaults = function.__defaults__
     if not defaults:
-        return b"0"
-    parts = [b"(%d:" % len(defaults)]
+        return b"N"
+    parts = [b"[tuple %d:" % len(defaults)]
     for value in defaults:
         scalar = SCALARS.get(type(value))
         if scalar is None:
@@ -144,115 +148,95 @@ def plain_defaults(function: FunctionType) -> bytes | None:
     return b"".join(parts)
 
 
-def _put_state(encoder: Encoder, function: FunctionType) -> None:
-    where = f" default of {function.__qualname__}"
-    for part in (function.__defaults__, function.__kwdefaults__):
-        encoder.put_at(where, part)
-    if function.__dict__:
-        encoder.put_state(function, _NOT_STATE)
+def _put_cells(writer: KeyWriter, function: FunctionType, label: str) -> None:
+    cells = function.__closure__ or ()
+    writer.head(b"cells", 2 * len(cells))
+    for name, cell in zip(function.__code__.co_freevars, cells, strict=True):
+        writer.text(name)
+        _put_cell(writer, cell, name, label)
 
 
-def _put_cells(encoder: Encoder, function: FunctionType) -> None:
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
-        encoder.text(name)
-        try:
-            content = cell.cell_contents
-        except ValueError:
-            encoder.out += b"0"
-            continue
-        if name == "__class__" and isinstance(content, type):
-            encoder.put_class(content, contents=False)
-            continue
-        encoder.put_at(f" closure cell {name!r} of {function_label(encoder, function)}", content)
+def _put_cell(writer: KeyWriter, cell: CellType, name: str, label: str) -> None:
+    try:
+        content = cell.cell_contents
+    except ValueError:
+        if not writer.again(cell):
+            writer.head(b"empty cell", 0)
+        return
+    if name == "__class__" and isinstance(content, type):
+        writer.head(b"own class", 1)
+        writer.text(writer.class_label(content))
+        return
+    # Two functions may share a cell, and one of them set what the other reads.
+    if not writer.again(cell):
+        writer.head(b"cell", 1)
+        writer.put_at(f" closure cell {name!r} of {label}", content)
 
 
-def put_method(encoder: Encoder, method: MethodType) -> None:
-    """Write a bound method: its function and the object it is bound to."""
-    encoder.out += b"M"
-    encoder.put_at(".__func__", method.__func__)
-    encoder.put_at(".__self__", method.__self__)
+def _put_bare_cell(writer: KeyWriter, cell: CellType) -> None:
+    _put_cell(writer, cell, "cell", "a value")
 
 
-def put_builtin(encoder: Encoder, function: Any) -> None:
+def _put_method(writer: KeyWriter, method: MethodType) -> None:
+    # Asking for a bound method makes a new one, so it has no number.
+    writer.head(b"method", 2)
+    writer.put_at(".__func__", method.__func__)
+    writer.put_at(".__self__", method.__self__)
+
+
+def _put_builtin(writer: KeyWriter, function: Any) -> None:
     """Write a function made in C: its name, and the object it is bound to where there is one."""
-    encoder.out += b"B"
-    encoder.text(f"{function.__module__ or ''}.{function.__qualname__}")
     owner = getattr(function, "__self__", None)
-    if owner is not None and not isinstance(owner, ModuleType):
-        encoder.put_at(".__self__", owner)
+    writer.head(b"builtin", 2)
+    writer.text(f"{getattr(function, '__module__', None) or ''}.{function.__qualname__}")
+    writer.put_at(".__self__", None if isinstance(owner, ModuleType) else owner)
 
 
-def put_descriptor(encoder: Encoder, descriptor: Any) -> None:
-    """Write an attribute of a class made in C: whose it is, and its name."""
-    encoder.out += b"D"
-    encoder.text(f"{descriptor.__objclass__.__module__}.{descriptor.__objclass__.__qualname__}")
-    encoder.text(descriptor.__name__)
+def _put_descriptor(writer: KeyWriter, descriptor: Any) -> None:
+    writer.head(b"descriptor", 2)
+    writer.text(f"{descriptor.__objclass__.__module__}.{descriptor.__objclass__.__qualname__}")
+    writer.text(descriptor.__name__)
 
 
-def put_type(encoder: Encoder, cls: type) -> None:
+def put_type(writer: KeyWriter, cls: type) -> None:
     """Write a class that is a value."""
-    encoder.put_class(cls)
+    writer.put_class(cls)
 
 
-def put_module_reference(encoder: Encoder, module: ModuleType) -> None:
+def put_module_reference(writer: KeyWriter, module: ModuleType) -> None:
     """Write a Python module that is a value, by name.
 
     Raises:
         UnkeyableError: It is a module that its user may edit or set attributes of.
     """
-    if not encoder.shared.is_versioned(module.__name__):
-        raise encoder.error(f"the module {module.__name__} is held as a value; import it where it is used")
-    encoder.out += b"P"
-    encoder.text(module.__name__)
+    if not writer.walk.is_versioned(module.__name__):
+        raise writer.error(f"the module {module.__name__} is held as a value; import it where it is used")
+    writer.head(b"module", 1)
+    writer.text(module.__name__)
 
 
-def _put_wrapped(encoder: Encoder, wrapper: Any) -> None:
-    encoder.out += b"W"
-    encoder.text(type(wrapper).__name__)
-    encoder.shared.caches.append(("".join(encoder.path).lstrip(".") or wrapper.__name__, wrapper))
-    encoder.put_at(".__wrapped__", wrapper.__wrapped__)
+def _put_cached(writer: KeyWriter, wrapper: Any) -> None:
+    if writer.again(wrapper):
+        return
+    writer.walk.caches.append(("".join(writer.path).lstrip(".") or wrapper.__name__, wrapper))
+    writer.head(b"lru_cache", 1)
+    writer.put_at(".__wrapped__", wrapper.__wrapped__)
 
 
-def _put_property(encoder: Encoder, item: property) -> None:
-    encoder.out += b"Y"
-    for part in (item.fget, item.fset, item.fdel):
-        encoder.put_at(".fget", part)
+def _put_parts(kind: bytes, *names: str) -> Handler:
+    """How to write what wraps a function: its parts by name, then whatever was set on it."""
+    steps = [(name, f".{name}") for name in names]
 
+    def put(writer: KeyWriter, item: Any) -> None:
+        if writer.again(item):
+            return
+        writer.head(kind, 2 + len(steps))
+        writer.put_class(type(item))
+        for name, step in steps:
+            writer.put_at(step, getattr(item, name))
+        writer.put_state(item, _OF_WRAPPERS)
 
-def _put_cached_property(encoder: Encoder, item: functools.cached_property[Any]) -> None:
-    encoder.out += b"y"
-    encoder.put_at(".func", item.func)
-
-
-def _put_static(encoder: Encoder, item: Any) -> None:
-    encoder.out += b"S"
-    encoder.text(type(item).__name__)
-    encoder.put_at(".__func__", item.__func__)
-
-
-def _put_partial(encoder: Encoder, item: Any) -> None:
-    encoder.out += b"p"
-    encoder.put_at(".func", item.func)
-    encoder.put_at(".args", item.args)
-    encoder.put_at(".keywords", item.keywords)
-    if getattr(item, "__dict__", None):
-        encoder.put_state(item)
-
-
-def _put_context_variable(encoder: Encoder, item: contextvars.ContextVar[Any]) -> None:
-    encoder.out += b"l"
-    encoder.text(item.name)
-    # The variable stands for its value here and now; no value is told apart from any value.
-    value = item.get(_UNSET)
-    encoder.put_at(".get()", (value,) if value is not _UNSET else ())
-
-
-def _put_context_manager(encoder: Encoder, item: Any) -> None:
-    # Used as a decorator it starts its generator anew from these at each call.
-    encoder.out += b"x"
-    encoder.put_at(".func", item.func)
-    encoder.put_at(".args", item.args)
-    encoder.put_at(".kwds", item.kwds)
+    return put
 
 
 @contextlib.contextmanager
@@ -260,41 +244,163 @@ def _sample() -> Iterator[None]:
     yield
 
 
-_UNSET: Any = object()
+_OF_WRAPPERS = _NOT_STATE | frozenset(
+    "__module__ __name__ __qualname__ func attrname lock args kwds gen".split()  # noqa: SIM905
+)
+"""What wrappers copy from their functions, what is written as a part, and what a library keeps for itself."""
+
+_put_property = _put_parts(b"property", "fget", "fset", "fdel")
+_put_cached_property = _put_parts(b"cached property", "func", "attrname")
+_put_static = _put_parts(b"static", "__func__")
+_put_partial = _put_parts(b"partial", "func", "args", "keywords")
+# Used as a decorator it starts its generator anew from these at each call.
+_put_context_manager = _put_parts(b"context manager", "func", "args", "kwds")
 
 HANDLERS: Mapping[type, Handler] = {
-    contextvars.ContextVar: _put_context_variable,
+    CellType: _put_bare_cell,
     FunctionType: put_function,
-    MethodType: put_method,
-    BuiltinFunctionType: put_builtin,
-    MethodWrapperType: put_builtin,
-    **dict.fromkeys(BY_NAME, put_descriptor),
-    type(functools.lru_cache(lambda: None)): _put_wrapped,
+    MethodType: _put_method,
+    BuiltinFunctionType: _put_builtin,
+    MethodWrapperType: _put_builtin,
+    **dict.fromkeys(BY_NAME, _put_descriptor),
+    type(functools.lru_cache(lambda: None)): _put_cached,
     type(_sample()): _put_context_manager,
-    property: _put_property,
-    functools.cached_property: _put_cached_property,
-    staticmethod: _put_static,
-    classmethod: _put_static,
-    functools.partial: _put_partial,
     functools.partialmethod: _put_partial,
 }
 
-
-def _subclass(write: Handler) -> Handler:
-    def put(encoder: Encoder, value: Any) -> None:
-        encoder.put_class(type(value))
-        write(encoder, value)
-        if getattr(value, "__dict__", None):
-            encoder.put_state(value, _NOT_STATE)
-
-    return put
-
-
 FAMILIES: list[tuple[type, Handler]] = [
-    (property, _subclass(_put_property)),
-    (functools.cached_property, _subclass(_put_cached_property)),
-    (staticmethod, _subclass(_put_static)),
-    (classmethod, _subclass(_put_static)),
-    (functools.partial, _subclass(_put_partial)),
+    (property, _put_property),
+    (functools.cached_property, _put_cached_property),
+    (staticmethod, _put_static),
+    (classmethod, _put_static),
+    (functools.partial, _put_partial),
 ]
-"""Subclasses of what wraps functions."""
+"""What wraps functions, and its subclasses."""
+
+_NOT_CONTENT = frozenset(
+    """__module__ __dict__ __weakref__ __doc__ __annotations__ __abstractmethods__ _abc_impl __orig_bases__
+    __parameters__ __static_attributes__ __firstlineno__ __annotate__ __annotate_func__
+    __annotations_cache__ __qualname__ __dataclass_fields__ __dataclass_params__ __slots__ __classcell__
+    __type_params__ __signature__ __text_signature__""".split()  # noqa: SIM905
+)
+"""Class attributes that say nothing a method reads, or that are written in another way."""
+
+_ENUM_INTERNALS = frozenset(
+    """_member_names_ _member_map_ _value2member_map_ _unhashable_values_ _hashable_values_ _new_member_
+    _generate_next_value_ _use_args_ _member_type_ _value_repr_ _unhashable_values_map_
+    _boundary_ _flag_mask_ _singles_mask_ _all_bits_ _inverted_ __new__ __new_member__""".split()  # noqa: SIM905
+)
+
+_LIBRARY = os.path.dirname(os.__file__)
+_REPR_FILES = frozenset(os.path.join(_LIBRARY, name) for name in ("dataclasses.py", "reprlib.py"))
+"""Where the wrapper around a dataclass's ``__repr__`` is defined, depending on Python's version."""
+
+
+def put_class_contents(writer: KeyWriter, cls: type) -> None:
+    """Write what a class's own body holds: bases, declarations, methods and plain attributes, in their order.
+
+    Raises:
+        UnkeyableError: An attribute cannot be written soundly.
+    """
+    skipped = _NOT_CONTENT | writer.ignored(cls)
+    members: Mapping[str, Any] = {}
+    if isinstance(cls, enum.EnumMeta):
+        members = cls.__members__
+        skipped = skipped | _ENUM_INTERNALS | members.keys()
+    items = [
+        (name, value)
+        for name, value in cls.__dict__.items()
+        if name not in skipped and type(value) not in BY_NAME
+    ]
+    writer.head(b"contents", 6 + 2 * len(items))
+    writer.text(writer.class_label(cls))
+    writer.put_class(type(cls))
+    writer.head(b"bases", len(cls.__bases__))
+    for base in cls.__bases__:
+        writer.put_class(base)
+    registered = [reference() for reference in _get_dump(cls)[0]] if isinstance(cls, abc.ABCMeta) else []
+    labels = sorted(writer.class_label(item) for item in registered if item is not None)
+    writer.put(tuple(labels))
+    writer.put_at(
+        ".__members__",
+        {name: (member.__dict__["_value_"], member_state(member)) for name, member in members.items()},
+    )
+    _put_declarations(writer, cls)
+    prefix = f"{cls.__qualname__}."
+    for name, value in items:
+        writer.text(name)
+        kind = type(value)
+        scalar = SCALARS.get(kind)
+        if scalar is not None:
+            writer.out += scalar(value)
+            continue
+        if kind is FunctionType and (short := _as_shipped(writer.walk, cls, prefix + name, value)):
+            writer.out += short
+            continue
+        before = writer.path
+        writer.path = []
+        try:
+            writer.put(value)
+        except UnkeyableError as error:
+            raise UnkeyableError(f"class {writer.class_label(cls)}, attribute {name}", str(error)) from error
+        writer.path = before
+
+
+def _put_declarations(writer: KeyWriter, cls: type) -> None:
+    """Write what a class declares of its attributes, for a class whose file nobody may have recorded."""
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None) or ""
+    if writer.walk.origin(file)[1]:
+        writer.head(b"installed", 0)
+        return
+    declared = cls.__dict__.get("__annotations__")  # noqa: RUF063 - its own, and as they stand
+    fields = cls.__dict__.get("__dataclass_fields__", {})
+    writer.head(b"declared", 2 + len(fields))
+    writer.put_at(".__annotations__", dict(declared) if isinstance(declared, dict) else None)
+    writer.put_at(".__slots__", _slots_text(cls))
+    for name, item in fields.items():
+        where = f".{name}"
+        missing = dataclasses.MISSING
+        writer.head(b"field", 5)
+        writer.text(name)
+        writer.put((bool(item.init), bool(item.kw_only), bool(item.compare)))
+        writer.put_at(where, None if item.default is missing else (item.default,))
+        writer.put_at(where, None if item.default_factory is missing else (item.default_factory,))
+        writer.put_at(f"{where}.metadata", item.metadata)
+
+
+def _slots_text(cls: type) -> tuple[str, ...] | None:
+    slots = cls.__dict__.get("__slots__")
+    return None if slots is None else (slots,) if isinstance(slots, str) else tuple(map(str, slots))
+
+
+def _is_of_dataclass(walk: Scope, cls: type, code: CodeType) -> bool:
+    """Whether ``dataclass`` generated this code for a class in an installed file, from which it follows."""
+    made = code.co_qualname.startswith("__create_fn__.<locals>.") and "__dataclass_params__" in cls.__dict__
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    return made and file is not None and walk.origin(file)[1] != ""
+
+
+def _as_shipped(walk: Scope, cls: type, qualname: str, function: FunctionType) -> bytes | None:
+    """A short form for a method that stands in an installed file where its class does; else ``None``.
+
+    Most methods of most classes are of this kind, and there are hundreds of them in a model.
+    """
+    code = function.__code__
+    made = code
+    if code.co_filename in _REPR_FILES and qualname.endswith(".__repr__"):
+        # A dataclass's __repr__ stands in a wrapper of the library's.
+        inner = getattr(function, "__wrapped__", None)
+        made = inner.__code__ if type(inner) is FunctionType and closes_over(function, inner) else code
+    if made.co_filename == "<string>" and _is_of_dataclass(walk, cls, made):
+        walk.codes.setdefault(id(made), (made, b""))
+        return b"[generated 0:"
+    if code.co_qualname != qualname or function.__module__ != cls.__module__:
+        return None
+    if function.__closure__ is not None and code.co_freevars != ("__class__",):
+        return None
+    defaults = plain_defaults(function)
+    installed = walk.origin(code.co_filename)[1]
+    if defaults is None or not installed:
+        return None
+    walk.codes.setdefault(id(code), (code, b""))
+    return b"[shipped 3:i%d;%b%b" % (code.co_firstlineno, text_bytes(installed), defaults)

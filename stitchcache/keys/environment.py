@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
+from stitchcache.encoding import SCALARS
 from stitchcache.keys.digest import make_factor
-from stitchcache.keys.encoder import new_encoder
-from stitchcache.keys.values import SCALARS, Encoder, Shared
+from stitchcache.keys.scope import KeyWriter, Scope
+from stitchcache.keys.walk import Walk
 from stitchcache.torchside import modules, state
 from stitchcache.types import Factor
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Version of the key schema: raised whenever a key's factors or their encoding change, or the options that
 stitchcache itself chooses for a piece do, as backends/threads.py does. See docs/keys.md."""
 
@@ -231,7 +232,7 @@ _WRAPPERS = (functools.partial, functools.partialmethod, MethodType)
 _CACHE = type(functools.lru_cache(lambda: None))
 
 
-def torch_state_factors(shared: Shared | None = None) -> tuple[Factor, ...]:
+def torch_state_factors(shared: Scope | None = None) -> tuple[Factor, ...]:
     """Factors of torch's global state.
 
     Args:
@@ -240,7 +241,7 @@ def torch_state_factors(shared: Shared | None = None) -> tuple[Factor, ...]:
     Raises:
         UnkeyableError: A changed setting of Inductor, or a replaced function of torch, cannot be keyed.
     """
-    return tuple(_state_factors(shared or Shared()))
+    return tuple(_state_factors(shared or Walk()))
 
 
 def tracing_obstacle() -> str | None:
@@ -256,7 +257,7 @@ def tracing_obstacle() -> str | None:
     return "another compiler is tracing" if tracing or torch.compiler.is_compiling() else None
 
 
-def _state_factors(shared: Shared) -> Iterator[Factor]:
+def _state_factors(shared: Scope) -> Iterator[Factor]:
     yield make_factor("torch.default_dtype", str(torch.get_default_dtype()))
     yield make_factor("torch.default_device", torch.get_default_device().type)
     yield make_factor("torch.autocast", _autocast())
@@ -323,20 +324,20 @@ def _setting(name: str) -> Any:
 
 def _inductor() -> tuple[str, bytes]:
     changed = state.changed_inductor_settings()
-    encoder = new_encoder(Shared(), [state.INDUCTOR_SETTINGS])
+    encoder = Walk().writer("torch.inductor", path=[state.INDUCTOR_SETTINGS])
     for name, value in sorted(changed.items()):
         encoder.text(name)
         encoder.put_at(f".{name}", value)
     return ", ".join(f"{name}={value!r}"[:60] for name, value in sorted(changed.items())), bytes(encoder.out)
 
 
-def _patched(shared: Shared) -> tuple[str, bytes]:
+def _patched(shared: Scope) -> tuple[str, bytes]:
     """Functions and methods of torch that were replaced: captured code may call them.
 
     By somebody's code, or by another function of torch's, which shows in a name that is not its own. A few
     have two names as torch ships them; those are the same in every process of one version.
     """
-    encoder = new_encoder(shared)
+    encoder = shared.writer("torch.patched")
     classes = (item for item in vars(torch.nn.modules).values() if isinstance(item, type))
     owners: list[Any] = [*_FUNCTION_MODULES, torch.Tensor, *dict.fromkeys(classes)]
     names: list[str] = []
@@ -358,13 +359,13 @@ def _patched(shared: Shared) -> tuple[str, bytes]:
     return ", ".join(names) or "as shipped", bytes(encoder.out)
 
 
-def _put_patched(encoder: Encoder, names: list[str], name: str, value: Any) -> None:
+def _put_patched(encoder: KeyWriter, names: list[str], name: str, value: Any) -> None:
     names.append(name)
     encoder.text(name)
     encoder.put_at(name, value)
 
 
-def _put_other(encoder: Encoder, names: list[str], name: str, value: Any) -> None:
+def _put_other(encoder: KeyWriter, names: list[str], name: str, value: Any) -> None:
     """Write what stands in a namespace of torch under another name than its own, or wrapped."""
     kind = type(value)
     if kind is property or kind is staticmethod or kind is classmethod:
@@ -372,9 +373,9 @@ def _put_other(encoder: Encoder, names: list[str], name: str, value: Any) -> Non
         kind = type(value)
     if kind is _CACHE:
         value, kind = value.__wrapped__, type(value.__wrapped__)
-    if kind is FunctionType and not encoder.shared.origin(value.__code__.co_filename)[0]:
+    if kind is FunctionType and not encoder.walk.origin(value.__code__.co_filename)[0]:
         _put_patched(encoder, names, name, value)
     elif kind in _FUNCTIONS:
         encoder.text(f"{name} {value.__qualname__}")
-    elif kind in _WRAPPERS or (callable(value) and not encoder.shared.is_versioned(kind.__module__)):
+    elif kind in _WRAPPERS or (callable(value) and not encoder.walk.is_versioned(kind.__module__)):
         _put_patched(encoder, names, name, value)

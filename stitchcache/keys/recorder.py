@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from stitchcache.encoding import UnkeyableError
 from stitchcache.keys import check, outside, reads
 from stitchcache.keys.familiar import FamiliarCalls
 from stitchcache.keys.origins import (
@@ -31,7 +32,8 @@ from stitchcache.keys.origins import (
     stands_by_version,
 )
 from stitchcache.keys.outside import is_search, place, receiver_of
-from stitchcache.keys.values import WARM_CACHE, Shared, UnkeyableError
+from stitchcache.keys.scope import WARM_CACHE, Scope
+from stitchcache.keys.walk import Walk
 from stitchcache.torchside.state import active_modes
 from stitchcache.types import SourceRef
 
@@ -54,12 +56,12 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         unsound: Why a target key must not lead to this capture; ``None`` where it may.
     """
 
-    def __init__(self, keyed: Shared | None = None) -> None:
-        self._keyed = keyed or Shared()
+    def __init__(self, keyed: Scope | None = None) -> None:
+        self._keyed = keyed or Walk()
         self.sources: tuple[SourceRef, ...] = ()
         self.globals: tuple[tuple[str, str], ...] = ()
         self.unsound: str | None = None
-        self._shared = Shared()
+        self._shared = Walk(self._keyed)
         self._seen: dict[int, CodeType] = {}
         self._met: dict[tuple[int, int, int], tuple[Any, type | None]] = {}
         self._user: dict[int, CodeType] = {}
@@ -110,7 +112,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._found |= {entry: check.answer_digest(entry) for entry in self._answers}
         self._check_covered()
         self.sources = tuple(self._sources())
-        self.globals = tuple(sorted(self._found.items()))
+        # In the order in which they were read: an object that two of them share is written with the first.
+        self.globals = tuple(self._found.items())
         self._callback = self._previous = None
 
     @property
@@ -308,7 +311,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             if issubclass(cls, torch.nn.Module):
                 self._module_classes[id(cls)] = cls
             elif not self._shared.is_versioned(cls.__module__):
-                self._shared.classes.setdefault(id(cls), cls)
+                self._shared.note_class(cls)
 
     def _variable(self, frame: FrameType) -> None:
         """Note an environment variable that the model's code reads; torch's are factors where they count."""
@@ -442,7 +445,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                     self._refuse(str(error))
                     continue
                 self._found[f"class:{late}{label}:{cls.__qualname__}"] = digest
-        covered = Shared(main=self._shared.main, codes=self._shared.codes)
+        covered = Walk()
+        covered.codes = self._shared.codes
         for cls in self._module_classes.values():
             with contextlib.suppress(UnkeyableError):
                 # The target key has met this class, or will; here it only says which code was digested.

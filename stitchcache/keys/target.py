@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stitchcache.encoding import UnkeyableError, text_bytes
 from stitchcache.errors import OptionError
 from stitchcache.keys.digest import Digest, make_factor
-from stitchcache.keys.encoder import new_encoder
 from stitchcache.keys.environment import (
     decimal_context,
     environment_factors,
@@ -18,8 +18,9 @@ from stitchcache.keys.environment import (
     tracing_obstacle,
 )
 from stitchcache.keys.inputs import input_factors
-from stitchcache.keys.module_tree import model_factors, readable
-from stitchcache.keys.values import Shared, UnkeyableError
+from stitchcache.keys.model import class_factors, model_factors, readable
+from stitchcache.keys.scope import Scope
+from stitchcache.keys.walk import Walk
 from stitchcache.types import Factor, SizeRange
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def target_key(
     backend: str,
     options: Mapping[str, Any],
     key_factors: Mapping[str, Any] | None,
-    shared: Shared | None = None,
+    walk: Scope | None = None,
 ) -> TargetKey:
     """Compute the key under which a direct lookup finds a target.
 
@@ -69,26 +70,35 @@ def target_key(
         backend: ``aoti``, ``inductor`` or ``eager``.
         options: The backend's options.
         key_factors: The caller's own factors, name to plain value.
-        shared: What this lookup's steps have in common; give it to ``check_sources`` too, so that no class
-            and no function is looked at twice.
+        walk: An empty walk. Give it to ``check_sources`` and ``SourceRecorder`` too: what a record says of a
+            value is said in terms of the objects that this key has met.
 
     Raises:
         OptionError: One of ``options`` or ``key_factors`` is no plain value.
     """
-    shared = shared or Shared()
-    factors = list(_option_factors(splitting_ops, size_ranges, backend, options, key_factors or {}))
+    walk = walk or Walk()
+    factors: list[Factor] = []
     reason = tracing_obstacle()
+    # The model comes first: its factors then do not depend on what else objects of its are used for.
+    parts = model_factors(model, walk)
     try:
         factors += environment_factors(backend, _device_types(model, leaves))
         factors.append(make_factor("code.python", python_code()))
         factors.append(make_factor("code.decimal", decimal_context()))
-        factors += torch_state_factors(shared)
-        factors += input_factors(leaves, tree, dynamic_shapes, shared)
-        parts = model_factors(model, shared)
+        factors += torch_state_factors(walk)
+        factors += input_factors(leaves, tree, dynamic_shapes, walk)
         factors += parts.factors
-        reason = reason or parts.unsound or shared.warm_cache()
+        reason = reason or parts.unsound
     except UnkeyableError as error:
-        reason = str(error)
+        reason = reason or str(error)
+    # These come last, as what they need of classes comes with them; they are told of first.
+    asked = list(_option_factors(walk, splitting_ops, size_ranges, backend, options, key_factors or {}))
+    factors = [*asked, *factors]
+    try:
+        factors += class_factors(walk, "code.classes")
+    except UnkeyableError as error:
+        reason = reason or str(error)
+    reason = reason or walk.warm_cache()
     if reason is not None:
         return TargetKey(key=None, reason=reason, factors=tuple(factors))
     digest = Digest()
@@ -98,6 +108,7 @@ def target_key(
 
 
 def _option_factors(
+    walk: Scope,
     splitting_ops: Iterable[str],
     size_ranges: Sequence[SizeRange] | None,
     backend: str,
@@ -106,24 +117,23 @@ def _option_factors(
 ) -> Iterable[Factor]:
     ops = sorted(set(splitting_ops))
     yield make_factor("options.backend", backend)
-    yield make_factor("options.splitting_ops", ", ".join(ops) or "none", "\0".join(ops).encode())
+    yield make_factor("options.splitting_ops", ", ".join(ops) or "none", b"".join(map(text_bytes, ops)))
     ranges = [f"{item.dim or ''}:{item.min}..{item.max}" for item in size_ranges or ()]
     yield make_factor("options.size_ranges", ", ".join(ranges) or "none")
-    for kind, mapping in (("options", options), ("user", key_factors)):
-        prefix = "options.backend" if kind == "options" else kind
+    for kind, mapping in (("options.backend", options), ("user", key_factors)):
         for name, value in mapping.items():
-            yield make_factor(f"{prefix}.{name}", readable(value), _plain(kind, name, value))
+            yield make_factor(f"{kind}.{name}", readable(value), _plain(walk, kind, name, value))
 
 
-def _plain(kind: str, name: str, value: Any) -> bytes:
-    encoder = new_encoder(Shared())
+def _plain(walk: Scope, kind: str, name: str, value: Any) -> bytes:
+    writer = walk.writer(kind, name)
     argument = "key_factors" if kind == "user" else "options"
     try:
-        encoder.put(value)
+        writer.put(value)
     except UnkeyableError as error:
         message = f"{argument}[{name!r}] must be a plain value, as it becomes part of a key: {error}"
         raise OptionError(message, option=argument) from error
-    return bytes(encoder.out)
+    return bytes(writer.out)
 
 
 def _device_types(model: torch.nn.Module, leaves: Sequence[tuple[str, Any]]) -> set[str]:

@@ -1,7 +1,9 @@
-"""How torch's own values are written: dtypes, devices, tensors, operators.
+"""How torch's own values are written: dtypes, devices, tensors, modules; and which attributes of them count.
 
 A parameter or buffer is known by its metadata, because artifacts take it from the model by name. Any other
-tensor that a model holds becomes a constant of the artifact, so its value is part of the key.
+tensor that a model holds becomes a constant of the artifact, so its value is part of the key. So does a
+parameter that the model also reaches by another road, such as a plain list: export knows a parameter by the
+module that it belongs to, and takes the one in the list for a constant.
 """
 
 from __future__ import annotations
@@ -13,11 +15,15 @@ from typing import Any
 
 import torch
 
-from stitchcache.keys.values import Encoder, Handler
+from stitchcache.encoding import Handler, data_bytes, text_bytes
+from stitchcache.keys.library import MAX_BYTES, refuse
+from stitchcache.keys.scope import KeyWriter
+from stitchcache.torchside.modules import HOOKS, INTERNALS
+from stitchcache.torchside.tensors import FAKE_INTERNALS
 from stitchcache.types import span
 
-MAX_TENSOR_BYTES = 64 << 20
-"""Largest tensor that is read for a key; reading more would cost longer than a trace saves."""
+OF_MODULE = b"@" + text_bytes("tensor")
+"""How references to parameters and buffers begin."""
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
@@ -39,76 +45,159 @@ def tensor_text(value: torch.Tensor) -> str:
     return f"{tuple(value.shape)} {value.stride()} {value.dtype} {value.device.type}"
 
 
+def tensor_span(value: torch.Tensor) -> int:
+    """Bytes from a tensor's first element to its last."""
+    return span(value.shape, value.stride()) * value.element_size()
+
+
 def tensor_bytes(value: torch.Tensor) -> bytes:
     """The bytes that a strided CPU tensor spans.
 
     Read through its address, not through an operator: capture may run, and its modes would see the call.
     """
-    count = span(value.shape, value.stride())
-    return ctypes.string_at(value.data_ptr(), count * value.element_size()) if count else b""
+    size = tensor_span(value)
+    return ctypes.string_at(value.data_ptr(), size) if size else b""
 
 
-def put_tensor(encoder: Encoder, value: torch.Tensor) -> None:
-    """Write a tensor by value.
+def put_tensor(writer: KeyWriter, value: torch.Tensor) -> None:
+    """Write a tensor by value; a parameter or buffer too, as it was not met as one here.
 
     Raises:
         UnkeyableError: Its value cannot be read: a subclass, a fake, a sparse or a huge one.
     """
-    if encoder.again(value):
+    walk, known = writer.walk, writer.numbers.known.get(id(value))
+    if known is not None and (id(value) in walk.valued or not known.startswith(OF_MODULE)):
+        writer.out += known
         return
     if not is_plain_tensor(value) or value.layout is not torch.strided or value.is_quantized:
-        raise encoder.error(f"a {type(value).__name__} tensor whose value cannot be read; make it a buffer")
-    encoder.out += b"V"
-    encoder.text(f"{tensor_text(value)} {value.requires_grad} {value.is_conj()} {value.is_neg()}")
+        raise writer.error(f"a {type(value).__name__} tensor whose value cannot be read; make it a buffer")
+    size = value.numel() * value.element_size()
+    if size > MAX_BYTES and value.device.type != "meta":
+        what = "a parameter or buffer that is also held elsewhere" if known is not None else "no buffer"
+        raise writer.error(f"a tensor of {value.numel()} elements that is {what}; read it from its module")
+    if known is None:
+        writer.again(value)
+    walk.valued.add(id(value))
+    writer.head(b"tensor", 4)
+    writer.out += known or b"N"
+    flags = f"{value.requires_grad} {value.is_conj()} {value.is_neg()}"
+    writer.text(f"{type(value).__name__} {tensor_text(value)} {flags}")
     if value.device.type == "meta":
-        return
-    if value.numel() * value.element_size() > MAX_TENSOR_BYTES:
-        raise encoder.error(f"a tensor of {value.numel()} elements outside of the buffers; make it a buffer")
-    data = value if value.device.type == "cpu" else value.detach().cpu()
-    if not is_plain_tensor(data):
-        raise encoder.error(f"a tensor on {value.device.type} whose value cannot be read here")
-    encoder.out += hashlib.sha256(tensor_bytes(data)).digest()
-    if value.__dict__:
-        encoder.put_state(value, frozenset({"_is_hf_initialized"}))
+        writer.out += b"N"
+    else:
+        data = value if value.device.type == "cpu" else value.detach().cpu()
+        if not is_plain_tensor(data):
+            raise writer.error(f"a tensor on {value.device.type} whose value cannot be read here")
+        writer.out += data_bytes(hashlib.sha256(tensor_bytes(data)).digest())
+        if size and known is None:
+            start = value.data_ptr()
+            name = writer.numbers.known[id(value)].decode("utf-8", "replace")
+            walk.spans.append((start, start + tensor_span(value), name))
+    if known is None:
+        writer.put_state(value, TENSOR_NOTES)
+    else:
+        writer.out += b"N"
 
 
-def _put_size(encoder: Encoder, value: torch.Size) -> None:
-    encoder.out += b"Z"
-    encoder.text(str(tuple(value)))
+def _put_size(writer: KeyWriter, value: torch.Size) -> None:
+    writer.head(b"size", len(value))
+    writer.put_items(tuple.__iter__(value))
 
 
-def _put_text_form(encoder: Encoder, value: Any) -> None:
-    encoder.out += b"X"
-    encoder.text(str(value))
-
-
-def _put_device(encoder: Encoder, value: torch.device) -> None:
-    # An index is where a process happens to run, not what it computes.
-    encoder.out += b"v"
-    encoder.text(value.type)
-
-
-def put_numpy(encoder: Encoder, value: Any) -> None:
-    """Write a numpy array or scalar by value."""
-    if value.dtype.hasobject:
-        raise encoder.error("a numpy array of objects")
-    encoder.out += b"U"
-    encoder.text(f"{type(value).__name__} {value.dtype.str} {value.dtype.descr!r} {value.shape}")
-    data = value.tobytes()
-    encoder.out += b"%d:" % len(data) + data
-
-
-def put_numpy_dtype(encoder: Encoder, value: Any) -> None:
-    """Write a numpy data type."""
-    encoder.out += b"w"
-    encoder.text(f"{value.str} {value.descr!r}")
-
-
-def _refuse(why: str) -> Handler:
-    def put(encoder: Encoder, value: Any) -> None:
-        raise encoder.error(f"a {type(value).__name__} {why}")
+def _put_by_text(kind: bytes) -> Handler:
+    def put(writer: KeyWriter, value: Any) -> None:
+        writer.head(kind, 1)
+        writer.text(str(value))
 
     return put
+
+
+def _put_device(writer: KeyWriter, value: torch.device) -> None:
+    # An index is where a process happens to run, not what it computes.
+    writer.head(b"device", 1)
+    writer.text(value.type)
+
+
+HF_NOTES = frozenset(
+    {
+        "_is_hf_initialized",
+        "name_or_path",
+        "_name_or_path",
+        "_commit_hash",
+        "transformers_version",
+        "_original_object_hash",
+        "__validators__",
+        "__class_validators__",
+    }
+)
+"""What transformers keeps for itself: where a model came from, a hash that moves with the seed, and checks
+that run when a field of a configuration is set."""
+
+TENSOR_NOTES = frozenset({"_is_hf_initialized"})
+"""What it leaves on any module and tensor."""
+
+
+def own_attributes(value: torch.Tensor) -> dict[str, Any]:
+    """What somebody noted on a tensor, as far as it counts: the same on a fake as on the real one."""
+    fake = is_fake(value)
+    return {
+        name: noted
+        for name, noted in value.__dict__.items()
+        if name not in TENSOR_NOTES and not (fake and (name in FAKE_INTERNALS or "_memo" in name))
+    }
+
+
+def ignored_names(cls: type) -> frozenset[str]:
+    """Attributes of a class or its instances that say where they came from, not what they compute."""
+    if any((base.__module__ or "").partition(".")[0] == "transformers" for base in cls.__mro__):
+        return HF_NOTES
+    return TENSOR_NOTES
+
+
+def check_bound(writer: KeyWriter, value: torch.Tensor) -> None:
+    """Refuse a parameter or buffer that is a tensor subclass or quantized: metadata does not stand for it."""
+    if value.is_quantized or (not is_plain_tensor(value) and not is_fake(value)):
+        raise writer.error(f"a {type(value).__name__}, whose metadata does not stand for it")
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of the module runs hooks."""
+    state = module.__dict__
+    return any(map(state.get, HOOKS))
+
+
+def put_hooks(writer: KeyWriter, module: torch.nn.Module) -> None:
+    """Write a module's hooks in the order in which they run; their ids are the process's own."""
+    state = module.__dict__
+    writer.head(b"hooks", sum(len(state.get(name) or ()) for name in HOOKS))
+    for name, flags in HOOKS.items():
+        for index, (key, hook) in enumerate((state.get(name) or {}).items()):
+            writer.head(b"hook", 2 + len(flags))
+            writer.text(name)
+            writer.put_at(f".{name}[{index}]", hook)
+            for flag in flags:
+                writer.put(key in state.get(flag, ()))
+
+
+def put_module(writer: KeyWriter, module: torch.nn.Module) -> None:
+    """Write a module that is a value: held in a list or a closure, out of the model's own tree.
+
+    Its parameters and buffers become constants of the artifact, so they are written by value.
+    """
+    if writer.again(module):
+        return
+    writer.head(b"nn module", 7)
+    writer.put_class(type(module))
+    state = module.__dict__
+    writer.put(bool(module.training))
+    for kind in ("_parameters", "_buffers", "_modules"):
+        part = state.get(kind, {})
+        writer.head(b"part", 2 * len(part))
+        writer.path.append(f".{kind}")
+        writer.put_pairs(part.items())
+        writer.path.pop()
+    put_hooks(writer, module)
+    writer.put_state(module, INTERNALS | ignored_names(type(module)))
 
 
 HANDLERS: Mapping[type, Handler] = {
@@ -117,15 +206,16 @@ HANDLERS: Mapping[type, Handler] = {
     torch.nn.Buffer: put_tensor,
     torch.Size: _put_size,
     torch.device: _put_device,
-    torch.dtype: _put_text_form,
-    torch.layout: _put_text_form,
-    torch.memory_format: _put_text_form,
+    torch.dtype: _put_by_text(b"dtype"),
+    torch.layout: _put_by_text(b"layout"),
+    torch.memory_format: _put_by_text(b"memory format"),
 }
 
 FAMILIES: list[tuple[type, Handler]] = [
     (torch.Tensor, put_tensor),
-    (torch.Generator, _refuse("gives other numbers each time")),
-    (torch.ScriptObject, _refuse("holds state made in C++")),
-    (torch.jit.ScriptFunction, _refuse("holds compiled TorchScript")),
-    (torch.jit.ScriptModule, _refuse("holds compiled TorchScript")),
+    (torch.Generator, refuse("gives other numbers each time")),
+    (torch.ScriptObject, refuse("holds state made in C++")),
+    (torch.jit.ScriptFunction, refuse("holds compiled TorchScript")),
+    (torch.jit.ScriptModule, refuse("holds compiled TorchScript")),
+    (torch.nn.Module, put_module),
 ]

@@ -16,6 +16,7 @@ from stitchcache.capture import Capture
 from stitchcache.capture.contract import tensor_spec
 from stitchcache.codegen import generate_execution_code
 from stitchcache.graph.symbols import SymbolNames
+from stitchcache.keys.walk import plain_bytes
 from stitchcache.pieces import get_backend
 from stitchcache.pipeline.request import Request
 from stitchcache.pipeline.source import Source, fact
@@ -130,28 +131,36 @@ def _facts(
     carried: Mapping[str, torch.Tensor],
 ) -> tuple[Factor, ...]:
     """The parts of an entry beside its pieces."""
-    structure = "\n".join(f"{size_range} {planned.structure}" for size_range, planned in plans)
+    structure = plain_bytes([(_range(size_range), planned.structure) for size_range, planned in plans])
     values = {name: dump_consts([tensor]) or b"" for name, tensor in carried.items()}
+    inputs, outputs = captured.input_spec, captured.output_spec
     return (
         fact("graph.structure", f"{len(plans)} variants", structure),
-        fact("graph.inputs", f"{len(captured.input_spec.leaves)} leaves", repr(asdict(captured.input_spec))),
-        fact("graph.outputs", f"{captured.output_spec.count} leaves", repr(asdict(captured.output_spec))),
-        fact("graph.bindings", f"{len(bindings)} tensors", repr([asdict(b) for b in bindings])),
-        fact("graph.constants", f"{len(carried)} tensors", repr(sorted(values.items()))),
+        fact(
+            "graph.inputs",
+            f"{len(inputs.leaves)} leaves",
+            plain_bytes(asdict(inputs)),
+        ),
+        fact("graph.outputs", f"{outputs.count} leaves", plain_bytes(asdict(outputs))),
+        fact("graph.bindings", f"{len(bindings)} tensors", plain_bytes([asdict(b) for b in bindings])),
+        fact("graph.constants", f"{len(carried)} tensors", plain_bytes(sorted(values.items()))),
     )
 
 
 def _entry_hash(
     plans: Sequence[tuple[SizeRange | None, Plan]], facts: Sequence[Factor], environment: Sequence[Factor]
 ) -> str:
-    whole = hashlib.sha256(b"stitchcache entry 1\n")
-    for size_range, planned in plans:
-        whole.update(f"variant {size_range}\n".encode())
-        for piece in planned.pieces:
-            whole.update(f"piece {len(piece.name)} {piece.name} {piece.key}\n".encode())
-    for factor in sorted([*facts, *environment], key=lambda f: f.name):
-        whole.update(f"factor {len(factor.name)} {factor.name} {factor.digest}\n".encode())
-    return whole.hexdigest()
+    variants = [
+        (_range(size_range), tuple((piece.name, piece.key) for piece in planned.pieces))
+        for size_range, planned in plans
+    ]
+    factors = sorted((factor.name, factor.digest) for factor in [*facts, *environment])
+    return hashlib.sha256(plain_bytes(("stitchcache entry 2", variants, factors))).hexdigest()
+
+
+def _range(size_range: SizeRange | None) -> tuple[str | None, int, int] | None:
+    """A range with its dimension, which its text leaves out."""
+    return None if size_range is None else (size_range.dim, size_range.min, size_range.max)
 
 
 def assemble(

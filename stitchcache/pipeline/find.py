@@ -13,7 +13,7 @@ from stitchcache.cache import Cache
 from stitchcache.errors import UntrustedEntryError
 from stitchcache.keys.check import check_sources
 from stitchcache.keys.target import TargetKey, target_key
-from stitchcache.keys.values import Shared
+from stitchcache.keys.walk import Walk
 from stitchcache.pipeline.request import Clock, OnProgress, Request, Site
 from stitchcache.runtime.mismatch import explain_mismatch
 from stitchcache.state import devices_of
@@ -57,7 +57,7 @@ class Wanted:
         request: Options.
         site: Where.
         target: The target key.
-        shared: What computing the key has digested; checking sources need not digest it again.
+        walk: What computing the key has digested; checking sources need not digest it again.
         ready: What a preload made ready; taken only where it is what was found.
     """
 
@@ -70,7 +70,7 @@ class Wanted:
     request: Request
     site: Site
     target: TargetKey
-    shared: Shared
+    walk: Walk
     ready: Ready | None = None
 
 
@@ -129,7 +129,7 @@ def want(
         OptionError: One of the options or key factors is no plain value.
     """
     label = request.label or type(model).__qualname__
-    clock, shared = Clock(label, on_progress), Shared()
+    clock, walk = Clock(label, on_progress), Walk()
     leaves, spec = tree.flatten((args, dict(kwargs)))
     paths = tree.leaf_paths(model.forward, args, dict(kwargs))
     text = tree.dumps(spec)
@@ -143,8 +143,8 @@ def want(
         tree=text,
         request=request,
         site=Site(cache=cache, label=label, device=device, devices=devices, clock=clock),
-        target=clock.timed("key", lambda: key_of(model, leaves, paths, text, request, shared)),
-        shared=shared,
+        target=clock.timed("key", lambda: key_of(model, leaves, paths, text, request, walk)),
+        walk=walk,
         ready=ready,
     )
 
@@ -155,7 +155,7 @@ def key_of(
     paths: Sequence[str],
     tree_text: str,
     request: Request,
-    shared: Shared,
+    walk: Walk,
 ) -> TargetKey:
     """The target key of a model with a flattened example; the arguments are as in :class:`Wanted`."""
     return target_key(
@@ -168,7 +168,7 @@ def key_of(
         request.backend,
         request.backend_options,
         request.key_factors,
-        shared,
+        walk,
     )
 
 
@@ -189,7 +189,7 @@ def find(wanted: Wanted) -> Hit | Miss:
         if isinstance(found, Hit):
             return found
         first = first or found
-        if record.refused is not None and len(records) > 1 and check_sources(record, wanted.shared) is None:
+        if record.refused is not None and len(records) > 1 and check_sources(record, wanted.walk) is None:
             # It is about what is wanted here, so an older record must not be served past it.
             break
     return first or Miss(reason="no entry for this target", cause="new")
@@ -198,7 +198,7 @@ def find(wanted: Wanted) -> Hit | Miss:
 def _find_by_record(wanted: Wanted, record: TargetRecord) -> Hit | Miss:
     if record.refused is not None:
         return Miss(reason=record.refused, cause="unkeyable", record=record)
-    changed = wanted.site.clock.timed("sources", lambda: check_sources(record, wanted.shared))
+    changed = wanted.site.clock.timed("sources", lambda: check_sources(record, wanted.walk))
     if changed is not None:
         return Miss(reason=changed, cause="sources", record=record)
     found = find_by_graph(record.graph_hash, wanted.site.cache, wanted.ready)

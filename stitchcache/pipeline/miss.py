@@ -9,8 +9,7 @@ from stitchcache.errors import CacheMissError
 from stitchcache.explanation import MissFacts
 from stitchcache.keys import check
 from stitchcache.keys.differences import ABSENT, differences_text, explain_differences, names_text
-from stitchcache.keys.origins import find_file, read_file
-from stitchcache.keys.values import Shared
+from stitchcache.keys.origins import find_file, main_label, read_file
 from stitchcache.nearest import NearestEntry, nearest_entries
 from stitchcache.pipeline.entry import EntryPlan
 from stitchcache.pipeline.find import Miss, Wanted
@@ -63,7 +62,7 @@ def changed_sources(record: TargetRecord) -> dict[str, tuple[str, str]]:
     Returns:
         File, or the module's name where it has none now, to ``(digest when captured, digest now)``.
     """
-    main = Shared().main
+    main = main_label()
     found = {}
     for source in record.sources:
         file, module = find_file(source.module, main)

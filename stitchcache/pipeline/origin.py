@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from stitchcache.keys.check import check_sources
-from stitchcache.keys.module_tree import model_factors
-from stitchcache.keys.values import Shared
+from stitchcache.keys.digest import make_factor
+from stitchcache.keys.environment import SCHEMA_VERSION
+from stitchcache.keys.model import model_factors
+from stitchcache.keys.walk import Walk
 from stitchcache.pipeline.find import Wanted, key_of
 from stitchcache.types import Change, Factor, TargetRecord
 
@@ -31,13 +33,13 @@ def changed_from(wanted: Wanted, record: TargetRecord) -> Callable[[torch.nn.Mod
     def changed(model: torch.nn.Module) -> Change | None:
         if unknown is not None:
             return Change(name="model", was="", now=unknown, unknown=True)
-        shared = Shared()
-        now = key_of(model, leaves, paths, tree, request, shared)
+        walk = Walk()
+        now = key_of(model, leaves, paths, tree, request, walk)
         if now.key is None:
             return Change(name="model", was="", now=now.reason or "", unknown=True)
         # Of the other factors, the example's and the options' are fixed, and a process keeps its machine.
         found = _first_change(target.factors, now.factors, ("model.", "code.", "torch."))
-        if found is None and (reason := check_sources(record, shared)) is not None:
+        if found is None and (reason := check_sources(record, walk)) is not None:
             found = Change(name="sources", was="as captured", now=reason)
         return found
 
@@ -60,6 +62,10 @@ def without_data(leaves: Sequence[Any]) -> list[Any]:
 def changed_from_entry(factors: Sequence[Factor]) -> Callable[[torch.nn.Module], Change | None]:
     """What tells a model from the one that an entry was compiled from, by the entry's factors alone."""
 
+    # Another schema writes values in another way; names of classes are the same in all.
+    schema = make_factor("env.schema", str(SCHEMA_VERSION))
+    alike = all(factor.digest == schema.digest for factor in factors if factor.name == schema.name)
+
     def changed(model: torch.nn.Module) -> Change | None:
         now = model_factors(model)
         unknown = now.unsound
@@ -67,7 +73,7 @@ def changed_from_entry(factors: Sequence[Factor]) -> Callable[[torch.nn.Module],
             unknown = "the entry does not say what it was compiled from"
         if unknown is not None:
             return Change(name="model", was="", now=unknown, unknown=True)
-        return _first_change(factors, now.factors, ("model.",))
+        return _first_change(factors, now.factors, ("model.",) if alike else ("model.class",))
 
     return changed
 

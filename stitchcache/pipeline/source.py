@@ -16,10 +16,11 @@ from stitchcache.cache import Cache
 from stitchcache.capture import Capture
 from stitchcache.capture.dynamo import capture_graph
 from stitchcache.capture.ranges import capture_ranges, prove_ranges
+from stitchcache.encoding import UnkeyableError
 from stitchcache.graph.effects import matches
 from stitchcache.keys.environment import environment_factors, torch_state_factors
 from stitchcache.keys.recorder import SourceRecorder
-from stitchcache.keys.values import UnkeyableError
+from stitchcache.keys.walk import plain_bytes
 from stitchcache.pipeline.find import Wanted
 from stitchcache.pipeline.request import Clock, Request, Site
 from stitchcache.runtime.graph import held_tensors
@@ -71,7 +72,7 @@ def export_source(wanted: Wanted) -> Source:
     environment = environment_of(request, site.devices, site.label)
     clock.timed("import", _import_exporter)
     # Calls run in neither mode, whatever the caller's: the capture must not depend on them.
-    with torch.inference_mode(False), torch.no_grad(), SourceRecorder(wanted.shared) as recorder:
+    with torch.inference_mode(False), torch.no_grad(), SourceRecorder(wanted.walk) as recorder:
         captured, variants = clock.timed(
             "capture",
             lambda: capture_ranges(
@@ -153,14 +154,18 @@ def environment_of(request: Request, devices: Sequence[str], label: str) -> tupl
         *environment_factors(request.backend, devices),
         *state,
         fact("request.backend", request.backend, request.backend),
-        fact("request.options", f"{len(options)} set", repr(options)),
-        fact("request.caller", f"{len(caller)} set", repr(caller)),
+        fact("request.options", f"{len(options)} set", plain_bytes(options)),
+        fact("request.caller", f"{len(caller)} set", plain_bytes(caller)),
     )
 
 
-def fact(name: str, value: str, whole: str) -> Factor:
+def fact(name: str, value: str, whole: str | bytes) -> Factor:
     """A factor with the digest of its whole value."""
-    return Factor(name=name, value=value, digest=hashlib.sha256(whole.encode()).hexdigest())
+    return Factor(
+        name=name,
+        value=value,
+        digest=hashlib.sha256(whole.encode() if isinstance(whole, str) else whole).hexdigest(),
+    )
 
 
 def _import_exporter() -> None:

@@ -58,16 +58,16 @@ def look_up(name: str, stored: Path) -> dict[str, Any]:
     """In the child: key and check, timed, once; writes key and record first where there are none."""
     model, args, kwargs, shapes, ops = build(name)
     # As api/run.py has imported them by the time it computes a key.
+    from stitchcache.keys import Walk
     from stitchcache.keys.check import check_sources
     from stitchcache.keys.target import target_key
-    from stitchcache.keys.values import Shared
     from stitchcache.torchside import tree
 
     leaves, spec = tree.flatten((args, kwargs))
     named = list(zip(tree.leaf_paths(model.forward, args, kwargs), leaves, strict=True))
     text = tree.dumps(spec)
     record = pickle.loads(stored.read_bytes()) if stored.exists() else None
-    shared = Shared()
+    shared = Walk()
     began, wall = time.process_time(), time.perf_counter()
     key = target_key(model, named, text, shapes, ops, None, "aoti", {}, None, shared)
     between = time.process_time()
@@ -76,7 +76,7 @@ def look_up(name: str, stored: Path) -> dict[str, Any]:
     if key.key is None:
         raise SystemExit(f"{name} has no key: {key.reason}")
     if record is None:
-        return capture(key, model, args, kwargs, shapes, stored)
+        return capture(key, shared, model, args, kwargs, shapes, stored)
     if record[0] != key.key or changed is not None:
         raise SystemExit(f"{name} does not hit: {changed or 'another key'}")
     spent = {"key_ms": between - began, "check_ms": end - between, "cpu_ms": end - began, "wall_ms": wall}
@@ -84,7 +84,9 @@ def look_up(name: str, stored: Path) -> dict[str, Any]:
     return {**{name: seconds * 1e3 for name, seconds in spent.items()}, **facts}
 
 
-def capture(key: Any, model: Any, args: Any, kwargs: Any, shapes: Any, stored: Path) -> dict[str, Any]:
+def capture(
+    key: Any, shared: Any, model: Any, args: Any, kwargs: Any, shapes: Any, stored: Path
+) -> dict[str, Any]:
     """Write a key and what its capture read."""
     import torch
     import torch.export
@@ -93,7 +95,7 @@ def capture(key: Any, model: Any, args: Any, kwargs: Any, shapes: Any, stored: P
     from stitchcache.keys.recorder import SourceRecorder
     from stitchcache.types import TargetRecord
 
-    with torch.no_grad(), SourceRecorder() as recorder:
+    with torch.no_grad(), SourceRecorder(shared) as recorder:
         capture_ranges(model, args, kwargs, shapes, None)
     if recorder.unsound is not None:
         raise SystemExit(f"no direct lookup: {recorder.unsound}")

@@ -54,8 +54,7 @@ def key_of(model, args, shared):
 
 def run_edit(folder, edit, stored):
     """In the child: import the edited project, look its key up, and capture it to see what is true."""
-    from stitchcache.keys import SourceRecorder, check_sources, explain_differences
-    from stitchcache.keys.values import Shared
+    from stitchcache.keys import SourceRecorder, Walk, check_sources, explain_differences
     from stitchcache.types import TargetRecord
 
     sys.path.insert(0, str(folder))
@@ -65,7 +64,7 @@ def run_edit(folder, edit, stored):
     exec(f"import {modules}\nmodel, args = proj.model.build()", scope)
     exec(edit.get("after", ""), scope)
     model, args = scope["model"], scope["args"]
-    shared = Shared()
+    shared = Walk()
     key = key_of(model, args, shared)
     result = {"name": edit["name"], "key": key.key, "reason": key.reason, "hit": False}
     if stored is not None and key.key is not None:

@@ -151,6 +151,20 @@ def again(x):
     return x
 
 
+def reordered(model):
+    model.config.__dict__ = dict(reversed(model.config.__dict__.items()))
+
+
+def halves(mp):
+    """Two arguments of one memory."""
+    whole = torch.ones(8, 2)
+    return leaves(whole[:3], whole[2:7])
+
+
+class Option:
+    RATE = 1
+
+
 def renamed_comment(mp):
     """A second object of equal contents under another id."""
     return edited(lambda model: setattr(model, "value", int("1")))(mp)
@@ -237,6 +251,18 @@ PAIRS = {
     "input.POSITION.PATH": ("input.0.x", odd_dtype, given(**VALUES)),
     "input.equal_sizes": ("input.equal_sizes", given(**EQUAL), given(**OTHER_SIZES)),
     "input.aliases": ("input.aliases", one_tensor, given(**VALUES)),
+    "input.memory": ("input.memory", halves, elsewhere),
+    "code.classes.MODULE": (
+        f"code.classes.{HERE}",
+        given(key_factors={"revision": 1, "kind": Option}),
+        edited(lambda m: setattr(m, "config", Config())),
+    ),
+    "model.attribute_order": (
+        "model.attribute_order",
+        edited(lambda m: setattr(m, "value", m.__dict__.pop("value"))),
+        edited(lambda m: setattr(m, "value", int("1"))),
+    ),
+    "model.config_order": ("model.config_order", edited(reordered), edited(lambda m: setattr(m, "config", Config()))),
     "model.class": ("model.class", lambda mp: {"model": nn.Sequential(Net()).eval()}, same_mean),
     "model.tree": ("model.tree", edited(lambda m: m.add_module("more", nn.Identity())), same_mean),
     "model.training": ("model.training", edited(lambda m: m.linear.train()), same_mean),

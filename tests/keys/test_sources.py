@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stitchcache.keys import SourceRecorder, check_sources
-from stitchcache.keys.encoder import new_encoder
-from stitchcache.keys.values import Shared
+from stitchcache.keys import SourceRecorder, Walk, check_sources
 from stitchcache.types import SourceRef, TargetRecord
 
 ROOT = Path(__file__).parent.parent.parent
@@ -469,7 +467,7 @@ def test_two_lambdas_on_one_line_of_an_installed_file_differ(monkeypatch, tmp_pa
     import one_line_of_two
 
     def digest(function):
-        encoder = new_encoder(Shared())
+        encoder = Walk().writer("value")
         encoder.put(function)
         return bytes(encoder.out)
 
@@ -479,7 +477,7 @@ def test_two_lambdas_on_one_line_of_an_installed_file_differ(monkeypatch, tmp_pa
 
 def test_records_of_one_target_share_what_is_known_of_files(imported, monkeypatch):
     module = imported("def f():\n    return 1\n")
-    record, shared = as_record(recorded_call(module.f)), Shared()
+    record, shared = as_record(recorded_call(module.f)), Walk()
     assert check_sources(record, shared) is None
     monkeypatch.setattr("stitchcache.keys.check.read_file", None)
     assert check_sources(record, shared) is None

@@ -1,0 +1,335 @@
+"""Factors of a model: its classes, tree, parameters, plain attributes, hooks and configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import field
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stitchcache.encoding import SCALARS, UnkeyableError, layout_of, slots_of, text_bytes
+from stitchcache.keys.digest import make_factor, shorten
+from stitchcache.keys.origins import stands_by_version
+from stitchcache.keys.scope import Scope
+from stitchcache.keys.tensors import (
+    check_bound,
+    has_hooks,
+    ignored_names,
+    is_plain_tensor,
+    own_attributes,
+    put_hooks,
+    tensor_span,
+    tensor_text,
+)
+from stitchcache.keys.walk import Walk
+from stitchcache.torchside.modules import COMPILED_CALL, INTERNALS, TRANSIENT_BUFFERS
+from stitchcache.types import Factor
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
+
+
+_SHOWN = 3
+"""Distinct values that an attribute's readable form lists."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelKey:
+    """What can be known of a model without tracing it.
+
+    Args:
+        factors: Its factors, see docs/keys.md.
+        unsound: Why no key stands for it, naming the attribute; ``None`` where one does.
+    """
+
+    factors: tuple[Factor, ...]
+    unsound: str | None = None
+
+
+@dataclass(slots=True)
+class _Column:
+    """One attribute over all modules of a class: what it held, module by module."""
+
+    name: str
+    parts: list[bytes] = field(default_factory=list)
+    last: bytes = b""
+    counts: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+    def add(self, module: bytes, encoded: bytes, value: Any) -> None:
+        self.parts.append(module + encoded)
+        if encoded == self.last:
+            self.counts[-1] += 1
+        elif len(self.texts) <= _SHOWN:
+            self.last = encoded
+            self.counts.append(1)
+            self.texts.append(readable(value))
+
+    def text(self) -> str:
+        runs = zip(self.texts[:_SHOWN], self.counts, strict=False)
+        shown = [text if count == 1 else f"{text} x{count}" for text, count in runs]
+        return ", ".join(shown) + (", ..." if len(self.texts) > _SHOWN else "")
+
+
+def readable(value: Any) -> str:
+    """A short form of a value that holds no address, for people."""
+    if type(value) in SCALARS or isinstance(value, (torch.dtype, torch.device)):
+        return shorten(repr(value), 40)
+    if type(value) in {list, tuple, set, frozenset, dict}:
+        return f"{type(value).__name__} of {len(value)}"
+    name = getattr(value, "__qualname__", None)
+    return shorten(name if isinstance(name, str) else type(value).__qualname__, 60)
+
+
+def model_factors(model: torch.nn.Module, walk: Scope | None = None) -> ModelKey:
+    """Everything about a model that a trace may depend on, as factors.
+
+    Args:
+        model: The model; not changed, and none of its code is run.
+        walk: The walk over the whole key. The model comes first in it, so that its factors are the same
+            whatever else the key covers.
+    """
+    try:
+        return ModelKey(factors=tuple(_ModelWalk(model, walk or Walk()).factors()))
+    except UnkeyableError as error:
+        return ModelKey(factors=(), unsound=str(error))
+    except RecursionError:
+        return ModelKey(factors=(), unsound="the model's attributes are nested too deep")
+
+
+class _ModelWalk:
+    """The part of a walk that goes over a model's tree."""
+
+    def __init__(self, model: torch.nn.Module, walk: Scope) -> None:
+        self.model = model
+        self.walk = walk
+        self.numbers = walk.numbers
+        self.writer = walk.writer("model")
+        self.modules: list[tuple[str, torch.nn.Module]] = []
+        self.tree = bytearray()
+        self.labels: dict[type, str] = {}
+        self.described: dict[tuple[Any, ...], tuple[bytes, int]] = {}
+
+    def factors(self) -> Iterator[Factor]:
+        """All factors of the model, most telling first."""
+        self._visit("", self.model)
+        yield make_factor("model.class", self._label(type(self.model)))
+        yield make_factor("model.tree", f"{len(self.modules)} modules", bytes(self.tree))
+        training = [path or "(model)" for path, module in self.modules if module.training]
+        text = "all off" if not training else ", ".join(training[:8])
+        yield make_factor("model.training", text, b"".join(map(text_bytes, training)))
+        yield from self._tensors()
+        yield from self._attributes()
+        yield self._hooks()
+        yield self._torch_classes()
+        yield from class_factors(self.walk, "model.code")
+        yield memory_factor(self.walk, "model.aliases")
+
+    def _label(self, cls: type) -> str:
+        label = self.labels.get(cls)
+        if label is None:
+            label = self.labels[cls] = self.writer.class_label(cls)
+            self.writer.put_class(cls)
+        return label
+
+    def _visit(self, path: str, module: torch.nn.Module) -> None:
+        """List the tree; a module that occurs twice is named by its first path."""
+        known = self.numbers.known.get(id(module))
+        if known is not None:
+            self.tree += text_bytes(path) + known
+            return
+        if not isinstance(module, torch.nn.Module):
+            raise UnkeyableError(path, f"a {type(module).__name__} stands where a module should")
+        self.numbers.add(module, "module", path, 0)
+        self.modules.append((path, module))
+        children = module._modules
+        self.tree += text_bytes(path) + text_bytes(self._label(type(module))) + b"i%d;" % len(children)
+        for name, child in children.items():
+            if "." in name:
+                raise UnkeyableError(path, f"a module is called {name!r}; a name must hold no dot")
+            if child is None:
+                self.tree += text_bytes(name) + b"N"
+            else:
+                self._visit(f"{path}.{name}" if path else name, child)
+
+    def _tensors(self) -> Iterator[Factor]:
+        lines = {"parameters": bytearray(), "buffers": bytearray()}
+        counts = dict.fromkeys(lines, 0)
+        notes = self.walk.writer("model.tensor_attributes")
+        noted: list[tuple[str, dict[str, Any]]] = []
+        for path, module in self.modules:
+            state = module.__dict__
+            transient = state[TRANSIENT_BUFFERS]
+            prefix = f"{path}." if path else ""
+            for kind, found in lines.items():
+                for name, value in state[f"_{kind}"].items():
+                    full = prefix + name
+                    counts[kind] += 1
+                    found += text_bytes(full)
+                    found += b"N" if value is None else self._tensor(full, value, noted)
+                    found += b"T" if name in transient else b"F"
+        for name, own in noted:
+            notes.text(name)
+            notes.path = [name]
+            notes.put(own)
+        for kind, found in lines.items():
+            yield make_factor(f"model.{kind}", f"{counts[kind]} tensors", bytes(found))
+        yield make_factor("model.tensor_attributes", f"{len(notes.out)} bytes", bytes(notes.out))
+
+    def _tensor(self, name: str, value: torch.Tensor, noted: list[tuple[str, dict[str, Any]]]) -> bytes:
+        """A parameter or buffer; what it shares with others is kept for later."""
+        known = self.numbers.known.get(id(value))
+        if known is not None:
+            return known
+        self.numbers.add(value, "tensor", name, 0)
+        if value.__dict__ and (own := own_attributes(value)):
+            noted.append((name, own))
+        # Layers repeat: the same few descriptions serve for all tensors of a deep model.
+        strides = value.stride() if value.layout is torch.strided else value.layout
+        negated = value.is_conj(), value.is_neg()
+        what = (value.shape, strides, value.dtype, value.device, value.requires_grad, negated, type(value))
+        described = self.described.get(what)
+        if described is None:
+            self.writer.path = [name]
+            check_bound(self.writer, value)
+            text = f"{tensor_text(value)} {value.requires_grad} {negated}"
+            plain = is_plain_tensor(value) and value.layout is torch.strided and value.device.type != "meta"
+            described = self.described[what] = (text_bytes(text), tensor_span(value) if plain else 0)
+        if described[1]:
+            start = value.data_ptr()
+            self.walk.spans.append((start, start + described[1], name))
+        return described[0]
+
+    def _attributes(self) -> Iterator[Factor]:
+        config = self.model.__dict__.get("config")
+        if config is not None and type(config) not in self.writer.handlers and layout_of(type(config))[0]:
+            yield from self._config(config)
+        known: dict[type, tuple[dict[str, _Column], frozenset[str], Any]] = {
+            cls: ({}, INTERNALS | ignored_names(cls), slots_of(cls)) for cls in self.labels
+        }
+        orders: dict[tuple[str, ...], int] = {}
+        order = bytearray()
+        for path, module in self.modules:
+            cls = type(module)
+            columns, skipped, slots = known[cls]
+            module_bytes = text_bytes(path)
+            items = [item for item in module.__dict__.items() if item[0] not in skipped]
+            order += b"i%d;" % orders.setdefault(tuple([name for name, _ in items]), len(orders))
+            if slots:
+                items += [(name, slot.__get__(module)) for name, slot in slots if hasattr(module, name)]
+            for name, value in items:
+                column = columns.get(name)
+                if column is None:
+                    column = columns[name] = _Column(f"model.attributes.{self.labels[cls]}.{name}")
+                scalar = SCALARS.get(type(value))
+                encoded = scalar(value) if scalar is not None else self._encode(path, name, value, module)
+                column.add(module_bytes, encoded, value)
+        for columns, _, _ in known.values():
+            for column in columns.values():
+                yield make_factor(column.name, column.text(), b"".join(column.parts))
+        for names in orders:
+            order += b"i%d;" % len(names) + b"".join(map(text_bytes, names))
+        yield make_factor("model.attribute_order", f"{len(orders)} orders", bytes(order))
+
+    def _encode(self, path: str, name: str, value: Any, module: torch.nn.Module | None = None) -> bytes:
+        writer = self.writer
+        if name == COMPILED_CALL:
+            raise UnkeyableError(path, "Module.compile() was called; pass the model as it was before")
+        if name == "_flat_weights" and isinstance(module, torch.nn.RNNBase) and _are_own(module, value):
+            # Export puts its own tensors there as it does among the parameters.
+            return b"[flat weights 0:"
+        step = f".{name}"
+        writer.begin(step, path, [path, step])
+        writer.put(value)
+        return bytes(writer.out)
+
+    def _config(self, config: Any) -> Iterator[Factor]:
+        """One factor for each field of the model's configuration, which modules usually share."""
+        self.numbers.add(config, "config", "", 0)
+        self.writer.put_class(type(config))
+        ignored = ignored_names(type(config))
+        items = [item for item in getattr(config, "__dict__", {}).items() if item[0] not in ignored]
+        slots = [(name, slot) for name, slot in slots_of(type(config)) if hasattr(config, name)]
+        items += [(name, slot.__get__(config)) for name, slot in slots]
+        for name, value in items:
+            data = self._encode("(config)", name, value)
+            yield make_factor(f"model.config.{name}", readable(value), data)
+        names = b"".join(text_bytes(name) for name, _ in items)
+        yield make_factor("model.config_order", f"{len(items)} fields", names)
+
+    def _hooks(self) -> Factor:
+        writer = self.walk.writer("model.hooks")
+        hooked = [(path, module) for path, module in self.modules if has_hooks(module)]
+        for path, module in hooked:
+            writer.path = [path]
+            writer.text(path)
+            put_hooks(writer, module)
+        names = ", ".join(path or "(model)" for path, _ in hooked)
+        return make_factor("model.hooks", names or "none", bytes(writer.out))
+
+    def _torch_classes(self) -> Factor:
+        """What somebody changed on torch's own module classes: methods from elsewhere, plain attributes."""
+        writer = self.walk.writer("model.torch_classes")
+        replaced = []
+        bases = dict.fromkeys(base for cls in self.labels for base in cls.__mro__)
+        for cls in bases:
+            if not self.walk.is_versioned(cls.__module__):
+                continue
+            for name, value in cls.__dict__.items():
+                if isinstance(value, FunctionType):
+                    if not stands_by_version(value.__code__.co_filename):
+                        replaced.append(f"{cls.__qualname__}.{name}")
+                        writer.text(replaced[-1])
+                        writer.put_at(replaced[-1], value)
+                elif name[:2] != "__" and (scalar := SCALARS.get(type(value))) is not None:
+                    writer.text(f"{cls.__qualname__}.{name}")
+                    writer.out += scalar(value)
+        return make_factor("model.torch_classes", ", ".join(replaced) or "as shipped", bytes(writer.out))
+
+
+def class_factors(walk: Scope, name: str) -> Iterator[Factor]:
+    """One factor for each Python module whose classes were met and not yet written: what their bodies hold.
+
+    Raises:
+        UnkeyableError: A class attribute cannot be written soundly.
+    """
+    modules: dict[str, list[tuple[str, bytes]]] = {}
+    while walk.classes.keys() - walk.done.keys():
+        # A class's contents may name further classes.
+        for identity, cls in list(walk.classes.items()):
+            if identity not in walk.done:
+                walk.done[identity] = cls
+                module = walk.main if cls.__module__ == "__main__" else cls.__module__
+                modules.setdefault(module, []).append((cls.__qualname__, walk.contents(cls)))
+    for module, classes in sorted(modules.items()):
+        classes.sort()
+        names = ", ".join(label for label, _ in classes)
+        yield make_factor(f"{name}.{module}", names, b"".join(contents for _, contents in classes))
+
+
+def memory_factor(walk: Scope, name: str) -> Factor:
+    """Tensors and arrays that share memory without being one object: writing to one changes the other."""
+    found = []
+    end, owner, base = 0, "", 0
+    for start, stop, label in sorted(walk.spans):
+        if start < end:
+            found.append((label, owner, start - base, stop - base))
+        if stop > end:
+            end, owner, base = stop, label, start
+    text = ", ".join(f"{label!r} in {owner!r} at {at}" for label, owner, at, _ in found)
+    payload = b"".join(
+        text_bytes(label) + text_bytes(owner) + b"i%d;i%d;" % (at, stop) for label, owner, at, stop in found
+    )
+    return make_factor(name, text or "none", payload)
+
+
+def _are_own(module: torch.nn.RNNBase, value: Any) -> bool:
+    """Whether a list is that of a recurrent module's own parameters, as torch keeps it for fast calls."""
+    names = module.__dict__.get("_flat_weights_names")
+    if type(value) is not list or type(names) is not list or len(names) != len(value):
+        return False
+    return all(module._parameters.get(name) is item for name, item in zip(names, value, strict=True))
