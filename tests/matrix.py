@@ -1,13 +1,14 @@
 """Run the tests against several versions of torch and Python, and write the table of docs/compatibility.md.
 
     python tests/matrix.py --dir /tmp/matrix --torch 2.11.0 2.13.0 --python 3.11 3.13 -- -m "not compile"
-    python tests/matrix.py --dir /tmp/matrix --write docs/compatibility.md     # the table of all results so far
+    python tests/matrix.py --dir /tmp/matrix --write docs/compatibility.md     # the table of all results
 
-Makes one virtual environment a pair below ``--dir`` and keeps it for the next run. Results stay there as JSON, so
-that a pair can be run alone. What comes after ``--`` goes to pytest.
+Makes one virtual environment a pair below ``--dir`` and keeps it for the next run. Results stay there as
+JSON, so that a pair can be run alone. What comes after ``--`` goes to pytest.
 
-torch's builds with CUDA want some 3 GB of libraries each, which the tests never call. ``--cuda-libraries DIR``
-shares one copy, made with ``pip install --target DIR``: torch is then installed without its dependencies.
+torch's builds with CUDA want some 3 GB of libraries each, which the tests never call. ``--cuda-libraries
+DIR`` shares one copy, made with ``pip install --target DIR``: torch is then installed without its
+dependencies.
 """
 
 from __future__ import annotations

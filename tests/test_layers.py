@@ -57,6 +57,7 @@ TORCH_FREE = {
 PRIVATE_STRINGS = {
     # Lists of what stored code may name: data of the entry format, compared and never looked up in torch.
     "codegen/allowed.py",
+    "codegen/reach.py",
     "artifact/globals.py",
 }
 PUBLIC_TABLES = {"_parameters", "_buffers", "_modules"}  # why: stitchcache/torchside/__init__.py

@@ -20,8 +20,7 @@ from torch.fx import GraphModule, Node
 from stitchcache.errors import CaptureError
 from stitchcache.graph import symbols
 from stitchcache.graph.effects import written_placeholders
-from stitchcache.pieces.check import clone_all
-from stitchcache.pieces.stand_ins import stand_in
+from stitchcache.pieces.check import clone_all, stand_in
 from stitchcache.torchside.symbols import guarded_facts
 from stitchcache.torchside.tensors import has_fakes
 from stitchcache.types import InputSpec

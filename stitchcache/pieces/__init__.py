@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from stitchcache.errors import OptionError
 
 if TYPE_CHECKING:
-    from stitchcache.pieces.base import Backend
+    from stitchcache.pieces.backends import Backend
 
 NAMES = ("aoti", "inductor", "eager")
 
@@ -21,12 +21,13 @@ def get_backend(name: str) -> Backend:
     Raises:
         OptionError: No such backend.
     """
+    # Imported one by one: a warm start loads pieces of one backend only.
     if name == "aoti":
-        from stitchcache.pieces.aoti import AotiBackend
+        from stitchcache.pieces.backends import AotiBackend
 
         return AotiBackend()
     if name == "inductor":
-        from stitchcache.pieces.inductor import InductorBackend
+        from stitchcache.pieces.backends import InductorBackend
 
         return InductorBackend()
     if name == "eager":

@@ -1,4 +1,4 @@
-"""Run jobs in forked child processes.
+"""Run jobs in forked child processes; where there can be none, load fresh pieces in a process of their own.
 
 A forked child has the model, the ops that were registered by hand, and everything that was imported,
 without a second start-up; a crash stays inside it. torch's data loader relies on the same: threads of
@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import signal
+import subprocess
 import sys
 import threading
 import warnings
@@ -124,6 +125,47 @@ def run_here(jobs: Sequence[Job]) -> Generator[tuple[int, Any], None, None]:
             raise _failed(job, str(error).splitlines()) from error
 
 
+def load_elsewhere(backend: str, path: Path, device: str, piece: str) -> None:
+    """Load a fresh piece in a new process, where children cannot be forked.
+
+    A library that was linked against the wrong C++ runtime dies in its constructor, and takes its process
+    with it.
+
+    Args:
+        backend: The backend's name.
+        path: The piece.
+        device: Where it will run.
+        piece: Its name, for errors.
+
+    Raises:
+        PieceCrashError: The process died of it.
+        BackendError: It cannot be loaded.
+    """
+    load = (
+        "import sys, pathlib; from stitchcache.pieces import get_backend; "
+        "get_backend(sys.argv[1]).load(pathlib.Path(sys.argv[2]), sys.argv[3])"
+    )
+    search = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", load, backend, str(path), device],
+        env={**os.environ, "PYTHONPATH": search},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    job = Job(name=piece, run=lambda: None, log=path, backend=backend)
+    if done.returncode < 0:
+        raise _died(job, done.returncode, lines)
+    if done.returncode != 0:
+        last = lines[-1] if lines else "it said nothing"
+        raise BackendError(
+            f"piece {piece}, compiled by {backend}, cannot be loaded: {last}. Nothing was stored.",
+            backend=backend,
+            piece=piece,
+        )
+
+
 @dataclass(slots=True)
 class Child:
     """A job under way."""
@@ -222,14 +264,13 @@ def _finish(child: Child) -> Any:
         child.connection.close()
     child.process.join()
     if fine is None:
-        raise _died(child.job, int(child.process.exitcode or 0))
+        raise _died(child.job, int(child.process.exitcode or 0), _tail(child.job.log))
     if not fine:
         raise result
     return result
 
 
-def _died(job: Job, exit_code: int) -> BackendError:
-    lines = _tail(job.log)
+def _died(job: Job, exit_code: int, lines: Sequence[str]) -> BackendError:
     if exit_code >= 0:
         return _failed(job, lines)
     said = f" It said: {lines[-1].strip()[:300]}." if lines else ""

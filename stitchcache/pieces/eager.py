@@ -1,74 +1,44 @@
 """Pieces that are not compiled: the graph as Python source, run op by op.
 
-For machines without a compiler, for debugging, and for pieces that a compiler refuses.
+For machines without a compiler, for debugging, and for pieces that a compiler refuses. ``torch.cond`` and
+its kin take graphs as arguments: each is stored as source too, under the path of the attribute that holds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import torch
+from torch.fx import Graph, GraphModule
 
 from stitchcache.artifact.consts import dump_consts, load_consts
+from stitchcache.codegen import compile_execution_fn, generate_execution_code
 from stitchcache.errors import EntryFormatError
-from stitchcache.pieces.base import BoxedPiece
-from stitchcache.pieces.bodies import function_of, source_of
+from stitchcache.graph.effects import attribute_of, called
+from stitchcache.pieces.backends import Backend, BoxedPiece
 
 _MAGIC = "stitchcache eager piece 2"
 
 
-class EagerBackend:
+class EagerBackend(Backend):
     """Stores generated code; loading it needs neither a compiler nor torch's."""
 
     name = "eager"
-    parallel = True
 
-    def require(self) -> None:
-        """Nothing is needed."""
-
-    def wants_warming(self) -> bool:
-        """No."""
-        return False
-
-    def warm(self, devices: Collection[str], options: Mapping[str, Any], before: int) -> None:
-        """Nothing to do."""
-
-    def prepare(self, devices: Collection[str], options: Mapping[str, Any]) -> None:
-        """Nothing to do."""
-
-    def tuned(
-        self, devices: Collection[str], options: Mapping[str, Any], before: int, pieces: int
-    ) -> Mapping[str, Any]:
-        """The same options for any number."""
-        return options
-
-    def settled(self, devices: Collection[str], options: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Nothing to do."""
-        return nullcontext()
-
-    def foreign_ops(self, piece: torch.fx.GraphModule) -> set[str]:
-        """Every op can be called."""
-        return set()
-
-    def build(self, piece: torch.fx.GraphModule, directory: Path, options: Mapping[str, Any]) -> Path:
-        """Write the piece's graph as source; see :class:`~stitchcache.pieces.base.Backend`."""
+    def build(self, piece: GraphModule, directory: Path, options: Mapping[str, Any]) -> Path:
+        """Write the piece's graph as source."""
         path = directory / "piece.eager"
-        record = {"magic": _MAGIC, **source_of(piece, dump_consts)}
-        path.write_bytes(msgpack.packb(record))
+        path.write_bytes(msgpack.packb({"magic": _MAGIC, **_source_of(piece)}))
         return path
 
     def load(self, path: Path, device: str) -> BoxedPiece:
-        """Bind the stored source; see :class:`~stitchcache.pieces.base.Backend`."""
-        function = function_of(_read(path), load_consts)
-
-        def run(inputs: list[Any]) -> Any:
-            return function(*inputs)
-
-        return run
+        """Bind the stored source."""
+        function = _function_of(_read(path))
+        # It takes its inputs one by one, not as a list.
+        return lambda inputs: function(*inputs)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -89,3 +59,62 @@ def _read(path: Path) -> dict[str, Any]:
             reason="wrong magic",
         )
     return record
+
+
+class _Body(torch.nn.Module):
+    """Stands in a piece where a graph is passed to an op."""
+
+
+def _source_of(piece: GraphModule) -> dict[str, Any]:
+    """Write a graph, and the graphs that it passes on, as plain data."""
+    graphs = dict(_bodies(piece))
+    hollow = _without(piece, graphs)
+    code, names, consts = generate_execution_code(hollow)
+    plain = [name for name in names if name not in graphs]
+    return {
+        "code": code,
+        "names": names,
+        "consts": dump_consts(consts),
+        "attributes": {name: dump_consts([attribute_of(piece, name)]) for name in plain},
+        "bodies": {name: _source_of(graphs[name]) for name in names if name in graphs},
+    }
+
+
+def _function_of(record: dict[str, Any]) -> Any:
+    """Make the function that a record of :func:`_source_of` describes."""
+    bound = {name: load_consts(stored)[0] for name, stored in record["attributes"].items()}
+    bound.update({name: _function_of(body) for name, body in record["bodies"].items()})
+    return compile_execution_fn(record["code"], bound, record["names"], load_consts(record["consts"]))
+
+
+def _bodies(piece: GraphModule) -> Iterator[tuple[str, GraphModule]]:
+    for node in piece.graph.nodes:
+        if node.op == "get_attr":
+            for body in called(node):
+                yield str(node.target), body
+
+
+def _without(piece: GraphModule, graphs: dict[str, GraphModule]) -> GraphModule:
+    if not graphs:
+        return piece
+    graph = Graph()
+    output, _ = graph.graph_copy(piece.graph, {}, return_output_node=True)  # type: ignore[misc]
+    graph.output(output)
+    root = torch.nn.Module()
+    for node in graph.nodes:
+        if node.op in {"get_attr", "call_module"}:
+            name = str(node.target)
+            _place(root, name, _Body() if name in graphs else attribute_of(piece, name))
+    return GraphModule(root, graph)
+
+
+def _place(root: torch.nn.Module, path: str, value: Any) -> None:
+    *parents, name = path.split(".")
+    for part in parents:
+        if not hasattr(root, part):
+            root.add_module(part, torch.nn.Module())
+        root = getattr(root, part)
+    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+        root.register_buffer(name, value)
+    else:
+        setattr(root, name, value)

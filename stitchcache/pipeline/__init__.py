@@ -28,7 +28,7 @@ The walk of a **cold compile** (as a graph hit up to step 4, which gives a ``Mis
 
 1. ``trace.compile_planned`` takes the lock of the graph hash, and looks again.
 2. ``make.make`` takes those pieces that other models have left.
-3. ``plan.build.build`` compiles the others in child processes, which compare them with eager.
+3. ``pieces.build.build`` compiles the others in child processes, which compare them with eager.
 4. ``entry.assemble`` writes the stitching code: an ``Artifact``, which is stored.
 5. ``start.start`` links the pieces that are loaded already, and compares with the model.
 6. ``trace._put_target`` lets the target key lead to the entry.

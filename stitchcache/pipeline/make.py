@@ -17,11 +17,11 @@ from stitchcache.cache import Cache
 from stitchcache.errors import BackendError, EntryFormatError, StoreWriteError, UntrustedEntryError
 from stitchcache.graph.symbols import without_guards
 from stitchcache.pieces import get_backend
+from stitchcache.pieces.build import BuiltPiece, at_once, build
 from stitchcache.pipeline.entry import EntryPlan, assemble, stitched_leaves
 from stitchcache.pipeline.request import Request, Site
 from stitchcache.pipeline.start import Loaded
-from stitchcache.plan.build import BuiltPiece, at_once, build
-from stitchcache.plan.plan import PlannedPiece
+from stitchcache.plan.plan import PlannedPiece, examples_for
 from stitchcache.types import BlobRef, Factor
 
 log = logging.getLogger("stitchcache")
@@ -63,7 +63,6 @@ def make(planned: EntryPlan, request: Request, site: Site, known: Sequence[Facto
     distinct = {piece.key: piece for _, one in planned.plans for piece in one.pieces}
     missing = {key for key, piece in distinct.items() if not shelf.find(piece)}
     done = len(distinct) - len(missing)
-    before = {piece.backend: compiled_before(cache, piece.backend) for piece in distinct.values()}
     estimate = Estimate(cache, request.backend, len(missing), at_once(len(missing), request.jobs))
     tell("compile", done, len(distinct), estimate.left())
 
@@ -80,15 +79,14 @@ def make(planned: EntryPlan, request: Request, site: Site, known: Sequence[Facto
             continue
         # A process that only loads makes no assumptions about sizes, so compiling must add none.
         with cache.scratch() as scratch, without_guards(captured.gm.graph):
+            wanted = list(pieces.values())
             build(
-                one,
-                list(pieces.values()),
-                stitched_leaves(captured) if request.verify else None,
+                wanted,
+                examples_for(one, wanted, stitched_leaves(captured)) if request.verify else None,
                 scratch,
                 request.backend_options,
                 jobs=request.jobs,
                 devices=site.devices,
-                before=before,
                 on_built=on_built,
             )
     tell("store", done, len(distinct))
@@ -165,11 +163,6 @@ def _name(source: bytes | Path) -> BlobRef:
         # Too many open files, say. Nothing of this run is stored any more, so nobody goes by the name.
         data = b""
     return BlobRef(digest=hashlib.sha256(data).hexdigest(), size=len(data))
-
-
-def compiled_before(cache: Cache, backend: str) -> int:
-    """How many pieces a backend has compiled on a store, as far as its statistics know."""
-    return cache.counted().get(f"{_PIECES}.{backend}", 0)
 
 
 class Estimate:

@@ -14,10 +14,10 @@ from stitchcache.artifact.record import Artifact
 from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import CacheMissError, StaleEntryError, StoreWriteError
 from stitchcache.keys.differences import differences_text
-from stitchcache.pieces.warming import warming
+from stitchcache.pieces.build import warming
 from stitchcache.pipeline.entry import EntryPlan, plan_entry
 from stitchcache.pipeline.find import Hit, Miss, Ready, Wanted, find_by_graph
-from stitchcache.pipeline.make import compiled_before, make
+from stitchcache.pipeline.make import make
 from stitchcache.pipeline.miss import graph_differences, miss_error, miss_facts
 from stitchcache.pipeline.origin import changed_from
 from stitchcache.pipeline.request import Request, Site
@@ -63,8 +63,7 @@ def compile_traced(
     if request.must_be_direct:
         raise miss_error(wanted, miss)
     # What compiling needs from the disk is made while the model is captured; a graph hit breaks it off.
-    before = compiled_before(site.cache, request.backend)
-    with warming(request.backend, site.devices, request.backend_options, before, request.miss_is_error):
+    with warming(request.backend, site.devices, request.backend_options, request.miss_is_error):
         source = export_source(wanted)
         planned = site.clock.timed("plan", lambda: plan_entry(source, request))
         if source.unsound is not None:

@@ -12,12 +12,14 @@ from torch.fx.node import Argument, Target
 
 from stitchcache.errors import SplitError
 from stitchcache.graph.canonical import graph_hash
-from stitchcache.graph.effects import alias_hazards, called, mutates, target_name
+from stitchcache.graph.effects import alias_hazards, attribute_of, called, mutates, target_name
 from stitchcache.graph.split import check_splitting_ops, split_graph, submodule
 from stitchcache.graph.stitching import bind_placeholders, drop_placeholders, lower_sizes, pin_strides
-from stitchcache.pieces.base import Backend
+from stitchcache.pieces.backends import Backend
+from stitchcache.pieces.build import Examples
 from stitchcache.pieces.check import clone_all
 from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, is_view
+from stitchcache.torchside.tensors import has_fakes
 from stitchcache.types import Factor
 
 
@@ -144,24 +146,29 @@ def _refuse_control_flow(item: GraphModule) -> None:
             )
 
 
-def piece_inputs(plan: Plan, leaves: Sequence[Any], wanted: Mapping[str, str]) -> dict[str, list[Any]]:
-    """Record real inputs for pieces.
+def examples_for(plan: Plan, missing: Sequence[PlannedPiece], leaves: Sequence[Any]) -> Examples:
+    """Record real inputs for pieces, where there are any.
 
     The model's own tensors are left as they were: where anything in the graph writes, it runs on
     copies.
 
     Args:
         plan: What was split.
+        missing: One piece for each key.
         leaves: Arguments of the stitching graph, in order.
-        wanted: Submodule name to piece key, one name for each key.
 
     Returns:
-        Piece key to the inputs of its first call, before that call.
+        The inputs of each piece's first call, before that call. None where the arguments or the model's
+        tensors have no data.
     """
-    recorder = _Recorder(plan.split_gm, wanted)
+    nodes = plan.split_gm.graph.nodes
+    bound = [attribute_of(plan.split_gm, str(node.target)) for node in nodes if node.op == "get_attr"]
+    if has_fakes([*leaves, *bound]):
+        return Examples({}, made_up=True)
+    recorder = _Recorder(plan.split_gm, {piece.name: piece.key for piece in missing})
     with torch.no_grad():
         recorder.run(*recorder.prepare(list(leaves)))
-    return recorder.inputs
+    return Examples(recorder.inputs)
 
 
 class _Recorder(torch.fx.Interpreter):

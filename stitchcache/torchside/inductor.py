@@ -1,13 +1,16 @@
-"""Inductor: its two ways to compile a piece into a file, its settings, and what it imports.
+"""Inductor: two ways to compile a piece into a file, how such files are loaded, and probes of the CPU.
 
-Uses ``torch._inductor`` (``aot_compile``, ``standalone_compile``, ``config``) and the modules in
-``_MODULES``. Importing this file imports only ``torch``.
+Uses ``torch._inductor`` (``aot_compile``, ``standalone_compile``, ``config``, ``cpu_vec_isa``, the modules in
+``_MODULES``) and the runners in ``torch._C._aoti``. Importing this file imports only ``torch``, and loading a
+library imports nothing: a warm start goes through here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ SEEN = ("2.11", "2.13")
 
 # What lowering imports at its first graph; once here instead of once a forked child.
 _MODULES = ("torch._inductor.compile_fx", "torch._inductor.graph", "torch._inductor.codegen.cpp")
+# Whoever sets one of these may be given another instruction set than the best, so all must be probed.
+_CHOOSERS = ("cpp.simdlen", "cpp.vec_isa_ok")
 
 
 def import_compiler() -> None:
@@ -30,7 +35,7 @@ def import_compiler() -> None:
 
 
 def settings() -> Any:
-    """Inductor's settings, as attributes; ``patch`` of it sets some for a block."""
+    """Inductor's settings, as attributes."""
     import torch._inductor.config
 
     return torch._inductor.config
@@ -48,19 +53,37 @@ def compile_library(piece: torch.fx.GraphModule, fakes: Sequence[Any], options: 
         return torch._inductor.aot_compile(piece, tuple(fakes), options=dict(options))
 
 
+def load_library(path: str, device: str) -> Callable[[list[Any]], Sequence[Any]]:
+    """Map a library and make one instance of its model.
+
+    Args:
+        path: The library.
+        device: Where it runs: ``cpu``, or ``cuda:1``.
+
+    Returns:
+        Its ``run``: one list of tensors to one list of tensors.
+
+    Raises:
+        RuntimeError: It cannot be mapped, or was made for another torch.
+    """
+    if device.startswith("cuda"):
+        runner: Any = torch._C._aoti.AOTIModelContainerRunnerCuda(path, 1, device)
+    else:
+        runner = torch._C._aoti.AOTIModelContainerRunnerCpu(path, 1)
+    run: Callable[[list[Any]], Sequence[Any]] = runner.run
+    return run
+
+
 def compile_artifact(
     piece: torch.fx.GraphModule, fakes: Sequence[Any], options: Mapping[str, Any], path: Path
 ) -> None:
     """Compile a piece with Inductor, and save what it needs to run into one file."""
     import torch._inductor
 
+    patches = {"config_patches": dict(options)}
     with torch.no_grad():
         artifact = torch._inductor.standalone_compile(
-            piece,
-            list(fakes),
-            dynamic_shapes="from_graph",
-            options={"config_patches": dict(options)},
-            aot=True,
+            piece, list(fakes), dynamic_shapes="from_graph", options=patches, aot=True
         )
     artifact.save(path=str(path), format="binary")
 
@@ -70,3 +93,78 @@ def load_artifact(path: Path) -> Any:
     from torch._inductor.standalone_compile import CompiledArtifact
 
     return CompiledArtifact.load(path=str(path), format="binary")
+
+
+# Probes of the CPU. Inductor compiles and loads small test programs for every vector instruction set that the
+# CPU has, best first, and then takes the best that worked: ten compilations on a CPU with AMX, of which four
+# decide, and each test is a process that imports torch. Where this torch looks different, Inductor probes as
+# it always does.
+
+
+def probe_best(options: Mapping[str, Any]) -> None:
+    """Find the best instruction set that works; Inductor keeps on disk what that took."""
+    from torch._inductor import cpu_vec_isa
+
+    candidates = _candidates(options)
+    if candidates is None:
+        cpu_vec_isa.pick_vec_isa()
+    else:
+        any(candidates)  # their truth is the test
+
+
+@contextlib.contextmanager
+def few_probes(options: Mapping[str, Any], cpu: bool) -> Iterator[None]:
+    """Keep Inductor from probing what cannot matter; afterwards it probes anew.
+
+    Args:
+        options: The user's options.
+        cpu: Whether pieces run on the CPU, with the best set. If not, no set is looked for: the C++ of a
+            GPU's piece only starts kernels.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    candidates = _candidates(options)
+    best = [next(filter(None, candidates), None)] if cpu and candidates else []
+    valid = cpu_vec_isa.valid_vec_isa_list
+    if candidates is None or best == [None] or valid.cache_info().currsize:
+        yield
+        return
+    try:
+        # Sets that were found to work are remembered as such. With this setting the rest get a no untested.
+        with config.patch({"cpp.vec_isa_ok": False}):
+            found = valid()
+        if found != best:
+            _forget()
+        yield
+    finally:
+        _forget()
+
+
+def _forget() -> None:
+    """Have Inductor probe anew; what it built for that is still on disk."""
+    from torch._inductor import cpu_vec_isa
+
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    for isa in cpu_vec_isa.supported_vec_isa_list:
+        # Those that were told no remember it as if it had been tested.
+        clear = getattr(type(isa).__bool__, "cache_clear", None)
+        if clear is not None:
+            clear()
+
+
+def _candidates(options: Mapping[str, Any]) -> list[Any] | None:
+    """Instruction sets of this CPU, best first; ``None`` where Inductor had better do it all itself."""
+    from torch._inductor import config, cpu_vec_isa
+
+    if os.environ.get("ATEN_CPU_CAPABILITY") or any(name in options for name in _CHOOSERS):
+        return None
+    if getattr(config.cpp, "simdlen", 0) is not None or getattr(config.cpp, "vec_isa_ok", True) is not None:
+        return None
+    known = getattr(cpu_vec_isa, "supported_vec_isa_list", None)
+    checker = getattr(cpu_vec_isa, "x86_isa_checker", None)
+    if known is None or checker is None or not hasattr(cpu_vec_isa.valid_vec_isa_list, "cache_clear"):
+        return None
+    flags = set(checker())
+    # Without flags this is no x86, and Inductor has no list to go through. With one set nothing is skipped.
+    found = [isa for isa in known if flags and set(str(isa).split()) <= flags]
+    return found if len(found) > 1 else None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stitchcache import errors
-from stitchcache.pieces.stand_ins import compare_on_stand_ins, stand_in
+from stitchcache.pieces.check import compare_on_stand_ins, stand_in
 from stitchcache.torchside.tensors import has_fakes, without_data
 
 

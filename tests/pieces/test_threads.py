@@ -8,7 +8,7 @@ from torch import nn
 
 import stitchcache
 from stitchcache.capture import capture
-from stitchcache.pieces.threads import ENOUGH, thread_options
+from stitchcache.pieces.compiling import ENOUGH, thread_options
 
 
 class Wide(nn.Module):

@@ -39,7 +39,7 @@ def probes(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["aoti", "inductor"])
 def test_a_gpus_pieces_are_compiled_without_probes(probes, backend):
-    with get_backend(backend).settled(["cuda"], {}):
+    with get_backend(backend).around_compiling(["cuda"], {}):
         assert not cpu_vec_isa.pick_vec_isa()
         assert not probes
     # What follows in the same process gets what the CPU has.
@@ -49,7 +49,7 @@ def test_a_gpus_pieces_are_compiled_without_probes(probes, backend):
 
 @pytest.mark.parametrize("devices", [["cpu"], ["cuda", "cpu"]])
 def test_a_cpus_pieces_get_the_best_and_the_rest_are_not_probed(probes, devices):
-    with get_backend("aoti").settled(devices, {}):
+    with get_backend("aoti").around_compiling(devices, {}):
         assert str(cpu_vec_isa.pick_vec_isa()) == BEST
         assert set(probes) == {BEST}
     assert len(cpu_vec_isa.valid_vec_isa_list()) == 4
@@ -58,7 +58,7 @@ def test_a_cpus_pieces_get_the_best_and_the_rest_are_not_probed(probes, devices)
 def test_what_is_known_stays_known(probes):
     known = cpu_vec_isa.valid_vec_isa_list()
     made = len(probes)
-    with get_backend("aoti").settled(["cuda"], {}):
+    with get_backend("aoti").around_compiling(["cuda"], {}):
         assert cpu_vec_isa.valid_vec_isa_list() is known
     assert cpu_vec_isa.valid_vec_isa_list() is known
     assert len(probes) == made
@@ -66,11 +66,11 @@ def test_what_is_known_stays_known(probes):
 
 @pytest.mark.parametrize("options", [{"cpp.simdlen": 256}, {"cpp.vec_isa_ok": True}])
 def test_who_chooses_a_set_is_obeyed(probes, options):
-    with get_backend("aoti").settled(["cuda"], options):
+    with get_backend("aoti").around_compiling(["cuda"], options):
         assert len(cpu_vec_isa.valid_vec_isa_list()) == 4
 
 
 def test_an_error_leaves_nothing_behind(probes):
-    with pytest.raises(KeyError), get_backend("aoti").settled(["cuda"], {}):
+    with pytest.raises(KeyError), get_backend("aoti").around_compiling(["cuda"], {}):
         raise KeyError
     assert len(cpu_vec_isa.valid_vec_isa_list()) == 4

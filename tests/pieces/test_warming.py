@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from stitchcache.torchside import headers
+from stitchcache.pieces import get_backend
+from stitchcache.pieces.compiling import HEADERS, HEADERS_PAY_FROM
 
 COMPILE = """
 import json
@@ -64,37 +65,20 @@ def test_two_pieces_share_headers_and_probes(tmp_path, fresh_process):
     assert not list((tmp_path / "tmp").glob("stitchcache-*"))
 
 
-def test_few_pieces_make_no_headers(tmp_path, monkeypatch):
-    from torch._inductor import codecache
-
-    monkeypatch.setattr(codecache, "_HEADER_DIR", str(tmp_path))
-    few = headers.PAYS_FROM - 1
-    assert not headers.worth({}, 0, 0)
-    assert not headers.worth({}, 0, few)
-    assert headers.worth({}, 0, few + 1)
-    assert headers.worth({}, few, 1), "with those before, they pay"
-    assert headers.worth({}, headers.PAYS_FROM // 2, 0), "as many again are to be expected"
-    # Those of torch.compile are of no use to pieces.
-    (tmp_path / "a.h").write_text("#include <torch/csrc/inductor/cpp_prefix.h>")
-    (tmp_path / "a.h.gch").touch()
-    assert not headers.worth({}, 0, few)
-    (tmp_path / "b.h").write_text("#include <torch/csrc/inductor/aoti_include/cpu.h>")
-    assert not headers.worth({}, 0, few), "not made yet"
-    (tmp_path / "b.h.gch").touch()
-    assert headers.worth({}, 0, 1), "once made, they cost nothing"
-    assert not headers.worth({headers.OPTION: False}, 0, 1)
-
-
-def test_who_says_what_of_headers_is_obeyed(tmp_path, monkeypatch):
-    from torch._inductor import codecache
-
-    from stitchcache.pieces import get_backend
-
-    monkeypatch.setattr(codecache, "_HEADER_DIR", str(tmp_path))
-    aoti, asked = get_backend("aoti"), {headers.OPTION: True, "max_autotune": True}
-    assert aoti.tuned(["cpu"], asked, 0, 1) == asked
-    assert aoti.tuned(["cpu"], {"max_autotune": True}, 0, 1) == {"max_autotune": True, headers.OPTION: False}
-    assert aoti.tuned(["cpu"], {}, 0, headers.PAYS_FROM) == {}
-    assert aoti.tuned(["cpu", "cuda"], {}, 0, 1) == {}, "what an accelerator's pieces gain was not measured"
+@pytest.mark.parametrize(
+    ("devices", "pieces", "options", "headers"),
+    [
+        (["cpu"], HEADERS_PAY_FROM - 1, {}, False),
+        (["cpu"], HEADERS_PAY_FROM, {}, None),
+        (["cpu"], 1, {HEADERS: True}, True),
+        (["cpu"], HEADERS_PAY_FROM, {HEADERS: False}, False),
+        # What an accelerator's pieces gain was not measured.
+        (["cpu", "cuda"], 1, {}, None),
+    ],
+)
+def test_few_pieces_make_no_headers_and_who_says_what_is_obeyed(devices, pieces, options, headers):
+    given = {**options, "max_autotune": True}
+    chosen = get_backend("aoti").options_for(devices, given, pieces)
+    assert chosen == {**given, **({} if headers is None else {HEADERS: headers})}
     for name in ("inductor", "eager"):
-        assert get_backend(name).tuned(["cpu"], {}, 0, 1) == {}
+        assert get_backend(name).options_for(devices, given, pieces) == given

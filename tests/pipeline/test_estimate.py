@@ -6,8 +6,8 @@ import pytest
 
 import stitchcache
 from stitchcache.cli.words import left_text
-from stitchcache.pipeline.make import Estimate, compiled_before
-from stitchcache.plan import build
+from stitchcache.pieces import build
+from stitchcache.pipeline.make import Estimate
 
 
 def test_nothing_is_known_at_first_and_then_what_was_seen(tmp_path):
@@ -20,7 +20,11 @@ def test_nothing_is_known_at_first_and_then_what_was_seen(tmp_path):
     assert first.left() == pytest.approx(200, abs=1), "two rounds of 100 s, just begun"
     first.took("aoti", 300.0)
     assert first.left() == pytest.approx(400, abs=1)
-    assert [compiled_before(cache, name) for name in ("aoti", "eager", "inductor")] == [2, 1, 0]
+    assert [cache.counted().get(f"piece.compiled.{name}", 0) for name in ("aoti", "eager", "inductor")] == [
+        2,
+        1,
+        0,
+    ]
     assert Estimate(cache, "aoti", pieces=3, at_once=3).left() == pytest.approx(200, abs=1)
     assert Estimate(cache, "inductor", pieces=3, at_once=3).left() is None
 
