@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
-import torch
-
 from stitchcache.keys.check import Found
 from stitchcache.keys.origins import (
     in_stdlib,
@@ -26,6 +24,7 @@ from stitchcache.keys.origins import (
     module_stands_by_version,
     stands_by_version,
 )
+from stitchcache.torchside.state import fx_globals
 
 FORBIDDEN_CODE = {
     threading.Thread.start.__code__: "starts a thread, whose code is not seen",
@@ -187,16 +186,6 @@ def outside_stdlib(frame: FrameType) -> FrameType | None:
     )
 
 
-_FX_NAMES: dict[str, Any] = {
-    "device": torch.device,
-    "inf": float("inf"),
-    "nan": float("nan"),
-    "NoneType": type(None),
-    "fx_pytree": sys.modules.get("torch.fx._pytree"),
-    "pytree": sys.modules.get("torch.utils._pytree"),
-}
-
-
 def is_given(code: CodeType, name: str, value: object) -> bool:
     """Whether a global of code that no module holds means the same wherever it has this name.
 
@@ -207,7 +196,7 @@ def is_given(code: CodeType, name: str, value: object) -> bool:
         return module_stands_by_version(name)
     if not code.co_filename.startswith("<eval_with_key>"):
         return False
-    known = _FX_NAMES.get(name)
+    known = fx_globals().get(name)
     return known is not None and (value is known or repr(value) == repr(known))
 
 

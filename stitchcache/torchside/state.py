@@ -40,6 +40,18 @@ def imported_compilers() -> tuple[str, ...]:
     return tuple(name for name in ("torch._dynamo", "torch._inductor") if name in sys.modules)
 
 
+def fx_globals() -> dict[str, Any]:
+    """What ``torch.fx`` puts beside the code that it generates for a graph, by name."""
+    return {
+        "device": torch.device,
+        "inf": float("inf"),
+        "nan": float("nan"),
+        "NoneType": type(None),
+        "fx_pytree": sys.modules.get("torch.fx._pytree"),
+        "pytree": sys.modules.get("torch.utils._pytree"),
+    }
+
+
 def active_modes() -> list[str]:
     """Names of the torch function and dispatch modes that are active, innermost last.
 
