@@ -52,10 +52,12 @@ def command(as_json: bool, root: str | None) -> None:
 
 
 def _settings(root: str | None) -> list[Setting]:
-    from stitchcache.store.layout import flag
+    from stitchcache.store.layout import CHECKS, choice, flag, required
 
     cache = open_cache(root)
     limit = cache.max_bytes
+    require, check = required(), choice("STITCHCACHE_CHECK", CHECKS)
+    value, shown = {"nothing": (False, "no"), "hit": (True, "yes")}.get(require, (require, require))
     return [
         Setting(
             "root", str(cache.root), str(cache.root), _source("STITCHCACHE_DIR", root), "STITCHCACHE_DIR"
@@ -67,11 +69,12 @@ def _settings(root: str | None) -> list[Setting]:
             _source("STITCHCACHE_MAX_SIZE"),
             "STITCHCACHE_MAX_SIZE",
         ),
+        Setting("require", value, shown, _source("STITCHCACHE_REQUIRE"), "STITCHCACHE_REQUIRE"),
+        Setting("check", check, check, _source("STITCHCACHE_CHECK"), "STITCHCACHE_CHECK"),
         *(
             Setting(name, flag(variable), "yes" if flag(variable) else "no", _source(variable), variable)
             for name, variable in (
                 ("read_only", "STITCHCACHE_READONLY"),
-                ("require", "STITCHCACHE_REQUIRE"),
                 ("audit", "STITCHCACHE_AUDIT"),
                 ("debug", "STITCHCACHE_DEBUG"),
             )

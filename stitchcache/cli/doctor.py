@@ -14,11 +14,11 @@ from stitchcache.cli.options import cache_option, finding, json_option
 from stitchcache.cli.output import print_json
 from stitchcache.cli.words import count_text, printable, size_text
 from stitchcache.errors import OptionError
-from stitchcache.store.layout import default_root, flag, max_size
+from stitchcache.store.layout import CHECKS, choice, default_root, flag, max_size, required
 from stitchcache.store.probe import Trial, probe
 
 _FLAGS = ("STITCHCACHE_READONLY", "STITCHCACHE_REQUIRE", "STITCHCACHE_AUDIT", "STITCHCACHE_DEBUG")
-_KNOWN = {"STITCHCACHE_DIR", "STITCHCACHE_MAX_SIZE", *_FLAGS}
+_KNOWN = {"STITCHCACHE_DIR", "STITCHCACHE_MAX_SIZE", "STITCHCACHE_CHECK", *_FLAGS}
 # Others' variables that change what is compiled, with what, or where.
 _FOREIGN = ("CXX", "ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
@@ -145,8 +145,11 @@ def _setting(name: str) -> Trial:
             meaning = f"a put evicts what is over {size_text(limit)}"
         elif name == "STITCHCACHE_READONLY" and flag(name):
             meaning = "nothing is stored: what misses is compiled in every process again"
-        elif name == "STITCHCACHE_REQUIRE" and flag(name):
-            meaning = "a miss is an error: prewarm what is to run here"
+        elif name == "STITCHCACHE_REQUIRE" and (need := required()) != "nothing":
+            what = "a miss" if need == "hit" else "whatever is no direct hit"
+            meaning = f"{what} is an error: prewarm what is to run here"
+        elif name == "STITCHCACHE_CHECK" and choice(name, CHECKS) == "none":
+            meaning = "no hit is compared with the model: a wrong one is served without a word"
         elif name == "STITCHCACHE_AUDIT" and flag(name):
             meaning = "every direct hit is traced too, which takes seconds"
         elif name in _FLAGS:

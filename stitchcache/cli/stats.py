@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _WORDS = {
     "hit.direct": "loaded without tracing",
     "hit.graph": "loaded after tracing",
+    "hit.load": "loaded by graph hash",
     "compiled": "compiled",
     "hit.piece": "pieces found while compiling",
     "miss.new": "traced: no entry for the target",
@@ -28,6 +29,7 @@ _WORDS = {
     "miss.entry": "traced: the entry was gone or damaged",
     "miss.piece": "traced: a piece was gone or damaged",
     "miss.refused": "traced: the entry cannot be used here",
+    "miss.look": "traced: the look found that the hit was wrong",
     "audit.right": "audits that found the direct hit right",
     "audit.wrong": "audits that found it wrong",
     "piece.compiled.aoti": "pieces compiled by aoti",

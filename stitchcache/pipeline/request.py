@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import field
@@ -13,7 +12,7 @@ import torch
 from stitchcache.cache import Cache
 from stitchcache.errors import OptionError
 from stitchcache.pieces import NAMES
-from stitchcache.store.layout import flag
+from stitchcache.store.layout import CHECKS, choice, required
 from stitchcache.types import SizeRange
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ T = TypeVar("T")
 
 OnMiss = Literal["compile", "error"]
 Check = Literal["example", "background", "none"]
-_CHECKS = ("example", "background", "none")
 _OWN_OPTIONS = {"stitchcache.jobs": int, "stitchcache.verify": bool}
 
 
@@ -64,7 +62,7 @@ class Request:
         _one_of("backend", self.backend, NAMES)
         _one_of("on_miss", self.on_miss, ("compile", "error"))
         _one_of("require", self.require, (None, "direct"))
-        _one_of("check", self.check, (None, *_CHECKS))
+        _one_of("check", self.check, (None, *CHECKS))
         for op in self.splitting_ops:
             if not isinstance(op, str) or not op:
                 raise OptionError(
@@ -108,34 +106,25 @@ class Request:
     @property
     def must_be_direct(self) -> bool:
         """Whether tracing is forbidden, by argument or by ``STITCHCACHE_REQUIRE=direct``."""
-        return self.require == "direct" or _required_by_environment() == "direct"
+        return self.require == "direct" or required() == "direct"
 
     @property
     def miss_is_error(self) -> bool:
         """Whether compiling is forbidden, by argument or by ``STITCHCACHE_REQUIRE``."""
-        return self.on_miss == "error" or self.require is not None or _required_by_environment() != ""
+        return self.on_miss == "error" or self.require is not None or required() != "nothing"
 
     @property
     def checked(self) -> Check:
         """When a hit is compared with the model: the argument, else ``STITCHCACHE_CHECK``, else at once."""
         if self.check is not None:
             return self.check
-        value = os.environ.get("STITCHCACHE_CHECK", "").strip().lower() or "example"
-        _one_of("STITCHCACHE_CHECK", value, _CHECKS)
-        return value  # type: ignore[return-value]
+        return choice("STITCHCACHE_CHECK", CHECKS)  # type: ignore[return-value]
 
 
 def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:
     if value not in known:
         there = ", ".join(str(one) for one in known)
         raise OptionError(f"{name}={value!r}: there is {there}.", option=name)
-
-
-def _required_by_environment() -> str:
-    """``STITCHCACHE_REQUIRE``: ``""``, ``"hit"`` or ``"direct"``."""
-    if os.environ.get("STITCHCACHE_REQUIRE", "").strip().lower() == "direct":
-        return "direct"
-    return "hit" if flag("STITCHCACHE_REQUIRE") else ""
 
 
 def check_model(model: Any, args: Any, kwargs: Any) -> None:

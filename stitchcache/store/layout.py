@@ -10,6 +10,7 @@ import re
 import stat
 from collections.abc import Sequence
 from enum import StrEnum
+from typing import Literal
 
 from stitchcache.errors import OptionError, StoreError
 
@@ -80,6 +81,9 @@ def key_of(area: Area, name: str) -> str | None:
 
 # -- settings ------------------------------------------------------------------------------------
 
+CHECKS = ("example", "background", "none")
+"""When a hit is compared with the model itself; the first is the default."""
+
 Roots = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
@@ -142,6 +146,32 @@ def flag(name: str) -> bool:
     if value in ("1", "true", "yes", "on"):
         return True
     raise OptionError(f"{name}={value!r}: use 1 or 0", option=name)
+
+
+def choice(name: str, known: Sequence[str]) -> str:
+    """An environment variable that names one of several things; missing is the first.
+
+    Raises:
+        OptionError: It names something else.
+    """
+    value = os.environ.get(name, "").strip().lower() or known[0]
+    if value not in known:
+        raise OptionError(f"{name}={value!r}: use {', '.join(known)}", option=name)
+    return value
+
+
+def required() -> Literal["nothing", "hit", "direct"]:
+    """``STITCHCACHE_REQUIRE``: 1 makes a compilation an error, ``direct`` a trace too.
+
+    Raises:
+        OptionError: It is neither, and no way of saying no.
+    """
+    if os.environ.get("STITCHCACHE_REQUIRE", "").strip().lower() == "direct":
+        return "direct"
+    try:
+        return "hit" if flag("STITCHCACHE_REQUIRE") else "nothing"
+    except OptionError as error:
+        raise OptionError(f"{error.message}, or direct", option=error.option) from None
 
 
 def max_size() -> int | None:

@@ -126,6 +126,11 @@ def test_config(run_cli, tmp_path):
     assert settings["require"]["value"] is True
     assert settings["audit"] == {"value": False, "source": "default", "variable": "STITCHCACHE_AUDIT"}
     assert settings["read_only"] == {"value": False, "source": "default", "variable": "STITCHCACHE_READONLY"}
+    assert settings["check"]["value"] == "example"
+    env |= {"STITCHCACHE_REQUIRE": "direct", "STITCHCACHE_CHECK": "none"}
+    more = run_cli("config", "--json", env=env)
+    found = [more.json["settings"][name]["value"] for name in ("require", "check")]
+    assert found == ["direct", "none"]
     assert run_cli("config", "--json", "--cache", tmp_path).json["settings"]["root"]["source"] == "option"
     out = run_cli("config", env=env).out
     assert "2.0 GiB" in out

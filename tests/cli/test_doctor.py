@@ -69,6 +69,9 @@ def test_settings_in_force(run_cli, tmp_path):
     assert any(
         each["found"] == "STITCHCACHE_REQUIRE=1" and "a miss is an error" in each["meaning"] for each in said
     )
+    direct = run_cli("doctor", tmp_path, env={"STITCHCACHE_REQUIRE": "direct", "STITCHCACHE_CHECK": "none"})
+    assert "whatever is no direct hit is an error" in direct.out
+    assert "no hit is compared with the model" in direct.out
 
 
 def test_no_compiler_is_a_note(run_cli, tmp_path):
