@@ -1,14 +1,12 @@
-"""Why a start was warm or cold, as a record that can be printed. Imports no torch."""
+"""Why a start was warm or cold, and what tells two keys apart, as records and text. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import TYPE_CHECKING
 
-from stitchcache.keys.differences import printable
-from stitchcache.nearest import NearestEntry
-from stitchcache.types import Factor
+from stitchcache.types import Factor, TargetRecord
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
@@ -18,7 +16,82 @@ if TYPE_CHECKING:
 else:
     from stitchcache.records import dataclass
 
+ABSENT = "(absent)"
+"""Stands for the value of a factor that a key does not have."""
+
+
+def explain_differences(old: Sequence[Factor], new: Sequence[Factor]) -> dict[str, tuple[str, str]]:
+    """Say which factors differ between two keys.
+
+    Args:
+        old: Factors of the stored key.
+        new: Factors of the key that was looked up.
+
+    Returns:
+        Factor name to ``(old value, new value)``, in the new key's order; ``"(absent)"`` for one that a key
+        does not have. Values that read alike are told apart by the start of their digests.
+    """
+    before = {factor.name: factor for factor in old}
+    after = {factor.name: factor for factor in new}
+    found = {}
+    for name in [*after, *(name for name in before if name not in after)]:
+        one, two = before.get(name), after.get(name)
+        if one is not None and two is not None:
+            if one.digest == two.digest:
+                continue
+            if one.value == two.value:
+                found[name] = (f"{one.value} [{one.digest[:8]}]", f"{two.value} [{two.digest[:8]}]")
+                continue
+        found[name] = (one.value if one else ABSENT, two.value if two else ABSENT)
+    return found
+
+
+def differences_text(differences: Mapping[str, tuple[str, str]], most: int = 3) -> str:
+    """The first few differences in one line, such as ``env.torch (2.12.0 -> 2.13.0) and 2 more``."""
+    shown = [f"{name} ({old} -> {new})" for name, (old, new) in list(differences.items())[:most]]
+    rest = len(differences) - len(shown)
+    return _and(shown, rest)
+
+
+def names_text(names: Sequence[str], most: int = 3) -> str:
+    """The first few names in one line, such as ``env.torch, env.cpu and 2 more``."""
+    return _and(list(names[:most]), len(names) - most)
+
+
+def _and(shown: list[str], rest: int) -> str:
+    text = ", ".join(shown)
+    return printable(f"{text} and {rest} more" if rest > 0 else text)
+
+
+def printable(text: str) -> str:
+    """Text from a file, with nothing in it that a terminal or a log would act on."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 _SHOWN = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NearestEntry:
+    """An entry, or the target that leads to it, beside some factors.
+
+    Args:
+        graph_hash: The entry.
+        target_key: The target key that leads to it; ``None`` where only the entry is known.
+        label: The model's class or the target's name.
+        created: Unix seconds.
+        refused: Why the target is not served without tracing; ``None`` where it is.
+        differences: Factor name to ``(value there, value here)``.
+        record: What the target key leads to; ``None`` where only the entry is known.
+    """
+
+    graph_hash: str
+    target_key: str | None
+    label: str
+    created: float
+    refused: str | None = None
+    differences: dict[str, tuple[str, str]] = field(default_factory=dict)
+    record: TargetRecord | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

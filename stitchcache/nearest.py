@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import field
 from typing import TYPE_CHECKING, TypeVar
 
 from stitchcache.artifact.entry import decode, decode_target, unpack_factors
 from stitchcache.errors import EntryFormatError
-from stitchcache.keys.differences import explain_differences
+from stitchcache.explanation import NearestEntry, explain_differences
 from stitchcache.store.layout import Area, key_of
 from stitchcache.types import Factor, TargetRecord
 
@@ -34,29 +33,6 @@ MOST_BYTES = 8 << 20
 # An entry has these beside, or instead of, the factors of a target key.
 _OF_ENTRIES = ("graph.", "request.")
 _Factors = dict[str, Factor]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NearestEntry:
-    """An entry, or the target that leads to it, beside some factors.
-
-    Args:
-        graph_hash: The entry.
-        target_key: The target key that leads to it; ``None`` where only the entry is known.
-        label: The model's class or the target's name.
-        created: Unix seconds.
-        refused: Why the target is not served without tracing; ``None`` where it is.
-        differences: Factor name to ``(value there, value here)``.
-        record: What the target key leads to; ``None`` where only the entry is known.
-    """
-
-    graph_hash: str
-    target_key: str | None
-    label: str
-    created: float
-    refused: str | None = None
-    differences: dict[str, tuple[str, str]] = field(default_factory=dict)
-    record: TargetRecord | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

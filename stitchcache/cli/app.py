@@ -13,21 +13,22 @@ import click
 
 from stitchcache.errors import OptionError, StitchCacheError, TargetError
 
-_COMMANDS = (
-    "demo",
-    "prewarm",
-    "ls",
-    "inspect",
-    "explain",
-    "diff",
-    "verify",
-    "prune",
-    "clear",
-    "stats",
-    "config",
-    "doctor",
-    "migrate",
-)
+_COMMANDS = {
+    "demo": "demo",
+    "prewarm": "prewarm",
+    "ls": "entries",
+    "inspect": "entries",
+    "explain": "explain",
+    "diff": "entries",
+    "verify": "upkeep",
+    "prune": "upkeep",
+    "clear": "upkeep",
+    "stats": "stats",
+    "config": "machine",
+    "doctor": "machine",
+    "migrate": "upkeep",
+}
+"""Commands in the order of the help page, with the module that has them; imported when they are used."""
 
 
 class Failure(click.ClickException):
@@ -53,9 +54,10 @@ class Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of a name; ``None`` where there is none."""
-        if cmd_name not in _COMMANDS:
+        home = _COMMANDS.get(cmd_name)
+        if home is None:
             return None
-        command: click.Command = importlib.import_module(f"stitchcache.cli.{cmd_name}").command
+        command: click.Command = getattr(importlib.import_module(f"stitchcache.cli.{home}"), cmd_name)
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

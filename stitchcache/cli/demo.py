@@ -9,11 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stitchcache.cli.layout import Column
-from stitchcache.cli.options import cache_option, finding, json_option, open_cache
-from stitchcache.cli.output import print_json, print_pairs, print_table
-from stitchcache.cli.progress import display
-from stitchcache.cli.words import seconds_text, size_text
+from stitchcache.cli.output import (
+    Column,
+    cache_option,
+    finding,
+    json_option,
+    open_cache,
+    print_json,
+    print_pairs,
+    print_table,
+    seconds_text,
+    size_text,
+)
+from stitchcache.cli.progress import Display
 
 if TYPE_CHECKING:
     from stitchcache.demo.run import DemoReport
@@ -41,7 +49,7 @@ _NAME = "decoder"
 @click.option("--runs", type=click.IntRange(1, 99), default=3, show_default=True, help="Processes a row.")
 @json_option
 @cache_option
-def command(
+def demo(
     layers: int,
     width: int,
     heads: int,
@@ -63,7 +71,7 @@ def command(
 
     cache = open_cache(root if root is not None else tempfile.mkdtemp(prefix="stitchcache-demo-"))
     config = {"layers": layers, "width": width, "heads": heads, "vocabulary": vocabulary}
-    with display() as shown:
+    with Display() as shown:
 
         def on_progress(progress: dict[str, Any]) -> None:
             if progress["stage"] != "done":
@@ -92,7 +100,7 @@ def _print(report: DemoReport, stats: CacheStats, root: str) -> None:
         Column("PROCESS TO FIRST OUTPUT", right=True),
         Column("MODEL TO FIRST OUTPUT", right=True),
         Column("ONE CALL", right=True),
-        Column("RUNS", right=True, optional=True),
+        Column("RUNS", right=True),
     )
     rows = [
         [

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from stitchcache.cli.layout import Column
-from stitchcache.cli.options import cache_option, finding, json_option, open_cache
-from stitchcache.cli.output import print_heading, print_json, print_pairs, print_table
-from stitchcache.cli.words import age_text, count_text, moment_text, printable, seconds_text
+from stitchcache.cli.output import (
+    Column,
+    age_text,
+    cache_option,
+    count_text,
+    difference_records,
+    finding,
+    json_option,
+    moment_text,
+    open_cache,
+    print_differences,
+    print_heading,
+    print_json,
+    print_pairs,
+    print_table,
+    printable,
+    seconds_text,
+)
 from stitchcache.errors import StitchCacheError
 
 if TYPE_CHECKING:
-    from stitchcache.api.explain import TargetReport, TraceReport
-    from stitchcache.nearest import NearestEntry, StoredTarget
+    from stitchcache.explanation import NearestEntry
+    from stitchcache.nearest import StoredTarget
     from stitchcache.report.key import KeyReport
+    from stitchcache.report.target import TargetReport, TraceReport
     from stitchcache.types import Factor
 
 _MOST = 12
@@ -31,7 +47,7 @@ _VERDICTS = {"direct": "direct hit", "miss": "miss", "off": "direct lookup is of
 @click.option("--factors", is_flag=True, help="Show all factors, and all that differ.")
 @json_option
 @cache_option
-def command(what: str, trace: bool, factors: bool, as_json: bool, root: str | None) -> None:
+def explain(what: str, trace: bool, factors: bool, as_json: bool, root: str | None) -> None:
     """Say why a start is warm or cold, or what a key stands for.
 
     TARGET is 'pkg.module:name' or 'path/to/file.py:name', as for prewarm: its model is built and looked up,
@@ -62,9 +78,9 @@ def command(what: str, trace: bool, factors: bool, as_json: bool, root: str | No
 
 
 def _explain_targets(what: str, trace: bool, factors: bool, as_json: bool, root: str | None) -> None:
-    from stitchcache.api.explain import explain_target
     from stitchcache.api.target import find_targets
     from stitchcache.cache import Cache
+    from stitchcache.report.target import explain_target
 
     # Read-only: what is looked at stays as it is, damaged files included.
     cache = Cache(root, read_only=True)
@@ -125,32 +141,25 @@ def _print_trace(trace: TraceReport) -> None:
     if trace.compared is not None:
         pairs.append(("compared with", trace.compared[:12]))
     print_pairs(pairs, indent="  ")
-    _print_differences(trace.differences, True, "THERE", "NOW")
+    _print_some(trace.differences, True, "THERE", "NOW")
 
 
 def _target_record(report: TargetReport) -> dict[str, Any]:
-    trace = report.trace
+    changed = [{"path": path, "old": old, "new": new} for path, (old, new) in sorted(report.changed.items())]
+    trace = None
+    if report.trace is not None:
+        trace = {**asdict(report.trace), "differences": difference_records(report.trace.differences)}
     return {
         "name": report.name,
         "verdict": report.verdict,
         "reason": report.reason,
         "target_key": report.target_key,
         "graph_hash": report.graph_hash,
-        "factors": _factor_records(report.factors),
-        "changed": [
-            {"path": path, "old": old, "new": new} for path, (old, new) in sorted(report.changed.items())
-        ],
+        "factors": [asdict(factor) for factor in report.factors],
+        "changed": changed,
         "nearest": [_nearest_record(entry) for entry in report.nearest],
         "seconds": dict(report.seconds),
-        "trace": None
-        if trace is None
-        else {
-            "graph_hash": trace.graph_hash,
-            "cached": trace.cached,
-            "refused": trace.refused,
-            "compared": trace.compared,
-            "differences": difference_records(trace.differences),
-        },
+        "trace": trace,
     }
 
 
@@ -220,7 +229,7 @@ def _key_record(report: KeyReport) -> dict[str, Any]:
         "path": None if entry is None else entry.path,
         "problem": report.problem,
         "targets": [_stored_record(target) for target in report.targets],
-        "factors": _factor_records(report.factors),
+        "factors": [asdict(factor) for factor in report.factors],
         "nearest": [_nearest_record(near) for near in report.nearest],
     }
 
@@ -252,17 +261,14 @@ def _print_nearest(nearest: Sequence[NearestEntry], everything: bool, here: str)
         label = f"{entry.label or '-'} {entry.graph_hash[:12]}"
         print_heading(printable(f"Near: {label}, {age_text(entry.created)}, {differs}"))
         if not other:
-            _print_differences(entry.differences, everything, "THERE", here)
+            _print_some(entry.differences, everything, "THERE", here)
 
 
-def _print_differences(
-    differences: Mapping[str, tuple[str, str]], everything: bool, old: str, new: str
-) -> None:
+def _print_some(differences: Mapping[str, tuple[str, str]], everything: bool, old: str, new: str) -> None:
     if not differences:
         return
-    shown = list(differences.items()) if everything else list(differences.items())[:_MOST]
-    columns = (Column("FACTOR", flexible=True), Column(old, flexible=True), Column(new, flexible=True))
-    print_table(columns, [[name, one, two] for name, (one, two) in shown])
+    shown = list(differences.items())[: None if everything else _MOST]
+    print_differences(shown, "FACTOR", old, new)
     if len(shown) < len(differences):
         click.echo(f"and {len(differences) - len(shown)} more; --factors shows all")
 
@@ -279,21 +285,9 @@ def _print_factors(factors: Sequence[Factor], everything: bool) -> None:
         click.echo("none recorded")
 
 
-def _factor_records(factors: Sequence[Factor]) -> list[dict[str, str]]:
-    return [{"name": f.name, "value": f.value, "digest": f.digest} for f in factors]
-
-
 def _nearest_record(entry: NearestEntry) -> dict[str, Any]:
+    names = ("graph_hash", "target_key", "label", "created", "refused")
     return {
-        "graph_hash": entry.graph_hash,
-        "target_key": entry.target_key,
-        "label": entry.label,
-        "created": entry.created,
-        "refused": entry.refused,
+        **{name: getattr(entry, name) for name in names},
         "differences": difference_records(entry.differences),
     }
-
-
-def difference_records(differences: Mapping[str, tuple[str, str]]) -> list[dict[str, str]]:
-    """Differences as JSON."""
-    return [{"name": name, "old": old, "new": new} for name, (old, new) in differences.items()]

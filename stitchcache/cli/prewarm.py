@@ -7,11 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stitchcache.cli.layout import Column
-from stitchcache.cli.options import cache_option, finding, json_option, open_cache
-from stitchcache.cli.output import print_json, print_table
-from stitchcache.cli.progress import Display, display
-from stitchcache.cli.words import printable, seconds_text, size_text
+from stitchcache.cli.output import (
+    Column,
+    cache_option,
+    finding,
+    json_option,
+    open_cache,
+    print_json,
+    print_table,
+    printable,
+    seconds_text,
+    size_text,
+)
+from stitchcache.cli.progress import Display
 
 if TYPE_CHECKING:
     from stitchcache.api.prewarm import PrewarmResult
@@ -24,8 +32,8 @@ _COLUMNS = (
     Column("TARGET", flexible=True),
     Column("STATUS"),
     Column("GRAPH"),
-    Column("CALLS", right=True, optional=True),
-    Column("DIFFERENT", right=True, optional=True),
+    Column("CALLS", right=True),
+    Column("DIFFERENT", right=True),
     Column("SIZE", right=True),
     Column("TIME", right=True),
 )
@@ -39,7 +47,7 @@ _COLUMNS = (
 @click.option("-v", "--verbose", is_flag=True, help="Say why each target was a hit or a miss.")
 @json_option
 @cache_option
-def command(
+def prewarm(
     references: tuple[str, ...],
     jobs: int | None,
     require: bool,
@@ -59,7 +67,7 @@ def command(
         logging.basicConfig(format="%(message)s")
         logging.getLogger("stitchcache").setLevel(logging.INFO)
     targets = _find(references)
-    with display() as shown:
+    with Display() as shown:
         results = [_prewarm(target, jobs, require, fake, cache, shown) for target in targets]
     if as_json:
         print_json({"root": str(cache.root), "targets": [_record(result) for result in results]})
@@ -81,14 +89,14 @@ def _find(references: tuple[str, ...]) -> list[Target]:
 def _prewarm(
     target: Target, jobs: int | None, require: bool, fake: bool, cache: Cache, shown: Display
 ) -> PrewarmResult:
-    from stitchcache.api.prewarm import prewarm
+    from stitchcache.api import prewarm as api
 
     def on_progress(progress: Progress) -> None:
         if progress.stage != "done":
             shown.update(target.name, progress.stage, progress.done, progress.total, progress.left)
 
     shown.update(target.name, "build")
-    (result,) = prewarm(
+    (result,) = api.prewarm(
         target,
         jobs=jobs,
         cache=cache,

@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stitchcache.cli.options import cache_option, json_option, open_cache
-from stitchcache.cli.output import print_heading, print_json, print_pairs
-from stitchcache.cli.words import moment_text, seconds_text, size_text
+from stitchcache.cli.output import (
+    cache_option,
+    json_option,
+    moment_text,
+    open_cache,
+    print_heading,
+    print_json,
+    print_pairs,
+    seconds_text,
+    size_text,
+)
 
 if TYPE_CHECKING:
     from stitchcache.store.stats import CacheStats
@@ -59,7 +67,7 @@ _WORDS = {
 @click.option("--zero", is_flag=True, help="Print, and then forget what was counted.")
 @json_option
 @cache_option
-def command(prometheus: str | None, zero: bool, as_json: bool, root: str | None) -> None:
+def stats(prometheus: str | None, zero: bool, as_json: bool, root: str | None) -> None:
     """Show what a cache holds, and its hits and misses."""
     if prometheus and as_json:
         raise click.UsageError("--prometheus and --json are two formats; choose one")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stitchcache.encoding import UnkeyableError as UnkeyableError
     from stitchcache.keys.check import check_sources as check_sources
-    from stitchcache.keys.differences import explain_differences as explain_differences
     from stitchcache.keys.digest import Digest as Digest
     from stitchcache.keys.digest import make_factor as make_factor
     from stitchcache.keys.environment import SCHEMA_VERSION as SCHEMA_VERSION
@@ -33,7 +32,6 @@ _HOMES = {
     "Walk": "stitchcache.keys.walk",
     "check_sources": "stitchcache.keys.check",
     "environment_factors": "stitchcache.keys.environment",
-    "explain_differences": "stitchcache.keys.differences",
     "input_factors": "stitchcache.keys.inputs",
     "make_factor": "stitchcache.keys.digest",
     "model_factors": "stitchcache.keys.model",
@@ -50,7 +48,6 @@ __all__ = [
     "Walk",
     "check_sources",
     "environment_factors",
-    "explain_differences",
     "input_factors",
     "make_factor",
     "model_factors",

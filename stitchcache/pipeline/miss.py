@@ -6,11 +6,17 @@ from collections.abc import Mapping
 
 from stitchcache.artifact.record import Artifact
 from stitchcache.errors import CacheMissError
-from stitchcache.explanation import MissFacts
+from stitchcache.explanation import (
+    ABSENT,
+    MissFacts,
+    NearestEntry,
+    differences_text,
+    explain_differences,
+    names_text,
+)
 from stitchcache.keys import check
-from stitchcache.keys.differences import ABSENT, differences_text, explain_differences, names_text
 from stitchcache.keys.origins import find_file, main_label, read_file
-from stitchcache.nearest import NearestEntry, nearest_entries
+from stitchcache.nearest import nearest_entries
 from stitchcache.pipeline.entry import EntryPlan
 from stitchcache.pipeline.find import Miss, Wanted
 from stitchcache.types import TargetRecord

@@ -13,7 +13,7 @@ from stitchcache.artifact.entry import pack_factors
 from stitchcache.artifact.record import Artifact
 from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import CacheMissError, StaleEntryError, StoreWriteError
-from stitchcache.keys.differences import differences_text
+from stitchcache.explanation import differences_text
 from stitchcache.pieces.build import warming
 from stitchcache.pipeline.entry import EntryPlan, plan_entry
 from stitchcache.pipeline.find import Hit, Miss, Ready, Wanted, find_by_graph

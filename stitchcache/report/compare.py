@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from stitchcache.artifact.record import Artifact
-from stitchcache.keys.differences import ABSENT, explain_differences
-from stitchcache.report.contract import binding_text, input_lines, output_lines
-from stitchcache.report.pieces import DistinctPiece, distinct_pieces
-from stitchcache.report.read import Entry
+from stitchcache.explanation import ABSENT, explain_differences
+from stitchcache.report.entry import (
+    DistinctPiece,
+    Entry,
+    binding_text,
+    distinct_pieces,
+    input_lines,
+    output_lines,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

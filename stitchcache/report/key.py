@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from stitchcache.artifact.entry import unpack_factors
 from stitchcache.cache import Cache
 from stitchcache.errors import AmbiguousPrefixError, EntryFormatError, GraphHashError
-from stitchcache.nearest import NearestEntry, StoredTarget, nearest_entries, stored_targets
-from stitchcache.report.read import Entry, read_entry
+from stitchcache.explanation import NearestEntry
+from stitchcache.nearest import StoredTarget, nearest_entries, stored_targets
+from stitchcache.report.entry import Entry, read_entry
 from stitchcache.types import Factor
 
 

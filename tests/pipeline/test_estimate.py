@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import stitchcache
-from stitchcache.cli.words import left_text
+from stitchcache.cli.output import left_text
 from stitchcache.pieces import build
 from stitchcache.pipeline.make import Estimate
 

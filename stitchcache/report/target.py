@@ -10,7 +10,8 @@ from stitchcache.api.target import Target
 from stitchcache.artifact.record import Artifact
 from stitchcache.cache import Cache
 from stitchcache.errors import UntrustedEntryError
-from stitchcache.nearest import NearestEntry, nearest_entries
+from stitchcache.explanation import NearestEntry
+from stitchcache.nearest import nearest_entries
 from stitchcache.pipeline.find import Hit, Wanted, find, find_by_graph, want
 from stitchcache.pipeline.miss import changed_beside, changed_sources, graph_differences
 from stitchcache.pipeline.request import check_model

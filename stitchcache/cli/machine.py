@@ -1,4 +1,4 @@
-"""``stitchcache doctor``: what a directory and this machine can do, and what that means for the user."""
+"""``stitchcache config`` and ``doctor``: settings, and what a directory and this machine can do."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ from dataclasses import asdict
 
 import click
 
-from stitchcache.cli.options import cache_option, finding, json_option
-from stitchcache.cli.output import print_json
-from stitchcache.cli.words import count_text, printable, size_text
+from stitchcache.cli.output import (
+    Column,
+    cache_option,
+    count_text,
+    finding,
+    json_option,
+    open_cache,
+    print_json,
+    print_table,
+    printable,
+    size_text,
+)
 from stitchcache.errors import OptionError
 from stitchcache.store.layout import CHECKS, choice, default_root, flag, max_size, required
 from stitchcache.store.probe import Trial, probe
@@ -24,11 +33,15 @@ _FOREIGN = ("CXX", "ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 
 
+_Setting = tuple[str, str | int | bool | None, str, str, str]
+"""Name, value, the value in words, where it came from, and the variable that sets it."""
+
+
 @click.command()
 @click.argument("path", required=False, type=click.Path())
 @json_option
 @cache_option
-def command(path: str | None, as_json: bool, root: str | None) -> None:
+def doctor(path: str | None, as_json: bool, root: str | None) -> None:
     """Try what a cache needs of a directory and of this machine.
 
     PATH is a cache's directory, existing or not.  [default: the cache]
@@ -157,3 +170,45 @@ def _setting(name: str) -> Trial:
     except OptionError as error:
         return Trial(name="environment", level="problem", found=shown, meaning=error.message)
     return Trial(name="environment", level="ok", found=shown, meaning=meaning)
+
+
+@click.command()
+@json_option
+@cache_option
+def config(as_json: bool, root: str | None) -> None:
+    """Show each setting, its value and where it came from."""
+    settings = _settings(root)
+    if as_json:
+        records = {
+            name: {"value": value, "source": source, "variable": variable}
+            for name, value, _, source, variable in settings
+        }
+        print_json({"settings": records})
+        return
+    columns = (Column("SETTING"), Column("VALUE"), Column("FROM"), Column("VARIABLE"))
+    print_table(columns, [[name, *words] for name, _, *words in settings])
+
+
+def _settings(root: str | None) -> list[_Setting]:
+    cache = open_cache(root)
+    limit = cache.max_bytes
+    shown = "no limit" if limit is None else size_text(limit)
+    flags = {"read_only": "READONLY", "audit": "AUDIT", "debug": "DEBUG"}
+    needed, check = required(), choice("STITCHCACHE_CHECK", CHECKS)
+    value, words = {"nothing": (False, "no"), "hit": (True, "yes")}.get(needed, (needed, needed))
+    return [
+        ("root", str(cache.root), str(cache.root), _source("STITCHCACHE_DIR", root), "STITCHCACHE_DIR"),
+        ("max_size", limit, shown, _source("STITCHCACHE_MAX_SIZE"), "STITCHCACHE_MAX_SIZE"),
+        ("require", value, words, _source("STITCHCACHE_REQUIRE"), "STITCHCACHE_REQUIRE"),
+        ("check", check, check, _source("STITCHCACHE_CHECK"), "STITCHCACHE_CHECK"),
+        *(
+            (name, flag(variable), "yes" if flag(variable) else "no", _source(variable), variable)
+            for name, variable in ((name, f"STITCHCACHE_{word}") for name, word in flags.items())
+        ),
+    ]
+
+
+def _source(variable: str, option: str | None = None) -> str:
+    if option is not None:
+        return "option"
+    return "environment" if os.environ.get(variable, "").strip() else "default"

@@ -11,10 +11,10 @@ import torch
 from explain_models import Cached, Scaled, cached_three
 
 import stitchcache
-from stitchcache.api.explain import explain_target
 from stitchcache.artifact.entry import unpack_factors
 from stitchcache.artifact.frame import PRELUDE
 from stitchcache.artifact.schema import pack
+from stitchcache.report.target import explain_target
 
 
 def compiled(cache, model=None, **more):
@@ -101,7 +101,7 @@ def test_a_direct_hit_imports_nothing_for_it_until_it_is_asked(tmp_path, fresh_p
         cache = stitchcache.Cache({str(cache.root)!r})
         model = torch.nn.Linear(3, 2).eval()
         made = stitchcache.compile(model, (torch.ones(3),), backend="eager", cache=cache)
-        parts = ["nearest", "explanation", "artifact.factors", "keys.differences", "api.miss", "api.audit"]
+        parts = ["nearest", "explanation", "pipeline.miss", "pipeline.trace", "report"]
         loaded = [part for part in parts if "stitchcache." + part in sys.modules]
         print(json.dumps([made.cache_hit, loaded, made.explain().hit]))
         """

@@ -1,0 +1,77 @@
+"""Numbers, times and tables as a person reads them."""
+
+from __future__ import annotations
+
+import pytest
+
+from stitchcache.cli import output
+from stitchcache.cli.output import (
+    Column,
+    age_text,
+    count_text,
+    print_table,
+    printable,
+    seconds_text,
+    short_length,
+    size_text,
+)
+
+
+def test_words():
+    assert [size_text(n) for n in (0, 1023, 1024, 3 << 20, 5 << 40)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "3.0 MiB",
+        "5.0 TiB",
+    ]
+    assert [seconds_text(s) for s in (0.00025, 0.0123, 4.21, 185.4)] == [
+        "250 us",
+        "12 ms",
+        "4.2 s",
+        "3 min 5 s",
+    ]
+    assert [age_text(t, now=1e9) for t in (0, 1e9 - 5, 1e9 - 300, 1e9 - 7300, 1e9 - 1e6, 1e9 + 5)] == [
+        "unknown",
+        "just now",
+        "5 min ago",
+        "2 h ago",
+        "11 d ago",
+        "just now",
+    ]
+    assert [count_text(n, "entry") for n in (1, 2)] == ["1 entry", "2 entries"]
+    assert count_text(2, "index", "indices") == "2 indices"
+    assert printable("a\tb\x1b\u200eü") == "a\\tb\\x1b\\u200eü"
+    assert short_length([]) == 12
+    assert short_length(["a" * 64, "a" * 20 + "b" * 44]) == 21
+    assert short_length(["a" * 64, "a" * 64]) == 12
+
+
+COLUMNS = [Column("KEY"), Column("LABEL", flexible=True), Column("SIZE", right=True)]
+ROW = ["a" * 10, "some words that a narrow terminal has to fold", "12 B"]
+
+
+def test_a_table_in_a_pipe_is_not_cut(capsys):
+    print_table(COLUMNS, [ROW, ["b", "x", "1.5 MiB"]])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"{ROW[0]}  {ROW[1]}     12 B"
+    assert lines[2].split() == ["b", "x", "1.5", "MiB"]
+    assert (
+        len({line.rindex(end) + len(end) for line, end in zip(lines, ("SIZE", "B", "MiB"), strict=True)}) == 1
+    )
+
+
+@pytest.mark.parametrize("width", [40, 60, 100, 200])
+def test_a_table_fits_its_terminal_and_loses_no_word(width, capsys, monkeypatch):
+    monkeypatch.setattr(output, "on_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_table(COLUMNS, [ROW])
+    said = capsys.readouterr().out
+    assert max(len(line) for line in said.splitlines()) <= width
+    assert set(ROW[1].split()) <= set(said.split())
+    assert ROW[0] in said
+
+
+def test_text_from_outside_is_shown_and_not_obeyed(capsys):
+    print_table(COLUMNS, [["k", "\x1b[31mred[bold]", "1"]])
+    assert "\\x1b[31mred[bold]" in capsys.readouterr().out
