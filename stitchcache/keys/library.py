@@ -230,6 +230,22 @@ def _put_universal(writer: KeyWriter, value: Any) -> None:
     writer.text(value.__name__)
 
 
+_DIFFUSERS_NOTES = frozenset({"_use_default_values", "_name_or_path", "_commit_hash", "_diffusers_version"})
+"""What a configuration of diffusers says of its origin. The first is a list made from a set, in an order that
+moves with the hash seed; only ``from_config`` reads it, to build another model."""
+
+
+def _put_diffusers_config(writer: KeyWriter, value: Any) -> None:
+    if writer.again(value):
+        return
+    items = collections.OrderedDict.items(value)
+    pairs = [(name, item) for name, item in items if name not in _DIFFUSERS_NOTES]
+    writer.head(b"diffusers config", 2 + 2 * len(pairs))
+    writer.put_class(type(value))
+    writer.put_pairs(pairs)
+    writer.put_state(value, _DIFFUSERS_NOTES)
+
+
 def late_families() -> list[tuple[type, Handler]]:
     """Types of modules that are imported only where values of theirs exist."""
     found: list[tuple[type, Handler]] = []
@@ -241,6 +257,9 @@ def late_families() -> list[tuple[type, Handler]]:
             (numpy.dtype, _put_dtype),
             (numpy.ufunc, _put_universal),
         ]
+    diffusers = sys.modules.get("diffusers.configuration_utils")
+    if diffusers is not None:
+        found.append((diffusers.FrozenDict, _put_diffusers_config))
     decimal = sys.modules.get("decimal")
     if decimal is not None:
         found.append((decimal.Decimal, _exactly(decimal.Decimal, _put_decimal)))

@@ -78,6 +78,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._runs: dict[int, int] = {}
         self._generated: set[int] = set()
         self._patched: dict[int, dict[str, Any]] = {}
+        self._library_state: list[tuple[str, check.Found, list[Any]]] = []
         self._callback: Callable[[FrameType, str, Any], None] | None = None
         self._noticed = 0
         self._unwatched = contextlib.ExitStack()
@@ -109,6 +110,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._finish_imports()
         self._finish_classes()
         self._check_caches()
+        self._check_library_state()
         self._found |= {entry: check.answer_digest(entry) for entry in self._answers}
         self._check_covered()
         self.sources = tuple(self._sources())
@@ -283,6 +285,19 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             self._found[entry] = check.global_digest(self._shared, name, outside.as_before_trace(found))
         except UnkeyableError as error:
             self._refuse(str(error))
+        if found.owner in sys.stdlib_module_names and isinstance(found.value, (list, dict, set)):
+            self._library_state.append((entry, found, _parts(found.value)))
+
+    def _check_library_state(self) -> None:
+        """Refuse state of the library that torch changes meanwhile, such as the filters of warnings.
+
+        Which of its values the model saw is not known then.
+        """
+        for entry, found, parts in self._library_state:
+            now = getattr(sys.modules.get(found.owner), found.used[-1], None)
+            new = _parts(now) if type(now) is type(found.value) else []
+            if len(new) != len(parts) or any(a is not b for a, b in zip(new, parts, strict=True)):
+                self._refuse(f"{check.title(entry)} changes while the model is captured; read it beforehand")
 
     def _registry(self, entry: str, registry: dict[Any, Any]) -> None:
         for key, item in registry.items():
@@ -485,3 +500,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                 self._refuse(reason)
             found.append(SourceRef(module=label, digest=check.bytes_digest(data), size=len(data)))
         return found
+
+
+def _parts(value: Any) -> list[Any]:
+    return [*value, *value.values()] if isinstance(value, dict) else list(value)

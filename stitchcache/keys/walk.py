@@ -12,6 +12,7 @@ from stitchcache import encoding
 from stitchcache.encoding import Handler
 from stitchcache.keys import code, library, tensors
 from stitchcache.keys.scope import KeyWriter, Scope
+from stitchcache.torchside.ops import CustomOpDef, custom_op_parts
 
 
 class Walk(Scope):
@@ -28,6 +29,7 @@ class Walk(Scope):
             *tensors.FAMILIES,
             (type(torch.ops.aten.add.Tensor), _put_operator),
             (type(torch.ops.aten.add), _put_operator),
+            (CustomOpDef, _put_custom_op),
             (ModuleType, code.put_module_reference),
             *library.late_families(),
             *code.FAMILIES,
@@ -48,6 +50,15 @@ class Walk(Scope):
 def _put_operator(writer: KeyWriter, value: Any) -> None:
     writer.head(b"operator", 1)
     writer.text(str(value))
+
+
+def _put_custom_op(writer: KeyWriter, value: Any) -> None:
+    """Write an op made with ``torch.library.custom_op``, which a model may call by its object."""
+    if writer.again(value):
+        return
+    parts = custom_op_parts(value)
+    writer.head(b"custom op", 2 * len(parts))
+    writer.put_pairs(parts.items())
 
 
 def _put_member_of_torch(writer: KeyWriter, value: Any) -> None:

@@ -1,7 +1,7 @@
 """Operators as objects: their classes, their schemas, and what the dispatcher knows of them.
 
-Uses ``torch._ops``, ``OpOverload._schema``, ``_overloadname``, ``_qualified_op_name`` and
-``torch._C._dispatch_has_kernel_for_dispatch_key``.
+Uses ``torch._ops``, ``OpOverload._schema``, ``_overloadname``, ``_qualified_op_name``,
+``torch._C._dispatch_has_kernel_for_dispatch_key``, and ``torch._library.custom_ops.CustomOpDef``.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._library.custom_ops import CustomOpDef
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket, _HigherOrderNamespace, _OpNamespace
 
 __all__ = [
+    "CustomOpDef",
     "HigherOrderNamespace",
     "HigherOrderOperator",
     "OpNamespace",
     "OpOverload",
     "OpOverloadPacket",
     "autocast_has_rule",
+    "custom_op_parts",
     "is_view",
     "qualified_name",
     "schema_of",
@@ -49,6 +52,16 @@ def qualified_name(op: OpOverload | OpOverloadPacket | HigherOrderOperator) -> t
     if isinstance(op, OpOverloadPacket):
         return op._qualified_op_name, None
     return f"higher_order::{op.name()}", None  # type: ignore[no-untyped-call]
+
+
+def custom_op_parts(op: CustomOpDef) -> dict[str, Any]:
+    """What a trace may see of an op made with ``torch.library.custom_op``: its signature and its functions.
+
+    What else the object holds is about autograd, or about how a call finds the kernel.
+    """
+    names = ("_schema", "_tags", "_init_fn", "_abstract_fn", "_torch_dispatch_fns", "_autocast_dtype")
+    parts = {name: getattr(op, name, None) for name in names}
+    return {**parts, "_tags": sorted(map(str, parts["_tags"] or ())), "_name": op._qualname}
 
 
 def autocast_has_rule(op: OpOverload, device: str) -> bool:

@@ -176,8 +176,7 @@ def import_path(other, patch):
 @pair
 def filters_of_warnings(other, patch):
     patch.enter(warnings.catch_warnings())
-    if other:
-        warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore" if other else "default")
     return Built(
         Calls(lambda x: x * (float(len(warnings.filters) and warnings.filters[0][0] == "ignore") + 2.0))
     )
