@@ -9,7 +9,7 @@ and no ``__getattr__`` runs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
@@ -179,6 +179,19 @@ def tensor_at(model: torch.nn.Module, path: str) -> torch.Tensor | None:
         else:
             value = _item(value, int(step[2]) if step[2] is not None else _read(step[3]))
     return value if end == len(path) and isinstance(value, torch.Tensor) else None
+
+
+def state_attributes(model: torch.nn.Module, names: Iterable[str]) -> set[str]:
+    """Attributes at which paths leave the module tree; names of parameters and buffers do not."""
+    registered, found = state_of(model), set()
+    for path in names:
+        module: Any = model
+        for step in _STEP.finditer("" if path in registered else path):
+            if step[1] is None or not isinstance(module, torch.nn.Module) or step[1] not in module._modules:
+                found.add(step[1] or "")
+                break
+            module = module._modules[step[1]]
+    return found
 
 
 def _named(value: Any, name: str) -> Any:

@@ -164,7 +164,7 @@ def _serve(wanted: Wanted, hit: Hit) -> CompiledModel | Miss:
     )
     if not isinstance(served, Miss):
         if record is not None:
-            served.changed = changed_from(wanted, record)
+            served.changed = changed_from(wanted, record, hit.artifact.bindings)
         return served
     if served.cause == "look" and record is not None and wanted.target.key is not None:
         # Nobody is served by this record again before a trace has replaced it.

@@ -60,7 +60,7 @@ def load(
     artifact = found.artifact
     _refuse_graphs_of_dynamo(artifact)
     check_environment(artifact, f"entry {artifact.graph_hash[:12]}")
-    changed_now = changed_from_entry(artifact.factors)
+    changed_now = changed_from_entry(artifact.factors, artifact.bindings)
     refuse_change(clock.timed("key", lambda: changed_now(model)), artifact, model, trusted=trust_model)
     device, devices = devices_of(model)
     site = Site(cache=store, label=label, device=device, devices=devices, clock=clock)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,13 @@ from stitchcache.keys.environment import SCHEMA_VERSION
 from stitchcache.keys.model import model_factors
 from stitchcache.keys.walk import Walk
 from stitchcache.pipeline.find import Wanted, key_of
-from stitchcache.types import Change, Factor, TargetRecord
+from stitchcache.state import state_attributes
+from stitchcache.types import BindingSpec, Change, Factor, TargetRecord
 
 
-def changed_from(wanted: Wanted, record: TargetRecord) -> Callable[[torch.nn.Module], Change | None]:
+def changed_from(
+    wanted: Wanted, record: TargetRecord, bindings: Sequence[BindingSpec]
+) -> Callable[[torch.nn.Module], Change | None]:
     """What tells whether a trace of a model may be another one than the trace that was compiled.
 
     The model's code and attributes count, torch's settings, and what the capture read beside them. Example
@@ -25,7 +28,10 @@ def changed_from(wanted: Wanted, record: TargetRecord) -> Callable[[torch.nn.Mod
     Args:
         wanted: What was started. Neither its model nor its tensors are kept.
         record: The sources and globals that its capture read.
+        bindings: Tensors that were bound. An attribute that leads to one is not compared, as calls change
+            what it holds.
     """
+    names = [name for binding in bindings for name in (binding.name, *binding.aliases)]
     target, request, paths, tree = wanted.target, wanted.request, wanted.paths, wanted.tree
     unknown = target.reason or record.refused
     leaves = without_data(wanted.leaves) if unknown is None else []
@@ -38,7 +44,8 @@ def changed_from(wanted: Wanted, record: TargetRecord) -> Callable[[torch.nn.Mod
         if now.key is None:
             return Change(name="model", was="", now=now.reason or "", unknown=True)
         # Of the other factors, the example's and the options' are fixed, and a process keeps its machine.
-        found = _first_change(target.factors, now.factors, ("model.", "code.", "torch."))
+        state = state_attributes(model, names)
+        found = _first_change(target.factors, now.factors, ("model.", "code.", "torch."), state)
         if found is None and (reason := check_sources(record, walk)) is not None:
             found = Change(name="sources", was="as captured", now=reason)
         return found
@@ -59,8 +66,11 @@ def without_data(leaves: Sequence[Any]) -> list[Any]:
     return [replaced.get(id(leaf), leaf) for leaf in leaves]
 
 
-def changed_from_entry(factors: Sequence[Factor]) -> Callable[[torch.nn.Module], Change | None]:
+def changed_from_entry(
+    factors: Sequence[Factor], bindings: Sequence[BindingSpec]
+) -> Callable[[torch.nn.Module], Change | None]:
     """What tells a model from the one that an entry was compiled from, by the entry's factors alone."""
+    names = [name for binding in bindings for name in (binding.name, *binding.aliases)]
 
     # Another schema writes values in another way; names of classes are the same in all.
     schema = make_factor("env.schema", str(SCHEMA_VERSION))
@@ -73,17 +83,20 @@ def changed_from_entry(factors: Sequence[Factor]) -> Callable[[torch.nn.Module],
             unknown = "the entry does not say what it was compiled from"
         if unknown is not None:
             return Change(name="model", was="", now=unknown, unknown=True)
-        return _first_change(factors, now.factors, ("model.",) if alike else ("model.class",))
+        state = state_attributes(model, names)
+        return _first_change(factors, now.factors, ("model.",) if alike else ("model.class",), state)
 
     return changed
 
 
 def _first_change(
-    before: Iterable[Factor], now: Iterable[Factor], prefixes: tuple[str, ...]
+    before: Iterable[Factor], now: Iterable[Factor], prefixes: tuple[str, ...], state: Collection[str]
 ) -> Change | None:
     old = {factor.name: factor for factor in before if factor.name.startswith(prefixes)}
     new = {factor.name: factor for factor in now if factor.name.startswith(prefixes)}
     for name in dict.fromkeys([*old, *new]):
+        if name.startswith("model.attributes.") and name.rpartition(".")[2] in state:
+            continue
         was, is_now = old.get(name), new.get(name)
         if was is None or is_now is None or was.digest != is_now.digest:
             return Change(name=name, was=_value(was), now=_value(is_now))

@@ -99,7 +99,7 @@ def compile_traced(
         code=tuple(objects) if source.unsound is None else (),
     )
     _put_target(wanted, record, miss.record, edited)
-    compiled.changed = changed_from(wanted, record)
+    compiled.changed = changed_from(wanted, record, compiled.artifact.bindings)
     return compiled
 
 
