@@ -76,6 +76,10 @@ def main():
         # What the source imports is imported once, not in each child.
         __import__(sys.argv[4])
     torch.set_num_threads(1)
+    # Everything is imported once, here; a child would spend seconds on it.
+    with tempfile.TemporaryDirectory() as root:
+        cache, model = stitchcache.Cache(root), torch.nn.Flatten(0).eval()
+        stitchcache.compile(model, (torch.zeros(2, 3),), backend="eager", cache=cache)
     sys.dont_write_bytecode = True
     home = Path(tempfile.mkdtemp())
     sys.path.insert(0, str(home))
