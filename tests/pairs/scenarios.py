@@ -96,7 +96,7 @@ SCENARIOS: dict[str, Scenario] = {
         {"pkg/side.py": "BY = 3.0\n"},
     ),
     "package's own file": Scenario(
-        project("pkg.BY", "import pkg", pkg____init__="BY = 2.0\n"), {"pkg/__init__.py": "BY = 3.0\n"}
+        {**project("pkg.BY", "import pkg"), "pkg/__init__.py": "BY = 2.0\n"}, {"pkg/__init__.py": "BY = 3.0\n"}
     ),
     "namespace package": Scenario(
         project("pkg.side.BY", "import pkg.side", pkg__side="BY = 2.0\n"), {"pkg/side.py": "BY = 3.0\n"}

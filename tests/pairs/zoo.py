@@ -2,7 +2,6 @@
 
 import dataclasses
 import enum
-import functools
 import math
 
 import torch
@@ -43,7 +42,6 @@ def rotate(x, base=100.0):
     return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], dim=-1)
 
 
-@functools.lru_cache
 def slope(heads):
     return [2.0 ** (-8.0 * (i + 1) / heads) for i in range(heads)]
 
