@@ -1,8 +1,8 @@
 """Looks every mutant of a source up in the cache of its original, each in a forked child.
 
-``mutants_run.py MODULE FILE COUNT`` compiles ``MODULE.build()`` out of FILE once, and prints a JSON object: mutants
-by outcome, and the names of those that were served a wrong result. Mutants are spread evenly over the source. Each
-is written with its original's size and times where its length allows.
+``mutants_run.py MODULE FILE COUNT`` compiles ``MODULE.build()`` out of FILE once, and prints a JSON object:
+mutants by outcome, and the names of those that were served a wrong result. Mutants are spread evenly over the
+source. Each is written with its original's times.
 """
 
 import json
