@@ -1,8 +1,7 @@
-"""Draws the rooms of the package with the imports between them: ``python docs/draw_rooms.py > docs/rooms.svg``.
+"""Draws the rooms of the package and the imports between them: ``python docs/draw_rooms.py > docs/rooms.svg``.
 
-Reads the sources as text and runs nothing. Rooms stand in rows, as the contract in pyproject.toml lists them: a
-room imports from rows below its own. Lines show imports that run when a module is imported; thin lines those that
-wait until a function runs.
+Reads the sources as text and runs nothing. Rooms stand in rows, as the contract in pyproject.toml lists them:
+a room imports from rows below its own. Dashed lines show imports that wait until a function runs.
 """
 
 from __future__ import annotations
@@ -77,7 +76,8 @@ def draw() -> str:
         for i, room in enumerate(row)
     }
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {len(listed) * ROW}" font-family="sans-serif">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {len(listed) * ROW}" '
+        'font-family="sans-serif">',
         "<style>rect{fill:#f4f4f0;stroke:#666}text{fill:#222;text-anchor:middle}path{fill:none;stroke:#8aa}"
         ".late{stroke-dasharray:2 4}@media(prefers-color-scheme:dark){rect{fill:#23272b;stroke:#999}"
         "text{fill:#eee}path{stroke:#577}}</style>",
