@@ -1,4 +1,4 @@
-"""Draws the rooms of the package and the imports between them: ``python docs/draw_rooms.py > docs/rooms.svg``.
+"""Draws the rooms of the package with their imports: ``python docs/draw_rooms.py > docs/rooms.svg``.
 
 Reads the sources as text and runs nothing. Rooms stand in rows, as the contract in pyproject.toml lists them:
 a room imports from rows below its own. Dashed lines show imports that wait until a function runs.
