@@ -3,23 +3,14 @@
 Every model runs beside its compiled form; see agreement.py.
 """
 
-import pytest
 import split_ops  # noqa: F401 - registers them
 import torch
-from agreement import agree, model_of
+from agreement import model_of
 from torch import nn
 from torch.export import Dim
 
 r = torch.randn
 BATCH, SEQ = Dim("BATCH", min=1, max=64), Dim("SEQ", min=1, max=64)
-
-
-@pytest.fixture
-def check(tmp_path):
-    def run(model, calls, **options):
-        return agree(model, calls, tmp_path, **options)
-
-    return run
 
 
 def test_mlp_dyn(check):
