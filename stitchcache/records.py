@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -104,6 +104,12 @@ def defaults_of(cls: Any) -> dict[str, Any]:
     """Field names to defaults, of the fields that have one that all instances share."""
     plan: _Plan = cls._record_plan
     return plan.defaults
+
+
+def names_of(cls: Any) -> Iterable[str] | None:
+    """Field names of a class made here, in their order; ``None`` for any other class."""
+    plan: _Plan | None = getattr(cls, "_record_plan", None)
+    return None if plan is None else plan.names
 
 
 def fill(cls: type[T], values: dict[str, Any]) -> T:

@@ -27,45 +27,11 @@ from stitchcache.artifact.globals import (
 )
 from stitchcache.types import span
 
-MOST_BYTES = 256 << 20
-MOST_OPCODES = 1 << 20
-MOST_NESTED = 256
-MOST_IN_A_KEY = 1000
-MOST_DIMENSIONS = 64
-
-
-class Instance:
-    """How an instance of a registered class is written; see :func:`stitchcache.register_const_type`.
-
-    Args:
-        arguments: What its class, or the class's ``__new__``, is called with.
-        by_init: Whether the class itself is called.
-        state: What ``__setstate__`` gets, or the attributes; ``None`` is neither.
-    """
-
-    __slots__ = ("arguments", "by_init", "state")
-
-    def __init__(self, arguments: Any, by_init: Any, state: Any) -> None:
-        self.arguments, self.by_init, self.state = arguments, by_init, state
-
-    def make(self, cls: Any) -> Any:
-        """Make the instance, by nothing but the class's own methods."""
-        made = cls(*self.arguments) if self.by_init else cls.__new__(cls, *self.arguments)
-        if type(made) is not cls:
-            raise Refused(f"{cls.__module__}.{cls.__qualname__} made a {type(made).__name__}")
-        if self.state is None:
-            return made
-        if hasattr(made, "__setstate__"):
-            made.__setstate__(self.state)
-            return made
-        for attributes in self.state if type(self.state) is tuple else (self.state,):
-            for name, value in (attributes or {}).items():
-                # Such a name could make it an instance of another class.
-                if type(name) is not str or name.startswith("__"):
-                    raise Refused(f"an attribute {name!r}")
-                # Frozen classes set theirs like this too.
-                object.__setattr__(made, name, value)
-        return made
+_MOST_BYTES = 256 << 20
+_MOST_OPCODES = 1 << 20
+_MOST_NESTED = 256
+_MOST_IN_A_KEY = 1000
+_MOST_DIMENSIONS = 64
 
 
 def read_table(data: bytes) -> Any:
@@ -75,8 +41,8 @@ def read_table(data: bytes) -> Any:
         Refused: It has something that a table may not have.
         Exception: It is no pickle: whatever the interpreter raises.
     """
-    if len(data) > MOST_BYTES:
-        raise Refused(f"{len(data)} bytes are more than a table's {MOST_BYTES}")
+    if len(data) > _MOST_BYTES:
+        raise Refused(f"{len(data)} bytes are more than a table's {_MOST_BYTES}")
     return _Reader(io.BytesIO(data)).load()
 
 
@@ -105,7 +71,7 @@ def _is_small(value: object) -> bool:
     while todo:
         each = todo.pop()
         seen += 1
-        if seen > MOST_IN_A_KEY:
+        if seen > _MOST_IN_A_KEY:
             return False
         if isinstance(each, (tuple, frozenset)):
             todo += each
@@ -123,14 +89,14 @@ class _Limited:
 
     def __init__(self, reader: _Reader) -> None:
         self._reader = reader
-        self._left = MOST_OPCODES
+        self._left = _MOST_OPCODES
 
     def __getitem__(self, code: int) -> Callable[[Any], None]:
         self._left -= 1
         if self._left < 0:
-            raise Refused(f"more than {MOST_OPCODES} opcodes")
-        if len(self._reader.metastack) > MOST_NESTED:
-            raise Refused(f"nested deeper than {MOST_NESTED}")
+            raise Refused(f"more than {_MOST_OPCODES} opcodes")
+        if len(self._reader.metastack) > _MOST_NESTED:
+            raise Refused(f"nested deeper than {_MOST_NESTED}")
         found = _OPCODES.get(code)
         if found is None:
             raise Refused(f"opcode {bytes([code])!r}, which a consts table does not need")
@@ -251,10 +217,24 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc,unused-ignor
         return kind.__members__[name]
 
     def _object(self, module: str, qualname: str, by_init: bool, arguments: Any, state: Any) -> Any:
+        """An instance of a registered class, made by nothing but the class's own methods."""
         kind = resolve(module, qualname)
         if not isinstance(kind, type) or kind not in CONST_TYPES or type(arguments) is not tuple:
             raise ForbiddenGlobal(module, qualname, "is not allowed to be made")
-        return Instance(arguments, by_init, state).make(kind)
+        made: Any = kind(*arguments) if by_init else kind.__new__(kind, *arguments)
+        if type(made) is not kind:
+            raise Refused(f"{module}.{qualname} made a {type(made).__name__}")
+        if state is not None and hasattr(made, "__setstate__"):
+            made.__setstate__(state)
+            return made
+        for attributes in state if type(state) is tuple else (state,):
+            for name, value in (attributes or {}).items():
+                # A name such as __class__ could make it an instance of another class.
+                if type(name) is not str or name.startswith("__"):
+                    raise Refused(f"an attribute {name!r}")
+                # Frozen classes set theirs like this too.
+                object.__setattr__(made, name, value)
+        return made
 
     def _op(self, qualified: str, overload: str | None) -> Any:
         torch = _torch()
@@ -300,7 +280,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc,unused-ignor
     ) -> Any:
         torch = _torch()
         kind = self._torch_constant(dtype)
-        fit = len(shape) == len(stride) <= MOST_DIMENSIONS
+        fit = len(shape) == len(stride) <= _MOST_DIMENSIONS
         if not fit or any(type(size) is not int or size < 0 for size in (*shape, *stride)):
             raise Refused("a tensor whose shape and strides do not fit together")
         count = span(shape, stride)

@@ -19,7 +19,7 @@ from stitchcache.artifact.frame import (
     seal,
 )
 from stitchcache.artifact.record import Artifact, Header, PieceRecord, header_of
-from stitchcache.artifact.schema import FieldError, Form, fields_of, form, pack, read_packed, record
+from stitchcache.artifact.schema import FieldError, fields_of, pack, plain, read_packed, reader, record
 from stitchcache.records import fill
 from stitchcache.types import Digest, Factor, TargetRecord
 
@@ -54,13 +54,14 @@ class Target:
 
 # -- what stands where ----------------------------------------------------------------------------
 
-_HEADER = record(Header, skip=("format_version", "path", "file_bytes"))
+_NOT_STORED = ("format_version", "path", "file_bytes")
+_HEADER = record(Header, skip=_NOT_STORED)
 _ELSEWHERE = ("graph_hash", "label", "created", "compile_seconds", "format_version")
 """Fields of an artifact that the header has."""
 
 _PAYLOADS = {3: fields_of(Artifact, skip=(*_ELSEWHERE, "check")), 4: fields_of(Artifact, skip=_ELSEWHERE)}
 _PIECE = record(PieceRecord)
-_FACTORS = form("tuple[tuple[Name, str, Name], ...]")
+_FACTORS = reader("tuple[tuple[Name, str, Name], ...]")
 _TARGET = record(Target)
 _OLD_TARGETS = {
     3: record(TargetRecord, skip=("refused", "factors", "code")),
@@ -76,8 +77,8 @@ def encode(artifact: Artifact) -> bytes:
     Raises:
         EntryFormatError: A value has no form in the format.
     """
-    header, payload = _HEADER.write(header_of(artifact)), _PAYLOADS[4].write(artifact)
-    return seal(Kind.ENTRY, pack(header), pack(payload))
+    header = plain(header_of(artifact), skip=_NOT_STORED)
+    return seal(Kind.ENTRY, pack(header), pack(plain(artifact, skip=_ELSEWHERE)))
 
 
 def decode(data: bytes, *, path: str = "") -> Artifact:
@@ -98,7 +99,7 @@ def decode(data: bytes, *, path: str = "") -> Artifact:
     header = _header(frame.header, frame.version, path)
 
     def read(value: Any) -> Artifact:
-        values = _PAYLOADS[frame.version].read(value)
+        values = _PAYLOADS[frame.version](value)
         values.setdefault("check", None)
         artifact = fill(Artifact, values | {name: getattr(header, name) for name in _ELSEWHERE})
         flaw = artifact.flaw()
@@ -106,7 +107,7 @@ def decode(data: bytes, *, path: str = "") -> Artifact:
             raise FieldError(*flaw)
         return artifact
 
-    artifact: Artifact = read_packed(Form(read, read), frame.payload, path)
+    artifact: Artifact = read_packed(read, frame.payload, path)
     if header_of(artifact) != header:
         raise malformed(path, "header", "its counts, backends or blobs are not those of the payload")
     return artifact
@@ -166,7 +167,7 @@ def _header(encoded: bytes, version: int, path: str, file_size: int | None = Non
 
 def encode_target(key: str, records: Sequence[TargetRecord]) -> bytes:
     """The bytes of a target file."""
-    return seal(Kind.TARGET, b"", pack(_TARGET.write(Target(key=key, records=tuple(records)))))
+    return seal(Kind.TARGET, b"", pack(plain(Target(key=key, records=tuple(records)))))
 
 
 def decode_target(data: bytes, key: str, *, path: str = "") -> tuple[TargetRecord, ...]:
@@ -179,20 +180,20 @@ def decode_target(data: bytes, key: str, *, path: str = "") -> tuple[TargetRecor
 
     def read(value: Any) -> tuple[TargetRecord, ...]:
         if frame.version not in _OLD_TARGETS:
-            target: Target = _TARGET.read(value)
+            target: Target = _TARGET(value)
             _check_key(target.key, key)
             return target.records
         if type(value) is dict:
             _check_key(value.pop("key", None), key)
-        return (_OLD_TARGETS[frame.version].read(value),)
+        return (_OLD_TARGETS[frame.version](value),)
 
-    found: tuple[TargetRecord, ...] = read_packed(Form(read, read), frame.payload, path)
+    found: tuple[TargetRecord, ...] = read_packed(read, frame.payload, path)
     return found
 
 
 def encode_piece(piece: PieceRecord) -> bytes:
     """The bytes of a piece file."""
-    return seal(Kind.PIECE, b"", pack(_PIECE.write(piece)))
+    return seal(Kind.PIECE, b"", pack(plain(piece)))
 
 
 def decode_piece(data: bytes, key: str, *, path: str = "") -> PieceRecord:

@@ -75,7 +75,7 @@ _FORMATS = {1: record(_Format2, skip=("consts",)), 2: record(_Format2)}
 
 
 def _format_0(value: object) -> Artifact:
-    found: _Format0 = _FORMAT_0.read(value)
+    found: _Format0 = _FORMAT_0(value)
     return _artifact(0, found.graph_hash, found.execution_code, found.submod_names, None)
 
 
@@ -83,7 +83,7 @@ def _format_1_or_2(value: object) -> Artifact:
     version = value.get("version") if type(value) is dict else None
     if type(version) is not int or version not in _FORMATS:
         raise FieldError("version", f"{version!r} is neither 1 nor 2")
-    found: _Format2 = _FORMATS[version].read(value)
+    found: _Format2 = _FORMATS[version](value)
     return _artifact(version, found.graph_hash, found.code, found.submod_names, found.consts)
 
 

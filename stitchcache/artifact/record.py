@@ -170,8 +170,9 @@ def header_of(artifact: Artifact, *, path: str = "", file_bytes: int = 0) -> Hea
     return Header(
         graph_hash=artifact.graph_hash,
         label=artifact.label,
-        created=artifact.created,
-        compile_seconds=artifact.compile_seconds,
+        # As floats, for equal artifacts are equal bytes.
+        created=float(artifact.created),
+        compile_seconds=float(artifact.compile_seconds),
         variants=len(artifact.variants),
         pieces=len(pieces),
         backends=tuple(sorted({piece.backend for piece in pieces})),

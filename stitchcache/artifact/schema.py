@@ -1,10 +1,10 @@
 """How records stand in msgpack: what reads, checks and writes them comes from their declarations.
 
 A record's fields are said once, in its class; their annotations name what each may be (``stitchcache.types``
-has the names). :func:`record` makes from them one function that reads and one that writes. Reading is strict:
-a key that is missing, unknown or of another kind is a :class:`FieldError`, whose path grows while it unwinds.
-A warm start reads thousands of values, so everything is decided while the functions are made, and the map
-that msgpack made becomes the record's own.
+has the names). :func:`plain` writes a record, and :func:`record` makes from its class what reads one. Reading is
+strict: a key that is missing, unknown or of another kind is a :class:`FieldError`, whose path grows while it
+unwinds. A warm start reads thousands of values, so everything is decided while the functions are made, and the
+map that msgpack made becomes the record's own.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import msgpack
 
 from stitchcache.artifact.frame import malformed
-from stitchcache.records import defaults_of, fill
+from stitchcache.records import defaults_of, fill, names_of
 
-T = TypeVar("T")
+Reader = Callable[[Any], Any]
+"""Checks a decoded value and makes of it what the record holds; raises :class:`FieldError`."""
 
 _MOST_TEXT = 1 << 28
 _MOST_NAME = 1 << 16
@@ -60,21 +61,6 @@ class FieldError(ValueError):
         return FieldError(f"{outer}{joint}{self.field}", self.reason)
 
 
-class Form:
-    """How one kind of value stands in msgpack.
-
-    Args:
-        read: Checks a decoded value and makes of it what the record holds; raises :class:`FieldError`.
-        write: Makes of what a record holds what msgpack encodes.
-    """
-
-    __slots__ = ("read", "write")
-
-    def __init__(self, read: Callable[[Any], Any], write: Callable[[Any], Any]) -> None:
-        self.read = read
-        self.write = write
-
-
 # -- bytes and plain values -----------------------------------------------------------------------
 
 
@@ -110,11 +96,11 @@ def unpack(data: bytes, *, path: str, field: str) -> Any:
         raise malformed(path, field, f"not valid msgpack: {error or type(error).__name__}") from error
 
 
-def read_packed(form: Form, data: bytes, path: str, root: str = "") -> Any:
+def read_packed(read: Reader, data: bytes, path: str, root: str = "") -> Any:
     """What some bytes hold.
 
     Args:
-        form: What they must be.
+        read: What they must be.
         data: msgpack, its digest checked.
         path: The file, for messages.
         root: What the field paths in messages begin with.
@@ -124,10 +110,28 @@ def read_packed(form: Form, data: bytes, path: str, root: str = "") -> Any:
     """
     value = unpack(data, path=path, field=root or "payload")
     try:
-        return form.read(value)
+        return read(value)
     except FieldError as error:
         where = error.within(root) if root else error
         raise malformed(path, where.field or "payload", where.reason) from None
+
+
+def plain(value: Any, *, skip: Collection[str] = ()) -> Any:
+    """A value as msgpack has it; a record is a map of its fields, in their order.
+
+    Args:
+        value: A record, or what a record's field may hold.
+        skip: Fields of the record that do not stand in the file.
+    """
+    kind = type(value)
+    if kind is tuple:
+        return [plain(item) for item in value]
+    if kind is int and not _INT_MIN <= value <= _INT_MAX:
+        return {"int": hex(value)}
+    names = names_of(kind)
+    if names is None:
+        return value
+    return {name: plain(getattr(value, name)) for name in names if name not in skip}
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -155,7 +159,7 @@ def _digest(value: object) -> object:
     return value
 
 
-def _text(most: int) -> Callable[[Any], Any]:
+def _text(most: int) -> Reader:
     def read(value: Any) -> Any:
         if type(value) is not str:
             raise _other(value, "str")
@@ -174,7 +178,7 @@ def _expression(value: Any) -> Any:
     return value
 
 
-def _bounded(least: int, most: int) -> Callable[[Any], Any]:
+def _bounded(least: int, most: int) -> Reader:
     def read(value: Any) -> Any:
         if type(value) is not int:
             raise _other(value, "int")
@@ -194,7 +198,7 @@ def _size(value: Any) -> Any:
     return _expression(value) if type(value) is str else _count(value)
 
 
-def _float(least: float, most: float) -> Callable[[Any], Any]:
+def _float(least: float, most: float) -> Reader:
     def read(value: Any) -> Any:
         number = float(value) if type(value) is int else _float_itself(value)
         if not math.isfinite(number):
@@ -206,7 +210,7 @@ def _float(least: float, most: float) -> Callable[[Any], Any]:
     return read
 
 
-def _exactly(kind: type) -> Callable[[Any], Any]:
+def _exactly(kind: type) -> Reader:
     def read(value: Any) -> Any:
         if type(value) is not kind:
             raise _other(value, kind.__name__)
@@ -215,7 +219,7 @@ def _exactly(kind: type) -> Callable[[Any], Any]:
     return read
 
 
-def _read_scalar(value: Any) -> Any:
+def _scalar(value: Any) -> Any:
     if type(value) is dict:
         try:
             digits = _text(_MOST_HEX)(value["int"])
@@ -235,47 +239,37 @@ def _read_scalar(value: Any) -> Any:
     raise _other(value, "a scalar")
 
 
-def _write_scalar(value: Any) -> Any:
-    return {"int": hex(value)} if type(value) is int and not _INT_MIN <= value <= _INT_MAX else value
-
-
-def _itself(value: Any) -> Any:
-    return value
-
-
 _count = _bounded(0, _MOST_COUNT)
 _long_text = _text(_MOST_TEXT)
 _float_itself = _exactly(float)
-_SIZE = Form(_size, _itself)
 
-_FORMS: Mapping[str, Form] = {
-    "str": Form(_long_text, _itself),
-    "bytes": Form(_exactly(bytes), _itself),
-    "int": Form(_bounded(_INT_MIN, _INT_MAX), _itself),
-    "Digest": Form(_digest, _itself),
-    "Name": Form(_text(_MOST_NAME), _itself),
-    "Expression": Form(_expression, _itself),
-    "Count": Form(_count, _itself),
-    "Length": Form(_bounded(0, _MOST_ITEMS), _itself),
-    "Seconds": Form(_float(-_MOST_SECONDS, _MOST_SECONDS), float),
-    "Amount": Form(_float(0.0, sys.float_info.max), float),
-    "Size": _SIZE,
-    "Scalar": Form(_read_scalar, _write_scalar),
+_READERS: Mapping[str, Reader] = {
+    "str": _long_text,
+    "bytes": _exactly(bytes),
+    "int": _bounded(_INT_MIN, _INT_MAX),
+    "Digest": _digest,
+    "Name": _text(_MOST_NAME),
+    "Expression": _expression,
+    "Count": _count,
+    "Length": _bounded(0, _MOST_ITEMS),
+    "Seconds": _float(-_MOST_SECONDS, _MOST_SECONDS),
+    "Amount": _float(0.0, sys.float_info.max),
+    "Size": _size,
+    "Scalar": _scalar,
 }
 
 
 # -- what is made of them -------------------------------------------------------------------------
 
 
-def record(cls: type, *, skip: Collection[str] = ()) -> Form:
-    """A map with a key for each field of a record, in their order.
+def record(cls: type, *, skip: Collection[str] = ()) -> Reader:
+    """Reads a map with exactly a record's fields as keys.
 
     Args:
-        cls: Its class.
+        cls: The record's class.
         skip: Fields that do not stand in the file; they get their defaults.
     """
-    fields, flaw = fields_of(cls, skip=skip), getattr(cls, "flaw", None)
-    read_fields = fields.read
+    read_fields, flaw = fields_of(cls, skip=skip), getattr(cls, "flaw", None)
     missing = {name: value for name, value in defaults_of(cls).items() if name in skip}
 
     def read(value: Any) -> Any:
@@ -289,74 +283,60 @@ def record(cls: type, *, skip: Collection[str] = ()) -> Form:
                 raise FieldError(*found)
         return made
 
-    return Form(read, fields.write)
+    return read
 
 
-def fields_of(cls: type, *, skip: Collection[str] = ()) -> Form:
+def fields_of(cls: type, *, skip: Collection[str] = ()) -> Reader:
     """The same, but what is read is a dict of the fields' values."""
     module = vars(sys.modules[cls.__module__])
     annotations: Mapping[str, str] = cls.__annotations__
-    forms = {name: form(text, module) for name, text in annotations.items() if name not in skip}
-    readers = tuple((name, each.read) for name, each in forms.items())
-    writers = tuple((name, each.write) for name, each in forms.items())
-    number = len(forms)
+    readers = {name: reader(text, module) for name, text in annotations.items() if name not in skip}
+    steps, number = tuple(readers.items()), len(readers)
 
     def read(value: Any) -> Any:
         if type(value) is not dict:
             raise _other(value, "dict")
         # As many keys as fields, and every field found: so these are exactly the fields.
         if len(value) != number:
-            raise _wrong_keys(value, forms)
+            raise _wrong_keys(value, readers)
         name = ""
         try:
-            for name, read_one in readers:
+            for name, read_one in steps:
                 value[name] = read_one(value[name])
         except FieldError as error:
             raise error.within(name) from None
         except KeyError:
-            raise _wrong_keys(value, forms) from None
+            raise _wrong_keys(value, readers) from None
         return value
 
-    def write(made: Any) -> Any:
-        return {name: write_one(getattr(made, name)) for name, write_one in writers}
-
-    return Form(read, write)
+    return read
 
 
-def form(text: str, module: Mapping[str, Any] | None = None) -> Form:
-    """The form of an annotation.
+def reader(text: str, module: Mapping[str, Any] | None = None) -> Reader:
+    """What reads a value of an annotation.
 
     Args:
-        text: Its source.
+        text: The annotation's source.
         module: Where the names of records in it mean something.
     """
-    if text in _FORMS:
-        return _FORMS[text]
+    if text in _READERS:
+        return _READERS[text]
     if text == "Shape":
-        return _array(_SIZE, _MOST_DIMENSIONS)
+        return _array(_size, _MOST_DIMENSIONS)
     if text.endswith(" | None"):
-        return _or_nil(form(text.removesuffix(" | None"), module))
+        read = reader(text.removesuffix(" | None"), module)
+        return lambda value: None if value is None else read(value)
     kind, _, inner = text.removesuffix("]").partition("[")
     if kind == "tuple" and inner.endswith(", ..."):
-        return _array(form(inner.removesuffix(", ..."), module), _MOST_ITEMS)
+        return _array(reader(inner.removesuffix(", ..."), module), _MOST_ITEMS)
     if kind == "tuple":
-        return _row([form(each, module) for each in inner.split(", ")])
+        return _row([reader(each, module) for each in inner.split(", ")])
     if kind == "Literal":
-        return Form(_one_of(tuple(word.strip("\"'") for word in inner.split(", "))), _itself)
+        return _one_of(tuple(word.strip("\"'") for word in inner.split(", ")))
     return record((module or {})[text])
 
 
-def _or_nil(form: Form) -> Form:
-    read, write = form.read, form.write
-    return Form(
-        lambda value: None if value is None else read(value),
-        lambda value: None if value is None else write(value),
-    )
-
-
-def _array(form: Form, most: int) -> Form:
-    read, write = form.read, form.write
-
+def _array(read: Reader, most: int) -> Reader:
     def read_all(value: Any) -> Any:
         if type(value) is not list:
             raise _other(value, "list")
@@ -368,29 +348,29 @@ def _array(form: Form, most: int) -> Form:
         except FieldError as error:
             raise error.within(f"[{len(value) - 1 - operator.length_hint(items)}]") from None
 
-    return Form(read_all, lambda value: [write(item) for item in value])
+    return read_all
 
 
-def _row(forms: list[Form]) -> Form:
-    """An array in which each place has a form of its own."""
+def _row(readers: list[Reader]) -> Reader:
+    """An array in which each place has a reader of its own."""
 
     def read(value: Any) -> Any:
         if type(value) is not list:
             raise _other(value, "list")
-        if len(value) != len(forms):
-            raise FieldError("", f"{len(value)} items where {len(forms)} are expected")
-        items = []
+        if len(value) != len(readers):
+            raise FieldError("", f"{len(value)} items where {len(readers)} are expected")
+        items: list[Any] = []
         try:
-            for form, item in zip(forms, value, strict=True):
-                items.append(form.read(item))
+            for read_one, item in zip(readers, value, strict=True):
+                items.append(read_one(item))
         except FieldError as error:
             raise error.within(f"[{len(items)}]") from None
         return tuple(items)
 
-    return Form(read, lambda value: [form.write(item) for form, item in zip(forms, value, strict=True)])
+    return read
 
 
-def _one_of(allowed: tuple[str, ...]) -> Callable[[Any], Any]:
+def _one_of(allowed: tuple[str, ...]) -> Reader:
     def read(value: Any) -> Any:
         if type(value) is not str or value not in allowed:
             raise FieldError("", f"{_shown(value)} is none of {', '.join(allowed)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import struct
 import typing
 from pathlib import Path
@@ -191,10 +192,16 @@ def test_no_field_of_a_record_is_forgotten():
         graph_hash="ab" * 32, sources=(types.SourceRef(module="", digest="", size=0),)
     )
     keys(msgpack.unpackb(open_frame(encode_target("ab" * 32, [record]), Kind.TARGET).payload))
-    for kind in [Artifact, Variant, *vars(types).values()]:
-        if dataclasses.is_dataclass(kind):
-            missing = {field.name for field in dataclasses.fields(kind)} - written - {"format_version"}
-            assert not missing, (kind, missing)
+    known = {**vars(types), "Variant": Variant}
+    todo, seen = [Artifact, types.TargetRecord], set()
+    while todo:
+        kind = todo.pop()
+        seen.add(kind)
+        missing = {field.name for field in dataclasses.fields(kind)} - written - {"format_version"}
+        assert not missing, (kind, missing)
+        named = re.findall(r"\w+", " ".join(kind.__annotations__.values()))
+        todo += [known[name] for name in named if dataclasses.is_dataclass(known.get(name))]
+    assert {types.TensorSpec, types.OutputBound, types.SourceRef, types.SizeRange} < seen
     assert typing.get_type_hints(Artifact)
 
 
