@@ -21,7 +21,7 @@ from stitchcache.artifact.frame import (
 from stitchcache.artifact.record import Artifact, Header, PieceRecord, header_of
 from stitchcache.artifact.schema import FieldError, fields_of, pack, plain, read_packed, reader, record
 from stitchcache.records import fill
-from stitchcache.types import Digest, Factor, TargetRecord
+from stitchcache.types import BlobRef, Digest, Factor, TargetRecord
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
@@ -251,17 +251,17 @@ class EntryCodec:
 
     def head(self, prefix: bytes, file_size: int, path: str) -> Sequence[tuple[str, int]]:
         """Blobs that an entry names, from its header."""
-        return [(blob.digest, blob.size) for blob in decode_header(prefix, file_size, path=path).blobs]
+        return _names(decode_header(prefix, file_size, path=path).blobs)
 
-    def entry(self, data: bytes, key: str, path: str) -> Sequence[tuple[str, int]]:
-        """Blobs that an entry names, all of it checked."""
-        return [(blob.digest, blob.size) for blob in decode_named(data, key, path).blobs]
+    def names(self, area: str, data: bytes, key: str, path: str) -> Sequence[tuple[str, int]]:
+        """What a whole file names: blobs of an entry or a piece, graph hashes of a target."""
+        if area == "targets":
+            records = decode_target(data, key, path=path)
+            return [(graph_hash, 0) for graph_hash in dict.fromkeys(each.graph_hash for each in records)]
+        if area == "pieces":
+            return _names([decode_piece(data, key, path=path).blob])
+        return _names(decode_named(data, key, path).blobs)
 
-    def target(self, data: bytes, key: str, path: str) -> Sequence[str]:
-        """Graph hashes that a target leads to."""
-        return list(dict.fromkeys(found.graph_hash for found in decode_target(data, key, path=path)))
 
-    def piece(self, data: bytes, key: str, path: str) -> tuple[str, int]:
-        """Blob that a piece leads to."""
-        blob = decode_piece(data, key, path=path).blob
-        return blob.digest, blob.size
+def _names(blobs: Sequence[BlobRef]) -> list[tuple[str, int]]:
+    return [(blob.digest, blob.size) for blob in blobs]

@@ -122,8 +122,8 @@ class PrunePlan:
 class _Scan:
     entries: list[Item]
     blobs: dict[str, Item]
-    targets: list[tuple[Item, Sequence[str] | None]]
-    pieces: list[tuple[Item, str | None]]
+    targets: list[tuple[Item, Sequence[str]]]
+    pieces: list[tuple[Item, Sequence[str]]]
     names: dict[str, Sequence[str]]
     unreadable: list[str]
 
@@ -160,8 +160,10 @@ class _Work:
         # Blobs before entries: an entry published in between names blobs whose times change then, and a blob
         # published in between is not on the list.
         blobs = {item.key: item for item in keyed_items(self.root, Area.BLOBS)}
-        targets = [(item, self.reading.target(item)) for item in keyed_items(self.root, Area.TARGETS)]
-        pieces = [(item, self.reading.piece(item)) for item in keyed_items(self.root, Area.PIECES)]
+        targets, pieces = (
+            [(item, self.reading.leads_to(item, area)) for item in keyed_items(self.root, area)]
+            for area in (Area.TARGETS, Area.PIECES)
+        )
         entries, names, unreadable = [], {}, []
         for item in (*keyed_items(self.root, Area.ENTRIES), *legacy_items(self.root)):
             named = self.reading.blobs(item)
@@ -199,13 +201,12 @@ class _Work:
             targets=tuple(
                 item
                 for item, keys in seen.targets
-                if keys is not None
-                and not any(key in kept_entries or self.reading.entry_beneath(key) for key in keys)
+                if keys and not any(key in kept_entries or self.reading.entry_beneath(key) for key in keys)
             ),
             pieces=tuple(
                 item
-                for item, blob in seen.pieces
-                if blob is not None and (blob in blob_keys or (blob not in seen.blobs and self._is_old(item)))
+                for item, names in seen.pieces
+                if any(name in blob_keys or (name not in seen.blobs and self._is_old(item)) for name in names)
             ),
             leftovers=tuple(tmp),
             total_bytes=total_bytes,
@@ -221,10 +222,10 @@ class _Work:
         """Entries to evict, and why."""
         users = Counter(name for named in seen.names.values() for name in named)
         oldest_first = sorted(seen.entries, key=lambda entry: (entry.modified, entry.path))
-        leading = _with_last(((item, keys or ()) for item, keys in seen.targets), oldest_first)
+        leading = _with_last(seen.targets, oldest_first)
         indexed: dict[str, list[Item]] = {}
-        for item, name in seen.pieces:
-            if name is not None:
+        for item, names in seen.pieces:
+            for name in names:
                 indexed.setdefault(name, []).append(item)
         free = self._free(limits)
         evicted = []
@@ -313,10 +314,11 @@ class _Removal:
         )
 
     def run(self, plan: PrunePlan) -> None:
-        named = [(item, self._work.reading.target(item)) for item in plan.targets]
-        leading = _with_last(((item, keys or ()) for item, keys in named), [item for item, _ in plan.entries])
+        reading = self._work.reading
+        named = [(item, reading.leads_to(item, Area.TARGETS)) for item in plan.targets]
+        leading = _with_last(named, [item for item, _ in plan.entries])
         placed = {item.path for items in leading.values() for item in items}
-        stale = [item for item, keys in named if keys is not None and item.path not in placed]
+        stale = [item for item, keys in named if keys and item.path not in placed]
         self._each(stale, self._remove)
         kept: set[str] = set()
         for item, _ in plan.entries:
@@ -325,7 +327,8 @@ class _Removal:
         for item in plan.blobs:
             if item.key in kept or not self._try(item, self._remove_unheld):
                 kept.add(item.key)
-        self._each([item for item in plan.pieces if self._work.reading.piece(item) not in kept], self._remove)
+        unused = (each for each in plan.pieces if kept.isdisjoint(reading.leads_to(each, Area.PIECES)))
+        self._each(unused, self._remove)
         self._each(plan.leftovers, self._remove_leftover)
 
     def _evict(self, item: Item, targets: Iterable[Item]) -> bool:

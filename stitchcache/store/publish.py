@@ -191,13 +191,14 @@ def _place(root: Root, holds: Holds, temp: str, fd: int, digest: str, size: int)
     return True
 
 
-def _adopt(root: Root, holds: Holds, target: str, digest: str, size: int) -> bool:
-    """Use the blob that is already there, if it is good."""
+def _adopt(root: Root, holds: Holds, target: str, digest: str, size: int, *, by_size: bool = False) -> bool:
+    """Use the blob that is already there, if it is good; ``by_size`` looks at its size alone."""
     fd = hold_shared(root.files, target)
     if fd is None:
         return False
     try:
-        good = root.blob_problem(fd, root.files.fstat(fd), digest, size) is None
+        facts = root.files.fstat(fd)
+        good = facts.st_size == size and (by_size or root.blob_problem(fd, facts, digest, size) is None)
         if good:
             root.touch(target)
             # Its writer may have died before it came to these, or not have come to them yet.
@@ -230,23 +231,7 @@ def hold_blob(root: Root, holds: Holds, digest: str, size: int) -> bool:
         except FileNotFoundError:
             holds.release([digest])
             return False
-    fd = hold_shared(root.files, path)
-    if fd is None:
-        return False
-    try:
-        good = root.files.fstat(fd).st_size == size
-        if good:
-            root.touch(path)
-            root.sync(fd)
-            root.sync_dir(os.path.dirname(path))
-    except BaseException:
-        close_quietly(root.files, fd)
-        raise
-    if good:
-        holds.keep(digest, fd)
-    else:
-        close_quietly(root.files, fd)
-    return good
+    return _adopt(root, holds, path, digest, size, by_size=True)
 
 
 # -- whether there is room -----------------------------------------------------------------------

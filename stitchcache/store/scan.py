@@ -157,7 +157,7 @@ def _is_free(root: Root, item: Item) -> bool:
 # Most headers fit: one small read for each entry.
 HEAD_READ = 4096
 
-BlobName = tuple[str, int]
+Name = tuple[str, int]
 
 
 class Codec(Protocol):
@@ -166,17 +166,15 @@ class Codec(Protocol):
     def head_size(self, prefix: bytes, path: str) -> int:
         """Bytes that an entry's header ends at, from its first :data:`HEAD_READ` bytes."""
 
-    def head(self, prefix: bytes, file_size: int, path: str) -> Sequence[BlobName]:
+    def head(self, prefix: bytes, file_size: int, path: str) -> Sequence[Name]:
         """Digests and sizes of the blobs that an entry names, from its header alone."""
 
-    def entry(self, data: bytes, key: str, path: str) -> Sequence[BlobName]:
-        """The same from a whole entry, all of it checked."""
+    def names(self, area: Area, data: bytes, key: str, path: str) -> Sequence[Name]:
+        """What a whole file of an area names, all of it checked.
 
-    def target(self, data: bytes, key: str, path: str) -> Sequence[str]:
-        """The graph hashes that a target leads to."""
-
-    def piece(self, data: bytes, key: str, path: str) -> BlobName:
-        """The blob that a piece leads to."""
+        Returns:
+            Digests and sizes of the blobs of an entry or a piece; graph hashes, and no size, of a target.
+        """
 
 
 def read_head(files: Files, path: str, codec: Codec) -> tuple[bytes, int] | None:
@@ -228,28 +226,19 @@ class Reading:
             if head is None:
                 return ()
             return tuple(dict.fromkeys(digest for digest, _ in self.codec.head(*head, item.path)))
-        except FutureFormatError:
+        except (FutureFormatError, OSError):
             return None
         except EntryFormatError:
             return ()
-        except OSError:
-            return None
 
-    def target(self, item: Item) -> Sequence[str] | None:
-        """Graph hashes that a target leads to; ``None`` for one that is left for ``verify``."""
+    def leads_to(self, item: Item, area: Area) -> Sequence[str]:
+        """What a target or a piece names; nothing for one that is left for ``verify``."""
         try:
             found = self.root.read(item.path, MAX_RECORD)
-            return None if found is None else self.codec.target(found.data, item.key, item.path)
+            names = () if found is None else self.codec.names(area, found.data, item.key, item.path)
         except (EntryFormatError, OSError):
-            return None
-
-    def piece(self, item: Item) -> str | None:
-        """Digest of the blob that a piece leads to; ``None`` for one that is left for ``verify``."""
-        try:
-            found = self.root.read(item.path, MAX_RECORD)
-            return None if found is None else self.codec.piece(found.data, item.key, item.path)[0]
-        except (EntryFormatError, OSError):
-            return None
+            return ()
+        return [name for name, _ in names]
 
     def entry_beneath(self, key: str) -> bool:
         """Whether a layer beneath has an entry.

@@ -9,15 +9,13 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal
 
 from stitchcache.errors import EntryFormatError, FutureFormatError
 from stitchcache.store.files import opened, words, write_all
 from stitchcache.store.layout import MAX_ENTRY, Area
 from stitchcache.store.root import Identity, Root
-from stitchcache.store.scan import Item, Reading, keyed_items, leftovers, legacy_items
-
-T = TypeVar("T")
+from stitchcache.store.scan import Item, Name, Reading, keyed_items, leftovers, legacy_items
 
 Problem = Literal["damaged", "missing blob", "stale", "untrusted", "newer format", "unreadable", "leftover"]
 
@@ -111,7 +109,7 @@ class _Walk:
 
     def entry(self, item: Item) -> None:
         self.count(Area.ENTRIES, item)
-        loaded = self._load(item, self.reading.codec.entry)
+        loaded = self._load(item, Area.ENTRIES)
         if loaded is None:
             return
         named, identity = loaded
@@ -130,9 +128,9 @@ class _Walk:
 
     def target(self, item: Item) -> None:
         self.count(Area.TARGETS, item)
-        loaded = self._load(item, self.reading.codec.target)
+        loaded = self._load(item, Area.TARGETS)
         if loaded is not None:
-            keys = loaded[0]
+            keys = [key for key, _ in loaded[0]]
             if not any(
                 key in self.good_entries or key in self.unsure or self.reading.entry_beneath(key)
                 for key in keys
@@ -141,17 +139,17 @@ class _Walk:
 
     def piece(self, item: Item) -> None:
         self.count(Area.PIECES, item)
-        loaded = self._load(item, self.reading.codec.piece)
-        if loaded is not None and not self._has_blob(*loaded[0]):
-            self._drop(item, f"its blob {loaded[0][0]} is gone")
+        loaded = self._load(item, Area.PIECES)
+        if loaded is not None and not self._has_blob(*loaded[0][0]):
+            self._drop(item, f"its blob {loaded[0][0][0]} is gone")
 
-    def _load(self, item: Item, decode: Callable[[bytes, str, str], T]) -> tuple[T, Identity] | None:
+    def _load(self, item: Item, area: Area) -> tuple[Sequence[Name], Identity] | None:
         found = None
         try:
             found = self.root.read(item.path, MAX_ENTRY)
             if found is None:
                 return None
-            value = decode(found.data, item.key, item.path)
+            value = self.reading.codec.names(area, found.data, item.key, item.path)
         except FutureFormatError as error:
             self.found(item, "newer format", error.reason)
             self.good_entries.add(item.key)
