@@ -3,9 +3,9 @@
 A record's fields are said once, in its class; their annotations name what each may be, by the names that
 ``stitchcache.types`` has. :func:`plain` writes a record; :func:`record` makes what reads one from its class.
 
-Reading is strict: a key that is missing, unknown or of another kind is a :class:`FieldError`, whose path grows
-while it unwinds. A warm start reads thousands of values. So everything is decided while the functions are made,
-and the map that msgpack made becomes the record's own.
+Reading is strict: a key that is missing, unknown or of another kind is a :class:`FieldError`, whose path
+grows while it unwinds. A warm start reads thousands of values. So everything is decided while the functions
+are made, and the map that msgpack made becomes the record's own.
 """
 
 from __future__ import annotations
