@@ -8,6 +8,7 @@ The tree (the builtin that each also derives from in brackets)::
     |   |-- TargetNotFoundError [LookupError]  no such module, file or name
     |   `-- DuplicateTargetError               two targets of one name
     |-- CaptureError [RuntimeError]            the model cannot be exported
+    |   `-- ModelMismatchError                 what was captured does something else than the model
     |-- SplitError [ValueError]                the graph cannot be split
     |   `-- SplittingOpNotFoundError           a splitting op that is not in the graph
     |-- CodegenError [ValueError]              a graph that has no execution code
@@ -105,6 +106,20 @@ class CaptureError(StitchCacheError, RuntimeError):
 
     reason: str = ""
     location: str = ""
+
+
+class ModelMismatchError(CaptureError):
+    """What was captured from a model does something else than the model.
+
+    Attributes:
+        output: The result or written tensor that differs, such as ``output['logits']`` or ``buffer:cache``.
+        difference: Largest absolute difference; 0 where it is no matter of numbers.
+        module: The first module whose result differs, with its class; ``""`` where none was found.
+    """
+
+    output: str = ""
+    difference: float = 0.0
+    module: str = ""
 
 
 class SplitError(StitchCacheError, ValueError):
@@ -355,14 +370,18 @@ class CacheMissError(StitchCacheError, LookupError):
 
 
 class StaleEntryError(StitchCacheError, RuntimeError):
-    """An audit traced the model again and got another graph than the direct hit.
+    """A hit was wrong: a look in the background, or an audit, found that it is not this model.
 
     Attributes:
-        expected: Graph hash that the target key led to.
-        actual: Graph hash of the fresh trace.
+        expected: Graph hash that was served, or that the target key led to.
+        actual: Graph hash of the fresh trace; ``""`` where nothing was traced.
         differences: Factor of the graph to ``(in the entry, in the fresh trace)``.
+        output: The result or written tensor that differed from the model's own; ``""`` after an audit.
+        difference: By how much.
     """
 
     expected: str = ""
     actual: str = ""
     differences: Mapping[str, tuple[str, str]] = {}
+    output: str = ""
+    difference: float = 0.0

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from inspect import Parameter, Signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from stitchcache.artifact.record import Artifact
 from stitchcache.codegen.execution import CodeObjects
-from stitchcache.errors import BindError, EntryFormatError
+from stitchcache.errors import BindError, EntryFormatError, StitchCacheError
 from stitchcache.runtime.call import build_call
 from stitchcache.runtime.link import bind_tensors, link
-from stitchcache.types import Change
+from stitchcache.types import Change, Check
 
 if TYPE_CHECKING:
     from stitchcache.explanation import Explanation, MissFacts
@@ -38,6 +39,7 @@ class CompiledModel:
         lookup: Label, target key, why there was no direct hit, and what that miss found out: kept for
             :meth:`explain` as it is. ``None`` for one that was loaded by its graph hash.
         changed: Tells whether a model is another one than was compiled; ``None`` where nothing tells.
+        check: How the look at the model itself on the example stands.
     """
 
     # Calling an object looks __call__ up in its class and binds it; a slot binds to what is in it. So a
@@ -65,6 +67,8 @@ class CompiledModel:
         self.model = model
         self.lookup: tuple[str, TargetKey, str, MissFacts | None] | None = None
         self.changed: Callable[[torch.nn.Module], Change | None] | None = None
+        self.check = Check(state="unchecked", reason="nobody looked")
+        self._refusal: StitchCacheError | None = None
         self.__signature__ = _ANY
         self._bind(model)
 
@@ -116,6 +120,11 @@ class CompiledModel:
         self.model = model
         return self
 
+    def refuse(self, error: StitchCacheError) -> None:
+        """Let each call raise an error from now on, also after :meth:`rebind`."""
+        self._refusal = error
+        self._bind(self.model)
+
     def explain(self) -> Explanation:
         """Say how this came about: the kind of hit, and why it was not a direct one if it was not.
 
@@ -134,8 +143,12 @@ class CompiledModel:
         return f"<CompiledModel {name} {self.graph_hash[:12]} {hit}>"
 
     def _bind(self, model: torch.nn.Module) -> None:
-        call: Callable[..., Any] = self._bound_to(model)
+        call: Callable[..., Any] = self._bound_to(model) if self._refusal is None else self._raise
         self.__call__ = call  # type: ignore[method-assign]
+
+    def _raise(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        # A fresh one each time: a shared exception would collect the tracebacks of all threads.
+        raise copy(self._refusal) if self._refusal is not None else AttributeError("nothing was refused")
 
     def _bound_to(self, model: torch.nn.Module) -> Callable[..., Any]:
         if self.artifact.input_spec is None or self.artifact.output_spec is None:

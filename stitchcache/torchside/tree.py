@@ -91,6 +91,11 @@ def leaf_paths(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     return paths
 
 
+def result_paths(value: Any, head: str = "output") -> list[str]:
+    """Name every leaf of a result as one reads it, such as ``output['logits']``."""
+    return [head + pytree.keystr(keys) for keys, _leaf in pytree.tree_flatten_with_path(value)[0]]
+
+
 def positional_names(forward: Callable[..., Any], count: int) -> list[str]:
     """Names of the first ``count`` positional parameters; ``args[i]`` where there is no name."""
     try:

@@ -1,0 +1,350 @@
+"""Run a model and what was compiled from it from the same state, and measure how far they are apart."""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from stitchcache import tree
+from stitchcache.errors import InputMismatchError
+from stitchcache.runtime.bind import modules_of
+from stitchcache.torchside.watch import memory_of, watch
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
+
+FORWARD_ERRORS = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    ArithmeticError,
+    NameError,
+    ImportError,
+    OSError,
+)
+"""What a model's own forward may raise."""
+
+_TABLES = ("_buffers", "_parameters", "_modules")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """One result on both sides, or one tensor that was written.
+
+    Args:
+        name: ``output['logits']``, ``input:ids`` or ``buffer:cache``.
+        fact: What is wrong beside values; ``""`` where nothing is.
+        difference: Largest absolute difference; for whole numbers and truth values the share that differs.
+        magnitude: Largest finite absolute value of the model's own; 1 for whole numbers.
+        spread: Root of the mean square of the differences, relative to that of the model's own.
+        dtype: Of floating-point and complex tensors; ``None`` for others.
+    """
+
+    name: str
+    fact: str = ""
+    difference: float = 0.0
+    magnitude: float = 0.0
+    spread: float = 0.0
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Both:
+    """What came of running both sides.
+
+    Args:
+        items: Every result and every tensor that either side wrote; empty where they could not be compared.
+        unchecked: Why nothing was compared; ``""`` where it was.
+        fails: What is wrong with the call as a whole, such as an error on one side; ``""`` where nothing is.
+        drew: Whether the model drew random numbers.
+    """
+
+    items: tuple[Compared, ...] = ()
+    unchecked: str = ""
+    fails: str = ""
+    drew: bool = False
+
+
+def run_both(
+    model: torch.nn.Module,
+    subject: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    writes: Sequence[torch.Tensor] = (),
+    effects: Mapping[str, bool] | None = None,
+    apart: bool = False,
+) -> Both:
+    """Call a model and something that should do the same, and put back what either wrote.
+
+    Both start from the same state. Put back are arguments, parameters, buffers and every other tensor that
+    ops write, attributes of the model's modules, and random number generators.
+
+    Args:
+        model: Runs first, as it is.
+        subject: Called as the model is.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        writes: Tensors that the subject may write. What the model writes is noticed; what compiled pieces
+            write is not.
+        effects: As for :class:`~stitchcache.torchside.watch.Watch`.
+        apart: It runs beside the user's own calls, on arguments of its own: no shared state may be written
+            and no random number drawn, not even for a moment.
+    """
+    run = _Run(model, args, kwargs, effects or {}, apart)
+    # What was made in inference mode can be written only there. That mode switches gradients: they come last.
+    with torch.inference_mode(run.in_inference_mode), torch.no_grad():
+        try:
+            for tensor in writes:
+                run.watch.save(tensor)
+            found = run.model_results()
+            run.put_back()
+            if isinstance(found, _Results):
+                found = run.compared(subject, found)
+        finally:
+            run.put_back()
+    if found is None:
+        return run_both(model, subject, args, kwargs, writes=writes, effects=effects, apart=apart)
+    return found
+
+
+class _Results(NamedTuple):
+    """What the model gave: results by name, their structure, and tensors that were or may be written.
+
+    Of a written tensor: its name, what the model made of it, and the tensor itself, which the subject writes.
+    """
+
+    returned: list[tuple[str, Any]]
+    shape: Any
+    written: list[tuple[str, torch.Tensor, torch.Tensor]]
+
+
+class _Run:
+    """One comparison, and what it puts back: tensors, attributes of modules, generators."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        effects: Mapping[str, bool],
+        apart: bool,
+    ) -> None:
+        self._model, self._args, self._kwargs = model, args, dict(kwargs)
+        self._leaves, self._spec = tree.flatten((args, self._kwargs))
+        tensors = [leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)]
+        self.in_inference_mode = any(tensor.is_inference() for tensor in tensors)
+        own = [memory for leaf in tensors if (memory := memory_of(leaf)) is not None]
+        self.watch = watch(effects, only=own if apart else None, draw=not apart)
+        self._modules = [
+            (prefix, module, dict(vars(module)), [dict(vars(module)[name]) for name in _TABLES])
+            for prefix, module in modules_of(model)
+        ]
+        self._containers = [
+            (value, value.copy())
+            for _, _, attributes, _ in self._modules
+            for name, value in attributes.items()
+            if type(value) in (list, dict, set) and name not in _TABLES
+        ]
+        self._states = [] if apart else list(_generators({leaf.device for leaf in tensors}))
+
+    def put_back(self) -> None:
+        """Make everything what it was."""
+        self.watch.put_back()
+        for _, module, attributes, tables in self._modules:
+            _refill(vars(module), attributes)
+            for name, table in zip(_TABLES, tables, strict=True):
+                _refill(attributes[name], table)
+        for value, before in self._containers:
+            if type(value) is dict:
+                _refill(value, before)
+            elif type(value) is list and (len(value) != len(before) or any(map(_is_not, value, before))):
+                value[:] = before
+            elif type(value) is set and value != before:
+                value.clear()
+                value.update(before)
+        for put, state in self._states:
+            put(state)
+
+    def model_results(self) -> _Results | Both | None:
+        """Run the model. ``None`` if it has to be run again, under a watch that Dynamo does not trace."""
+        try:
+            with self.watch:
+                args, kwargs = tree.unflatten(self._leaves, self._spec)
+                value = self._model(*args, **kwargs)
+        except (torch.OutOfMemoryError, MemoryError):
+            return Both(unchecked="there is no memory for running the model itself")
+        except FORWARD_ERRORS as error:
+            if not self.watch.stopped:
+                return None if self.watch.traced else Both(fails=f"the model itself raises {_said(error)}")
+        # The forward may have swallowed the error that stopped it.
+        return Both(unchecked=self.watch.stopped) if self.watch.stopped else self._kept(value)
+
+    def compared(self, subject: Callable[..., Any], wanted: _Results) -> Both:
+        """Run the subject, and compare."""
+        drew = self.watch.drew
+        try:
+            args, kwargs = tree.unflatten(self._leaves, self._spec)
+            got, shape = tree.flatten(subject(*args, **kwargs))
+        except InputMismatchError as error:
+            return Both(unchecked=f"the example does not fit what was compiled: {error.message}")
+        except (torch.OutOfMemoryError, MemoryError):
+            return Both(unchecked="there is no memory for the compiled model beside the model itself")
+        except FORWARD_ERRORS as error:
+            return Both(fails=f"the model returns, and the compiled one raises {_said(error)}", drew=drew)
+        if shape != wanted.shape:
+            fact = f"the result is {_tree_text(shape)} instead of {_tree_text(wanted.shape)}"
+            return Both(fails=fact, drew=drew)
+        items = [measure(name, a, b) for (name, a), b in zip(wanted.returned, got, strict=True)]
+        items += [measure(name, a, b) for name, a, b in wanted.written]
+        return Both(items=tuple(items), drew=drew)
+
+    def _kept(self, value: Any) -> _Results:
+        """Keep what the model returned and wrote, before it is put back."""
+        saved = self.watch.saved
+        after = {memory: one.copy() for memory, one in saved.items()}
+
+        def kept(leaf: Any) -> Any:
+            lasting = not isinstance(leaf, torch.Tensor) or memory_of(leaf) not in saved
+            return leaf if lasting else leaf.clone()
+
+        flat, shape = tree.flatten(value)
+        returned = [(name, kept(leaf)) for name, leaf in zip(tree.result_paths(value), flat, strict=True)]
+        written: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        # self.cache = torch.cat(...) makes another tensor; compiled code writes into the one it knows.
+        for prefix, module, _, (buffers, _, _) in self._modules:
+            for name, before in buffers.items():
+                now = module._buffers.get(name)
+                if now is not before and now is not None and before is not None:
+                    written.append((f"buffer:{prefix}{name}", kept(now), before))
+        rebound = {name for name, _, _ in written}
+        owners: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
+        for name, tensor in self._state() if saved else ():
+            if isinstance(tensor, torch.Tensor) and name not in rebound:
+                owners.setdefault(memory_of(tensor), []).append((name, tensor))
+        for memory, one in saved.items():
+            for name, tensor in owners.get(memory) or [_whole(one.tensor)]:
+                copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                copy.set_(after[memory], tensor.storage_offset(), tensor.size(), tensor.stride())
+                written.append((name, copy, tensor))
+        return _Results(returned, shape, written)
+
+    def _state(self) -> Iterator[tuple[str, Any]]:
+        paths = tree.leaf_paths(self._model.forward, self._args, self._kwargs)
+        yield from ((f"input:{path}", leaf) for path, leaf in zip(paths, self._leaves, strict=True))
+        for prefix, _, attributes, (buffers, parameters, _) in self._modules:
+            for kind, table in (("buffer", buffers), ("parameter", parameters), ("attribute", attributes)):
+                for name, value in table.items():
+                    yield f"{kind}:{prefix}{name}", value
+
+
+def _generators(devices: Iterable[torch.device]) -> Iterator[tuple[Callable[[Any], Any], Any]]:
+    """Random number generators that a forward may use without naming them: how to set each, and its state."""
+    yield torch.set_rng_state, torch.get_rng_state()
+    yield random.setstate, random.getstate()
+    numpy = sys.modules.get("numpy.random")
+    if numpy is not None:
+        yield numpy.set_state, numpy.get_state()
+    for device in devices:
+        if device.type == "cuda":
+            yield functools.partial(torch.cuda.set_rng_state, device=device), torch.cuda.get_rng_state(device)
+
+
+def _whole(tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """All of the memory that a tensor of unknown owner is a part of, and what to call it."""
+    storage = tensor.untyped_storage()
+    values = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    values.set_(storage, 0, (storage.nbytes() // tensor.itemsize,), (1,))
+    return f"a tensor of {values.numel()} values that is no argument and no buffer", values
+
+
+def _is_not(a: Any, b: Any) -> bool:
+    return a is not b
+
+
+def _refill(table: dict[Any, Any], before: dict[Any, Any]) -> None:
+    if len(table) == len(before) and not any(map(_is_not, table.values(), before.values())):
+        return
+    if list(table) == list(before):
+        table.update(before)
+    else:
+        table.clear()
+        table.update(before)
+
+
+def measure(name: str, want: Any, got: Any) -> Compared:
+    """How far a result is from the model's own.
+
+    Args:
+        name: What to call it.
+        want: The model's.
+        got: The other's.
+    """
+    if not isinstance(want, torch.Tensor) or not isinstance(got, torch.Tensor):
+        same = type(want) is type(got) and (want is got or want == got or (want != want and got != got))
+        return Compared(name=name, fact="" if same else f"is {_shown(got)} instead of {_shown(want)}")
+    facts = (
+        ("dtype", want.dtype, got.dtype),
+        ("shape", tuple(want.shape), tuple(got.shape)),
+        ("device", want.device, got.device),
+        ("layout", want.layout, got.layout),
+    )
+    for fact, wanted, found in facts:
+        if wanted != found:
+            return Compared(name=name, fact=f"has {fact} {found} instead of {wanted}")
+    if want.layout != torch.strided:
+        want, got = want.to_dense(), got.to_dense()
+    if want.numel() == 0:
+        return Compared(name=name)
+    if not (want.is_floating_point() or want.is_complex()):
+        share = float((want != got).double().mean()) if not torch.equal(want, got) else 0.0
+        return Compared(name=name, difference=share, magnitude=1.0, spread=share)
+    return _measure_numbers(name, want, got)
+
+
+def _measure_numbers(name: str, want: torch.Tensor, got: torch.Tensor) -> Compared:
+    kind, precise = want.dtype, torch.complex128 if want.is_complex() else torch.float64
+    a, b = want.to(precise), got.to(precise)
+    finite = a.isfinite()
+    a_known = torch.where(finite, a, torch.zeros_like(a))
+    magnitude = float(a_known.abs().max())
+    odd = ~finite | ~b.isfinite()
+    if bool(odd.any()):
+        # Compared as they are: what is infinite or no number on one side must be the same on the other.
+        unlike = odd & (a != b) & ~(a.isnan() & b.isnan())
+        if bool(unlike.any()):
+            fact = f"has {int(unlike.sum())} values that are infinite or NaN, and others on the other side"
+            return Compared(name=name, fact=fact, magnitude=magnitude, dtype=kind)
+    apart = torch.where(odd, torch.zeros_like(a), a - b).abs()
+    scale = float(a_known.abs().pow(2).mean().sqrt())
+    spread = float(apart.pow(2).mean().sqrt())
+    return Compared(
+        name=name,
+        difference=float(apart.max()),
+        magnitude=magnitude,
+        spread=spread / scale if scale else spread,
+        dtype=kind,
+    )
+
+
+def _said(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def _shown(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:80]
+
+
+def _tree_text(spec: Any) -> str:
+    return f"{spec.type.__name__ if spec.type is not None else 'one value'} of {spec.num_leaves} leaves"

@@ -1,0 +1,327 @@
+"""The look: one call of the model itself beside what is about to be served in its place.
+
+Keys and recorded sources decide that a start may skip the trace; the look decides that they were right. It
+sees what the example shows: results, and what is written into arguments, parameters and buffers.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stitchcache import tree
+from stitchcache.errors import PieceMismatchError, StaleEntryError
+from stitchcache.pieces.check import clone_all
+from stitchcache.pieces.fakes import has_fakes
+from stitchcache.pipeline.compare import Both, Compared, run_both
+from stitchcache.runtime.bind import state_of
+from stitchcache.types import Check, CheckRecord, OutputBound
+
+if TYPE_CHECKING:
+    from stitchcache.artifact.record import Artifact
+    from stitchcache.capture import Capture
+    from stitchcache.runtime.model import CompiledModel
+
+# What rounding alone may do to a whole model, relative to the largest value of a tensor: the order of sums
+# changes with fusion, with the number of threads and with weights.
+_FLOOR = {
+    torch.float64: 1e-9,
+    torch.complex128: 1e-9,
+    torch.float32: 1e-4,
+    torch.complex64: 1e-4,
+    torch.float16: 5e-3,
+    torch.bfloat16: 3e-2,
+}
+_COARSE = 1e-1
+# What is still taken for rounding at a cold compile, where the captured graph was run op by op and agreed
+# with the model, and each piece agreed with its graph: the root of the mean square, relative.
+_CEILING = {torch.float64: 1e-6, torch.complex128: 1e-6, torch.float32: 1e-2, torch.complex64: 1e-2}
+_HIGH = 0.25
+# Share of whole numbers (argmax, a comparison) that rounding may turn over in the same case.
+_TURNED = 0.05
+# Other weights under the same graph round differently: that often what the cold compile measured.
+_SLACK = 10.0
+# Below this a tensor counts as noise around zero, whose own size says nothing.
+_SMALL = 1e-2
+
+_LASTING = ("buffer:", "parameter:")
+NO_WEIGHTS = "the model or its example has no data"
+
+
+def look(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    compiled: CompiledModel,
+    effects: Mapping[str, bool],
+) -> Check:
+    """Compare what a hit gave with the model itself, on the example.
+
+    Args:
+        model: As it is.
+        args: Example positional arguments; left as they are.
+        kwargs: Example keyword arguments; likewise.
+        compiled: What is about to be served.
+        effects: Ops that write what their schemas do not show (true), or that only seem to (false).
+
+    Returns:
+        ``agreed``, ``mismatch`` or ``unchecked``.
+    """
+    began = time.perf_counter()
+    record = compiled.artifact.check
+    if _no_data(model, args, kwargs):
+        return _check("unchecked", NO_WEIGHTS, began)
+    writes = written_by(compiled.artifact, model, args, kwargs)
+    both = run_both(model, compiled, args, kwargs, writes=writes, effects=effects)
+    return judged(both, record, began)
+
+
+def judged(both: Both, record: CheckRecord | None, began: float) -> Check:
+    """What a comparison comes to, beside what the cold compile measured."""
+    if both.unchecked:
+        return _check("unchecked", both.unchecked, began)
+    if both.fails:
+        return _check("mismatch", both.fails, began)
+    compared = record is not None and record.state == "compared"
+    bounds = {bound.name: bound for bound in record.bounds} if record is not None and compared else {}
+    for item in both.items:
+        # A result that the cold compile could not compare has no defined values, such as torch.empty's.
+        undefined = compared and item.name.startswith("output") and item.name not in bounds
+        wrong = item.fact if undefined else disagreement(item, bounds.get(item.name))
+        if wrong and both.drew and not compared and not item.fact:
+            return _check("unchecked", f"the model draws random numbers, and {item.name} {wrong}", began)
+        if wrong:
+            return _check("mismatch", f"{item.name} {wrong}", began, item)
+    return _check("agreed", "", began)
+
+
+def disagreement(item: Compared, bound: OutputBound | None = None) -> str:
+    """What is wrong with a result, beyond rounding; ``""`` where nothing is.
+
+    Args:
+        item: What was measured.
+        bound: What the cold compile measured.
+    """
+    if item.fact:
+        return item.fact
+    measured = bound.difference / max(bound.magnitude, _SMALL) if bound is not None else 0.0
+    if item.dtype is None:
+        allowed = min(0.5, 4 * measured)
+        return "" if item.difference <= allowed else f"differs in {item.difference:.2%} of its values"
+    most = max(_FLOOR.get(item.dtype, _COARSE), min(_SLACK * measured, max(_HIGH, 2 * measured)))
+    allowed = most * max(item.magnitude, _SMALL)
+    if item.difference <= allowed:
+        return ""
+    return f"differs by {item.difference:.3g} (largest value {item.magnitude:.3g}, allowed {allowed:.2g})"
+
+
+def look_cold(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    compiled: CompiledModel,
+    captured: Capture,
+    effects: Mapping[str, bool],
+) -> tuple[Check, CheckRecord]:
+    """Compare what was compiled now with the model itself; what is seen becomes the measure for later starts.
+
+    Args:
+        model: As it is.
+        args: Example positional arguments.
+        kwargs: Example keyword arguments.
+        compiled: Not stored yet.
+        captured: The graph that it was compiled from.
+        effects: As for :func:`look`.
+
+    Raises:
+        ModelMismatchError: The captured graph does something else than the model.
+        PieceMismatchError: The graph is right, and the compiled pieces together are not.
+    """
+    from stitchcache.pipeline.parted import check_graph, undefined_results, written_names
+
+    began = time.perf_counter()
+    names = written_names(captured)
+    marks = tuple(OutputBound(name=name, difference=0.0, magnitude=0.0) for name in names)
+
+    def unchecked(reason: str) -> tuple[Check, CheckRecord]:
+        return _check("unchecked", reason, began), CheckRecord(state="unchecked", reason=reason, bounds=marks)
+
+    if _no_data(model, args, kwargs):
+        return unchecked(NO_WEIGHTS)
+    writes = written_by(compiled.artifact, model, args, kwargs, names)
+    both = run_both(model, compiled, args, kwargs, writes=writes, effects=effects)
+    if both.unchecked:
+        return unchecked(both.unchecked)
+    skipped = frozenset() if both.drew else undefined_results(captured, both.items)
+    items = [item for item in both.items if item.name not in skipped]
+    wrong = next((item for item in items if disagreement(item)), None)
+    if both.fails or wrong is not None:
+        check_graph(model, args, kwargs, captured, writes, effects, skipped, both.fails)
+        if wrong is not None and both.drew and not wrong.fact:
+            return unchecked(f"the model draws random numbers, and {wrong.name} {disagreement(wrong)}")
+        _refuse_too_far(items, both.fails)
+    bounds = tuple(
+        OutputBound(name=item.name, difference=item.difference, magnitude=item.magnitude) for item in items
+    )
+    return _check("agreed", "", began), CheckRecord(state="compared", bounds=bounds)
+
+
+def _refuse_too_far(items: Sequence[Compared], fails: str) -> None:
+    """The graph is the model, and pieces agreed with it one by one; rounding may still add up too far."""
+    for item in items:
+        most = _TURNED if item.dtype is None else _CEILING.get(item.dtype, _HIGH)
+        if item.fact or not item.spread <= most:
+            fails = fails or f"{item.name} {disagreement(item)}"
+    if fails:
+        raise PieceMismatchError(
+            f"the compiled model disagrees with the model, and the graph between them does not: {fails}. "
+            "Nothing was stored. Use backend='eager', or split at an op that keeps the pieces smaller.",
+            backend="",
+            piece="",
+        )
+
+
+def look_later(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    compiled: CompiledModel,
+    effects: Mapping[str, bool],
+    on_end: Callable[[Check], None],
+) -> None:
+    """Look in a thread, on copies of the arguments; ``compiled.check`` tells how it stands.
+
+    After a mismatch each call raises :class:`~stitchcache.errors.StaleEntryError`. A model whose forward
+    writes parameters or buffers, or draws random numbers, is not run beside the user's calls: the first kind
+    is looked at before this returns, the second kind not at all.
+
+    Args:
+        model: As for :func:`look`, like the rest.
+        args: Likewise.
+        kwargs: Likewise.
+        compiled: Likewise.
+        effects: Likewise.
+        on_end: Gets the outcome, in the thread.
+    """
+    artifact = compiled.artifact
+    if any(name.startswith(_LASTING) for name in _names(artifact)) or _no_data(model, args, kwargs):
+        compiled.check = look(model, args, kwargs, compiled, effects)
+        on_end(compiled.check)
+        return
+    leaves, spec = tree.flatten((args, dict(kwargs)))
+    mine, named = tree.unflatten(clone_all(leaves), spec)
+    # The function that is bound now: rebind() makes another one.
+    subject, modes = compiled.__call__, _autocast(leaves)
+    compiled.check = Check(state="pending")
+
+    def run() -> None:
+        began, outcome = time.perf_counter(), None
+        state = list(state_of(model).values())
+        before = _versions(state)
+        try:
+            with modes():
+                both = run_both(model, subject, mine, named, effects=effects, apart=True)
+            outcome = judged(both, artifact.check, began)
+            if outcome.state == "mismatch" and _versions(state) != before:
+                outcome = _check("unchecked", "the model was changed while it was looked at", began)
+        finally:
+            outcome = outcome or _check("unchecked", "looking at the model ended in an error", began)
+            if outcome.state == "mismatch":
+                # Here a user's choice to go on with the model itself would go.
+                compiled.refuse(stale_error(compiled, outcome))
+            compiled.check = outcome
+            on_end(outcome)
+            atexit.unregister(thread.join)
+
+    thread = threading.Thread(target=run, name="stitchcache look", daemon=True)
+    # A process that ended in the middle of a forward could crash on its way out.
+    atexit.register(thread.join)
+    thread.start()
+
+
+def stale_error(compiled: CompiledModel, outcome: Check) -> StaleEntryError:
+    """The error of a wrong hit that the look caught."""
+    label, key = compiled.artifact.label or type(compiled.model).__qualname__, compiled.graph_hash[:12]
+    return StaleEntryError(
+        f"{label}: entry {key} is not this model: {outcome.reason}. Nothing more is served from it. {REPORT}",
+        expected=compiled.graph_hash,
+        actual="",
+        differences={outcome.output: ("the model", outcome.reason)} if outcome.output else {},
+    )
+
+
+REPORT = (
+    "A wrong hit that was caught is a bug of stitchcache: please report it with the outputs of "
+    "'stitchcache doctor --json' and 'stitchcache explain TARGET --trace --json'."
+)
+
+
+def written_by(
+    artifact: Artifact,
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    names: Sequence[str] | None = None,
+) -> list[torch.Tensor]:
+    """Tensors that an artifact's pieces may write.
+
+    Args:
+        artifact: The artifact.
+        model: Whose tensors it binds.
+        args: Example positional arguments.
+        kwargs: Example keyword arguments.
+        names: Parameters and buffers, where they are known; else those of the artifact's record.
+    """
+    leaves, _ = tree.flatten((args, dict(kwargs)))
+    specs = artifact.input_spec.leaves if artifact.input_spec is not None else ()
+    found = [leaf for leaf, spec in zip(leaves, specs, strict=False) if spec.kind == "inout"]
+    lasting = [name for name in (_names(artifact) if names is None else names) if name.startswith(_LASTING)]
+    if lasting:
+        state = state_of(model)
+        found += [state[path] for name in lasting if (path := name.partition(":")[2]) in state]
+    return found
+
+
+def _names(artifact: Artifact) -> list[str]:
+    mutations = artifact.output_spec.mutations if artifact.output_spec is not None else ()
+    if artifact.check is None:
+        # Older entries do not tell what their pieces write.
+        noted = [f"buffer:{binding.name}" for binding in artifact.bindings if binding.kind == "buffer"]
+    else:
+        noted = [bound.name for bound in artifact.check.bounds]
+    return list(dict.fromkeys([*noted, *mutations]))
+
+
+def _no_data(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    return has_fakes([*tree.flatten((args, dict(kwargs)))[0], *state_of(model).values()])
+
+
+def _autocast(leaves: Sequence[Any]) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """The caller's autocast, for another thread."""
+    devices = {leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    on = {device: torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
+
+    @contextlib.contextmanager
+    def modes() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for device, dtype in on.items():
+                stack.enter_context(torch.autocast(device, dtype=dtype))
+            yield
+
+    return modes
+
+
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
+
+
+def _check(state: Any, reason: str, began: float, item: Compared | None = None) -> Check:
+    name, difference = ("", 0.0) if item is None else (item.name, item.difference)
+    seconds = time.perf_counter() - began
+    return Check(state=state, reason=reason, seconds=seconds, output=name, difference=difference)

@@ -1,0 +1,249 @@
+"""See each op of a block before it runs, and keep the memory that it is about to write.
+
+Uses ``torch.utils._python_dispatch.TorchDispatchMode`` with ``_should_skip_dynamo``, ``_push_mode`` and
+``_pop_mode``, ``OpOverload._schema`` and ``UntypedStorage._cdata``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass
+else:
+    from stitchcache.records import dataclass
+
+SEEN = ("2.13",)
+
+# Namespaces of ops whose schemas torch answers for.
+_TORCHS_OWN = frozenset({"aten", "prim", "prims", "quantized", "inductor", "mkldnn", "mkl", "higher_order"})
+# Arguments that make an op of the random kind a plain one, with the values that do.
+_QUIET: Mapping[str, tuple[Any, ...]] = {
+    "dropout_p": (0, 0.0),
+    "p": (0, 0.0),
+    "dropout": (0, 0.0),
+    "train": (False,),
+    "training": (False,),
+}
+# Ops that update running statistics although their schemas deny it, where they are told that they train.
+_SILENT = frozenset({"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm"})
+
+
+class StoppedError(RuntimeError):
+    """An op was about to do what nobody could put back; the message says what."""
+
+
+@dataclass(slots=True)
+class Saved:
+    """Memory that is written, as it was before.
+
+    Args:
+        tensor: A tensor over it.
+        before: A copy.
+    """
+
+    tensor: torch.Tensor
+    before: torch.UntypedStorage
+
+    def copy(self) -> torch.UntypedStorage:
+        """What it holds now."""
+        return self.tensor.untyped_storage().clone()  # type: ignore[no-untyped-call,no-any-return]
+
+    def put_back(self) -> None:
+        """Make it what it was; no version counter moves."""
+        storage = self.tensor.untyped_storage()
+        if storage.nbytes() != self.before.nbytes():
+            storage.resize_(self.before.nbytes())
+        storage.copy_(self.before)
+
+
+@dataclass(frozen=True, slots=True)
+class _Op:
+    """What a schema says: which arguments an op writes, whether it makes new tensors, whether it draws."""
+
+    writes: tuple[tuple[int, str], ...]
+    makes: bool
+    draws: tuple[tuple[int, str, Any], ...] | None
+    acts: bool
+    silent: bool
+
+
+class Watch(TorchDispatchMode):
+    """A block in which every write to memory from outside the block is noticed before it happens.
+
+    Memory that an op of the block made is the block's own. What code outside of torch's dispatcher writes is
+    not seen: a kernel of a custom op that writes more than its schema says, NumPy on shared memory.
+
+    Args:
+        effects: Qualified names of ops, with whether they write what no schema shows.
+        only: Memory that may be written, by :func:`memory_of`; ``None`` allows all.
+        draw: Whether ops may draw random numbers.
+
+    Attributes:
+        saved: Memory from outside, by :func:`memory_of`.
+        stopped: Why the block was stopped; also where its code has swallowed the error.
+        drew: Whether any op drew random numbers.
+    """
+
+    # Without it torch refuses to run torch.cond and its kin in a mode.
+    supports_higher_order_operators = True
+
+    def __init__(
+        self, effects: Mapping[str, bool], *, only: Iterable[int] | None = None, draw: bool = True
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._effects, self._draw = effects, draw
+        self._only = None if only is None else frozenset(only)
+        self._ops: dict[Any, _Op] = {}
+        self._made: set[int] = set()
+        self._generators: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
+        self.saved: dict[int, Saved] = {}
+        self.stopped = ""
+        self.drew = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would import Dynamo at the first op, to keep it out of this class; see :func:`watch`."""
+        return False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What the block has compiled by ``torch.compile`` stays compiled, as it would without the watch."""
+        return True
+
+    @property
+    def traced(self) -> bool:
+        """Whether Dynamo may have stumbled over this object: the block has brought it in."""
+        return type(self) is Watch and "torch._dynamo" in sys.modules
+
+    # The base class notes in module globals that a mode is on; another thread's torch.compile goes by them.
+    def __enter__(self) -> Watch:
+        _push_mode(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _pop_mode()
+
+    def save(self, tensor: torch.Tensor) -> None:
+        """Keep what a tensor's memory holds, unless it is kept already."""
+        memory = memory_of(tensor)
+        if memory is not None and memory not in self.saved:
+            self.saved[memory] = Saved(tensor, tensor.untyped_storage().clone())  # type: ignore[no-untyped-call]
+
+    def put_back(self) -> None:
+        """Undo all writes, and give generators back their states."""
+        for saved in self.saved.values():
+            saved.put_back()
+        for generator, state in self._generators.values():
+            generator.set_state(state)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an op, after looking at what it will do."""
+        kwargs = kwargs or {}
+        op = self._ops.get(func)
+        if op is None:
+            op = self._ops[func] = _facts(func, self._effects)
+        if op.acts:
+            self._stop(f"op {func} writes what no schema shows and nobody can put back")
+        if op.draws is not None:
+            self._note_draw(op.draws, func, args, kwargs)
+        if op.writes and not (op.silent and not (args[5] if len(args) > 5 else kwargs.get("training"))):
+            for position, name in op.writes:
+                value = args[position] if position < len(args) else kwargs.get(name)
+                for item in value if isinstance(value, (list, tuple)) else (value,):
+                    if isinstance(item, torch.Tensor):
+                        self._before_write(item)
+        result = func(*args, **kwargs)
+        if op.makes:
+            for item in result if isinstance(result, (list, tuple)) else (result,):
+                if isinstance(item, torch.Tensor) and (memory := memory_of(item)) is not None:
+                    self._made.add(memory)
+        return result
+
+    def _before_write(self, tensor: torch.Tensor) -> None:
+        memory = memory_of(tensor)
+        if memory in self._made:
+            return
+        if self._only is not None and memory not in self._only:
+            self._stop(f"it writes a tensor of shape {tuple(tensor.shape)} that outlives the call")
+        self.save(tensor)
+
+    def _note_draw(
+        self,
+        quiet: tuple[tuple[int, str, Any], ...],
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        for position, name, default in quiet:
+            value = args[position] if position < len(args) else kwargs.get(name, default)
+            if type(value) in (bool, int, float) and value in _QUIET[name]:
+                return
+        if not self._draw:
+            self._stop(f"it draws random numbers ({func})")
+        self.drew = True
+        generator = kwargs.get("generator")
+        if isinstance(generator, torch.Generator) and id(generator) not in self._generators:
+            self._generators[id(generator)] = (generator, generator.get_state())
+
+    def _stop(self, reason: str) -> None:
+        self.stopped = self.stopped or reason
+        raise StoppedError(reason)
+
+
+class _Untraced(Watch):  # type: ignore[no-untyped-call]
+    """A watch whose methods Dynamo does not look into."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """As above; that it stands in this class lets torch wrap it."""
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def watch(effects: Mapping[str, bool], *, only: Iterable[int] | None = None, draw: bool = True) -> Watch:
+    """A :class:`Watch` that Dynamo does not trace, where Dynamo is there; it takes two seconds to import."""
+    kind = _Untraced if "torch._dynamo" in sys.modules else Watch
+    return kind(effects, only=only, draw=draw)
+
+
+def memory_of(tensor: torch.Tensor) -> int | None:
+    """Identity of a tensor's memory; ``None`` for a tensor that is made of others or has no plain memory."""
+    if tensor.layout != torch.strided:
+        return None
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def _facts(func: Any, effects: Mapping[str, bool]) -> _Op:
+    schema = getattr(func, "_schema", None)
+    if schema is None:
+        # torch.cond and its kin return what is new.
+        return _Op((), True, None, False, False)
+    arguments = list(enumerate(schema.arguments))
+    writes = tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    silent = schema.name in _SILENT
+    if silent:
+        writes = tuple((i, a.name) for i, a in arguments if a.name in ("running_mean", "running_var"))
+    returned = [r.alias_info for r in schema.returns]
+    # lift_fresh is what torch.tensor() and torch.from_numpy() call last, on memory that no other op made.
+    makes = any(alias is None for alias in returned) or schema.name == "aten::lift_fresh"
+    draws = None
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        draws = tuple((i, a.name, a.default_value) for i, a in arguments if a.name in _QUIET)
+    custom = schema.name.partition("::")[0] not in _TORCHS_OWN
+    acts = effects.get(schema.name, custom and not returned and not writes)
+    return _Op(writes, makes, draws, acts, silent)

@@ -1,0 +1,383 @@
+"""Both sides run from the same state, and all that they write is put back."""
+
+import random
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import stitchcache
+from stitchcache.pipeline.compare import measure, run_both
+from stitchcache.pipeline.look import disagreement
+from stitchcache.torchside.watch import StoppedError, Watch
+from stitchcache.types import OutputBound
+
+_library = torch.library.Library("looktest", "DEF")
+_library.define("log(Tensor x) -> ()")
+_library.define("counted(Tensor x) -> Tensor")
+CALLS: list[str] = []
+_library.impl("log", lambda x: CALLS.append("log"), "CompositeExplicitAutograd")
+_library.impl("counted", lambda x: CALLS.append("counted") or x + len(CALLS), "CompositeExplicitAutograd")
+
+
+class Holder:
+    """A plain object, as Hugging Face's static cache is one."""
+
+    def __init__(self) -> None:
+        self.keys = torch.zeros(4, 2)
+
+
+class Writer(nn.Module):
+    """Writes in every way that there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("grown", torch.zeros(2))
+        self.plain = torch.zeros(2)
+        self.holder = Holder()
+        self.calls, self.seen, self.table = 0, [], {}
+        self.inner = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+        self.generator = torch.Generator().manual_seed(3)
+
+    def forward(self, x, out):
+        self.calls += 1
+        self.seen.append(self.calls)
+        self.table["last"] = x
+        self.count += 1
+        self.plain.add_(1)
+        self.holder.keys[1:3] += x
+        self.weight.mul_(2)
+        self.grown = torch.cat([self.grown, x[0]])
+        self.inner.train()
+        out.copy_(x * self.count + torch.rand(2, generator=self.generator) + torch.rand(2) + random.random())
+        self.latest = out
+        own = x * 2
+        own.add_(1)
+        return {"own": own, "count": self.count, "out": out[:1]}
+
+
+def _state(model):
+    tensors = [model.weight, model.count, model.grown, model.plain, model.holder.keys]
+    plain = (model.calls, list(model.seen), dict(model.table), hasattr(model, "latest"))
+    return (
+        [t.detach().clone() for t in tensors],
+        plain,
+        [m.training for m in model.modules()],
+        list(vars(model)),
+    )
+
+
+def _same(before, after):
+    assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
+    assert before[1:] == after[1:]
+
+
+def test_all_that_a_forward_writes_is_put_back():
+    model, x, out = Writer().eval(), torch.ones(2, 2), torch.zeros(2, 2)
+    torch.manual_seed(1)
+    random.seed(1)
+    before, objects = _state(model), (model.grown, model.weight, model.count)
+    generators = torch.get_rng_state(), random.getstate(), model.generator.get_state()
+    with torch.no_grad():
+        both = run_both(model, model, (x, out), {})
+    assert not both.fails
+    assert not both.unchecked
+    assert both.drew
+    # The second run started from the same state, so it gave the same.
+    assert {item.name: disagreement(item) for item in both.items} == {
+        "output['own']": "",
+        "output['count']": "",
+        "output['out']": "",
+        "input:out": "",
+        "buffer:count": "",
+        "buffer:grown": "has shape (2,) instead of (4,)",
+        "parameter:weight": "",
+        "attribute:plain": "",
+        "a tensor of 8 values that is no argument and no buffer": "",
+    }
+    _same(before, _state(model))
+    assert all(a is b for a, b in zip(objects, (model.grown, model.weight, model.count), strict=True))
+    assert torch.equal(out, torch.zeros(2, 2))
+    assert torch.equal(x, torch.ones(2, 2))
+    after = torch.get_rng_state(), random.getstate(), model.generator.get_state()
+    assert torch.equal(generators[0], after[0])
+    assert generators[1] == after[1]
+    assert torch.equal(generators[2], after[2])
+
+
+def test_put_back_after_an_error_too():
+    class Fails(Writer):
+        def forward(self, x, out):
+            super().forward(x, out)
+            raise ValueError("half way")
+
+    model, out = Fails().eval(), torch.zeros(2, 2)
+    before = _state(model)
+    both = run_both(model, model, (torch.ones(2, 2), out), {})
+    assert both.fails == "the model itself raises ValueError: half way"
+    _same(before, _state(model))
+    assert torch.equal(out, torch.zeros(2, 2))
+
+
+def test_an_interrupt_puts_back_and_passes():
+    class Stopped(Writer):
+        def forward(self, x, out):
+            super().forward(x, out)
+            raise KeyboardInterrupt
+
+    model = Stopped().eval()
+    before = _state(model)
+    with pytest.raises(KeyboardInterrupt):
+        run_both(model, model, (torch.ones(2, 2), torch.zeros(2, 2)), {})
+    _same(before, _state(model))
+
+
+def test_what_only_the_other_side_writes_is_seen_and_put_back():
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("cache", torch.zeros(3))
+
+        def forward(self, x):
+            return x + self.cache
+
+    model, x = Reads().eval(), torch.ones(3)
+
+    def other(x):
+        result = x + model.cache
+        model.cache.add_(1)
+        return result
+
+    both = run_both(model, other, (x,), {}, writes=[model.cache])
+    assert [(item.name, disagreement(item) != "") for item in both.items] == [
+        ("output", False),
+        ("buffer:cache", True),
+    ]
+    assert torch.equal(model.cache, torch.zeros(3))
+
+
+def test_arguments_that_share_memory_stay_shared():
+    class Adds(nn.Module):
+        def forward(self, x, y):
+            x.add_(1)
+            return x is y, y * 2
+
+    x = torch.zeros(3)
+    seen = []
+    both = run_both(
+        Adds().eval(), lambda a, b: (seen.append(a is b), a.add_(1), (True, b * 2))[2], (x, x), {}
+    )
+    assert seen == [True]
+    assert not any(map(disagreement, both.items))
+    assert torch.equal(x, torch.zeros(3))
+
+
+def test_containers_in_arguments_are_not_changed():
+    class Pops(nn.Module):
+        def forward(self, batch):
+            return batch.pop("x") + 1
+
+    batch = {"x": torch.ones(2)}
+    both = run_both(Pops().eval(), Pops().eval(), (batch,), {})
+    assert list(batch) == ["x"]
+    assert not any(map(disagreement, both.items))
+
+
+def test_structure_and_errors_are_told():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return {"a": x, "b": None}
+
+    model, x = Pair().eval(), torch.ones(2)
+    assert (
+        run_both(model, lambda x: [x], (x,), {}).fails
+        == "the result is list of 1 leaves instead of dict of 2 leaves"
+    )
+    failing = run_both(model, lambda x: 1 // 0, (x,), {})
+    assert failing.fails.startswith("the model returns, and the compiled one raises ZeroDivisionError")
+
+    def refuses(x):
+        raise stitchcache.errors.InputMismatchError("argument x: expected 3, got 2.", argument="x")
+
+    assert run_both(model, refuses, (x,), {}).unchecked.startswith("the example does not fit")
+
+
+def test_an_op_that_only_acts_is_not_run():
+    class Logs(nn.Module):
+        def forward(self, x):
+            try:
+                torch.ops.looktest.log(x)
+            except RuntimeError:
+                return x
+            return x
+
+    CALLS.clear()
+    model, x = Logs().eval(), torch.ones(2)
+    assert "looktest.log" in run_both(model, model, (x,), {}).unchecked
+    assert CALLS == []
+    assert run_both(model, model, (x,), {}, effects={"looktest::log": False}).unchecked == ""
+    assert CALLS == ["log", "log"]
+
+
+def test_an_op_that_the_user_names_is_not_run():
+    class Counts(nn.Module):
+        def forward(self, x):
+            return torch.ops.looktest.counted(x)
+
+    CALLS.clear()
+    model, x = Counts().eval(), torch.ones(2)
+    assert (
+        "looktest.counted" in run_both(model, model, (x,), {}, effects={"looktest::counted": True}).unchecked
+    )
+    assert CALLS == []
+
+
+def test_beside_the_users_calls_no_shared_state_is_written():
+    model = Writer().eval()
+    before = _state(model)
+    both = run_both(model, model, (torch.ones(2, 2), torch.zeros(2, 2)), {}, apart=True)
+    assert "outlives the call" in both.unchecked
+    _same(before, _state(model))
+
+    class Draws(nn.Module):
+        def forward(self, x):
+            return x + torch.rand(2)
+
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    assert "random" in run_both(Draws().eval(), Draws().eval(), (torch.ones(2),), {}, apart=True).unchecked
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_numpy_draws_are_put_back():
+    np = pytest.importorskip("numpy.random")
+
+    class Draws(nn.Module):
+        def forward(self, x):
+            return x + float(np.rand())
+
+    np.seed(0)
+    before = np.get_state()[1].copy()
+    both = run_both(Draws().eval(), Draws().eval(), (torch.ones(2),), {})
+    assert not any(map(disagreement, both.items))
+    assert (np.get_state()[1] == before).all()
+
+
+def test_inference_tensors_can_be_written():
+    class Adds(nn.Module):
+        def forward(self, x):
+            return x.add_(1)
+
+    with torch.inference_mode():
+        x = torch.zeros(2)
+    both = run_both(Adds().eval(), Adds().eval(), (x,), {})
+    assert not both.fails
+    assert torch.equal(x, torch.zeros(2))
+
+
+def test_a_running_statistic_is_a_write():
+    model = nn.BatchNorm1d(2).train()
+    before = model.running_mean.clone()
+    both = run_both(model, model, (torch.randn(4, 2),), {})
+    assert "buffer:running_mean" in {item.name for item in both.items}
+    assert torch.equal(model.running_mean, before)
+
+
+def test_cond_runs_under_the_watch():
+    class Cond(nn.Module):
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+
+    with torch.no_grad():
+        both = run_both(Cond().eval(), lambda x: x + 1, (torch.ones(2),), {})
+    assert not both.fails
+    assert not any(map(disagreement, both.items))
+
+
+def test_watch_imports_nothing_more(fresh_process):
+    result = fresh_process("""
+        import json, sys, torch
+        from stitchcache.torchside.watch import Watch
+        model, x = torch.nn.Linear(2, 2), torch.ones(2)
+        with torch.no_grad():
+            model(x)
+            before = set(sys.modules)
+            with Watch({}):
+                model(x)
+        print(json.dumps(sorted(set(sys.modules) - before)))
+    """)
+    assert result == []
+
+
+def test_watch_in_one_thread_is_not_seen_elsewhere():
+    from torch.utils import _python_dispatch
+
+    with Watch({}):
+        assert not _python_dispatch.is_in_torch_dispatch_mode()
+
+
+def test_stopped_is_an_ordinary_error():
+    with pytest.raises(StoppedError), Watch({}, draw=False):
+        torch.rand(2)
+
+
+@pytest.mark.parametrize(
+    ("want", "got", "wrong"),
+    [
+        (torch.ones(3), torch.ones(3) + 1e-6, False),
+        (torch.ones(3), torch.ones(3) + 1e-3, True),
+        (torch.full((3,), 1000.0), torch.full((3,), 1000.01), False),
+        (torch.ones(3, dtype=torch.bfloat16), torch.ones(3, dtype=torch.bfloat16) * 1.01, False),
+        (torch.ones(3), torch.ones(3, dtype=torch.float64), True),
+        (torch.ones(3), torch.ones(1, 3), True),
+        (torch.tensor([1.0, float("nan")]), torch.tensor([1.0, float("nan")]), False),
+        (torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 0.0]), True),
+        (torch.tensor([1.0, 0.0]), torch.tensor([1.0, float("nan")]), True),
+        (torch.tensor([1.0, float("inf")]), torch.tensor([1.0, float("-inf")]), True),
+        (torch.tensor([1.0, float("inf")]), torch.tensor([1.0, float("inf")]), False),
+        (torch.tensor([1, 2]), torch.tensor([1, 3]), True),
+        (torch.tensor([True]), torch.tensor([False]), True),
+        (torch.tensor([1 + 1j]), torch.tensor([1 - 1j]), True),
+        (torch.empty(0), torch.empty(0), False),
+        (torch.zeros(3), torch.zeros(3), False),
+        (None, None, False),
+        (1, 1.0, True),
+        (float("nan"), float("nan"), False),
+        ("a", "b", True),
+        (1, torch.ones(1), True),
+    ],
+)
+def test_what_counts_as_the_same(want, got, wrong):
+    assert bool(disagreement(measure("output", want, got))) is wrong
+
+
+def test_the_measure_of_the_cold_compile_widens_the_bounds():
+    item = measure("output", torch.ones(3), torch.ones(3) + 2e-3)
+    assert disagreement(item)
+    assert not disagreement(item, OutputBound(name="output", difference=1e-3, magnitude=1.0))
+    # ... relative to what values are now, and not without end.
+    large = measure("output", torch.full((3,), 50.0), torch.full((3,), 50.1))
+    assert not disagreement(large, OutputBound(name="output", difference=1e-3, magnitude=1.0))
+    assert disagreement(
+        measure("output", torch.ones(3), -torch.ones(3)),
+        OutputBound(name="output", difference=0.2, magnitude=1.0),
+    )
+
+
+def test_models_in_modules_without_a_forward_signature():
+    module = types.ModuleType("looktest_module")
+    sys.modules[module.__name__] = module
+
+    class Any_(nn.Module):
+        def forward(self, *args, **kwargs):
+            args[0].add_(1)
+            return args[0]
+
+    x = torch.zeros(2)
+    both = run_both(Any_().eval(), Any_().eval(), (x,), {})
+    assert [item.name for item in both.items] == ["output", "input:args[0]"]
+    del sys.modules[module.__name__]
