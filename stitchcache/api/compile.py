@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import OptionError
 from stitchcache.pause import collection_paused
 from stitchcache.pipeline.find import Hit, Miss, Ready, Wanted, find, want
+from stitchcache.pipeline.look import looker
 from stitchcache.pipeline.origin import changed_from
 from stitchcache.pipeline.request import OnProgress, Request, check_model, chosen_cache
 from stitchcache.pipeline.start import start, started_or_miss
@@ -63,8 +64,9 @@ def compile(
             ``STITCHCACHE_CHECK``, or else ``"example"``.
         key_factors: Anything else that the result depends on, name to plain value.
         options: Inductor options, as ``torch.compile(options=...)`` takes them; also
-            ``"stitchcache.jobs"`` (processes) and ``"stitchcache.verify"`` (compare fresh pieces with
-            eager; on by default).
+            ``"stitchcache.jobs"`` (processes), ``"stitchcache.verify"`` (compare fresh pieces with
+            eager; on by default) and ``"stitchcache.effects"`` (names of ops, with whether they write
+            what their schemas do not show).
         preloaded: What ``stitchcache.preload`` returned. Its cache is used; nothing else depends on it.
 
     Returns:
@@ -73,6 +75,7 @@ def compile(
     Raises:
         OptionError: An argument makes no sense.
         CaptureError: The model cannot be captured as one graph.
+        ModelMismatchError: What was captured does something else than the model, on the example.
         SplittingOpNotFoundError: A splitting op is not in the graph.
         BackendError: A piece cannot be compiled, or is wrong.
         CacheMissError: A miss, and ``on_miss="error"`` or ``STITCHCACHE_REQUIRE=1``; or no direct hit, and
@@ -123,21 +126,7 @@ def compile_request(
     # A direct hit must not pay for importing what captures, splits and compiles.
     from stitchcache.pipeline.trace import compile_traced
 
-    return compile_traced(wanted, served, _look_of(wanted, None))
-
-
-def _look_of(wanted: Wanted, record: TargetRecord | None) -> Callable[[CompiledModel], None] | None:
-    """What compares a callable with the model before anybody gets it.
-
-    It gets the callable, which tells its artifact and its kind of hit. A hit that disagrees raises
-    ``StaleEntryError`` and becomes a miss; a fresh compilation that does raises ``CaptureError``.
-
-    Args:
-        wanted: The model, its example and the request.
-        record: What led to a direct hit; ``None`` on the other roads.
-    """
-    del wanted, record
-    return None
+    return compile_traced(wanted, served)
 
 
 def _serve(wanted: Wanted, hit: Hit) -> CompiledModel | Miss:
@@ -159,16 +148,21 @@ def _serve(wanted: Wanted, hit: Hit) -> CompiledModel | Miss:
             target=wanted.target,
             objects=CodeObjects(record.code if record is not None else ()),
             ready=wanted.ready,
-            look=_look_of(wanted, record),
+            look=looker(wanted, on_mismatch=lambda reason: _refuse(wanted, record, reason)),
         ),
     )
     if not isinstance(served, Miss):
         if record is not None:
             served.changed = changed_from(wanted, record, hit.artifact.bindings)
         return served
-    if served.cause == "look" and record is not None and wanted.target.key is not None:
-        # Nobody is served by this record again before a trace has replaced it.
-        from stitchcache.pipeline.trace import store_target
-
-        store_target(wanted, wanted.target.key, replace(record, refused=served.reason))
     return replace(served, record=record)
+
+
+def _refuse(wanted: Wanted, record: TargetRecord | None, reason: str) -> None:
+    """Nobody is served by a record again before a trace has replaced it."""
+    if record is None or wanted.target.key is None:
+        return
+    # Rare, and it brings in all that traces.
+    from stitchcache.pipeline.trace import store_target
+
+    store_target(wanted, wanted.target.key, replace(record, refused=reason))

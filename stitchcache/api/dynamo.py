@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -159,7 +159,12 @@ def _compiled(
             return path.read_bytes()
 
         def begin(
-            artifact: Artifact, *, hit: str | None, miss: Miss, loaded: Loaded | None = None
+            artifact: Artifact,
+            *,
+            hit: str | None,
+            miss: Miss,
+            loaded: Loaded | None = None,
+            store: Callable[[Artifact], None] | None = None,
         ) -> CompiledGraph:
             def link(found: Loaded) -> CompiledGraph:
                 return CompiledGraph(
@@ -172,7 +177,8 @@ def _compiled(
                 )
 
             # Dynamo traces in every process: a graph hit is no direct hit that was missed.
-            return start_with(link, artifact, site, hit=hit, miss=None if hit else miss, loaded=loaded)
+            known = None if hit else miss
+            return start_with(link, artifact, site, hit=hit, miss=known, loaded=loaded, store=store)
 
         def refuse() -> CacheMissError:
             return CacheMissError(

@@ -230,10 +230,12 @@ class _Run:
         rebound = {name for name, _, _ in written}
         owners: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
         for name, tensor in self._state() if saved else ():
-            if isinstance(tensor, torch.Tensor) and name not in rebound:
+            if isinstance(tensor, torch.Tensor):
                 owners.setdefault(memory_of(tensor), []).append((name, tensor))
         for memory, one in saved.items():
             for name, tensor in owners.get(memory) or [_whole(one.tensor)]:
+                if name in rebound:
+                    continue
                 copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
                 copy.set_(after[memory], tensor.storage_offset(), tensor.size(), tensor.stride())
                 written.append((name, copy, tensor))

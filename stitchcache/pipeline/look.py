@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stitchcache import tree
-from stitchcache.errors import PieceMismatchError, StaleEntryError
-from stitchcache.pieces.check import clone_all
+from stitchcache.errors import PieceMismatchError, StaleEntryError, StoreWriteError
 from stitchcache.pieces.fakes import has_fakes
 from stitchcache.pipeline.compare import Both, Compared, run_both
 from stitchcache.runtime.bind import state_of
@@ -25,8 +26,12 @@ from stitchcache.types import Check, CheckRecord, OutputBound
 
 if TYPE_CHECKING:
     from stitchcache.artifact.record import Artifact
+    from stitchcache.cache import Cache
     from stitchcache.capture import Capture
+    from stitchcache.pipeline.find import Wanted
     from stitchcache.runtime.model import CompiledModel
+
+log = logging.getLogger("stitchcache")
 
 # What rounding alone may do to a whole model, relative to the largest value of a tensor: the order of sums
 # changes with fusion, with the number of threads and with weights.
@@ -54,13 +59,70 @@ _LASTING = ("buffer:", "parameter:")
 NO_WEIGHTS = "the model or its example has no data"
 
 
+def looker(
+    wanted: Wanted,
+    captured: Capture | None = None,
+    on_mismatch: Callable[[str], None] = lambda _reason: None,
+) -> Callable[[CompiledModel], None]:
+    """What compares a callable with the model before anybody gets it, as far as the request asks for it.
+
+    A hit that disagrees raises ``StaleEntryError`` and becomes a miss; a fresh compilation that does raises
+    ``ModelMismatchError``. What was seen goes into ``check``, and with a new artifact.
+
+    Args:
+        wanted: The model, its example and the request.
+        captured: The graph that a fresh compilation comes from.
+        on_mismatch: Gets the reason of a mismatch, in whichever thread finds it.
+    """
+    request, site = wanted.request, wanted.site
+    where = (wanted.model, wanted.args, wanted.kwargs)
+
+    def note(compiled: CompiledModel, outcome: Check) -> None:
+        compiled.check = outcome
+        site.cache.count(f"look.{outcome.state}")
+        if outcome.state == "mismatch":
+            on_mismatch(outcome.reason)
+
+    def at(compiled: CompiledModel) -> None:
+        opaque = [op for op in request.splitting_ops if request.effects.get(op.rpartition(".")[0] or op)]
+        reason = "check='none'" if request.checked == "none" else ""
+        if opaque:
+            reason = f"splitting op {opaque[0]} writes what cannot be put back, as 'stitchcache.effects' says"
+        if compiled.cache_hit is None and captured is not None:
+            outcome, record = look_cold(*where, compiled, captured, request.effects, reason)
+            compiled.artifact = replace(compiled.artifact, check=record)
+            note(compiled, outcome)
+        elif reason:
+            compiled.check = Check(state="unchecked", reason=reason)
+        elif request.checked == "background":
+            look_later(*where, compiled, request.effects, lambda outcome: note(compiled, outcome))
+        else:
+            outcome, first = look(*where, compiled, request.effects)
+            note(compiled, outcome)
+            if outcome.state == "mismatch":
+                raise stale_error(compiled, outcome)
+            if first is not None:
+                _keep(compiled, first, site.cache)
+
+    return at
+
+
+def _keep(compiled: CompiledModel, record: CheckRecord, cache: Cache) -> None:
+    """Store what was measured with an entry that was compiled where there was nothing to compare with."""
+    compiled.artifact = replace(compiled.artifact, check=record)
+    try:
+        cache.put(compiled.artifact)
+    except StoreWriteError as error:
+        log.debug("what was measured of entry %s is not stored: %s", compiled.graph_hash[:12], error)
+
+
 def look(
     model: torch.nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     compiled: CompiledModel,
     effects: Mapping[str, bool],
-) -> Check:
+) -> tuple[Check, CheckRecord | None]:
     """Compare what a hit gave with the model itself, on the example.
 
     Args:
@@ -71,15 +133,24 @@ def look(
         effects: Ops that write what their schemas do not show (true), or that only seem to (false).
 
     Returns:
-        ``agreed``, ``mismatch`` or ``unchecked``.
+        ``agreed``, ``mismatch`` or ``unchecked``; and what was measured, if the entry has no measure yet.
     """
     began = time.perf_counter()
     record = compiled.artifact.check
     if _no_data(model, args, kwargs):
-        return _check("unchecked", NO_WEIGHTS, began)
+        return _check("unchecked", NO_WEIGHTS, began), None
     writes = written_by(compiled.artifact, model, args, kwargs)
     both = run_both(model, compiled, args, kwargs, writes=writes, effects=effects)
-    return judged(both, record, began)
+    outcome = judged(both, record, began)
+    first = outcome.state == "agreed" and record is not None and record.state == "unchecked"
+    return outcome, _record(both.items) if first else None
+
+
+def _record(items: Sequence[Compared]) -> CheckRecord:
+    bounds = [
+        OutputBound(name=item.name, difference=item.difference, magnitude=item.magnitude) for item in items
+    ]
+    return CheckRecord(state="compared", bounds=tuple(bounds))
 
 
 def judged(both: Both, record: CheckRecord | None, began: float) -> Check:
@@ -128,6 +199,7 @@ def look_cold(
     compiled: CompiledModel,
     captured: Capture,
     effects: Mapping[str, bool],
+    skip: str = "",
 ) -> tuple[Check, CheckRecord]:
     """Compare what was compiled now with the model itself; what is seen becomes the measure for later starts.
 
@@ -138,6 +210,7 @@ def look_cold(
         compiled: Not stored yet.
         captured: The graph that it was compiled from.
         effects: As for :func:`look`.
+        skip: Why nothing is to be compared; ``""`` compares.
 
     Raises:
         ModelMismatchError: The captured graph does something else than the model.
@@ -152,8 +225,8 @@ def look_cold(
     def unchecked(reason: str) -> tuple[Check, CheckRecord]:
         return _check("unchecked", reason, began), CheckRecord(state="unchecked", reason=reason, bounds=marks)
 
-    if _no_data(model, args, kwargs):
-        return unchecked(NO_WEIGHTS)
+    if skip or _no_data(model, args, kwargs):
+        return unchecked(skip or NO_WEIGHTS)
     writes = written_by(compiled.artifact, model, args, kwargs, names)
     both = run_both(model, compiled, args, kwargs, writes=writes, effects=effects)
     if both.unchecked:
@@ -166,10 +239,7 @@ def look_cold(
         if wrong is not None and both.drew and not wrong.fact:
             return unchecked(f"the model draws random numbers, and {wrong.name} {disagreement(wrong)}")
         _refuse_too_far(items, both.fails)
-    bounds = tuple(
-        OutputBound(name=item.name, difference=item.difference, magnitude=item.magnitude) for item in items
-    )
-    return _check("agreed", "", began), CheckRecord(state="compared", bounds=bounds)
+    return _check("agreed", "", began), _record(items)
 
 
 def _refuse_too_far(items: Sequence[Compared], fails: str) -> None:
@@ -211,9 +281,14 @@ def look_later(
     """
     artifact = compiled.artifact
     if any(name.startswith(_LASTING) for name in _names(artifact)) or _no_data(model, args, kwargs):
-        compiled.check = look(model, args, kwargs, compiled, effects)
-        on_end(compiled.check)
+        outcome, _ = look(model, args, kwargs, compiled, effects)
+        on_end(outcome)
+        if outcome.state == "mismatch":
+            raise stale_error(compiled, outcome)
         return
+    # The usual look makes no copies.
+    from stitchcache.pieces.check import clone_all
+
     leaves, spec = tree.flatten((args, dict(kwargs)))
     mine, named = tree.unflatten(clone_all(leaves), spec)
     # The function that is bound now: rebind() makes another one.
@@ -235,7 +310,6 @@ def look_later(
             if outcome.state == "mismatch":
                 # Here a user's choice to go on with the model itself would go.
                 compiled.refuse(stale_error(compiled, outcome))
-            compiled.check = outcome
             on_end(outcome)
             atexit.unregister(thread.join)
 

@@ -36,14 +36,16 @@ class Made:
     Args:
         artifact: What was compiled.
         loaded: Its pieces and constants, ready to be linked.
+        store: Stores the entry, once it was looked at; one that cannot be stored is a warning.
     """
 
     artifact: Artifact
     loaded: Loaded
+    store: Callable[[Artifact], None]
 
 
 def make(planned: EntryPlan, request: Request, site: Site, known: Sequence[Factor]) -> Made:
-    """Compile, load and store.
+    """Compile, load, and store the pieces.
 
     A store that cannot be written costs the storing, not the compiling.
 
@@ -93,10 +95,9 @@ def make(planned: EntryPlan, request: Request, site: Site, known: Sequence[Facto
     constants = {name: shelf.keep(dump_consts([tensor]) or b"") for name, tensor in planned.constants.items()}
     seconds = time.perf_counter() - began
     artifact = assemble(planned, shelf.blobs, constants, known=known, label=site.label, seconds=seconds)
-    shelf.put(artifact)
     # Copies, as every later process has them: a change to the model's own must not show in one only.
     copies = {name: tensor.clone() for name, tensor in planned.constants.items()}
-    return Made(artifact, Loaded(shelf.pieces, copies))
+    return Made(artifact, Loaded(shelf.pieces, copies), shelf.put)
 
 
 class _Shelf:

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 OnMiss = Literal["compile", "error"]
 Check = Literal["example", "background", "none"]
-_OWN_OPTIONS = {"stitchcache.jobs": int, "stitchcache.verify": bool}
+_OWN_OPTIONS = {"stitchcache.jobs": int, "stitchcache.verify": bool, "stitchcache.effects": dict}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +81,13 @@ class Request:
                 raise OptionError(
                     f"options[{name!r}]={value!r}: there is {known}.", option=f"options[{name!r}]"
                 )
+        for op, writes in self.effects.items():
+            if not isinstance(op, str) or "::" not in op or type(writes) is not bool:
+                raise OptionError(
+                    f"options['stitchcache.effects'] has {op!r}: {writes!r}; it maps names of ops, such as "
+                    "'mylib::attention', to True or False.",
+                    option="options['stitchcache.effects']",
+                )
         if self.jobs is not None and self.jobs < 1:
             raise OptionError(
                 f"jobs={self.jobs}: at least one process has to compile. Leave it out for about one a core.",
@@ -102,6 +109,12 @@ class Request:
     def verify(self) -> bool:
         """Whether fresh pieces are compared with eager."""
         return bool(self.options.get("stitchcache.verify", True))
+
+    @property
+    def effects(self) -> Mapping[str, bool]:
+        """Ops that write what their schemas do not show (true), or that only seem to (false)."""
+        effects: Mapping[str, bool] = self.options.get("stitchcache.effects", {})
+        return effects
 
     @property
     def must_be_direct(self) -> bool:

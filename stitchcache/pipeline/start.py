@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
@@ -35,6 +35,15 @@ log = logging.getLogger("stitchcache")
 
 T = TypeVar("T")
 
+
+class Started(Protocol):
+    """What every start ends in: a callable that knows its artifact."""
+
+    artifact: Artifact
+
+
+R = TypeVar("R", bound=Started)
+
 # What a start is called in the log and in the statistics, by the road that led to it.
 _SAID = {"direct": "direct hit", "graph": "graph hit", "load": "loaded", None: "compiled"}
 
@@ -64,6 +73,7 @@ def start(
     objects: CodeObjects | None = None,
     ready: Ready | None = None,
     look: Callable[[CompiledModel], None] | None = None,
+    store: Callable[[Artifact], None] | None = None,
 ) -> CompiledModel:
     """Make an artifact callable on a model.
 
@@ -78,6 +88,7 @@ def start(
         objects: Code objects of its stitching functions; new ones are added.
         ready: Pieces that a preload may have loaded.
         look: Compares it with the model before anybody gets it, and raises where they disagree.
+        store: Puts a new artifact, after the look at it.
 
     Raises:
         EntryDamagedError: A blob is missing or damaged.
@@ -91,7 +102,9 @@ def start(
         shown = "graph" if hit == "load" else hit
         return CompiledModel(artifact, model, found.pieces, found.constants, cache_hit=shown, objects=objects)
 
-    compiled = start_with(link, artifact, site, hit=hit, miss=miss, loaded=loaded, ready=ready, look=look)
+    compiled = start_with(
+        link, artifact, site, hit=hit, miss=miss, loaded=loaded, ready=ready, look=look, store=store
+    )
     compiled.timings = dict(site.clock.timings)
     if target is not None:
         reason, facts = (miss.reason, miss.facts) if miss is not None else ("", None)
@@ -100,7 +113,7 @@ def start(
 
 
 def start_with(
-    link: Callable[[Loaded], T],
+    link: Callable[[Loaded], R],
     artifact: Artifact,
     site: Site,
     *,
@@ -108,8 +121,9 @@ def start_with(
     miss: Miss | None = None,
     loaded: Loaded | None = None,
     ready: Ready | None = None,
-    look: Callable[[T], None] | None = None,
-) -> T:
+    look: Callable[[R], None] | None = None,
+    store: Callable[[Artifact], None] | None = None,
+) -> R:
     """:func:`start` for any callable: for a model's, and for that of a graph of Dynamo's.
 
     Args:
@@ -121,6 +135,7 @@ def start_with(
         loaded: Its blobs, where they are loaded already.
         ready: Pieces that a preload may have loaded.
         look: Compares the result with the model.
+        store: Puts a new artifact.
     """
     clock = site.clock
     if loaded is not None:
@@ -133,6 +148,8 @@ def start_with(
             compiled = clock.timed("link", lambda: link(opened))
     if look is not None:
         clock.timed("look", lambda: look(compiled))
+    if store is not None:
+        clock.timed("store", lambda: store(compiled.artifact))
     _count(artifact, site, hit, miss)
     clock.timings["total"] = clock.seconds
     log.info(
@@ -173,7 +190,6 @@ def started_or_miss(artifact: Artifact, site: Site, begin: Callable[[], T]) -> T
         # The store has told of damage; a blob that was evicted is no news.
         return Miss(reason=f"a piece of entry {name} is missing or damaged", cause="piece")
     except StaleEntryError as error:
-        site.cache.count("look.wrong")
         log.warning("%s: entry %s is not used: %s", site.label, name, error)
         return Miss(reason=error.message, cause="look")
     except (UntrustedEntryError, EntryFormatError, LinkError, BindError, BackendError) as error:

@@ -17,6 +17,7 @@ from stitchcache.explanation import differences_text
 from stitchcache.pieces.build import warming
 from stitchcache.pipeline.entry import EntryPlan, plan_entry
 from stitchcache.pipeline.find import Hit, Miss, Ready, Wanted, find_by_graph
+from stitchcache.pipeline.look import looker
 from stitchcache.pipeline.make import make
 from stitchcache.pipeline.miss import graph_differences, miss_error, miss_facts
 from stitchcache.pipeline.origin import changed_from
@@ -37,23 +38,26 @@ class Begin(Protocol[T_co]):
     """Starts an artifact on the source that it was looked up or made for."""
 
     def __call__(
-        self, artifact: Artifact, *, hit: str | None, miss: Miss, loaded: Loaded | None = None
+        self,
+        artifact: Artifact,
+        *,
+        hit: str | None,
+        miss: Miss,
+        loaded: Loaded | None = None,
+        store: Callable[[Artifact], None] | None = None,
     ) -> T_co:
         """Start it; as for :func:`stitchcache.pipeline.start.start`."""
 
 
-def compile_traced(
-    wanted: Wanted, miss: Miss, look: Callable[[CompiledModel], None] | None = None
-) -> CompiledModel:
+def compile_traced(wanted: Wanted, miss: Miss) -> CompiledModel:
     """Trace a model; load what its graph leads to, or compile it.
 
     Args:
         wanted: What is to be started.
         miss: Why there is no direct hit.
-        look: Compares a callable with the model before anybody gets it.
 
     Raises:
-        CaptureError: The model cannot be captured.
+        CaptureError: The model cannot be captured, or what was captured does something else.
         CacheMissError: A miss, and misses are errors here.
         BackendError: A piece cannot be compiled, or is wrong.
     """
@@ -82,7 +86,7 @@ def compile_traced(
                 target=wanted.target,
                 objects=objects,
                 ready=wanted.ready,
-                look=look,
+                look=looker(wanted, planned.capture),
             ),
             refuse=lambda: miss_error(wanted, miss, planned.graph_hash),
             known=wanted.target.factors,
@@ -146,12 +150,12 @@ def compile_planned(
     if request.miss_is_error:
         raise refuse()
     with site.cache.lock(planned.graph_hash, on_wait=_say_once(site)):
-        # Another process may have compiled it while this one waited.
-        served = by_graph()
+        # Another process may have compiled it while this one waited. What the look refused is still wrong.
+        served = by_graph() if served.cause != "look" else served
         if not isinstance(served, Miss):
             return served
         made = site.clock.timed("compile", lambda: make(planned, request, site, known))
-        return begin(made.artifact, hit=None, miss=served, loaded=made.loaded)
+        return begin(made.artifact, hit=None, miss=served, loaded=made.loaded, store=made.store)
 
 
 def _say_once(site: Site) -> Callable[[float, str], None]:
