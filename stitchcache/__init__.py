@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from stitchcache.graph.canonical import graph_hash as graph_hash
     from stitchcache.graph.split import SplitItem as SplitItem
     from stitchcache.graph.split import split_graph as split_graph
+    from stitchcache.pipeline.parted import verify as verify
     from stitchcache.runtime.model import CompiledModel as CompiledModel
+    from stitchcache.types import Check as Check
     from stitchcache.types import Dim as Dim
     from stitchcache.types import SizeRange as SizeRange
 
@@ -35,6 +37,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Artifact": "stitchcache.artifact.record",
     "Cache": "stitchcache.cache",
+    "Check": "stitchcache.types",
     "CompiledModel": "stitchcache.runtime.model",
     "Dim": "stitchcache.types",
     "Explanation": "stitchcache.explanation",
@@ -53,6 +56,7 @@ _HOMES = {
     "prewarm": "stitchcache.api.prewarm",
     "register_const_type": "stitchcache.artifact.globals",
     "split_graph": "stitchcache.graph.split",
+    "verify": "stitchcache.pipeline.parted",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]

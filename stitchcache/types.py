@@ -334,36 +334,6 @@ class CheckRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OutputBound:
-    """How far one output of a compiled model was from the model's own.
-
-    Args:
-        name: The output, as a person writes it, such as ``output['logits']``.
-        difference: Largest absolute difference that was seen.
-        magnitude: Largest absolute value of the model's own.
-    """
-
-    name: str
-    difference: float
-    magnitude: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckRecord:
-    """How the results of a cold compile compared with those of the model itself.
-
-    Args:
-        state: ``compared``, or ``unchecked`` where there was nothing to compare with.
-        reason: Why it is unchecked; ``""`` where it is compared.
-        bounds: One for each output that was compared.
-    """
-
-    state: Literal["compared", "unchecked"]
-    reason: str = ""
-    bounds: tuple[OutputBound, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
     """How the look at a compiled model stands: whether it does what the model itself does on the example.
 

@@ -1,38 +1,27 @@
-"""Run a model and what was compiled from it from the same state, and measure how far they are apart."""
+"""Run a model and what was compiled from it from the same state, and measure how far they are apart.
+
+A model's forward is the user's code and may raise anything; that it does is a finding, not a failure of ours.
+"""
 
 from __future__ import annotations
 
 import functools
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from stitchcache import tree
 from stitchcache.errors import InputMismatchError
-from stitchcache.runtime.bind import modules_of
+from stitchcache.state import modules_of, plain_tensors
+from stitchcache.torchside import tree
 from stitchcache.torchside.watch import memory_of, watch
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
 else:
     from stitchcache.records import dataclass
-
-FORWARD_ERRORS = (
-    RuntimeError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    LookupError,
-    AssertionError,
-    ArithmeticError,
-    NameError,
-    ImportError,
-    OSError,
-)
-"""What a model's own forward may raise."""
 
 _TABLES = ("_buffers", "_parameters", "_modules")
 
@@ -81,7 +70,7 @@ def run_both(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
-    writes: Sequence[torch.Tensor] = (),
+    writes: Mapping[str, torch.Tensor] | None = None,
     effects: Mapping[str, bool] | None = None,
     apart: bool = False,
 ) -> Both:
@@ -95,18 +84,16 @@ def run_both(
         subject: Called as the model is.
         args: Positional arguments.
         kwargs: Keyword arguments.
-        writes: Tensors that the subject may write. What the model writes is noticed; what compiled pieces
-            write is not.
+        writes: Tensors that the subject may write, and what to call them. What the model writes is noticed;
+            what compiled pieces write is not.
         effects: As for :class:`~stitchcache.torchside.watch.Watch`.
         apart: It runs beside the user's own calls, on arguments of its own: no shared state may be written
             and no random number drawn, not even for a moment.
     """
-    run = _Run(model, args, kwargs, effects or {}, apart)
+    run = _Run(model, args, kwargs, writes or {}, effects or {}, apart)
     # What was made in inference mode can be written only there. That mode switches gradients: they come last.
     with torch.inference_mode(run.in_inference_mode), torch.no_grad():
         try:
-            for tensor in writes:
-                run.watch.save(tensor)
             found = run.model_results()
             run.put_back()
             if isinstance(found, _Results):
@@ -137,9 +124,11 @@ class _Run:
         model: torch.nn.Module,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
+        writes: Mapping[str, torch.Tensor],
         effects: Mapping[str, bool],
         apart: bool,
     ) -> None:
+        self._writes = writes
         self._model, self._args, self._kwargs = model, args, dict(kwargs)
         self._leaves, self._spec = tree.flatten((args, self._kwargs))
         tensors = [leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)]
@@ -179,12 +168,14 @@ class _Run:
     def model_results(self) -> _Results | Both | None:
         """Run the model. ``None`` if it has to be run again, under a watch that Dynamo does not trace."""
         try:
+            for tensor in self._writes.values():
+                self.watch.save(tensor)
             with self.watch:
                 args, kwargs = tree.unflatten(self._leaves, self._spec)
                 value = self._model(*args, **kwargs)
         except (torch.OutOfMemoryError, MemoryError):
             return Both(unchecked="there is no memory for running the model itself")
-        except FORWARD_ERRORS as error:
+        except Exception as error:  # noqa: BLE001 - see the module's docstring
             if not self.watch.stopped:
                 return None if self.watch.traced else Both(fails=f"the model itself raises {_said(error)}")
         # The forward may have swallowed the error that stopped it.
@@ -200,7 +191,7 @@ class _Run:
             return Both(unchecked=f"the example does not fit what was compiled: {error.message}")
         except (torch.OutOfMemoryError, MemoryError):
             return Both(unchecked="there is no memory for the compiled model beside the model itself")
-        except FORWARD_ERRORS as error:
+        except Exception as error:  # noqa: BLE001 - see the module's docstring
             return Both(fails=f"the model returns, and the compiled one raises {_said(error)}", drew=drew)
         if shape != wanted.shape:
             fact = f"the result is {_tree_text(shape)} instead of {_tree_text(wanted.shape)}"
@@ -212,7 +203,7 @@ class _Run:
     def _kept(self, value: Any) -> _Results:
         """Keep what the model returned and wrote, before it is put back."""
         saved = self.watch.saved
-        after = {memory: one.copy() for memory, one in saved.items()}
+        after = {memory: one.now() for memory, one in saved.items()}
 
         def kept(leaf: Any) -> Any:
             lasting = not isinstance(leaf, torch.Tensor) or memory_of(leaf) not in saved
@@ -227,27 +218,32 @@ class _Run:
                 now = module._buffers.get(name)
                 if now is not before and now is not None and before is not None:
                     written.append((f"buffer:{prefix}{name}", kept(now), before))
+        owners = self._owners() if saved else {}
         rebound = {name for name, _, _ in written}
-        owners: dict[int | None, list[tuple[str, torch.Tensor]]] = {}
-        for name, tensor in self._state() if saved else ():
-            if isinstance(tensor, torch.Tensor):
-                owners.setdefault(memory_of(tensor), []).append((name, tensor))
         for memory, one in saved.items():
-            for name, tensor in owners.get(memory) or [_whole(one.tensor)]:
-                if name in rebound:
-                    continue
-                copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-                copy.set_(after[memory], tensor.storage_offset(), tensor.size(), tensor.stride())
-                written.append((name, copy, tensor))
+            for name, tensor in (owners.get(memory) or dict([_whole(one.tensor)])).items():
+                if name not in rebound:
+                    copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                    copy.set_(after[memory], tensor.storage_offset(), tensor.size(), tensor.stride())
+                    written.append((name, copy, tensor))
         return _Results(returned, shape, written)
 
-    def _state(self) -> Iterator[tuple[str, Any]]:
+    def _owners(self) -> dict[int | None, dict[str, torch.Tensor]]:
+        """Tensors by what one calls them, for each memory that was or may be written."""
         paths = tree.leaf_paths(self._model.forward, self._args, self._kwargs)
-        yield from ((f"input:{path}", leaf) for path, leaf in zip(paths, self._leaves, strict=True))
-        for prefix, _, attributes, (buffers, parameters, _) in self._modules:
-            for kind, table in (("buffer", buffers), ("parameter", parameters), ("attribute", attributes)):
-                for name, value in table.items():
-                    yield f"{kind}:{prefix}{name}", value
+        named = [(f"input:{path}", leaf) for path, leaf in zip(paths, self._leaves, strict=True)]
+        for prefix, _, _, (buffers, parameters, _) in self._modules:
+            named += [(f"buffer:{prefix}{name}", value) for name, value in buffers.items()]
+            named += [(f"parameter:{prefix}{name}", value) for name, value in parameters.items()]
+        owners: dict[int | None, dict[str, torch.Tensor]] = {}
+        for name, tensor in [*named, *self._writes.items()]:
+            if isinstance(tensor, torch.Tensor):
+                owners.setdefault(memory_of(tensor), {})[name] = tensor
+        unknown = self.watch.saved.keys() - owners.keys()
+        for path, tensor in plain_tensors(self._model).items() if unknown else ():
+            if memory_of(tensor) in unknown:
+                owners.setdefault(memory_of(tensor), {})[f"attribute:{path}"] = tensor
+        return owners
 
 
 def _generators(devices: Iterable[torch.device]) -> Iterator[tuple[Callable[[Any], Any], Any]]:

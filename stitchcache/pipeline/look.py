@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stitchcache import tree
 from stitchcache.errors import PieceMismatchError, StaleEntryError, StoreWriteError
-from stitchcache.pieces.fakes import has_fakes
 from stitchcache.pipeline.compare import Both, Compared, run_both
-from stitchcache.runtime.bind import state_of
+from stitchcache.state import state_of, tensor_at
+from stitchcache.torchside import tree
+from stitchcache.torchside.tensors import has_fakes, version_of
 from stitchcache.types import Check, CheckRecord, OutputBound
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ _SLACK = 10.0
 # Below this a tensor counts as noise around zero, whose own size says nothing.
 _SMALL = 1e-2
 
-_LASTING = ("buffer:", "parameter:")
+_LASTING = ("buffer:", "parameter:", "attribute:")
 NO_WEIGHTS = "the model or its example has no data"
 
 
@@ -280,7 +280,7 @@ def look_later(
         on_end: Gets the outcome, in the thread.
     """
     artifact = compiled.artifact
-    if any(name.startswith(_LASTING) for name in _names(artifact)) or _no_data(model, args, kwargs):
+    if lasting_names(artifact) or _no_data(model, args, kwargs):
         outcome, _ = look(model, args, kwargs, compiled, effects)
         on_end(outcome)
         if outcome.state == "mismatch":
@@ -309,7 +309,8 @@ def look_later(
             outcome = outcome or _check("unchecked", "looking at the model ended in an error", began)
             if outcome.state == "mismatch":
                 # Here a user's choice to go on with the model itself would go.
-                compiled.refuse(stale_error(compiled, outcome))
+                name = artifact.label or type(model).__qualname__
+                compiled.refuse(stale_error(compiled, outcome, f"{name}: entry {artifact.graph_hash[:12]}"))
             on_end(outcome)
             atexit.unregister(thread.join)
 
@@ -319,20 +320,21 @@ def look_later(
     thread.start()
 
 
-def stale_error(compiled: CompiledModel, outcome: Check) -> StaleEntryError:
-    """The error of a wrong hit that the look caught."""
-    label, key = compiled.artifact.label or type(compiled.model).__qualname__, compiled.graph_hash[:12]
+def stale_error(compiled: CompiledModel, outcome: Check, subject: str = "it") -> StaleEntryError:
+    """The error of a hit that disagreed with the model."""
+    # The graph of a graph hit was captured just now: whether it is the model, compiling it will tell.
+    direct = compiled.cache_hit == "direct"
     return StaleEntryError(
-        f"{label}: entry {key} is not this model: {outcome.reason}. Nothing more is served from it. {REPORT}",
+        f"{subject} gives another result than the model itself: {outcome.reason}.{_REPORT if direct else ''}",
         expected=compiled.graph_hash,
-        actual="",
-        differences={outcome.output: ("the model", outcome.reason)} if outcome.output else {},
+        output=outcome.output,
+        difference=outcome.difference,
     )
 
 
-REPORT = (
-    "A wrong hit that was caught is a bug of stitchcache: please report it with the outputs of "
-    "'stitchcache doctor --json' and 'stitchcache explain TARGET --trace --json'."
+_REPORT = (
+    " A wrong direct hit that was caught is a bug of stitchcache: please report it, with what "
+    "'stitchcache doctor --json' and 'stitchcache explain TARGET --trace --json' print."
 )
 
 
@@ -342,34 +344,36 @@ def written_by(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     names: Sequence[str] | None = None,
-) -> list[torch.Tensor]:
-    """Tensors that an artifact's pieces may write.
+) -> dict[str, torch.Tensor]:
+    """Tensors that an artifact's pieces may write, and what to call them.
 
     Args:
         artifact: The artifact.
         model: Whose tensors it binds.
         args: Example positional arguments.
         kwargs: Example keyword arguments.
-        names: Parameters and buffers, where they are known; else those of the artifact's record.
+        names: Those of the model, where they are known; else those of the artifact's record.
     """
     leaves, _ = tree.flatten((args, dict(kwargs)))
     specs = artifact.input_spec.leaves if artifact.input_spec is not None else ()
-    found = [leaf for leaf, spec in zip(leaves, specs, strict=False) if spec.kind == "inout"]
-    lasting = [name for name in (_names(artifact) if names is None else names) if name.startswith(_LASTING)]
-    if lasting:
-        state = state_of(model)
-        found += [state[path] for name in lasting if (path := name.partition(":")[2]) in state]
+    found = {f"input:{s.path}": leaf for leaf, s in zip(leaves, specs, strict=False) if s.kind == "inout"}
+    for name in lasting_names(artifact) if names is None else names:
+        tensor = tensor_at(model, name.partition(":")[2])
+        if tensor is not None:
+            found[name] = tensor
     return found
 
 
-def _names(artifact: Artifact) -> list[str]:
+def lasting_names(artifact: Artifact) -> list[str]:
+    """Tensors of the model that an artifact's pieces may write, such as ``buffer:cache``."""
     mutations = artifact.output_spec.mutations if artifact.output_spec is not None else ()
     if artifact.check is None:
         # Older entries do not tell what their pieces write.
-        noted = [f"buffer:{binding.name}" for binding in artifact.bindings if binding.kind == "buffer"]
+        kinds = ("buffer", "attribute")
+        noted = [f"{binding.kind}:{binding.name}" for binding in artifact.bindings if binding.kind in kinds]
     else:
         noted = [bound.name for bound in artifact.check.bounds]
-    return list(dict.fromkeys([*noted, *mutations]))
+    return [name for name in dict.fromkeys([*noted, *mutations]) if name.startswith(_LASTING)]
 
 
 def _no_data(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -392,7 +396,7 @@ def _autocast(leaves: Sequence[Any]) -> Callable[[], contextlib.AbstractContextM
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
-    return [tensor._version for tensor in tensors if not tensor.is_inference()]
+    return [version_of(tensor) for tensor in tensors if not tensor.is_inference()]
 
 
 def _check(state: Any, reason: str, began: float, item: Compared | None = None) -> Check:

@@ -11,18 +11,19 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch.fx import Interpreter, Node
 
-from stitchcache import tree
 from stitchcache.capture import Capture
 from stitchcache.errors import ModelMismatchError
 from stitchcache.graph.aliasing import written_placeholders
 from stitchcache.pieces.check import undefined_outputs
 from stitchcache.pipeline.compare import Compared, measure, run_both
 from stitchcache.pipeline.look import disagreement, judged
+from stitchcache.state import plain_tensors
+from stitchcache.torchside import tree
 from stitchcache.types import Check
 
 
 def written_names(captured: Capture) -> list[str]:
-    """Parameters and buffers that a graph writes, as ``buffer:<name>`` or ``parameter:<name>``."""
+    """Tensors of the model that a graph writes, such as ``buffer:cache``."""
     written = written_placeholders(captured.gm)
     names = [
         f"{b.kind}:{b.name}" for b in captured.bound if b.placeholder in written and b.kind != "constant"
@@ -44,7 +45,7 @@ def check_graph(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     captured: Capture,
-    writes: Sequence[torch.Tensor],
+    writes: Mapping[str, torch.Tensor],
     effects: Mapping[str, bool],
     skipped: Collection[str],
     fails: str,
@@ -69,7 +70,7 @@ def check_graph(
     if wrong is None and not both.fails:
         return
     reason = both.fails or f"{wrong.name} {disagreement(wrong)}" if wrong is not None else both.fails
-    module, location = _first_place(model, args, kwargs, captured)
+    module, location = _first_place(model, args, kwargs, captured, writes)
     _refuse(type(model).__qualname__, reason, wrong, module, location)
 
 
@@ -176,7 +177,11 @@ def _unlike(wanted: Sequence[torch.Tensor], values: Mapping[Node, Any]) -> Node 
 
 
 def _first_place(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], captured: Capture
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    captured: Capture,
+    writes: Mapping[str, torch.Tensor],
 ) -> tuple[str, str]:
     """Where graph and model part, and ``file:line``; both empty where no module's result differs."""
     calls: dict[str, _Call] = {}
@@ -203,9 +208,7 @@ def _first_place(
         with _no_autocast():
             beside.run(*(item.tensor for item in captured.bound), *leaves)
 
-    run_both(
-        model, run, args, kwargs, writes=[item.tensor for item in captured.bound if item.kind == "buffer"]
-    )
+    run_both(model, run, args, kwargs, writes=writes)
     if beside.found is None:
         return "", ""
     path, took_right, node = beside.found
@@ -255,7 +258,10 @@ def verify(
     """
     began = time.perf_counter()
     given = dict(kwargs or {})
-    leaves = tree.flatten((args, given))[0]
     # What it writes is not known, so whatever it may write is kept.
-    writes = [leaf for leaf in [*leaves, *model.buffers()] if isinstance(leaf, torch.Tensor)]
+    writes = {f"buffer:{name}": buffer for name, buffer in model.named_buffers()}
+    writes |= {f"attribute:{path}": tensor for path, tensor in plain_tensors(model).items()}
+    paths = tree.leaf_paths(getattr(model, "forward", model), args, given)
+    leaves = zip(paths, tree.flatten((args, given))[0], strict=True)
+    writes |= {f"input:{path}": leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
     return judged(run_both(model, compiled, args, given, writes=writes), None, began)

@@ -1,22 +1,19 @@
 """See each op of a block before it runs, and keep the memory that it is about to write.
 
 Uses ``torch.utils._python_dispatch.TorchDispatchMode`` with ``_should_skip_dynamo``, ``_push_mode`` and
-``_pop_mode``, ``OpOverload._schema`` and ``UntypedStorage._cdata``.
+``_pop_mode``, and ``OpOverload._schema``.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
-if TYPE_CHECKING:
-    from dataclasses import dataclass
-else:
-    from stitchcache.records import dataclass
+from stitchcache.torchside.tensors import storage_id
 
 SEEN = ("2.13",)
 
@@ -38,19 +35,13 @@ class StoppedError(RuntimeError):
     """An op was about to do what nobody could put back; the message says what."""
 
 
-@dataclass(slots=True)
-class Saved:
-    """Memory that is written, as it was before.
-
-    Args:
-        tensor: A tensor over it.
-        before: A copy.
-    """
+class Saved(NamedTuple):
+    """Memory that is written: a tensor over it, and what it held before."""
 
     tensor: torch.Tensor
     before: torch.UntypedStorage
 
-    def copy(self) -> torch.UntypedStorage:
+    def now(self) -> torch.UntypedStorage:
         """What it holds now."""
         return self.tensor.untyped_storage().clone()  # type: ignore[no-untyped-call,no-any-return]
 
@@ -62,8 +53,7 @@ class Saved:
         storage.copy_(self.before)
 
 
-@dataclass(frozen=True, slots=True)
-class _Op:
+class _Op(NamedTuple):
     """What a schema says: which arguments an op writes, whether it makes new tensors, whether it draws."""
 
     writes: tuple[tuple[int, str], ...]
@@ -223,7 +213,7 @@ def memory_of(tensor: torch.Tensor) -> int | None:
     if tensor.layout != torch.strided:
         return None
     try:
-        return int(tensor.untyped_storage()._cdata)
+        return storage_id(tensor)
     except (RuntimeError, NotImplementedError):
         return None
 
