@@ -13,7 +13,7 @@ from torch.fx import Interpreter, Node
 
 from stitchcache.capture import Capture
 from stitchcache.errors import ModelMismatchError
-from stitchcache.graph.aliasing import written_placeholders
+from stitchcache.graph.effects import written_placeholders
 from stitchcache.pieces.check import undefined_outputs
 from stitchcache.pipeline.compare import Compared, measure, run_both
 from stitchcache.pipeline.look import disagreement, judged

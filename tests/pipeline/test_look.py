@@ -126,6 +126,7 @@ def test_in_the_background_the_arguments_are_copies(cache):
     model, x = Slow().eval(), torch.randn(2, 4)
     _compile(cache, model, x)
     GATE.clear()
+    REACHED.clear()
     served = _compile(cache, model, x, check="background")
     assert served.check.state == "pending"
     x.fill_(float("nan"))
@@ -138,6 +139,7 @@ def test_in_the_background_weights_that_change_prove_nothing(cache):
     model, x = Slow().eval(), torch.randn(2, 4)
     _compile(cache, model, x)
     GATE.clear()
+    REACHED.clear()
     served = _compile(cache, model, x, check="background")
     assert REACHED.wait(20)
     with torch.no_grad():
