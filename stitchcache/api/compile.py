@@ -12,9 +12,8 @@ from stitchcache.cache import Cache
 from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import OptionError
 from stitchcache.pause import collection_paused
-from stitchcache.pipeline.find import Hit, Miss, Ready, Wanted, find, want
+from stitchcache.pipeline.find import Hit, Miss, Ready, Wanted, changed_from, find, want
 from stitchcache.pipeline.look import looker
-from stitchcache.pipeline.origin import changed_from
 from stitchcache.pipeline.request import OnProgress, Request, check_model, chosen_cache
 from stitchcache.pipeline.start import start, started_or_miss
 from stitchcache.runtime.model import CompiledModel

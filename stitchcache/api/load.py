@@ -9,13 +9,14 @@ import torch
 from stitchcache.artifact.record import Artifact
 from stitchcache.cache import Cache
 from stitchcache.errors import BindError, GraphHashError, OptionError
-from stitchcache.pipeline.find import Miss, find_by_graph
-from stitchcache.pipeline.origin import changed_from_entry
+from stitchcache.keys.model import model_factors
+from stitchcache.pipeline.find import Miss, bound_attributes, find_by_graph, first_change
 from stitchcache.pipeline.request import Clock, Site, chosen_cache
 from stitchcache.pipeline.start import start
 from stitchcache.runtime.environment import check_environment
 from stitchcache.runtime.model import CompiledModel, refuse_change
 from stitchcache.state import devices_of
+from stitchcache.types import Change
 
 
 def load(
@@ -60,12 +61,24 @@ def load(
     artifact = found.artifact
     _refuse_graphs_of_dynamo(artifact)
     check_environment(artifact, f"entry {artifact.graph_hash[:12]}")
-    changed_now = changed_from_entry(artifact.factors, artifact.bindings)
-    refuse_change(clock.timed("key", lambda: changed_now(model)), artifact, model, trusted=trust_model)
+
+    def changed(other: torch.nn.Module) -> Change | None:
+        """Without an example, the factors of the model alone tell."""
+        now = model_factors(other)
+        unknown = now.unsound
+        if unknown is None and not any(factor.name == "model.class" for factor in artifact.factors):
+            unknown = "the entry does not say what it was compiled from"
+        if unknown is not None:
+            return Change(name="model", was="", now=unknown, unknown=True)
+        return first_change(
+            artifact.factors, now.factors, ("model.",), bound_attributes(other, artifact.bindings)
+        )
+
+    refuse_change(clock.timed("key", lambda: changed(model)), artifact, model, trusted=trust_model)
     device, devices = devices_of(model)
     site = Site(cache=store, label=label, device=device, devices=devices, clock=clock)
     compiled = start(artifact, model, site, hit="load")
-    compiled.changed = changed_now
+    compiled.changed = changed
     return compiled
 
 

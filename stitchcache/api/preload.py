@@ -51,10 +51,10 @@ class Preloaded:
     @property
     def cache(self) -> Cache | None:
         """The cache; ``None`` if the default one cannot be opened. Waits until that is known."""
-        self._settle()
+        self._known()
         return self._cache
 
-    def _settle(self) -> bool:
+    def _known(self) -> bool:
         """Wait until the entry is known; False in a forked process, where the thread does not exist."""
         return os.getpid() == self._process and self._found.wait()
 
@@ -74,7 +74,7 @@ class Preloaded:
 
     def artifact(self, graph_hash: str) -> Artifact | None:
         """The entry of a graph hash, read and verified; ``None`` where it is another one or none."""
-        found = self._artifact if self._settle() else None
+        found = self._artifact if self._known() else None
         return found if found is not None and found.graph_hash == graph_hash else None
 
     def take(self, graph_hash: str) -> Ready:

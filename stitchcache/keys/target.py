@@ -21,6 +21,7 @@ from stitchcache.keys.inputs import input_factors
 from stitchcache.keys.model import class_factors, model_factors, readable
 from stitchcache.keys.scope import Scope
 from stitchcache.keys.walk import Walk
+from stitchcache.state import devices_of
 from stitchcache.types import Factor, SizeRange
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def target_key(
     # The model comes first: its factors then do not depend on what else objects of its are used for.
     parts = model_factors(model, walk)
     try:
-        factors += environment_factors(backend, _device_types(model, leaves))
+        factors += environment_factors(backend, devices_of(model, [value for _, value in leaves])[1])
         factors.append(make_factor("code.python", python_code()))
         factors.append(make_factor("code.decimal", decimal_context()))
         factors += torch_state_factors(walk)
@@ -134,19 +135,3 @@ def _plain(walk: Scope, kind: str, name: str, value: Any) -> bytes:
         message = f"{argument}[{name!r}] must be a plain value, as it becomes part of a key: {error}"
         raise OptionError(message, option=argument) from error
     return bytes(writer.out)
-
-
-def _device_types(model: torch.nn.Module, leaves: Sequence[tuple[str, Any]]) -> set[str]:
-    devices = {value.device for _, value in leaves if isinstance(value, torch.Tensor)}
-    # Not Module.modules(): its nested generators take a millisecond for a deep model.
-    modules, met = [model], {id(model)}
-    for module in modules:
-        for tensors in (module._parameters, module._buffers):
-            for value in tensors.values():
-                if value is not None:
-                    devices.add(value.device)
-        for child in module._modules.values():
-            if child is not None and id(child) not in met:
-                met.add(id(child))
-                modules.append(child)
-    return {device.type for device in devices}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -16,9 +16,9 @@ from stitchcache.keys.target import TargetKey, target_key
 from stitchcache.keys.walk import Walk
 from stitchcache.pipeline.request import Clock, OnProgress, Request, Site
 from stitchcache.runtime.mismatch import explain_mismatch
-from stitchcache.state import devices_of
+from stitchcache.state import devices_of, state_attributes
 from stitchcache.torchside import tree
-from stitchcache.types import TargetRecord
+from stitchcache.types import BindingSpec, Change, Factor, TargetRecord
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
@@ -224,3 +224,76 @@ def find_by_graph(graph_hash: str, cache: Cache, ready: Ready | None = None) -> 
     if artifact is None:
         return Miss(reason=f"no entry for graph {graph_hash[:12]}", cause="new")
     return Hit(artifact=artifact)
+
+
+def changed_from(
+    wanted: Wanted, record: TargetRecord, bindings: Sequence[BindingSpec]
+) -> Callable[[torch.nn.Module], Change | None]:
+    """What tells whether a trace of a model may be another one than the trace that was compiled.
+
+    The model's code and attributes count, torch's settings, and what the capture read beside them. Example
+    and options are those of then, and so is the machine.
+
+    Args:
+        wanted: What was started. Neither its model nor its tensors are kept.
+        record: The sources and globals that its capture read.
+        bindings: Tensors that were bound. An attribute that leads to one is not compared, as calls change
+            what it holds.
+    """
+    target, request, paths, tree = wanted.target, wanted.request, wanted.paths, wanted.tree
+    unknown = target.reason or record.refused
+    leaves = without_data(wanted.leaves) if unknown is None else []
+
+    def changed(model: torch.nn.Module) -> Change | None:
+        if unknown is not None:
+            return Change(name="model", was="", now=unknown, unknown=True)
+        walk = Walk()
+        now = key_of(model, leaves, paths, tree, request, walk)
+        if now.key is None:
+            return Change(name="model", was="", now=now.reason or "", unknown=True)
+        # Of the other factors, the example's and the options' are fixed, and a process keeps its machine.
+        state = bound_attributes(model, bindings)
+        found = first_change(target.factors, now.factors, ("model.", "code.", "torch."), state)
+        if found is None and (reason := check_sources(record, walk)) is not None:
+            found = Change(name="sources", was="as captured", now=reason)
+        return found
+
+    return changed
+
+
+def without_data(leaves: Sequence[Any]) -> list[Any]:
+    """Leaves with each tensor replaced by one that has its metadata and takes no memory.
+
+    A tensor that occurs twice stays one tensor, as that is part of a key.
+    """
+    replaced = {
+        id(leaf): torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+        for leaf in leaves
+        if isinstance(leaf, torch.Tensor)
+    }
+    return [replaced.get(id(leaf), leaf) for leaf in leaves]
+
+
+def bound_attributes(model: torch.nn.Module, bindings: Sequence[BindingSpec]) -> Collection[str]:
+    """Attributes that lead to tensors which are bound: what they hold is state, and calls change it."""
+    return state_attributes(model, [name for item in bindings for name in (item.name, *item.aliases)])
+
+
+def first_change(
+    before: Iterable[Factor], now: Iterable[Factor], prefixes: tuple[str, ...], state: Collection[str]
+) -> Change | None:
+    """The most telling factor that differs, of those whose names begin so; ``None`` where none does."""
+    old = {factor.name: factor for factor in before if factor.name.startswith(prefixes)}
+    new = {factor.name: factor for factor in now if factor.name.startswith(prefixes)}
+    # An attribute more changes the order of attributes too, and its own factor names it.
+    for name in sorted(dict.fromkeys([*old, *new]), key=lambda name: name.endswith("_order")):
+        if name.startswith("model.attributes.") and name.rpartition(".")[2] in state:
+            continue
+        was, is_now = old.get(name), new.get(name)
+        if was is None or is_now is None or was.digest != is_now.digest:
+            return Change(name=name, was=_value(was), now=_value(is_now))
+    return None
+
+
+def _value(factor: Factor | None) -> str:
+    return "not there" if factor is None else repr(factor.value)

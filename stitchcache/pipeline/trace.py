@@ -16,11 +16,10 @@ from stitchcache.errors import CacheMissError, StaleEntryError, StoreWriteError
 from stitchcache.explanation import differences_text
 from stitchcache.pieces.build import warming
 from stitchcache.pipeline.entry import EntryPlan, plan_entry
-from stitchcache.pipeline.find import Hit, Miss, Ready, Wanted, find_by_graph
+from stitchcache.pipeline.find import Hit, Miss, Ready, Wanted, changed_from, find_by_graph
 from stitchcache.pipeline.look import looker
 from stitchcache.pipeline.make import make
 from stitchcache.pipeline.miss import graph_differences, miss_error, miss_facts
-from stitchcache.pipeline.origin import changed_from
 from stitchcache.pipeline.request import Request, Site
 from stitchcache.pipeline.source import export_source
 from stitchcache.pipeline.start import Loaded, start, started_or_miss
