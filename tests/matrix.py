@@ -14,13 +14,18 @@ dependencies.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -70,36 +75,66 @@ def run(command: list[str]) -> None:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
-def measure(interpreter: Path, base: Path, torch: str, python: str, arguments: list[str]) -> dict[str, Any]:
-    """Run pytest in an environment; return counts, what failed, and why tests were skipped."""
-    report = base / f"torch-{torch}-py-{python}.xml"
-    report.unlink(missing_ok=True)
-    caches = base / f"torch-{torch}-py-{python}" / "caches"
+def measure(interpreter: str, home: Path, arguments: list[str], jobs: int) -> dict[str, Any]:
+    """Run the tests file by file; return counts, what failed, and why tests were skipped.
+
+    One process a file, so that nothing of one file's models, modes or threads is met by another.
+    """
+    shutil.rmtree(home / "reports", ignore_errors=True)
+    (home / "reports").mkdir(parents=True)
     env = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "STITCHCACHE_DIR": str(caches / "stitchcache"),
-        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "STITCHCACHE_DIR": str(home / "caches" / "stitchcache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(home / "caches" / "inductor"),
     }
-    command = [str(interpreter), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    with (base / f"torch-{torch}-py-{python}.log").open("w") as log:
-        subprocess.run([*command, *arguments], cwd=ROOT, env=env, stdout=log, stderr=log, check=False)
-    facts: dict[str, Any] = {"torch": torch, "python": python, "arguments": arguments}
+    plain = [argument for argument in arguments if not argument.startswith("tests")]
+    places = [ROOT / argument for argument in arguments if argument.startswith("tests")] or [ROOT / "tests"]
+    files = sorted(f for place in places for f in ([place] if place.is_file() else place.rglob("test_*.py")))
+
+    def one(path: Path) -> Counts:
+        name = path.relative_to(ROOT).as_posix()
+        report = home / "reports" / (name.replace("/", "-") + ".xml")
+        command = [interpreter, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        with report.with_suffix(".log").open("w") as log:
+            subprocess.run([*command, name, *plain], cwd=ROOT, env=env, stdout=log, stderr=log, check=False)
+        return read(report, name)
+
+    total = Counts()
+    with ThreadPoolExecutor(jobs) as pool:
+        for found in pool.map(one, files):
+            total.passed += found.passed
+            total.failed += found.failed
+            total.skipped += found.skipped
+    return {"arguments": arguments, **asdict(total)}
+
+
+@dataclass
+class Counts:
+    """What tests did: how many passed, which failed, how many were skipped for which reason."""
+
+    passed: int = 0
+    failed: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def read(report: Path, name: str) -> Counts:
+    """Counts of one file's report."""
+    counts = Counts()
     if not report.exists():
-        return {**facts, "passed": 0, "failed": ["pytest wrote no report"], "skipped": {}}
-    failed, skipped, passed = [], {}, 0
+        counts.failed.append(f"{name} (pytest wrote no report)")
+        return counts
     for case in ElementTree.parse(report).iter("testcase"):
-        where = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
-        problem = case.find("failure") if case.find("failure") is not None else case.find("error")
+        bad = case.find("failure") is not None or case.find("error") is not None
         skip = case.find("skipped")
-        if problem is not None:
-            failed.append(where)
+        if bad:
+            # Addresses in names differ from run to run.
+            counts.failed.append(re.sub(r"0x[0-9a-f]+", "0x...", f"{name}::{case.get('name')}"))
         elif skip is not None:
-            reason = re.sub(r"\s+", " ", skip.get("message", "no reason"))
-            skipped[reason] = skipped.get(reason, 0) + 1
+            counts.skipped[re.sub(r"\s+", " ", skip.get("message", "no reason"))] += 1
         else:
-            passed += 1
-    return {**facts, "passed": passed, "failed": failed, "skipped": skipped}
+            counts.passed += 1
+    return counts
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -122,6 +157,14 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", *notes])
 
 
+def keep(base: Path, torch: str, python: str, interpreter: str, arguments: list[str], jobs: int) -> None:
+    """Run a pair's tests and write down what they did."""
+    name = f"torch-{torch}-py-{python}"
+    found = {"torch": torch, "python": python, **measure(interpreter, base / name, arguments, jobs)}
+    (base / f"{name}.json").write_text(json.dumps(found, indent=1))
+    print(table([found]))
+
+
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -129,20 +172,23 @@ def main() -> None:
     parser.add_argument("--torch", nargs="*", default=[])
     parser.add_argument("--python", nargs="*", default=["3.11"])
     parser.add_argument("--cuda-libraries", type=Path)
+    parser.add_argument("--here", action="store_true", help="run with this interpreter and its torch")
+    parser.add_argument("--jobs", type=int, default=1, help="test files at a time")
     parser.add_argument("--prepare-only", action="store_true", help="make environments, run nothing")
     parser.add_argument("--write", type=Path, help="put the table of all results into this page")
     known = sys.argv[1:]
     arguments = known[known.index("--") + 1 :] if "--" in known else []
     given = parser.parse_args(known[: known.index("--")] if "--" in known else known)
     given.dir.mkdir(parents=True, exist_ok=True)
-    for torch in given.torch:
-        for python in given.python:
-            interpreter = environment(given.dir, torch, python, given.cuda_libraries)
-            if not given.prepare_only:
-                found = measure(interpreter, given.dir, torch, python, arguments)
-                path = given.dir / f"torch-{torch}-py-{python}.json"
-                path.write_text(json.dumps(found, indent=1))
-                print(table([found]))
+    pairs = [(torch, python) for torch in given.torch for python in given.python]
+    for torch, python in pairs:
+        interpreter = environment(given.dir, torch, python, given.cuda_libraries)
+        if not given.prepare_only:
+            keep(given.dir, torch, python, str(interpreter), arguments, given.jobs)
+    if given.here:
+        version = importlib.metadata.version("torch").partition("+")[0]
+        python = ".".join(platform.python_version_tuple()[:2])
+        keep(given.dir, version, python, sys.executable, arguments, given.jobs)
     if given.write:
         results = [json.loads(path.read_text()) for path in sorted(given.dir.glob("torch-*.json"))]
         page = given.write.read_text()

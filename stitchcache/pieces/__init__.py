@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 
 NAMES = ("aoti", "inductor", "eager")
 
+COMPILER_OPTIONS = {"fallback_random": True}
+"""Options that compiled pieces get unless the user says otherwise. Random ops draw eager's numbers under
+eager's seed; Inductor's own generator is quicker and draws others."""
+
 
 def get_backend(name: str) -> Backend:
     """Find a backend by name.
@@ -37,4 +41,4 @@ def get_backend(name: str) -> Backend:
     raise OptionError(f"backend={name!r}: there is {', '.join(NAMES)}.", option="backend")
 
 
-__all__ = ["NAMES", "get_backend"]
+__all__ = ["COMPILER_OPTIONS", "NAMES", "get_backend"]

@@ -22,6 +22,8 @@ BoxedPiece = Callable[[list[Any]], Sequence[Any]]
 # Namespaces whose ops Inductor knows how to call from C++. Any other op would go through a proxy
 # that needs a second file beside the library and is slower than a call from the stitching code.
 _NATIVE = {"aten", "prims", "prim", "inductor", "_quantized", "quantized_decomposed"}
+# Random ops that AOTInductor leaves to eager's own kernels, so that they draw eager's numbers.
+_RANDOM = {"rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "bernoulli", "dropout"}
 
 
 class Backend:
@@ -157,11 +159,18 @@ class AotiBackend(_Compiled):
         return {**header_options(devices, pieces), **options}
 
     def foreign_ops(self, piece: torch.fx.GraphModule) -> set[str]:
-        """Custom ops: they are called between pieces."""
+        """Custom ops, and random ops that would draw other numbers: they are called between pieces."""
+        # A warm start plans nothing.
+        from stitchcache.graph.effects import is_random
+
         return {
             str(node.target).replace(".", "::", 1)
             for node in piece.graph.nodes
-            if isinstance(node.target, OpOverload) and node.target.namespace not in _NATIVE
+            if isinstance(node.target, OpOverload)
+            and (
+                node.target.namespace not in _NATIVE
+                or (is_random(node) and str(node.target).split(".")[1] not in _RANDOM)
+            )
         }
 
     def build(self, piece: torch.fx.GraphModule, directory: Path, options: Mapping[str, Any]) -> Path:

@@ -11,7 +11,7 @@ import torch
 
 from stitchcache.cache import Cache
 from stitchcache.errors import OptionError
-from stitchcache.pieces import NAMES
+from stitchcache.pieces import COMPILER_OPTIONS, NAMES
 from stitchcache.store.layout import CHECKS, choice, required
 from stitchcache.types import SizeRange
 
@@ -97,7 +97,8 @@ class Request:
     @property
     def backend_options(self) -> dict[str, Any]:
         """Options that go to the backend, and into keys."""
-        return {k: v for k, v in self.options.items() if not k.startswith("stitchcache.")}
+        ours = {} if self.backend == "eager" else COMPILER_OPTIONS
+        return {**ours, **{k: v for k, v in self.options.items() if not k.startswith("stitchcache.")}}
 
     @property
     def jobs(self) -> int | None:
