@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from stitchcache.encoding import UnkeyableError
 from stitchcache.errors import SplitError
 from stitchcache.graph import symbols
 from stitchcache.graph.effects import attribute_of
 from stitchcache.graph.encoding import Encoder
 from stitchcache.types import Factor
 
-SCHEMA = b"stitchcache graph 3"
+SCHEMA = "stitchcache graph 4"
 
 
 def graph_hash(split_gm: torch.fx.GraphModule, factors: Iterable[Factor] = ()) -> str:
@@ -38,12 +39,15 @@ def graph_hash(split_gm: torch.fx.GraphModule, factors: Iterable[Factor] = ()) -
         SplitError: An argument has a value that has no canonical form.
     """
     writer = _GraphWriter()
-    writer.bytes(SCHEMA)
-    writer.graph_module(split_gm)
-    for factor in sorted(factors, key=lambda f: f.name):
-        writer.text("factor")
-        writer.text(factor.name)
-        writer.text(factor.digest)
+    listed = sorted(factors, key=lambda factor: factor.name)
+    try:
+        writer.text(SCHEMA)
+        writer.graph_module(split_gm)
+        writer.named(b"factors", [(factor.name, factor.digest) for factor in listed])
+    except UnkeyableError as error:
+        raise SplitError(
+            f"the graph cannot be hashed: {error}. Pass plain values, tensors or picklable objects to the op."
+        ) from error
     return writer.hexdigest()
 
 
@@ -56,43 +60,46 @@ class _GraphWriter(Encoder):
         self._passed = 0
 
     def graph_module(self, gm: torch.fx.GraphModule) -> None:
-        self.tag("graph", len(gm.graph.nodes))
+        nodes = list(gm.graph.nodes)
+        self.head(b"graph", len(nodes) + 2)
         numbers: dict[torch.fx.Node, int] = {}
         self._numbers.append(numbers)
-        for number, node in enumerate(gm.graph.nodes):
+        for number, node in enumerate(nodes):
             numbers[node] = number
+            self.head(b"node", 5)
             self.text(node.op)
             self._target(gm, node)
-            self.value(node.args)
-            self.value(dict(sorted(node.kwargs.items())))
+            self.put_at(f".{node.name}.args", node.args)
+            self.put_at(f".{node.name}.kwargs", dict(sorted(node.kwargs.items())))
             self.metadata(symbols.value_of(node))
         self._numbers.pop()
         self._symbol_facts(symbols.shape_environment(gm.graph))
 
-    def value(self, value: Any) -> None:
+    def put(self, value: Any) -> None:
         """Write one argument; nodes of the graph at hand by their position."""
         if isinstance(value, torch.fx.Node):
-            self.tag("node", self._numbers[-1][value])
+            self.parts(b"value", self._numbers[-1][value])
         elif isinstance(value, torch.fx.GraphModule):
             self._passed += 1
             self.graph_module(value)
             self._passed -= 1
         else:
-            super().value(value)
+            super().put(value)
 
     def _target(self, gm: torch.fx.GraphModule, node: torch.fx.Node) -> None:
         if node.op == "call_function":
-            self.function(node.target)
-        elif node.op == "call_method":
-            self.text(str(node.target))
+            self.put_at(f".{node.name}.target", node.target)
         elif node.op == "call_module":
             module = gm.get_submodule(str(node.target))
+            # Not put: what a graph holds that is called is bound by name, as its caller's tensors are.
             if isinstance(module, torch.fx.GraphModule):
                 self.graph_module(module)
             else:
-                self.module(module)
+                self.put_at(f".{node.target}", module)
         elif node.op == "get_attr":
             self._attribute(gm, str(node.target))
+        else:
+            self.put(str(node.target) if node.op == "call_method" else None)
 
     def _attribute(self, gm: torch.fx.GraphModule, path: str) -> None:
         owner, _, name = path.rpartition(".")
@@ -100,23 +107,19 @@ class _GraphWriter(Encoder):
         if not self._passed and (name in module._parameters or name in module._buffers):
             # Bound by name when the code runs, so the name is part of what is built. Nobody binds what a
             # graph holds that is passed to a higher-order op: there it is a constant.
-            self.text("bound attribute")
+            self.head(b"bound attribute", 2)
             self.text(path)
             self.metadata(getattr(module, name))
-            return
-        self.text("constant attribute")
-        self.value(attribute_of(gm, path))
+        else:
+            self.head(b"constant attribute", 1)
+            self.put_at(f".{path}", attribute_of(gm, path))
 
     def _symbol_facts(self, shape_env: Any | None) -> None:
         """What compilers know about the symbols met so far: ranges, and relations between them."""
-        known = list(self.symbols.items()) if shape_env is not None else []
-        self.tag("symbols", len(known))
-        for symbol, _ in known:
-            self.value(symbols.bounds(shape_env, symbol))
+        known = [symbol for symbol, _ in self.symbols.items()] if shape_env is not None else []
+        self.parts(b"symbols", *(symbols.bounds(shape_env, symbol) for symbol in known))
         relations = symbols.relations(shape_env, self.symbols) if shape_env is not None else []
-        self.tag("relations", len(relations))
-        for relation in sorted(relations):
-            self.text(relation)
+        self.parts(b"relations", *sorted(relations))
 
 
 __all__ = ["SCHEMA", "SplitError", "graph_hash"]
