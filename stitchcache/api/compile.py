@@ -15,7 +15,7 @@ from stitchcache.pause import collection_paused
 from stitchcache.pipeline.find import Hit, Miss, Ready, Wanted, changed_from, find, want
 from stitchcache.pipeline.look import looker
 from stitchcache.pipeline.request import OnProgress, Request, check_model, chosen_cache
-from stitchcache.pipeline.start import start, started_or_miss
+from stitchcache.pipeline.start import Way, start, started_or_miss
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.store.layout import flag
 from stitchcache.types import SizeRange, TargetRecord
@@ -141,9 +141,9 @@ def _serve(wanted: Wanted, hit: Hit) -> CompiledModel | Miss:
         wanted.site,
         lambda: start(
             hit.artifact,
+            Way(hit="direct"),
             wanted.model,
             wanted.site,
-            hit="direct",
             target=wanted.target,
             objects=CodeObjects(record.code if record is not None else ()),
             ready=wanted.ready,

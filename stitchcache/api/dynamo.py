@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from stitchcache.pipeline.entry import plan_entry
 from stitchcache.pipeline.find import Miss
 from stitchcache.pipeline.request import Clock, Request
 from stitchcache.pipeline.source import dynamo_source
-from stitchcache.pipeline.start import Loaded, start_with
+from stitchcache.pipeline.start import Loaded, Way, start_with
 from stitchcache.pipeline.trace import compile_planned
 from stitchcache.runtime.graph import CompiledGraph
 from stitchcache.torchside.dynamo import fix_own_floats, outside_tracing
@@ -158,27 +158,20 @@ def _compiled(
                 )
             return path.read_bytes()
 
-        def begin(
-            artifact: Artifact,
-            *,
-            hit: str | None,
-            miss: Miss,
-            loaded: Loaded | None = None,
-            store: Callable[[Artifact], None] | None = None,
-        ) -> CompiledGraph:
+        def begin(artifact: Artifact, way: Way) -> CompiledGraph:
             def link(found: Loaded) -> CompiledGraph:
                 return CompiledGraph(
                     artifact,
                     found.pieces,
                     source.model,
-                    cache_hit=hit,
+                    cache_hit=way.hit,
                     read_blob=read_blob,
                     eager=gm.forward,
                 )
 
             # Dynamo traces in every process: a graph hit is no direct hit that was missed.
-            known = None if hit else miss
-            return start_with(link, artifact, site, hit=hit, miss=known, loaded=loaded, store=store)
+            known = replace(way, miss=None) if way.hit else way
+            return start_with(link, artifact, known, site)
 
         def refuse() -> CacheMissError:
             return CacheMissError(

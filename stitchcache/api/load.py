@@ -12,7 +12,7 @@ from stitchcache.errors import BindError, GraphHashError, OptionError
 from stitchcache.keys.model import model_factors
 from stitchcache.pipeline.find import Miss, bound_attributes, find_by_graph, first_change
 from stitchcache.pipeline.request import Clock, Site, chosen_cache
-from stitchcache.pipeline.start import start
+from stitchcache.pipeline.start import Way, start
 from stitchcache.runtime.environment import check_environment
 from stitchcache.runtime.model import CompiledModel, refuse_change
 from stitchcache.state import devices_of
@@ -77,7 +77,7 @@ def load(
     refuse_change(clock.timed("key", lambda: changed(model)), artifact, model, trusted=trust_model)
     device, devices = devices_of(model)
     site = Site(cache=store, label=label, device=device, devices=devices, clock=clock)
-    compiled = start(artifact, model, site, hit="load")
+    compiled = start(artifact, Way(hit="load"), model, site)
     compiled.changed = changed
     return compiled
 

@@ -12,7 +12,7 @@ The walk of a **direct hit** (``stitchcache.compile``, nothing is traced):
 5. ``start.start`` holds the entry's files while they are opened.
 6. ``start.load_blobs`` verifies and maps each distinct piece.
 7. ``runtime.model.CompiledModel`` binds tensors, pieces and stitching code.
-8. The look compares it with the model.
+8. ``look.looker`` gave a look, which runs the model and the callable on the example and compares.
 9. ``start.start_with`` counts the start and writes its log line.
 
 The walk of a **graph hit** (no direct hit; steps 1 to 3 as above, ending in a ``Miss``):
@@ -29,15 +29,15 @@ The walk of a **cold compile** (as a graph hit up to step 4, which gives a ``Mis
 1. ``trace.compile_planned`` takes the lock of the graph hash, and looks again.
 2. ``make.make`` takes those pieces that other models have left.
 3. ``pieces.build.build`` compiles the others in child processes, which compare them with eager.
-4. ``entry.assemble`` writes the stitching code: an ``Artifact``, which is stored.
-5. ``start.start`` links the pieces that are loaded already, and compares with the model.
+4. ``entry.assemble`` writes the stitching code: an ``Artifact``.
+5. ``start.start`` links the pieces that are loaded already, looks, and stores the entry.
 6. ``trace._put_target`` lets the target key lead to the entry.
 
 The walk of ``stitchcache.load``:
 
 1. ``find.find_by_graph`` reads and verifies the entry.
 2. ``runtime.environment.check_environment`` compares this machine with the one that compiled.
-3. ``api.load`` compares the kind of model.
+3. ``find.first_change`` compares the kind of model.
 4. ``start.start`` as above, without a look: there is no example.
 
 The walk of ``torch.compile(model, backend="stitchcache")``, for each of Dynamo's graphs:

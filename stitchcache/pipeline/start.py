@@ -61,34 +61,45 @@ class Loaded:
     constants: Mapping[str, torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """By which road an artifact comes to be started, and what is at hand of it.
+
+    Args:
+        hit: ``"direct"``, ``"graph"``, ``"load"``, or ``None`` where it was compiled now.
+        miss: Why it is no direct hit; ``None`` where it is one, or none was asked for.
+        loaded: Its blobs, where they are loaded already.
+        store: Puts a new artifact, after the look at it.
+    """
+
+    hit: str | None
+    miss: Miss | None = None
+    loaded: Loaded | None = None
+    store: Callable[[Artifact], None] | None = None
+
+
 def start(
     artifact: Artifact,
+    way: Way,
     model: torch.nn.Module,
     site: Site,
     *,
-    hit: str | None,
-    miss: Miss | None = None,
     target: TargetKey | None = None,
-    loaded: Loaded | None = None,
     objects: CodeObjects | None = None,
     ready: Ready | None = None,
     look: Callable[[CompiledModel], None] | None = None,
-    store: Callable[[Artifact], None] | None = None,
 ) -> CompiledModel:
     """Make an artifact callable on a model.
 
     Args:
         artifact: What was found or made.
+        way: How it came to this.
         model: Its parameters and buffers are bound by reference.
         site: Where.
-        hit: ``"direct"``, ``"graph"``, ``"load"``, or ``None`` where it was compiled now.
-        miss: Why it is no direct hit; ``None`` where it is one, or none was asked for.
         target: The target key; ``None`` where none was computed.
-        loaded: Its blobs, where they are loaded already.
         objects: Code objects of its stitching functions; new ones are added.
         ready: Pieces that a preload may have loaded.
         look: Compares it with the model before anybody gets it, and raises where they disagree.
-        store: Puts a new artifact, after the look at it.
 
     Raises:
         EntryDamagedError: A blob is missing or damaged.
@@ -99,15 +110,13 @@ def start(
     """
 
     def link(found: Loaded) -> CompiledModel:
-        shown = "graph" if hit == "load" else hit
-        return CompiledModel(artifact, model, found.pieces, found.constants, cache_hit=shown, objects=objects)
+        hit = "graph" if way.hit == "load" else way.hit
+        return CompiledModel(artifact, model, found.pieces, found.constants, cache_hit=hit, objects=objects)
 
-    compiled = start_with(
-        link, artifact, site, hit=hit, miss=miss, loaded=loaded, ready=ready, look=look, store=store
-    )
+    compiled = start_with(link, artifact, way, site, ready, look)
     compiled.timings = dict(site.clock.timings)
     if target is not None:
-        reason, facts = (miss.reason, miss.facts) if miss is not None else ("", None)
+        reason, facts = (way.miss.reason, way.miss.facts) if way.miss is not None else ("", None)
         compiled.lookup = (site.label, target, reason, facts)
     return compiled
 
@@ -115,29 +124,23 @@ def start(
 def start_with(
     link: Callable[[Loaded], R],
     artifact: Artifact,
+    way: Way,
     site: Site,
-    *,
-    hit: str | None,
-    miss: Miss | None = None,
-    loaded: Loaded | None = None,
     ready: Ready | None = None,
     look: Callable[[R], None] | None = None,
-    store: Callable[[Artifact], None] | None = None,
 ) -> R:
     """:func:`start` for any callable: for a model's, and for that of a graph of Dynamo's.
 
     Args:
-        link: Binds the loaded blobs to stitching code.
-        artifact: What was found or made.
-        site: Where.
-        hit: As for :func:`start`, like all that follow.
-        miss: Why it is no direct hit.
-        loaded: Its blobs, where they are loaded already.
-        ready: Pieces that a preload may have loaded.
-        look: Compares the result with the model.
-        store: Puts a new artifact.
+        link: Binds loaded blobs to stitching code; the rest is as for :func:`start`.
+        artifact: See there.
+        way: See there.
+        site: See there.
+        ready: See there.
+        look: See there.
     """
     clock = site.clock
+    loaded, store, miss = way.loaded, way.store, way.miss
     if loaded is not None:
         compiled = clock.timed("link", lambda: link(loaded))
     else:
@@ -150,12 +153,12 @@ def start_with(
         clock.timed("look", lambda: look(compiled))
     if store is not None:
         clock.timed("store", lambda: store(compiled.artifact))
-    _count(artifact, site, hit, miss)
+    _count(artifact, site, way)
     clock.timings["total"] = clock.seconds
     log.info(
         "%s: %s %s in %.3f s%s",
         site.label,
-        _SAID[hit],
+        _SAID[way.hit],
         artifact.graph_hash[:12],
         clock.timings["total"],
         f" (no direct hit: {miss.reason}{miss.facts.hint if miss.facts else ''})" if miss else "",
@@ -164,14 +167,14 @@ def start_with(
     return compiled
 
 
-def _count(artifact: Artifact, site: Site, hit: str | None, miss: Miss | None) -> None:
+def _count(artifact: Artifact, site: Site, way: Way) -> None:
     """Add to the store's statistics."""
     spent, count = site.clock.seconds, site.cache.count
-    count(f"hit.{hit}" if hit else "compiled")
-    if miss is not None:
-        count(f"miss.{miss.cause}")
+    count(f"hit.{way.hit}" if way.hit else "compiled")
+    if way.miss is not None:
+        count(f"miss.{way.miss.cause}")
     count("microseconds.spent", int(spent * 1e6))
-    if hit:
+    if way.hit:
         count("microseconds.saved", max(0, int((artifact.compile_seconds - spent) * 1e6)))
 
 

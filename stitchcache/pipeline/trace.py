@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from stitchcache.artifact.entry import pack_factors
 from stitchcache.artifact.record import Artifact
@@ -22,30 +22,14 @@ from stitchcache.pipeline.make import make
 from stitchcache.pipeline.miss import graph_differences, miss_error, miss_facts
 from stitchcache.pipeline.request import Request, Site
 from stitchcache.pipeline.source import export_source
-from stitchcache.pipeline.start import Loaded, start, started_or_miss
+from stitchcache.pipeline.start import Way, start, started_or_miss
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.store.layout import Area, keyed_path
 from stitchcache.types import Factor, TargetRecord
 
 log = logging.getLogger("stitchcache")
 
-T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
-
-
-class Begin(Protocol[T_co]):
-    """Starts an artifact on the source that it was looked up or made for."""
-
-    def __call__(
-        self,
-        artifact: Artifact,
-        *,
-        hit: str | None,
-        miss: Miss,
-        loaded: Loaded | None = None,
-        store: Callable[[Artifact], None] | None = None,
-    ) -> T_co:
-        """Start it; as for :func:`stitchcache.pipeline.start.start`."""
 
 
 def compile_traced(wanted: Wanted, miss: Miss) -> CompiledModel:
@@ -112,7 +96,7 @@ def compile_planned(
     site: Site,
     miss: Miss,
     *,
-    begin: Begin[T],
+    begin: Callable[[Artifact, Way], T],
     refuse: Callable[[], CacheMissError],
     known: tuple[Factor, ...],
     ready: Ready | None = None,
@@ -139,7 +123,7 @@ def compile_planned(
         if isinstance(found, Miss):
             return miss
         artifact = found.artifact
-        begun = started_or_miss(artifact, site, lambda: begin(artifact, hit="graph", miss=miss))
+        begun = started_or_miss(artifact, site, lambda: begin(artifact, Way(hit="graph", miss=miss)))
         # What is wrong with the entry is the later reason, and what the direct lookup looked at stays.
         return replace(miss, reason=begun.reason, cause=begun.cause) if isinstance(begun, Miss) else begun
 
@@ -154,7 +138,7 @@ def compile_planned(
         if not isinstance(served, Miss):
             return served
         made = site.clock.timed("compile", lambda: make(planned, request, site, known))
-        return begin(made.artifact, hit=None, miss=served, loaded=made.loaded, store=made.store)
+        return begin(made.artifact, Way(hit=None, miss=served, loaded=made.loaded, store=made.store))
 
 
 def _say_once(site: Site) -> Callable[[float, str], None]:

@@ -15,8 +15,9 @@ import stitchcache
 from stitchcache import errors
 
 
-def compiled(cache, model):
-    return stitchcache.compile(model.eval(), (torch.ones(3),), backend="eager", cache=cache)
+def compiled(cache, model, check="none"):
+    """Without a look: an audit is about keys, and finds by itself what they miss."""
+    return stitchcache.compile(model.eval(), (torch.ones(3),), backend="eager", cache=cache, check=check)
 
 
 @pytest.fixture
@@ -59,6 +60,16 @@ def test_a_stale_hit_is_an_error_and_nothing_is_served(cache, monkeypatch):
     counters = cache.stats().counters
     assert counters["audit.wrong"] == 1
     assert counters["hit.direct"] == 1, "only the one that was served"
+
+
+def test_the_look_finds_the_same_without_a_trace(cache, caplog):
+    right, wrong = compiled(cache, Third()), compiled(cache, Twice())
+    lead_elsewhere(cache, right, wrong.graph_hash)
+    again = compiled(cache, Third(), check="example")
+    assert (again.cache_hit, again.graph_hash) == ("graph", right.graph_hash)
+    (warned,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert wrong.graph_hash[:12] in warned
+    assert compiled(cache, Third(), check="example").cache_hit == "direct", "the trace has mended the record"
 
 
 def test_the_precision_of_decimals_is_a_factor(cache):
