@@ -298,7 +298,20 @@ class Cache(Store):
         data = encode_target(key, [record, *others][:MOST_RECORDS])
         decode_target(data, key)
         unpack_factors(record.factors)
+        self._refuse_newer(keyed_path(self._top.path, Area.TARGETS, key), key)
         publish(self._top, Area.TARGETS, key, data)
+
+    def _refuse_newer(self, path: str, key: str) -> None:
+        """Leave a target of a newer stitchcache alone: it may serve several versions from one directory."""
+        try:
+            found = self._top.read(path, MAX_RECORD)
+            if found is not None:
+                decode_target(found.data, key, path=path)
+        except FutureFormatError as error:
+            raise StoreWriteError(error.message, path=path, reason=error.reason) from error
+        except (EntryFormatError, OSError):
+            # Damaged, or not to be read: what is written takes its place.
+            return
 
     def get_piece(self, key: str) -> PieceRecord | None:
         """The compiled piece of a piece key; ``None`` where there is none or its blob is gone.

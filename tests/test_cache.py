@@ -264,6 +264,22 @@ def test_pieces_and_targets(cache):
     assert cache.get_target(key("t")) == (target(made.graph_hash),)
 
 
+def test_a_future_target_is_left_alone_and_not_overwritten(cache):
+    import hashlib
+
+    made = put(cache, "a", [])
+    cache.put_target(key("t"), target(made.graph_hash))
+    path = cache.root / "targets" / key("t")[:2] / key("t")
+    body = bytearray(path.read_bytes()[:-32])
+    body[8] = 7
+    future = bytes(body) + hashlib.sha256(body).digest()
+    path.write_bytes(future)
+    assert cache.get_target(key("t")) == ()
+    with pytest.raises(StoreWriteError, match="newer"):
+        cache.put_target(key("t"), target(made.graph_hash))
+    assert path.read_bytes() == future
+
+
 def test_configurations_with_one_key_have_a_record_each(cache, tmp_path):
     made = [put(cache, name, []) for name in range(12)]
     records = [
