@@ -59,15 +59,14 @@ _HEADER = record(Header, skip=_NOT_STORED)
 _ELSEWHERE = ("graph_hash", "label", "created", "compile_seconds", "format_version")
 """Fields of an artifact that the header has."""
 
-_PAYLOADS = {3: fields_of(Artifact, skip=(*_ELSEWHERE, "check")), 4: fields_of(Artifact, skip=_ELSEWHERE)}
+_PAYLOAD = fields_of(Artifact, skip=_ELSEWHERE)
 _PIECE = record(PieceRecord)
 _FACTORS = reader("tuple[tuple[Name, str, Name], ...]")
 _TARGET = record(Target)
-_OLD_TARGETS = {
-    3: record(TargetRecord, skip=("refused", "factors", "code")),
-    4: record(TargetRecord, skip=("code",)),
-    5: record(TargetRecord),
-}
+
+# What older versions had not yet. Their readers are made when a file of theirs is met, as each costs a start.
+_NOT_IN_ENTRY = {3: ("check",)}
+_NOT_IN_TARGET = {3: ("refused", "factors", "code"), 4: ("code",), 5: ()}
 """Until version 5 a file was one record, with the key beside its fields."""
 
 
@@ -99,8 +98,9 @@ def decode(data: bytes, *, path: str = "") -> Artifact:
     header = _header(frame.header, frame.version, path)
 
     def read(value: Any) -> Artifact:
-        values = _PAYLOADS[frame.version](value)
-        values.setdefault("check", None)
+        absent = _NOT_IN_ENTRY.get(frame.version)
+        payload = fields_of(Artifact, skip=(*_ELSEWHERE, *absent)) if absent else _PAYLOAD
+        values = {"check": None, **payload(value)}
         artifact = fill(Artifact, values | {name: getattr(header, name) for name in _ELSEWHERE})
         flaw = artifact.flaw()
         if flaw is not None:
@@ -179,13 +179,13 @@ def decode_target(data: bytes, key: str, *, path: str = "") -> tuple[TargetRecor
     frame = open_frame(data, Kind.TARGET, path=path)
 
     def read(value: Any) -> tuple[TargetRecord, ...]:
-        if frame.version not in _OLD_TARGETS:
+        if frame.version not in _NOT_IN_TARGET:
             target: Target = _TARGET(value)
             _check_key(target.key, key)
             return target.records
         if type(value) is dict:
             _check_key(value.pop("key", None), key)
-        return (_OLD_TARGETS[frame.version](value),)
+        return (record(TargetRecord, skip=_NOT_IN_TARGET[frame.version])(value),)
 
     found: tuple[TargetRecord, ...] = read_packed(read, frame.payload, path)
     return found

@@ -374,6 +374,42 @@ def test_errors_say_where(field):
     assert "some/file" in str(caught.value)
 
 
+ODD = [
+    None, True, -1, 0, 1 << 63, -(1 << 63), 1.5, float("nan"), float("inf"), 1e300, "", "x" * 70_000, "9" * 30,
+    "2**9999999", "\ud800", "ab" * 32, b"", b"\xff", [], {}, [1], {"a": 1}, [[]] * 5, {"int": "zz"},
+]  # fmt: skip
+
+
+def places(value, path=()):
+    yield path
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_value_in_any_place_is_read_or_refused_with_its_path(data):
+    name = data.draw(st.sampled_from(sorted(path.name for path in GOLDEN.glob("2e*.stitch"))))
+    frame = open_frame((GOLDEN / name).read_bytes(), Kind.ENTRY)
+    parts = frame.header, frame.payload
+    header, payload = (msgpack.unpackb(part, unicode_errors="surrogatepass") for part in parts)
+    for _ in range(data.draw(st.integers(1, 2))):
+        changed = data.draw(st.sampled_from([header, payload, payload]))
+        path = data.draw(st.sampled_from(list(places(changed))[1:]))
+        owner = changed
+        for step in path[:-1]:
+            owner = owner[step]
+        owner[path[-1]] = data.draw(st.sampled_from(ODD))
+    packed = (msgpack.packb(part, unicode_errors="surrogatepass") for part in (header, payload))
+    refusal = None
+    try:
+        decode(seal(Kind.ENTRY, *packed), path="some/file")
+    except EntryFormatError as error:
+        refusal = error
+    assert refusal is None or (refusal.field and refusal.path == "some/file")
+
+
 @pytest.mark.parametrize(
     "payload",
     [
