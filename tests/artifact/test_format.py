@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import re
@@ -375,7 +376,7 @@ def test_errors_say_where(field):
 
 
 ODD = [
-    None, True, -1, 0, 1 << 63, -(1 << 63), 1.5, float("nan"), float("inf"), 1e300, "", "x" * 70_000, "9" * 30,
+    None, True, -1, 1 << 63, -(1 << 63), 1.5, float("nan"), float("inf"), 1e300, "", "x" * 70_000, "9" * 30,
     "2**9999999", "\ud800", "ab" * 32, b"", b"\xff", [], {}, [1], {"a": 1}, [[]] * 5, {"int": "zz"},
 ]  # fmt: skip
 
@@ -400,7 +401,7 @@ def test_any_value_in_any_place_is_read_or_refused_with_its_path(data):
         owner = changed
         for step in path[:-1]:
             owner = owner[step]
-        owner[path[-1]] = data.draw(st.sampled_from(ODD))
+        owner[path[-1]] = copy.deepcopy(data.draw(st.sampled_from(ODD)))
     packed = (msgpack.packb(part, unicode_errors="surrogatepass") for part in (header, payload))
     refusal = None
     try:
