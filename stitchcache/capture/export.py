@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.overrides import TorchFunctionMode
 
 from stitchcache.capture.contract import input_spec, writes_state
 from stitchcache.capture.regions import ambient_modes, inline_regions
@@ -40,6 +42,11 @@ _EXPORT_ERRORS = (
     ArithmeticError,
     NameError,
     ImportError,
+)
+
+
+_VALUE_READS = frozenset(
+    {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__complex__", "__index__", "__array__"}
 )
 
 
@@ -112,13 +119,17 @@ def capture(
     example: tuple[tuple[Any, ...], dict[str, Any]] = tree.unflatten(leaves, spec)
     try:
         # torch runs an op of which every argument is such a tensor for real.
-        with torch.no_grad(), kept([tensor for tensor in plain.values() if not has_fakes([tensor])]):
+        real = [tensor for tensor in plain.values() if not has_fakes([tensor])]
+        reads = _ValueReads(real)
+        # A mode slows the trace down, so only where there is something to see.
+        with torch.no_grad(), kept(real), reads if real else nullcontext():
             program = torch.export.export(
                 model, example[0], example[1], dynamic_shapes=dynamic_shapes, strict=False
             )
     except _EXPORT_ERRORS as error:
         raise _capture_error(model, error) from error
     bound, user_inputs = _inputs(program, Roads(model, plain))
+    _refuse_read_state(program.graph_module, bound, reads.seen)
     paths = tree.leaf_paths(model.forward, args, dict(kwargs))
     if len(leaves) != len(user_inputs):
         raise CaptureError(
@@ -252,6 +263,44 @@ def _inputs(program: torch.export.ExportedProgram, roads: Roads) -> tuple[list[B
                 reason=f"input of kind {item.kind.name}",
             )
     return bound, user
+
+
+class _ValueReads(TorchFunctionMode):
+    """Sees which of some tensors Python asks for their values, as ``int(x)``, ``if x`` and ``x.item()`` do.
+
+    For parameters, buffers and arguments torch.export refuses that; other tensors have their data while it
+    traces, so the answer is taken for a constant.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self._watched = {id(tensor) for tensor in tensors}
+        self.seen: set[int] = set()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call the function, and note the tensor if it gives Python a value."""
+        if args and id(args[0]) in self._watched and getattr(func, "__name__", "") in _VALUE_READS:
+            self.seen.add(storage_id(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def _refuse_read_state(gm: torch.fx.GraphModule, bound: Sequence[BoundTensor], seen: set[int]) -> None:
+    """Refuse a graph that writes into a tensor whose value decided how the graph looks."""
+    written = written_placeholders(gm) if seen else set()
+    for item in bound:
+        if item.placeholder in written and storage_id(item.tensor) in seen:
+            raise CaptureError(
+                f"the forward writes into {item.name!r}, and Python asks for its value (int(), .item(), an "
+                "index), which the capture would take for a constant. Pass a number that Python uses as an "
+                "argument, or compute with the tensor itself.",
+                reason=f"value of {item.name} read and written",
+            )
 
 
 def _copied_first(graph: torch.fx.Graph) -> set[str]:

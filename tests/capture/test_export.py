@@ -132,6 +132,37 @@ def test_a_parameter_that_a_list_leads_to_is_that_parameter():
     assert used[0].tensor is model.w
 
 
+class Steps(nn.Module):
+    """Counts in a tensor that only a list leads to, and may ask for its value."""
+
+    def __init__(self, ask, write):
+        super().__init__()
+        self.steps, self.ask, self.write = [torch.tensor(1)], ask, write
+
+    def forward(self, x):
+        x = x * self.ask(self.steps[0])
+        if self.write:
+            self.steps[0].add_(1)
+        return x
+
+
+@pytest.mark.parametrize("ask", [int, float, torch.Tensor.item, lambda t: range(9)[t]])
+def test_state_whose_value_python_asks_for(ask):
+    error = refused(Steps(ask, write=True), torch.ones(2))
+    assert "steps[0]" in str(error)
+    assert "read and written" in error.reason
+    capture(Steps(ask, write=False).eval(), (torch.ones(2),), {})
+
+
+@pytest.mark.parametrize("ask", [bool, lambda t: t.numpy()])
+def test_state_whose_value_torch_itself_does_not_give(ask):
+    refused(Steps(ask, write=True), torch.ones(2))
+
+
+def test_state_that_ops_compute_with():
+    capture(Steps(lambda t: t + 1, write=True).eval(), (torch.ones(2),), {})
+
+
 GLOBAL = torch.zeros(2)
 
 
