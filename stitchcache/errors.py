@@ -378,6 +378,7 @@ class StaleEntryError(StitchCacheError, RuntimeError):
         differences: Factor of the graph to ``(in the entry, in the fresh trace)``.
         output: The result or written tensor that differed from the model's own; ``""`` after an audit.
         difference: By how much.
+        caught: How many hits the look has found wrong in this cache, this one included.
     """
 
     expected: str = ""
@@ -385,3 +386,4 @@ class StaleEntryError(StitchCacheError, RuntimeError):
     differences: Mapping[str, tuple[str, str]] = {}
     output: str = ""
     difference: float = 0.0
+    caught: int = 0

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import TYPE_CHECKING
 
-from stitchcache.types import Factor, TargetRecord
+from stitchcache.types import Check, Factor, TargetRecord
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
@@ -111,6 +111,7 @@ class Explanation:
         nearest: The entry whose key came nearest when the target's was not found, with the factors that
             differ; ``None`` where it was found, or nothing was there.
         seconds: By stage.
+        check: How the look at the model itself stood when this was asked for.
     """
 
     label: str
@@ -122,6 +123,7 @@ class Explanation:
     changed: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     nearest: NearestEntry | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    check: Check | None = None
 
     def __str__(self) -> str:
         said = f"{self.hit} hit" if self.hit else "compiled"
@@ -133,6 +135,8 @@ class Explanation:
         if self.nearest is not None:
             lines += nearest_lines(self.nearest)
         lines.append(f"target key: {self.target_key or 'none'} ({len(self.factors)} factors)")
+        if self.check is not None:
+            lines.append(f"look: {self.check.state}{f' ({self.check.reason})' if self.check.reason else ''}")
         stages = [f"{name} {seconds:.3f}" for name, seconds in self.seconds.items() if name != "total"]
         if stages:
             lines.append(f"seconds: {', '.join(stages)}")
@@ -159,6 +163,7 @@ def explained(
     artifact: Artifact,
     hit: str | None,
     seconds: Mapping[str, float],
+    check: Check,
 ) -> Explanation:
     """Put an explanation together from what a start kept.
 
@@ -168,6 +173,7 @@ def explained(
         artifact: What was loaded or compiled.
         hit: The kind of hit.
         seconds: By stage.
+        check: How the look stands.
     """
     if lookup is None:
         return Explanation(
@@ -177,6 +183,7 @@ def explained(
             target_key=None,
             graph_hash=artifact.graph_hash,
             seconds=dict(seconds),
+            check=check,
         )
     label, key, reason, facts = lookup
     facts = facts or MissFacts()
@@ -190,6 +197,7 @@ def explained(
         changed=facts.changed,
         nearest=facts.nearest,
         seconds=dict(seconds),
+        check=check,
     )
 
 

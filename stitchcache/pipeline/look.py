@@ -78,10 +78,12 @@ def looker(
     where = (wanted.model, wanted.args, wanted.kwargs)
 
     def note(compiled: CompiledModel, outcome: Check) -> None:
-        compiled.check = outcome
         site.cache.count(f"look.{outcome.state}")
         if outcome.state == "mismatch":
+            # Here a user's choice to go on with the model itself would go.
+            compiled.refuse(_stale(compiled, outcome, site.cache))
             on_mismatch(outcome.reason)
+        compiled.check = outcome
 
     def at(compiled: CompiledModel) -> None:
         opaque = [op for op in request.splitting_ops if request.effects.get(op.rpartition(".")[0] or op)]
@@ -99,8 +101,7 @@ def looker(
         else:
             outcome, first = look(*where, compiled, request.effects)
             note(compiled, outcome)
-            if outcome.state == "mismatch":
-                raise stale_error(compiled, outcome)
+            compiled.raise_refusal()
             if first is not None:
                 _keep(compiled, first, site.cache)
 
@@ -283,8 +284,7 @@ def look_later(
     if lasting_names(artifact) or _no_data(model, args, kwargs):
         outcome, _ = look(model, args, kwargs, compiled, effects)
         on_end(outcome)
-        if outcome.state == "mismatch":
-            raise stale_error(compiled, outcome)
+        compiled.raise_refusal()
         return
     # The usual look makes no copies.
     from stitchcache.pieces.check import clone_all
@@ -307,10 +307,6 @@ def look_later(
                 outcome = _check("unchecked", "the model was changed while it was looked at", began)
         finally:
             outcome = outcome or _check("unchecked", "looking at the model ended in an error", began)
-            if outcome.state == "mismatch":
-                # Here a user's choice to go on with the model itself would go.
-                name = artifact.label or type(model).__qualname__
-                compiled.refuse(stale_error(compiled, outcome, f"{name}: entry {artifact.graph_hash[:12]}"))
             on_end(outcome)
             atexit.unregister(thread.join)
 
@@ -320,21 +316,25 @@ def look_later(
     thread.start()
 
 
-def stale_error(compiled: CompiledModel, outcome: Check, subject: str = "it") -> StaleEntryError:
+def _stale(compiled: CompiledModel, outcome: Check, cache: Cache) -> StaleEntryError:
     """The error of a hit that disagreed with the model."""
+    caught = cache.counted().get("look.mismatch", 0)
     # The graph of a graph hit was captured just now: whether it is the model, compiling it will tell.
-    direct = compiled.cache_hit == "direct"
+    report = _REPORT.format(caught=caught) if compiled.cache_hit == "direct" else ""
+    name = compiled.graph_hash[:12]
     return StaleEntryError(
-        f"{subject} gives another result than the model itself: {outcome.reason}.{_REPORT if direct else ''}",
+        f"the model itself gives another result than entry {name}: {outcome.reason}.{report}",
         expected=compiled.graph_hash,
         output=outcome.output,
         difference=outcome.difference,
+        caught=caught,
     )
 
 
 _REPORT = (
-    " A wrong direct hit that was caught is a bug of stitchcache: please report it, with what "
-    "'stitchcache doctor --json' and 'stitchcache explain TARGET --trace --json' print."
+    " A wrong direct hit that was caught is a bug of stitchcache (the look has found {caught} wrong in this "
+    "cache): please report it, with what 'stitchcache doctor --json' and 'stitchcache explain TARGET --trace "
+    "--json' print."
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import copy
 from inspect import Parameter, Signature
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -67,7 +67,7 @@ class CompiledModel:
         self.model = model
         self.lookup: tuple[str, TargetKey, str, MissFacts | None] | None = None
         self.changed: Callable[[torch.nn.Module], Change | None] | None = None
-        self.check = Check(state="unchecked", reason="nobody looked")
+        self.check = Check(state="unchecked", reason="it was not compared with the model")
         self._refusal: StitchCacheError | None = None
         self.__signature__ = _ANY
         self._bind(model)
@@ -135,7 +135,7 @@ class CompiledModel:
         """
         from stitchcache.explanation import explained
 
-        return explained(self.lookup, self.artifact, self.cache_hit, self.timings)
+        return explained(self.lookup, self.artifact, self.cache_hit, self.timings, self.check)
 
     def __repr__(self) -> str:
         hit = self.cache_hit or "compiled"
@@ -143,12 +143,14 @@ class CompiledModel:
         return f"<CompiledModel {name} {self.graph_hash[:12]} {hit}>"
 
     def _bind(self, model: torch.nn.Module) -> None:
-        call: Callable[..., Any] = self._bound_to(model) if self._refusal is None else self._raise
+        call: Callable[..., Any] = self._bound_to(model) if self._refusal is None else self.raise_refusal
         self.__call__ = call  # type: ignore[method-assign]
 
-    def _raise(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        # A fresh one each time: a shared exception would collect the tracebacks of all threads.
-        raise copy(self._refusal) if self._refusal is not None else AttributeError("nothing was refused")
+    def raise_refusal(self, *_args: Any, **_kwargs: Any) -> None:
+        """Raise what :meth:`refuse` got, if it got anything. Each call comes here from then on."""
+        if self._refusal is not None:
+            # A fresh one each time: a shared exception would collect the tracebacks of all threads.
+            raise copy(self._refusal)
 
     def _bound_to(self, model: torch.nn.Module) -> Callable[..., Any]:
         if self.artifact.input_spec is None or self.artifact.output_spec is None:

@@ -36,7 +36,7 @@ def start(job: dict[str, Any]) -> dict[str, Any]:
     subject.wait()
     built = time.time()
     before = set(sys.modules)
-    if way in (ways.OURS, ways.PRELOADED):
+    if way in ways.IN_TURN:
         ways.import_ours()
     imports = time.time() - built
     if job["cold"]:

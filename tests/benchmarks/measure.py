@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 VERSION = 1
 # Seconds of a process on two cores, for the estimate alone.
 COLD_SECONDS = {ways.EAGER: 2, ways.OURS: 40, ways.PACKAGE: 45}
-WARM_SECONDS = {ways.EAGER: 2, ways.OURS: 2, ways.IMPORTED: 2, ways.PRELOADED: 2, ways.MEGA: 20}
+WARM_SECONDS = {ways.EAGER: 2, ways.IMPORTED: 2, ways.MEGA: 20} | dict.fromkeys(ways.IN_TURN, 2)
 
 
 def facts(device: str = "cpu") -> dict[str, Any]:

@@ -19,6 +19,8 @@ from matplotlib import pyplot
 COLOURS = {
     ways.EAGER: "#8c8c8c",
     ways.OURS: "#0072b2",
+    ways.UNCHECKED: "#3392c4",
+    ways.BACKGROUND: "#66b1d6",
     ways.IMPORTED: "#0072a8",
     ways.PRELOADED: "#004c77",
     ways.WHOLE: "#003a5c",

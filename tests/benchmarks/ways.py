@@ -22,10 +22,13 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 EAGER, OURS, COMPILE, MEGA = "eager", "stitchcache", "compile", "mega"
 AOT, PACKAGE, VLLM = "aot_compile", "package", "vllm"
 IMPORTED, PRELOADED, WHOLE = "imported", "preloaded", "whole"
-WAYS = (EAGER, OURS, IMPORTED, PRELOADED, WHOLE, COMPILE, MEGA, AOT, PACKAGE, VLLM)
+UNCHECKED, BACKGROUND = "unchecked", "background"
+WAYS = (EAGER, OURS, UNCHECKED, BACKGROUND, IMPORTED, PRELOADED, WHOLE, COMPILE, MEGA, AOT, PACKAGE, VLLM)
 LABELS = {
     EAGER: "eager",
     OURS: "stitchcache",
+    UNCHECKED: "stitchcache, check=none",
+    BACKGROUND: "stitchcache, check=background",
     IMPORTED: "stitchcache, imported first",
     PRELOADED: "stitchcache, preloaded",
     WHOLE: "stitchcache, not split",
@@ -36,9 +39,11 @@ LABELS = {
     VLLM: "vLLM's way",
 }
 """What tables and plots call them."""
-PREPARED_BY = {MEGA: COMPILE, IMPORTED: OURS, PRELOADED: OURS}
-"""The artifacts of the mega-cache are saved at the end of torch.compile's own cold process; our three ways
-start from one cache."""
+PREPARED_BY = {MEGA: COMPILE, IMPORTED: OURS, PRELOADED: OURS, UNCHECKED: OURS, BACKGROUND: OURS}
+"""The artifacts of the mega-cache are saved at the end of torch.compile's own cold process; our ways start
+from one cache."""
+IN_TURN = (OURS, UNCHECKED, BACKGROUND, PRELOADED)
+"""Our ways whose imports are measured apart: the others have them behind them, or none."""
 EMPTY_INDUCTOR = (MEGA,)
 """Ways that get an empty Inductor directory in every process: all they need is in their file."""
 
@@ -108,6 +113,7 @@ def stitched(
     backend: str = "aoti",
     preloaded: Any = None,
     split: bool = True,
+    check: str = "example",
 ) -> Call:
     """``stitchcache.compile``, cold and warm alike; not split, the whole model is one piece."""
     import stitchcache
@@ -120,6 +126,7 @@ def stitched(
         backend=backend,
         cache=stitchcache.Cache(directory / "cache") if preloaded is None else preloaded.cache,
         preloaded=preloaded,
+        check=check,
     )
 
 
@@ -252,6 +259,8 @@ _LOAD: dict[str, Callable[[Subject, Any, Inputs, Path], Call]] = {
     EAGER: _eager,
     OURS: stitched,
     WHOLE: partial(stitched, split=False),
+    UNCHECKED: partial(stitched, check="none"),
+    BACKGROUND: partial(stitched, check="background"),
     IMPORTED: stitched,
     COMPILE: _compile,
     MEGA: _load_mega,

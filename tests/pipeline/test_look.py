@@ -62,6 +62,8 @@ def test_a_wrong_direct_hit_is_a_miss_with_one_warning(cache, caplog):
     (said,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     assert "output['y'] differs by" in said
     assert "report it" in said
+    assert "found 1 wrong in this cache" in said
+    assert "look: agreed" in str(served.explain())
     assert "output['y'] differs by" in served.explain().reason
     assert cache.counted()["look.mismatch"] == 1
     # It was traced again, so the next start hits directly, and rightly.
