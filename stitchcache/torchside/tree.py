@@ -93,7 +93,11 @@ def leaf_paths(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
 
 def result_paths(value: Any, head: str = "output") -> list[str]:
     """Name every leaf of a result as one reads it, such as ``output['logits']``."""
-    return [head + pytree.keystr(keys) for keys, _leaf in pytree.tree_flatten_with_path(value)[0]]
+    try:
+        return [head + pytree.keystr(keys) for keys, _leaf in pytree.tree_flatten_with_path(value)[0]]
+    except ValueError:
+        # A container that was registered without names for what is in it.
+        return [f"{head} leaf {index}" for index in range(len(flatten(value)[0]))]
 
 
 def positional_names(forward: Callable[..., Any], count: int) -> list[str]:
