@@ -30,13 +30,12 @@ from stitchcache.store.layout import (
     MAX_RECORD,
     Area,
     check_key,
-    is_key,
     keyed_path,
 )
 from stitchcache.store.locks import hold_shared
 from stitchcache.store.root import Root
 from stitchcache.store.store import Store
-from stitchcache.types import BlobRef, TargetRecord
+from stitchcache.types import BlobRef, TargetRecord, is_digest
 
 if TYPE_CHECKING:
     from stitchcache.artifact.record import Artifact, Header, PieceRecord
@@ -218,7 +217,7 @@ class Cache(Store):
             Of several entries the one used last; ``None`` where there is none. Of a large cache only the
             entries used last are looked at.
         """
-        if is_key(name):
+        if is_digest(name):
             return name
         used: list[tuple[float, str, str]] = []
         for _, key, path in self._layers.entry_paths():

@@ -10,6 +10,7 @@ has a ``__dict__`` where the standard one would have slots.
 from __future__ import annotations
 
 import dataclasses
+import operator
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ def dataclass(
         if frozen:
             methods |= {"__setattr__": _refuse_set, "__delattr__": _refuse_delete}
         if order:
-            methods |= {"__lt__": _lt, "__le__": _le, "__gt__": _gt, "__ge__": _ge}
+            methods |= {f"__{name}__": _ordered(getattr(operator, name)) for name in ("lt", "le", "gt", "ge")}
         plan = _Plan(made, kw_only)
         for name, method in methods.items():
             if name not in own or (name == "__hash__" and "__eq__" not in own):
@@ -169,20 +170,11 @@ def _eq(self: Any, other: object) -> Any:
     return _compared(self) == _compared(other) if type(other) is type(self) else NotImplemented
 
 
-def _lt(self: Any, other: object) -> Any:
-    return _compared(self) < _compared(other) if type(other) is type(self) else NotImplemented
+def _ordered(compare: Callable[[Any, Any], bool]) -> Callable[[Any, object], Any]:
+    def method(self: Any, other: object) -> Any:
+        return compare(_compared(self), _compared(other)) if type(other) is type(self) else NotImplemented
 
-
-def _le(self: Any, other: object) -> Any:
-    return _compared(self) <= _compared(other) if type(other) is type(self) else NotImplemented
-
-
-def _gt(self: Any, other: object) -> Any:
-    return _compared(self) > _compared(other) if type(other) is type(self) else NotImplemented
-
-
-def _ge(self: Any, other: object) -> Any:
-    return _compared(self) >= _compared(other) if type(other) is type(self) else NotImplemented
+    return method
 
 
 def _hash(self: Any) -> int:

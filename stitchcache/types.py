@@ -17,7 +17,7 @@ else:
 
 
 Digest = str
-"""64 lowercase hex digits."""
+"""64 lowercase hex digits: see :func:`is_digest`."""
 
 Name = str
 """Text of at most 65,536 characters, which a person may read: names, labels, paths."""
@@ -50,8 +50,15 @@ Scalar = bool | int | float | str | None
 # ``flaw``, which returns the field that is wrong and why, or ``None``.
 
 
+_HEX = frozenset("0123456789abcdef")
+
 BOUND = "bound"
 """Stitching code knows tensors of the model as ``bound.<qualified name>``."""
+
+
+def is_digest(value: object) -> bool:
+    """Whether a value is 64 lowercase hex digits: a graph hash, a key, or a sha256."""
+    return type(value) is str and len(value) == 64 and _HEX.issuperset(value)
 
 
 def span(shape: Sequence[int], stride: Sequence[int]) -> int:

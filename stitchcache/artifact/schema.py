@@ -21,6 +21,7 @@ import msgpack
 
 from stitchcache.artifact.frame import malformed
 from stitchcache.records import defaults_of, fill, names_of
+from stitchcache.types import is_digest
 
 Reader = Callable[[Any], Any]
 """Checks a decoded value and makes of it what the record holds; raises :class:`FieldError`."""
@@ -34,7 +35,6 @@ _MOST_DIMENSIONS = 64
 _MOST_SECONDS = 250e9
 _MOST_HEX = 1 << 14
 
-_HEX = frozenset("0123456789abcdef")
 # The largest size has 19 digits. Arithmetic with a number of a million digits takes seconds.
 _LONG_NUMBER = re.compile(r"\d{21}")
 # msgpack has no larger integers; the rare larger constant is written as a map of one key.
@@ -147,11 +147,6 @@ def _no_extension(code: int, data: bytes) -> Any:
 
 
 # -- kinds of values ------------------------------------------------------------------------------
-
-
-def is_digest(value: object) -> bool:
-    """Whether a value is 64 lowercase hex digits."""
-    return isinstance(value, str) and len(value) == 64 and _HEX.issuperset(value)
 
 
 def _digest(value: object) -> object:

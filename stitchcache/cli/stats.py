@@ -54,7 +54,6 @@ _WORDS = {
     "microseconds.spent": "time spent on starts",
     "microseconds.saved": "time saved by loading",
     "corrupt": "damaged files met",
-    "quarantined": "moved to quarantine",
     "evicted": "entries evicted",
 }
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from stitchcache.errors import EntryFormatError, FutureFormatError, UntrustedEntryError
 from stitchcache.store.files import Files, words
-from stitchcache.store.layout import LEGACY_SUFFIXES, Area, is_key, key_of, keyed_path
+from stitchcache.store.layout import LEGACY_SUFFIXES, Area, key_of, keyed_path
 from stitchcache.store.root import Found, Identity, Root, identity_of
+from stitchcache.types import is_digest
 
 if TYPE_CHECKING:
     from stitchcache.store.publish import Holds
@@ -176,7 +177,7 @@ class Layers:
                             yield root, key, item.path
             for item in self.scan(root, root.path):
                 stem, suffix = os.path.splitext(item.name)
-                if suffix in LEGACY_SUFFIXES and is_key(stem) and stem.startswith(prefix):
+                if suffix in LEGACY_SUFFIXES and is_digest(stem) and stem.startswith(prefix):
                     yield root, stem, item.path
 
     def scan(self, root: Root, path: str) -> list[os.DirEntry[str]]:
@@ -195,8 +196,6 @@ class Layers:
         gone = quarantine(root, path, identity, reason)
         what = "moved to quarantine" if gone else "left there, for it cannot be moved"
         self._count("corrupt")
-        if gone:
-            self._count("quarantined")
         self.warn(path, f"{path}: damaged: {reason}; {what}, and taken as missing", again=gone)
 
     def _warn_unreadable(self, path: str, error: OSError) -> None:

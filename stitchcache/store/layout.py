@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Literal
 
 from stitchcache.errors import OptionError, StoreError
+from stitchcache.types import is_digest
 
 TAG_NAME = "CACHEDIR.TAG"
 TAG_TEXT = (
@@ -20,8 +21,6 @@ TAG_TEXT = (
     b"# This file says that the directory is a cache: backups may leave it out, and it can be deleted.\n"
     b"# stitchcache keeps compiled PyTorch models here.\n"
 )
-
-_HEX = frozenset("0123456789abcdef")
 
 
 class Area(StrEnum):
@@ -46,18 +45,13 @@ LEGACY_SUFFIXES = (".msgpack", ".pkl")
 SUFFIX = {Area.ENTRIES: ".stitch", Area.LOCKS: ".lock"}
 
 
-def is_key(text: object) -> bool:
-    """Whether a text is 64 lowercase hex digits."""
-    return type(text) is str and len(text) == 64 and _HEX.issuperset(text)
-
-
 def check_key(key: str) -> str:
     """The key itself, when it may become a path.
 
     Raises:
         OptionError: It is not 64 lowercase hex digits.
     """
-    if not is_key(key):
+    if not is_digest(key):
         raise OptionError(f"{key!r} is no key: 64 lowercase hex digits are needed", option="key")
     return key
 
@@ -76,7 +70,7 @@ def key_of(area: Area, name: str) -> str | None:
     """The key in a file's name; ``None`` for a foreign file."""
     suffix = SUFFIX.get(area, "")
     key = name.removesuffix(suffix) if suffix else name
-    return key if is_key(key) and name == key + suffix else None
+    return key if is_digest(key) and name == key + suffix else None
 
 
 # -- settings ------------------------------------------------------------------------------------

@@ -19,12 +19,12 @@ from stitchcache.store.layout import (
     MAX_LEGACY,
     MAX_RECORD,
     Area,
-    is_key,
     key_of,
     keyed_path,
 )
 from stitchcache.store.locks import is_dead, try_lock
 from stitchcache.store.root import Root
+from stitchcache.types import is_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def legacy_items(root: Root) -> Iterator[Item]:
     """
     for entry in root.scan(root.path):
         stem, suffix = os.path.splitext(entry.name)
-        if suffix in LEGACY_SUFFIXES and is_key(stem):
+        if suffix in LEGACY_SUFFIXES and is_digest(stem):
             item = _item(root, entry, stem)
             if item is not None:
                 yield item

@@ -43,7 +43,7 @@ class CacheStats:
     Args:
         counters: Name to number, since ``since``: ``hit.direct``, ``hit.graph``, ``hit.piece``,
             ``compiled``, ``miss.<reason>`` (why there was no direct hit), ``put``, ``put.bytes``,
-            ``microseconds.spent``, ``microseconds.saved``, ``corrupt``, ``quarantined``, ``evicted`` and
+            ``microseconds.spent``, ``microseconds.saved``, ``corrupt``, ``evicted`` and
             whatever else was counted.
         since: Unix seconds; 0 where nothing was counted yet.
         entries: Entries, older formats included.

@@ -215,7 +215,7 @@ def test_the_quarantine_is_capped(cache):
         assert cache.get(made.graph_hash) is None
     kept = [path for path in (cache.root / "quarantine").iterdir() if path.suffix != ".reason"]
     assert len(kept) <= MAX_FILES
-    assert cache.stats().counters["quarantined"] == MAX_FILES + 20
+    assert cache.stats().counters["corrupt"] == MAX_FILES + 20
 
 
 def test_a_good_entry_published_meanwhile_is_not_quarantined(cache):
