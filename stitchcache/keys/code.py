@@ -100,7 +100,7 @@ def put_function(writer: KeyWriter, function: FunctionType) -> None:
         writer.text(f"{code.co_qualname} {code.co_firstlineno}")
         _put_cells(writer, function, label)
         return
-    writer.head(b"function", 5)
+    writer.head(b"function", 6)
     writer.text(label)
     writer.out += code_bytes(walk, code)
     plain = plain_defaults(function)
@@ -112,6 +112,7 @@ def put_function(writer: KeyWriter, function: FunctionType) -> None:
         for part in (function.__defaults__, function.__kwdefaults__):
             writer.put_at(where, part)
         writer.put_state(function, _NOT_STATE)
+    _put_notes(writer, function)
     _put_cells(writer, function, label)
     # It follows from the closure where functools.wraps set it, and there alone.
     inner = function.__dict__.get("__wrapped__") if function.__dict__ else None
@@ -119,6 +120,23 @@ def put_function(writer: KeyWriter, function: FunctionType) -> None:
         writer.out += b"N"
     else:
         writer.put_at(".__wrapped__", inner)
+
+
+def _put_notes(writer: KeyWriter, function: FunctionType) -> None:
+    """Write what code may ask a function about itself, where it does not follow from its code."""
+    code = function.__code__
+    doc = code.co_consts[0] if code.co_consts and isinstance(code.co_consts[0], str) else None
+    installed = writer.walk.origin(code.co_filename)[1]
+    declared = {} if installed else function.__annotations__
+    if not declared and function.__name__ == code.co_name and function.__doc__ in (doc, None):
+        writer.out += b"N"
+        return
+    writer.head(b"notes", 2 + 2 * len(declared))
+    writer.text(function.__name__)
+    writer.put_at(".__doc__", function.__doc__)
+    writer.path.append(".__annotations__")
+    writer.put_pairs(declared.items())
+    writer.path.pop()
 
 
 def closes_over(function: FunctionType, inner: object) -> bool:

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from stitchcache.encoding import UnkeyableError
+from stitchcache.encoding import UnkeyableError, text_bytes
 from stitchcache.keys.digest import make_factor
 from stitchcache.keys.model import memory_factor, readable
 from stitchcache.keys.scope import Scope
-from stitchcache.keys.tensors import is_fake, is_plain_tensor, tensor_span
+from stitchcache.keys.tensors import is_fake, is_plain_tensor, own_attributes, tensor_span
 from stitchcache.keys.walk import Walk
 from stitchcache.types import Dim, Factor
 
@@ -196,7 +196,9 @@ def _factors(
             else:
                 walk.numbers.add(value, "input", str(position), 0)
                 _note_memory(walk, name, value)
-            yield make_factor(name, text)
+            notes = walk.writer("input attributes", str(position), [path])
+            notes.put_pairs(own_attributes(value).items() if value.__dict__ else ())
+            yield make_factor(name, text, text_bytes(text) + notes.out)
         else:
             writer = walk.writer("input value", str(position), [path])
             writer.put(value)

@@ -129,8 +129,11 @@ def _put_variable(writer: KeyWriter, item: contextvars.ContextVar[Any]) -> None:
     writer.head(b"context variable", 2)
     writer.text(item.name)
     # The variable stands for its value here and now; no value is told apart from any value.
-    value = item.get(_UNSET)
-    writer.put_at(".get()", (value,) if value is not _UNSET else ())
+    try:
+        value: tuple[Any, ...] = (item.get(),)
+    except LookupError:
+        value = ()
+    writer.put_at(".get()", value)
 
 
 def _put_decimal(writer: KeyWriter, value: Any) -> None:
@@ -138,7 +141,6 @@ def _put_decimal(writer: KeyWriter, value: Any) -> None:
     writer.text(str(value))
 
 
-_UNSET: Any = object()
 _Sample = collections.namedtuple("_Sample", "field")
 _ALIASES = (
     types.GenericAlias,
@@ -187,11 +189,12 @@ def _put_array(writer: KeyWriter, value: Any) -> None:
     if writer.again(value):
         return
     plain = value.view(numpy.ndarray)
-    writer.head(b"array", 6)
+    writer.head(b"array", 7)
     writer.put_class(type(value))
     _put_dtype(writer, value.dtype)
     writer.put(tuple(int(size) for size in plain.shape))
     writer.put(tuple(int(step) for step in plain.strides))
+    writer.put(bool(plain.flags.writeable))
     writer.out += data_bytes(plain.tobytes())
     writer.put_state(value)
     if plain.size:

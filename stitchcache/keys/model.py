@@ -111,6 +111,7 @@ class _ModelWalk:
         self.writer = walk.writer("model")
         self.modules: list[tuple[str, torch.nn.Module]] = []
         self.tree = bytearray()
+        self.kinds = walk.writer("model.tree")
         self.labels: dict[type, str] = {}
         self.described: dict[tuple[Any, ...], tuple[bytes, int]] = {}
 
@@ -118,7 +119,7 @@ class _ModelWalk:
         """All factors of the model, most telling first."""
         self._visit("", self.model)
         yield make_factor("model.class", self._label(type(self.model)))
-        yield make_factor("model.tree", f"{len(self.modules)} modules", bytes(self.tree))
+        yield make_factor("model.tree", f"{len(self.modules)} modules", bytes(self.tree + self.kinds.out))
         training = [path or "(model)" for path, module in self.modules if module.training]
         text = "all off" if not training else ", ".join(training[:8])
         yield make_factor("model.training", text, b"".join(map(text_bytes, training)))
@@ -133,7 +134,8 @@ class _ModelWalk:
         label = self.labels.get(cls)
         if label is None:
             label = self.labels[cls] = self.writer.class_label(cls)
-            self.writer.put_class(cls)
+            # Once a class: what its body holds follows where its name does not lead to it.
+            self.kinds.put_class(cls)
         return label
 
     def _visit(self, path: str, module: torch.nn.Module) -> None:
@@ -190,13 +192,13 @@ class _ModelWalk:
             noted.append((name, own))
         # Layers repeat: the same few descriptions serve for all tensors of a deep model.
         strides = value.stride() if value.layout is torch.strided else value.layout
-        negated = value.is_conj(), value.is_neg()
-        what = (value.shape, strides, value.dtype, value.device, value.requires_grad, negated, type(value))
+        flags = value.is_conj(), value.is_neg(), value.is_leaf and value.grad is not None
+        what = (value.shape, strides, value.dtype, value.device, value.requires_grad, flags, type(value))
         described = self.described.get(what)
         if described is None:
             self.writer.path = [name]
             check_bound(self.writer, value)
-            text = f"{tensor_text(value)} {value.requires_grad} {negated}"
+            text = f"{tensor_text(value)} {value.requires_grad} {flags}"
             plain = is_plain_tensor(value) and value.layout is torch.strided and value.device.type != "meta"
             described = self.described[what] = (text_bytes(text), tensor_span(value) if plain else 0)
         if described[1]:
@@ -250,7 +252,8 @@ class _ModelWalk:
     def _config(self, config: Any) -> Iterator[Factor]:
         """One factor for each field of the model's configuration, which modules usually share."""
         self.numbers.add(config, "config", "", 0)
-        self.writer.put_class(type(config))
+        kind = self.walk.writer("model.config", path=["config"])
+        kind.put_class(type(config))
         ignored = ignored_names(type(config))
         items = [item for item in getattr(config, "__dict__", {}).items() if item[0] not in ignored]
         slots = [(name, slot) for name, slot in slots_of(type(config)) if hasattr(config, name)]
@@ -259,7 +262,7 @@ class _ModelWalk:
             data = self._encode("(config)", name, value)
             yield make_factor(f"model.config.{name}", readable(value), data)
         names = b"".join(text_bytes(name) for name, _ in items)
-        yield make_factor("model.config_order", f"{len(items)} fields", names)
+        yield make_factor("model.config_order", f"{len(items)} fields", bytes(kind.out) + names)
 
     def _hooks(self) -> Factor:
         writer = self.walk.writer("model.hooks")

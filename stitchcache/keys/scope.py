@@ -11,6 +11,7 @@ from stitchcache import encoding
 from stitchcache.encoding import Handler, Layout, Numbers, Writer, find_class, text_bytes
 from stitchcache.keys.origins import installed_path, main_label, module_stands_by_version, stands_by_version
 
+_HEAP_TYPE = 1 << 9
 WARM_CACHE = (
     "has results from before the capture in its lru_cache, and how they came about was not seen; "
     "call its cache_clear() before compiling"
@@ -121,10 +122,13 @@ class Scope(ABC):
         """A class with its name as it is written, and whether that name leads to it."""
         known = self._named.get(id(cls))
         if known is None:
-            if self.is_versioned(cls.__module__):
+            found = find_class(cls.__module__, cls.__qualname__) is cls
+            # ``make_dataclass`` says that a class is of the library. Those made in C may have no way to them.
+            made_here = not found and cls.__flags__ & _HEAP_TYPE and "__module__" in cls.__dict__
+            if self.is_versioned(cls.__module__) and not made_here:
                 how = _VERSIONED
             else:
-                how = _REACHABLE if find_class(cls.__module__, cls.__qualname__) is cls else _UNREACHABLE
+                how = _REACHABLE if found else _UNREACHABLE
             known = self._named[id(cls)] = (cls, b"[class 1:" + text_bytes(self.label(cls)), how)
         return known
 
