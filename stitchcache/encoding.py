@@ -496,10 +496,15 @@ def put_code(writer: Writer, code: CodeType, nested: Callable[[CodeType], None])
             nested(const)
         elif type(const) is frozenset and _only_contains(code, index):
             # ``x in {"a", "b"}``: its order, which moves with the hash seed, is not seen.
-            writer.head(b"members", len(const))
-            writer.out += b"".join(sorted(_alone(item) for item in const))
+            put_members(writer, const)
         else:
             writer.put_at(f" constant {index}", const)
+
+
+def put_members(writer: Writer, value: set[Any] | frozenset[Any]) -> None:
+    """Write a set of plain values of which nobody sees the order."""
+    writer.head(b"members", len(value))
+    writer.out += b"".join(sorted(map(_alone, value)))
 
 
 def _alone(value: Any) -> bytes:

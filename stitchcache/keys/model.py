@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stitchcache.encoding import SCALARS, UnkeyableError, layout_of, slots_of, text_bytes
+from stitchcache.encoding import SCALARS, UnkeyableError, layout_of, put_members, slots_of, text_bytes
 from stitchcache.keys.digest import make_factor, shorten
 from stitchcache.keys.origins import stands_by_version
 from stitchcache.keys.scope import Scope
 from stitchcache.keys.tensors import (
+    HF_NOTES,
+    HF_SETS,
     check_bound,
     has_hooks,
     ignored_names,
@@ -244,6 +246,10 @@ class _ModelWalk:
         if name == "_flat_weights" and isinstance(module, torch.nn.RNNBase) and _are_own(module, value):
             # Export puts its own tensors there as it does among the parameters.
             return b"[flat weights 0:"
+        if name in HF_SETS and type(value) is set and ignored_names(type(module)) is HF_NOTES:
+            self.writer.out.clear()
+            put_members(self.writer, value)
+            return bytes(self.writer.out)
         step = f".{name}"
         writer.begin(step, path, [path, step])
         writer.put(value)

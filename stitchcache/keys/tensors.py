@@ -133,6 +133,10 @@ HF_NOTES = frozenset(
 """What transformers keeps for itself: where a model came from, a hash that moves with the seed, and checks
 that run when a field of a configuration is set."""
 
+HF_SETS = frozenset({"_no_split_modules", "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"})
+"""Attributes of transformers' models that hold sets of names for placing weights: only asked ``in``.
+Their order would move with the hash seed, and with it the key of most models."""
+
 TENSOR_NOTES = frozenset({"_is_hf_initialized"})
 """What it leaves on any module and tensor."""
 

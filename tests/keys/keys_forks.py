@@ -54,7 +54,8 @@ def key_of(model, args, shared):
 
 def run_edit(folder, edit, stored):
     """In the child: import the edited project, look its key up, and capture it to see what is true."""
-    from stitchcache.keys import SourceRecorder, Walk, check_sources, explain_differences
+    from stitchcache.explanation import explain_differences
+    from stitchcache.keys import SourceRecorder, Walk, check_sources
     from stitchcache.types import TargetRecord
 
     sys.path.insert(0, str(folder))

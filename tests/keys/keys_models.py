@@ -11,7 +11,8 @@ import torch
 import transformers
 from torch.export import Dim
 
-from stitchcache.keys import SourceRecorder, check_sources, explain_differences, target_key
+from stitchcache.explanation import explain_differences
+from stitchcache.keys import SourceRecorder, Walk, check_sources, target_key
 from stitchcache.torchside import tree
 from stitchcache.types import TargetRecord
 
@@ -73,17 +74,18 @@ MODELS = {
 }
 
 
-def key_of(model, inputs, shapes):
+def key_of(model, inputs, shapes, walk):
     leaves, spec = tree.flatten(((), inputs))
     paths = tree.leaf_paths(model.forward, (), inputs)
     named = list(zip(paths, leaves, strict=True))
-    return target_key(model, named, tree.dumps(spec), shapes, (), None, "aoti", {}, None)
+    return target_key(model, named, tree.dumps(spec), shapes, (), None, "aoti", {}, None, walk)
 
 
 def record(name):
     model, inputs, shapes = MODELS[name]()
-    key = key_of(model.eval(), inputs, shapes)
-    with torch.no_grad(), SourceRecorder() as recorder:
+    walk = Walk()
+    key = key_of(model.eval(), inputs, shapes, walk)
+    with torch.no_grad(), SourceRecorder(walk) as recorder:
         torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
     found = TargetRecord(graph_hash="0" * 64, sources=recorder.sources, globals=recorder.globals)
     return key, found, recorder.unsound
@@ -93,9 +95,10 @@ def lookup(name, stored):
     model, inputs, shapes = MODELS[name]()
     model.eval()
     began = time.perf_counter()
-    key = key_of(model, inputs, shapes)
+    walk = Walk()
+    key = key_of(model, inputs, shapes, walk)
     between = time.perf_counter()
-    changed = check_sources(stored[1])
+    changed = check_sources(stored[1], walk)
     end = time.perf_counter()
     differ = explain_differences(stored[0].factors, key.factors)
     return {

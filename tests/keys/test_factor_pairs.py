@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from stitchcache.explanation import explain_differences
 from stitchcache.keys import environment as environment_module
-from stitchcache.keys import explain_differences, target_key
+from stitchcache.keys import target_key
 from stitchcache.torchside import state
 from stitchcache.types import SizeRange
 

@@ -17,9 +17,9 @@ from torch import nn
 from torch.export import Dim
 
 from stitchcache.errors import OptionError
+from stitchcache.explanation import explain_differences
 from stitchcache.keys import (
     environment_factors,
-    explain_differences,
     input_factors,
     model_factors,
     target_key,

@@ -22,7 +22,8 @@ SCRIPT = """
 import json, pickle, sys
 import torch
 from stitchcache.torchside import tree
-from stitchcache.keys import SourceRecorder, check_sources, explain_differences, target_key
+from stitchcache.explanation import explain_differences
+from stitchcache.keys import SourceRecorder, check_sources, target_key
 from stitchcache.types import TargetRecord
 import part
 
