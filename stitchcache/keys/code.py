@@ -127,13 +127,14 @@ def _put_notes(writer: KeyWriter, function: FunctionType) -> None:
     code = function.__code__
     doc = code.co_consts[0] if code.co_consts and isinstance(code.co_consts[0], str) else None
     installed = writer.walk.origin(code.co_filename)[1]
-    declared = {} if installed else function.__annotations__
-    if not declared and function.__name__ == code.co_name and function.__doc__ in (doc, None):
+    # Packages write texts of their own there: transformers makes them from sets, so they move with the seed.
+    declared, text = ({}, doc) if installed else (function.__annotations__, function.__doc__)
+    if not declared and function.__name__ == code.co_name and text in (doc, None):
         writer.out += b"N"
         return
     writer.head(b"notes", 2 + 2 * len(declared))
     writer.text(function.__name__)
-    writer.put_at(".__doc__", function.__doc__)
+    writer.put_at(".__doc__", text)
     writer.path.append(".__annotations__")
     writer.put_pairs(declared.items())
     writer.path.pop()
@@ -299,7 +300,8 @@ _NOT_CONTENT = frozenset(
     """__module__ __dict__ __weakref__ __doc__ __annotations__ __abstractmethods__ _abc_impl __orig_bases__
     __parameters__ __static_attributes__ __firstlineno__ __annotate__ __annotate_func__
     __annotations_cache__ __qualname__ __dataclass_fields__ __dataclass_params__ __slots__ __classcell__
-    __type_params__ __signature__ __text_signature__""".split()  # noqa: SIM905
+    __type_params__ __signature__ __text_signature__ __required_keys__ __optional_keys__ __readonly_keys__
+    __mutable_keys__ __protocol_attrs__ __non_callable_proto_members__""".split()  # noqa: SIM905
 )
 """Class attributes that say nothing a method reads, or that are written in another way."""
 

@@ -124,8 +124,8 @@ class Scope(ABC):
         known = self._named.get(id(cls))
         if known is None:
             found = find_class(cls.__module__, cls.__qualname__) is cls
-            # ``make_dataclass`` says that its classes are of the library. Classes of torch made in C have no name
-            # that leads to them, either; those are torch's all the same.
+            # ``make_dataclass`` says that its classes are the library's. Some of torch's, made in C, have no
+            # name that leads to them, either; those are torch's all the same.
             library = cls.__module__.partition(".")[0] in sys.stdlib_module_names
             made_here = not found and library and cls.__flags__ & _HEAP_TYPE and "__module__" in cls.__dict__
             if self.is_versioned(cls.__module__) and not made_here:
