@@ -219,7 +219,8 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc,unused-ignor
     def _object(self, module: str, qualname: str, by_init: bool, arguments: Any, state: Any) -> Any:
         """An instance of a registered class, made by nothing but the class's own methods."""
         kind = resolve(module, qualname)
-        if not isinstance(kind, type) or kind not in CONST_TYPES or type(arguments) is not tuple:
+        plain = isinstance(kind, type) and kind in CONST_TYPES and not issubclass(kind, (enum.Enum, tuple))
+        if not plain or type(arguments) is not tuple:
             raise ForbiddenGlobal(module, qualname, "is not allowed to be made")
         made: Any = kind(*arguments) if by_init else kind.__new__(kind, *arguments)
         if type(made) is not kind:

@@ -300,7 +300,8 @@ def test_a_registered_class_is_rebuilt_by_nothing_but_itself():
         bad = ("object", __name__, "Frozen", False, (), state)
         with pytest.raises(EntryFormatError):
             load_consts(table(bad))
-    for module, name in (("builtins", "object"), (__name__, "Anything"), (__name__, "Free")):
+    others = ("Anything", "Free", "LocalEnum", "Pair")
+    for module, name in (("builtins", "object"), *((__name__, other) for other in others)):
         with pytest.raises(ForbiddenGlobalError):
             load_consts(table(("object", module, name, False, (), None)))
     with pytest.raises(ForbiddenGlobalError):
