@@ -13,12 +13,11 @@ from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import OptionError
 from stitchcache.pause import collection_paused
 from stitchcache.pipeline.find import Hit, Miss, Ready, Wanted, changed_from, find, want
-from stitchcache.pipeline.look import looker
 from stitchcache.pipeline.request import OnProgress, Request, check_model, chosen_cache
 from stitchcache.pipeline.start import Way, start, started_or_miss
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.store.layout import flag
-from stitchcache.types import SizeRange, TargetRecord
+from stitchcache.types import Check, SizeRange, TargetRecord
 
 if TYPE_CHECKING:
     from stitchcache.api.preload import Preloaded
@@ -135,7 +134,12 @@ def _serve(wanted: Wanted, hit: Hit) -> CompiledModel | Miss:
         from stitchcache.pipeline.trace import audit
 
         audit(wanted, hit)
-    record = hit.record
+    record, look = hit.record, None
+    if wanted.request.checked != "none":
+        # A start without a look has no use for what compares.
+        from stitchcache.pipeline.look import looker
+
+        look = looker(wanted, on_mismatch=lambda reason: _refuse(wanted, record, reason))
     served = started_or_miss(
         hit.artifact,
         wanted.site,
@@ -147,10 +151,12 @@ def _serve(wanted: Wanted, hit: Hit) -> CompiledModel | Miss:
             target=wanted.target,
             objects=CodeObjects(record.code if record is not None else ()),
             ready=wanted.ready,
-            look=looker(wanted, on_mismatch=lambda reason: _refuse(wanted, record, reason)),
+            look=look,
         ),
     )
     if not isinstance(served, Miss):
+        if look is None:
+            served.check = Check(state="unchecked", reason="check='none'")
         if record is not None:
             served.changed = changed_from(wanted, record, hit.artifact.bindings)
         return served
