@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import random
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,11 +18,30 @@ from stitchcache.errors import InputMismatchError
 from stitchcache.state import modules_of, plain_tensors
 from stitchcache.torchside import tree
 from stitchcache.torchside.watch import memory_of, watch
+from stitchcache.types import Check, CheckRecord, OutputBound
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
 else:
     from stitchcache.records import dataclass
+
+# What rounding alone may do to a whole model, relative to the largest value of a tensor: the order of sums
+# changes with fusion, with the number of threads and with weights.
+_FLOOR = {
+    torch.float64: 1e-9,
+    torch.complex128: 1e-9,
+    torch.float32: 1e-4,
+    torch.complex64: 1e-4,
+    torch.float16: 5e-3,
+    torch.bfloat16: 3e-2,
+}
+_COARSE = 1e-1
+# However much the cold compile measured, a result that is further off than this is another one.
+HIGH = 0.25
+# Other weights under the same graph round differently: that often what the cold compile measured.
+_SLACK = 10.0
+# Below this a tensor counts as noise around zero, whose own size says nothing.
+_SMALL = 1e-2
 
 _TABLES = ("_buffers", "_parameters", "_modules")
 
@@ -346,3 +366,49 @@ def _shown(value: Any) -> str:
 
 def _tree_text(spec: Any) -> str:
     return f"{spec.type.__name__ if spec.type is not None else 'one value'} of {spec.num_leaves} leaves"
+
+
+def judged(both: Both, record: CheckRecord | None, began: float) -> Check:
+    """What a comparison comes to, beside what the cold compile measured."""
+    if both.unchecked:
+        return outcome_of("unchecked", both.unchecked, began)
+    if both.fails:
+        return outcome_of("mismatch", both.fails, began)
+    compared = record is not None and record.state == "compared"
+    bounds = {bound.name: bound for bound in record.bounds} if record is not None and compared else {}
+    for item in both.items:
+        # A result that the cold compile could not compare has no defined values, such as torch.empty's.
+        undefined = compared and item.name.startswith("output") and item.name not in bounds
+        wrong = item.fact if undefined else disagreement(item, bounds.get(item.name))
+        if wrong and both.drew and not compared and not item.fact:
+            return outcome_of("unchecked", f"the model draws random numbers, and {item.name} {wrong}", began)
+        if wrong:
+            return outcome_of("mismatch", f"{item.name} {wrong}", began, item)
+    return outcome_of("agreed", "", began)
+
+
+def disagreement(item: Compared, bound: OutputBound | None = None) -> str:
+    """What is wrong with a result, beyond rounding; ``""`` where nothing is.
+
+    Args:
+        item: What was measured.
+        bound: What the cold compile measured.
+    """
+    if item.fact:
+        return item.fact
+    measured = bound.difference / max(bound.magnitude, _SMALL) if bound is not None else 0.0
+    if item.dtype is None:
+        allowed = min(0.5, 4 * measured)
+        return "" if item.difference <= allowed else f"differs in {item.difference:.2%} of its values"
+    most = max(_FLOOR.get(item.dtype, _COARSE), min(_SLACK * measured, max(HIGH, 2 * measured)))
+    allowed = most * max(item.magnitude, _SMALL)
+    if item.difference <= allowed:
+        return ""
+    return f"differs by {item.difference:.3g} (largest value {item.magnitude:.3g}, allowed {allowed:.2g})"
+
+
+def outcome_of(state: Any, reason: str, began: float, item: Compared | None = None) -> Check:
+    """How a look ended, with the result that it is about."""
+    name, difference = ("", 0.0) if item is None else (item.name, item.difference)
+    seconds = time.perf_counter() - began
+    return Check(state=state, reason=reason, seconds=seconds, output=name, difference=difference)

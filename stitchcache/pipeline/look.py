@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stitchcache.errors import PieceMismatchError, StaleEntryError, StoreWriteError
-from stitchcache.pipeline.compare import Both, Compared, run_both
+from stitchcache.pipeline.compare import HIGH, Compared, disagreement, judged, outcome_of, run_both
 from stitchcache.state import state_of, tensor_at
 from stitchcache.torchside import tree
 from stitchcache.torchside.tensors import has_fakes, version_of
@@ -33,28 +33,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("stitchcache")
 
-# What rounding alone may do to a whole model, relative to the largest value of a tensor: the order of sums
-# changes with fusion, with the number of threads and with weights.
-_FLOOR = {
-    torch.float64: 1e-9,
-    torch.complex128: 1e-9,
-    torch.float32: 1e-4,
-    torch.complex64: 1e-4,
-    torch.float16: 5e-3,
-    torch.bfloat16: 3e-2,
-}
-_COARSE = 1e-1
 # What is still taken for rounding at a cold compile, where the captured graph was run op by op and agreed
 # with the model, and each piece agreed with its graph: the root of the mean square, relative.
 _CEILING = {torch.float64: 1e-6, torch.complex128: 1e-6, torch.float32: 1e-2, torch.complex64: 1e-2}
-_HIGH = 0.25
 # Share of whole numbers (argmax, a comparison) that rounding may turn over in the same case.
 _TURNED = 0.05
-# Other weights under the same graph round differently: that often what the cold compile measured.
-_SLACK = 10.0
-# Below this a tensor counts as noise around zero, whose own size says nothing.
-_SMALL = 1e-2
-
 _LASTING = ("buffer:", "parameter:", "attribute:")
 NO_WEIGHTS = "the model or its example has no data"
 
@@ -139,7 +122,7 @@ def look(
     began = time.perf_counter()
     record = compiled.artifact.check
     if _no_data(model, args, kwargs):
-        return _check("unchecked", NO_WEIGHTS, began), None
+        return outcome_of("unchecked", NO_WEIGHTS, began), None
     writes = written_by(compiled.artifact, model, args, kwargs)
     both = run_both(model, compiled, args, kwargs, writes=writes, effects=effects)
     outcome = judged(both, record, began)
@@ -152,45 +135,6 @@ def _record(items: Sequence[Compared]) -> CheckRecord:
         OutputBound(name=item.name, difference=item.difference, magnitude=item.magnitude) for item in items
     ]
     return CheckRecord(state="compared", bounds=tuple(bounds))
-
-
-def judged(both: Both, record: CheckRecord | None, began: float) -> Check:
-    """What a comparison comes to, beside what the cold compile measured."""
-    if both.unchecked:
-        return _check("unchecked", both.unchecked, began)
-    if both.fails:
-        return _check("mismatch", both.fails, began)
-    compared = record is not None and record.state == "compared"
-    bounds = {bound.name: bound for bound in record.bounds} if record is not None and compared else {}
-    for item in both.items:
-        # A result that the cold compile could not compare has no defined values, such as torch.empty's.
-        undefined = compared and item.name.startswith("output") and item.name not in bounds
-        wrong = item.fact if undefined else disagreement(item, bounds.get(item.name))
-        if wrong and both.drew and not compared and not item.fact:
-            return _check("unchecked", f"the model draws random numbers, and {item.name} {wrong}", began)
-        if wrong:
-            return _check("mismatch", f"{item.name} {wrong}", began, item)
-    return _check("agreed", "", began)
-
-
-def disagreement(item: Compared, bound: OutputBound | None = None) -> str:
-    """What is wrong with a result, beyond rounding; ``""`` where nothing is.
-
-    Args:
-        item: What was measured.
-        bound: What the cold compile measured.
-    """
-    if item.fact:
-        return item.fact
-    measured = bound.difference / max(bound.magnitude, _SMALL) if bound is not None else 0.0
-    if item.dtype is None:
-        allowed = min(0.5, 4 * measured)
-        return "" if item.difference <= allowed else f"differs in {item.difference:.2%} of its values"
-    most = max(_FLOOR.get(item.dtype, _COARSE), min(_SLACK * measured, max(_HIGH, 2 * measured)))
-    allowed = most * max(item.magnitude, _SMALL)
-    if item.difference <= allowed:
-        return ""
-    return f"differs by {item.difference:.3g} (largest value {item.magnitude:.3g}, allowed {allowed:.2g})"
 
 
 def look_cold(
@@ -224,7 +168,9 @@ def look_cold(
     marks = tuple(OutputBound(name=name, difference=0.0, magnitude=0.0) for name in names)
 
     def unchecked(reason: str) -> tuple[Check, CheckRecord]:
-        return _check("unchecked", reason, began), CheckRecord(state="unchecked", reason=reason, bounds=marks)
+        return outcome_of("unchecked", reason, began), CheckRecord(
+            state="unchecked", reason=reason, bounds=marks
+        )
 
     if skip or _no_data(model, args, kwargs):
         return unchecked(skip or NO_WEIGHTS)
@@ -240,13 +186,13 @@ def look_cold(
         if wrong is not None and both.drew and not wrong.fact:
             return unchecked(f"the model draws random numbers, and {wrong.name} {disagreement(wrong)}")
         _refuse_too_far(items, both.fails)
-    return _check("agreed", "", began), _record(items)
+    return outcome_of("agreed", "", began), _record(items)
 
 
 def _refuse_too_far(items: Sequence[Compared], fails: str) -> None:
     """The graph is the model, and pieces agreed with it one by one; rounding may still add up too far."""
     for item in items:
-        most = _TURNED if item.dtype is None else _CEILING.get(item.dtype, _HIGH)
+        most = _TURNED if item.dtype is None else _CEILING.get(item.dtype, HIGH)
         if item.fact or not item.spread <= most:
             fails = fails or f"{item.name} {disagreement(item)}"
     if fails:
@@ -304,9 +250,9 @@ def look_later(
                 both = run_both(model, subject, mine, named, effects=effects, apart=True)
             outcome = judged(both, artifact.check, began)
             if outcome.state == "mismatch" and _versions(state) != before:
-                outcome = _check("unchecked", "the model was changed while it was looked at", began)
+                outcome = outcome_of("unchecked", "the model was changed while it was looked at", began)
         finally:
-            outcome = outcome or _check("unchecked", "looking at the model ended in an error", began)
+            outcome = outcome or outcome_of("unchecked", "looking at the model ended in an error", began)
             on_end(outcome)
             atexit.unregister(thread.join)
 
@@ -397,9 +343,3 @@ def _autocast(leaves: Sequence[Any]) -> Callable[[], contextlib.AbstractContextM
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
     return [version_of(tensor) for tensor in tensors if not tensor.is_inference()]
-
-
-def _check(state: Any, reason: str, began: float, item: Compared | None = None) -> Check:
-    name, difference = ("", 0.0) if item is None else (item.name, item.difference)
-    seconds = time.perf_counter() - began
-    return Check(state=state, reason=reason, seconds=seconds, output=name, difference=difference)

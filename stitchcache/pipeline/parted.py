@@ -15,8 +15,7 @@ from stitchcache.capture import Capture
 from stitchcache.errors import ModelMismatchError
 from stitchcache.graph.effects import written_placeholders
 from stitchcache.pieces.check import undefined_outputs
-from stitchcache.pipeline.compare import Compared, measure, run_both
-from stitchcache.pipeline.look import disagreement, judged
+from stitchcache.pipeline.compare import Compared, disagreement, judged, measure, run_both
 from stitchcache.state import plain_tensors
 from stitchcache.torchside import tree
 from stitchcache.types import Check

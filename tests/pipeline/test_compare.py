@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 import stitchcache
-from stitchcache.pipeline.compare import measure, run_both
-from stitchcache.pipeline.look import disagreement
+from stitchcache.pipeline.compare import disagreement, measure, run_both
 from stitchcache.torchside.watch import StoppedError, Watch
 from stitchcache.types import OutputBound
 
