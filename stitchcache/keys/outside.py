@@ -39,7 +39,7 @@ _MODULES = frozenset(
     """time posix nt _random _socket _io io random _thread _datetime datetime gc _locale resource fcntl mmap
     _uuid _posixsubprocess""".split()  # noqa: SIM905
 )
-_BUILTINS = frozenset({"open", "eval", "exec", "globals", "input", "id", "__import__"})
+_BUILTINS = frozenset({"open", "eval", "exec", "globals", "hash", "input", "id", "__import__"})
 _NAMES = {
     "sys": frozenset(
         """_getframe _current_frames getrefcount getrecursionlimit getswitchinterval getallocatedblocks
@@ -49,7 +49,7 @@ _NAMES = {
     "numpy": frozenset({"fromfile"}),
     "torch": frozenset({"from_file"}),
 }
-_HARMLESS_IN_PACKAGES = frozenset({"id", "globals", "_getframe", "getrefcount", "gettrace", "getprofile"})
+_HARMLESS_IN_PACKAGES = frozenset("id hash globals _getframe getrefcount gettrace getprofile".split())  # noqa: SIM905
 """What installed packages call for warnings and debugging, not for numbers."""
 
 _PACKAGES = os.path.dirname(os.path.dirname(os.path.abspath(sys.modules["torch"].__file__ or "")))

@@ -12,16 +12,12 @@ import builtins
 import contextlib
 import gc
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable
 from types import CodeType, FrameType, ModuleType
 from typing import Any
 
-import torch
-
-from stitchcache.encoding import UnkeyableError
 from stitchcache.keys import check, outside, reads
 from stitchcache.keys.familiar import FamiliarCalls
 from stitchcache.keys.origins import (
@@ -32,7 +28,7 @@ from stitchcache.keys.origins import (
     stands_by_version,
 )
 from stitchcache.keys.outside import is_search, place, receiver_of
-from stitchcache.keys.scope import WARM_CACHE, Scope
+from stitchcache.keys.scope import Scope
 from stitchcache.keys.walk import Walk
 from stitchcache.torchside.state import active_modes
 from stitchcache.types import SourceRef
@@ -61,14 +57,11 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self.sources: tuple[SourceRef, ...] = ()
         self.globals: tuple[tuple[str, str], ...] = ()
         self.unsound: str | None = None
-        self._shared = Walk(self._keyed)
+        self._reads = reads.Reads(self._keyed, frozenset())
         self._seen: dict[int, CodeType] = {}
         self._met: dict[tuple[int, int, int], tuple[Any, type | None]] = {}
         self._user: dict[int, CodeType] = {}
         self._modules: dict[str, ModuleType] = {}
-        self._found: dict[str, str] = {}
-        self._imports: list[tuple[reads.Import, str]] = []
-        self._module_classes: dict[int, type] = {}
         self._loaded: frozenset[str] = frozenset()
         self._previous: Any = None
         self._bystanders: dict[int, CodeType] = {}
@@ -77,16 +70,13 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._answers: set[str] = set()
         self._runs: dict[int, int] = {}
         self._generated: set[int] = set()
-        self._patched: dict[int, dict[str, Any]] = {}
-        self._library_state: list[tuple[str, check.Found, list[Any]]] = []
         self._callback: Callable[[FrameType, str, Any], None] | None = None
         self._noticed = 0
         self._unwatched = contextlib.ExitStack()
 
     def __enter__(self) -> SourceRecorder:
         self._loaded = frozenset(sys.modules)
-        # torch.export replaces builtin min and max and math.pow while it traces, for its own ends.
-        self._patched = {id(space): dict(space) for space in (_BUILTINS, vars(math))}
+        self._reads = reads.Reads(self._keyed, self._loaded)
         self._asked = outside.asked_functions()
         watched = [*outside.FORBIDDEN_CODE, *(thing for _, thing in self._asked.values())]
         self._watched = {id(code): code for code in watched}
@@ -107,15 +97,12 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._unwatched.close()
         if not intact:
             self._refuse("another profiler was installed while the model was captured")
-        self._finish_imports()
-        self._finish_classes()
-        self._check_caches()
-        self._check_library_state()
-        self._found |= {entry: check.answer_digest(entry) for entry in self._answers}
+        self._reads.finish(self._runs)
+        self._reads.found |= {entry: check.answer_digest(entry) for entry in self._answers}
         self._check_covered()
         self.sources = tuple(self._sources())
         # In the order in which they were read: an object that two of them share is written with the first.
-        self.globals = tuple(self._found.items())
+        self.globals, self.unsound = tuple(self._reads.found.items()), self._reads.unsound
         self._callback = self._previous = None
 
     @property
@@ -124,8 +111,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         return list(self._user.values())
 
     def _refuse(self, reason: str) -> None:
-        if self.unsound is None:
-            self.unsound = reason
+        self._reads.refuse(reason)
 
     def _profiler(self) -> Callable[[FrameType, str, Any], None]:
         """What Python calls on every call and return: millions of times for a deep model.
@@ -192,10 +178,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             return
         if is_search(frame):
             return
-        if frame.f_builtins is not _BUILTINS:
-            self._refuse(f"{place(code)} has builtins of its own; define it in a module that is imported")
-        if self._meet(code, frame.f_globals):
-            self._further_call(frame, code)
+        self._meet(code, frame.f_globals)
+        self._further_call(frame, code)
 
     def _meet(self, code: CodeType, namespace: dict[str, Any]) -> bool:
         """Note code of the user's; ``False`` if its globals are not those of a module."""
@@ -203,20 +187,25 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         if outside.sees_namespaces(code):
             self._refuse(f"{place(code)} looks into a namespace as a whole; name what is read from it")
         if not check.is_module_namespace(namespace):
-            # Its bytecode may be part of a digest, which is looked at when everything was seen. Its globals
-            # never are: no name leads to them in another process.
-            for chain in reads.global_chains(code):
-                if chain[0] in namespace and not outside.is_given(code, chain[0], namespace[chain[0]]):
-                    self._refuse(
-                        f"{place(code)} reads {chain[0]} from globals that belong to no imported module; "
-                        "define it in a module, and put that in sys.modules"
-                    )
+            self._foreign(code, namespace)
             return False
         name = str(namespace["__name__"])
         self._modules.setdefault(name, sys.modules[name])
         if name not in self._loaded and not installed_path(code.co_filename):
             self._refuse(f"module {name} is imported while the model runs; import it beforehand")
         return True
+
+    def _foreign(self, code: CodeType, namespace: dict[str, Any]) -> None:
+        """Refuse code that reads globals of no module: no name leads to them in another process.
+
+        Its bytecode may be part of a digest, which is looked at when everything was seen.
+        """
+        for chain in reads.global_chains(code):
+            if chain[0] in namespace and not outside.is_given(code, chain[0], namespace[chain[0]]):
+                self._refuse(
+                    f"{place(code)} reads {chain[0]} from globals that belong to no imported module; "
+                    "define it in a module, and put that in sys.modules"
+                )
 
     def _further_call(self, frame: FrameType, code: CodeType) -> None:
         """Look again where a function has other globals than before, or a method another class."""
@@ -225,15 +214,20 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         if key in self._met:
             return
         self._met[key] = (namespace, receiver)
-        if code.co_name == "<module>" or not check.is_module_namespace(namespace):
+        if frame.f_builtins is not _BUILTINS:
+            self._refuse(f"{place(code)} has builtins of its own; define it in a module that is imported")
+        if not check.is_module_namespace(namespace):
+            self._foreign(code, namespace)
+            return
+        if code.co_name == "<module>":
             return
         name = str(namespace["__name__"])
         self._modules.setdefault(name, sys.modules[name])
-        self._reads(code, namespace, name)
+        self._reads.read_globals(code, namespace, name)
         if code.co_freevars:
-            self._cells(code, frame.f_locals)
+            self._reads.read_cells(code, frame.f_locals)
         if receiver is not None:
-            self._receiver(receiver)
+            self._reads.run_for(receiver)
 
     def _is_generated(self, frame: FrameType) -> bool:
         """Whether code without a file is made by torch or the library, such as a namedtuple's constructor.
@@ -243,90 +237,11 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         module = str(frame.f_globals.get("__name__"))
         if module.startswith("namedtuple_"):
             return True
-        if check.is_module_namespace(frame.f_globals) and self._shared.is_versioned(module):
+        if check.is_module_namespace(frame.f_globals) and self._reads.walk.is_versioned(module):
             return True
         caller = frame.f_back
         body = frame.f_code.co_name == "<module>"
         return body and caller is not None and stands_by_version(caller.f_code.co_filename)
-
-    def _reads(self, code: CodeType, namespace: dict[str, Any], name: str) -> None:
-        label = self._label(name)
-        for chain in reads.global_chains(code):
-            found = check.lookup(namespace, chain, self._patched)
-            self._note(label, found, whole=found.used == chain)
-        package = str(namespace.get("__package__") or name.rpartition(".")[0])
-        for item in reads.imports_of(code, package):
-            self._imports.append((item, code.co_qualname))
-
-    def _cells(self, code: CodeType, cells: dict[str, Any]) -> None:
-        """Note what code reads from modules that it closes over; the target key has their names only."""
-        for chain in reads.cell_chains(code):
-            module = cells.get(chain[0])
-            if len(chain) == 1 or not isinstance(module, ModuleType):
-                continue
-            if sys.modules.get(module.__name__) is not module:
-                name = module.__name__
-                self._refuse(f"{place(code)} reads from module {name}; put that in sys.modules")
-                continue
-            found = check.lookup(vars(module), chain[1:], self._patched)
-            self._note(self._label(module.__name__), found, whole=found.used == chain[1:])
-
-    def _note(self, label: str, found: check.Found, *, whole: bool) -> None:
-        late = "" if label == self._shared.main or label in self._loaded else "?"
-        name = f"{late}{label}:{'.'.join(found.used)}{'' if whole else '.'}"
-        # A module may have the name of a kind of entry.
-        entry = f"global:{name}" if label in check.KINDS else name
-        if entry in self._found or entry.rstrip(".") in check.ROLL_CALLS:
-            return
-        if entry.rstrip(".") in check.REGISTRIES and isinstance(found.value, dict):
-            self._registry(entry.rstrip("."), found.value)
-            return
-        try:
-            self._found[entry] = check.global_digest(self._shared, name, outside.as_before_trace(found))
-        except UnkeyableError as error:
-            self._refuse(str(error))
-        if found.owner in sys.stdlib_module_names and isinstance(found.value, (list, dict, set)):
-            self._library_state.append((entry, found, _parts(found.value)))
-
-    def _check_library_state(self) -> None:
-        """Refuse state of the library that torch changes meanwhile, such as the filters of warnings.
-
-        Which of its values the model saw is not known then.
-        """
-        for entry, found, parts in self._library_state:
-            now = getattr(sys.modules.get(found.owner), found.used[-1], None)
-            new = _parts(now) if type(now) is type(found.value) else []
-            if len(new) != len(parts) or any(a is not b for a, b in zip(new, parts, strict=True)):
-                self._refuse(f"{check.title(entry)} changes while the model is captured; read it beforehand")
-
-    def _registry(self, entry: str, registry: dict[Any, Any]) -> None:
-        for key, item in registry.items():
-            try:
-                self._found[f"item:{entry}:{key}"] = check.item_digest(self._shared.main, item)
-            except UnkeyableError as error:
-                self._refuse(str(error))
-
-    def _check_caches(self) -> None:
-        """Refuse a function that may have answered from its cache, so that its reads were not seen.
-
-        Every call that a cache does not answer is a miss, so more misses than calls that were seen were made
-        before the capture. Those of installed packages are left to the look.
-        """
-        for where, cached in (*self._keyed.caches, *self._shared.caches):
-            code = getattr(cached.__wrapped__, "__code__", None)
-            info = cached.cache_info()
-            if info.currsize == 0 or (code is not None and any(self._shared.origin(code.co_filename))):
-                continue
-            if code is None or info.misses > self._runs.get(id(code), 0):
-                self._refuse(f"{where} {WARM_CACHE}")
-
-    def _receiver(self, receiver: type) -> None:
-        """Note the class whose method runs; those of modules are part of the target key already."""
-        for cls in receiver.__mro__:
-            if issubclass(cls, torch.nn.Module):
-                self._module_classes[id(cls)] = cls
-            elif not self._shared.is_versioned(cls.__module__):
-                self._shared.note_class(cls)
 
     def _variable(self, frame: FrameType) -> None:
         """Note an environment variable that the model's code reads; torch's are factors where they count."""
@@ -343,7 +258,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             data = key.encode("utf-8", "surrogateescape")
             value = os.environ._data.get(data)  # type: ignore[attr-defined]
             text = None if value is None else value.decode("utf-8", "surrogateescape")
-            self._found.setdefault(f"env:{key}", check.text_digest(text))
+            self._reads.found.setdefault(f"env:{key}", check.text_digest(text))
 
     def _forbidden_code(self, frame: FrameType, code: CodeType) -> None:
         if code.co_filename.endswith(_DYNAMO):
@@ -391,9 +306,9 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         if not self._meet(code, namespace):
             return
         name = str(namespace["__name__"])
-        self._reads(code, namespace, name)
+        self._reads.read_globals(code, namespace, name)
         for chain in reads.global_chains(code):
-            value = check.lookup(namespace, chain, self._patched).value
+            value = check.lookup(namespace, chain, self._reads.patched).value
             why = outside.forbidden_to_dynamo(code, value)
             if why is None and id(getattr(value, "__code__", value)) in self._asked:
                 why = f"asks {chain[-1]}()"
@@ -423,57 +338,13 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             if extension is not None and file.endswith((".so", ".pyd")) and not stands_by_version(file):
                 self._modules[module] = extension
 
-    def _label(self, name: str) -> str:
-        return self._shared.main if name == "__main__" else name
-
-    def _finish_imports(self) -> None:
-        for item, where in self._imports:
-            module = sys.modules.get(item.module)
-            if module is None and not self._shared.is_versioned(item.module):
-                digest = check.import_digest(item.module, self._shared.main)
-                if digest == check.text_digest(None):
-                    self._found[f"import:{item.module}"] = digest
-            if module is None or self._shared.is_versioned(item.module):
-                continue
-            for name in item.names:
-                if name == "*":
-                    self._refuse(f"{where} imports everything from {item.module}")
-                elif name not in vars(module):
-                    if item.exact and not installed_path(getattr(module, "__file__", None) or ""):
-                        self._refuse(f"{where} imports {name} from {item.module}, which computes it")
-                else:
-                    found = check.Found(vars(module)[name], True, (name,))
-                    self._note(self._label(item.module), found, whole=False)
-
-    def _finish_classes(self) -> None:
-        done: set[int] = set()
-        while len(done) < len(self._shared.classes):
-            for identity, cls in list(self._shared.classes.items()):
-                if identity in done:
-                    continue
-                done.add(identity)
-                label = self._label(cls.__module__)
-                late = "" if label == self._shared.main or label in self._loaded else "?"
-                try:
-                    digest = check.class_digest(self._shared, cls)
-                except UnkeyableError as error:
-                    self._refuse(str(error))
-                    continue
-                self._found[f"class:{late}{label}:{cls.__qualname__}"] = digest
-        covered = Walk()
-        covered.codes = self._shared.codes
-        for cls in self._module_classes.values():
-            with contextlib.suppress(UnkeyableError):
-                # The target key has met this class, or will; here it only says which code was digested.
-                check.class_digest(covered, cls)
-
     def _check_covered(self) -> None:
         """Refuse code that no digest stands for: made by exec, or reached with cells nobody wrote down."""
         constants = (const for code in self._seen.values() for const in code.co_consts)
         nested = {id(const) for const in constants if isinstance(const, CodeType)}
         files = {getattr(module, "__file__", None) for module in self._modules.values()}
         for identity, code in self._user.items():
-            if identity in self._shared.codes or identity in self._keyed.codes or identity in nested:
+            if identity in self._reads.walk.codes or identity in self._keyed.codes or identity in nested:
                 continue
             if os.path.abspath(code.co_filename) not in files:
                 self._refuse(f"{place(code)} has no source file that can be checked")
@@ -484,7 +355,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         found = []
         started = process_start()
         for name, module in sorted(self._modules.items()):
-            label = self._label(name)
+            label = self._reads.label(name)
             if label == "__main__" and getattr(module, "__file__", None) is None:
                 continue
             try:
@@ -500,7 +371,3 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                 self._refuse(reason)
             found.append(SourceRef(module=label, digest=check.bytes_digest(data), size=len(data)))
         return found
-
-
-def _parts(value: Any) -> list[Any]:
-    return [*value, *value.values()] if isinstance(value, dict) else list(value)

@@ -328,6 +328,10 @@ FOREIGN = {
     "another module's code": (
         "import types\ndef g():\n    return BY\nf = types.FunctionType(g.__code__, {'BY': 2.0, '__name__': __name__})\n"
     ),
+    "another function with the same code": (
+        "import types\nBY = 1.0\ndef g():\n    return BY\nh = types.FunctionType(g.__code__, {'BY': 2.0})\n"
+        "def f():\n    return g() + h()\n"
+    ),
     "builtins of its own": (
         "import types\ndef g():\n    return len('ab')\n"
         "f = types.FunctionType(g.__code__, {'__builtins__': {'len': lambda x: 3}, '__name__': __name__})\n"
