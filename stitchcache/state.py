@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from stitchcache.torchside.modules import INTERNALS
 from stitchcache.torchside.tensors import storage_id, version_of
 
 # What holds no tensors of the model's own, however much can be reached through it.
@@ -38,6 +39,7 @@ _CLOSED = (
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 _STEP = re.compile(r"\.?([^.\[\]]+)|\[(?:(-?\d{1,18})|'([^']*)')\]")
 _MISSING = object()
+_Slots = dict[type, list[tuple[str, MemberDescriptorType]]]
 
 
 def modules_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -97,8 +99,10 @@ def plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     registered = [module for _, module in modules_of(model)]
     seen = {id(module) for module in registered}
     todo: list[tuple[str, Any]] = []
+    slots: _Slots = {}
     for prefix, module in modules_of(model):
-        inside = [(prefix + name, value) for name, value in vars(module).items() if name not in _REGISTERED]
+        # Not its tables of hooks: a deep model has thousands of them, nearly all empty.
+        inside = [(prefix + name, value) for name, value in vars(module).items() if name not in INTERNALS]
         todo += reversed(inside)
         while todo:
             path, value = todo.pop()
@@ -106,11 +110,11 @@ def plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
                 found[path] = value
             elif not isinstance(value, _CLOSED) and id(value) not in seen:
                 seen.add(id(value))
-                todo += reversed(list(_inside(path, value)))
+                todo += reversed(list(_inside(path, value, slots)))
     return found
 
 
-def _inside(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _inside(path: str, value: Any, slots: _Slots) -> Iterator[tuple[str, Any]]:
     """What lies in a container or an object, with the path to it."""
     if isinstance(value, dict):
         for key, item in dict.items(value):
@@ -126,22 +130,29 @@ def _inside(path: str, value: Any) -> Iterator[tuple[str, Any]]:
                 yield f"{path}.{name}", item
     elif type(value).__module__.partition(".")[0] == "torch":
         return
-    for name, item in _attributes(value):
+    for name, item in _attributes(value, slots):
         if name.isidentifier() and name not in _REGISTERED:
             yield f"{path}.{name}", item
 
 
-def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
-    """An object's own attributes: those of its ``__dict__``, and its slots."""
+def _attributes(value: Any, slots: _Slots) -> Iterator[tuple[str, Any]]:
+    """An object's own attributes: those of its ``__dict__``, and its slots, which are found once a class."""
     own = getattr(value, "__dict__", None)
     if isinstance(own, dict):
         yield from list(own.items())
-    for cls in type(value).__mro__:
-        for name, member in vars(cls).items():
-            if isinstance(member, MemberDescriptorType) and "__slots__" in vars(cls):
-                item = _slot(member, value)
-                if item is not _MISSING:
-                    yield name, item
+    cls = type(value)
+    if cls not in slots:
+        spaces = [vars(base) for base in cls.__mro__ if "__slots__" in vars(base)]
+        slots[cls] = [
+            (name, member)
+            for space in spaces
+            for name, member in space.items()
+            if isinstance(member, MemberDescriptorType)
+        ]
+    for name, member in slots[cls]:
+        item = _slot(member, value)
+        if item is not _MISSING:
+            yield name, item
 
 
 def _slot(member: MemberDescriptorType, value: Any) -> Any:
@@ -199,7 +210,7 @@ def _named(value: Any, name: str) -> Any:
         for registry in _REGISTERED:
             if name in vars(value)[registry]:
                 return vars(value)[registry][name]
-    return next((item for known, item in _attributes(value) if known == name), None)
+    return next((item for known, item in _attributes(value, {}) if known == name), None)
 
 
 def _read(text: str) -> str:
