@@ -69,7 +69,7 @@ def test_another_start_binds_the_state_of_the_model_that_it_is_given(build):
 def test_rebind_takes_the_other_models_state(build):
     compiled = build(Decoder(), torch.ones(1, 4))
     compiled(torch.ones(1, 4))
-    other, eager = Decoder(), Decoder()
+    other, eager = Decoder().eval(), Decoder()
     compiled.rebind(other)
     assert torch.equal(compiled(torch.ones(1, 4)), eager(torch.ones(1, 4)))
     assert torch.equal(other.cache[0].keys, eager.cache[0].keys)
