@@ -82,20 +82,33 @@ class Numbers:
     """Which objects were met, and where each was met first.
 
     Attributes:
-        known: References to them, by id.
+        known: Where each was met first, by id: section, place in it, number.
         kept: The objects themselves: a temporary's id could be another object's a moment later.
     """
 
     __slots__ = ("kept", "known")
 
     def __init__(self, parent: Numbers | None = None) -> None:
-        self.known: dict[int, bytes] = dict(parent.known) if parent else {}
+        self.known: dict[int, tuple[str, str, int]] = dict(parent.known) if parent else {}
         self.kept: list[Any] = [parent] if parent else []
 
     def add(self, value: Any, section: str, where: str, number: int) -> None:
         """Call an object by the place where it was met first."""
-        self.known[id(value)] = b"@%b%b%d;" % (text_bytes(section), text_bytes(where), number)
+        self.known[id(value)] = (section, where, number)
         self.kept.append(value)
+
+    def place(self, value: Any) -> str:
+        """Where an object was met first, in one text."""
+        section, where, number = self.known[id(value)]
+        return f"{section}:{where}:{number}"
+
+    def reference(self, value: Any) -> bytes | None:
+        """How an object is referred to; ``None`` where it was not met. Most never are, so it is made here."""
+        known = self.known.get(id(value))
+        if known is None:
+            return None
+        section, where, number = known
+        return b"@%b%b%d;" % (text_bytes(section), text_bytes(where), number)
 
 
 class Writer:
@@ -171,9 +184,8 @@ class Writer:
     def again(self, value: Any) -> bool:
         """Write a reference if this very object was met before, else number it."""
         numbers = self.numbers
-        known = numbers.known.get(id(value))
-        if known is not None:
-            self.out += known
+        if id(value) in numbers.known:
+            self.out += numbers.reference(value) or b""
             return True
         numbers.add(value, self.section, self.where, self.count)
         self.count += 1

@@ -192,7 +192,7 @@ def _factors(
                 sizes.setdefault(dim, set()).add(value.shape[index])
             known = walk.numbers.known.get(id(value))
             if known is not None:
-                aliases.append(f"{name} is {known.decode('utf-8', 'surrogatepass')}")
+                aliases.append(f"{name} is {walk.numbers.place(value)}")
             else:
                 walk.numbers.add(value, "input", str(position), 0)
                 _note_memory(walk, name, value)

@@ -118,7 +118,7 @@ def _put_environment(writer: KeyWriter, value: Any) -> None:
 
 def _put_weak(writer: KeyWriter, value: weakref.ref[Any]) -> None:
     target = value()
-    known = writer.numbers.known.get(id(target))
+    known = writer.numbers.reference(target)
     if target is None or known is None:
         raise writer.error("a weak reference to an object that is not a part of the model")
     writer.head(b"weak reference", 1)
@@ -199,7 +199,7 @@ def _put_array(writer: KeyWriter, value: Any) -> None:
     writer.put_state(value)
     if plain.size:
         low, high = numpy.lib.array_utils.byte_bounds(plain)
-        writer.walk.spans.append((low, high, writer.numbers.known[id(value)].decode("utf-8", "replace")))
+        writer.walk.spans.append((low, high, writer.numbers.place(value)))
 
 
 def _put_number(writer: KeyWriter, value: Any) -> None:

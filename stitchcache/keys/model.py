@@ -112,15 +112,16 @@ class _ModelWalk:
         self.numbers = walk.numbers
         self.writer = walk.writer("model")
         self.modules: list[tuple[str, torch.nn.Module]] = []
+        self.paths: list[bytes] = []
         self.tree = bytearray()
         self.kinds = walk.writer("model.tree")
-        self.labels: dict[type, str] = {}
+        self.labels: dict[type, tuple[str, bytes]] = {}
         self.described: dict[tuple[Any, ...], tuple[bytes, int]] = {}
 
     def factors(self) -> Iterator[Factor]:
         """All factors of the model, most telling first."""
         self._visit("", self.model)
-        yield make_factor("model.class", self._label(type(self.model)))
+        yield make_factor("model.class", self._label(type(self.model))[0])
         yield make_factor("model.tree", f"{len(self.modules)} modules", bytes(self.tree + self.kinds.out))
         training = [path or "(model)" for path, module in self.modules if module.training]
         text = "all off" if not training else ", ".join(training[:8])
@@ -132,17 +133,18 @@ class _ModelWalk:
         yield from class_factors(self.walk, "model.code")
         yield memory_factor(self.walk, "model.aliases")
 
-    def _label(self, cls: type) -> str:
+    def _label(self, cls: type) -> tuple[str, bytes]:
         label = self.labels.get(cls)
         if label is None:
-            label = self.labels[cls] = self.writer.class_label(cls)
+            name = self.writer.class_label(cls)
+            label = self.labels[cls] = (name, text_bytes(name))
             # Once a class: what its body holds follows where its name does not lead to it.
             self.kinds.put_class(cls)
         return label
 
     def _visit(self, path: str, module: torch.nn.Module) -> None:
         """List the tree; a module that occurs twice is named by its first path."""
-        known = self.numbers.known.get(id(module))
+        known = self.numbers.reference(module)
         if known is not None:
             self.tree += text_bytes(path) + known
             return
@@ -150,8 +152,9 @@ class _ModelWalk:
             raise UnkeyableError(path, f"a {type(module).__name__} stands where a module should")
         self.numbers.add(module, "module", path, 0)
         self.modules.append((path, module))
+        self.paths.append(text_bytes(path))
         children = module._modules
-        self.tree += text_bytes(path) + text_bytes(self._label(type(module))) + b"i%d;" % len(children)
+        self.tree += b"%b%bi%d;" % (self.paths[-1], self._label(type(module))[1], len(children))
         for name, child in children.items():
             if "." in name:
                 raise UnkeyableError(path, f"a module is called {name!r}; a name must hold no dot")
@@ -186,7 +189,7 @@ class _ModelWalk:
 
     def _tensor(self, name: str, value: torch.Tensor, noted: list[tuple[str, dict[str, Any]]]) -> bytes:
         """A parameter or buffer; what it shares with others is kept for later."""
-        known = self.numbers.known.get(id(value))
+        known = self.numbers.reference(value)
         if known is not None:
             return known
         self.numbers.add(value, "tensor", name, 0)
@@ -217,10 +220,9 @@ class _ModelWalk:
         }
         orders: dict[tuple[str, ...], int] = {}
         order = bytearray()
-        for path, module in self.modules:
+        for module_bytes, (path, module) in zip(self.paths, self.modules, strict=True):
             cls = type(module)
             columns, skipped, slots = known[cls]
-            module_bytes = text_bytes(path)
             items = [item for item in module.__dict__.items() if item[0] not in skipped]
             order += b"i%d;" % orders.setdefault(tuple([name for name, _ in items]), len(orders))
             if slots:
@@ -228,7 +230,7 @@ class _ModelWalk:
             for name, value in items:
                 column = columns.get(name)
                 if column is None:
-                    column = columns[name] = _Column(f"model.attributes.{self.labels[cls]}.{name}")
+                    column = columns[name] = _Column(f"model.attributes.{self.labels[cls][0]}.{name}")
                 scalar = SCALARS.get(type(value))
                 encoded = scalar(value) if scalar is not None else self._encode(path, name, value, module)
                 column.add(module_bytes, encoded, value)

@@ -65,7 +65,7 @@ def put_tensor(writer: KeyWriter, value: torch.Tensor) -> None:
     Raises:
         UnkeyableError: Its value cannot be read: a subclass, a fake, a sparse or a huge one.
     """
-    walk, known = writer.walk, writer.numbers.known.get(id(value))
+    walk, known = writer.walk, writer.numbers.reference(value)
     if known is not None and (id(value) in walk.valued or not known.startswith(OF_MODULE)):
         writer.out += known
         return
@@ -91,7 +91,7 @@ def put_tensor(writer: KeyWriter, value: torch.Tensor) -> None:
         writer.out += data_bytes(hashlib.sha256(tensor_bytes(data)).digest())
         if size and known is None:
             start = value.data_ptr()
-            name = writer.numbers.known[id(value)].decode("utf-8", "replace")
+            name = writer.numbers.place(value)
             walk.spans.append((start, start + tensor_span(value), name))
     if known is None:
         writer.put_state(value, TENSOR_NOTES)
