@@ -36,7 +36,7 @@ _FLOOR = {
     torch.bfloat16: 3e-2,
 }
 _COARSE = 1e-1
-# However much the cold compile measured, a result that is further off than this is another one.
+# The most that a hit may be off by what the cold compile measured, unless that was over half of it itself.
 HIGH = 0.25
 # Other weights under the same graph round differently: that often what the cold compile measured.
 _SLACK = 10.0
