@@ -82,9 +82,21 @@ def measure(interpreter: str, home: Path, arguments: list[str], jobs: int) -> di
     """
     shutil.rmtree(home / "reports", ignore_errors=True)
     (home / "reports").mkdir(parents=True)
+    # As if it were installed: torch.compile finds the backend by its entry point.
+    facts = home / "site" / "stitchcache-0.dist-info"
+    facts.mkdir(parents=True, exist_ok=True)
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: stitchcache\nVersion: 0\n")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [
+        line
+        for group, entries in project["entry-points"].items()
+        for line in (f"[{group}]", *(f"{name} = {target}" for name, target in entries.items()))
+    ]
+    (facts / "entry_points.txt").write_text("\n".join(lines))
+    search = [str(ROOT), str(home / "site"), os.environ.get("PYTHONPATH", "")]
     env = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(search),
         "STITCHCACHE_DIR": str(home / "caches" / "stitchcache"),
         "TORCHINDUCTOR_CACHE_DIR": str(home / "caches" / "inductor"),
     }
