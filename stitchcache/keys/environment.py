@@ -230,6 +230,7 @@ _FUNCTION_MODULES = (torch, torch.nn.functional, torch.linalg, torch.fft, torch.
 _FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _WRAPPERS = (functools.partial, functools.partialmethod, MethodType)
 _CACHE = type(functools.lru_cache(lambda: None))
+_LOOKED_INTO = frozenset({*_FUNCTIONS, *_WRAPPERS, _CACHE, property, staticmethod, classmethod})
 
 
 def torch_state_factors(shared: Scope | None = None) -> tuple[Factor, ...]:
@@ -341,21 +342,29 @@ def _patched(shared: Scope) -> tuple[str, bytes]:
     classes = (item for item in vars(torch.nn.modules).values() if isinstance(item, type))
     owners: list[Any] = [*_FUNCTION_MODULES, torch.Tensor, *dict.fromkeys(classes)]
     names: list[str] = []
+    # Most of what else stands there is of a few kinds, modules and types of data among them.
+    inert: set[type] = set()
     for owner in owners:
         prefix = owner.__qualname__ + "." if isinstance(owner, type) else ""
         for name, value in vars(owner).items():
             kind = type(value)
-            if kind is BuiltinFunctionType and value.__name__ == name:
+            if kind in inert or (kind is BuiltinFunctionType and value.__name__ == name):
                 continue
             if kind is FunctionType and value.__qualname__ == prefix + name:
-                if not shared.origin(value.__code__.co_filename)[0]:
+                # dataclass generates methods without a file.
+                generated = value.__code__.co_filename == "<string>" and hasattr(
+                    owner, "__dataclass_params__"
+                )
+                if not generated and not shared.origin(value.__code__.co_filename)[0]:
                     _put_patched(encoder, names, f"{owner.__name__}.{name}", value)
                 continue
             if isinstance(owner, type) and (scalar := SCALARS.get(kind)) is not None and name[:2] != "__":
                 encoder.text(f"{prefix}{name}")
                 encoder.out += scalar(value)
-            else:
+            elif kind in _LOOKED_INTO or not shared.is_versioned(kind.__module__):
                 _put_other(encoder, names, f"{owner.__name__}.{name}", value)
+            elif kind not in SCALARS:
+                inert.add(kind)
     return ", ".join(names) or "as shipped", bytes(encoder.out)
 
 
@@ -377,5 +386,7 @@ def _put_other(encoder: KeyWriter, names: list[str], name: str, value: Any) -> N
         _put_patched(encoder, names, name, value)
     elif kind in _FUNCTIONS:
         encoder.text(f"{name} {value.__qualname__}")
-    elif kind in _WRAPPERS or (callable(value) and not encoder.walk.is_versioned(kind.__module__)):
+    elif kind in _WRAPPERS or (
+        callable(value) and not isinstance(value, type) and not encoder.walk.is_versioned(kind.__module__)
+    ):
         _put_patched(encoder, names, name, value)
