@@ -132,7 +132,9 @@ def gpu(mp, found="sm_90", cuda="12.8"):
     """A machine with GPUs, as far as keys look."""
     mp.setattr(environment_module, "_gpu", lambda: found)
     mp.setattr(torch.version, "cuda", cuda)
-    mp.setattr("stitchcache.keys.target._device_types", lambda model, leaves: {"cpu", "cuda"})
+    mp.setattr(
+        "stitchcache.keys.target.devices_of", lambda model, leaves: (torch.device("cpu"), ("cpu", "cuda"))
+    )
     return {}
 
 
@@ -229,6 +231,7 @@ PAIRS = {
         ),
         elsewhere,
     ),
+    "torch.denormals": ("torch.denormals", called(torch.set_flush_denormal, True, False), elsewhere),
     "torch.deterministic": (
         "torch.deterministic", called(torch.use_deterministic_algorithms, True, False), elsewhere),
     "torch.backends": ("torch.backends", called(torch.backends.mha.set_fastpath_enabled, False, True), elsewhere),
