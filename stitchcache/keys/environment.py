@@ -323,6 +323,9 @@ def _setting(name: str) -> Any:
     return ask() if ask is not None else value
 
 
+_DYNAMO = "_dynamo"
+
+
 def _inductor() -> tuple[str, bytes]:
     changed = state.changed_inductor_settings()
     encoder = Walk().writer("torch.inductor", path=[state.INDUCTOR_SETTINGS])
@@ -385,7 +388,9 @@ def _put_other(encoder: KeyWriter, names: list[str], name: str, value: Any) -> N
     if kind is FunctionType and not encoder.walk.origin(value.__code__.co_filename)[0]:
         _put_patched(encoder, names, name, value)
     elif kind in _FUNCTIONS:
-        encoder.text(f"{name} {value.__qualname__}")
+        # Dynamo wraps Module.__init__ at its first trace, which torch.cond makes too; it only tags modules.
+        if not str(getattr(value, "__module__", "")).startswith(f"torch.{_DYNAMO}."):
+            encoder.text(f"{name} {value.__qualname__}")
     elif kind in _WRAPPERS or (
         callable(value) and not isinstance(value, type) and not encoder.walk.is_versioned(kind.__module__)
     ):
