@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from stitchcache.types import Dim as Dim
     from stitchcache.types import SizeRange as SizeRange
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Artifact": "stitchcache.artifact.record",
