@@ -5,7 +5,9 @@ A model's forward is the user's code and may raise anything; that it does is a f
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
 import random
 import sys
 import time
@@ -43,6 +45,7 @@ _SLACK = 10.0
 # Below this a tensor counts as noise around zero, whose own size says nothing.
 _SMALL = 1e-2
 
+_IMPORTED_BY = os.getpid()
 _TABLES = ("_buffers", "_parameters", "_modules")
 
 
@@ -112,7 +115,7 @@ def run_both(
     """
     run = _Run(model, args, kwargs, writes or {}, effects or {}, apart)
     # What was made in inference mode can be written only there. That mode switches gradients: they come last.
-    with torch.inference_mode(run.in_inference_mode), torch.no_grad():
+    with _threads_of_a_fork(), torch.inference_mode(run.in_inference_mode), torch.no_grad():
         try:
             found = run.model_results()
             run.put_back()
@@ -123,6 +126,20 @@ def run_both(
     if found is None:
         return run_both(model, subject, args, kwargs, writes=writes, effects=effects, apart=apart)
     return found
+
+
+@contextlib.contextmanager
+def _threads_of_a_fork() -> Iterator[None]:
+    """One thread in a forked process: OpenMP's threads stay in the parent, and a loop would wait for them."""
+    before = torch.get_num_threads()
+    if os.getpid() == _IMPORTED_BY or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Results(NamedTuple):
