@@ -48,11 +48,10 @@ def modules_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     while todo:
         prefix, module = todo.pop()
         yield prefix, module
-        children = [
-            (f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None
-        ]
         # Reversed, so that what comes first is taken first.
-        todo += reversed(children)
+        for name, child in reversed(module._modules.items()):
+            if child is not None:
+                todo.append((f"{prefix}{name}.", child))
 
 
 def devices_of(model: torch.nn.Module, leaves: Sequence[Any] = ()) -> tuple[str, tuple[str, ...]]:
@@ -65,9 +64,15 @@ def devices_of(model: torch.nn.Module, leaves: Sequence[Any] = ()) -> tuple[str,
     parameters: dict[torch.device, None] = {}
     others: dict[torch.device, None] = {}
     # By hand: asking for all parameters, or a tensor whether it is one, takes milliseconds.
-    for _, module in modules_of(model):
-        parameters.update((t.device, None) for t in module._parameters.values() if t is not None)
-        others.update((t.device, None) for t in module._buffers.values() if t is not None)
+    todo = [model]
+    while todo:
+        module = todo.pop()
+        for tensors, kind in ((module._parameters, parameters), (module._buffers, others)):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    kind[tensor.device] = None
+        if module._modules:
+            todo += [child for child in reversed(module._modules.values()) if child is not None]
     others.update((leaf.device, None) for leaf in leaves if isinstance(leaf, torch.Tensor))
     found = parameters | others
     first = next((str(device) for device in found if device.type != "cpu"), "cpu")

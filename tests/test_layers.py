@@ -18,6 +18,7 @@ TORCH_FREE = {
     "records",
     "types",
     "encoding",
+    "containers",
     "store",
     "cache",
     "artifact",

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
-from stitchcache.encoding import FAMILIES, HANDLERS, SCALARS, Handler, Writer, put_code, put_dict, put_list
+from stitchcache.containers import FAMILIES, HANDLERS, put_code, put_dict, put_list
+from stitchcache.encoding import SCALARS, Handler, Writer
 from stitchcache.graph import symbols
 from stitchcache.graph.effects import target_name
 from stitchcache.torchside.modules import TABLES

@@ -11,28 +11,21 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 
-from stitchcache.encoding import SCALARS, UnkeyableError, find_class
+from stitchcache.encoding import SCALARS, UnkeyableError
 from stitchcache.keys.origins import (
     changed_since_import,
     find_file,
     installed_path,
     module_by_label,
-    process_start,
     read_file,
 )
-from stitchcache.keys.scope import Scope
+from stitchcache.keys.scope import Scope, find_class
 from stitchcache.keys.walk import Walk
 from stitchcache.types import SourceRef, TargetRecord
-
-if TYPE_CHECKING:
-    from dataclasses import dataclass
-else:
-    from stitchcache.records import dataclass
-
 
 _ABSENT = b"absent"
 _KEYED_OF_LIBRARY = (*SCALARS, FunctionType, BuiltinFunctionType, type)
@@ -44,8 +37,7 @@ _NAMESPACE = object()
 _OPS = (type(torch.ops), type(torch.ops.aten))
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """Where a chain leads.
 
     Args:
@@ -264,7 +256,7 @@ def _check_files(sources: Iterable[SourceRef], shared: Scope) -> str | None:
         # Records of one target name mostly the same files: each is read once for all of them.
         known = shared.files.get(source.module)
         if known is None:
-            known = shared.files[source.module] = _look_at_file(source.module, shared.main)
+            known = shared.files[source.module] = _look_at_file(source.module, shared)
         file, size, digest, reason = known
         if size >= 0 and (size != source.size or digest != source.digest):
             return f"{file} ({source.module}) is not the file that was captured"
@@ -273,16 +265,16 @@ def _check_files(sources: Iterable[SourceRef], shared: Scope) -> str | None:
     return None
 
 
-def _look_at_file(name: str, main: str) -> tuple[str, int, str, str | None]:
+def _look_at_file(name: str, shared: Scope) -> tuple[str, int, str, str | None]:
     """A module's file, its size and digest, and why it does not say what runs; ``None`` where it does."""
-    file, module = find_file(name, main)
+    file, module = find_file(name, shared.main)
     if file is None:
         return "", -1, "", f"the source of {name} cannot be found; it ran during the capture"
     try:
         data = read_file(file, module)
     except OSError as error:
         return file, -1, "", f"the source of {name} cannot be read: {error}"
-    reason = None if module is None else changed_since_import(module, data, process_start())
+    reason = None if module is None else changed_since_import(module, data, shared.started())
     return file, len(data), bytes_digest(data), reason
 
 
@@ -290,28 +282,44 @@ def _check_globals(entries: Iterable[tuple[str, str]], shared: Scope) -> str | N
     for entry, digest in entries:
         kind, _, rest = entry.partition(":")
         try:
-            if kind == "env":
-                now: str | None = text_digest(os.environ.get(rest))
-                subject = f"environment variable {rest}"
-            elif kind == "call":
-                now, subject = answer_digest(entry), f"what {title(rest)}() answers"
-            elif kind == "import":
-                now, subject = import_digest(rest, shared.main), f"whether {rest} can be imported"
-            elif kind == "item":
-                now, subject = _item_now(rest, shared), f"item {rest}"
-            elif kind == "class":
-                now, subject = _class_now(rest, shared), f"class {title(rest)}"
-            else:
-                name = rest if kind == "global" else entry
-                now, subject = _global_now(name, shared), f"global {title(name)}"
+            now = _digest_now(entry, kind, rest, shared)
         except UnkeyableError as error:
             return f"{error} (it could be digested when the model was captured)"
+        if now == digest:
+            continue
         if now is None and (kind == "item" or entry.removeprefix(f"{kind}:").startswith("?")):
             # Loaded during the capture, and not loaded yet here: its file, checked above, speaks for it.
             continue
-        if now != digest:
-            return f"{subject} {'is not there' if now is None else 'changed'} since the capture"
+        how = "is not there" if now is None else "changed"
+        return f"{_subject(entry, kind, rest)} {how} since the capture"
     return None
+
+
+def _digest_now(entry: str, kind: str, rest: str, shared: Scope) -> str | None:
+    if kind == "env":
+        return text_digest(os.environ.get(rest))
+    if kind == "call":
+        return answer_digest(entry)
+    if kind == "import":
+        return import_digest(rest, shared.main)
+    if kind == "item":
+        return _item_now(rest, shared)
+    if kind == "class":
+        return _class_now(rest, shared)
+    return _global_now(rest if kind == "global" else entry, shared)
+
+
+def _subject(entry: str, kind: str, rest: str) -> str:
+    """What an entry is about, for people."""
+    subjects = {
+        "env": f"environment variable {rest}",
+        "call": f"what {title(rest)}() answers",
+        "import": f"whether {rest} can be imported",
+        "item": f"item {rest}",
+        "class": f"class {title(rest)}",
+        "global": f"global {title(rest)}",
+    }
+    return subjects.get(kind) or f"global {title(entry)}"
 
 
 def _module(label: str, shared: Scope) -> ModuleType | None:

@@ -33,16 +33,8 @@ from types import (
 )
 from typing import Any
 
-from stitchcache.encoding import (
-    SCALARS,
-    Handler,
-    UnkeyableError,
-    Writer,
-    data_bytes,
-    member_state,
-    put_code,
-    text_bytes,
-)
+from stitchcache.containers import PlainWriter, member_state, put_code
+from stitchcache.encoding import SCALARS, Handler, UnkeyableError, data_bytes, text_bytes
 from stitchcache.keys.scope import KeyWriter, Scope
 
 _NOT_STATE = frozenset({"__wrapped__", "__signature__", "__doc__", "__annotations__"})
@@ -72,7 +64,7 @@ def code_bytes(walk: Scope, code: CodeType) -> bytes:
         place = b"[place 1:" + text_bytes(f"{installed} {code.co_qualname} {code.co_firstlineno}")
         walk.codes[id(code)] = (code, place)
         return place
-    writer = Writer()
+    writer = PlainWriter()
 
     def nested(inner: CodeType) -> None:
         writer.out += code_bytes(walk, inner)
@@ -168,7 +160,10 @@ def plain_defaults(function: FunctionType) -> bytes | None:
 
 
 def _put_cells(writer: KeyWriter, function: FunctionType, label: str) -> None:
-    cells = function.__closure__ or ()
+    cells = function.__closure__
+    if not cells:
+        writer.out += b"[cells 0:"
+        return
     writer.head(b"cells", 2 * len(cells))
     for name, cell in zip(function.__code__.co_freevars, cells, strict=True):
         writer.text(name)
@@ -215,23 +210,6 @@ def _put_descriptor(writer: KeyWriter, descriptor: Any) -> None:
     writer.head(b"descriptor", 2)
     writer.text(f"{descriptor.__objclass__.__module__}.{descriptor.__objclass__.__qualname__}")
     writer.text(descriptor.__name__)
-
-
-def put_type(writer: KeyWriter, cls: type) -> None:
-    """Write a class that is a value."""
-    writer.put_class(cls)
-
-
-def put_module_reference(writer: KeyWriter, module: ModuleType) -> None:
-    """Write a Python module that is a value, by name.
-
-    Raises:
-        UnkeyableError: It is a module that its user may edit or set attributes of.
-    """
-    if not writer.walk.is_versioned(module.__name__):
-        raise writer.error(f"the module {module.__name__} is held as a value; import it where it is used")
-    writer.head(b"module", 1)
-    writer.text(module.__name__)
 
 
 def _put_cached(writer: KeyWriter, wrapper: Any) -> None:
@@ -338,13 +316,16 @@ def put_class_contents(writer: KeyWriter, cls: type) -> None:
     writer.head(b"bases", len(cls.__bases__))
     for base in cls.__bases__:
         writer.put_class(base)
-    registered = [reference() for reference in _get_dump(cls)[0]] if isinstance(cls, abc.ABCMeta) else []
-    labels = sorted(writer.class_label(item) for item in registered if item is not None)
-    writer.put(tuple(labels))
-    writer.put_at(
-        ".__members__",
-        {name: (member.__dict__["_value_"], member_state(member)) for name, member in members.items()},
-    )
+    if isinstance(cls, abc.ABCMeta):
+        registered = [reference() for reference in _get_dump(cls)[0]]
+        writer.put(tuple(sorted(writer.class_label(item) for item in registered if item is not None)))
+    else:
+        writer.out += b"N"
+    if isinstance(cls, enum.EnumMeta):
+        states = {name: (item.__dict__["_value_"], member_state(item)) for name, item in members.items()}
+        writer.put_at(".__members__", states)
+    else:
+        writer.out += b"N"
     _put_declarations(writer, cls)
     prefix = f"{cls.__qualname__}."
     for name, value in items:
@@ -354,7 +335,12 @@ def put_class_contents(writer: KeyWriter, cls: type) -> None:
         if scalar is not None:
             writer.out += scalar(value)
             continue
-        if kind is FunctionType and (short := _as_shipped(writer.walk, cls, prefix + name, value)):
+        short = None
+        if kind is FunctionType:
+            short = _as_shipped(writer.walk, cls, prefix + name, value)
+        elif kind in _SHORT_WRAPPERS:
+            short = _wrapped_as_shipped(writer, cls, prefix + name, value)
+        if short is not None:
             writer.out += short
             continue
         before = writer.path
@@ -424,3 +410,35 @@ def _as_shipped(walk: Scope, cls: type, qualname: str, function: FunctionType) -
         return None
     walk.codes.setdefault(id(code), (code, b""))
     return b"[shipped 3:i%d;%b%b" % (code.co_firstlineno, text_bytes(installed), defaults)
+
+
+_SHORT_WRAPPERS: Mapping[type, tuple[bytes, tuple[str, ...]]] = {
+    property: (b"[shipped property 3:", ("fget", "fset", "fdel")),
+    classmethod: (b"[shipped class method 1:", ("__func__",)),
+    staticmethod: (b"[shipped static method 1:", ("__func__",)),
+}
+
+
+def _wrapped_as_shipped(writer: KeyWriter, cls: type, qualname: str, wrapper: Any) -> bytes | None:
+    """The same for a property, class method or static method around such methods."""
+    head, names = _SHORT_WRAPPERS[type(wrapper)]
+    known = writer.numbers.known
+    parts = [getattr(wrapper, name) for name in names]
+    functions = [part for part in parts if part is not None]
+    # Somebody may have set an attribute on the wrapper; and what was met before is written as a reference.
+    own = getattr(wrapper, "__dict__", None)
+    if (own and not own.keys() <= _OF_WRAPPERS) or any(id(item) in known for item in (wrapper, *functions)):
+        return None
+    shorts = [head]
+    for part in parts:
+        short = b"N"
+        if part is not None:
+            found = _as_shipped(writer.walk, cls, qualname, part) if type(part) is FunctionType else None
+            if found is None:
+                return None
+            short = found
+        shorts.append(short)
+    for item in (wrapper, *functions):
+        writer.numbers.add(item, writer.section, writer.where, writer.count)
+        writer.count += 1
+    return b"".join(shorts)

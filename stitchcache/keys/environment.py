@@ -345,28 +345,32 @@ def _patched(shared: Scope) -> tuple[str, bytes]:
     classes = (item for item in vars(torch.nn.modules).values() if isinstance(item, type))
     owners: list[Any] = [*_FUNCTION_MODULES, torch.Tensor, *dict.fromkeys(classes)]
     names: list[str] = []
-    # Most of what else stands there is of a few kinds, modules and types of data among them.
+    # Thousands of names are looked at: what is as usual is told by its kind, or by its name and file.
     inert: set[type] = set()
+    shipped: set[str] = set()
     for owner in owners:
-        prefix = owner.__qualname__ + "." if isinstance(owner, type) else ""
+        in_class = isinstance(owner, type)
+        prefix = owner.__qualname__ + "." if in_class else ""
         for name, value in vars(owner).items():
             kind = type(value)
             if kind in inert or (kind is BuiltinFunctionType and value.__name__ == name):
                 continue
             if kind is FunctionType and value.__qualname__ == prefix + name:
+                file = value.__code__.co_filename
                 # dataclass generates methods without a file.
-                generated = value.__code__.co_filename == "<string>" and hasattr(
-                    owner, "__dataclass_params__"
-                )
-                if not generated and not shared.origin(value.__code__.co_filename)[0]:
+                if file in shipped or (file == "<string>" and hasattr(owner, "__dataclass_params__")):
+                    continue
+                if shared.origin(file)[0]:
+                    shipped.add(file)
+                else:
                     _put_patched(encoder, names, f"{owner.__name__}.{name}", value)
-                continue
-            if isinstance(owner, type) and (scalar := SCALARS.get(kind)) is not None and name[:2] != "__":
-                encoder.text(f"{prefix}{name}")
-                encoder.out += scalar(value)
+            elif (scalar := SCALARS.get(kind)) is not None:
+                if in_class and name[:2] != "__":
+                    encoder.text(f"{prefix}{name}")
+                    encoder.out += scalar(value)
             elif kind in _LOOKED_INTO or not shared.is_versioned(kind.__module__):
                 _put_other(encoder, names, f"{owner.__name__}.{name}", value)
-            elif kind not in SCALARS:
+            else:
                 inert.add(kind)
     return ", ".join(names) or "as shipped", bytes(encoder.out)
 

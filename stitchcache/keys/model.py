@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stitchcache.encoding import SCALARS, UnkeyableError, layout_of, put_members, slots_of, text_bytes
+from stitchcache.containers import put_members
+from stitchcache.encoding import SCALARS, UnkeyableError, layout_of, slots_of, text_bytes
 from stitchcache.keys.digest import make_factor, shorten
 from stitchcache.keys.origins import stands_by_version
 from stitchcache.keys.scope import Scope
@@ -121,7 +122,7 @@ class _ModelWalk:
     def factors(self) -> Iterator[Factor]:
         """All factors of the model, most telling first."""
         self._visit("", self.model)
-        yield make_factor("model.class", self._label(type(self.model))[0])
+        yield make_factor("model.class", self.labels[type(self.model)][0])
         yield make_factor("model.tree", f"{len(self.modules)} modules", bytes(self.tree + self.kinds.out))
         training = [path or "(model)" for path, module in self.modules if module.training]
         text = "all off" if not training else ", ".join(training[:8])
@@ -134,27 +135,28 @@ class _ModelWalk:
         yield memory_factor(self.walk, "model.aliases")
 
     def _label(self, cls: type) -> tuple[str, bytes]:
-        label = self.labels.get(cls)
-        if label is None:
-            name = self.writer.class_label(cls)
-            label = self.labels[cls] = (name, text_bytes(name))
-            # Once a class: what its body holds follows where its name does not lead to it.
-            self.kinds.put_class(cls)
+        """A class's name, when it is met first."""
+        name = self.writer.class_label(cls)
+        label = self.labels[cls] = (name, text_bytes(name))
+        # Once a class: what its body holds follows where its name does not lead to it.
+        self.kinds.put_class(cls)
         return label
 
     def _visit(self, path: str, module: torch.nn.Module) -> None:
         """List the tree; a module that occurs twice is named by its first path."""
-        known = self.numbers.reference(module)
-        if known is not None:
-            self.tree += text_bytes(path) + known
+        if id(module) in self.numbers.known:
+            self.tree += text_bytes(path) + (self.numbers.reference(module) or b"")
             return
         if not isinstance(module, torch.nn.Module):
             raise UnkeyableError(path, f"a {type(module).__name__} stands where a module should")
         self.numbers.add(module, "module", path, 0)
         self.modules.append((path, module))
-        self.paths.append(text_bytes(path))
+        written = text_bytes(path)
+        self.paths.append(written)
         children = module._modules
-        self.tree += b"%b%bi%d;" % (self.paths[-1], self._label(type(module))[1], len(children))
+        cls = type(module)
+        label = self.labels.get(cls) or self._label(cls)
+        self.tree += b"%b%bi%d;" % (written, label[1], len(children))
         for name, child in children.items():
             if "." in name:
                 raise UnkeyableError(path, f"a module is called {name!r}; a name must hold no dot")
@@ -189,9 +191,8 @@ class _ModelWalk:
 
     def _tensor(self, name: str, value: torch.Tensor, noted: list[tuple[str, dict[str, Any]]]) -> bytes:
         """A parameter or buffer; what it shares with others is kept for later."""
-        known = self.numbers.reference(value)
-        if known is not None:
-            return known
+        if id(value) in self.numbers.known:
+            return self.numbers.reference(value) or b""
         self.numbers.add(value, "tensor", name, 0)
         if value.__dict__ and (own := own_attributes(value)):
             noted.append((name, own))

@@ -9,8 +9,14 @@ from types import CodeType
 from typing import Any
 
 from stitchcache import encoding
-from stitchcache.encoding import Handler, Layout, Numbers, Writer, find_class, text_bytes
-from stitchcache.keys.origins import installed_path, main_label, module_stands_by_version, stands_by_version
+from stitchcache.encoding import Handler, Layout, Numbers, Writer, text_bytes
+from stitchcache.keys.origins import (
+    installed_path,
+    main_label,
+    module_stands_by_version,
+    process_start,
+    stands_by_version,
+)
 
 _HEAP_TYPE = 1 << 9
 WARM_CACHE = (
@@ -18,6 +24,14 @@ WARM_CACHE = (
     "call its cache_clear() before compiling"
 )
 _VERSIONED, _REACHABLE, _UNREACHABLE = "versioned", "reachable", "unreachable"
+
+
+def find_class(module: str, qualname: str) -> object:
+    """What a module's name and a qualified name lead to; ``None`` where they lead nowhere."""
+    found: object = sys.modules.get(module)
+    for step in qualname.split("."):
+        found = getattr(found, "__dict__", {}).get(step)
+    return found
 
 
 class Scope(ABC):
@@ -55,12 +69,14 @@ class Scope(ABC):
         self.codes: dict[int, tuple[CodeType, bytes]] = parent.codes if parent else {}
         self.origins: dict[str, tuple[bool, str]] = parent.origins if parent else {}
         self.files: dict[str, tuple[str, int, str, str | None]] = parent.files if parent else {}
+        self._started: float | None = parent._started if parent else None
         self._versioned: dict[str, bool] = parent._versioned if parent else {}
         self._named: dict[int, tuple[type, bytes, str]] = parent._named if parent else {}
         self._layouts: dict[type, Layout] = parent._layouts if parent else {}
         self.texts: dict[str, bytes] = parent.texts if parent else {}
         self.handlers: Mapping[type, Handler] = parent.handlers if parent else self.new_handlers()
         self.families: Sequence[tuple[type, Handler]] = parent.families if parent else self.new_families()
+        self.found: dict[int, tuple[type, Handler]] = parent.found if parent else {}
 
     @abstractmethod
     def new_handlers(self) -> Mapping[type, Handler]:
@@ -100,6 +116,12 @@ class Scope(ABC):
         if known is None:
             known = self.origins[filename] = (stands_by_version(filename), installed_path(filename))
         return known
+
+    def started(self) -> float:
+        """When this process started; remembered, as the system is slow to tell."""
+        if self._started is None:
+            self._started = process_start()
+        return self._started
 
     def layout(self, cls: type) -> Layout:
         """Whether instances of a class have plain state, and their slots; remembered."""
@@ -166,6 +188,7 @@ class KeyWriter(Writer):
         self.walk = walk
         self.handlers = walk.handlers
         self.families = walk.families
+        self.found = walk.found
 
     def text(self, value: str) -> None:
         """Write a string that is part of an encoding: names of attributes repeat from class to class."""

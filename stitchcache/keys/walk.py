@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stitchcache import encoding
+from stitchcache import containers
 from stitchcache.encoding import Handler
 from stitchcache.keys import code, library, tensors
 from stitchcache.keys.scope import KeyWriter, Scope
@@ -25,16 +25,16 @@ class Walk(Scope):
     def new_families(self) -> Sequence[tuple[type, Handler]]:
         """How values of these types and their subclasses are written; the first match wins."""
         return [
-            (type, code.put_type),
+            (type, _put_type),
             *tensors.FAMILIES,
             (type(torch.ops.aten.add.Tensor), _put_operator),
             (type(torch.ops.aten.add), _put_operator),
             (CustomOpDef, _put_custom_op),
-            (ModuleType, code.put_module_reference),
+            (ModuleType, _put_module_reference),
             *library.late_families(),
             *code.FAMILIES,
             *library.FAMILIES,
-            *encoding.FAMILIES,
+            *containers.FAMILIES,
             (object, _put_member_of_torch),
         ]
 
@@ -45,6 +45,23 @@ class Walk(Scope):
     def ignored(self, cls: type) -> frozenset[str]:
         """Attributes that say where a class or its instances came from, not what they compute."""
         return tensors.ignored_names(cls)
+
+
+def _put_type(writer: KeyWriter, cls: type) -> None:
+    """Write a class that is a value."""
+    writer.put_class(cls)
+
+
+def _put_module_reference(writer: KeyWriter, module: ModuleType) -> None:
+    """Write a Python module that is a value, by name.
+
+    Raises:
+        UnkeyableError: It is a module that its user may edit or set attributes of.
+    """
+    if not writer.walk.is_versioned(module.__name__):
+        raise writer.error(f"the module {module.__name__} is held as a value; import it where it is used")
+    writer.head(b"module", 1)
+    writer.text(module.__name__)
 
 
 def _put_operator(writer: KeyWriter, value: Any) -> None:
@@ -72,7 +89,7 @@ def _put_member_of_torch(writer: KeyWriter, value: Any) -> None:
 
 
 _HANDLERS: Mapping[type, Handler] = {
-    **encoding.HANDLERS,
+    **containers.HANDLERS,
     **library.HANDLERS,
     **code.HANDLERS,
     **tensors.HANDLERS,

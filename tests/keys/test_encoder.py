@@ -145,7 +145,8 @@ def kinds_written():
     """Kinds of composites, each with the places in the code that write it."""
     found = collections.defaultdict(set)
     package = Path(stitchcache.__file__).parent
-    for file in [package / "encoding.py", *sorted((package / "keys").glob("*.py"))]:
+    files = [package / "encoding.py", package / "containers.py", *(package / "keys").glob("*.py")]
+    for file in sorted(files):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "head":
                 for part in ast.walk(node.args[0]):
