@@ -409,7 +409,11 @@ def _as_shipped(walk: Scope, cls: type, qualname: str, function: FunctionType) -
     if defaults is None or not installed:
         return None
     walk.codes.setdefault(id(code), (code, b""))
-    return b"[shipped 3:i%d;%b%b" % (code.co_firstlineno, text_bytes(installed), defaults)
+    # Hundreds of methods stand in the same few files.
+    place = walk.texts.get(installed)
+    if place is None:
+        place = walk.texts[installed] = text_bytes(installed)
+    return b"[shipped 3:i%d;%b%b" % (code.co_firstlineno, place, defaults)
 
 
 _SHORT_WRAPPERS: Mapping[type, tuple[bytes, tuple[str, ...]]] = {
