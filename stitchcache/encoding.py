@@ -250,7 +250,8 @@ class Writer:
 
     def put_state(self, value: Any, ignore: frozenset[str] = frozenset()) -> None:
         """Write an object's own attributes, in their order: its dictionary, then its slots."""
-        state: dict[str, Any] = getattr(value, "__dict__", {})
+        # Asked of its class first: a __getattr__ of the user's may answer for it, or raise.
+        state: dict[str, Any] = value.__dict__ if type(value).__dictoffset__ else {}
         items = [(name, item) for name, item in state.items() if name not in ignore]
         for name, descriptor in self.layout(type(value))[1]:
             try:

@@ -8,8 +8,11 @@ and no ``__getattr__`` runs.
 
 from __future__ import annotations
 
+import functools
+import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
@@ -100,9 +103,12 @@ def plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     An object is looked into once, by the first path to it. Objects of torch's own classes other than modules,
     functions and classes are not looked into.
     """
-    found: dict[str, torch.Tensor] = {}
-    registered = [module for _, module in modules_of(model)]
-    seen = {id(module) for module in registered}
+    return {path: value for path, value in _reached(model) if isinstance(value, torch.Tensor)}
+
+
+def _reached(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Tensors, and whatever is looked into on the way to them, by path."""
+    seen = {id(module) for _, module in modules_of(model)}
     todo: list[tuple[str, Any]] = []
     slots: _Slots = {}
     for prefix, module in modules_of(model):
@@ -112,11 +118,11 @@ def plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         while todo:
             path, value = todo.pop()
             if isinstance(value, torch.Tensor):
-                found[path] = value
+                yield path, value
             elif not isinstance(value, _CLOSED) and id(value) not in seen:
                 seen.add(id(value))
+                yield path, value
                 todo += reversed(list(_inside(path, value, slots)))
-    return found
 
 
 def _inside(path: str, value: Any, slots: _Slots) -> Iterator[tuple[str, Any]]:
@@ -140,9 +146,14 @@ def _inside(path: str, value: Any, slots: _Slots) -> Iterator[tuple[str, Any]]:
             yield f"{path}.{name}", item
 
 
+def _own_space(value: Any) -> Any:
+    """An object's ``__dict__``, if its class gives it one: a ``__getattr__`` must not answer for it."""
+    return value.__dict__ if type(value).__dictoffset__ else None
+
+
 def _attributes(value: Any, slots: _Slots) -> Iterator[tuple[str, Any]]:
     """An object's own attributes: those of its ``__dict__``, and its slots, which are found once a class."""
-    own = getattr(value, "__dict__", None)
+    own = _own_space(value)
     if isinstance(own, dict):
         yield from list(own.items())
     cls = type(value)
@@ -254,27 +265,76 @@ def kept(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def unchanged(model: torch.nn.Module) -> Iterator[None]:
-    """Let a model run, and put back what its forward wrote.
+def as_it_was(model: torch.nn.Module) -> Iterator[Callable[[], bool]]:
+    """Put back what a block gives a model's modules, and its plain containers and objects, to hold.
 
-    That is the values of its tensors, and the attributes, parameters and buffers that its modules had. What
-    other objects were given instead of what they had is not put back.
+    Their items and attributes, that is, not what tensors contain. Slots are left alone.
+
+    Yields:
+        Whether anything of this has changed until now.
     """
-    modules = [vars(module) for _, module in modules_of(model)]
-    before = [
-        (space, dict(space))
-        for own in modules
-        for space in (own, *(own[registry] for registry in _REGISTERED))
-    ]
+    before = [(space, space.copy()) for space in _spaces(model)]
+    try:
+        yield lambda: any(_differs(space, items) for space, items in before)
+    finally:
+        for space, items in before:
+            if not _differs(space, items):
+                continue
+            if isinstance(space, list):
+                space[:] = items
+            else:
+                space.clear()
+                space.update(items)
+
+
+def _differs(space: dict[Any, Any] | list[Any], items: Any) -> bool:
+    if len(space) != len(items):
+        return True
+    if isinstance(space, list):
+        return any(a is not b for a, b in zip(space, items, strict=True))
+    return list(space) != list(items) or any(space[name] is not items[name] for name in items)
+
+
+@contextmanager
+def drawn_back(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Let a block draw random numbers, and leave the generators as they were."""
+    states = list(generators(devices))
+    try:
+        yield
+    finally:
+        for put, state in states:
+            put(state)
+
+
+def generators(devices: Iterable[torch.device]) -> Iterator[tuple[Callable[[Any], Any], Any]]:
+    """Random number generators that a forward may use without naming them: how to set each, and its state."""
+    yield torch.set_rng_state, torch.get_rng_state()
+    yield random.setstate, random.getstate()
+    numpy = sys.modules.get("numpy.random")
+    if numpy is not None:
+        yield numpy.set_state, numpy.get_state()
+    for device in devices:
+        if device.type == "cuda":
+            yield functools.partial(torch.cuda.set_rng_state, device=device), torch.cuda.get_rng_state(device)
+
+
+def _spaces(model: torch.nn.Module) -> Iterator[dict[Any, Any] | list[Any]]:
+    """Every dictionary and list that holds a part of a model, those of its modules and objects included."""
+    for _, module in modules_of(model):
+        own = vars(module)
+        yield from (own, *(own[registry] for registry in _REGISTERED))
+    for _, value in _reached(model):
+        held = value if type(value) in (dict, list) else _own_space(value)
+        if type(held) in (dict, list):
+            yield held
+
+
+@contextmanager
+def unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """Let a model run, and put back what its forward wrote: the values of its tensors, and what it holds."""
     tensors = {id(tensor): tensor for tensor in (*state_of(model).values(), *plain_tensors(model).values())}
-    with kept(list(tensors.values())):
-        try:
-            yield
-        finally:
-            for space, items in before:
-                if space.keys() != items.keys() or any(space[name] is not items[name] for name in items):
-                    space.clear()
-                    space.update(items)
+    with kept(list(tensors.values())), as_it_was(model):
+        yield
 
 
 def _version(tensor: torch.Tensor) -> int | None:

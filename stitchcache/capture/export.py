@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from stitchcache.capture.contract import input_spec, writes_state
@@ -26,7 +27,16 @@ from stitchcache.errors import CaptureError
 from stitchcache.graph.effects import written_placeholders
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.pieces.check import clone_all
-from stitchcache.state import kept, memory_of, plain_tensors, state_of, tensor_at, unchanged
+from stitchcache.state import (
+    as_it_was,
+    drawn_back,
+    kept,
+    memory_of,
+    plain_tensors,
+    state_of,
+    tensor_at,
+    unchanged,
+)
 from stitchcache.torchside import tree
 from stitchcache.torchside.tensors import has_fakes, storage_id
 from stitchcache.types import InputSpec, OutputSpec
@@ -113,19 +123,22 @@ def capture(
         CaptureError: torch cannot export it; ``location`` is the user's line that stopped it.
     """
     leaves, spec = tree.flatten((args, dict(kwargs)))
-    _refuse_meta([*model.parameters(), *model.buffers(), *leaves])
+    _refuse_unfinished([*model.parameters(), *model.buffers(), *leaves])
     plain = plain_tensors(model)
     leaves = separate(leaves, [*model.parameters(), *model.buffers(), *plain.values()])
     example: tuple[tuple[Any, ...], dict[str, Any]] = tree.unflatten(leaves, spec)
+    state = state_of(model)
     try:
         # torch runs an op of which every argument is such a tensor for real.
         real = [tensor for tensor in plain.values() if not has_fakes([tensor])]
         reads = _ValueReads(real)
-        # A mode slows the trace down, so only where there is something to see.
-        with torch.no_grad(), kept(real), reads if real else nullcontext():
+        # A mode slows the trace down, so only where there is something to see. What the forward keeps of a
+        # trace has no data, and would spoil the model.
+        with torch.no_grad(), as_it_was(model), kept(real), drawn_back(()), reads if real else nullcontext():
             program = torch.export.export(
                 model, example[0], example[1], dynamic_shapes=dynamic_shapes, strict=False
             )
+            _refuse_new_buffers(state, state_of(model))
     except _EXPORT_ERRORS as error:
         raise _capture_error(model, error) from error
     bound, user_inputs = _inputs(program, Roads(model, plain))
@@ -194,7 +207,13 @@ def proved(captured: Capture) -> Capture:
     return replace(captured, input_spec=captured.prove(captured.input_spec), prove=None)
 
 
-def _refuse_meta(values: Sequence[Any]) -> None:
+def _refuse_unfinished(values: Sequence[Any]) -> None:
+    if any(isinstance(value, (UninitializedParameter, UninitializedBuffer)) for value in values):
+        raise CaptureError(
+            "the model has parameters without sizes, as lazy modules have before their first call. Call the "
+            "model once before it is compiled.",
+            reason="uninitialized parameters",
+        )
     if any(isinstance(value, torch.Tensor) and value.device.type == "meta" for value in values):
         raise CaptureError(
             "the model or an argument is on the meta device, which is no device to compile for. To compile "
@@ -206,6 +225,17 @@ def _refuse_meta(values: Sequence[Any]) -> None:
 
 def _tensors(leaves: Sequence[Any], bound: Sequence[BoundTensor]) -> list[torch.Tensor]:
     return [*(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)), *(item.tensor for item in bound)]
+
+
+def _refuse_new_buffers(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """torch.export pairs buffers before the call with those after it, and would write into wrong tensors."""
+    made = [name for name in after if name not in before]
+    if made:
+        raise CaptureError(
+            f"the forward registers the buffer {made[0]!r} when it runs first, which torch.export captures "
+            "wrongly. Register it when the model is built, or call the model once before it is compiled.",
+            reason=f"buffer {made[0]} registered by the forward",
+        )
 
 
 class Roads:

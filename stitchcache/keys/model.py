@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import field
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from stitchcache.keys.scope import Scope
 from stitchcache.keys.tensors import (
     HF_NOTES,
     HF_SETS,
+    UNFINISHED,
     check_bound,
     has_hooks,
     ignored_names,
@@ -84,7 +85,9 @@ def readable(value: Any) -> str:
         return shorten(repr(value), 40)
     if type(value) in {list, tuple, set, frozenset, dict}:
         return f"{type(value).__name__} of {len(value)}"
-    name = getattr(value, "__qualname__", None)
+    # Others are not asked: a __getattr__ of theirs may raise anything.
+    named = isinstance(value, (type, FunctionType, MethodType, BuiltinFunctionType))
+    name = getattr(value, "__qualname__", None) if named else None
     return shorten(name if isinstance(name, str) else type(value).__qualname__, 60)
 
 
@@ -197,6 +200,10 @@ class _ModelWalk:
         if value.__dict__ and (own := own_attributes(value)):
             noted.append((name, own))
         # Layers repeat: the same few descriptions serve for all tensors of a deep model.
+        if type(value) in UNFINISHED or value.is_nested:
+            # These have no sizes to ask for.
+            self.writer.path = [name]
+            raise self.writer.error(f"a {type(value).__name__} that is nested or not initialized")
         strides = value.stride() if value.layout is torch.strided else value.layout
         flags = value.is_conj(), value.is_neg(), value.is_leaf and value.grad is not None
         what = (value.shape, strides, value.dtype, value.device, value.requires_grad, flags, type(value))

@@ -69,7 +69,8 @@ def put_tensor(writer: KeyWriter, value: torch.Tensor) -> None:
     if known is not None and (id(value) in walk.valued or not known.startswith(OF_MODULE)):
         writer.out += known
         return
-    if not is_plain_tensor(value) or value.layout is not torch.strided or value.is_quantized:
+    plain = is_plain_tensor(value) and value.layout is torch.strided and not value.is_nested
+    if not plain or value.is_quantized:
         raise writer.error(f"a {type(value).__name__} tensor whose value cannot be read; make it a buffer")
     size = value.numel() * value.element_size()
     if size > MAX_BYTES and value.device.type != "meta":
@@ -117,6 +118,9 @@ def _put_device(writer: KeyWriter, value: torch.device) -> None:
     writer.head(b"device", 1)
     writer.text(value.type)
 
+
+UNFINISHED = frozenset({torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer})
+"""What the modules of ``torch.nn`` that are called lazy have before their first call."""
 
 HF_NOTES = frozenset(
     {

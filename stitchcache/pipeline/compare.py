@@ -6,19 +6,18 @@ A model's forward is the user's code and may raise anything; that it does is a f
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-import random
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from stitchcache.errors import InputMismatchError
-from stitchcache.state import modules_of, plain_tensors
+from stitchcache.state import generators, modules_of, plain_tensors, tensor_at
 from stitchcache.torchside import tree
+from stitchcache.torchside.tensors import has_fakes
 from stitchcache.torchside.watch import memory_of, watch
 from stitchcache.types import Check, CheckRecord, OutputBound
 
@@ -46,6 +45,10 @@ _SLACK = 10.0
 _SMALL = 1e-2
 
 _IMPORTED_BY = os.getpid()
+_LEFT = (
+    "the model itself returns a tensor without data. Its forward keeps a tensor outside of the model, in a "
+    "global or a closure, and kept one of a trace; keep it on the model, and start the process again"
+)
 _TABLES = ("_buffers", "_parameters", "_modules")
 
 
@@ -79,12 +82,14 @@ class Both:
         unchecked: Why nothing was compared; ``""`` where it was.
         fails: What is wrong with the call as a whole, such as an error on one side; ``""`` where nothing is.
         drew: Whether the model drew random numbers.
+        moved: Whether the model gave its modules something else to hold, such as a number counted up.
     """
 
     items: tuple[Compared, ...] = ()
     unchecked: str = ""
     fails: str = ""
     drew: bool = False
+    moved: bool = False
 
 
 def run_both(
@@ -96,6 +101,7 @@ def run_both(
     writes: Mapping[str, torch.Tensor] | None = None,
     effects: Mapping[str, bool] | None = None,
     apart: bool = False,
+    reads: Collection[str] = (),
 ) -> Both:
     """Call a model and something that should do the same, and put back what either wrote.
 
@@ -112,20 +118,24 @@ def run_both(
         effects: As for :class:`~stitchcache.torchside.watch.Watch`.
         apart: It runs beside the user's own calls, on arguments of its own: no shared state may be written
             and no random number drawn, not even for a moment.
+        reads: Paths to tensors in plain attributes that the subject reads. A model that puts another tensor
+            in such a place has written it.
     """
-    run = _Run(model, args, kwargs, writes or {}, effects or {}, apart)
+    run = _Run(model, args, kwargs, writes or {}, effects or {}, apart, reads)
     # What was made in inference mode can be written only there. That mode switches gradients: they come last.
     with _threads_of_a_fork(), torch.inference_mode(run.in_inference_mode), torch.no_grad():
         try:
             found = run.model_results()
-            run.put_back()
+            moved = run.put_back()
             if isinstance(found, _Results):
                 found = run.compared(subject, found)
         finally:
             run.put_back()
     if found is None:
-        return run_both(model, subject, args, kwargs, writes=writes, effects=effects, apart=apart)
-    return found
+        return run_both(
+            model, subject, args, kwargs, writes=writes, effects=effects, apart=apart, reads=reads
+        )
+    return replace(found, moved=moved)
 
 
 @contextlib.contextmanager
@@ -164,8 +174,10 @@ class _Run:
         writes: Mapping[str, torch.Tensor],
         effects: Mapping[str, bool],
         apart: bool,
+        reads: Collection[str],
     ) -> None:
         self._writes = writes
+        self._reads = {path: tensor_at(model, path) for path in reads}
         self._model, self._args, self._kwargs = model, args, dict(kwargs)
         self._leaves, self._spec = tree.flatten((args, self._kwargs))
         tensors = [leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)]
@@ -182,25 +194,28 @@ class _Run:
             for name, value in attributes.items()
             if type(value) in (list, dict, set) and name not in _TABLES
         ]
-        self._states = [] if apart else list(_generators({leaf.device for leaf in tensors}))
+        self._states = [] if apart else list(generators({leaf.device for leaf in tensors}))
 
-    def put_back(self) -> None:
-        """Make everything what it was."""
+    def put_back(self) -> bool:
+        """Make everything what it was, and tell whether modules held something else."""
         self.watch.put_back()
+        moved = False
         for _, module, attributes, tables in self._modules:
-            _refill(vars(module), attributes)
+            moved |= _refill(vars(module), attributes)
             for name, table in zip(_TABLES, tables, strict=True):
-                _refill(attributes[name], table)
+                moved |= _refill(attributes[name], table)
         for value, before in self._containers:
             if type(value) is dict:
-                _refill(value, before)
+                moved |= _refill(value, before)
             elif type(value) is list and (len(value) != len(before) or any(map(_is_not, value, before))):
-                value[:] = before
+                value[:], moved = before, True
             elif type(value) is set and value != before:
                 value.clear()
                 value.update(before)
+                moved = True
         for put, state in self._states:
             put(state)
+        return moved
 
     def model_results(self) -> _Results | Both | None:
         """Run the model. ``None`` if it has to be run again, under a watch that Dynamo does not trace."""
@@ -237,7 +252,7 @@ class _Run:
         items += [measure(name, a, b) for name, a, b in wanted.written]
         return Both(items=tuple(items), drew=drew)
 
-    def _kept(self, value: Any) -> _Results:
+    def _kept(self, value: Any) -> _Results | Both:
         """Keep what the model returned and wrote, before it is put back."""
         saved = self.watch.saved
         after = {memory: one.now() for memory, one in saved.items()}
@@ -247,6 +262,8 @@ class _Run:
             return leaf if lasting else leaf.clone()
 
         flat, shape = tree.flatten(value)
+        if has_fakes(flat) and not has_fakes(self._leaves):
+            return Both(fails=_LEFT)
         returned = [(name, kept(leaf)) for name, leaf in zip(tree.result_paths(value), flat, strict=True)]
         written: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         # self.cache = torch.cat(...) makes another tensor; compiled code writes into the one it knows.
@@ -255,6 +272,10 @@ class _Run:
                 now = module._buffers.get(name)
                 if now is not before and now is not None and before is not None:
                     written.append((f"buffer:{prefix}{name}", kept(now), before))
+        for path, was in self._reads.items():
+            now = tensor_at(self._model, path)
+            if now is not was and now is not None and was is not None:
+                written.append((f"attribute:{path}", kept(now), was))
         owners = self._owners() if saved else {}
         rebound = {name for name, _, _ in written}
         for memory, one in saved.items():
@@ -283,18 +304,6 @@ class _Run:
         return owners
 
 
-def _generators(devices: Iterable[torch.device]) -> Iterator[tuple[Callable[[Any], Any], Any]]:
-    """Random number generators that a forward may use without naming them: how to set each, and its state."""
-    yield torch.set_rng_state, torch.get_rng_state()
-    yield random.setstate, random.getstate()
-    numpy = sys.modules.get("numpy.random")
-    if numpy is not None:
-        yield numpy.set_state, numpy.get_state()
-    for device in devices:
-        if device.type == "cuda":
-            yield functools.partial(torch.cuda.set_rng_state, device=device), torch.cuda.get_rng_state(device)
-
-
 def _whole(tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
     """All of the memory that a tensor of unknown owner is a part of, and what to call it."""
     storage = tensor.untyped_storage()
@@ -307,14 +316,13 @@ def _is_not(a: Any, b: Any) -> bool:
     return a is not b
 
 
-def _refill(table: dict[Any, Any], before: dict[Any, Any]) -> None:
+def _refill(table: dict[Any, Any], before: dict[Any, Any]) -> bool:
     if len(table) == len(before) and not any(map(_is_not, table.values(), before.values())):
-        return
-    if list(table) == list(before):
-        table.update(before)
-    else:
+        return False
+    if list(table) != list(before):
         table.clear()
-        table.update(before)
+    table.update(before)
+    return True
 
 
 def measure(name: str, want: Any, got: Any) -> Compared:

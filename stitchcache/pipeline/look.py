@@ -19,7 +19,7 @@ import torch
 
 from stitchcache.errors import PieceMismatchError, StaleEntryError, StoreWriteError
 from stitchcache.pipeline.compare import HIGH, Compared, disagreement, judged, outcome_of, run_both
-from stitchcache.state import state_of, tensor_at
+from stitchcache.state import as_it_was, state_of, tensor_at
 from stitchcache.torchside import tree
 from stitchcache.torchside.tensors import has_fakes, version_of
 from stitchcache.types import Check, CheckRecord, OutputBound
@@ -161,7 +161,13 @@ def look_cold(
         ModelMismatchError: The captured graph does something else than the model.
         PieceMismatchError: The graph is right, and the compiled pieces together are not.
     """
-    from stitchcache.pipeline.parted import check_graph, undefined_results, written_names
+    from stitchcache.pipeline.parted import (
+        check_again,
+        check_graph,
+        read_paths,
+        undefined_results,
+        written_names,
+    )
 
     began = time.perf_counter()
     names = written_names(captured)
@@ -174,18 +180,24 @@ def look_cold(
 
     if skip or _no_data(model, args, kwargs):
         return unchecked(skip or NO_WEIGHTS)
-    writes = written_by(compiled.artifact, model, args, kwargs, names)
-    both = run_both(model, compiled, args, kwargs, writes=writes, effects=effects)
+    writes, reads = written_by(compiled.artifact, model, args, kwargs, names), read_paths(captured.bound)
+    # Cold starts have the time to put plain objects back, too.
+    with as_it_was(model) as changed:
+        both = run_both(model, compiled, args, kwargs, writes=writes, effects=effects, reads=reads)
+        moved = both.moved or changed()
     if both.unchecked:
         return unchecked(both.unchecked)
     skipped = frozenset() if both.drew else undefined_results(captured, both.items)
     items = [item for item in both.items if item.name not in skipped]
     wrong = next((item for item in items if disagreement(item)), None)
-    if both.fails or wrong is not None:
-        check_graph(model, args, kwargs, captured, writes, effects, skipped, both.fails)
-        if wrong is not None and both.drew and not wrong.fact:
-            return unchecked(f"the model draws random numbers, and {wrong.name} {disagreement(wrong)}")
-        _refuse_too_far(items, both.fails)
+    with as_it_was(model):
+        if both.fails or wrong is not None:
+            check_graph(model, args, kwargs, captured, writes, effects, skipped, both.fails)
+            if wrong is not None and both.drew and not wrong.fact:
+                return unchecked(f"the model draws random numbers, and {wrong.name} {disagreement(wrong)}")
+            _refuse_too_far(items, both.fails)
+        if moved and not both.drew and all(item.name.startswith("output") for item in both.items):
+            check_again(model, args, kwargs)
     return outcome_of("agreed", "", began), _record(items)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch.fx import Interpreter, Node
 
-from stitchcache.capture import Capture
+from stitchcache.capture import BoundTensor, Capture
 from stitchcache.errors import ModelMismatchError
 from stitchcache.graph.effects import written_placeholders
 from stitchcache.pieces.check import undefined_outputs
@@ -29,6 +29,11 @@ def written_names(captured: Capture) -> list[str]:
     ]
     names += [mutation for mutation in captured.output_spec.mutations if mutation.startswith("buffer:")]
     return list(dict.fromkeys(names))
+
+
+def read_paths(bound: Sequence[BoundTensor]) -> list[str]:
+    """Paths to the tensors in plain attributes that a graph reads."""
+    return [path for b in bound if b.kind == "attribute" for path in (b.name, *b.aliases)]
 
 
 def undefined_results(captured: Capture, items: Sequence[Compared]) -> frozenset[str]:
@@ -64,13 +69,43 @@ def check_graph(
     Raises:
         ModelMismatchError: They differ.
     """
-    both = run_both(model, _op_by_op(captured), args, kwargs, writes=writes, effects=effects)
+    subject, reads = _op_by_op(captured), read_paths(captured.bound)
+    both = run_both(model, subject, args, kwargs, writes=writes, effects=effects, reads=reads)
     wrong = next((item for item in both.items if item.name not in skipped and disagreement(item)), None)
     if wrong is None and not both.fails:
         return
     reason = both.fails or f"{wrong.name} {disagreement(wrong)}" if wrong is not None else both.fails
     module, location = _first_place(model, args, kwargs, captured, writes)
     _refuse(type(model).__qualname__, reason, wrong, module, location)
+
+
+def check_again(model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Call a model twice in a row, where its forward changes Python state and writes no tensor.
+
+    Whatever is compiled from it repeats its first call. The caller puts back what other objects hold.
+
+    Raises:
+        ModelMismatchError: The second call gives another result.
+    """
+
+    def second(*positional: Any, **named: Any) -> Any:
+        model(*positional, **named)
+        return model(*positional, **named)
+
+    both = run_both(model, second, args, kwargs)
+    wrong = next((item for item in both.items if disagreement(item)), None)
+    if both.drew or (wrong is None and not both.fails):
+        return
+    reason = both.fails or f"{wrong.name} {disagreement(wrong)}" if wrong is not None else both.fails
+    raise ModelMismatchError(
+        f"{type(model).__qualname__}: a second call gives another result than the first ({reason}): the "
+        "forward changes numbers, lists or other objects that it also reads. A compiled model repeats the "
+        "first call. Nothing was stored. Keep what changes in buffers, written in place, or pass it as an "
+        "argument; or pass check='none' if the first call is what you want.",
+        reason=reason,
+        output=wrong.name if wrong is not None else "",
+        difference=wrong.difference if wrong is not None else 0.0,
+    )
 
 
 def _refuse(label: str, reason: str, item: Compared | None, module: str, location: str) -> NoReturn:

@@ -18,6 +18,7 @@ from stitchcache.graph.stitching import bind_placeholders, drop_placeholders, lo
 from stitchcache.pieces.backends import Backend
 from stitchcache.pieces.build import Examples
 from stitchcache.pieces.check import clone_all
+from stitchcache.state import drawn_back
 from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, is_view
 from stitchcache.torchside.tensors import has_fakes
 from stitchcache.types import Factor
@@ -166,7 +167,8 @@ def examples_for(plan: Plan, missing: Sequence[PlannedPiece], leaves: Sequence[A
     if has_fakes([*leaves, *bound]):
         return Examples({}, made_up=True)
     recorder = _Recorder(plan.split_gm, {piece.name: piece.key for piece in missing})
-    with torch.no_grad():
+    devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    with torch.no_grad(), drawn_back(devices):
         recorder.run(*recorder.prepare(list(leaves)))
     return Examples(recorder.inputs)
 

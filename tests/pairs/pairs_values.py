@@ -568,6 +568,29 @@ values(
 )
 
 
+class Answers:
+    """Has no dictionary, and raises whatever it is asked for."""
+
+    __slots__ = ("weight",)
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __getattr__(self, name):
+        raise RuntimeError(f"not ready: {name}")
+
+
+@pair
+def slots_behind_a_getattr_that_raises(other, patch):
+    return Built(Held(Answers(3.0 if other else 2.0), lambda v: v.weight))
+
+
+@pair
+def nested_tensor(other, patch):
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(5 if other else 4)])
+    return Built(Held(nested, lambda v: float(v.unbind()[1].shape[0])))
+
+
 @pair
 def annotation_and_attribute(other, patch):
     class Note:
