@@ -6,6 +6,7 @@ A model's forward is the user's code and may raise anything; that it does is a f
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -358,23 +359,26 @@ def measure(name: str, want: Any, got: Any) -> Compared:
 def _measure_numbers(name: str, want: torch.Tensor, got: torch.Tensor) -> Compared:
     kind, precise = want.dtype, torch.complex128 if want.is_complex() else torch.float64
     a, b = want.to(precise), got.to(precise)
-    finite = a.isfinite()
-    a_known = torch.where(finite, a, torch.zeros_like(a))
-    magnitude = float(a_known.abs().max())
-    odd = ~finite | ~b.isfinite()
-    if bool(odd.any()):
+    known, apart = a, (a - b).abs()
+    largest = float(apart.max())
+    # A difference is finite only where both sides are: most results need no second look.
+    if not math.isfinite(largest):
+        finite = a.isfinite()
+        odd = ~finite | ~b.isfinite()
+        known = torch.where(finite, a, torch.zeros_like(a))
         # Compared as they are: what is infinite or no number on one side must be the same on the other.
         unlike = odd & (a != b) & ~(a.isnan() & b.isnan())
         if bool(unlike.any()):
             fact = f"has {int(unlike.sum())} values that are infinite or NaN, and others on the other side"
-            return Compared(name=name, fact=fact, magnitude=magnitude, dtype=kind)
-    apart = torch.where(odd, torch.zeros_like(a), a - b).abs()
-    scale = float(a_known.abs().pow(2).mean().sqrt())
-    spread = float(apart.pow(2).mean().sqrt())
+            return Compared(name=name, fact=fact, magnitude=float(known.abs().max()), dtype=kind)
+        apart = torch.where(odd, torch.zeros_like(a), a - b).abs()
+        largest = float(apart.max())
+    sizes = known.abs()
+    scale, spread = float(sizes.pow(2).mean().sqrt()), float(apart.pow(2).mean().sqrt())
     return Compared(
         name=name,
-        difference=float(apart.max()),
-        magnitude=magnitude,
+        difference=largest,
+        magnitude=float(sizes.max()),
         spread=spread / scale if scale else spread,
         dtype=kind,
     )
