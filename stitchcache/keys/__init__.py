@@ -6,10 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stitchcache.encoding import Digest as Digest
     from stitchcache.encoding import UnkeyableError as UnkeyableError
+    from stitchcache.encoding import make_factor as make_factor
     from stitchcache.keys.check import check_sources as check_sources
-    from stitchcache.keys.digest import Digest as Digest
-    from stitchcache.keys.digest import make_factor as make_factor
     from stitchcache.keys.environment import SCHEMA_VERSION as SCHEMA_VERSION
     from stitchcache.keys.environment import environment_factors as environment_factors
     from stitchcache.keys.environment import torch_state_factors as torch_state_factors
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # A warm start needs a few of these, and importing the rest takes longer than its own work.
 _HOMES = {
-    "Digest": "stitchcache.keys.digest",
+    "Digest": "stitchcache.encoding",
     "ModelKey": "stitchcache.keys.model",
     "SCHEMA_VERSION": "stitchcache.keys.environment",
     "SourceRecorder": "stitchcache.keys.recorder",
@@ -33,7 +33,7 @@ _HOMES = {
     "check_sources": "stitchcache.keys.check",
     "environment_factors": "stitchcache.keys.environment",
     "input_factors": "stitchcache.keys.inputs",
-    "make_factor": "stitchcache.keys.digest",
+    "make_factor": "stitchcache.encoding",
     "model_factors": "stitchcache.keys.model",
     "target_key": "stitchcache.keys.target",
     "torch_state_factors": "stitchcache.keys.environment",

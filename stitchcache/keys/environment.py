@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 
-from stitchcache.encoding import SCALARS
-from stitchcache.keys.digest import make_factor
+from stitchcache.encoding import SCALARS, make_factor
 from stitchcache.keys.scope import KeyWriter, Scope
 from stitchcache.keys.walk import Walk
 from stitchcache.torchside import modules, state
@@ -152,7 +151,8 @@ def _cpu() -> tuple[str, bytes]:
 def _cpu_flags() -> Iterator[str]:
     """Instruction sets as the kernel names them; the first processor speaks for all."""
     try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+        # utf-8 is imported by now; ascii would be another module.
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:
                 name, _, value = line.partition(":")
                 if name.strip() == "flags":

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from stitchcache.encoding import UnkeyableError, text_bytes
-from stitchcache.keys.digest import make_factor
+from stitchcache.encoding import UnkeyableError, make_factor, text_bytes
 from stitchcache.keys.model import memory_factor, readable
 from stitchcache.keys.scope import Scope
 from stitchcache.keys.tensors import is_fake, is_plain_tensor, own_attributes, tensor_span

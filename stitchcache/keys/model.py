@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stitchcache.containers import put_members
-from stitchcache.encoding import SCALARS, UnkeyableError, layout_of, slots_of, text_bytes
-from stitchcache.keys.digest import make_factor, shorten
+from stitchcache.encoding import (
+    SCALARS,
+    UnkeyableError,
+    layout_of,
+    make_factor,
+    shorten,
+    slots_of,
+    text_bytes,
+)
 from stitchcache.keys.origins import stands_by_version
 from stitchcache.keys.scope import Scope
 from stitchcache.keys.tensors import (

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stitchcache.encoding import UnkeyableError, text_bytes
+from stitchcache.encoding import Digest, UnkeyableError, make_factor, text_bytes
 from stitchcache.errors import OptionError
-from stitchcache.keys.digest import Digest, make_factor
 from stitchcache.keys.environment import (
     decimal_context,
     environment_factors,
