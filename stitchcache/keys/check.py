@@ -233,7 +233,7 @@ def bytes_digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def check_sources(record: TargetRecord, keyed: Scope | None = None) -> str | None:
+def check_sources(record: TargetRecord, keyed: Scope | None = None, *, looked: bool = False) -> str | None:
     """Check every source file and every value from outside of the model that a capture depended on.
 
     Files are read and digested each time: nothing cheaper is sure, and a model's few dozen files take about
@@ -242,13 +242,15 @@ def check_sources(record: TargetRecord, keyed: Scope | None = None) -> str | Non
     Args:
         record: What the target key led to.
         keyed: The walk that the target key was just computed with; it is not changed.
+        looked: Whether the model itself runs before a hit is served. It uses what its ``lru_cache``s hold, so
+            a cache that is warm by now is no reason to trace. When it was captured they were empty.
 
     Returns:
         ``None`` if nothing changed, else the reason, naming the file, global or variable.
     """
     shared = Walk(keyed)
     reason = _check_files(record.sources, shared) or _check_globals(record.globals, shared)
-    return reason or shared.warm_cache()
+    return reason or (None if looked else shared.warm_cache())
 
 
 def _check_files(sources: Iterable[SourceRef], shared: Scope) -> str | None:

@@ -184,21 +184,23 @@ def find(wanted: Wanted) -> Hit | Miss:
         return Miss(reason=wanted.target.reason or "this target has no key", cause="unkeyable")
     records = wanted.site.cache.get_target(key)
     first: Miss | None = None
+    looked = wanted.request.checked != "none"
     for record in records:
-        found = _find_by_record(wanted, record)
+        found = _find_by_record(wanted, record, looked)
         if isinstance(found, Hit):
             return found
         first = first or found
-        if record.refused is not None and len(records) > 1 and check_sources(record, wanted.walk) is None:
+        refused = record.refused is not None and len(records) > 1
+        if refused and check_sources(record, wanted.walk, looked=looked) is None:
             # It is about what is wanted here, so an older record must not be served past it.
             break
     return first or Miss(reason="no entry for this target", cause="new")
 
 
-def _find_by_record(wanted: Wanted, record: TargetRecord) -> Hit | Miss:
+def _find_by_record(wanted: Wanted, record: TargetRecord, looked: bool) -> Hit | Miss:
     if record.refused is not None:
         return Miss(reason=record.refused, cause="unkeyable", record=record)
-    changed = wanted.site.clock.timed("sources", lambda: check_sources(record, wanted.walk))
+    changed = wanted.site.clock.timed("sources", lambda: check_sources(record, wanted.walk, looked=looked))
     if changed is not None:
         return Miss(reason=changed, cause="sources", record=record)
     found = find_by_graph(record.graph_hash, wanted.site.cache, wanted.ready)
@@ -254,7 +256,8 @@ def changed_from(
         # Of the other factors, the example's and the options' are fixed, and a process keeps its machine.
         state = bound_attributes(model, bindings)
         found = first_change(target.factors, now.factors, ("model.", "code.", "torch."), state)
-        if found is None and (reason := check_sources(record, walk)) is not None:
+        # A model that was called has warm caches, and is the same model.
+        if found is None and (reason := check_sources(record, walk, looked=True)) is not None:
             found = Change(name="sources", was="as captured", now=reason)
         return found
 

@@ -159,5 +159,6 @@ def all_edits():
         {"name": f"file: {name}", "file": file, "old": old, "new": new} for name, file, old, new in FILES
     ]
     after = [{"name": f"then: {name}", "after": text} for name, text in AFTER]
-    harmless = [{"name": f"harmless: {name}", "after": text} for name, text in HARMLESS]
+    # A model that ran has warm caches; the look stands for what they hold.
+    harmless = [{"name": f"harmless: {name}", "after": text, "looked": True} for name, text in HARMLESS]
     return [*files, *after, *harmless]

@@ -73,7 +73,7 @@ def run_edit(folder, edit, stored):
         if old.key != key.key:
             result["differ"] = sorted(explain_differences(old.factors, key.factors))
         else:
-            result["reason"] = check_sources(record, shared)
+            result["reason"] = check_sources(record, shared, looked=edit.get("looked", False))
             result["hit"] = result["reason"] is None
     with SourceRecorder(shared) as recorder:
         result["graph"] = graph_text(model, args)
