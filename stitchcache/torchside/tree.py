@@ -80,9 +80,20 @@ def leaf_paths(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
 
     Returns:
         One path a leaf of ``(args, kwargs)``, such as ``ids``, ``batch['mask']`` or ``args[2]``.
+
+    Raises:
+        OptionError: A container was registered without names for what is in it.
     """
     names = positional_names(forward, len(args))
-    keyed, _ = pytree.tree_flatten_with_path((args, kwargs))
+    try:
+        keyed, _ = pytree.tree_flatten_with_path((args, kwargs))
+    except ValueError as error:
+        # torch.export asks for the same names, and fails without.
+        raise OptionError(
+            f"an argument's container cannot be taken apart by name ({error}); register its class with "
+            "torch.utils._pytree.register_pytree_node(..., flatten_with_keys_fn=...).",
+            option="args",
+        ) from error
     paths = []
     for keys, _leaf in keyed:
         first: Any = keys[1]

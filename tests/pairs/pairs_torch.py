@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from pairs_base import Built, Calls, Held, X, pair
 from torch import nn
-from torch.utils._pytree import register_pytree_node
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 
 def setting(name, get, put, first, second, read=None):
@@ -338,7 +338,11 @@ class Bag:
 
 
 register_pytree_node(
-    Bag, lambda b: ([b.x], b.by), lambda v, by: Bag(v[0], by), serialized_type_name="pairs.Bag"
+    Bag,
+    lambda b: ([b.x], b.by),
+    lambda v, by: Bag(v[0], by),
+    serialized_type_name="pairs.Bag",
+    flatten_with_keys_fn=lambda b: ([(GetAttrKey("x"), b.x)], b.by),
 )
 
 argument("one and True", by_kind, lambda: (X, 1), lambda: (X, True))
