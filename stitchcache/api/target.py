@@ -74,7 +74,14 @@ class Target:
                 target=self.name,
             )
         model, args = built[0], built[1]
-        return model, tuple(args), dict(built[2]) if len(built) == 3 else {}
+        kwargs = built[2] if len(built) == 3 else {}
+        if not isinstance(args, (tuple, list)) or not isinstance(kwargs, Mapping):
+            raise TargetError(
+                f"target {self.name!r}: build() returned {type(args).__qualname__} for the arguments and "
+                f"{type(kwargs).__qualname__} for the keyword arguments, not a tuple and a dict.",
+                target=self.name,
+            )
+        return model, tuple(args), dict(kwargs)
 
 
 def _data(fake: bool) -> AbstractContextManager[Any]:

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from stitchcache.capture.contract import input_spec, writes_state
 from stitchcache.capture.regions import ambient_modes, inline_regions
 from stitchcache.capture.sizes import Subject, names_of, prove_lower_bounds
-from stitchcache.errors import CaptureError
+from stitchcache.errors import CaptureError, StitchCacheError
 from stitchcache.graph.effects import written_placeholders
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.pieces.check import clone_all
@@ -40,20 +40,6 @@ from stitchcache.state import (
 from stitchcache.torchside import tree
 from stitchcache.torchside.tensors import has_fakes, storage_id
 from stitchcache.types import InputSpec, OutputSpec
-
-# What torch.export and the user's own forward may raise while it is traced.
-_EXPORT_ERRORS = (
-    RuntimeError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    LookupError,
-    AssertionError,
-    ArithmeticError,
-    NameError,
-    ImportError,
-)
-
 
 _VALUE_READS = frozenset(
     {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__complex__", "__index__", "__array__"}
@@ -139,7 +125,10 @@ def capture(
                 model, example[0], example[1], dynamic_shapes=dynamic_shapes, strict=False
             )
             _refuse_new_buffers(state, state_of(model))
-    except _EXPORT_ERRORS as error:
+    except StitchCacheError:
+        raise
+    except Exception as error:
+        # A boundary: the user's forward runs here, and a checker of torch's with errors of its own.
         raise _capture_error(model, error) from error
     bound, user_inputs = _inputs(program, Roads(model, plain))
     _refuse_read_state(program.graph_module, bound, reads.seen)

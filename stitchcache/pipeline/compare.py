@@ -246,7 +246,7 @@ class _Run:
             return Both(unchecked="there is no memory for the compiled model beside the model itself")
         except Exception as error:  # noqa: BLE001 - see the module's docstring
             return Both(fails=f"the model returns, and the compiled one raises {_said(error)}", drew=drew)
-        if shape != wanted.shape:
+        if not tree.alike(shape, wanted.shape):
             fact = f"the result is {_tree_text(shape)} instead of {_tree_text(wanted.shape)}"
             return Both(fails=fact, drew=drew)
         items = [measure(name, a, b) for (name, a), b in zip(wanted.returned, got, strict=True)]

@@ -92,9 +92,16 @@ class CompiledModel:
         """Whether a trace of the bound model would still be the one that was compiled.
 
         Computes the target key and reads the recorded sources again, as a start does; nothing is traced.
-        False also where no key stands for the model, as nothing can be told of it then.
+        False also where a parameter or buffer was replaced by another tensor, which calls do not see before
+        :meth:`rebind`, and where no key stands for the model, as nothing can be told of it then.
         """
-        return self.changed is not None and self.changed(self.model) is None
+        if self.changed is None or self.changed(self.model) is not None:
+            return False
+        try:
+            now = bind_tensors(self.artifact.bindings, self.model, self._constants)
+        except BindError:
+            return False
+        return all(now[name] is tensor for name, tensor in self._tensors.items())
 
     def rebind(self, model: torch.nn.Module, *, trust_model: bool = False) -> CompiledModel:
         """Use another model's parameters and buffers from the next call on.
@@ -143,7 +150,7 @@ class CompiledModel:
         return f"<CompiledModel {name} {self.graph_hash[:12]} {hit}>"
 
     def _bind(self, model: torch.nn.Module) -> None:
-        call: Callable[..., Any] = self._bound_to(model) if self._refusal is None else self.raise_refusal
+        call, self._tensors = self._bound_to(model) if self._refusal is None else (self.raise_refusal, {})
         self.__call__ = call  # type: ignore[method-assign]
 
     def raise_refusal(self, *_args: Any, **_kwargs: Any) -> None:
@@ -152,7 +159,7 @@ class CompiledModel:
             # A fresh one each time: a shared exception would collect the tracebacks of all threads.
             raise copy(self._refusal)
 
-    def _bound_to(self, model: torch.nn.Module) -> Callable[..., Any]:
+    def _bound_to(self, model: torch.nn.Module) -> tuple[Callable[..., Any], dict[str, torch.Tensor]]:
         if self.artifact.input_spec is None or self.artifact.output_spec is None:
             raise EntryFormatError(
                 f"entry {self.graph_hash[:12]} was made through the engine API and says nothing about "
@@ -162,7 +169,7 @@ class CompiledModel:
             )
         tensors = bind_tensors(self.artifact.bindings, model, self._constants)
         function = link(self.artifact, self._pieces, tensors, self._objects)
-        return build_call(function, self.artifact, tensors, model.forward, self._objects)
+        return build_call(function, self.artifact, tensors, model.forward, self._objects), tensors
 
 
 def refuse_change(

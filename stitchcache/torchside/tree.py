@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 
 from stitchcache.errors import EntryFormatError, OptionError
@@ -33,6 +34,17 @@ def flatten(value: Any) -> tuple[list[Any], TreeSpec]:
 def unflatten(leaves: Sequence[Any], spec: TreeSpec) -> Any:
     """Put leaves back into their containers."""
     return pytree.tree_unflatten(leaves, spec)
+
+
+def alike(one: TreeSpec, other: TreeSpec) -> bool:
+    """Whether two structures are equal, where ``torch.Size`` is a tuple, as torch rebuilds it."""
+    if one == other:
+        return True
+    kinds = {tuple if spec.type is torch.Size else spec.type for spec in (one, other)}
+    mine, theirs = one.children(), other.children()
+    if len(kinds) > 1 or one.context != other.context or len(mine) != len(theirs):
+        return False
+    return all(map(alike, mine, theirs))
 
 
 def dumps(spec: TreeSpec) -> str:

@@ -499,3 +499,27 @@ def shape_function_of_a_custom_op(other, patch):
     library.impl("grow", lambda x: torch.ones(3 if other else 2), "CPU")
     library.impl("grow", lambda x: torch.ones(3 if other else 2, device="meta"), "Meta")
     return Built(Calls(lambda x: x.sum() * torch.ops.pairs_shapes.grow(x).shape[0]))
+
+
+def _metadata(name, build):
+    """A pair whose buffers differ in what only Python tells of a tensor."""
+
+    def built(other, patch):
+        model = Calls(lambda x: x * float(read(model.w) + 2))
+        read, (first, second) = build()
+        model.register_buffer("w", second() if other else first())
+        return Built(model)
+
+    built.__name__, built.__module__ = f"metadata {name}", __name__
+    pair(built)
+
+
+_metadata("version", lambda: (lambda w: w._version, (lambda: torch.ones(4), lambda: torch.ones(4).add_(0))))
+_metadata(
+    "shared memory",
+    lambda: (lambda w: w.is_shared(), (lambda: torch.ones(4), lambda: torch.ones(4).share_memory_())),
+)
+_metadata(
+    "size of the storage",
+    lambda: (lambda w: w.untyped_storage().size(), (lambda: torch.ones(4), lambda: torch.ones(8)[:4])),
+)

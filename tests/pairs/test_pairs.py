@@ -25,6 +25,9 @@ OUT_OF_REACH: dict[str, str] = {
     "identity: parameter's offset": "where in memory weights lie follows from how they were loaded",
     "identity: parameter's storage": "where in memory weights lie follows from how they were loaded",
     "scalars: device with an index": "an entry runs on any device of its type",
+    "torch: metadata version": "how often a tensor was written says nothing of its values",
+    "torch: metadata shared memory": "where in memory weights lie follows from how they were loaded",
+    "torch: metadata size of the storage": "where in memory weights lie follows from how they were loaded",
 }
 """Pairs that keys cannot tell apart, each with its reason in docs/keys.md; the look tells them."""
 

@@ -15,6 +15,7 @@ from carrying_models import (
     KeepsOutside,
     Rebinds,
     Registers,
+    Returns,
     Stashes,
 )
 from torch import nn
@@ -121,3 +122,39 @@ def test_a_lazy_module_is_to_be_called_once(cache):
         _compile(cache, model)
     model(X)
     torch.testing.assert_close(_compile(cache, model)(X), model(X))
+
+
+def test_a_result_that_holds_a_shape_is_no_mismatch(cache):
+    for hit in (None, "direct"):
+        compiled = _compile(cache, Returns("shape"))
+        assert (compiled.cache_hit, compiled.check.state) == (hit, "agreed")
+        assert compiled(X)[1] == X.shape
+
+
+@pytest.mark.parametrize("what", ["error", "nan"])
+def test_whatever_a_trace_raises_is_a_capture_error(cache, what):
+    with pytest.raises(CaptureError, match="Odd: no" if what == "error" else "nan"):
+        _compile(cache, Returns(what))
+
+
+def test_replaced_weights_are_not_current(cache):
+    model = nn.Linear(4, 4)
+    compiled = _compile(cache, model)
+    assert compiled.is_current()
+    model.load_state_dict({k: torch.ones_like(v) for k, v in model.state_dict().items()}, assign=True)
+    assert not compiled.is_current()
+    compiled.rebind(model)
+    assert compiled.is_current()
+    torch.testing.assert_close(compiled(X), model(X))
+
+
+def test_a_target_with_odd_arguments_does_not_stop_the_next(cache):
+    def model():
+        return nn.Linear(4, 4).eval(), (X,)
+
+    targets = [
+        stitchcache.Target("odd", lambda: (nn.Linear(4, 4), 6), backend="eager"),
+        stitchcache.Target("right", model, backend="eager"),
+    ]
+    report = stitchcache.prewarm(targets, cache=cache)
+    assert [result.status for result in report.results] == ["failed", "compiled"]
