@@ -206,8 +206,8 @@ def test_pieces_that_disagree_together_are_told_from_the_graph(cache, monkeypatc
     bound = CompiledModel._bound_to
 
     def off(self, model):
-        call = bound(self, model)
-        return lambda *args, **kwargs: {k: v + 1 for k, v in call(*args, **kwargs).items()}
+        call, tensors = bound(self, model)
+        return lambda *args, **kwargs: {k: v + 1 for k, v in call(*args, **kwargs).items()}, tensors
 
     monkeypatch.setattr(CompiledModel, "_bound_to", off)
     with pytest.raises(PieceMismatchError, match="the graph between them does not"):
