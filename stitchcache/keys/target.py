@@ -94,10 +94,12 @@ def target_key(
     # These come last, as what they need of classes comes with them; they are told of first.
     asked = list(_option_factors(walk, splitting_ops, size_ranges, backend, options, key_factors or {}))
     factors = [*asked, *factors]
-    try:
-        factors += class_factors(walk, "code.classes")
-    except UnkeyableError as error:
-        reason = reason or str(error)
+    if reason is None:
+        # A walk that was broken off has not met all classes: what it has is no factor to compare.
+        try:
+            factors += class_factors(walk, "code.classes")
+        except UnkeyableError as error:
+            reason = str(error)
     reason = reason or walk.warm_cache()
     if reason is not None:
         return TargetKey(key=None, reason=reason, factors=tuple(factors))

@@ -294,8 +294,9 @@ def test_compiled_pieces_round_within_what_was_measured(compiled_root):
     options = models.decoder_options(backend="aoti")
     cold = stitchcache.compile(model, (x,), cache=cache, **options)
     assert cold.check.state == "agreed"
-    (bound,) = stitchcache.compile(model, (x,), cache=cache, **options).artifact.check.bounds
-    assert 0 <= bound.difference < 1e-4 * bound.magnitude
+    record = stitchcache.compile(model, (x,), cache=cache, **options).artifact.check
+    # Rounding within the floor is not noted: every start allows it.
+    assert (record.state, record.bounds) == ("compared", ())
     # Other weights under the same graph, and other sizes.
     other = stitchcache.compile(models.decoder(seed=7), (models.ids(3, 17),), cache=cache, **options)
     assert other.check.state == "agreed"
