@@ -120,7 +120,7 @@ def bind_execution_fn(
         function = _bind(kept, submods, table)
     if function is None:
         function = _bind_checked(code, filename, submod_names, submods, table, objects, checked_as)
-    _show_source(function, filename, code)
+    show_source(function, filename, code)
     return function
 
 
@@ -196,7 +196,8 @@ class _Source(list[str]):
         self.users: set[object] = set()
 
 
-def _show_source(function: types.FunctionType, filename: str, code: str) -> None:
+def show_source(function: types.FunctionType, filename: str, code: str) -> None:
+    """Show a generated function's source in tracebacks while it, or another one of equal code, lives."""
     entry = linecache.cache.get(filename)
     source = (
         entry[2] if entry is not None and len(entry) == 4 and isinstance(entry[2], _Source) else _Source(code)

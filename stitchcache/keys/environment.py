@@ -228,6 +228,9 @@ _ATTENTION = (
 )
 _FUNCTION_MODULES = (torch, torch.nn.functional, torch.linalg, torch.fft, torch.special)
 _FUNCTIONS = (FunctionType, BuiltinFunctionType)
+# transformers adds this to Module when it makes its first model, to initialise weights. If it were in keys,
+# every model would miss in a process that has made one from transformers before.
+_ADDED = ("Module.smart_apply", "PreTrainedModel.initialize_weights.<locals>.smart_apply")
 _WRAPPERS = (functools.partial, functools.partialmethod, MethodType)
 _CACHE = type(functools.lru_cache(lambda: None))
 _LOOKED_INTO = frozenset({*_FUNCTIONS, *_WRAPPERS, _CACHE, property, staticmethod, classmethod})
@@ -389,6 +392,8 @@ def _put_other(encoder: KeyWriter, names: list[str], name: str, value: Any) -> N
         kind = type(value)
     if kind is _CACHE:
         value, kind = value.__wrapped__, type(value.__wrapped__)
+    if kind is FunctionType and (name, value.__qualname__) == _ADDED:
+        return
     if kind is FunctionType and not encoder.walk.origin(value.__code__.co_filename)[0]:
         _put_patched(encoder, names, name, value)
     elif kind in _FUNCTIONS:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import linecache
-import weakref
 from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
 
 from stitchcache.artifact.record import Artifact
-from stitchcache.codegen.execution import CodeObjects
+from stitchcache.codegen.execution import CodeObjects, show_source
 from stitchcache.errors import EntryFormatError, InputMismatchError
 from stitchcache.runtime.callcode import CallSource, output_expression, write_checks, write_inputs
 from stitchcache.runtime.mismatch import Arrangement, explain_mismatch, is_plain, share_memory
@@ -170,7 +169,6 @@ def _compile(
         return call(*arranged[0], **arranged[1])
 
     source.names["refuse"] = refuse
-    call: Callable[..., Any] = namespace["bind"](**source.names)
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    weakref.finalize(call, linecache.cache.pop, filename, None)
+    call: FunctionType = namespace["bind"](**source.names)
+    show_source(call, filename, text)
     return call

@@ -535,6 +535,20 @@ def test_a_replaced_method_of_torch_counts(monkeypatch, owner, name, value):
     assert differ(before, state()) == ["torch.patched"]
 
 
+def test_a_model_of_transformers_made_before_changes_no_factor():
+    """It leaves a method of its own on ``torch.nn.Module``."""
+    transformers = pytest.importorskip("transformers")
+    before = state()
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(torch.nn.Module, "smart_apply", raising=False)
+        without = state()
+        transformers.LlamaModel(transformers.LlamaConfig(vocab_size=8, **size))
+        assert hasattr(torch.nn.Module, "smart_apply")
+        assert differ(without, state()) == []
+    assert differ(before, state()) == []
+
+
 @pytest.mark.parametrize(
     "variable",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 
 import pytest
@@ -112,6 +113,9 @@ def test_the_call_shows_in_tracebacks(build):
     import traceback
 
     compiled = build(torch.nn.Linear(4, 4), (torch.randn(2, 4),))
+    # Another model of the same graph comes and goes.
+    build(torch.nn.Linear(4, 4), (torch.randn(2, 4),))
+    gc.collect()
     try:
         compiled(torch.randn(3, 4))
     except errors.InputMismatchError as error:
