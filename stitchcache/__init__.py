@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from stitchcache.artifact.globals import register_const_type as register_const_type
     from stitchcache.artifact.record import Artifact as Artifact
     from stitchcache.cache import Cache as Cache
-    from stitchcache.codegen import compile_execution_fn as compile_execution_fn
-    from stitchcache.codegen import generate_execution_code as generate_execution_code
+    from stitchcache.codegen.execution import compile_execution_fn as compile_execution_fn
+    from stitchcache.codegen.generate import generate_execution_code as generate_execution_code
     from stitchcache.explanation import Explanation as Explanation
     from stitchcache.graph.canonical import graph_hash as graph_hash
     from stitchcache.graph.split import SplitItem as SplitItem
@@ -47,9 +47,9 @@ _HOMES = {
     "SplitItem": "stitchcache.graph.split",
     "Target": "stitchcache.api.target",
     "compile": "stitchcache.api.compile",
-    "compile_execution_fn": "stitchcache.codegen",
+    "compile_execution_fn": "stitchcache.codegen.execution",
     "errors": "stitchcache.errors",
-    "generate_execution_code": "stitchcache.codegen",
+    "generate_execution_code": "stitchcache.codegen.generate",
     "graph_hash": "stitchcache.graph.canonical",
     "load": "stitchcache.api.load",
     "preload": "stitchcache.api.preload",

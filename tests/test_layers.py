@@ -28,7 +28,6 @@ TORCH_FREE = {
 # Strings and attributes that look like private names of torch, and where they are something else.
 PRIVATE_STRINGS = {
     # Lists of what stored code may name: data of the entry format, compared and never looked up in torch.
-    "codegen/allowed.py",
     "codegen/reach.py",
     "artifact/globals.py",
 }

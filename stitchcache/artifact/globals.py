@@ -51,7 +51,7 @@ _LISTED: dict[str, frozenset[str]] = {
 }
 # Under their module's own name, as functions made in C say it, and as Python 2 named builtins.
 _SAME_AS = {"_operator": "operator", "__builtin__": "builtins"}
-_READS_FILES = frozenset({"from_file", "load_tensor"})
+_READS_FILES = frozenset({"from_file", "load_tensor", "save"})
 
 
 class Refused(Exception):
@@ -177,7 +177,7 @@ def _is_operator(found: object, name: str) -> bool:
 
 
 def reads_files(op: str) -> bool:
-    """Whether an operator of torch's own opens files."""
+    """Whether an operator of torch's own opens files; ``aten::save`` is TorchScript's."""
     return op.rpartition("::")[2] in _READS_FILES
 
 

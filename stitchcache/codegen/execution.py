@@ -16,16 +16,15 @@ from typing import Any
 import torch
 
 import stitchcache
-from stitchcache.errors import LinkError
+from stitchcache.errors import EntryFormatError, LinkError
 
 
 class CodeObjects:
     """Code objects of generated source, kept so that a warm start neither parses nor compiles it.
 
-    A code object is named by a digest over everything that it comes from: the source, the name that
-    tracebacks show, Python's bytecode version, and this package's version, for that decides what source is
-    accepted at all. Any difference names another one, and then there is none: the source is read and
-    checked as if nothing had been kept.
+    One is named by a digest over everything that it comes from: the source, the name that tracebacks show,
+    Python's bytecode version, and this package's version, which decides what source is accepted. Where
+    anything differs none is found, and the source is read and checked as if nothing had been kept.
 
     Args:
         kept: Digest and marshalled code object, from bytes whose own digest was checked and that nobody else
@@ -36,17 +35,9 @@ class CodeObjects:
         self._kept = dict(kept)
 
     def get(self, filename: str, source: str) -> types.CodeType | None:
-        """The code object of a source, if it is kept.
-
-        Args:
-            filename: What tracebacks show.
-            source: The source, and what else the gate held it against.
-        """
-        kept = self._kept.get(_digest(filename, source))
-        if kept is None:
-            return None
+        """The code object of a source (with what else the gate held it against), if it is kept."""
         try:
-            code = marshal.loads(kept)
+            code = marshal.loads(self._kept.get(_digest(filename, source), b"N"))
         except (ValueError, EOFError, TypeError):
             return None
         return code if isinstance(code, types.CodeType) else None
@@ -62,7 +53,10 @@ class CodeObjects:
 
 def _digest(filename: str, source: str) -> str:
     flags = f"{sys.flags.optimize} {sys.implementation.cache_tag} {MAGIC_NUMBER.hex()}"
-    text = "\0".join((stitchcache.__version__, flags, filename, source))
+    return _sha256("\0".join((stitchcache.__version__, flags, filename, source)))
+
+
+def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -108,80 +102,53 @@ def bind_execution_fn(
     Source whose code object is there was checked when that was made, against the same numbers of submodules
     and constants, and is not parsed again. What is compiled here is added to ``objects``.
     """
+    if not isinstance(code, str):
+        raise EntryFormatError("The code is not text.", field="code", reason=f"it is a {type(code).__name__}")
     table = list(consts) if consts is not None else []
-    submods = [submod_callables.get(name) for name in submod_names] if isinstance(code, str) else []
-    # Anything but text is refused by the gate.
-    filename = _name_of(code) if isinstance(code, str) else ""
-    # What the gate held the source against is a part of what names the code object.
-    checked_as = f"{len(submod_names)} {len(table)}\0{code}"
-    kept = objects.get(filename, checked_as)
+    submods = [submod_callables.get(name) for name in submod_names]
+    missing = {index for index, submod in enumerate(submods) if submod is None}
+    filename = f"<stitchcache {_sha256(code)[:16]}>"
+    checked_as = f"{len(submods)} {len(table)}\0{code}"
+    compiled = objects.get(filename, checked_as) if not missing else None
     function = None
-    if kept is not None and all(submod is not None for submod in submods):
-        function = _bind(kept, submods, table)
+    if compiled is not None:
+        try:
+            function = _run(compiled, submods, table)
+        except AttributeError:
+            pass  # It needs an op that this process lacks: the gate says which.
     if function is None:
-        function = _bind_checked(code, filename, submod_names, submods, table, objects, checked_as)
+        # Imported where it is needed: most warm starts find the code object.
+        from stitchcache.codegen.gate import check_code
+
+        checked = check_code(code, len(submods), len(table))
+        absent = [submod_names[index] for index in sorted(missing & checked.used)]
+        if absent:
+            raise LinkError(
+                f"The execution code uses {', '.join(absent)}, and nothing was supplied for it. "
+                "Pass a callable (or a tensor, for a parameter or buffer) under each name.",
+                missing=absent,
+            )
+        compiled = compile(checked.tree, filename, "exec", dont_inherit=True)
+        if checked.is_bound:  # the list ABI looks its ops up on each call, so a lack would show too late
+            objects.add(filename, checked_as, compiled)
+        function = _run(compiled, submods, table)
     show_source(function, filename, code)
     return function
 
 
-def _name_of(code: str) -> str:
-    return f"<stitchcache {hashlib.sha256(code.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}>"
-
-
-def _bind(kept: types.CodeType, submods: list[Any], consts: list[Any]) -> types.FunctionType | None:
-    """Run a kept code object; ``None`` where it needs what this process lacks, which the gate can name."""
-    scope = _scope()
-    try:
-        exec(kept, scope)  # noqa: S102  (it passed the gate when it was compiled)
-        function: types.FunctionType = scope["bind"](submods, consts)
-    except AttributeError:
-        return None
-    return function
-
-
-def _bind_checked(
-    code: str,
-    filename: str,
-    submod_names: Sequence[str],
-    submods: list[Any],
-    consts: list[Any],
-    objects: CodeObjects,
-    checked_as: str,
-) -> types.FunctionType:
-    # Imported where it is needed: most warm starts find the code object.
-    from stitchcache.codegen.gate import check_code
-
-    checked = check_code(code, len(submod_names), len(consts))
-    missing = [name for i, name in enumerate(submod_names) if i in checked.used and submods[i] is None]
-    if missing:
-        raise LinkError(
-            f"The execution code uses {', '.join(missing)}, and nothing was supplied for it. "
-            "Pass a callable (or a tensor, for a parameter or buffer) under each name in submod_callables.",
-            missing=missing,
-        )
-    scope = _scope()
-    compiled = compile(checked.tree, filename, "exec", dont_inherit=True)
+def _run(compiled: types.CodeType, submods: list[Any], consts: list[Any]) -> types.FunctionType:
+    """Run source that passed the gate, which took its imports out: what they would bind is given here."""
+    scope: dict[str, Any] = {"__name__": "stitchcache.generated", "torch": torch, "__vllm_consts__": consts}
+    scope["operator"] = scope["_operator"] = operator
+    exec(compiled, scope)  # noqa: S102  (after the gate)
     function: types.FunctionType
-    if checked.abi == "bound":
-        exec(compiled, scope)  # noqa: S102  (after the gate)
-        objects.add(filename, checked_as, compiled)
+    if "bind" in scope:
+        del scope["__vllm_consts__"]  # only the function holds them: `bind` and these names are a circle
         function = scope["bind"](submods, consts)
     else:
-        scope["__vllm_consts__"] = consts
-        exec(compiled, scope)  # noqa: S102  (after the gate)
         function = scope["execution_fn"]
         function.__kwdefaults__ = {**(function.__kwdefaults__ or {}), "__vllm_submods__": submods}
     return function
-
-
-def _scope() -> dict[str, Any]:
-    # The gate took the import statements out: what they would bind is given here.
-    return {
-        "__name__": "stitchcache.generated",
-        "torch": torch,
-        "operator": operator,
-        "_operator": operator,
-    }
 
 
 class _Source(list[str]):
@@ -191,17 +158,20 @@ class _Source(list[str]):
     the count is kept there, on the lines themselves.
     """
 
-    def __init__(self, code: str) -> None:
-        super().__init__(code.splitlines(keepends=True))
-        self.users: set[object] = set()
+    users: set[object]
+
+
+def _shown(filename: str) -> _Source | None:
+    entry = linecache.cache.get(filename)
+    return entry[2] if entry is not None and len(entry) == 4 and isinstance(entry[2], _Source) else None
 
 
 def show_source(function: types.FunctionType, filename: str, code: str) -> None:
     """Show a generated function's source in tracebacks while it, or another one of equal code, lives."""
-    entry = linecache.cache.get(filename)
-    source = (
-        entry[2] if entry is not None and len(entry) == 4 and isinstance(entry[2], _Source) else _Source(code)
-    )
+    source = _shown(filename)
+    if source is None:
+        source = _Source(code.splitlines(keepends=True))
+        source.users = set()
     user = object()
     source.users.add(user)
     # No modification time: linecache then never compares it with a file.
@@ -211,9 +181,8 @@ def show_source(function: types.FunctionType, filename: str, code: str) -> None:
 
 def _hide_source(filename: str, source: _Source, user: object) -> None:
     source.users.discard(user)
-    entry = linecache.cache.get(filename)
-    if source.users or entry is None or len(entry) != 4 or entry[2] is not source:
+    if source.users or _shown(filename) is not source:
         return
-    linecache.cache.pop(filename, None)
+    entry = linecache.cache.pop(filename)
     if source.users:  # another thread compiled equal code meanwhile
         linecache.cache[filename] = entry

@@ -1,17 +1,14 @@
 """The gate: which source text may be executed.
 
-Code that came from outside is parsed, and every construct in it is compared with what the generators
-write, before any of it runs. docs/generated-code.md has the grammar; the methods of `_Gate` follow it
-rule by rule. What a rule does not name is refused: there is no list of what is dangerous here. Nothing
-is executed here.
+Source from outside is parsed and compared with the grammar in docs/generated-code.md before any of it runs.
+What no rule names is refused: there is no list of what is dangerous. Nothing is executed here.
 """
 
 from __future__ import annotations
 
 import ast
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
-from stitchcache.codegen.names import is_dunder
 from stitchcache.codegen.reach import (
     BUILTINS,
     OPERATOR_METHODS,
@@ -19,23 +16,20 @@ from stitchcache.codegen.reach import (
     NotAllowedError,
     Path,
     is_attribute,
+    is_dunder,
     is_method,
     resolve,
 )
 from stitchcache.errors import EntryFormatError, LinkError
 
-if TYPE_CHECKING:
-    from dataclasses import dataclass
-else:
-    from stitchcache.records import dataclass
-
 _INLINED = "__vllm_inlined_submods__"
 _ROOTS = ("torch", "operator", "_operator")
-_BINARY = (
+# What an expression may be made of beside expressions.
+_OPERATORS = (
     ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.MatMult, ast.BitAnd, ast.BitOr,
-    ast.BitXor, ast.LShift, ast.RShift,
+    ast.BitXor, ast.LShift, ast.RShift, ast.USub, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE,
+    ast.Load,
 )  # fmt: skip
-_COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 _IN_DEFAULTS = (ast.Constant, ast.UnaryOp, ast.USub, ast.Tuple, ast.List, ast.Dict, ast.Load)
 
 # What an expression stands for: a variable of the function, a submodule or a constant that the caller
@@ -43,27 +37,16 @@ _IN_DEFAULTS = (ast.Constant, ast.UnaryOp, ast.USub, ast.Tuple, ast.List, ast.Di
 _Kind = Literal["local", "submod", "const", "op", "function"]
 _VALUES = ("local", "submod", "const")
 # Names that stand for the caller's tables: unpacked in the bound ABI, indexed in the list ABI.
-_TABLES: dict[str, Literal["submod", "const"]] = {
-    "__submods__": "submod",
-    "__consts__": "const",
-    "__vllm_submods__": "submod",
-    "__vllm_consts__": "const",
-}
+_UNPACKED: dict[str, _Kind] = {"__submods__": "submod", "__consts__": "const"}
+_INDEXED: dict[str, _Kind] = {"__vllm_submods__": "submod", "__vllm_consts__": "const"}
 
 
-@dataclass(frozen=True, slots=True)
-class CheckedCode:
-    """Code that passed the gate.
-
-    Args:
-        tree: Its functions, without the import statements.
-        abi: Which of the two shapes it has.
-        used: Numbers of the submodules that it uses.
-    """
+class CheckedCode(NamedTuple):
+    """Code that passed the gate: its functions, which shape it has, and the submodules that it uses."""
 
     tree: ast.Module
-    abi: Literal["bound", "list"]
-    used: frozenset[int]
+    is_bound: bool
+    used: set[int]
 
 
 def check_code(code: str, submods: int, consts: int) -> CheckedCode:
@@ -74,35 +57,29 @@ def check_code(code: str, submods: int, consts: int) -> CheckedCode:
         submods: How many submodules it will be given.
         consts: How many constants it will be given.
 
-    Returns:
-        The parsed code.
-
     Raises:
         EntryFormatError: It holds anything that the generators do not write, or uses a slot that it
             will not be given; ``field`` names line and construct.
         LinkError: It calls an op that no imported library registers.
     """
-    if not isinstance(code, str):
-        raise EntryFormatError("The code is not text.", field="code", reason=f"it is a {type(code).__name__}")
     try:
         tree = ast.parse(code)
+        functions = _functions(tree)
+        # Imports are not run: what they would bind is put into the globals.
+        tree.body = list(functions)
+        is_bound = len(functions) == 1 and functions[0].name == "bind"
+        gate = _Gate(is_bound, submods, consts)
+        gate.bind(functions[0]) if is_bound else gate.list_module(functions)
+    except EntryFormatError:
+        raise
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None) or 0
         raise EntryFormatError(
-            f"line {line} of the code is not Python: {error}", field=f"code, line {line}", reason=str(error)
+            f"line {line} of the code cannot be read as Python: {error}",
+            field=f"code, line {line}",
+            reason=str(error),
         ) from error
-    functions = _functions(tree)
-    # Imports are not run: what they would bind is put into the globals.
-    tree.body = list(functions)
-    is_bound = len(functions) == 1 and functions[0].name == "bind"
-    gate = _Gate(is_bound, submods, consts)
-    try:
-        gate.bind(functions[0]) if is_bound else gate.list_module(functions)
-    except RecursionError as error:
-        raise EntryFormatError(
-            "The code is nested too deeply.", field="code", reason="nested too deeply"
-        ) from error
-    return CheckedCode(tree, "bound" if is_bound else "list", frozenset(gate.used))
+    return CheckedCode(tree, is_bound, gate.used)
 
 
 def _refuse(node: ast.AST, construct: str) -> NoReturn:
@@ -133,24 +110,15 @@ def _functions(tree: ast.Module) -> list[ast.FunctionDef]:
 
 
 def _is_docstring(node: ast.stmt) -> bool:
-    match node:
-        case ast.Expr(value=ast.Constant(value=str())):
-            return True
-    return False
+    return isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
 
 
 class _Gate:
-    """Checks the functions of one source text, in the order in which they run.
-
-    Args:
-        is_bound: Whether it is the bound ABI; the list ABI otherwise.
-        submods: How many submodules there are.
-        consts: How many constants there are.
-    """
+    """Checks the functions of one source text, in the order in which they run."""
 
     def __init__(self, is_bound: bool, submods: int, consts: int) -> None:
         self._is_bound = is_bound
-        self._counts = {"submod": submods, "const": consts}
+        self._counts: dict[_Kind, int] = {"submod": submods, "const": consts}
         # What names of the module and of bind stand for, with the number of a submodule.
         self._outer: dict[str, tuple[_Kind, int]] = {}
         self._local: set[str] = set()
@@ -162,26 +130,27 @@ class _Gate:
         """``bind``: slots and ops get names, then ``execution_fn`` is defined and returned."""
         if self._parameters(bind) != ["__submods__", "__consts__"] or bind.args.defaults:
             _refuse(bind, "parameters other than (__submods__, __consts__)")
-        *assigns, function, last = _body(bind, least=2)
-        if not isinstance(function, ast.FunctionDef) or function.name != "execution_fn":
-            _refuse(function, "anything but execution_fn before bind returns")
-        match last:
-            case ast.Return(value=ast.Name(id="execution_fn")):
+        match _body(bind):
+            case [
+                *assigns,
+                ast.FunctionDef(name="execution_fn") as function,
+                ast.Return(value=ast.Name(id="execution_fn")),
+            ]:
                 pass
             case _:
-                _refuse(last, "anything but 'return execution_fn' at the end of bind")
-        unpacked: dict[str, int] = {}
+                _refuse(bind, "no execution_fn at the end of bind")
+        unpacked: dict[_Kind, int] = {}
         for node in assigns:
             match node:
                 case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Name(id=table)) if (
-                    table in ("__submods__", "__consts__") and _TABLES[table] not in unpacked
+                    table in _UNPACKED and _UNPACKED[table] not in unpacked
                 ):
-                    unpacked[_TABLES[table]] = len(names)
+                    unpacked[_UNPACKED[table]] = len(names)
                     for index, name in enumerate(names):
-                        self._outer[self._new_name(name)] = (_TABLES[table], index)
+                        self._bound_name(name, _UNPACKED[table], index)
                 case ast.Assign(targets=[ast.Name() as name], value=value):
                     self._resolve(value)
-                    self._outer[self._new_name(name)] = ("op", 0)
+                    self._bound_name(name, "op", 0)
                 case _:
                     _refuse(node, "anything but a binding in bind")
         if {"submod": 0, "const": 0, **unpacked} != self._counts:
@@ -210,20 +179,21 @@ class _Gate:
     def _function(self, function: ast.FunctionDef, given: str = "") -> None:
         self._local = set()
         for default in (*function.args.defaults, *filter(None, function.args.kw_defaults)):
-            self._default(default)
+            if self._stands_for(default) != "const":
+                for part in ast.walk(default):
+                    if not isinstance(part, _IN_DEFAULTS):
+                        _refuse(part, "a default that is neither a literal nor a constant")
+            self._value(default)
         for name in self._parameters(function):
             if name != given:
-                self._local.add(self._new_local(function, name))
-        *statements, last = _body(function, least=1)
+                self._local.add(self._free(function, name))
+        *statements, last = _body(function)
         for statement in statements:
             self._statement(statement)
-        match last:
-            case ast.Return(value=None):
-                pass
-            case ast.Return(value=ast.expr() as value):
-                self._value(value)
-            case _:
-                _refuse(last, "anything but a return at the end of a function")
+        if not isinstance(last, ast.Return):
+            _refuse(last, "anything but a return at the end of a function")
+        if last.value is not None:
+            self._value(last.value)
 
     @staticmethod
     def _parameters(function: ast.FunctionDef) -> list[str]:
@@ -238,16 +208,6 @@ class _Gate:
             _refuse(function, "two parameters of one name")  # Python parses that and refuses to compile it
         return names
 
-    def _default(self, node: ast.expr) -> None:
-        """A parameter's default: a literal or a constant."""
-        if self._stands_for(node) != "const":
-            for part in ast.walk(node):
-                if not isinstance(part, _IN_DEFAULTS):
-                    _refuse(part, "a default that is no literal")
-        self._value(node)
-
-    # -- statements --------------------------------------------------------------------------------
-
     def _statement(self, node: ast.stmt) -> None:
         match node:
             case ast.Assign(targets=[target], value=value):
@@ -255,7 +215,7 @@ class _Gate:
                 for name in target.elts if isinstance(target, ast.Tuple) else [target]:
                     if not isinstance(name, ast.Name):
                         _refuse(name, "an assignment to anything but names")
-                    self._local.add(self._new_local(name, name.id))
+                    self._local.add(self._free(name, name.id))
             case ast.Delete(targets=targets):
                 for name in targets:
                     if not isinstance(name, ast.Name) or name.id not in self._local:
@@ -266,18 +226,18 @@ class _Gate:
             case _:
                 _refuse(node, f"a {type(node).__name__} statement")
 
-    def _new_local(self, node: ast.AST, name: str) -> str:
+    def _free(self, node: ast.AST, name: str) -> str:
         # vLLM's code has a local named __mul__ where the graph calls torch.Tensor.__mul__.
         legal = name in OPERATOR_METHODS if name.startswith("__") else name not in (*_ROOTS, "getattr")
         if not legal or name in self._outer:
             _refuse(node, f"an assignment to {name}")
         return name
 
-    def _new_name(self, node: ast.expr) -> str:
+    def _bound_name(self, node: ast.expr, kind: _Kind, index: int) -> None:
         # bind binds `op_0 = max`: a slot that is named max would change what that means.
         if not isinstance(node, ast.Name) or node.id in BUILTINS:
             _refuse(node, "an assignment to anything but names that are free")
-        return self._new_local(node, node.id)
+        self._outer[self._free(node, node.id)] = (kind, index)
 
     # -- expressions -------------------------------------------------------------------------------
 
@@ -286,42 +246,44 @@ class _Gate:
         if self._stands_for(node) not in (None, "function"):
             return
         match node:
-            case ast.Constant():
-                pass
-            case ast.Call():
-                self._call(node)
             case ast.Attribute(value=owner, attr=name) if self._stands_for(owner) in _VALUES:
                 if not is_attribute(name):
                     _refuse(node, f"the attribute {name}")
-            case ast.Subscript(value=ast.Name() | ast.Call() | ast.Subscript() as owner, slice=index):
-                self._value(owner)
-                for part in index.elts if isinstance(index, ast.Tuple) else [index]:
-                    bounds = (part.lower, part.upper, part.step) if isinstance(part, ast.Slice) else (part,)
-                    for bound in filter(None, bounds):
-                        self._value(bound)
-            case ast.Tuple(elts=items) | ast.List(elts=items):
-                for item in items:
-                    self._value(item)
-            case ast.Dict(keys=keys, values=values):
-                for key, value in zip(keys, values, strict=True):
-                    if key is None:
-                        _refuse(node, "a dict inside a dict display")
-                    self._value(key)
-                    self._value(value)
-            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() | complex())):
+                return
+            case ast.Call():
+                self._call(node)
+                return
+            case ast.Dict(keys=keys) if None in keys:
+                _refuse(node, "a dict inside a dict display")
+            case (
+                ast.Constant()
+                | ast.Tuple()
+                | ast.List()
+                | ast.Dict()
+                | ast.Slice()
+                | ast.BinOp()
+                | ast.Compare(ops=[_])
+                | ast.Subscript(value=ast.Name() | ast.Call() | ast.Subscript())
+                | ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() | complex()))
+            ):
                 pass
-            case ast.BinOp(left=left, op=op, right=right) if isinstance(op, _BINARY):
-                self._value(left)
-                self._value(right)
-            case ast.Compare(left=left, ops=[op], comparators=[right]) if isinstance(op, _COMPARISONS):
-                self._value(left)
-                self._value(right)
             case _:
                 _refuse(node, f"{_shown(node)}, which has no meaning there")
+        for part in ast.iter_child_nodes(node):
+            if isinstance(part, ast.expr):
+                self._value(part)
+            elif not isinstance(part, _OPERATORS):
+                _refuse(node, f"the operator {type(part).__name__}")
 
     def _call(self, node: ast.Call) -> None:
-        if not self._is_getattr(node):
-            self._callee(node.func)
+        match node.func:
+            case func if self._stands_for(func) not in (None, "local"):
+                pass
+            case ast.Attribute(value=owner, attr=name) if self._stands_for(owner) in _VALUES:
+                if not is_method(name):
+                    _refuse(node, f"a call of the method {name}")
+            case func if not self._reads_attribute(node):
+                _refuse(node, f"a call of {_shown(func)}, which is no submodule, op or method")
         for arg in node.args:
             self._value(arg)
         for keyword in node.keywords:
@@ -335,25 +297,12 @@ class _Gate:
                     _refuse(node, "a keyword argument that graphs do not have")
             self._value(keyword.value)
 
-    def _callee(self, node: ast.expr) -> None:
-        kind = self._stands_for(node)
-        if kind is not None and kind != "local":
-            return
-        match node:
-            case ast.Attribute(value=owner, attr=name) if self._stands_for(owner) in _VALUES:
-                if not is_method(name):
-                    _refuse(node, f"a call of the method {name}")
-            case _:
-                _refuse(node, f"a call of {_shown(node)}, which is no submodule, op or method")
-
-    def _is_getattr(self, node: ast.Call) -> bool:
+    def _reads_attribute(self, node: ast.Call) -> bool:
         """Whether it is ``getattr(value, 'name')``, as graphs read attributes in the list ABI."""
         match node:
             case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str() as name), *rest]):
                 return not (self._is_bound or node.keywords or rest[1:]) and is_attribute(name)
         return False
-
-    # -- names -------------------------------------------------------------------------------------
 
     def _stands_for(self, node: ast.expr) -> _Kind | None:
         """What a name, a slot or a dotted path stands for; ``None`` for any other expression."""
@@ -365,15 +314,15 @@ class _Gate:
                 if kind == "submod":
                     self.used.add(index)
                 return "op" if kind is None and not self._is_bound and name in BUILTINS else kind
-            case ast.Subscript(value=ast.Name(id="__vllm_submods__" | "__vllm_consts__" as table), slice=at):
+            case ast.Subscript(value=ast.Name(id=table), slice=at) if table in _INDEXED:
                 number = at.value if isinstance(at, ast.Constant) else None
-                count = 0 if self._is_bound else self._counts[_TABLES[table]]
+                count = 0 if self._is_bound else self._counts[_INDEXED[table]]
                 # Not isinstance: True is an int too, and generated code never has it there.
                 if type(number) is not int or not 0 <= number < count:
                     _refuse(node, f"an index into {table} that is not one of its {count}")
-                if _TABLES[table] == "submod":
+                if _INDEXED[table] == "submod":
                     self.used.add(number)
-                return _TABLES[table]
+                return _INDEXED[table]
             case ast.Attribute() | ast.Call(func=ast.Name(id="getattr")) if not self._is_bound:
                 path = _dotted_path(node)
                 if path and path[0] in _ROOTS:
@@ -398,9 +347,9 @@ class _Gate:
             ) from error
 
 
-def _body(function: ast.FunctionDef, least: int) -> list[ast.stmt]:
+def _body(function: ast.FunctionDef) -> list[ast.stmt]:
     body = function.body[1:] if _is_docstring(function.body[0]) else function.body
-    if len(body) < least:
+    if not body:
         _refuse(function, "a function without a return")
     return body
 
@@ -412,21 +361,16 @@ def _shown(node: ast.expr) -> str:
 
 def _dotted_path(node: ast.expr) -> Path | None:
     """Read a dotted path, some steps of which may be written as ``getattr(path, 'step')``."""
-    steps: list[str] = []
-    while True:
-        match node:
-            case ast.Name(id=name):
-                return (name, *reversed(steps))
-            case ast.Attribute(value=owner, attr=step):
-                pass
-            case ast.Call(
-                func=ast.Name(id="getattr"), args=[owner, ast.Constant(value=str() as step)], keywords=[]
-            ):
-                pass
-            case _:
-                return None
-        steps.append(step)
-        node = owner
-
-
-__all__ = ["CheckedCode", "check_code"]
+    match node:
+        case ast.Name(id=name):
+            return (name,)
+        case ast.Attribute(value=owner, attr=step):
+            pass
+        case ast.Call(
+            func=ast.Name(id="getattr"), args=[owner, ast.Constant(value=str() as step)], keywords=[]
+        ):
+            pass
+        case _:
+            return None
+    path = _dotted_path(owner)
+    return None if path is None else (*path, step)

@@ -15,7 +15,8 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from stitchcache.artifact.consts import dump_consts, load_consts
-from stitchcache.codegen import compile_execution_fn, generate_execution_code
+from stitchcache.codegen.execution import compile_execution_fn
+from stitchcache.codegen.generate import generate_execution_code
 from stitchcache.errors import EntryFormatError
 from stitchcache.graph.effects import attribute_of, called
 from stitchcache.pieces.backends import Backend, BoxedPiece

@@ -14,7 +14,7 @@ from stitchcache.artifact.consts import dump_consts
 from stitchcache.artifact.record import Artifact, Variant
 from stitchcache.capture import Capture
 from stitchcache.capture.contract import tensor_spec
-from stitchcache.codegen import generate_execution_code
+from stitchcache.codegen.generate import generate_execution_code
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.keys.walk import plain_bytes
 from stitchcache.pieces import get_backend

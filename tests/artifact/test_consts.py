@@ -447,6 +447,7 @@ def table(*ids) -> bytes:
         ("op", "aten::add", "__class__"),
         ("op", "aten::from_file", ""),
         ("op", "debugprims::load_tensor", "default"),
+        ("op", "aten::save", "default"),
         ("torch", "load"),
         ("placement", "Placement.__init__", {}),
         ("same", 7),

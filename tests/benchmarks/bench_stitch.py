@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from stitchcache.codegen import compile_execution_fn, generate_execution_code
+from stitchcache.codegen.execution import compile_execution_fn
+from stitchcache.codegen.generate import generate_execution_code
 
 PIECES = (9, 65, 257)
 ROUND_SECONDS = 0.002

@@ -16,7 +16,8 @@ from stitchcache.artifact.consts import dump_consts, load_consts
 from stitchcache.artifact.entry import decode, encode
 from stitchcache.artifact.globals import register_const_type
 from stitchcache.artifact.record import Artifact, Variant
-from stitchcache.codegen import compile_execution_fn, generate_execution_code
+from stitchcache.codegen.execution import compile_execution_fn
+from stitchcache.codegen.generate import generate_execution_code
 from stitchcache.errors import UnserializableConstError
 
 Point = register_const_type(collections.namedtuple("Point", "x y"))

@@ -18,8 +18,9 @@ from codegen_cases import graph_module
 from torch import fx
 
 import stitchcache
-from stitchcache.codegen import compile_execution_fn, execution, generate_execution_code
-from stitchcache.codegen.execution import CodeObjects, bind_execution_fn
+from stitchcache.codegen import execution
+from stitchcache.codegen.execution import CodeObjects, bind_execution_fn, compile_execution_fn
+from stitchcache.codegen.generate import generate_execution_code
 from stitchcache.errors import EntryFormatError, LinkError
 from stitchcache.store.layout import Area
 from stitchcache.store.scan import keyed_items

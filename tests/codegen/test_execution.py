@@ -15,7 +15,8 @@ import torch
 from codegen_cases import Opaque, graph_module
 from torch import fx
 
-from stitchcache.codegen import compile_execution_fn, generate_execution_code
+from stitchcache.codegen.execution import compile_execution_fn
+from stitchcache.codegen.generate import generate_execution_code
 from stitchcache.errors import EntryFormatError, LinkError
 
 BOUND = """import torch

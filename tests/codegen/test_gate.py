@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stitchcache.codegen import compile_execution_fn
+from stitchcache.codegen.execution import compile_execution_fn
 from stitchcache.codegen.gate import check_code
 from stitchcache.errors import EntryFormatError
 
@@ -113,6 +113,10 @@ BAD_OPS = [
     "torch.ops.aten.from_file",
     "torch.ops.aten.from_file.default",
     "torch.from_file",
+    "torch.ops.aten.save",
+    "torch.ops.aten.save.default",
+    "torch.ops.debugprims.load_tensor",
+    "torch.ops.debugprims.load_tensor.default",
     "torch.ops.__class__.mro",
     "torch.ops.aten.add.Tensor.py_impl",
     "torch.ops.aten.add.__call__",

@@ -16,7 +16,8 @@ import torch
 from codegen_cases import Methods, Opaque, assert_same, check, compiled, graph_module, record, slots_of
 from torch import fx
 
-from stitchcache.codegen import compile_execution_fn, generate_execution_code
+from stitchcache.codegen.execution import compile_execution_fn
+from stitchcache.codegen.generate import generate_execution_code
 from stitchcache.errors import CodegenError, OptionError, UnserializableConstError
 
 
@@ -394,7 +395,7 @@ import sys
 sys.path[:0] = {path!r}
 import torch, hashlib
 from codegen_cases import graph_module, record, Point
-from stitchcache.codegen import generate_execution_code
+from stitchcache.codegen.generate import generate_execution_code
 import operator
 def build(g):
     x = g.placeholder("x"); y = g.placeholder("y")

@@ -14,7 +14,7 @@ from torch import fx
 from torch.distributed.tensor.placement_types import Replicate, Shard
 
 from stitchcache.artifact.globals import register_const_type
-from stitchcache.codegen import generate_execution_code
+from stitchcache.codegen.generate import generate_execution_code
 
 CASES: dict[str, tuple[Any, tuple[Any, ...]]] = {}
 
@@ -239,6 +239,14 @@ def results_nobody_uses(graph: fx.Graph) -> None:
     graph.call_function(torch.max, (x, 0))
     graph.output(x)
     del y
+
+
+@case(torch.arange(6.0).reshape(2, 3), 1)
+def indices_inside_indices(graph: fx.Graph) -> None:
+    # The inner tuple keeps its brackets: it picks rows, and two plain numbers pick one element.
+    x, n = graph.placeholder("x"), graph.placeholder("n")
+    indices: list[Any] = [((0, 1), n), ((0, n),), (slice(None, n), [0, n]), (), slice(n, None, 2), None]
+    graph.output([graph.call_function(operator.getitem, (x, index)) for index in indices])
 
 
 @case(torch.arange(6.0).reshape(2, 3))
