@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stitchcache.graph.canonical import graph_hash as graph_hash
     from stitchcache.graph.split import SplitItem as SplitItem
     from stitchcache.graph.split import split_graph as split_graph
-    from stitchcache.pipeline.parted import verify as verify
+    from stitchcache.pipeline.look import verify as verify
     from stitchcache.runtime.model import CompiledModel as CompiledModel
     from stitchcache.types import Check as Check
     from stitchcache.types import Dim as Dim
@@ -56,7 +56,7 @@ _HOMES = {
     "prewarm": "stitchcache.api.prewarm",
     "register_const_type": "stitchcache.artifact.globals",
     "split_graph": "stitchcache.graph.split",
-    "verify": "stitchcache.pipeline.parted",
+    "verify": "stitchcache.pipeline.look",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]

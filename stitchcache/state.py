@@ -1,9 +1,7 @@
-"""The tensors of a model, by every road that leads to them.
+"""The tensors of a model by every road that leads to them, and what else its modules and objects hold.
 
-Most are parameters and buffers, under their qualified names. Others lie in plain attributes, lists, dicts and
-objects, such as the layers of a static cache. Their name is a path: ``cache.layers[0].keys``,
-``tables['long']``. A path is followed through what lies there, never through code of the user's: no property
-and no ``__getattr__`` runs.
+A tensor in plain attributes, containers and objects, such as a static cache's, is named by its path:
+``cache.layers[0].keys``, ``tables['long']``. No code of the user's runs: no property and no ``__getattr__``.
 """
 
 from __future__ import annotations
@@ -13,14 +11,15 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from operator import is_
 from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import torch
 
 from stitchcache.torchside.modules import INTERNALS
-from stitchcache.torchside.tensors import storage_id, version_of
+from stitchcache.torchside.tensors import storage_id
 
 # What holds no tensors of the model's own, however much can be reached through it.
 _CLOSED = (
@@ -32,16 +31,11 @@ _CLOSED = (
     torch.Size,
     torch.dtype,
     torch.device,
-    str,
-    bytes,
-    int,
-    float,
-    complex,
-    type(None),
+    *(str, bytes, int, float, complex, type(None)),
 )
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 _STEP = re.compile(r"\.?([^.\[\]]+)|\[(?:(-?\d{1,18})|'([^']*)')\]")
-_MISSING = object()
+_CONTAINERS = (list, dict, set)
 _Slots = dict[type, list[tuple[str, MemberDescriptorType]]]
 
 
@@ -64,30 +58,19 @@ def devices_of(model: torch.nn.Module, leaves: Sequence[Any] = ()) -> tuple[str,
         The device that pieces are loaded for (the first accelerator found among parameters, buffers and
         arguments, else the CPU), and the types of all devices, sorted.
     """
-    parameters: dict[torch.device, None] = {}
-    others: dict[torch.device, None] = {}
-    # By hand: asking for all parameters, or a tensor whether it is one, takes milliseconds.
-    todo = [model]
-    while todo:
-        module = todo.pop()
-        for tensors, kind in ((module._parameters, parameters), (module._buffers, others)):
-            for tensor in tensors.values():
-                if tensor is not None:
-                    kind[tensor.device] = None
-        if module._modules:
-            todo += [child for child in reversed(module._modules.values()) if child is not None]
-    others.update((leaf.device, None) for leaf in leaves if isinstance(leaf, torch.Tensor))
-    found = parameters | others
+    # Parameters first. By hand: asking for all parameters, or a tensor whether it is one, takes milliseconds.
+    modules = [module for _, module in modules_of(model)]
+    tensors = [tensor for module in modules for tensor in module._parameters.values()]
+    tensors += [tensor for module in modules for tensor in module._buffers.values()]
+    tensors += [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    found = dict.fromkeys(tensor.device for tensor in tensors if tensor is not None)
     first = next((str(device) for device in found if device.type != "cpu"), "cpu")
     return first, tuple(sorted({device.type for device in found} or {"cpu"}))
 
 
 def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer by each of its names.
-
-    As ``named_parameters`` and ``named_buffers`` without removal of duplicates, whose nested generators
-    take a millisecond for a deep model.
-    """
+    """Every parameter and buffer by each of its names."""
+    # As named_parameters and named_buffers, whose nested generators take a millisecond for a deep model.
     state: dict[str, torch.Tensor] = {}
     for prefix, module in modules_of(model):
         for tensors in (module._parameters, module._buffers):
@@ -100,8 +83,7 @@ def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Every tensor that plain attributes, containers and objects lead to, by each of its paths.
 
-    An object is looked into once, by the first path to it. Objects of torch's own classes other than modules,
-    functions and classes are not looked into.
+    An object is looked into once, by the first path to it; objects of torch's own classes are not.
     """
     return {path: value for path, value in _reached(model) if isinstance(value, torch.Tensor)}
 
@@ -158,24 +140,12 @@ def _attributes(value: Any, slots: _Slots) -> Iterator[tuple[str, Any]]:
         yield from list(own.items())
     cls = type(value)
     if cls not in slots:
-        spaces = [vars(base) for base in cls.__mro__ if "__slots__" in vars(base)]
-        slots[cls] = [
-            (name, member)
-            for space in spaces
-            for name, member in space.items()
-            if isinstance(member, MemberDescriptorType)
-        ]
+        spaces = [vars(base).items() for base in cls.__mro__ if "__slots__" in vars(base)]
+        slots[cls] = [(n, m) for space in spaces for n, m in space if isinstance(m, MemberDescriptorType)]
     for name, member in slots[cls]:
-        item = _slot(member, value)
-        if item is not _MISSING:
-            yield name, item
-
-
-def _slot(member: MemberDescriptorType, value: Any) -> Any:
-    try:
-        return member.__get__(value, type(value))
-    except AttributeError:
-        return _MISSING
+        # An empty slot raises.
+        with suppress(AttributeError):
+            yield name, member.__get__(value, cls)
 
 
 def _written(key: int | str) -> str:
@@ -186,15 +156,7 @@ def _written(key: int | str) -> str:
 
 
 def tensor_at(model: torch.nn.Module, path: str) -> torch.Tensor | None:
-    """The tensor that a path leads to.
-
-    Args:
-        model: Where the path begins.
-        path: As :func:`plain_tensors` writes it, or the name of a parameter or buffer.
-
-    Returns:
-        The tensor; ``None`` if there is none, or the path is none.
-    """
+    """The tensor at a path of :func:`plain_tensors`, or under a qualified name; ``None`` if there is none."""
     value: Any = model
     end = 0
     for step in _STEP.finditer(path):
@@ -251,48 +213,54 @@ def memory_of(tensor: torch.Tensor) -> tuple[object, ...] | None:
     return (storage_id(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
-@contextmanager
-def kept(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Give tensors their values back after a block that may write into them."""
-    copies = [(tensor, _version(tensor), tensor.detach().clone()) for tensor in tensors]
-    try:
-        yield
-    finally:
-        for tensor, version, copy in copies:
-            if version is None or _version(tensor) != version:
-                with torch.no_grad(), torch.inference_mode(tensor.is_inference()):
-                    tensor.copy_(copy)
+class Held:
+    """What a model's modules hold, and the containers right in their attributes; not what tensors contain.
 
-
-@contextmanager
-def as_it_was(model: torch.nn.Module) -> Iterator[Callable[[], bool]]:
-    """Put back what a block gives a model's modules, and its plain containers and objects, to hold.
-
-    Their items and attributes, that is, not what tensors contain. Slots are left alone.
-
-    Yields:
-        Whether anything of this has changed until now.
+    Args:
+        model: The model, as it is now.
+        deep: Whether to look into all plain containers and objects too. Slots are left alone.
     """
-    before = [(space, space.copy()) for space in _spaces(model)]
-    try:
-        yield lambda: any(_differs(space, items) for space, items in before)
-    finally:
-        for space, items in before:
-            if not _differs(space, items):
-                continue
+
+    def __init__(self, model: torch.nn.Module, *, deep: bool = False) -> None:
+        self._before = [(space, space.copy()) for space in _spaces(model, deep)]
+
+    def put_back(self) -> bool:
+        """Make it what it was, and tell whether anything was different."""
+        changed = [(space, items) for space, items in self._before if _differs(space, items)]
+        for space, items in changed:
             if isinstance(space, list):
                 space[:] = items
-            else:
+                continue
+            # Not emptied without need: the user's own call may run beside a look in the background.
+            if isinstance(space, set) or list(space) != list(items):
                 space.clear()
-                space.update(items)
+            space.update(items)
+        return bool(changed)
 
 
-def _differs(space: dict[Any, Any] | list[Any], items: Any) -> bool:
-    if len(space) != len(items):
+def _spaces(model: torch.nn.Module, deep: bool) -> Iterator[Any]:
+    """Dictionaries, lists and sets that hold a part of a model."""
+    for _, module in modules_of(model):
+        own = vars(module)
+        yield from (own, *(own[registry] for registry in _REGISTERED))
+        if not deep:
+            yield from (
+                value
+                for name, value in own.items()
+                if type(value) in _CONTAINERS and name not in _REGISTERED
+            )
+    for _, value in _reached(model) if deep else ():
+        held = value if type(value) in _CONTAINERS else _own_space(value)
+        if type(held) in _CONTAINERS:
+            yield held
+
+
+def _differs(space: Any, items: Any) -> bool:
+    if isinstance(space, set):
+        return bool(space != items)
+    if len(space) != len(items) or not all(map(is_, space, items)):
         return True
-    if isinstance(space, list):
-        return any(a is not b for a, b in zip(space, items, strict=True))
-    return list(space) != list(items) or any(space[name] is not items[name] for name in items)
+    return isinstance(space, dict) and not all(map(is_, space.values(), items.values()))
 
 
 @contextmanager
@@ -316,27 +284,3 @@ def generators(devices: Iterable[torch.device]) -> Iterator[tuple[Callable[[Any]
     for device in devices:
         if device.type == "cuda":
             yield functools.partial(torch.cuda.set_rng_state, device=device), torch.cuda.get_rng_state(device)
-
-
-def _spaces(model: torch.nn.Module) -> Iterator[dict[Any, Any] | list[Any]]:
-    """Every dictionary and list that holds a part of a model, those of its modules and objects included."""
-    for _, module in modules_of(model):
-        own = vars(module)
-        yield from (own, *(own[registry] for registry in _REGISTERED))
-    for _, value in _reached(model):
-        held = value if type(value) in (dict, list) else _own_space(value)
-        if type(held) in (dict, list):
-            yield held
-
-
-@contextmanager
-def unchanged(model: torch.nn.Module) -> Iterator[None]:
-    """Let a model run, and put back what its forward wrote: the values of its tensors, and what it holds."""
-    tensors = {id(tensor): tensor for tensor in (*state_of(model).values(), *plain_tensors(model).values())}
-    with kept(list(tensors.values())), as_it_was(model):
-        yield
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    """How often a tensor was written to; tensors made in inference mode do not count that."""
-    return None if tensor.is_inference() else version_of(tensor)

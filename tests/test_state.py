@@ -100,34 +100,3 @@ def test_memory_is_one_for_a_detached_tensor_and_not_for_a_view_of_a_part():
     assert state.memory_of(whole) != state.memory_of(whole[:2])
     assert state.memory_of(whole) != state.memory_of(whole.clone())
     assert state.memory_of(torch.eye(2).to_sparse()) is None
-
-
-class Writes(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("there", torch.zeros(2))
-        self.register_buffer("replaced", torch.zeros(2))
-        self.plain = [torch.zeros(2)]
-        self.calls = 0
-
-    def forward(self, x):
-        self.there.add_(x)
-        self.replaced = self.replaced + x
-        self.plain[0].add_(x)
-        self.calls += 1
-        self.new = x
-        return x
-
-
-@pytest.mark.parametrize("inference", [False, True])
-def test_what_a_forward_wrote_is_put_back(inference):
-    with torch.inference_mode(inference):
-        model = Writes()
-    before = [model.there, model.replaced, model.plain[0]]
-    with state.unchanged(model), torch.inference_mode(inference):
-        model(torch.ones(2))
-    after = [model.there, model.replaced, model.plain[0]]
-    assert all(a is b for a, b in zip(before, after, strict=True))
-    assert not any(tensor.any() for tensor in after)
-    assert model.calls == 0
-    assert not hasattr(model, "new")

@@ -23,20 +23,12 @@ from torch.overrides import TorchFunctionMode
 from stitchcache.capture.contract import input_spec, writes_state
 from stitchcache.capture.regions import ambient_modes, inline_regions
 from stitchcache.capture.sizes import Subject, names_of, prove_lower_bounds
+from stitchcache.compare import unchanged
 from stitchcache.errors import CaptureError, StitchCacheError
 from stitchcache.graph.effects import written_placeholders
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.pieces.check import clone_all
-from stitchcache.state import (
-    as_it_was,
-    drawn_back,
-    kept,
-    memory_of,
-    plain_tensors,
-    state_of,
-    tensor_at,
-    unchanged,
-)
+from stitchcache.state import drawn_back, memory_of, plain_tensors, state_of, tensor_at
 from stitchcache.torchside import tree
 from stitchcache.torchside.tensors import has_fakes, storage_id
 from stitchcache.types import InputSpec, OutputSpec
@@ -120,7 +112,8 @@ def capture(
         reads = _ValueReads(real)
         # A mode slows the trace down, so only where there is something to see. What the forward keeps of a
         # trace has no data, and would spoil the model.
-        with torch.no_grad(), as_it_was(model), kept(real), drawn_back(()), reads if real else nullcontext():
+        seen = reads if real else nullcontext()
+        with torch.no_grad(), unchanged(model, registered=False), drawn_back(()), seen:
             program = torch.export.export(
                 model, example[0], example[1], dynamic_shapes=dynamic_shapes, strict=False
             )

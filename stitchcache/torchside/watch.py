@@ -36,31 +36,35 @@ class StoppedError(RuntimeError):
 
 
 class Saved(NamedTuple):
-    """Memory that is written: a tensor over it, and what it held before."""
+    """Memory that is written: a tensor over it, the memory itself, and what it held before."""
 
     tensor: torch.Tensor
+    storage: torch.UntypedStorage
     before: torch.UntypedStorage
 
     def now(self) -> torch.UntypedStorage:
         """What it holds now."""
-        return self.tensor.untyped_storage().clone()  # type: ignore[no-untyped-call,no-any-return]
+        return self.storage.clone()  # type: ignore[no-untyped-call,no-any-return]
 
     def put_back(self) -> None:
         """Make it what it was; no version counter moves."""
-        storage = self.tensor.untyped_storage()
-        if storage.nbytes() != self.before.nbytes():
-            storage.resize_(self.before.nbytes())
-        storage.copy_(self.before)
+        if self.storage.nbytes() != self.before.nbytes():
+            self.storage.resize_(self.before.nbytes())
+        self.storage.copy_(self.before)
 
 
 class _Op(NamedTuple):
-    """What a schema says: which arguments an op writes, whether it makes new tensors, whether it draws."""
+    """What a schema says: which arguments an op writes, whether it makes new tensors, whether it draws.
+
+    ``shapes`` ops change sizes or strides of what they write, such as ``t_``.
+    """
 
     writes: tuple[tuple[int, str], ...]
     makes: bool
     draws: tuple[tuple[int, str, Any], ...] | None
     acts: bool
     silent: bool
+    shapes: bool = False
 
 
 class Watch(TorchDispatchMode):
@@ -92,6 +96,7 @@ class Watch(TorchDispatchMode):
         self._ops: dict[Any, _Op] = {}
         self._made: set[int] = set()
         self._generators: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
+        self._shapes: dict[int, tuple[torch.Tensor, torch.UntypedStorage, tuple[Any, ...]]] = {}
         self.saved: dict[int, Saved] = {}
         self.stopped = ""
         self.drew = False
@@ -123,12 +128,16 @@ class Watch(TorchDispatchMode):
         """Keep what a tensor's memory holds, unless it is kept already."""
         memory = memory_of(tensor)
         if memory is not None and memory not in self.saved:
-            self.saved[memory] = Saved(tensor, tensor.untyped_storage().clone())  # type: ignore[no-untyped-call]
+            storage = tensor.untyped_storage()
+            self.saved[memory] = Saved(tensor, storage, storage.clone())  # type: ignore[no-untyped-call]
 
     def put_back(self) -> None:
         """Undo all writes, and give generators back their states."""
         for saved in self.saved.values():
             saved.put_back()
+        for tensor, storage, shape in self._shapes.values():
+            if _shape_of(tensor) != shape:
+                tensor.set_(storage, *shape)
         for generator, state in self._generators.values():
             generator.set_state(state)
 
@@ -149,7 +158,7 @@ class Watch(TorchDispatchMode):
                 value = args[position] if position < len(args) else kwargs.get(name)
                 for item in value if isinstance(value, (list, tuple)) else (value,):
                     if isinstance(item, torch.Tensor):
-                        self._before_write(item)
+                        self._before_write(item, func, op.shapes)
         result = func(*args, **kwargs)
         if op.makes:
             for item in result if isinstance(result, (list, tuple)) else (result,):
@@ -157,10 +166,15 @@ class Watch(TorchDispatchMode):
                     self._made.add(memory)
         return result
 
-    def _before_write(self, tensor: torch.Tensor) -> None:
+    def _before_write(self, tensor: torch.Tensor, func: Any, shapes: bool) -> None:
         memory = memory_of(tensor)
         if memory in self._made:
             return
+        if shapes and func._schema.name == "aten::set_":
+            self._stop(f"op {func} gives a tensor that outlives the call other memory")
+        if shapes and memory is not None:
+            kept = (tensor, tensor.untyped_storage(), _shape_of(tensor))
+            self._shapes.setdefault(id(tensor), kept)
         if self._only is not None and memory not in self._only:
             self._stop(f"it writes a tensor of shape {tuple(tensor.shape)} that outlives the call")
         self.save(tensor)
@@ -208,6 +222,10 @@ def watch(effects: Mapping[str, bool], *, only: Iterable[int] | None = None, dra
     return kind(effects, only=only, draw=draw)
 
 
+def _shape_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.storage_offset(), tensor.size(), tensor.stride()
+
+
 def memory_of(tensor: torch.Tensor) -> int | None:
     """Identity of a tensor's memory; ``None`` for a tensor that is made of others or has no plain memory."""
     if tensor.layout != torch.strided:
@@ -236,4 +254,5 @@ def _facts(func: Any, effects: Mapping[str, bool]) -> _Op:
         draws = tuple((i, a.name, a.default_value) for i, a in arguments if a.name in _QUIET)
     custom = schema.name.partition("::")[0] not in _TORCHS_OWN
     acts = effects.get(schema.name, custom and not returned and not writes)
-    return _Op(writes, makes, draws, acts, silent)
+    shapes = torch.Tag.inplace_view in func.tags and schema.name != "aten::detach_"
+    return _Op(writes, makes, draws, acts, silent, shapes)

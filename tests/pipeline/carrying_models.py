@@ -139,3 +139,24 @@ class Returns(nn.Module):
         if self.what == "error":
             raise Odd("no")
         return x * 1, x.shape if self.what == "shape" else float("nan")
+
+
+class CountsBeside(nn.Module):
+    """Counts in a plain number, and writes or draws something else that every call changes."""
+
+    def __init__(self, beside, read):
+        super().__init__()
+        self.beside, self.read, self.number = beside, read, 0
+        self.register_buffer("total", torch.zeros(()))
+        self.register_buffer("cache", torch.zeros(1))
+
+    def forward(self, x):
+        self.number += 1
+        if self.beside == "full" and not torch.compiler.is_compiling() and self.total > 0:
+            raise IndexError("the cache is full")
+        if self.beside in ("buffer", "full"):
+            self.total.add_(1)
+        if self.beside == "argument":
+            x.add_(1)
+        y = x + torch.rand(4) if self.beside == "random" else x + self.total
+        return y * self.number if self.read else y * 2

@@ -8,6 +8,7 @@ import torch
 from carrying_models import (
     KEPT,
     Counts,
+    CountsBeside,
     Draws,
     FillsNone,
     FillsObject,
@@ -90,6 +91,22 @@ def test_a_list_that_grows_and_is_read_is_a_mismatch(cache):
     with pytest.raises(ModelMismatchError, match="a second call gives another result"):
         _compile(cache, model)
     assert model.bag.given == []
+
+
+@pytest.mark.parametrize("beside", ["buffer", "random", "argument"])
+def test_a_number_that_is_read_is_a_mismatch_whatever_else_is_written_or_drawn(cache, beside):
+    model, x = CountsBeside(beside, read=True), X.clone()
+    with pytest.raises(ModelMismatchError, match="a second call gives another result"):
+        _compile(cache, model, x)
+    assert (model.number, model.total.item()) == (0, 0)
+    assert torch.equal(x, X)
+
+
+@pytest.mark.parametrize("beside", ["buffer", "random", "argument", "full"])
+def test_a_number_that_is_not_read_is_none_whatever_else_is_written_or_drawn(cache, beside):
+    model = CountsBeside(beside, read=False)
+    assert _compile(cache, model, X.clone()).check.state == "agreed"
+    assert (model.number, model.total.item()) == (0, 0)
 
 
 def test_a_tensor_of_the_trace_in_a_global_is_named(cache):

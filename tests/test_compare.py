@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import stitchcache
-from stitchcache.pipeline.compare import disagreement, measure, run_both
+from stitchcache.compare import disagreement, measure, run_both, unchanged
 from stitchcache.torchside.watch import StoppedError, Watch
 from stitchcache.types import OutputBound
 
@@ -380,3 +380,90 @@ def test_models_in_modules_without_a_forward_signature():
     both = run_both(Any_().eval(), Any_().eval(), (x,), {})
     assert [item.name for item in both.items] == ["output", "input:args[0]"]
     del sys.modules[module.__name__]
+
+
+class Keeps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("there", torch.zeros(2))
+        self.register_buffer("replaced", torch.zeros(2))
+        self.plain = [torch.zeros(2)]
+        self.calls = 0
+
+    def forward(self, x):
+        self.there.add_(x)
+        self.replaced = self.replaced + x
+        self.plain[0].add_(x)
+        self.calls += 1
+        self.new = x
+        return x
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_a_block_wrote_is_put_back(inference):
+    with torch.inference_mode(inference):
+        model = Keeps()
+    before = [model.there, model.replaced, model.plain[0]]
+    with unchanged(model), torch.inference_mode(inference):
+        model(torch.ones(2))
+    after = [model.there, model.replaced, model.plain[0]]
+    assert all(a is b for a, b in zip(before, after, strict=True))
+    assert not any(tensor.any() for tensor in after)
+    assert model.calls == 0
+    assert not hasattr(model, "new")
+
+
+class Turns(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x):
+        return getattr(x, self.how[0])(*self.how[1:]) * 2
+
+
+@pytest.mark.parametrize("how", [("t_",), ("resize_", 1, 2), ("resize_", 4, 5), ("unsqueeze_", 0)])
+@pytest.mark.parametrize("both", [True, False])
+def test_sizes_and_strides_are_put_back(how, both):
+    model, x = Turns(how).eval(), torch.arange(6.0).reshape(2, 3)
+    # What resize_ adds has no defined values.
+    found = run_both(model, model if both else lambda x: x * 2, (x,), {})
+    assert not found.unchecked
+    assert both is not any("shape" in item.fact for item in found.items)
+    assert (x.shape, x.stride()) == ((2, 3), (3, 1))
+    assert torch.equal(x, torch.arange(6.0).reshape(2, 3))
+
+
+def test_other_memory_in_an_argument_is_no_look():
+    x = torch.arange(6.0).reshape(2, 3)
+    model = Turns(("set_", torch.ones(2))).eval()
+    assert "set_" in run_both(model, model, (x,), {}).unchecked
+    assert torch.equal(x, torch.arange(6.0).reshape(2, 3))
+
+
+def test_sizes_of_views_that_the_forward_makes_are_its_own():
+    class Views(nn.Module):
+        def forward(self, x):
+            return x[0].unsqueeze_(0)
+
+    model = Views().eval()
+    both = run_both(model, model, (torch.ones(2, 3),), {})
+    assert [(item.name, disagreement(item)) for item in both.items] == [("output", ""), ("input:x", "")]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_last_of_several_calls_is_compared(times):
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x * self.calls
+
+    model = Counts().eval()
+    both = run_both(model, lambda x: x, (torch.ones(2),), {}, times=times)
+    assert bool(disagreement(both.items[0])) is (times == 2)
+    assert both.moved
+    assert model.calls == 0

@@ -5,18 +5,17 @@ A model's forward is the user's code and may raise anything; that it does is a f
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from stitchcache.errors import InputMismatchError
-from stitchcache.state import generators, modules_of, plain_tensors, tensor_at
+from stitchcache.state import Held, generators, plain_tensors, state_of, tensor_at
 from stitchcache.torchside import tree
 from stitchcache.torchside.tensors import has_fakes
 from stitchcache.torchside.watch import memory_of, watch
@@ -50,7 +49,6 @@ _LEFT = (
     "the model itself returns a tensor without data. Its forward keeps a tensor outside of the model, in a "
     "global or a closure, and kept one of a trace; keep it on the model, and start the process again"
 )
-_TABLES = ("_buffers", "_parameters", "_modules")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +101,8 @@ def run_both(
     effects: Mapping[str, bool] | None = None,
     apart: bool = False,
     reads: Collection[str] = (),
+    deep: bool = False,
+    times: int = 1,
 ) -> Both:
     """Call a model and something that should do the same, and put back what either wrote.
 
@@ -114,43 +114,62 @@ def run_both(
         subject: Called as the model is.
         args: Positional arguments.
         kwargs: Keyword arguments.
-        writes: Tensors that the subject may write, and what to call them. What the model writes is noticed;
-            what compiled pieces write is not.
+        writes: Tensors that the subject may write, and what to call them; of the model's writes each is seen.
         effects: As for :class:`~stitchcache.torchside.watch.Watch`.
         apart: It runs beside the user's own calls, on arguments of its own: no shared state may be written
             and no random number drawn, not even for a moment.
         reads: Paths to tensors in plain attributes that the subject reads. A model that puts another tensor
             in such a place has written it.
+        deep: Whether to put back what plain objects hold, too.
+        times: How often each side is called in a row; the last results are compared.
     """
-    run = _Run(model, args, kwargs, writes or {}, effects or {}, apart, reads)
-    # What was made in inference mode can be written only there. That mode switches gradients: they come last.
-    with _threads_of_a_fork(), torch.inference_mode(run.in_inference_mode), torch.no_grad():
-        try:
-            found = run.model_results()
-            moved = run.put_back()
-            if isinstance(found, _Results):
-                found = run.compared(subject, found)
-        finally:
-            run.put_back()
-    if found is None:
-        return run_both(
-            model, subject, args, kwargs, writes=writes, effects=effects, apart=apart, reads=reads
-        )
+    found = None
+    while found is None:
+        run = _Run(model, args, dict(kwargs), writes or {}, effects or {}, apart, reads, deep, times)
+        # What was made in inference mode can be written only there. That mode switches gradients: they are
+        # switched after it.
+        with _threads_of_a_fork(), torch.inference_mode(run.in_inference_mode), torch.no_grad():
+            try:
+                found = run.model_results()
+                moved = run.put_back()
+                if isinstance(found, _Results):
+                    found = run.compared(subject, found)
+            finally:
+                run.put_back()
     return replace(found, moved=moved)
 
 
-@contextlib.contextmanager
-def _threads_of_a_fork() -> Iterator[None]:
-    """One thread in a forked process: OpenMP's threads stay in the parent, and a loop would wait for them."""
-    before = torch.get_num_threads()
-    if os.getpid() == _IMPORTED_BY or before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
+@contextmanager
+def unchanged(model: torch.nn.Module, *, registered: bool = True) -> Iterator[None]:
+    """Let a model run, and put back the values of its tensors, and what it and its plain objects hold.
+
+    Args:
+        model: What may change.
+        registered: Whether parameters and buffers may be written, beside tensors in plain objects.
+    """
+    memory, held = watch({}), Held(model, deep=True)
+    for tensor in (*plain_tensors(model).values(), *(state_of(model).values() if registered else ())):
+        if not has_fakes([tensor]):
+            memory.save(tensor)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        held.put_back()
+        memory.put_back()
+
+
+@contextmanager
+def _threads_of_a_fork() -> Iterator[None]:
+    """One thread in a forked process: OpenMP's threads stay in the parent, and a loop would wait for them."""
+    before = torch.get_num_threads()
+    forked = os.getpid() != _IMPORTED_BY and before != 1
+    if forked:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if forked:
+            torch.set_num_threads(before)
 
 
 class _Results(NamedTuple):
@@ -171,75 +190,59 @@ class _Run:
         self,
         model: torch.nn.Module,
         args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        kwargs: dict[str, Any],
         writes: Mapping[str, torch.Tensor],
         effects: Mapping[str, bool],
         apart: bool,
         reads: Collection[str],
+        deep: bool,
+        times: int,
     ) -> None:
-        self._writes = writes
-        self._reads = {path: tensor_at(model, path) for path in reads}
-        self._model, self._args, self._kwargs = model, args, dict(kwargs)
-        self._leaves, self._spec = tree.flatten((args, self._kwargs))
+        self._model, self._args, self._kwargs, self._writes = model, args, kwargs, writes
+        self._times = times
+        self._leaves, self._spec = tree.flatten((args, kwargs))
         tensors = [leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)]
         self.in_inference_mode = any(tensor.is_inference() for tensor in tensors)
         own = [memory for leaf in tensors if (memory := memory_of(leaf)) is not None]
-        self.watch = watch(effects, only=own if apart else None, draw=not apart)
-        self._modules = [
-            (prefix, module, dict(vars(module)), [dict(vars(module)[name]) for name in _TABLES])
-            for prefix, module in modules_of(model)
-        ]
-        self._containers = [
-            (value, value.copy())
-            for _, _, attributes, _ in self._modules
-            for name, value in attributes.items()
-            if type(value) in (list, dict, set) and name not in _TABLES
-        ]
-        self._states = [] if apart else list(generators({leaf.device for leaf in tensors}))
+        self._watch = watch(effects, only=own if apart else None, draw=not apart)
+        self._held, self._state = Held(model, deep=deep), state_of(model)
+        self._reads = {path: tensor_at(model, path) for path in reads}
+        self._generators = [] if apart else list(generators({leaf.device for leaf in tensors}))
 
     def put_back(self) -> bool:
         """Make everything what it was, and tell whether modules held something else."""
-        self.watch.put_back()
-        moved = False
-        for _, module, attributes, tables in self._modules:
-            moved |= _refill(vars(module), attributes)
-            for name, table in zip(_TABLES, tables, strict=True):
-                moved |= _refill(attributes[name], table)
-        for value, before in self._containers:
-            if type(value) is dict:
-                moved |= _refill(value, before)
-            elif type(value) is list and (len(value) != len(before) or any(map(_is_not, value, before))):
-                value[:], moved = before, True
-            elif type(value) is set and value != before:
-                value.clear()
-                value.update(before)
-                moved = True
-        for put, state in self._states:
+        self._watch.put_back()
+        for put, state in self._generators:
             put(state)
-        return moved
+        return self._held.put_back()
 
     def model_results(self) -> _Results | Both | None:
         """Run the model. ``None`` if it has to be run again, under a watch that Dynamo does not trace."""
+        watched, call = self._watch, 0
         try:
             for tensor in self._writes.values():
-                self.watch.save(tensor)
-            with self.watch:
-                args, kwargs = tree.unflatten(self._leaves, self._spec)
-                value = self._model(*args, **kwargs)
+                watched.save(tensor)
+            with watched:
+                while call < self._times:
+                    args, kwargs = tree.unflatten(self._leaves, self._spec)
+                    value, call = self._model(*args, **kwargs), call + 1
         except (torch.OutOfMemoryError, MemoryError):
             return Both(unchecked="there is no memory for running the model itself")
         except Exception as error:  # noqa: BLE001 - see the module's docstring
-            if not self.watch.stopped:
-                return None if self.watch.traced else Both(fails=f"the model itself raises {_said(error)}")
+            if not watched.stopped:
+                # A cache may be full after the first call.
+                said = f"the model itself raises {_said(error)}"
+                return None if watched.traced else Both(unchecked=said) if call else Both(fails=said)
         # The forward may have swallowed the error that stopped it.
-        return Both(unchecked=self.watch.stopped) if self.watch.stopped else self._kept(value)
+        return Both(unchecked=watched.stopped) if watched.stopped else self._kept(value)
 
     def compared(self, subject: Callable[..., Any], wanted: _Results) -> Both:
         """Run the subject, and compare."""
-        drew = self.watch.drew
+        drew = self._watch.drew
         try:
-            args, kwargs = tree.unflatten(self._leaves, self._spec)
-            got, shape = tree.flatten(subject(*args, **kwargs))
+            for _ in range(self._times):
+                args, kwargs = tree.unflatten(self._leaves, self._spec)
+                got, shape = tree.flatten(subject(*args, **kwargs))
         except InputMismatchError as error:
             return Both(unchecked=f"the example does not fit what was compiled: {error.message}")
         except (torch.OutOfMemoryError, MemoryError):
@@ -255,7 +258,7 @@ class _Run:
 
     def _kept(self, value: Any) -> _Results | Both:
         """Keep what the model returned and wrote, before it is put back."""
-        saved = self.watch.saved
+        saved = self._watch.saved
         after = {memory: one.now() for memory, one in saved.items()}
 
         def kept(leaf: Any) -> Any:
@@ -266,21 +269,19 @@ class _Run:
         if has_fakes(flat) and not has_fakes(self._leaves):
             return Both(fails=_LEFT)
         returned = [(name, kept(leaf)) for name, leaf in zip(tree.result_paths(value), flat, strict=True)]
-        written: list[tuple[str, torch.Tensor, torch.Tensor]] = []
         # self.cache = torch.cat(...) makes another tensor; compiled code writes into the one it knows.
-        for prefix, module, _, (buffers, _, _) in self._modules:
-            for name, before in buffers.items():
-                now = module._buffers.get(name)
-                if now is not before and now is not None and before is not None:
-                    written.append((f"buffer:{prefix}{name}", kept(now), before))
-        for path, was in self._reads.items():
+        state = state_of(self._model)
+        changed = [(n, was, state.get(n)) for n, was in self._state.items() if state.get(n) is not was]
+        places = [(f"{_kind(was)}:{name}", was, now) for name, was, now in changed]
+        for path, before in self._reads.items():
             now = tensor_at(self._model, path)
-            if now is not was and now is not None and was is not None:
-                written.append((f"attribute:{path}", kept(now), was))
+            if before is not None and now is not before:
+                places.append((f"attribute:{path}", before, now))
+        written = [(name, kept(now), was) for name, was, now in places if now is not None]
         owners = self._owners() if saved else {}
         rebound = {name for name, _, _ in written}
         for memory, one in saved.items():
-            for name, tensor in (owners.get(memory) or dict([_whole(one.tensor)])).items():
+            for name, tensor in (owners.get(memory) or dict([_whole(one.tensor, one.storage)])).items():
                 if name not in rebound:
                     copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
                     copy.set_(after[memory], tensor.storage_offset(), tensor.size(), tensor.stride())
@@ -291,39 +292,27 @@ class _Run:
         """Tensors by what one calls them, for each memory that was or may be written."""
         paths = tree.leaf_paths(self._model.forward, self._args, self._kwargs)
         named = [(f"input:{path}", leaf) for path, leaf in zip(paths, self._leaves, strict=True)]
-        for prefix, _, _, (buffers, parameters, _) in self._modules:
-            named += [(f"buffer:{prefix}{name}", value) for name, value in buffers.items()]
-            named += [(f"parameter:{prefix}{name}", value) for name, value in parameters.items()]
+        named += [(f"{_kind(tensor)}:{name}", tensor) for name, tensor in self._state.items()]
         owners: dict[int | None, dict[str, torch.Tensor]] = {}
         for name, tensor in [*named, *self._writes.items()]:
             if isinstance(tensor, torch.Tensor):
                 owners.setdefault(memory_of(tensor), {})[name] = tensor
-        unknown = self.watch.saved.keys() - owners.keys()
+        unknown = self._watch.saved.keys() - owners.keys()
         for path, tensor in plain_tensors(self._model).items() if unknown else ():
             if memory_of(tensor) in unknown:
                 owners.setdefault(memory_of(tensor), {})[f"attribute:{path}"] = tensor
         return owners
 
 
-def _whole(tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+def _kind(tensor: torch.Tensor) -> str:
+    return "parameter" if isinstance(tensor, torch.nn.Parameter) else "buffer"
+
+
+def _whole(tensor: torch.Tensor, storage: torch.UntypedStorage) -> tuple[str, torch.Tensor]:
     """All of the memory that a tensor of unknown owner is a part of, and what to call it."""
-    storage = tensor.untyped_storage()
     values = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     values.set_(storage, 0, (storage.nbytes() // tensor.itemsize,), (1,))
     return f"a tensor of {values.numel()} values that is no argument and no buffer", values
-
-
-def _is_not(a: Any, b: Any) -> bool:
-    return a is not b
-
-
-def _refill(table: dict[Any, Any], before: dict[Any, Any]) -> bool:
-    if len(table) == len(before) and not any(map(_is_not, table.values(), before.values())):
-        return False
-    if list(table) != list(before):
-        table.clear()
-    table.update(before)
-    return True
 
 
 def measure(name: str, want: Any, got: Any) -> Compared:
@@ -397,12 +386,10 @@ def _tree_text(spec: Any) -> str:
     return f"{spec.type.__name__ if spec.type is not None else 'one value'} of {spec.num_leaves} leaves"
 
 
-def judged(both: Both, record: CheckRecord | None, began: float) -> Check:
+def judged(both: Both, record: CheckRecord | None = None) -> Check:
     """What a comparison comes to, beside what the cold compile measured."""
-    if both.unchecked:
-        return outcome_of("unchecked", both.unchecked, began)
-    if both.fails:
-        return outcome_of("mismatch", both.fails, began)
+    if both.unchecked or both.fails:
+        return Check(state="unchecked" if both.unchecked else "mismatch", reason=both.unchecked or both.fails)
     compared = record is not None and record.state == "compared"
     bounds = {bound.name: bound for bound in record.bounds} if record is not None and compared else {}
     for item in both.items:
@@ -410,10 +397,12 @@ def judged(both: Both, record: CheckRecord | None, began: float) -> Check:
         undefined = compared and item.name.startswith("output") and item.name not in bounds
         wrong = item.fact if undefined else disagreement(item, bounds.get(item.name))
         if wrong and both.drew and not compared and not item.fact:
-            return outcome_of("unchecked", f"the model draws random numbers, and {item.name} {wrong}", began)
+            reason = f"the model draws random numbers, and {item.name} {wrong}"
+            return Check(state="unchecked", reason=reason)
         if wrong:
-            return outcome_of("mismatch", f"{item.name} {wrong}", began, item)
-    return outcome_of("agreed", "", began)
+            reason, difference = f"{item.name} {wrong}", item.difference
+            return Check(state="mismatch", reason=reason, output=item.name, difference=difference)
+    return Check(state="agreed")
 
 
 def disagreement(item: Compared, bound: OutputBound | None = None) -> str:
@@ -434,10 +423,3 @@ def disagreement(item: Compared, bound: OutputBound | None = None) -> str:
     if item.difference <= allowed:
         return ""
     return f"differs by {item.difference:.3g} (largest value {item.magnitude:.3g}, allowed {allowed:.2g})"
-
-
-def outcome_of(state: Any, reason: str, began: float, item: Compared | None = None) -> Check:
-    """How a look ended, with the result that it is about."""
-    name, difference = ("", 0.0) if item is None else (item.name, item.difference)
-    seconds = time.perf_counter() - began
-    return Check(state=state, reason=reason, seconds=seconds, output=name, difference=difference)
