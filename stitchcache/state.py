@@ -245,9 +245,7 @@ def _spaces(model: torch.nn.Module, deep: bool) -> Iterator[Any]:
         yield from (own, *(own[registry] for registry in _REGISTERED))
         if not deep:
             yield from (
-                value
-                for name, value in own.items()
-                if type(value) in _CONTAINERS and name not in _REGISTERED
+                value for name, value in own.items() if type(value) in _CONTAINERS and name not in _REGISTERED
             )
     for _, value in _reached(model) if deep else ():
         held = value if type(value) in _CONTAINERS else _own_space(value)
