@@ -123,8 +123,8 @@ def run_both(
         deep: Whether to put back what plain objects hold, too.
         times: How often each side is called in a row; the last results are compared.
     """
-    found = None
-    while found is None:
+    both: Both | None = None
+    while both is None:
         run = _Run(model, args, dict(kwargs), writes or {}, effects or {}, apart, reads, deep, times)
         # What was made in inference mode can be written only there. That mode switches gradients: they are
         # switched after it.
@@ -132,11 +132,10 @@ def run_both(
             try:
                 found = run.model_results()
                 moved = run.put_back()
-                if isinstance(found, _Results):
-                    found = run.compared(subject, found)
+                both = run.compared(subject, found) if isinstance(found, _Results) else found
             finally:
                 run.put_back()
-    return replace(found, moved=moved)
+    return replace(both, moved=moved)
 
 
 @contextmanager

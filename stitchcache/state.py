@@ -60,8 +60,8 @@ def devices_of(model: torch.nn.Module, leaves: Sequence[Any] = ()) -> tuple[str,
     """
     # Parameters first. By hand: asking for all parameters, or a tensor whether it is one, takes milliseconds.
     modules = [module for _, module in modules_of(model)]
-    tensors = [tensor for module in modules for tensor in module._parameters.values()]
-    tensors += [tensor for module in modules for tensor in module._buffers.values()]
+    tensors: list[torch.Tensor | None] = [t for module in modules for t in module._parameters.values()]
+    tensors += [t for module in modules for t in module._buffers.values()]
     tensors += [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     found = dict.fromkeys(tensor.device for tensor in tensors if tensor is not None)
     first = next((str(device) for device in found if device.type != "cpu"), "cpu")

@@ -26,7 +26,6 @@ from stitchcache.types import Check, CheckRecord, OutputBound
 
 if TYPE_CHECKING:
     from stitchcache.artifact.record import Artifact
-    from stitchcache.capture import Capture
     from stitchcache.pipeline.find import Wanted
     from stitchcache.runtime.model import CompiledModel
 
@@ -42,7 +41,7 @@ _REPORT = (
 
 def looker(
     wanted: Wanted,
-    captured: Capture | None = None,
+    cold: Callable[[CompiledModel, str], tuple[Check, CheckRecord]] | None = None,
     on_mismatch: Callable[[str], None] = lambda _reason: None,
 ) -> Callable[[CompiledModel], None]:
     """What compares a callable with the model before anybody gets it, as far as the request asks for it.
@@ -52,7 +51,7 @@ def looker(
 
     Args:
         wanted: The model, its example and the request.
-        captured: The graph that a fresh compilation comes from.
+        cold: Looks at a fresh compilation, given why nothing is to be compared (``""`` compares).
         on_mismatch: Gets the reason of a mismatch, in whichever thread finds it.
     """
     cache = wanted.site.cache
@@ -67,11 +66,8 @@ def looker(
 
     def at(compiled: CompiledModel) -> None:
         began, artifact, reason = time.perf_counter(), compiled.artifact, _why_not(wanted)
-        if compiled.cache_hit is None and captured is not None:
-            # A warm start has no use for what finds out where a graph is wrong.
-            from stitchcache.pipeline.look_cold import look_cold
-
-            outcome, record = look_cold(wanted, compiled, captured, reason)
+        if compiled.cache_hit is None and cold is not None:
+            outcome, record = cold(compiled, reason)
             compiled.artifact = replace(artifact, check=record)
             note(compiled, outcome, began)
         elif reason:

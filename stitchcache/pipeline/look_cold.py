@@ -33,14 +33,14 @@ _Beside = Callable[..., Both]
 
 
 def look_cold(
-    wanted: Wanted, compiled: CompiledModel, captured: Capture, skip: str = ""
+    wanted: Wanted, captured: Capture, compiled: CompiledModel, skip: str = ""
 ) -> tuple[Check, CheckRecord]:
     """Compare what was compiled now with the model itself; what is seen becomes the measure for later starts.
 
     Args:
         wanted: The model and its example.
+        captured: The graph that was compiled.
         compiled: Not stored yet.
-        captured: The graph that it was compiled from.
         skip: Why nothing is to be compared; ``""`` compares.
 
     Raises:

@@ -18,6 +18,7 @@ from stitchcache.pieces.build import warming
 from stitchcache.pipeline.entry import EntryPlan, plan_entry
 from stitchcache.pipeline.find import Hit, Miss, Ready, Wanted, changed_from, find_by_graph
 from stitchcache.pipeline.look import looker
+from stitchcache.pipeline.look_cold import look_cold
 from stitchcache.pipeline.make import make
 from stitchcache.pipeline.miss import graph_differences, miss_error, miss_facts
 from stitchcache.pipeline.request import Request, Site
@@ -69,7 +70,7 @@ def compile_traced(wanted: Wanted, miss: Miss) -> CompiledModel:
                 target=wanted.target,
                 objects=objects,
                 ready=wanted.ready,
-                look=looker(wanted, planned.capture),
+                look=looker(wanted, partial(look_cold, wanted, planned.capture)),
             ),
             refuse=lambda: miss_error(wanted, miss, planned.graph_hash),
             known=wanted.target.factors,
