@@ -1,11 +1,14 @@
 """Compile PyTorch models ahead of time, piece by piece, into an on-disk cache.
 
-Importing this package imports nothing else: every public name is looked up when it is first used.
+Importing this package imports nothing else of it: every public name is looked up when it is first used.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,8 +20,7 @@ if TYPE_CHECKING:
     from stitchcache.api.prewarm import PrewarmReport as PrewarmReport
     from stitchcache.api.prewarm import prewarm as prewarm
     from stitchcache.api.target import Target as Target
-    from stitchcache.artifact.globals import register_const_type as register_const_type
-    from stitchcache.artifact.record import Artifact as Artifact
+    from stitchcache.artifact.unpickle import register_const_type as register_const_type
     from stitchcache.cache import Cache as Cache
     from stitchcache.codegen.execution import compile_execution_fn as compile_execution_fn
     from stitchcache.codegen.generate import generate_execution_code as generate_execution_code
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from stitchcache.graph.split import split_graph as split_graph
     from stitchcache.pipeline.look import verify as verify
     from stitchcache.runtime.model import CompiledModel as CompiledModel
+    from stitchcache.types import Artifact as Artifact
     from stitchcache.types import Check as Check
     from stitchcache.types import Dim as Dim
     from stitchcache.types import SizeRange as SizeRange
@@ -35,43 +38,56 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOMES = {
-    "Artifact": "stitchcache.artifact.record",
-    "Cache": "stitchcache.cache",
-    "Check": "stitchcache.types",
-    "CompiledModel": "stitchcache.runtime.model",
-    "Dim": "stitchcache.types",
-    "Explanation": "stitchcache.explanation",
-    "Preloaded": "stitchcache.api.preload",
-    "PrewarmReport": "stitchcache.api.prewarm",
-    "SizeRange": "stitchcache.types",
-    "SplitItem": "stitchcache.graph.split",
-    "Target": "stitchcache.api.target",
-    "compile": "stitchcache.api.compile",
-    "compile_execution_fn": "stitchcache.codegen.execution",
-    "errors": "stitchcache.errors",
-    "generate_execution_code": "stitchcache.codegen.generate",
-    "graph_hash": "stitchcache.graph.canonical",
-    "load": "stitchcache.api.load",
-    "preload": "stitchcache.api.preload",
-    "prewarm": "stitchcache.api.prewarm",
-    "register_const_type": "stitchcache.artifact.globals",
-    "split_graph": "stitchcache.graph.split",
-    "verify": "stitchcache.pipeline.look",
+    "api.compile": "compile",
+    "api.load": "load",
+    "api.preload": "Preloaded preload",
+    "api.prewarm": "PrewarmReport prewarm",
+    "api.target": "Target",
+    "artifact.unpickle": "register_const_type",
+    "cache": "Cache",
+    "codegen.execution": "compile_execution_fn",
+    "codegen.generate": "generate_execution_code",
+    "explanation": "Explanation",
+    "graph.canonical": "graph_hash",
+    "graph.split": "SplitItem split_graph",
+    "pipeline.look": "verify",
+    "runtime.model": "CompiledModel",
+    "types": "Artifact Check Dim SizeRange",
 }
+_HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names.split()}
 
-__all__ = [*sorted(_HOMES), "__version__"]
+__all__ = [*sorted([*_HOME_OF, "errors"]), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module 'stitchcache' has no attribute {name!r}")
-    from stitchcache.pause import collection_paused
-
     with collection_paused():
-        module = importlib.import_module(home)
-    return module if name == "errors" else getattr(module, name)
+        if name == "errors":
+            return importlib.import_module("stitchcache.errors")
+        if name not in _HOME_OF:
+            raise AttributeError(f"module 'stitchcache' has no attribute {name!r}")
+        return getattr(importlib.import_module(_HOME_OF[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *__all__})
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """Keep the cyclic collector from running for the length of the block.
+
+    A warm start makes thousands of objects that go again at once, and its imports thousands that stay. They
+    count towards the next full collection all the same, and with torch imported that one takes longer than
+    the whole start. The switch is the process's: a thread that finds it off leaves it off.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        # The young generation only: what is left of the block dies here, instead of growing old and bringing
+        # a full collection nearer.
+        gc.collect(0)
+        gc.enable()

@@ -38,7 +38,8 @@ from stitchcache.store.store import Store
 from stitchcache.types import BlobRef, TargetRecord, is_digest
 
 if TYPE_CHECKING:
-    from stitchcache.artifact.record import Artifact, Header, PieceRecord
+    from stitchcache.artifact.entry import Header, PieceRecord
+    from stitchcache.types import Artifact
 
 T = TypeVar("T")
 
@@ -332,8 +333,7 @@ class Cache(Store):
         Raises:
             StoreWriteError: The store cannot be written.
         """
-        from stitchcache.artifact.entry import encode_piece
-        from stitchcache.artifact.record import PieceRecord
+        from stitchcache.artifact.entry import PieceRecord, encode_piece
         from stitchcache.store.publish import publish
 
         data = encode_piece(PieceRecord(key=check_key(key), backend=backend, blob=blob))
@@ -358,8 +358,8 @@ class Cache(Store):
             StoreWriteError: The store cannot be written.
             StoreError: The root cannot be listed.
         """
-        from stitchcache.artifact.frame import ENTRY_VERSION
         from stitchcache.store.scan import legacy_items
+        from stitchcache.types import ENTRY_VERSION
 
         try:
             items = list(legacy_items(self._top))

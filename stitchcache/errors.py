@@ -3,36 +3,31 @@
 The tree (the builtin that each also derives from in brackets)::
 
     StitchCacheError
-    |-- OptionError [ValueError]               an argument or option that makes no sense
-    |-- TargetError [ValueError]               a prewarm target that cannot be used
-    |   |-- TargetNotFoundError [LookupError]  no such module, file or name
-    |   `-- DuplicateTargetError               two targets of one name
-    |-- CaptureError [RuntimeError]            the model cannot be exported
-    |   `-- ModelMismatchError                 what was captured does something else than the model
-    |-- SplitError [ValueError]                the graph cannot be split
-    |   `-- SplittingOpNotFoundError           a splitting op that is not in the graph
-    |-- CodegenError [ValueError]              a graph that has no execution code
-    |   `-- UnserializableConstError           a constant that cannot be stored
-    |-- LinkError [LookupError]                code and pieces do not fit together
-    |-- BindError [ValueError]                 model and artifact do not fit together
-    |-- InputMismatchError [ValueError]        a call that the capture did not promise
-    |-- BackendError [RuntimeError]            a piece cannot be compiled or loaded
-    |   |-- CompilerMissingError               no C++ compiler
-    |   |-- PieceCrashError                    a piece killed the child process that tried it
-    |   |-- PieceMismatchError                 a piece disagrees with eager
-    |   `-- EnvironmentMismatchError           compiled for another processor, GPU, libc or torch
-    |-- StoreError [OSError]                   the store cannot be used as asked
-    |   |-- StoreWriteError                    it cannot be written (read-only, full, foreign)
-    |   `-- LockTimeoutError [TimeoutError]    another process held the lock for too long
-    |-- EntryFormatError [ValueError]          bytes from outside that are not an entry
-    |   |-- EntryDamagedError                  truncated or changed: a digest or a size is off
-    |   |-- ForbiddenGlobalError               a consts table that names or calls what it may not
-    |   `-- FutureFormatError                  written by a newer stitchcache
-    |-- UntrustedEntryError [PermissionError]  native code that nobody vouches for
-    |-- GraphHashError [LookupError]           a graph hash, or prefix of one, that names no entry
-    |   `-- AmbiguousPrefixError               ... or more than one
-    |-- CacheMissError [LookupError]           a miss where misses were forbidden
-    `-- StaleEntryError [RuntimeError]         an audit found that a direct hit was wrong
+    |-- OptionError [ValueError]
+    |-- TargetError [ValueError]
+    |   |-- TargetNotFoundError [LookupError]
+    |   `-- DuplicateTargetError
+    |-- CaptureError [RuntimeError]
+    |   `-- ModelMismatchError
+    |-- SplitError [ValueError]
+    |   `-- SplittingOpNotFoundError
+    |-- CodegenError [ValueError]
+    |   `-- UnserializableConstError
+    |-- LinkError [LookupError]
+    |-- BindError [ValueError]
+    |-- InputMismatchError [ValueError]
+    |-- BackendError [RuntimeError]
+    |   `-- CompilerMissingError, PieceCrashError, PieceMismatchError, EnvironmentMismatchError
+    |-- StoreError [OSError]
+    |   |-- StoreWriteError
+    |   `-- LockTimeoutError [TimeoutError]
+    |-- EntryFormatError [ValueError]
+    |   `-- EntryDamagedError, ForbiddenGlobalError, FutureFormatError
+    |-- UntrustedEntryError [PermissionError]
+    |-- GraphHashError [LookupError]
+    |   `-- AmbiguousPrefixError
+    |-- CacheMissError [LookupError]
+    `-- StaleEntryError [RuntimeError]
 
 Each carries its facts as attributes and survives pickling.
 """
@@ -69,23 +64,15 @@ class StitchCacheError(Exception):
 
 
 class OptionError(StitchCacheError, ValueError):
-    """An argument, option or environment variable has a value that makes no sense.
+    """An argument, option or environment variable has a value that makes no sense."""
 
-    Attributes:
-        option: Its name.
-    """
-
-    option: str = ""
+    option: str = ""  # its name
 
 
 class TargetError(StitchCacheError, ValueError):
-    """A prewarm target cannot be used.
+    """A prewarm target cannot be used."""
 
-    Attributes:
-        target: The target's name or reference.
-    """
-
-    target: str = ""
+    target: str = ""  # its name or reference
 
 
 class TargetNotFoundError(TargetError, LookupError):
@@ -97,29 +84,18 @@ class DuplicateTargetError(TargetError):
 
 
 class CaptureError(StitchCacheError, RuntimeError):
-    """The model cannot be captured as one graph.
+    """The model cannot be captured as one graph."""
 
-    Attributes:
-        reason: torch's own explanation, shortened.
-        location: ``file:line`` of the user's code that stopped it, or ``""``.
-    """
-
-    reason: str = ""
-    location: str = ""
+    reason: str = ""  # torch's own explanation, shortened
+    location: str = ""  # ``file:line`` of the user's code that stopped it
 
 
 class ModelMismatchError(CaptureError):
-    """What was captured from a model does something else than the model.
+    """What was captured from a model does something else than the model."""
 
-    Attributes:
-        output: The result or written tensor that differs, such as ``output['logits']`` or ``buffer:cache``.
-        difference: Largest absolute difference; 0 where it is no matter of numbers.
-        module: The first module whose result differs, with its class; ``""`` where none was found.
-    """
-
-    output: str = ""
-    difference: float = 0.0
-    module: str = ""
+    output: str = ""  # the result or written tensor that differs: ``output['logits']``, ``buffer:cache``
+    difference: float = 0.0  # largest absolute difference; 0 where it is no matter of numbers
+    module: str = ""  # the first module whose result differs, with its class
 
 
 class SplitError(StitchCacheError, ValueError):
@@ -127,88 +103,52 @@ class SplitError(StitchCacheError, ValueError):
 
 
 class SplittingOpNotFoundError(SplitError):
-    """A splitting op does not occur in the graph.
+    """A splitting op does not occur in the graph."""
 
-    Attributes:
-        op: The name that was asked for.
-        present: The ops that are there, most frequent first.
-    """
-
-    op: str = ""
-    present: Sequence[str] = ()
+    op: str = ""  # the name that was asked for
+    present: Sequence[str] = ()  # the ops that are there, most frequent first
 
 
 class CodegenError(StitchCacheError, ValueError):
-    """A node has no form as source code.
+    """A node has no form as source code."""
 
-    Attributes:
-        node: The node's name, or ``""``.
-    """
-
-    node: str = ""
+    node: str = ""  # its name
 
 
 class UnserializableConstError(CodegenError):
-    """An argument of a node can neither be written as a literal nor be pickled.
+    """An argument of a node can neither be written as a literal nor be stored."""
 
-    Attributes:
-        node: The node's name.
-        path: Where in the node's arguments it stands, such as ``args[1]['scale']``.
-        type_name: Its type.
-    """
-
-    path: str = ""
+    path: str = ""  # where in the node's arguments it stands, such as ``args[1]['scale']``
     type_name: str = ""
 
 
 class LinkError(StitchCacheError, LookupError):
-    """Execution code and pieces do not fit together.
+    """Execution code and pieces do not fit together."""
 
-    Attributes:
-        missing: Names of submodules that the code calls and nobody supplied.
-    """
-
-    missing: Sequence[str] = ()
+    missing: Sequence[str] = ()  # submodules that the code calls and nobody supplied
 
 
 class BindError(StitchCacheError, ValueError):
-    """A model does not have the parameters and buffers that an artifact was compiled for.
+    """A model does not have the parameters and buffers that an artifact was compiled for."""
 
-    Attributes:
-        name: The parameter's or buffer's qualified name.
-        expected: What the artifact needs.
-        actual: What the model has.
-    """
-
-    name: str = ""
+    name: str = ""  # qualified name of the parameter or buffer
     expected: str = ""
     actual: str = ""
 
 
 class InputMismatchError(StitchCacheError, ValueError):
-    """A call's arguments are not what the capture promised.
+    """A call's arguments are not what the capture promised."""
 
-    Attributes:
-        argument: The argument, such as ``ids`` or ``batch['mask']``.
-        expected: What the artifact was compiled for.
-        actual: What came.
-    """
-
-    argument: str = ""
+    argument: str = ""  # such as ``ids`` or ``batch['mask']``
     expected: str = ""
     actual: str = ""
 
 
 class BackendError(StitchCacheError, RuntimeError):
-    """A backend cannot compile or load a piece.
-
-    Attributes:
-        backend: The backend's name.
-        piece: The submodule's name, such as ``submod_0``.
-    """
+    """A backend cannot compile or load a piece."""
 
     backend: str = ""
-    piece: str = ""
+    piece: str = ""  # the submodule's name, such as ``submod_0``
 
 
 class CompilerMissingError(BackendError):
@@ -216,82 +156,49 @@ class CompilerMissingError(BackendError):
 
 
 class PieceCrashError(BackendError):
-    """A freshly compiled piece killed the child process that tried it.
+    """A freshly compiled piece killed the child process that tried it."""
 
-    Attributes:
-        exit_code: The child's exit status; negative is a signal.
-    """
-
-    exit_code: int = 0
+    exit_code: int = 0  # negative is a signal
 
 
 class PieceMismatchError(BackendError):
-    """A freshly compiled piece disagrees with eager execution.
+    """A freshly compiled piece disagrees with eager execution."""
 
-    Attributes:
-        difference: Largest absolute difference seen.
-        tolerance: Largest that would have been accepted.
-    """
-
-    difference: float = 0.0
-    tolerance: float = 0.0
+    difference: float = 0.0  # largest absolute difference seen
+    tolerance: float = 0.0  # largest that would have been accepted
 
 
 class EnvironmentMismatchError(BackendError):
-    """An entry was compiled for another environment; nothing of it was loaded.
+    """An entry was compiled for another processor, GPU, libc or torch; nothing of it was loaded."""
 
-    Attributes:
-        factor: What differs, such as ``env.cpu``.
-        expected: Its value where the entry was compiled; ``""`` where it was not recorded.
-        actual: Its value here.
-    """
-
-    factor: str = ""
-    expected: str = ""
+    factor: str = ""  # what differs, such as ``env.cpu``
+    expected: str = ""  # its value where the entry was compiled; ``""`` where it was not recorded
     actual: str = ""
 
 
 class StoreError(StitchCacheError, OSError):
-    """The store cannot be used as asked.
-
-    Attributes:
-        path: The file or directory concerned.
-    """
+    """The store cannot be used as asked."""
 
     path: str = ""
 
 
 class StoreWriteError(StoreError):
-    """The store cannot be written: read-only, full, or another user's.
+    """The store cannot be written: read-only, full, or another user's."""
 
-    Attributes:
-        reason: The operating system's words.
-    """
-
-    reason: str = ""
+    reason: str = ""  # the operating system's words
 
 
 class LockTimeoutError(StoreError, TimeoutError):
-    """Another process held a lock for longer than the caller would wait.
+    """Another process held a lock for longer than the caller would wait."""
 
-    Attributes:
-        seconds: How long was waited.
-    """
-
-    seconds: float = 0.0
+    seconds: float = 0.0  # how long was waited
 
 
 class EntryFormatError(StitchCacheError, ValueError):
-    """Bytes from outside are not what the format says.
+    """Bytes from outside are not what the format says."""
 
-    Attributes:
-        path: The file, or ``""`` for bytes in memory.
-        field: The field within it, such as ``pieces[3].blob.digest``.
-        reason: What is wrong with it.
-    """
-
-    path: str = ""
-    field: str = ""
+    path: str = ""  # the file; ``""`` for bytes in memory
+    field: str = ""  # within it, such as ``pieces[3].blob.digest``
     reason: str = ""
 
 
@@ -300,90 +207,52 @@ class EntryDamagedError(EntryFormatError):
 
 
 class ForbiddenGlobalError(EntryFormatError):
-    """A consts table names, or calls, something that is not listed and not registered; nothing of it ran.
+    """A consts table names, or calls, something that is not listed and not registered; nothing of it ran."""
 
-    Attributes:
-        module: The module, as the table has it.
-        name: The name in it.
-    """
-
-    module: str = ""
+    module: str = ""  # as the table has it
     name: str = ""
 
 
 class FutureFormatError(EntryFormatError):
-    """A newer stitchcache wrote this file; it is left alone.
+    """A newer stitchcache wrote this file; it is left alone."""
 
-    Attributes:
-        version: The file's format version.
-    """
-
-    version: int = 0
+    version: int = 0  # of its format
 
 
 class UntrustedEntryError(StitchCacheError, PermissionError):
-    """A file holds native code and nobody vouches for it.
-
-    Attributes:
-        path: The file.
-    """
+    """A file holds native code and nobody vouches for it."""
 
     path: str = ""
 
 
 class GraphHashError(StitchCacheError, LookupError):
-    """A graph hash, or a prefix of one, names no entry.
+    """A graph hash, or a prefix of one, names no entry."""
 
-    Attributes:
-        prefix: What was asked for.
-    """
-
-    prefix: str = ""
+    prefix: str = ""  # what was asked for
 
 
 class AmbiguousPrefixError(GraphHashError):
-    """A prefix names more than one entry.
+    """A prefix names more than one entry."""
 
-    Attributes:
-        candidates: The graph hashes that it could mean.
-    """
-
-    candidates: Sequence[str] = ()
+    candidates: Sequence[str] = ()  # the graph hashes that it could mean
 
 
 class CacheMissError(StitchCacheError, LookupError):
-    """A miss where misses were forbidden.
+    """A miss where misses were forbidden."""
 
-    Attributes:
-        target: The target's name or the model's class.
-        key: The target key that was looked up, or ``""`` where there is none.
-        reason: Why it is a miss.
-        differences: Factor name to ``(value in the nearest entry, value now)``.
-        changed: Source file to ``(digest when captured, digest now)``, for those that are not what they were.
-    """
-
-    target: str = ""
-    key: str = ""
+    target: str = ""  # the target's name or the model's class
+    key: str = ""  # the target key that was looked up, if there is one
     reason: str = ""
-    differences: Mapping[str, tuple[str, str]] = {}
-    changed: Mapping[str, tuple[str, str]] = {}
+    differences: Mapping[str, tuple[str, str]] = {}  # factor to ``(value in the nearest entry, value now)``
+    changed: Mapping[str, tuple[str, str]] = {}  # source file to ``(digest when captured, digest now)``
 
 
 class StaleEntryError(StitchCacheError, RuntimeError):
-    """A hit was wrong: a look in the background, or an audit, found that it is not this model.
+    """A hit was wrong: a look in the background, or an audit, found that it is not this model."""
 
-    Attributes:
-        expected: Graph hash that was served, or that the target key led to.
-        actual: Graph hash of the fresh trace; ``""`` where nothing was traced.
-        differences: Factor of the graph to ``(in the entry, in the fresh trace)``.
-        output: The result or written tensor that differed from the model's own; ``""`` after an audit.
-        difference: By how much.
-        caught: How many hits the look has found wrong in this cache, this one included.
-    """
-
-    expected: str = ""
-    actual: str = ""
-    differences: Mapping[str, tuple[str, str]] = {}
-    output: str = ""
+    expected: str = ""  # graph hash that was served, or that the target key led to
+    actual: str = ""  # graph hash of the fresh trace; ``""`` where nothing was traced
+    differences: Mapping[str, tuple[str, str]] = {}  # factor to ``(in the entry, in the fresh trace)``
+    output: str = ""  # the result or written tensor that differed; ``""`` after an audit
     difference: float = 0.0
-    caught: int = 0
+    caught: int = 0  # hits that the look has found wrong in this cache, this one included

@@ -11,8 +11,8 @@ from stitchcache.types import Check, Factor, TargetRecord
 if TYPE_CHECKING:
     from dataclasses import dataclass
 
-    from stitchcache.artifact.record import Artifact
     from stitchcache.keys.target import TargetKey
+    from stitchcache.types import Artifact
 else:
     from stitchcache.records import dataclass
 

@@ -1,59 +1,39 @@
-"""Plain records that every layer shares. Imports no torch.
+"""Plain records that every layer shares, and the artifact. Imports no torch.
 
-A symbolic size stands in these records as a string: a symbol's canonical name (``"s0"``) or an
-expression over such names (``"2*s0 + 1"``); a static size is an int.
+A symbolic size stands in these records as a string: a symbol's canonical name (``"s0"``) or an expression
+over such names (``"2*s0 + 1"``); a static size is an int.
+
+A record says once what its fields are, by the names below in its annotations. ``artifact.schema`` derives
+reading, checking and writing from them. A rule about several fields of a record is its method ``flaw``, which
+returns the field that is wrong and why, or ``None``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from dataclasses import dataclass
-else:
-    from stitchcache.records import dataclass
+from stitchcache.records import dataclass
 
-
-Digest = str
-"""64 lowercase hex digits: see :func:`is_digest`."""
-
-Name = str
-"""Text of at most 65,536 characters, which a person may read: names, labels, paths."""
-
-Expression = str
-"""Arithmetic over symbols: at most 16,384 characters, and no number of more than 20 digits."""
-
-Count = int
-"""A whole number from 0 to 2**63 - 1."""
-
-Length = int
-"""How many things there are: from 0 to 2**20, because all of them are held in memory."""
-
-Seconds = float
-"""A finite number of seconds; at most 250 thousand million, so that a time has a date."""
-
-Amount = float
-"""A finite number that is not negative."""
-
-Size = int | str
-"""A :data:`Count`, or an :data:`Expression`."""
-
-Shape = tuple[Size, ...]
-"""One size a dimension; at most 64."""
-
+Digest = str  # 64 lowercase hex digits: see is_digest
+Name = str  # at most 65,536 characters, which a person may read: names, labels, paths
+Expression = str  # arithmetic over symbols: at most 16,384 characters, and no number of more than 20 digits
+Count = int  # from 0 to 2**63 - 1
+Length = int  # how many things there are: from 0 to 2**20, because all of them are held in memory
+Seconds = float  # finite; at most 250 thousand million, so that a time has a date
+Amount = float  # finite and not negative
+Size = int | str  # a Count, or an Expression
+Shape = tuple[Size, ...]  # one size a dimension; at most 64
 Scalar = bool | int | float | str | None
 
-# A record says once what its fields are: by these names in its annotations. ``stitchcache.artifact.schema``
-# derives reading, checking and writing from them. A rule about several fields of a record is its method
-# ``flaw``, which returns the field that is wrong and why, or ``None``.
-
-
-_HEX = frozenset("0123456789abcdef")
+ENTRY_VERSION = 4
+"""Format version of the entries that are written."""
 
 BOUND = "bound"
 """Stitching code knows tensors of the model as ``bound.<qualified name>``."""
+
+_HEX = frozenset("0123456789abcdef")
 
 
 def is_digest(value: object) -> bool:
@@ -62,18 +42,21 @@ def is_digest(value: object) -> bool:
 
 
 def span(shape: Sequence[int], stride: Sequence[int]) -> int:
-    """How much memory a strided tensor covers.
+    """How much memory a strided tensor covers, gaps included.
 
     Args:
         shape: One size a dimension.
         stride: One stride a dimension, in elements, none of them negative.
 
     Returns:
-        Elements from the first to the last, gaps included; 0 for a tensor without elements.
+        Elements from the first to the last; 0 for a tensor without elements.
     """
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+# -- what users give ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -140,29 +123,21 @@ class Dim:
         return self.name
 
 
+# -- what an artifact is made of ------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Factor:
-    """One named part of a key, kept so that a miss can be explained.
+    """One named part of a key, kept so that a miss can be explained."""
 
-    Args:
-        name: Dotted name, such as ``env.torch`` or ``model.attributes``.
-        value: What a person reads; may be shortened.
-        digest: 64 hex digits over the whole value.
-    """
-
-    name: Name
-    value: str
-    digest: Name
+    name: Name  # dotted, such as ``env.torch`` or ``model.attributes``
+    value: str  # what a person reads; may be shortened
+    digest: Name  # 64 hex digits over the whole value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlobRef:
-    """A blob by content.
-
-    Args:
-        digest: sha256 of the bytes, 64 hex digits.
-        size: Length in bytes.
-    """
+    """A blob by content: its sha256, and its length in bytes."""
 
     digest: Digest
     size: Count
@@ -170,36 +145,22 @@ class BlobRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PieceRef:
-    """A compiled piece, as an entry refers to it.
+    """A compiled piece, as an entry refers to it."""
 
-    Args:
-        name: Submodule name in the stitching graph, such as ``submod_0``.
-        key: Piece key: canonical graph of the piece, backend, options and environment.
-        backend: ``aoti``, ``inductor`` or ``eager``.
-        blob: The compiled piece.
-    """
-
-    name: Name
-    key: Name
-    backend: Name
+    name: Name  # submodule name in the stitching graph, such as ``submod_0``
+    key: Name  # over the canonical graph of the piece, backend, options and environment
+    backend: Name  # ``aoti``, ``inductor`` or ``eager``
     blob: BlobRef
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """What a capture relies on in a tensor.
+    """What a capture relies on in a tensor."""
 
-    Args:
-        dtype: Without the ``torch.`` prefix, such as ``float32``.
-        device: Device type without index, such as ``cuda``.
-        shape: One size a dimension.
-        stride: One stride a dimension, in elements.
-    """
-
-    dtype: Name
-    device: Name
+    dtype: Name  # without the ``torch.`` prefix, such as ``float32``
+    device: Name  # device type without index, such as ``cuda``
     shape: Shape
-    stride: Shape
+    stride: Shape  # in elements
 
     def flaw(self) -> tuple[str, str] | None:
         """What is wrong with fields that were read."""
@@ -212,20 +173,15 @@ class TensorSpec:
 class LeafSpec:
     """One leaf of the input tree.
 
-    Args:
-        path: As a person writes it, such as ``ids`` or ``batch['mask']``.
-        kind: ``tensor``; ``inout`` (a tensor that the graph writes into); ``symbol`` (an int that may
-            vary); ``constant`` (baked in by the capture).
-        tensor: For a tensor.
-        symbol: For a symbol: its expression.
-        value: For a constant: what it must equal.
+    An ``inout`` is a tensor that the graph writes into, a ``symbol`` an int that may vary, a ``constant`` was
+    baked in by the capture.
     """
 
-    path: Name
+    path: Name  # as a person writes it, such as ``ids`` or ``batch['mask']``
     kind: Literal["tensor", "inout", "symbol", "constant"]
     tensor: TensorSpec | None = None
     symbol: Expression | None = None
-    value: Scalar = None
+    value: Scalar = None  # what a constant must equal
 
     def flaw(self) -> tuple[str, str] | None:
         """What is wrong with fields that were read."""
@@ -237,54 +193,37 @@ class LeafSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SymbolSpec:
-    """A symbol and the sizes that the capture allows for it.
+    """A symbol and the sizes that the capture allows for it."""
 
-    Args:
-        name: Canonical name, such as ``s0``.
-        min: Smallest size.
-        max: Largest size; ``None`` is unbounded.
-        label: The user's name for it (``torch.export.Dim``), or ``""``.
-    """
-
-    name: Name
+    name: Name  # canonical, such as ``s0``
     min: int
-    max: int | None
-    label: Name = ""
+    max: int | None  # ``None`` is unbounded
+    label: Name = ""  # the user's name for it (``torch.export.Dim``)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputSpec:
     """What a call must bring.
 
-    Args:
-        tree: The pytree of ``(args, kwargs)``, as ``stitchcache.tree`` writes it.
-        leaves: One a leaf, in tree order.
-        symbols: Symbols in order of first appearance.
-        constraints: Further relations that the capture relied on, as expressions that must hold,
-            such as ``"s0 <= 2*s1"``, and any of three words. ``distinct``: no tensor is given twice.
-            ``plain``: no tensor is a parameter, requires gradients, has one or begins inside its storage.
-            ``apart``: no tensor shares memory with the tensors of the model.
+    ``constraints`` are further relations that the capture relied on: expressions that must hold, such as
+    ``"s0 <= 2*s1"``, and any of three words. ``distinct``: no tensor is given twice. ``plain``: no tensor is
+    a parameter, requires gradients, has one or begins inside its storage. ``apart``: no tensor shares memory
+    with the tensors of the model.
     """
 
-    tree: str
-    leaves: tuple[LeafSpec, ...]
-    symbols: tuple[SymbolSpec, ...] = ()
+    tree: str  # the pytree of ``(args, kwargs)``, as ``stitchcache.containers`` writes it
+    leaves: tuple[LeafSpec, ...]  # in tree order
+    symbols: tuple[SymbolSpec, ...] = ()  # in order of first appearance
     constraints: tuple[Expression, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputSpec:
-    """How the stitching function's flat results become what the model returns.
+    """How the stitching function's flat results become what the model returns."""
 
-    Args:
-        tree: The pytree of the result, as ``stitchcache.tree`` writes it.
-        count: Leaves of that tree: the last ``count`` results.
-        mutations: For each result before those, what it is written back to: ``buffer:<name>`` or
-            ``input:<leaf index>``.
-    """
-
-    tree: str
-    count: Length
+    tree: str  # the pytree of the result
+    count: Length  # leaves of that tree: the last ``count`` results
+    # For each result before those, what it is written back to: ``buffer:<name>`` or ``input:<leaf index>``.
     mutations: tuple[Name, ...] = ()
 
 
@@ -292,15 +231,9 @@ class OutputSpec:
 class BindingSpec:
     """A tensor that the stitching function takes from the model, not from the call.
 
-    Args:
-        name: Qualified name in the model, such as ``layers.0.norm.weight``; for an attribute a path, such as
-            ``cache.layers[0].keys``.
-        kind: ``parameter``, ``buffer`` or ``attribute`` (looked up in the model) or ``constant`` (stored
-            here). An attribute lies where only plain attributes, containers and objects lead.
-        tensor: What it must be.
-        blob: For a constant: its bytes.
-        aliases: Other names and paths that the same tensor had in the model (tied weights); they must still
-            be the same tensor.
+    A ``constant`` is stored as a blob; all others are looked up in the model by qualified name, such as
+    ``layers.0.norm.weight``. An ``attribute`` has a path instead, such as ``cache.layers[0].keys``, where
+    only plain attributes, containers and objects lead. What ``aliases`` name must still be the same tensor.
     """
 
     name: Name
@@ -312,32 +245,122 @@ class BindingSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputBound:
-    """How far one output of a compiled model was from the model's own.
+    """How far one output of a compiled model was from the model's own."""
 
-    Args:
-        name: The output, as a person writes it, such as ``output['logits']``.
-        difference: Largest absolute difference that was seen.
-        magnitude: Largest absolute value of the model's own.
-    """
-
-    name: Name
-    difference: Amount
-    magnitude: Amount
+    name: Name  # as a person writes it, such as ``output['logits']``
+    difference: Amount  # largest absolute difference that was seen
+    magnitude: Amount  # largest absolute value of the model's own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckRecord:
-    """How the results of a cold compile compared with those of the model itself.
-
-    Args:
-        state: ``compared``, or ``unchecked`` where there was nothing to compare with.
-        reason: Why it is unchecked; ``""`` where it is compared.
-        bounds: One for each output that was compared.
-    """
+    """How the results of a cold compile compared with those of the model itself."""
 
     state: Literal["compared", "unchecked"]
-    reason: str = ""
-    bounds: tuple[OutputBound, ...] = ()
+    reason: str = ""  # why it is unchecked
+    bounds: tuple[OutputBound, ...] = ()  # one for each output that was compared
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """Execution code with its pieces, for one size range or for all sizes."""
+
+    size_range: SizeRange | None
+    code: str  # Python source of the stitching function
+    submod_names: tuple[Name, ...]  # in the order the code expects their callables
+    consts: bytes | None  # pickled consts table
+    pieces: tuple[PieceRef, ...]  # one for each submodule that has a compiled piece
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """A compiled model as one immutable record: everything but its weights.
+
+    Args:
+        graph_hash: 64 hex digits that name it.
+        variants: At least one; more with ``size_ranges``.
+        input_spec: What a call must bring; ``None`` for entries made through the engine API.
+        output_spec: How results are returned; ``None`` likewise.
+        bindings: Tensors taken from the model, in the order the stitching function takes them.
+        factors: Named parts of its keys.
+        check: How its results compared with the model's own when compiled; ``None`` if nothing was noted.
+        created: Unix seconds.
+        label: The model's class or the target's name, for people.
+        compile_seconds: What compiling it took.
+        format_version: Version it was read from; new ones have the current.
+    """
+
+    graph_hash: Digest
+    variants: tuple[Variant, ...]
+    input_spec: InputSpec | None = None
+    output_spec: OutputSpec | None = None
+    bindings: tuple[BindingSpec, ...] = ()
+    factors: tuple[Factor, ...] = ()
+    check: CheckRecord | None = None
+    created: Seconds = 0.0
+    label: Name = ""
+    compile_seconds: Seconds = 0.0
+    format_version: int = ENTRY_VERSION
+
+    def flaw(self) -> tuple[str, str] | None:
+        """What is wrong with fields that were read."""
+        return None if self.variants else ("variants", "none")
+
+    @property
+    def code(self) -> str:
+        """Source of the first variant."""
+        return self.variants[0].code
+
+    @property
+    def submod_names(self) -> tuple[str, ...]:
+        """Submodule names of the first variant."""
+        return self.variants[0].submod_names
+
+    @property
+    def consts(self) -> bytes | None:
+        """Pickled consts table of the first variant."""
+        return self.variants[0].consts
+
+    @property
+    def pieces(self) -> tuple[PieceRef, ...]:
+        """Pieces of all variants."""
+        return tuple(piece for variant in self.variants for piece in variant.pieces)
+
+    @property
+    def blobs(self) -> tuple[BlobRef, ...]:
+        """Distinct blobs of pieces and constants, in order of first use."""
+        refs = [piece.blob for piece in self.pieces]
+        refs += [binding.blob for binding in self.bindings if binding.blob is not None]
+        return tuple(dict.fromkeys(refs))
+
+
+# -- targets, and results -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRef:
+    """A source file that ran during capture: its module's name, sha256 and length in bytes."""
+
+    module: Name
+    digest: Name
+    size: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetRecord:
+    """What a target key leads to."""
+
+    graph_hash: Digest
+    sources: tuple[SourceRef, ...]  # all must be unchanged for a hit
+    # Values of module globals that the captured code read: ``module:dotted.name`` to digest.
+    globals: tuple[tuple[Name, str], ...] = ()
+    label: Name = ""
+    created: Seconds = 0.0
+    refused: str | None = None  # why nothing may be served for this key without tracing
+    # What the key is made of, packed (``artifact.entry.unpack_factors``): a direct hit has no use for it.
+    factors: bytes = b""
+    # Code objects of the entry's source: what names one (``codegen.execution``), and its marshalled bytes.
+    code: tuple[tuple[Name, bytes], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -345,8 +368,7 @@ class Check:
     """How the look at a compiled model stands: whether it does what the model itself does on the example.
 
     Args:
-        state: ``agreed``; ``mismatch``; ``unchecked``, where they were not compared; or ``pending``, while a
-            thread looks.
+        state: ``agreed``; ``mismatch``; ``unchecked`` (not compared); or ``pending``, while a thread looks.
         reason: What disagrees, or why nothing was compared.
         seconds: What looking took.
         output: The result or written tensor that disagrees, such as ``output['logits']`` or ``buffer:cache``.
@@ -361,62 +383,13 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SourceRef:
-    """A source file that ran during capture.
-
-    Args:
-        module: Its module's name, such as ``mylib.layers``.
-        digest: sha256 of the file.
-        size: Length in bytes.
-    """
-
-    module: Name
-    digest: Name
-    size: Count
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TargetRecord:
-    """What a target key leads to.
-
-    Args:
-        graph_hash: The entry.
-        sources: Every source file that ran during capture; all must be unchanged for a hit.
-        globals: Values of module globals that the captured code read: ``module:dotted.name`` to digest.
-        label: The model's class, for people.
-        created: Unix seconds.
-        refused: Why nothing may be served for this key without tracing; ``None`` where it may.
-        factors: What the key is made of, packed: ``stitchcache.artifact.factors`` reads it. Empty where
-            it was not recorded. A direct hit has no use for it.
-        code: Code objects of the entry's source: what names one (``stitchcache.codegen.execution``), and its
-            marshalled bytes.
-    """
-
-    graph_hash: Digest
-    sources: tuple[SourceRef, ...]
-    globals: tuple[tuple[Name, str], ...] = ()
-    label: Name = ""
-    created: Seconds = 0.0
-    refused: str | None = None
-    factors: bytes = b""
-    code: tuple[tuple[Name, bytes], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """What tells a model from the one that was compiled.
+    """What tells a model from the one that was compiled."""
 
-    Args:
-        name: A factor of the key, such as ``model.class``, or ``sources``.
-        was: Its value when the model was compiled.
-        now: Its value now; where nothing can be told, the reason.
-        unknown: Whether nothing can be told, as no key stands for the model.
-    """
-
-    name: str
+    name: str  # a factor of the key, such as ``model.class``, or ``sources``
     was: str
-    now: str
-    unknown: bool = False
+    now: str  # where nothing can be told, the reason
+    unknown: bool = False  # nothing can be told, as no key stands for the model
 
     def __str__(self) -> str:
         return self.now if self.unknown else f"{self.name} was {self.was} and is {self.now}"

@@ -29,10 +29,10 @@ TORCH_FREE = {
 PRIVATE_STRINGS = {
     # Lists of what stored code may name: data of the entry format, compared and never looked up in torch.
     "codegen/reach.py",
-    "artifact/globals.py",
+    "artifact/unpickle.py",
 }
 PUBLIC_TABLES = {"_parameters", "_buffers", "_modules"}  # why: stitchcache/torchside/__init__.py
-PYTHON_OWN = {"_exit", "_getframe", "_Unpickler", "_fields", "_data"}
+PYTHON_OWN = {"_exit", "_getframe", "_fields", "_data"}
 # No underscore, and no promise either.
 UNPROMISED = {
     "shape_env", "fake_mode", "var_to_range", "deferred_runtime_asserts", "bound_sympy", "suppress_guards",
@@ -77,7 +77,7 @@ def test_torch_free_parts_import_no_torch():
     wrong = [
         f"{name}:{line} imports {module}"
         for name, part, tree in sources()
-        if part in TORCH_FREE and name not in {"artifact/consts.py", "artifact/const_reader.py"}
+        if part in TORCH_FREE and name not in {"artifact/consts.py"}
         for module, line in imported(tree)
         if module.split(".")[0] == "torch"
     ]

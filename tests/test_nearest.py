@@ -10,10 +10,9 @@ import pytest
 
 from stitchcache import nearest
 from stitchcache.artifact.entry import pack_factors
-from stitchcache.artifact.record import Artifact, Variant
 from stitchcache.cache import Cache
 from stitchcache.nearest import nearest_entries, stored_targets
-from stitchcache.types import Factor, TargetRecord
+from stitchcache.types import Artifact, Factor, TargetRecord, Variant
 
 
 def digest(text: object) -> str:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stitchcache import collection_paused
 from stitchcache.cache import Cache
 from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import OptionError
-from stitchcache.pause import collection_paused
 from stitchcache.pipeline.find import Hit, Miss, Ready, Wanted, changed_from, find, want
 from stitchcache.pipeline.request import OnProgress, Request, check_model, chosen_cache
 from stitchcache.pipeline.start import Way, start, started_or_miss

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from stitchcache.artifact.record import Artifact
 from stitchcache.cache import Cache
 from stitchcache.capture.dynamo import label_of
 from stitchcache.errors import (
@@ -35,7 +34,7 @@ from stitchcache.pipeline.start import Loaded, Way, start_with
 from stitchcache.pipeline.trace import compile_planned
 from stitchcache.runtime.graph import CompiledGraph
 from stitchcache.torchside.dynamo import fix_own_floats, outside_tracing
-from stitchcache.types import BlobRef
+from stitchcache.types import Artifact, BlobRef
 
 log = logging.getLogger("stitchcache")
 

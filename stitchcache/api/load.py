@@ -6,7 +6,6 @@ import os
 
 import torch
 
-from stitchcache.artifact.record import Artifact
 from stitchcache.cache import Cache
 from stitchcache.errors import BindError, GraphHashError, OptionError
 from stitchcache.keys.model import model_factors
@@ -16,7 +15,7 @@ from stitchcache.pipeline.start import Way, start
 from stitchcache.runtime.environment import check_environment
 from stitchcache.runtime.model import CompiledModel, refuse_change
 from stitchcache.state import devices_of
-from stitchcache.types import Change
+from stitchcache.types import Artifact, Change
 
 
 def load(

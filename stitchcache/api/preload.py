@@ -17,8 +17,8 @@ from stitchcache.errors import StitchCacheError
 
 if TYPE_CHECKING:
     from stitchcache.api.target import Target
-    from stitchcache.artifact.record import Artifact
     from stitchcache.cache import Cache
+    from stitchcache.types import Artifact
 
 log = logging.getLogger("stitchcache")
 

@@ -1,67 +1,43 @@
 """The consts table: values of the execution code that have no literal.
 
 The table is a pickled list. What pickle cannot express safely goes through persistent ids, tuples whose first
-item says what they are:
-
-    ("global", module, qualname)            function or class of the list in ``globals``; never called here
-    ("enum", module, qualname, name, value) enum member, by name, or by value where it has none (flags)
-    ("object", module, qualname, by_init, arguments, state)      instance of a class that the user registered
-    ("op", qualified name, overload)        torch operator, also higher-order; overload None is the packet
-    ("torch", name)                         dtype, layout, memory format, quantization scheme
-    ("placement", name, attributes)         DTensor placement
-    ("tensor", serial, dtype, device, shape, stride, bytes, flags)
-    ("same", serial)                        the tensor of that serial again
+item says what they are: docs/format.md lists them.
 """
 
 from __future__ import annotations
 
-import copyreg
+import collections
+import ctypes
 import enum
 import io
 import pickle
-import struct
 import sys
 from typing import Any, NoReturn
 
-from stitchcache.artifact.const_reader import CONSTRUCTED, is_namedtuple, read_table
-from stitchcache.artifact.globals import (
-    CONST_TYPES,
+from stitchcache.artifact.frame import malformed
+from stitchcache.artifact.unpickle import (
     FUNCTION_TYPES,
     PLACEMENTS,
-    ForbiddenGlobal,
+    READS_FILES,
     Refused,
+    Unpickler,
+    forbidden,
+    is_registered,
+    is_small,
     name_of,
+    resolve,
     torch_value,
 )
-from stitchcache.errors import EntryFormatError, ForbiddenGlobalError, UnserializableConstError
+from stitchcache.errors import ForbiddenGlobalError, UnserializableConstError
 from stitchcache.types import span
 
 _MADE_IN_PYTHON = 1 << 9
 """Py_TPFLAGS_HEAPTYPE: a class that a user may have written."""
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    EOFError,
-    AssertionError,
-    OverflowError,
-    RecursionError,
-    MemoryError,
-    struct.error,
-)
+_MOST_DIMENSIONS = 64
 
 
 def dump_consts(consts: list[Any]) -> bytes | None:
-    """The bytes of a consts table.
-
-    Args:
-        consts: Its values.
-
-    Returns:
-        ``None`` for an empty table.
+    """The bytes of a consts table; ``None`` for an empty one.
 
     Raises:
         UnserializableConstError: A value cannot be stored; ``type_name`` says of what type, ``path`` which.
@@ -70,12 +46,7 @@ def dump_consts(consts: list[Any]) -> bytes | None:
         return None
     for index, value in enumerate(consts):
         _dump(value, f"consts[{index}]")
-    data = _dump(consts, "consts")
-    try:
-        load_consts(data)
-    except EntryFormatError as error:
-        raise _unserializable(f"its pickle is refused ({error.reason})", "consts", consts) from error
-    return data
+    return _dump(consts, "consts")
 
 
 def load_consts(data: bytes | None, *, path: str = "") -> list[Any]:
@@ -86,38 +57,43 @@ def load_consts(data: bytes | None, *, path: str = "") -> list[Any]:
         path: The entry's file, for messages.
 
     Raises:
-        EntryFormatError: It is no such table, or needs something that is not listed here or not imported;
-            ``reason`` names it.
-        ForbiddenGlobalError: It names, or calls, something that is not listed in
-        ``stitchcache.artifact.globals``
-            and not registered. Nothing of it ran.
+        EntryFormatError: It is no such table, or needs an operator or a device that is not here.
+        ForbiddenGlobalError: It names, or calls, what is neither listed nor registered; nothing of it ran.
     """
     if data is None:
         return []
     if b"torch" in data:
         import torch  # noqa: F401
     try:
-        consts = read_table(data)
-    except ForbiddenGlobal as error:
-        raise ForbiddenGlobalError(
-            f"{path or 'entry'}: consts: {error}",
-            path=path,
-            field="consts",
-            reason=str(error),
-            module=error.module,
-            name=error.name,
-        ) from None
+        consts = _Reader().load(data)
     except Refused as error:
-        raise _format_error(path, str(error)) from None
-    except _UNREADABLE as error:
-        raise _format_error(path, f"not a consts table: {error or type(error).__name__}") from error
+        if not error.module:
+            raise malformed(path, "consts", str(error)) from error
+        facts = {"module": error.module, "name": error.name}
+        raise malformed(path, "consts", str(error), ForbiddenGlobalError, **facts) from None
     if type(consts) is not list:
-        raise _format_error(path, f"{type(consts).__name__} where a list is expected")
+        raise malformed(path, "consts", f"{type(consts).__name__} where a list is expected")
     return consts
 
 
-def _format_error(path: str, reason: str) -> EntryFormatError:
-    return EntryFormatError(f"{path or 'entry'}: consts: {reason}", path=path, field="consts", reason=reason)
+# -- writing --------------------------------------------------------------------------------------
+
+
+def _dump(value: Any, path: str) -> bytes:
+    buffer = io.BytesIO()
+    try:
+        _Writer(buffer, path).dump(value)
+        # What a class's own __reduce__ asked for is seen here.
+        _Reader().load(buffer.getvalue())
+    except UnserializableConstError:
+        raise
+    except RecursionError as error:
+        raise _unserializable("it is nested too deeply", path, value) from error
+    except Refused as error:
+        raise _unserializable(f"its pickle is refused ({error})", path, value) from error
+    except (pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise _unserializable(str(error), path, value) from error
+    return buffer.getvalue()
 
 
 def _unserializable(reason: str, path: str, value: object) -> UnserializableConstError:
@@ -129,65 +105,30 @@ def _unserializable(reason: str, path: str, value: object) -> UnserializableCons
     )
 
 
-# -- writing -------------------------------------------------------------------------------------
-
-
-def _dump(value: Any, path: str) -> bytes:
-    buffer = io.BytesIO()
-    try:
-        _Writer(buffer, path).dump(value)
-    except UnserializableConstError:
-        raise
-    except RecursionError as error:
-        raise _unserializable("it is nested too deeply", path, value) from error
-    except (pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise _unserializable(str(error), path, value) from error
-    return buffer.getvalue()
-
-
 class _Writer(pickle.Pickler):
     def __init__(self, file: io.BytesIO, path: str) -> None:
         super().__init__(file, protocol=4)
         self._path = path
-        self._tensors: dict[int, int] = {}
-        self._alive: list[Any] = []
+        self._tensors: dict[int, tuple[int, Any]] = {}
 
     def persistent_id(self, obj: Any) -> Any:
         kind = type(obj)
         if kind in (int, float, str, bytes, bool, type(None), list, tuple, dict):
             return None
         if isinstance(obj, enum.Enum):
-            return self._enum(obj)
+            name = name_of(kind) or self._unregistered(kind, obj)
+            member = obj.name if kind.__members__.get(obj.name or "") is obj else None
+            return ("enum", *name, member, None if member else obj.value)
         if isinstance(obj, type):
             return ("global", *(name_of(obj) or self._unregistered(obj, obj)))
         if isinstance(obj, FUNCTION_TYPES):
-            name = name_of(obj)
-            if name is None:
+            function = name_of(obj)
+            if function is None:
                 reason = "a consts table may not hold this function; make it an op of torch.library"
                 raise _unserializable(reason, self._path, obj)
-            return ("global", *name)
-        if kind in CONST_TYPES and not is_namedtuple(kind):
-            return self._object(obj)
+            return ("global", *function)
         torch = sys.modules.get("torch")
-        return None if torch is None else self._torch_id(torch, obj)
-
-    def _enum(self, obj: enum.Enum) -> Any:
-        name = name_of(type(obj)) or self._unregistered(type(obj), obj)
-        member = obj.name if type(obj).__members__.get(obj.name or "") is obj else None
-        return ("enum", *name, member, None if member else obj.value)
-
-    def _object(self, obj: Any) -> Any:
-        """By its ``__reduce__``, if that calls the class or its ``__new__`` and nothing else."""
-        kind = type(obj)
-        call, arguments, state, *items = (*obj.__reduce_ex__(2), None, None, None)[:5]
-        by_init = call is kind
-        if call is copyreg.__newobj__ and arguments[0] is kind:  # type: ignore[attr-defined]
-            arguments = arguments[1:]
-        elif not by_init:
-            raise _unserializable("its __reduce__ calls something else than its class", self._path, obj)
-        if any(each is not None for each in items):
-            raise _unserializable("its __reduce__ gives items besides state", self._path, obj)
-        return ("object", kind.__module__, kind.__qualname__, by_init, tuple(arguments), state)
+        return None if torch is None or is_registered(kind) else self._torch_id(torch, obj)
 
     def _unregistered(self, kind: type, obj: Any) -> NoReturn:
         where = f"{kind.__module__}.{kind.__qualname__}"
@@ -210,14 +151,14 @@ class _Writer(pickle.Pickler):
 
     def _tensor(self, torch: Any, tensor: Any) -> Any:
         if id(tensor) in self._tensors:
-            return ("same", self._tensors[id(tensor)])
+            return ("same", self._tensors[id(tensor)][0])
         plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
         if not plain or tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
             raise _unserializable("only plain strided tensors with data can", self._path, tensor)
-        serial = self._tensors[id(tensor)] = len(self._tensors)
-        self._alive.append(tensor)
+        serial = len(self._tensors)
+        # With the tensor, which keeps its id taken.
+        self._tensors[id(tensor)] = serial, tensor
         detached = tensor.detach().resolve_conj().resolve_neg()
-        flags = "parameter" if type(tensor) is torch.nn.Parameter else ""
         return (
             "tensor",
             serial,
@@ -225,30 +166,185 @@ class _Writer(pickle.Pickler):
             str(tensor.device),
             tuple(detached.shape),
             tuple(detached.stride()),
-            _bytes_of(torch, detached),
-            flags,
+            _bytes_of(detached),
+            "parameter" if type(tensor) is torch.nn.Parameter else "",
         )
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
-        if kind in CONSTRUCTED or obj is Ellipsis or obj is NotImplemented:
+        if is_registered(kind) or any(kind is each for each, _, _ in _constructors()):
             return NotImplemented
-        if is_namedtuple(kind):
-            return NotImplemented if kind in CONST_TYPES else self._unregistered(kind, obj)
-        torch = sys.modules.get("torch")
-        if torch is not None and kind in (torch.device, torch.Size):
+        if obj is Ellipsis or obj is NotImplemented:
             return NotImplemented
         if name_of(kind) is None and kind.__flags__ & _MADE_IN_PYTHON:
             self._unregistered(kind, obj)
         raise _unserializable("its type is none of those that a consts table may hold", self._path, obj)
 
 
-def _bytes_of(torch: Any, tensor: Any) -> bytes:
-    import ctypes
-
+def _bytes_of(tensor: Any) -> bytes:
     count = span(tensor.shape, tensor.stride())
     if count == 0:
         return b""
     # The memory that the strides reach over, so that overlapping and padded layouts come back as they were.
     flat = tensor.as_strided((count,), (1,), tensor.storage_offset()).cpu().contiguous()
     return ctypes.string_at(flat.data_ptr(), count * flat.element_size())
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+# What may be called, with at most how many arguments of which types: not set(range(10**12)).
+_CONSTRUCTORS: tuple[tuple[Any, int, tuple[type, ...]], ...] = (
+    (complex, 2, (int, float)),
+    (bytearray, 1, (bytes,)),
+    (set, 1, (list, tuple)),
+    (frozenset, 1, (list, tuple)),
+    (slice, 3, (object,)),
+    (range, 3, (int,)),
+    (collections.OrderedDict, 0, ()),
+)
+
+
+def _constructors() -> tuple[tuple[Any, int, tuple[type, ...]], ...]:
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return _CONSTRUCTORS
+    return *_CONSTRUCTORS, (torch.device, 2, (str, int)), (torch.Size, 1, (list, tuple))
+
+
+class _Reader(Unpickler):
+    def __init__(self) -> None:
+        super().__init__()
+        self._tensors: dict[int, Any] = {}
+
+    def outside(self, opcode: str, *operands: Any) -> Any:
+        match opcode:
+            case "GLOBAL" | "STACK_GLOBAL":
+                return resolve(*operands)
+            case "REDUCE" | "NEWOBJ":
+                return _call(*operands, by_new=opcode == "NEWOBJ")
+            case "BUILD":
+                return _with_state(*operands)
+        return self._persistent(*operands)
+
+    def _persistent(self, pid: Any) -> Any:
+        # The types are part of the patterns: what else stood there might take for ever to hash or to show.
+        match pid:
+            case ("global", str(module), str(name)):
+                return resolve(module, name)
+            case ("enum", str(module), str(qualname), str() | None as name, value):
+                return _member(resolve(module, qualname), name, value)
+            case ("op", str(qualified), str() | None as overload):
+                return _op(qualified, overload)
+            case ("torch", str(name)):
+                return _torch_constant(name)
+            case ("placement", str(name), dict(attributes)):
+                return resolve(PLACEMENTS, name)(**attributes)
+            case ("same", int(serial)):
+                return self._tensors[serial]
+            case ("tensor", int(serial), str(), str(), tuple(), tuple(), bytes(), str()):
+                self._tensors[serial] = _tensor(*pid[2:])
+                return self._tensors[serial]
+        raise Refused("a persistent id of no kind that is known here")
+
+
+def _call(target: Any, arguments: Any, *, by_new: bool) -> Any:
+    if type(arguments) is not tuple:
+        raise Refused("a call whose arguments are no tuple")
+    for constructor, most, kinds in _constructors():
+        # By identity: an `in` would ask the objects themselves.
+        if target is constructor:
+            items = [item for each in arguments if isinstance(each, (list, tuple)) for item in each]
+            fit = len(arguments) <= most and all(isinstance(each, kinds) for each in arguments)
+            if not fit or not all(map(is_small, items)):
+                raise Refused(f"a call of {target.__name__} with arguments that it does not need")
+            return target(*arguments)
+    if not isinstance(target, type) or not is_registered(target):
+        name = getattr(target, "__qualname__", type(target).__name__)
+        raise forbidden(getattr(target, "__module__", None), name, "is not allowed to be called")
+    if issubclass(target, enum.Enum):
+        return _member(target, None, *arguments)
+    if issubclass(target, tuple) and hasattr(target, "_fields"):
+        return tuple.__new__(target, arguments)
+    made: Any = target.__new__(target, *arguments) if by_new else target(*arguments)
+    if type(made) is not target:
+        raise Refused(f"{target.__module__}.{target.__qualname__} made a {type(made).__name__}")
+    return made
+
+
+def _with_state(target: Any, state: Any) -> Any:
+    kind = type(target)
+    if not is_registered(kind) or isinstance(target, (enum.Enum, tuple)):
+        raise forbidden(kind.__module__, kind.__qualname__, "is not allowed to be given state")
+    if hasattr(target, "__setstate__"):
+        target.__setstate__(state)
+        return target
+    for attributes in state if type(state) is tuple else (state,):
+        for name, value in (attributes or {}).items():
+            # A name such as __class__ could make it an instance of another class.
+            if type(name) is not str or name.startswith("__"):
+                raise Refused(f"an attribute {name!r}")
+            # Frozen classes set theirs like this too.
+            object.__setattr__(target, name, value)
+    return target
+
+
+def _member(kind: Any, name: str | None, value: Any) -> Any:
+    if not isinstance(kind, type) or not issubclass(kind, enum.Enum):
+        raise Refused(f"{getattr(kind, '__qualname__', 'a value')} is no enum")
+    if name is None:
+        # A flag looks at each bit of an unknown value.
+        if not is_small(value) or (isinstance(value, int) and value.bit_length() > 64):
+            raise Refused(f"a value of {kind.__qualname__} that is too large")
+        return kind(value)
+    if name not in kind.__members__:
+        raise Refused(f"enum {kind.__module__}.{kind.__qualname__} has no member {name!r} here")
+    return kind.__members__[name]
+
+
+def _op(qualified: str, overload: str | None) -> Any:
+    import torch
+
+    # Imports torch, as everything does that has an operator.
+    from stitchcache.torchside import ops
+
+    library, _, name = qualified.partition("::")
+    shown = qualified if overload is None else f"{qualified}.{overload or 'default'}"
+    if name in READS_FILES:
+        raise Refused(f"operator {shown} is not allowed: it reads files")
+    try:
+        packet = getattr(getattr(torch.ops, library), name)
+        found = packet if overload is None else getattr(packet, overload or "default")
+    except AttributeError:
+        raise Refused(f"operator {shown} is not registered: import the module that registers it") from None
+    if not isinstance(found, (ops.OpOverload, ops.OpOverloadPacket, ops.HigherOrderOperator)):
+        raise Refused(f"{qualified} is no operator")
+    return found
+
+
+def _torch_constant(name: str) -> Any:
+    import torch
+
+    found = vars(torch).get(name)
+    if not torch_value(found):
+        raise Refused(f"torch.{name} is no dtype, layout or memory format here")
+    return found
+
+
+def _tensor(dtype: str, device: str, shape: Any, stride: Any, data: bytes, flags: str) -> Any:
+    import torch
+
+    kind = _torch_constant(dtype)
+    fit = len(shape) == len(stride) <= _MOST_DIMENSIONS
+    if not fit or any(type(size) is not int or size < 0 for size in (*shape, *stride)):
+        raise Refused("a tensor whose shape and strides do not fit together")
+    count = span(shape, stride)
+    if type(kind) is not torch.dtype or len(data) != count * kind.itemsize:
+        raise Refused(f"a tensor of {len(data)} bytes whose dtype, shape and strides need another number")
+    try:
+        flat = torch.empty(count, dtype=kind)
+        if data:
+            flat = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(kind)
+        tensor = flat.to(device).as_strided(shape, stride)
+    except (RuntimeError, AssertionError) as error:
+        raise Refused(f"a tensor on {device}, which this process cannot make: {error}") from error
+    return torch.nn.Parameter(tensor, requires_grad=False) if flags == "parameter" else tensor

@@ -1,32 +1,29 @@
 """Entries, targets and pieces: bytes to records and back. The same record always gives the same bytes.
 
-What each record holds and how it is checked stands in its declaration (``stitchcache.types``,
-``stitchcache.artifact.record``); here stands which records a file consists of, in each version of the format.
+What each record holds and how it is checked stands in its declaration (``stitchcache.types``); here stands
+which records a file consists of, in each version of the format.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stitchcache.artifact.frame import (
-    MAGIC,
-    Kind,
-    header_end,
-    malformed,
-    open_frame,
-    open_header,
-    seal,
+from stitchcache.artifact.frame import MAGIC, Kind, header_end, malformed, open_frame, open_header, seal
+from stitchcache.artifact.schema import FieldError, pack, read_packed, reader, record
+from stitchcache.records import dataclass
+from stitchcache.types import (
+    ENTRY_VERSION,
+    Artifact,
+    BlobRef,
+    Digest,
+    Factor,
+    Length,
+    Name,
+    Seconds,
+    TargetRecord,
+    Variant,
 )
-from stitchcache.artifact.record import Artifact, Header, PieceRecord, header_of
-from stitchcache.artifact.schema import FieldError, fields_of, pack, plain, read_packed, reader, record
-from stitchcache.records import fill
-from stitchcache.types import BlobRef, Digest, Factor, TargetRecord
-
-if TYPE_CHECKING:
-    from dataclasses import dataclass
-else:
-    from stitchcache.records import dataclass
 
 CURRENT_SUFFIX = ".stitch"
 
@@ -35,39 +32,75 @@ MOST_RECORDS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """What a target file holds: records for one target key, as several configurations may have the same key.
+class Header:
+    """What can be told of an entry from its first bytes."""
 
-    Args:
-        key: The target key; it is written too, so that a file under a wrong name is noticed.
-        records: Newest first.
-    """
+    graph_hash: Digest
+    label: Name
+    created: Seconds
+    compile_seconds: Seconds
+    variants: Length
+    pieces: Length  # of all variants, repeated ones counted each time
+    backends: tuple[Name, ...]  # of its pieces, sorted
+    blobs: tuple[BlobRef, ...]  # distinct, in order of first use
+    format_version: int = ENTRY_VERSION
+    path: str = ""
+    file_bytes: int = 0
+
+    @property
+    def blob_bytes(self) -> int:
+        """Bytes of the distinct blobs."""
+        return sum(blob.size for blob in self.blobs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PieceRecord:
+    """What a piece key leads to."""
+
+    key: Digest
+    backend: Name
+    blob: BlobRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Target:
+    """What a target file holds: records for one key, newest first; the key shows a wrong file name."""
 
     key: Digest
     records: tuple[TargetRecord, ...]
 
     def flaw(self) -> tuple[str, str] | None:
-        """What is wrong with fields that were read."""
         number = len(self.records)
         return None if 0 < number <= MOST_RECORDS else ("records", f"{number} of them")
 
 
-# -- what stands where ----------------------------------------------------------------------------
-
-_NOT_STORED = ("format_version", "path", "file_bytes")
-_HEADER = record(Header, skip=_NOT_STORED)
-_ELSEWHERE = ("graph_hash", "label", "created", "compile_seconds", "format_version")
-"""Fields of an artifact that the header has."""
-
-_PAYLOAD = fields_of(Artifact, skip=_ELSEWHERE)
-_PIECE = record(PieceRecord)
-_FACTORS = reader("tuple[tuple[Name, str, Name], ...]")
-_TARGET = record(Target)
-
-# What older versions had not yet. Their readers are made when a file of theirs is met, as each costs a start.
-_NOT_IN_ENTRY = {3: ("check",)}
+_NOT_IN_HEADER = ("format_version", "path", "file_bytes")
+_IN_HEADER = ("graph_hash", "label", "created", "compile_seconds", "format_version")
+"""Fields of an artifact that stand in its header alone."""
 _NOT_IN_TARGET = {3: ("refused", "factors", "code"), 4: ("code",), 5: ()}
-"""Until version 5 a file was one record, with the key beside its fields."""
+"""What older versions had not yet. Until version 5 a file was one record, with the key beside its fields."""
+
+
+# -- entries --------------------------------------------------------------------------------------
+
+
+def header_of(artifact: Artifact, *, path: str = "", file_bytes: int = 0) -> Header:
+    """The header that an artifact has or would have."""
+    pieces = artifact.pieces
+    return Header(
+        graph_hash=artifact.graph_hash,
+        label=artifact.label,
+        # As floats, for equal artifacts are equal bytes.
+        created=float(artifact.created),
+        compile_seconds=float(artifact.compile_seconds),
+        variants=len(artifact.variants),
+        pieces=len(pieces),
+        backends=tuple(sorted({piece.backend for piece in pieces})),
+        blobs=artifact.blobs,
+        format_version=artifact.format_version,
+        path=path,
+        file_bytes=file_bytes,
+    )
 
 
 def encode(artifact: Artifact) -> bytes:
@@ -76,8 +109,8 @@ def encode(artifact: Artifact) -> bytes:
     Raises:
         EntryFormatError: A value has no form in the format.
     """
-    header = plain(header_of(artifact), skip=_NOT_STORED)
-    return seal(Kind.ENTRY, pack(header), pack(plain(artifact, skip=_ELSEWHERE)))
+    header = pack(header_of(artifact), skip=_NOT_IN_HEADER)
+    return seal(Kind.ENTRY, header, pack(artifact, skip=_IN_HEADER))
 
 
 def decode(data: bytes, *, path: str = "") -> Artifact:
@@ -92,22 +125,13 @@ def decode(data: bytes, *, path: str = "") -> Artifact:
         EntryFormatError: The bytes are no entry; ``field`` says where they go wrong.
         FutureFormatError: A newer stitchcache wrote them.
     """
-    if is_legacy(data):
+    if _is_legacy(data):
         return _decode_legacy(data, path)
-    frame = open_frame(data, Kind.ENTRY, path=path)
-    header = _header(frame.header, frame.version, path)
-
-    def read(value: Any) -> Artifact:
-        absent = _NOT_IN_ENTRY.get(frame.version)
-        payload = fields_of(Artifact, skip=(*_ELSEWHERE, *absent)) if absent else _PAYLOAD
-        values = {"check": None, **payload(value)}
-        artifact = fill(Artifact, values | {name: getattr(header, name) for name in _ELSEWHERE})
-        flaw = artifact.flaw()
-        if flaw is not None:
-            raise FieldError(*flaw)
-        return artifact
-
-    artifact: Artifact = read_packed(read, frame.payload, path)
+    version, encoded, payload = open_frame(data, Kind.ENTRY, path=path)
+    header = _header(encoded, version, path)
+    read = record(Artifact, (*_IN_HEADER, "check") if version == 3 else _IN_HEADER)
+    above = {name: getattr(header, name) for name in _IN_HEADER}
+    artifact: Artifact = read_packed(lambda value: read(value, **above), payload, path)
     if header_of(artifact) != header:
         raise malformed(path, "header", "its counts, backends or blobs are not those of the payload")
     return artifact
@@ -126,40 +150,85 @@ def decode_named(data: bytes, key: str, path: str) -> Artifact:
     return artifact
 
 
-def is_legacy(data: bytes) -> bool:
-    """Whether bytes look like an entry of format 0 to 2."""
-    # A pickle of protocol 2 and up, or a msgpack map; neither is within one bit of the current magic.
-    return data[:1] in (b"\x80", b"\x83", b"\x84", b"\x85") and data[: len(MAGIC)] != MAGIC
-
-
-def _decode_legacy(data: bytes, path: str) -> Artifact:
-    # Imported when one is met: it needs modules that a warm start does not.
-    from stitchcache.artifact.legacy import decode_legacy
-
-    return decode_legacy(data, path=path)
-
-
-# -- headers --------------------------------------------------------------------------------------
-
-
 def decode_header(prefix: bytes, file_size: int, *, path: str = "") -> Header:
-    """The header in an entry's first bytes, or in a whole legacy entry.
+    """The header in an entry's first bytes.
 
     Args:
         prefix: At least ``header_end(prefix)`` bytes; all of a legacy entry, which has no header.
         file_size: Length of the whole file.
         path: The file, for messages.
     """
-    if is_legacy(prefix):
+    if _is_legacy(prefix):
         return header_of(_decode_legacy(prefix, path), path=path, file_bytes=file_size)
     version, encoded = open_header(prefix, file_size, Kind.ENTRY, path=path)
-    return _header(encoded, version, path, file_size)
+    return _header(encoded, version, path, path=path, file_bytes=file_size)
 
 
-def _header(encoded: bytes, version: int, path: str, file_size: int | None = None) -> Header:
-    found: Header = read_packed(_HEADER, encoded, path, "header")
-    place = {} if file_size is None else {"path": path, "file_bytes": file_size}
-    return fill(Header, {**vars(found), "format_version": version, **place})
+def _header(encoded: bytes, version: int, where: str, **place: Any) -> Header:
+    read = record(Header, _NOT_IN_HEADER)
+    found: Header = read_packed(
+        lambda value: read(value, format_version=version, **place), encoded, where, "header"
+    )
+    return found
+
+
+# -- formats 0, 1 and 2: flat in the cache's root, code and constants alone, no digest. They load for ever.
+
+_MOST_LEGACY = 256 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Format0:
+    execution_code: str
+    submod_names: tuple[Name, ...]
+    graph_hash: Digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Format2:
+    version: int
+    graph_hash: Digest
+    code: str
+    submod_names: tuple[Name, ...]
+    consts: bytes | None = None
+
+
+def _is_legacy(data: bytes) -> bool:
+    # A pickle of protocol 2 and up, or a msgpack map; neither is within one bit of the current magic.
+    return data[:1] in (b"\x80", b"\x83", b"\x84", b"\x85") and data[: len(MAGIC)] != MAGIC
+
+
+def _decode_legacy(data: bytes, path: str) -> Artifact:
+    if len(data) > _MOST_LEGACY:
+        raise malformed(path, "size", f"{len(data)} bytes are more than a legacy entry's {_MOST_LEGACY}")
+    if data[:1] != b"\x80":
+        made: Artifact = read_packed(_format_1_or_2, data, path)
+        return made
+    # Imported when one is met: a warm start does without.
+    from stitchcache.artifact.unpickle import Refused, Unpickler
+
+    try:
+        found: _Format0 = record(_Format0)(Unpickler().load(data))
+    except Refused as error:
+        raise malformed(path, "payload", str(error)) from error
+    except FieldError as error:
+        raise malformed(path, error.field or "payload", error.reason) from None
+    return _legacy_artifact(0, found.graph_hash, found.execution_code, found.submod_names)
+
+
+def _format_1_or_2(value: object) -> Artifact:
+    version = value.get("version") if type(value) is dict else None
+    if type(version) is not int or version not in (1, 2):
+        raise FieldError("version", f"{version!r} is neither 1 nor 2")
+    found: _Format2 = record(_Format2, ("consts",) if version == 1 else ())(value)
+    return _legacy_artifact(version, found.graph_hash, found.code, found.submod_names, found.consts)
+
+
+def _legacy_artifact(
+    version: int, graph_hash: str, code: str, names: tuple[str, ...], consts: bytes | None = None
+) -> Artifact:
+    variant = Variant(size_range=None, code=code, submod_names=names, consts=consts, pieces=())
+    return Artifact(graph_hash=graph_hash, variants=(variant,), format_version=version)
 
 
 # -- targets and pieces ---------------------------------------------------------------------------
@@ -167,7 +236,7 @@ def _header(encoded: bytes, version: int, path: str, file_size: int | None = Non
 
 def encode_target(key: str, records: Sequence[TargetRecord]) -> bytes:
     """The bytes of a target file."""
-    return seal(Kind.TARGET, b"", pack(plain(Target(key=key, records=tuple(records)))))
+    return seal(Kind.TARGET, b"", pack(_Target(key=key, records=tuple(records))))
 
 
 def decode_target(data: bytes, key: str, *, path: str = "") -> tuple[TargetRecord, ...]:
@@ -176,24 +245,25 @@ def decode_target(data: bytes, key: str, *, path: str = "") -> tuple[TargetRecor
     Raises:
         EntryFormatError: It is damaged, malformed, newer, or of another key.
     """
-    frame = open_frame(data, Kind.TARGET, path=path)
+    version, _, payload = open_frame(data, Kind.TARGET, path=path)
 
     def read(value: Any) -> tuple[TargetRecord, ...]:
-        if frame.version not in _NOT_IN_TARGET:
-            target: Target = _TARGET(value)
+        absent = _NOT_IN_TARGET.get(version)
+        if absent is None:
+            target: _Target = record(_Target)(value)
             _check_key(target.key, key)
             return target.records
         if type(value) is dict:
             _check_key(value.pop("key", None), key)
-        return (record(TargetRecord, skip=_NOT_IN_TARGET[frame.version])(value),)
+        return (record(TargetRecord, absent)(value),)
 
-    found: tuple[TargetRecord, ...] = read_packed(read, frame.payload, path)
+    found: tuple[TargetRecord, ...] = read_packed(read, payload, path)
     return found
 
 
 def encode_piece(piece: PieceRecord) -> bytes:
     """The bytes of a piece file."""
-    return seal(Kind.PIECE, b"", pack(plain(piece)))
+    return seal(Kind.PIECE, b"", pack(piece))
 
 
 def decode_piece(data: bytes, key: str, *, path: str = "") -> PieceRecord:
@@ -202,10 +272,14 @@ def decode_piece(data: bytes, key: str, *, path: str = "") -> PieceRecord:
     Raises:
         EntryFormatError: It is damaged, malformed, newer, or of another key.
     """
-    found: PieceRecord = read_packed(_PIECE, open_frame(data, Kind.PIECE, path=path).payload, path)
-    if found.key != key:
-        raise malformed(path, "key", f"{found.key} in a file that should be about {key}")
-    return found
+
+    def read(value: Any) -> PieceRecord:
+        found: PieceRecord = record(PieceRecord)(value)
+        _check_key(found.key, key)
+        return found
+
+    piece: PieceRecord = read_packed(read, open_frame(data, Kind.PIECE, path=path)[2], path)
+    return piece
 
 
 def _check_key(found: object, key: str) -> None:
@@ -213,18 +287,13 @@ def _check_key(found: object, key: str) -> None:
         raise FieldError("key", f"{found} in a file that should be about {key}")
 
 
-# -- factors alone --------------------------------------------------------------------------------
-# A target's factors are packed into one field of its record, so that a direct hit need not decode them:
-# [[name, value, digest], ...] in msgpack, in the key's order.
-
-
 def pack_factors(factors: Sequence[Factor]) -> bytes:
-    """The bytes of ``TargetRecord.factors``.
+    """The bytes of ``TargetRecord.factors``: packed apart, so that a direct hit need not decode them.
 
     Raises:
         EntryFormatError: A value has no form in the format.
     """
-    return pack([[factor.name, factor.value, factor.digest] for factor in factors])
+    return pack(tuple((factor.name, factor.value, factor.digest) for factor in factors))
 
 
 def unpack_factors(data: bytes, *, path: str = "") -> tuple[Factor, ...]:
@@ -235,7 +304,7 @@ def unpack_factors(data: bytes, *, path: str = "") -> tuple[Factor, ...]:
     """
     if not data:
         return ()
-    rows: tuple[tuple[str, str, str], ...] = read_packed(_FACTORS, data, path, "factors")
+    rows = read_packed(reader("tuple[tuple[Name, str, Name], ...]"), data, path, "factors")
     return tuple(Factor(name=name, value=value, digest=digest) for name, value, digest in rows)
 
 

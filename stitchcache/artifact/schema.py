@@ -1,16 +1,14 @@
 """How records stand in msgpack: what reads, checks and writes them comes from their declarations.
 
 A record's fields are said once, in its class; their annotations name what each may be, by the names that
-``stitchcache.types`` has. :func:`plain` writes a record; :func:`record` makes what reads one from its class.
-
-Reading is strict: a key that is missing, unknown or of another kind is a :class:`FieldError`, whose path
-grows while it unwinds. A warm start reads thousands of values. So everything is decided while the functions
-are made, and the map that msgpack made becomes the record's own.
+``stitchcache.types`` has. Reading is strict: a key that is missing, unknown or of another kind is a
+:class:`FieldError`, whose path grows while it unwinds. A warm start reads thousands of values. So everything
+is decided while the functions are made, and the map that msgpack made becomes the record's own.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 import operator
 import re
 import sys
@@ -65,40 +63,33 @@ class FieldError(ValueError):
 # -- bytes and plain values -----------------------------------------------------------------------
 
 
-def pack(value: Any) -> bytes:
-    """Encode plain values.
+def pack(value: Any, *, skip: Collection[str] = ()) -> bytes:
+    """The msgpack of a record, without its fields in ``skip``, or of what a record's field may hold.
 
     Raises:
         EntryFormatError: A value has no form in msgpack.
     """
+    plain = _plain(value, skip)
     try:
-        return bytes(msgpack.packb(value, use_bin_type=True, strict_types=True, unicode_errors=_SURROGATES))
+        return bytes(msgpack.packb(plain, use_bin_type=True, strict_types=True, unicode_errors=_SURROGATES))
     except (TypeError, ValueError, OverflowError) as error:
         raise malformed("", "payload", f"cannot be encoded: {error}") from error
 
 
-def unpack(data: bytes, *, path: str, field: str) -> Any:
-    """Decode bytes whose digest has been checked: no extension types, no key twice, no numbers as keys.
-
-    Raises:
-        EntryFormatError: They are not exactly one msgpack value of the format's kinds.
-    """
-    # unpackb caps every length at len(data), so a forged length allocates nothing.
-    try:
-        return msgpack.unpackb(
-            data,
-            raw=False,
-            strict_map_key=True,
-            object_pairs_hook=_unique,
-            ext_hook=_no_extension,
-            unicode_errors=_SURROGATES,
-        )
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
-        raise malformed(path, field, f"not valid msgpack: {error or type(error).__name__}") from error
+def _plain(value: Any, skip: Collection[str] = ()) -> Any:
+    kind = type(value)
+    if kind is tuple:
+        return [_plain(item) for item in value]
+    if kind is int and not _INT_MIN <= value <= _INT_MAX:
+        return {"int": hex(value)}
+    names = names_of(kind)
+    if names is None:
+        return value
+    return {name: _plain(getattr(value, name)) for name in names if name not in skip}
 
 
 def read_packed(read: Reader, data: bytes, path: str, root: str = "") -> Any:
-    """What some bytes hold.
+    """What some bytes hold: no extension types, no key twice, no numbers as keys.
 
     Args:
         read: What they must be.
@@ -109,30 +100,24 @@ def read_packed(read: Reader, data: bytes, path: str, root: str = "") -> Any:
     Raises:
         EntryFormatError: They are something else; ``field`` says where.
     """
-    value = unpack(data, path=path, field=root or "payload")
+    # unpackb caps every length at len(data), so a forged length allocates nothing.
+    try:
+        value = msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            object_pairs_hook=_unique,
+            ext_hook=_no_extension,
+            unicode_errors=_SURROGATES,
+        )
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        reason = f"not valid msgpack: {error or type(error).__name__}"
+        raise malformed(path, root or "payload", reason) from error
     try:
         return read(value)
     except FieldError as error:
         where = error.within(root) if root else error
         raise malformed(path, where.field or "payload", where.reason) from None
-
-
-def plain(value: Any, *, skip: Collection[str] = ()) -> Any:
-    """A value as msgpack has it; a record is a map of its fields, in their order.
-
-    Args:
-        value: A record, or what a record's field may hold.
-        skip: Fields of the record that do not stand in the file.
-    """
-    kind = type(value)
-    if kind is tuple:
-        return [plain(item) for item in value]
-    if kind is int and not _INT_MIN <= value <= _INT_MAX:
-        return {"int": hex(value)}
-    names = names_of(kind)
-    if names is None:
-        return value
-    return {name: plain(getattr(value, name)) for name in names if name not in skip}
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -149,10 +134,13 @@ def _no_extension(code: int, data: bytes) -> Any:
 # -- kinds of values ------------------------------------------------------------------------------
 
 
-def _digest(value: object) -> object:
-    if not is_digest(value):
-        raise FieldError("", f"{_shown(value)} is not 64 lowercase hex digits")
-    return value
+def _of(kind: type) -> Reader:
+    def read(value: Any) -> Any:
+        if type(value) is not kind:
+            raise _other(value, kind.__name__)
+        return value
+
+    return read
 
 
 def _text(most: int) -> Reader:
@@ -166,25 +154,29 @@ def _text(most: int) -> Reader:
     return read
 
 
-def _expression(value: Any) -> Any:
-    if type(value) is not str:
-        raise _other(value, "str")
-    if len(value) > _MOST_EXPRESSION or _LONG_NUMBER.search(value):
-        raise FieldError("", f"{_shown(value)} is too long, or has a number that is")
-    return value
-
-
-def _bounded(least: int, most: int) -> Reader:
+def _number(kind: Any, least: float, most: float) -> Reader:
     def read(value: Any) -> Any:
-        if type(value) is not int:
-            raise _other(value, "int")
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise _other(value, kind.__name__)
         if not least <= value <= most:
-            raise FieldError(
-                "", f"{value} is negative" if value < 0 else f"{value} is more than the format's {most}"
-            )
+            raise FieldError("", f"{value} is not from {least} to {most}")
         return value
 
     return read
+
+
+def _digest(value: object) -> object:
+    if not is_digest(value):
+        raise FieldError("", f"{_shown(value)} is not 64 lowercase hex digits")
+    return value
+
+
+def _expression(value: Any) -> Any:
+    if _LONG_NUMBER.search(_short_text(value)):
+        raise FieldError("", f"{_shown(value)} has a number that is too long")
+    return value
 
 
 def _size(value: Any) -> Any:
@@ -194,99 +186,26 @@ def _size(value: Any) -> Any:
     return _expression(value) if type(value) is str else _count(value)
 
 
-def _float(least: float, most: float) -> Reader:
-    def read(value: Any) -> Any:
-        number = float(value) if type(value) is int else _float_itself(value)
-        if not math.isfinite(number):
-            raise FieldError("", f"{number} is not finite")
-        if not least <= number <= most:
-            raise FieldError("", f"{number} is not from {least} to {most}")
-        return number
-
-    return read
-
-
-def _exactly(kind: type) -> Reader:
-    def read(value: Any) -> Any:
-        if type(value) is not kind:
-            raise _other(value, kind.__name__)
-        return value
-
-    return read
+def _hexadecimal(value: Any) -> int:
+    digits = _hex_text(value)
+    try:
+        return int(digits, 16)
+    except ValueError:
+        raise FieldError("", "not a hexadecimal number") from None
 
 
 def _scalar(value: Any) -> Any:
     if type(value) is dict:
-        try:
-            digits = _text(_MOST_HEX)(value["int"])
-            if len(value) == 1:
-                return int(digits, 16)
-        except KeyError:
-            pass
-        except FieldError as error:
-            raise error.within("int") from None
-        except ValueError:
-            raise FieldError("int", "not a hexadecimal number") from None
-        raise _wrong_keys(value, ("int",))
-    if value is None or type(value) in (bool, int, float):
-        return value
+        return _large_int(value)["int"]
     if type(value) is str:
         return _long_text(value)
-    raise _other(value, "a scalar")
+    if value is not None and type(value) not in (bool, int, float):
+        raise _other(value, "a scalar")
+    return value
 
 
-_count = _bounded(0, _MOST_COUNT)
-_long_text = _text(_MOST_TEXT)
-_float_itself = _exactly(float)
-
-_READERS: Mapping[str, Reader] = {
-    "str": _long_text,
-    "bytes": _exactly(bytes),
-    "int": _bounded(_INT_MIN, _INT_MAX),
-    "Digest": _digest,
-    "Name": _text(_MOST_NAME),
-    "Expression": _expression,
-    "Count": _count,
-    "Length": _bounded(0, _MOST_ITEMS),
-    "Seconds": _float(-_MOST_SECONDS, _MOST_SECONDS),
-    "Amount": _float(0.0, sys.float_info.max),
-    "Size": _size,
-    "Scalar": _scalar,
-}
-
-
-# -- what is made of them -------------------------------------------------------------------------
-
-
-def record(cls: type, *, skip: Collection[str] = ()) -> Reader:
-    """Reads a map with exactly a record's fields as keys.
-
-    Args:
-        cls: The record's class.
-        skip: Fields that do not stand in the file; they get their defaults.
-    """
-    read_fields, flaw = fields_of(cls, skip=skip), getattr(cls, "flaw", None)
-    missing = {name: value for name, value in defaults_of(cls).items() if name in skip}
-
-    def read(value: Any) -> Any:
-        values = read_fields(value)
-        if missing:
-            values.update(missing)
-        made: Any = fill(cls, values)
-        if flaw is not None:
-            found = flaw(made)
-            if found is not None:
-                raise FieldError(*found)
-        return made
-
-    return read
-
-
-def fields_of(cls: type, *, skip: Collection[str] = ()) -> Reader:
-    """The same, but what is read is a dict of the fields' values."""
-    module = vars(sys.modules[cls.__module__])
-    annotations: Mapping[str, str] = cls.__annotations__
-    readers = {name: reader(text, module) for name, text in annotations.items() if name not in skip}
+def _map(readers: Mapping[str, Reader]) -> Reader:
+    """A map of exactly these keys, each with what reads its value."""
     steps, number = tuple(readers.items()), len(readers)
 
     def read(value: Any) -> Any:
@@ -308,35 +227,9 @@ def fields_of(cls: type, *, skip: Collection[str] = ()) -> Reader:
     return read
 
 
-def reader(text: str, module: Mapping[str, Any] | None = None) -> Reader:
-    """What reads a value of an annotation.
-
-    Args:
-        text: The annotation's source.
-        module: Where the names of records in it mean something.
-    """
-    if text in _READERS:
-        return _READERS[text]
-    if text == "Shape":
-        return _array(_size, _MOST_DIMENSIONS)
-    if text.endswith(" | None"):
-        read = reader(text.removesuffix(" | None"), module)
-        return lambda value: None if value is None else read(value)
-    kind, _, inner = text.removesuffix("]").partition("[")
-    if kind == "tuple" and inner.endswith(", ..."):
-        return _array(reader(inner.removesuffix(", ..."), module), _MOST_ITEMS)
-    if kind == "tuple":
-        return _row([reader(each, module) for each in inner.split(", ")])
-    if kind == "Literal":
-        return _one_of(tuple(word.strip("\"'") for word in inner.split(", ")))
-    return record((module or {})[text])
-
-
 def _array(read: Reader, most: int) -> Reader:
     def read_all(value: Any) -> Any:
-        if type(value) is not list:
-            raise _other(value, "list")
-        if len(value) > most:
+        if len(_list(value)) > most:
             raise FieldError("", f"{len(value)} items where at most {most} are allowed")
         items = iter(value)
         try:
@@ -349,19 +242,11 @@ def _array(read: Reader, most: int) -> Reader:
 
 def _row(readers: list[Reader]) -> Reader:
     """An array in which each place has a reader of its own."""
+    read_places = _map({f"[{place}]": read for place, read in enumerate(readers)})
 
     def read(value: Any) -> Any:
-        if type(value) is not list:
-            raise _other(value, "list")
-        if len(value) != len(readers):
-            raise FieldError("", f"{len(value)} items where {len(readers)} are expected")
-        items: list[Any] = []
-        try:
-            for read_one, item in zip(readers, value, strict=True):
-                items.append(read_one(item))
-        except FieldError as error:
-            raise error.within(f"[{len(items)}]") from None
-        return tuple(items)
+        places = {f"[{place}]": item for place, item in enumerate(_list(value))}
+        return tuple(read_places(places).values())
 
     return read
 
@@ -389,3 +274,71 @@ def _other(value: object, expected: str) -> FieldError:
 def _shown(value: object) -> str:
     shown = repr(value[:100] if isinstance(value, (str, bytes)) else value)
     return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+_list = _of(list)
+_count = _number(int, 0, _MOST_COUNT)
+_long_text, _short_text, _hex_text = _text(_MOST_TEXT), _text(_MOST_EXPRESSION), _text(_MOST_HEX)
+_large_int = _map({"int": _hexadecimal})
+
+_READERS: Mapping[str, Reader] = {
+    "str": _long_text,
+    "bytes": _of(bytes),
+    "int": _number(int, _INT_MIN, _INT_MAX),
+    "Digest": _digest,
+    "Name": _text(_MOST_NAME),
+    "Expression": _expression,
+    "Count": _count,
+    "Length": _number(int, 0, _MOST_ITEMS),
+    "Seconds": _number(float, -_MOST_SECONDS, _MOST_SECONDS),
+    "Amount": _number(float, 0.0, sys.float_info.max),
+    "Shape": _array(_size, _MOST_DIMENSIONS),
+    "Scalar": _scalar,
+}
+
+
+# -- records --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def record(cls: type, skip: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """What reads a record from the map of its fields.
+
+    Args:
+        cls: The record's class.
+        skip: Fields that do not stand in the file; they are given to the reader, or get their defaults.
+    """
+    module = vars(sys.modules[cls.__module__])
+    annotations: Mapping[str, str] = cls.__annotations__
+    read_fields = _map({name: reader(text, module) for name, text in annotations.items() if name not in skip})
+    absent = {name: value for name, value in defaults_of(cls).items() if name in skip}
+    flaw = getattr(cls, "flaw", None)
+
+    def read(value: Any, **given: Any) -> Any:
+        values = read_fields(value)
+        if skip:
+            values.update(absent | given)
+        made: Any = fill(cls, values)
+        found = None if flaw is None else flaw(made)
+        if found is not None:
+            raise FieldError(*found)
+        return made
+
+    return read
+
+
+def reader(text: str, module: Mapping[str, Any] | None = None) -> Reader:
+    """What reads a value of an annotation; ``module`` is where the names of records in it mean something."""
+    if text in _READERS:
+        return _READERS[text]
+    if text.endswith(" | None"):
+        read = reader(text.removesuffix(" | None"), module)
+        return lambda value: None if value is None else read(value)
+    kind, _, inner = text.removesuffix("]").partition("[")
+    if kind == "tuple" and inner.endswith(", ..."):
+        return _array(reader(inner.removesuffix(", ..."), module), _MOST_ITEMS)
+    if kind == "tuple":
+        return _row([reader(each, module) for each in inner.split(", ")])
+    if kind == "Literal":
+        return _one_of(tuple(word.strip("\"'") for word in inner.split(", ")))
+    return record((module or {})[text])

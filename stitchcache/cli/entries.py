@@ -32,10 +32,11 @@ from stitchcache.errors import AmbiguousPrefixError, StitchCacheError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from stitchcache.artifact.record import Artifact, Header
+    from stitchcache.artifact.entry import Header
     from stitchcache.cache import Cache
     from stitchcache.report.compare import Comparison
     from stitchcache.report.entry import DistinctPiece, Entry
+    from stitchcache.types import Artifact
 
 _KEY = 12
 _LISTED = (
@@ -92,7 +93,7 @@ def _listed_row(header: Header, length: int) -> list[str]:
         age_text(header.created),
         ",".join(header.backends) or "-",
         str(header.pieces),
-        str(header.blob_count),
+        str(len(header.blobs)),
         size_text(_size(header)),
         seconds_text(header.compile_seconds) if header.compile_seconds else "-",
         str(header.format_version),

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from stitchcache.artifact.consts import dump_consts
-from stitchcache.artifact.record import Artifact, Variant
 from stitchcache.capture import Capture
 from stitchcache.capture.contract import tensor_spec
 from stitchcache.codegen.generate import generate_execution_code
@@ -21,7 +20,7 @@ from stitchcache.pieces import get_backend
 from stitchcache.pipeline.request import Request
 from stitchcache.pipeline.source import Source, fact
 from stitchcache.plan import Plan, plan
-from stitchcache.types import BindingSpec, BlobRef, Factor, PieceRef, SizeRange
+from stitchcache.types import Artifact, BindingSpec, BlobRef, Factor, PieceRef, SizeRange, Variant
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from stitchcache.artifact.record import Artifact
 from stitchcache.cache import Cache
 from stitchcache.errors import UntrustedEntryError
 from stitchcache.keys.check import check_sources
@@ -18,7 +17,7 @@ from stitchcache.pipeline.request import Clock, OnProgress, Request, Site
 from stitchcache.runtime.mismatch import explain_mismatch
 from stitchcache.state import devices_of, state_attributes
 from stitchcache.torchside import tree
-from stitchcache.types import BindingSpec, Change, Factor, TargetRecord
+from stitchcache.types import Artifact, BindingSpec, Change, Factor, TargetRecord
 
 if TYPE_CHECKING:
     from dataclasses import dataclass

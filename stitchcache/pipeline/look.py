@@ -25,9 +25,9 @@ from stitchcache.torchside.tensors import has_fakes, version_of
 from stitchcache.types import Check, CheckRecord, OutputBound
 
 if TYPE_CHECKING:
-    from stitchcache.artifact.record import Artifact
     from stitchcache.pipeline.find import Wanted
     from stitchcache.runtime.model import CompiledModel
+    from stitchcache.types import Artifact
 
 log = logging.getLogger("stitchcache")
 

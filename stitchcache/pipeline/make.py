@@ -12,7 +12,6 @@ from statistics import fmean
 from typing import Any
 
 from stitchcache.artifact.consts import dump_consts
-from stitchcache.artifact.record import Artifact
 from stitchcache.cache import Cache
 from stitchcache.errors import BackendError, EntryFormatError, StoreWriteError, UntrustedEntryError
 from stitchcache.graph.symbols import without_guards
@@ -22,7 +21,7 @@ from stitchcache.pipeline.entry import EntryPlan, assemble, stitched_leaves
 from stitchcache.pipeline.request import Request, Site
 from stitchcache.pipeline.start import Loaded
 from stitchcache.plan.plan import PlannedPiece, examples_for
-from stitchcache.types import BlobRef, Factor
+from stitchcache.types import Artifact, BlobRef, Factor
 
 log = logging.getLogger("stitchcache")
 

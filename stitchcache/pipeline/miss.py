@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from stitchcache.artifact.record import Artifact
 from stitchcache.errors import CacheMissError
 from stitchcache.explanation import (
     ABSENT,
@@ -19,7 +18,7 @@ from stitchcache.keys.origins import find_file, main_label, read_file
 from stitchcache.nearest import nearest_entries
 from stitchcache.pipeline.entry import EntryPlan
 from stitchcache.pipeline.find import Miss, Wanted
-from stitchcache.types import TargetRecord
+from stitchcache.types import Artifact, TargetRecord
 
 _FEW = 3
 

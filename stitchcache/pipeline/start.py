@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
-from stitchcache.artifact.record import Artifact
 from stitchcache.cache import Cache
 from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import (
@@ -25,6 +24,7 @@ from stitchcache.pieces import get_backend
 from stitchcache.pipeline.find import Miss, Ready
 from stitchcache.pipeline.request import Site
 from stitchcache.runtime.model import CompiledModel
+from stitchcache.types import Artifact
 
 if TYPE_CHECKING:
     from dataclasses import dataclass

@@ -10,7 +10,6 @@ from functools import partial
 from typing import TypeVar
 
 from stitchcache.artifact.entry import pack_factors
-from stitchcache.artifact.record import Artifact
 from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import CacheMissError, StaleEntryError, StoreWriteError
 from stitchcache.explanation import differences_text
@@ -26,7 +25,7 @@ from stitchcache.pipeline.source import export_source
 from stitchcache.pipeline.start import Way, start, started_or_miss
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.store.layout import Area, keyed_path
-from stitchcache.types import Factor, TargetRecord
+from stitchcache.types import Artifact, Factor, TargetRecord
 
 log = logging.getLogger("stitchcache")
 

@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from stitchcache.artifact.record import Artifact
 from stitchcache.explanation import ABSENT, explain_differences
 from stitchcache.report.entry import (
     DistinctPiece,
@@ -16,6 +15,7 @@ from stitchcache.report.entry import (
     input_lines,
     output_lines,
 )
+from stitchcache.types import Artifact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from stitchcache.artifact.entry import decode_named
-from stitchcache.artifact.record import Artifact, Variant
 from stitchcache.cache import Cache
 from stitchcache.errors import GraphHashError, StoreError
 from stitchcache.store.layout import LEGACY_SUFFIXES, Area, keyed_path
 from stitchcache.types import (
+    Artifact,
     BindingSpec,
     InputSpec,
     LeafSpec,
@@ -23,6 +23,7 @@ from stitchcache.types import (
     SizeRange,
     SymbolSpec,
     TensorSpec,
+    Variant,
 )
 
 _MOST_TEXT = 2000

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from stitchcache.api.prewarm import request_for
 from stitchcache.api.target import Target
-from stitchcache.artifact.record import Artifact
 from stitchcache.cache import Cache
 from stitchcache.errors import UntrustedEntryError
 from stitchcache.explanation import NearestEntry
@@ -15,7 +14,7 @@ from stitchcache.nearest import nearest_entries
 from stitchcache.pipeline.find import Hit, Wanted, find, find_by_graph, want
 from stitchcache.pipeline.miss import changed_beside, changed_sources, graph_differences
 from stitchcache.pipeline.request import check_model
-from stitchcache.types import Factor
+from stitchcache.types import Artifact, Factor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from stitchcache.artifact.record import Artifact
 from stitchcache.codegen.execution import CodeObjects, show_source
 from stitchcache.errors import EntryFormatError, InputMismatchError
 from stitchcache.runtime.callcode import CallSource, output_expression, write_checks, write_inputs
 from stitchcache.runtime.mismatch import Arrangement, explain_mismatch, is_plain, share_memory
 from stitchcache.torchside import tree
 from stitchcache.torchside.state import set_grad_enabled
-from stitchcache.types import OutputSpec
+from stitchcache.types import Artifact, OutputSpec
 
 
 def build_call(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from stitchcache.artifact.record import Artifact
 from stitchcache.errors import EnvironmentMismatchError
 from stitchcache.keys.environment import environment_factors
+from stitchcache.types import Artifact
 
 
 def check_environment(artifact: Artifact, where: str) -> None:

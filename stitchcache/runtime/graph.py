@@ -18,7 +18,6 @@ import torch
 
 from stitchcache.artifact.consts import dump_consts, load_consts
 from stitchcache.artifact.entry import CURRENT_SUFFIX, decode_named, encode
-from stitchcache.artifact.record import Artifact
 from stitchcache.errors import BackendError, EntryDamagedError, EntryFormatError, InputMismatchError
 from stitchcache.pieces import get_backend
 from stitchcache.runtime.call import run_quietly
@@ -26,7 +25,7 @@ from stitchcache.runtime.environment import check_environment, devices_in
 from stitchcache.runtime.link import bind_tensors, link
 from stitchcache.runtime.mismatch import share_memory
 from stitchcache.torchside.dynamo import SerializableCallable
-from stitchcache.types import BlobRef
+from stitchcache.types import Artifact, BlobRef
 
 if TYPE_CHECKING:
     from dataclasses import dataclass

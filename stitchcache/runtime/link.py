@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from stitchcache.artifact.record import Artifact, Variant
 from stitchcache.codegen.execution import CodeObjects, bind_execution_fn
 from stitchcache.errors import BindError, InputMismatchError, LinkError, OptionError
 from stitchcache.state import memory_of, state_of, tensor_at
-from stitchcache.types import BOUND, BindingSpec, SizeRange
+from stitchcache.types import BOUND, Artifact, BindingSpec, SizeRange, Variant
 
 
 def link(

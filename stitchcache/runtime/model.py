@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stitchcache.artifact.record import Artifact
 from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import BindError, EntryFormatError, StitchCacheError
 from stitchcache.runtime.call import build_call
 from stitchcache.runtime.link import bind_tensors, link
-from stitchcache.types import Change, Check
+from stitchcache.types import Artifact, Change, Check
 
 if TYPE_CHECKING:
     from stitchcache.explanation import Explanation, MissFacts

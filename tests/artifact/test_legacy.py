@@ -12,8 +12,7 @@ import msgpack
 import pytest
 
 from stitchcache.artifact.consts import load_consts
-from stitchcache.artifact.entry import decode, decode_header, encode
-from stitchcache.artifact.legacy import decode_legacy
+from stitchcache.artifact.entry import decode, decode_header, decode_named, encode
 from stitchcache.errors import EntryFormatError
 
 LEGACY = Path(__file__).parent.parent / "data" / "legacy"
@@ -66,7 +65,7 @@ HOSTILE_PICKLES = {
 def test_hostile_pickles_do_nothing(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EntryFormatError):
-        decode_legacy(HOSTILE_PICKLES[name], path="f.pkl")
+        decode_named(HOSTILE_PICKLES[name], HASH, "f.pkl")
     assert not list(tmp_path.iterdir())
 
 
@@ -86,5 +85,5 @@ def test_malformed_maps_are_refused(change, field):
     record = {"version": 2, "graph_hash": HASH, "code": "", "submod_names": [], "consts": None}
     assert decode(msgpack.packb(record)).graph_hash == HASH
     with pytest.raises(EntryFormatError) as caught:
-        decode_legacy(msgpack.packb(record | change))
+        decode_named(msgpack.packb(record | change), HASH, "f.msgpack")
     assert caught.value.field == field

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from stitchcache.artifact.record import Artifact, Variant
 from stitchcache.cache import Cache
 from stitchcache.types import (
+    Artifact,
     BindingSpec,
     Factor,
     InputSpec,
@@ -19,6 +19,7 @@ from stitchcache.types import (
     SymbolSpec,
     TargetRecord,
     TensorSpec,
+    Variant,
 )
 
 LEAF = '{"type": null, "context": null, "children_spec": []}'

@@ -14,11 +14,11 @@ from torch import fx
 
 from stitchcache.artifact.consts import dump_consts, load_consts
 from stitchcache.artifact.entry import decode, encode
-from stitchcache.artifact.globals import register_const_type
-from stitchcache.artifact.record import Artifact, Variant
+from stitchcache.artifact.unpickle import register_const_type
 from stitchcache.codegen.execution import compile_execution_fn
 from stitchcache.codegen.generate import generate_execution_code
 from stitchcache.errors import UnserializableConstError
+from stitchcache.types import Artifact, Variant
 
 Point = register_const_type(collections.namedtuple("Point", "x y"))
 

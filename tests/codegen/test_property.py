@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from stitchcache.artifact.globals import register_const_type
+from stitchcache.artifact.unpickle import register_const_type
 
 EXAMPLES = 4000 if os.environ.get("STITCHCACHE_FULL") else 200
 NAMES = [

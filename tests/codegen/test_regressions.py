@@ -13,7 +13,7 @@ from codegen_cases import Opaque, Point, check, compiled, graph_module, record
 from torch import fx
 from torch.distributed.tensor.placement_types import Replicate, Shard
 
-from stitchcache.artifact.globals import register_const_type
+from stitchcache.artifact.unpickle import register_const_type
 from stitchcache.codegen.generate import generate_execution_code
 
 CASES: dict[str, tuple[Any, tuple[Any, ...]]] = {}

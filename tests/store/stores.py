@@ -6,9 +6,18 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from stitchcache.artifact.record import Artifact, Variant
 from stitchcache.cache import Cache
-from stitchcache.types import BindingSpec, BlobRef, Factor, PieceRef, SourceRef, TargetRecord, TensorSpec
+from stitchcache.types import (
+    Artifact,
+    BindingSpec,
+    BlobRef,
+    Factor,
+    PieceRef,
+    SourceRef,
+    TargetRecord,
+    TensorSpec,
+    Variant,
+)
 
 
 def key(name: str | int) -> str:
