@@ -1,5 +1,5 @@
 """From a model to one graph with a contract."""
 
-from stitchcache.capture.export import BoundTensor, Capture, capture, proved
+from stitchcache.capture.export import BoundTensor, Capture, capture
 
-__all__ = ["BoundTensor", "Capture", "capture", "proved"]
+__all__ = ["BoundTensor", "Capture", "capture"]

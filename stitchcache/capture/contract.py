@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import CodeType
 from typing import Any
 
 import torch
+from torch.fx import GraphModule
 
 from stitchcache.errors import CaptureError
 from stitchcache.graph import symbols
@@ -14,7 +15,7 @@ from stitchcache.graph.effects import written_placeholders
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.types import InputSpec, LeafSpec, SymbolSpec, TensorSpec
 
-_SCALARS = (bool, int, float, str)
+_PLAIN = (bool, int, float, str, type(None))
 # What code asks a tensor by these names is not checked on calls, and may differ between two tensors of one
 # shape, dtype and layout.
 _ASKS_KIND = frozenset(
@@ -23,46 +24,89 @@ _ASKS_KIND = frozenset(
 
 
 def input_spec(
-    program: torch.export.ExportedProgram,
-    user_inputs: Sequence[str],
+    gm: GraphModule,
+    inputs: Sequence[str],
     paths: Sequence[str],
     leaves: Sequence[Any],
-    tree_text: str,
-    dynamic_shapes: Any,
+    tree: str,
     names: SymbolNames,
+    ranges: Mapping[Any, Any] | None = None,
 ) -> InputSpec:
-    """Read off an exported program what its callers must keep to.
+    """Read off a captured graph what its callers must keep to.
 
     Args:
-        program: The capture.
-        user_inputs: Placeholder names, one a leaf.
+        gm: The flat graph.
+        inputs: Placeholder names, one a leaf.
         paths: What the user calls each leaf.
         leaves: The example's leaves.
-        tree_text: The input tree, written down.
-        dynamic_shapes: As the user gave them, for the labels of symbols.
+        tree: The input tree, written down.
         names: Canonical names; filled in the order of the leaves.
-
-    Returns:
-        The contract.
+        ranges: What ``torch.export`` found symbols may be. Without, there are no relations either: Dynamo
+            checks the calls of its graphs itself.
 
     Raises:
         CaptureError: A leaf is neither a tensor nor a plain value.
     """
-    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    written = written_placeholders(program.graph_module)
+    fakes = {node.name: symbols.value_of(node) for node in gm.graph.nodes if node.op == "placeholder"}
+    written = written_placeholders(gm)
     specs = tuple(
-        _leaf(nodes[name], path, leaf, names, name in written)
-        for name, path, leaf in zip(user_inputs, paths, leaves, strict=True)
+        _leaf(path, fakes[name], leaf, names, "inout" if name in written else "tensor")
+        for name, path, leaf in zip(inputs, paths, leaves, strict=True)
     )
-    shape_env = symbols.shape_environment(program.graph)
-    constraints: list[str] = []
-    if shape_env is not None:
-        constraints = symbols.guards(shape_env, names, only_known=True)
+    shape_env = symbols.shape_environment(gm.graph)
+    known = shape_env is not None and ranges is not None
     return InputSpec(
-        tree=tree_text,
+        tree=tree,
         leaves=specs,
-        symbols=tuple(_symbols(program, names, shape_env)),
-        constraints=tuple(constraints),
+        constraints=tuple(symbols.guards(shape_env, names, only_known=True) if known else ()),
+        symbols=tuple(_symbols(names, shape_env, ranges or {})),
+    )
+
+
+def _leaf(path: str, fake: Any, leaf: Any, names: SymbolNames, kind: Any) -> LeafSpec:
+    if isinstance(fake, torch.Tensor):
+        return LeafSpec(path=path, kind=kind, tensor=tensor_spec(fake, names, path))
+    if isinstance(fake, torch.SymInt):
+        leaf = names.size(fake)
+        if isinstance(leaf, str):
+            return LeafSpec(path=path, kind="symbol", symbol=leaf)
+    if type(leaf) in _PLAIN:
+        return LeafSpec(path=path, kind="constant", value=leaf)
+    raise CaptureError(
+        f"argument {path} is a {type(leaf).__qualname__}; arguments must be tensors, numbers, "
+        "strings, None, or containers of these.",
+        reason=f"argument of type {type(leaf).__qualname__}",
+    )
+
+
+def _symbols(names: SymbolNames, shape_env: Any, ranges: Mapping[Any, Any]) -> Iterable[SymbolSpec]:
+    """Ranges of all symbols that the contract mentions."""
+    by_text = {str(symbol): value for symbol, value in ranges.items()}
+    for symbol, name in list(names.items()):
+        # One that begins with u is born of data inside the graph: no argument of a call has it.
+        if not str(symbol).startswith("u"):
+            found = by_text.get(str(symbol))
+            known = (symbols.finite(found.lower), symbols.finite(found.upper)) if found is not None else None
+            low, high = known or symbols.bounds(shape_env, symbol)
+            yield SymbolSpec(name=name, min=max(1, low or 0), max=high)
+
+
+def tensor_spec(value: torch.Tensor, names: SymbolNames, path: str = "") -> TensorSpec:
+    """Metadata of a tensor, real or fake.
+
+    Raises:
+        CaptureError: Its layout has no strides (sparse).
+    """
+    if value.layout != torch.strided:
+        raise CaptureError(
+            f"{path or 'a tensor'} has layout {value.layout}; only strided tensors are supported.",
+            reason=str(value.layout),
+        )
+    return TensorSpec(
+        dtype=str(value.dtype).removeprefix("torch."),
+        device=value.device.type,
+        shape=tuple(names.size(size) for size in value.shape),
+        stride=tuple(names.size(size) for size in value.stride()),
     )
 
 
@@ -112,64 +156,3 @@ def _compares_identity(code: CodeType) -> bool:
         if not step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "PRECALL", "CACHE")):
             loads.append(step.opname)
     return False
-
-
-def writes_state(gm: torch.fx.GraphModule, bound: Collection[str], leaves: Sequence[LeafSpec]) -> bool:
-    """Whether a graph writes into a tensor of the model, or into an argument beside such tensors."""
-    written = written_placeholders(gm)
-    return not written.isdisjoint(bound) or (bool(bound) and any(leaf.kind == "inout" for leaf in leaves))
-
-
-def tensor_spec(value: torch.Tensor, names: SymbolNames, path: str = "") -> TensorSpec:
-    """Metadata of a tensor, real or fake.
-
-    Raises:
-        CaptureError: Its layout has no strides (sparse), or it is quantized.
-    """
-    if value.layout != torch.strided:
-        raise CaptureError(
-            f"{path or 'a tensor'} has layout {value.layout}; only strided tensors are supported.",
-            reason=str(value.layout),
-        )
-    return TensorSpec(
-        dtype=str(value.dtype).removeprefix("torch."),
-        device=value.device.type,
-        shape=tuple(names.size(size) for size in value.shape),
-        stride=tuple(names.size(size) for size in value.stride()),
-    )
-
-
-def _leaf(node: torch.fx.Node, path: str, leaf: Any, names: SymbolNames, written: bool) -> LeafSpec:
-    value = node.meta.get("val")
-    if isinstance(value, torch.Tensor):
-        return LeafSpec(
-            path=path, kind="inout" if written else "tensor", tensor=tensor_spec(value, names, path)
-        )
-    if isinstance(value, torch.SymInt):
-        size = names.size(value)
-        if isinstance(size, str):
-            return LeafSpec(path=path, kind="symbol", symbol=size)
-    if leaf is None or type(leaf) in _SCALARS:
-        return LeafSpec(path=path, kind="constant", value=leaf)
-    raise CaptureError(
-        f"argument {path} is a {type(leaf).__qualname__}; arguments must be tensors, numbers, "
-        "strings, None, or containers of these.",
-        reason=f"argument of type {type(leaf).__qualname__}",
-    )
-
-
-def _symbols(program: torch.export.ExportedProgram, names: SymbolNames, shape_env: Any) -> list[SymbolSpec]:
-    """Ranges of all symbols that the contract mentions."""
-    ranges = {str(symbol): value for symbol, value in program.range_constraints.items()}
-    found = []
-    for symbol, name in list(names.items()):
-        if str(symbol).startswith("u"):
-            # Born of data inside the graph: no argument of a call has it.
-            continue
-        value_range = ranges.get(str(symbol))
-        if value_range is not None:
-            low, high = symbols.finite(value_range.lower), symbols.finite(value_range.upper)
-        else:
-            low, high = symbols.bounds(shape_env, symbol)
-        found.append(SymbolSpec(name=name, min=max(1, low or 0), max=high))
-    return found

@@ -16,29 +16,18 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from stitchcache.capture.contract import tensor_spec
+from stitchcache.capture.contract import input_spec
 from stitchcache.capture.export import BoundTensor, Capture
 from stitchcache.capture.regions import replace_by_value
 from stitchcache.errors import CaptureError
 from stitchcache.graph import symbols
-from stitchcache.graph.effects import attribute_of, written_placeholders
+from stitchcache.graph.effects import attribute_of
 from stitchcache.graph.symbols import SymbolNames
+from stitchcache.pieces import FAILURES
 from stitchcache.torchside import dynamo, tree
 from stitchcache.torchside.dynamo import fake_inputs, fake_mode, make_fx
 from stitchcache.torchside.tensors import is_fake, is_transformed, is_wrapper
-from stitchcache.types import InputSpec, LeafSpec, OutputSpec, SymbolSpec
-
-_INFERENCE = dynamo.INFERENCE_CALLS
-_GRADIENT = _INFERENCE | dynamo.GRAD_CALLS
-_TRACE_ERRORS = (
-    RuntimeError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    LookupError,
-    AssertionError,
-    ArithmeticError,
-)
+from stitchcache.types import OutputSpec
 
 
 def capture_graph(gm: GraphModule, example_inputs: Sequence[Any]) -> Capture:
@@ -54,22 +43,31 @@ def capture_graph(gm: GraphModule, example_inputs: Sequence[Any]) -> Capture:
     Raises:
         CaptureError: The graph cannot be traced.
     """
-    devices = {value.device.type for value in example_inputs if isinstance(value, torch.Tensor)}
-    _refuse_unusual([value for value in example_inputs if isinstance(value, torch.Tensor)])
+    tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
+    _refuse_unusual(tensors)
     mode = fake_mode()
-    autocast = any(map(torch.is_autocast_enabled, devices))
+    autocast = any(map(torch.is_autocast_enabled, {tensor.device.type for tensor in tensors}))
     traced = _trace(gm, example_inputs, mode, autocast)
-    inputs = [node.name for node in traced.graph.nodes if node.op == "placeholder"]
+    inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
     _bake_numbers(traced)
+    names, values = SymbolNames(), [symbols.value_of(node) for node in inputs]
     bound = _lift_tensors(traced, mode)
-    names = SymbolNames()
+    results = next(node for node in traced.graph.nodes if node.op == "output").args[0]
     return Capture(
         gm=traced,
         bound=tuple(bound),
-        user_inputs=tuple(inputs),
-        input_spec=_inputs(traced, inputs, example_inputs, names),
-        output_spec=_outputs(traced),
+        user_inputs=tuple(node.name for node in inputs),
+        input_spec=input_spec(
+            traced,
+            [node.name for node in inputs],
+            [f"args[{index}]" for index in range(len(inputs))],
+            values,
+            tree.dumps(tree.flatten((tuple(example_inputs), {}))[1]),
+            names,
+        ),
+        output_spec=OutputSpec(tree=tree.dumps(tree.flatten(tuple(results))[1]), count=len(results)),
         example=tuple(symbols.example_of(value) for value in example_inputs),
+        names=names,
     )
 
 
@@ -102,7 +100,7 @@ def _trace(gm: GraphModule, example_inputs: Sequence[Any], mode: Any, autocast: 
                 traced = make_fx(plain)(*fakes)
     except CaptureError:
         raise
-    except _TRACE_ERRORS as error:
+    except FAILURES as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CaptureError(
             f"a graph that torch.compile captured cannot be traced: {type(error).__name__}: {reason[:500]}",
@@ -142,12 +140,16 @@ def _layout(value: Any) -> Any:
     return (value.shape, value.stride()) if isinstance(value, torch.Tensor) else None
 
 
-def _values(gm: GraphModule) -> Iterator[Any]:
-    """Fake values of a graph and of those that it passes to higher-order ops."""
+def _nodes(gm: GraphModule) -> Iterator[Node]:
+    """Nodes of a graph and of those that it passes to higher-order ops."""
     for body in gm.modules():
         if isinstance(body, GraphModule):
-            for node in body.graph.nodes:
-                yield from tree.flatten(node.meta.get("val"))[0]
+            yield from body.graph.nodes
+
+
+def _values(gm: GraphModule) -> Iterator[Any]:
+    for node in _nodes(gm):
+        yield from tree.flatten(node.meta.get("val"))[0]
 
 
 def _bake_numbers(gm: GraphModule) -> None:
@@ -165,77 +167,25 @@ def _lift_tensors(gm: GraphModule, mode: Any) -> list[BoundTensor]:
 
     Their values stay out of the hash, as those of parameters do.
     """
-    found: dict[str, BoundTensor] = {}
+    found: dict[str, tuple[Node, BoundTensor]] = {}
     first = next(iter(gm.graph.nodes))
     for node in list(gm.graph.nodes):
-        if node.op != "get_attr":
-            continue
-        tensor = _attribute(gm, str(node.target))
+        path = str(node.target)
+        tensor = attribute_of(gm, path) if node.op == "get_attr" else None
         if not isinstance(tensor, torch.Tensor):
             continue
-        item = found.get(str(node.target))
-        if item is None:
+        if path not in found:
             item = BoundTensor(f"held_{len(found)}", f"held.{len(found)}", "buffer", tensor)
             with gm.graph.inserting_before(first):
                 placeholder = gm.graph.placeholder(item.placeholder)
             value = node.meta.get("val")
             fake = isinstance(value, torch.Tensor)
             placeholder.meta["val"] = value if fake else mode.from_tensor(tensor, static_shapes=True)
-            found[str(node.target)] = item
-        node.replace_all_uses_with(_placeholder(gm, item.placeholder))
+            found[path] = (placeholder, item)
+        node.replace_all_uses_with(found[path][0])
         gm.graph.erase_node(node)
     gm.recompile()
-    return list(found.values())
-
-
-def _attribute(gm: GraphModule, path: str) -> Any:
-    owner, _, name = path.rpartition(".")
-    return getattr(gm.get_submodule(owner), name)
-
-
-def _placeholder(gm: GraphModule, name: str) -> Node:
-    found: Node = next(n for n in gm.graph.nodes if n.op == "placeholder" and n.name == name)
-    return found
-
-
-def _inputs(gm: GraphModule, inputs: Sequence[str], example: Sequence[Any], names: SymbolNames) -> InputSpec:
-    """What Dynamo passes, for people to read and for pieces to rely on. Named by position only."""
-    nodes = {node.name: node for node in gm.graph.nodes if node.op == "placeholder"}
-    written = written_placeholders(gm)
-    leaves = []
-    for index, name in enumerate(inputs):
-        value, path = nodes[name].meta.get("val"), f"args[{index}]"
-        if isinstance(value, torch.Tensor):
-            kind = "inout" if name in written else "tensor"
-            leaves.append(LeafSpec(path=path, kind=kind, tensor=tensor_spec(value, names, path)))  # type: ignore[arg-type]
-        elif isinstance(value, torch.SymInt) and isinstance(size := names.size(value), str):
-            leaves.append(LeafSpec(path=path, kind="symbol", symbol=size))
-        elif isinstance(value, (torch.SymInt, int, float, str, type(None))):
-            plain = int(value) if isinstance(value, torch.SymInt) else value
-            leaves.append(LeafSpec(path=path, kind="constant", value=plain))
-        else:
-            raise CaptureError(
-                f"{path} of a graph that torch.compile captured is a {type(value).__qualname__}; only "
-                "tensors, sizes and plain values can be passed to pieces.",
-                reason=f"argument of type {type(value).__qualname__}",
-            )
-    shape_env = symbols.shape_environment(gm.graph)
-    ranges = [(name, *symbols.bounds(shape_env, symbol)) for symbol, name in list(names.items())]
-    return InputSpec(
-        tree=tree.dumps(tree.flatten((tuple(example), {}))[1]),
-        leaves=tuple(leaves),
-        symbols=tuple(SymbolSpec(name=name, min=low or 0, max=high) for name, low, high in ranges),
-    )
-
-
-def _outputs(gm: GraphModule) -> OutputSpec:
-    results = next(node for node in gm.graph.nodes if node.op == "output").args[0]
-    if not isinstance(results, (list, tuple)):
-        raise CaptureError(
-            f"a graph that torch.compile captured returns a {type(results).__qualname__}, not a tuple.",
-            reason="output that is no tuple",
-        )
-    return OutputSpec(tree=tree.dumps(tree.flatten(tuple(results))[1]), count=len(results))
+    return [item for _, item in found.values()]
 
 
 def drop_modes(gm: GraphModule, autocast: bool) -> tuple[GraphModule, bool]:
@@ -249,11 +199,12 @@ def drop_modes(gm: GraphModule, autocast: bool) -> tuple[GraphModule, bool]:
         A copy, and whether it must be traced below autocast and the transforms of ``torch.func``, because a
         part of it is in one of them.
     """
-    nodes = [node for graph in _graphs(gm) for node in graph.nodes]
+    nodes = list(_nodes(gm))
     autocast = autocast or any(_name(node) == dynamo.ENTER_AUTOCAST and _enables(node) for node in nodes)
     transforms = any(dynamo.is_transform(node) for node in nodes)
     # A derivative is taken in gradient mode, also where results have no gradients.
-    gone = (_INFERENCE if transforms else _GRADIENT) | (frozenset() if autocast else dynamo.AUTOCAST_CALLS)
+    gone = dynamo.INFERENCE_CALLS | (frozenset() if transforms else dynamo.GRAD_CALLS)
+    gone |= frozenset() if autocast else dynamo.AUTOCAST_CALLS
     return _without(gm, gone), autocast or transforms
 
 
@@ -287,10 +238,6 @@ def _call_plainly(graph: Graph, node: Node) -> None:
         node.op, node.target, node.args, node.kwargs = "call_module", str(body.target), node.args[1:], {}
         if not body.users:
             graph.erase_node(body)
-
-
-def _graphs(gm: GraphModule) -> Iterator[Graph]:
-    return (module.graph for module in gm.modules() if isinstance(module, GraphModule))
 
 
 def _name(node: Node) -> str:

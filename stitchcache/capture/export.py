@@ -2,7 +2,7 @@
 
 The exported graph takes parameters, buffers and lifted constants as placeholders before the user's
 inputs, and mutates buffers in place, so that whoever runs it on the model's own tensors sees the
-model's own side effects. Tried with torch 2.11 and 2.13.
+model's own side effects.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import GraphModule
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
-from stitchcache.capture.contract import input_spec, writes_state
+from stitchcache.capture.contract import input_spec
 from stitchcache.capture.regions import ambient_modes, inline_regions
-from stitchcache.capture.sizes import Subject, names_of, prove_lower_bounds
 from stitchcache.compare import unchanged
 from stitchcache.errors import CaptureError, StitchCacheError
 from stitchcache.graph.effects import written_placeholders
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.pieces.check import clone_all
-from stitchcache.state import drawn_back, memory_of, plain_tensors, state_of, tensor_at
+from stitchcache.state import drawn_back, memory_of, plain_tensors, state_of
 from stitchcache.torchside import tree
 from stitchcache.torchside.tensors import has_fakes, storage_id
 from stitchcache.types import InputSpec, OutputSpec
@@ -36,6 +36,11 @@ from stitchcache.types import InputSpec, OutputSpec
 _VALUE_READS = frozenset(
     {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__complex__", "__index__", "__array__"}
 )
+_KINDS = {
+    InputKind.PARAMETER: "parameter",
+    InputKind.BUFFER: "buffer",
+    InputKind.CONSTANT_TENSOR: "constant",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +73,16 @@ class Capture:
         input_spec: What a call must bring.
         output_spec: How results are returned.
         example: The leaves that it was captured with, one for each of ``user_inputs``.
-        prove: Tries the sizes below what torch assumed; see :func:`proved`.
+        names: Canonical names of the graph's symbols.
     """
 
-    gm: torch.fx.GraphModule
+    gm: GraphModule
     bound: tuple[BoundTensor, ...]
     user_inputs: tuple[str, ...]
     input_spec: InputSpec
     output_spec: OutputSpec
-    example: tuple[Any, ...] = ()
-    prove: Callable[[InputSpec], InputSpec] | None = None
+    example: tuple[Any, ...]
+    names: SymbolNames
 
 
 def capture(
@@ -94,22 +99,18 @@ def capture(
         kwargs: Example keyword arguments.
         dynamic_shapes: As for ``torch.export.export``.
 
-    Returns:
-        The graph and its contract.
-
     Raises:
         CaptureError: torch cannot export it; ``location`` is the user's line that stopped it.
     """
     leaves, spec = tree.flatten((args, dict(kwargs)))
-    _refuse_unfinished([*model.parameters(), *model.buffers(), *leaves])
-    plain = plain_tensors(model)
-    leaves = separate(leaves, [*model.parameters(), *model.buffers(), *plain.values()])
+    state, plain = state_of(model), plain_tensors(model)
+    _refuse_unfinished([*state.values(), *leaves])
+    leaves = _separate(leaves, [*state.values(), *plain.values()])
     example: tuple[tuple[Any, ...], dict[str, Any]] = tree.unflatten(leaves, spec)
-    state = state_of(model)
+    # torch runs an op of which every argument is such a tensor for real.
+    real = [tensor for tensor in plain.values() if not has_fakes([tensor])]
+    reads = _ValueReads(real)
     try:
-        # torch runs an op of which every argument is such a tensor for real.
-        real = [tensor for tensor in plain.values() if not has_fakes([tensor])]
-        reads = _ValueReads(real)
         # A mode slows the trace down, so only where there is something to see. What the forward keeps of a
         # trace has no data, and would spoil the model.
         seen = reads if real else nullcontext()
@@ -123,70 +124,37 @@ def capture(
     except Exception as error:
         # A boundary: the user's forward runs here, and a checker of torch's with errors of its own.
         raise _capture_error(model, error) from error
-    bound, user_inputs = _inputs(program, Roads(model, plain))
-    _refuse_read_state(program.graph_module, bound, reads.seen)
-    paths = tree.leaf_paths(model.forward, args, dict(kwargs))
+    gm = program.graph_module
+    bound, user_inputs = _inputs(program, _named_by_memory(state, plain))
+    _refuse_read_state(gm, bound, reads.seen)
     if len(leaves) != len(user_inputs):
         raise CaptureError(
             f"the graph takes {len(user_inputs)} inputs where the call has {len(leaves)} leaves; "
             "torch.export rearranged the arguments. Pass them as plain tensors and containers.",
             reason="inputs rearranged",
         )
-    gm = program.graph_module
-    inline_regions(gm, ambient_modes({leaf.device.type for leaf in _tensors(leaves, bound)}))
-    names = SymbolNames()
-    contract = input_spec(program, user_inputs, paths, leaves, tree.dumps(spec), dynamic_shapes, names)
-    outputs = _output_spec(program, user_inputs)
-    placeholders = {item.placeholder for item in bound}
-    if outputs.mutations or writes_state(gm, placeholders, contract.leaves):
+    tensors = [value for value in (*leaves, *(b.tensor for b in bound)) if isinstance(value, torch.Tensor)]
+    inline_regions(gm, ambient_modes({tensor.device.type for tensor in tensors}))
+    names, paths = SymbolNames(), tree.leaf_paths(model.forward, args, dict(kwargs))
+    contract = input_spec(gm, user_inputs, paths, leaves, tree.dumps(spec), names, program.range_constraints)
+    if _writes_state(gm, bound, contract):
         contract = replace(contract, constraints=(*contract.constraints, "apart"))
-
-    def call(values: Sequence[Any]) -> tuple[list[Any], list[torch.Tensor]]:
-        positional, named = tree.unflatten(values, spec)
-        with unchanged(model):
-            result = tree.flatten(model(*positional, **named))[0]
-            state = state_of(model)
-            after = [state.get(i.name, tensor_at(model, i.name)) for i in bound if i.kind != "constant"]
-            copies = clone_all([*result, *after])
-        return copies[: len(result)], copies[len(result) :]
-
-    def again(
-        values: Sequence[Any],
-    ) -> tuple[torch.fx.GraphModule, dict[str, tuple[str, torch.Tensor]], Sequence[str]]:
-        positional, named = tree.unflatten(values, spec)
-        with torch.inference_mode(False):
-            fixed = capture(model, positional, named)
-        return fixed.gm, names_of(fixed.bound), fixed.user_inputs
-
-    subject = Subject(
-        gm=gm,
-        bound={item.placeholder: item.tensor for item in bound},
-        leaves=dict(zip(user_inputs, leaves, strict=True)),
-        call=call,
-        mutations=len(outputs.mutations),
-        again=again,
-        names={item.placeholder: item.name for item in bound},
-        state=[item.placeholder for item in bound if item.kind != "constant"],
-    )
     return Capture(
         gm=gm,
         bound=tuple(bound),
         user_inputs=tuple(user_inputs),
         input_spec=contract,
-        output_spec=outputs,
+        output_spec=_output_spec(program),
         example=tuple(leaves),
-        prove=lambda spec: prove_lower_bounds(spec, subject, names, type(model).__qualname__),
+        names=names,
     )
 
 
-def proved(captured: Capture) -> Capture:
-    """A capture whose contract allows only sizes at which its graph was shown right.
-
-    Apart from :func:`capture`, because it runs graph and model, which is no part of what was captured.
-    """
-    if captured.prove is None:
-        return captured
-    return replace(captured, input_spec=captured.prove(captured.input_spec), prove=None)
+def _writes_state(gm: GraphModule, bound: Sequence[BoundTensor], contract: InputSpec) -> bool:
+    """Whether a graph writes into a tensor of the model, or into an argument beside such tensors."""
+    written = written_placeholders(gm)
+    inout = any(leaf.kind == "inout" for leaf in contract.leaves)
+    return any(item.placeholder in written or inout for item in bound)
 
 
 def _refuse_unfinished(values: Sequence[Any]) -> None:
@@ -205,10 +173,6 @@ def _refuse_unfinished(values: Sequence[Any]) -> None:
         )
 
 
-def _tensors(leaves: Sequence[Any], bound: Sequence[BoundTensor]) -> list[torch.Tensor]:
-    return [*(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)), *(item.tensor for item in bound)]
-
-
 def _refuse_new_buffers(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     """torch.export pairs buffers before the call with those after it, and would write into wrong tensors."""
     made = [name for name in after if name not in before]
@@ -220,53 +184,48 @@ def _refuse_new_buffers(before: Mapping[str, Any], after: Mapping[str, Any]) -> 
         )
 
 
-class Roads:
-    """Names of a model's tensors by their memory.
+def _named_by_memory(
+    state: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Tensor]
+) -> dict[object, BoundTensor]:
+    """The model's tensors that plain attributes, lists or objects lead to, by their memory.
 
-    torch.export takes a tensor that the forward reaches through a plain attribute, a list or an object for a
-    constant. Copied into an artifact it would be another tensor than the model's: what one compiled model
-    writes, no other would see, nor the model itself.
+    torch.export takes such a tensor for a constant. Copied into an artifact it would be another tensor than
+    the model's: what one compiled model writes, no other would see, nor the model itself.
     """
-
-    def __init__(self, model: torch.nn.Module, plain: Mapping[str, torch.Tensor]) -> None:
-        self._model = model
-        self._paths: dict[object, list[tuple[str, torch.Tensor]]] = {}
-        for path, tensor in plain.items():
-            self._paths.setdefault(memory_of(tensor), []).append((path, tensor))
-        self._state: dict[object, tuple[str, str, torch.Tensor]] = {}
-
-    def named(self, placeholder: str, constant: torch.Tensor) -> BoundTensor | None:
-        """The tensor of the model that torch took for a constant; ``None`` for one that nothing leads to."""
-        place = memory_of(constant)
-        if place is None or not (paths := self._paths.get(place)):
-            return None
-        if not self._state:
-            for name, tensor in state_of(self._model).items():
-                kind = "parameter" if isinstance(tensor, torch.nn.Parameter) else "buffer"
-                self._state.setdefault(memory_of(tensor), (name, kind, tensor))
-        names = tuple(path for path, _ in paths)
-        if place in self._state:
-            name, kind, tensor = self._state[place]
-            return BoundTensor(placeholder, name, kind, tensor, names)
-        return BoundTensor(placeholder, names[0], "attribute", paths[0][1], names[1:])
+    paths: dict[object, list[str]] = {}
+    for path, tensor in plain.items():
+        paths.setdefault(memory_of(tensor), []).append(path)
+    paths.pop(None, None)
+    found = {
+        place: BoundTensor("", first, "attribute", plain[first], tuple(more))
+        for place, (first, *more) in paths.items()
+    }
+    for name, tensor in state.items() if found else ():
+        place = memory_of(tensor)
+        if place in found and found[place].kind == "attribute":
+            kind = "parameter" if isinstance(tensor, torch.nn.Parameter) else "buffer"
+            found[place] = BoundTensor("", name, kind, tensor, tuple(paths[place]))
+    return found
 
 
-def _inputs(program: torch.export.ExportedProgram, roads: Roads) -> tuple[list[BoundTensor], list[str]]:
+def _inputs(
+    program: torch.export.ExportedProgram, named: Mapping[object, BoundTensor]
+) -> tuple[list[BoundTensor], list[str]]:
     """Sort the placeholders into tensors that we bind and leaves that the user brings."""
     written = written_placeholders(program.graph_module) - _copied_first(program.graph)
     bound, user = [], []
-    state: dict[str, torch.Tensor] = dict(program.state_dict) | dict(program.constants)
+    tensors: dict[str, torch.Tensor] = dict(program.state_dict) | dict(program.constants)
     for item in program.graph_signature.input_specs:
         name = getattr(item.arg, "name", "")
         if item.kind is InputKind.USER_INPUT:
             user.append(name)
-        elif item.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-            kind = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer"}.get(item.kind, "constant")
-            tensor = state[str(item.target)]
-            found = roads.named(name, tensor) if kind == "constant" else None
-            bound.append(found or BoundTensor(name, str(item.target), kind, tensor))
-            if bound[-1].kind == "constant":
-                _check_constant(bound[-1], written)
+        elif item.kind in _KINDS:
+            found = BoundTensor(name, str(item.target), _KINDS[item.kind], tensors[str(item.target)])
+            if found.kind == "constant" and (own := named.get(memory_of(found.tensor))) is not None:
+                found = replace(own, placeholder=name)
+            if found.kind == "constant":
+                _check_constant(found, written)
+            bound.append(found)
         else:
             raise CaptureError(
                 f"the model uses {item.target or name!r}, which torch.export lifts as {item.kind.name}; "
@@ -302,7 +261,7 @@ class _ValueReads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _refuse_read_state(gm: torch.fx.GraphModule, bound: Sequence[BoundTensor], seen: set[int]) -> None:
+def _refuse_read_state(gm: GraphModule, bound: Sequence[BoundTensor], seen: set[int]) -> None:
     """Refuse a graph that writes into a tensor whose value decided how the graph looks."""
     written = written_placeholders(gm) if seen else set()
     for item in bound:
@@ -342,23 +301,16 @@ def _check_constant(constant: BoundTensor, written: set[str]) -> None:
         )
 
 
-def _output_spec(program: torch.export.ExportedProgram, user_inputs: Sequence[str]) -> OutputSpec:
-    """What the graph's results are: values to write back first, then the user's leaves."""
-    mutations, count = [], 0
-    for item in program.graph_signature.output_specs:
-        if item.kind is OutputKind.USER_OUTPUT:
-            count += 1
-        elif item.kind is OutputKind.BUFFER_MUTATION:
-            mutations.append(f"buffer:{item.target}")
-        elif item.kind is OutputKind.USER_INPUT_MUTATION:
-            mutations.append(f"input:{list(user_inputs).index(str(item.target))}")
-        else:
-            raise CaptureError(
-                f"the model returns a {item.kind.name}; return tensors and plain values instead.",
-                reason=f"output of kind {item.kind.name}",
-            )
-    spec = program.call_spec.out_spec
-    return OutputSpec(tree=tree.dumps(spec), count=count, mutations=tuple(mutations))
+def _output_spec(program: torch.export.ExportedProgram) -> OutputSpec:
+    results = program.graph_signature.output_specs
+    # Of the versions we support, none leaves values to write back: the graph writes in place.
+    other = next((item for item in results if item.kind is not OutputKind.USER_OUTPUT), None)
+    if other is not None:
+        raise CaptureError(
+            f"the model returns a {other.kind.name}; return tensors and plain values instead.",
+            reason=f"output of kind {other.kind.name}",
+        )
+    return OutputSpec(tree=tree.dumps(program.call_spec.out_spec), count=len(results))
 
 
 def _capture_error(model: torch.nn.Module, error: BaseException) -> CaptureError:
@@ -394,29 +346,18 @@ def _user_line(error: BaseException) -> str:
     return ""
 
 
-def separate(leaves: Sequence[Any], state: Sequence[torch.Tensor]) -> list[Any]:
-    """Copy tensors that share memory with an earlier leaf or with the model.
+def _separate(leaves: Sequence[Any], state: Sequence[torch.Tensor]) -> list[Any]:
+    """Copy tensors among leaves that share memory with an earlier leaf or with the model.
 
     The exporter takes two arguments that are one tensor for one input, and the graph would compute
     with the wrong one as soon as a call brings two.
-
-    Args:
-        leaves: Example leaves.
-        state: Tensors of the model.
-
-    Returns:
-        Leaves, none of which shares memory with another.
     """
-    seen = {storage_id(tensor) for tensor in state if _has_storage(tensor)}
+    seen = {storage_id(tensor) for tensor in state if tensor.layout == torch.strided}
     separated: list[Any] = []
     for leaf in leaves:
-        if isinstance(leaf, torch.Tensor) and _has_storage(leaf):
+        if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided:
             if storage_id(leaf) in seen:
                 leaf = leaf.clone() if has_fakes([leaf]) else clone_all([leaf.detach()])[0]
             seen.add(storage_id(leaf))
         separated.append(leaf)
     return separated
-
-
-def _has_storage(tensor: torch.Tensor) -> bool:
-    return tensor.layout == torch.strided

@@ -8,21 +8,22 @@ capture that relies on more than that is refused, because nobody would check it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from types import CodeType
 from typing import Any
 
 import torch
 
-from stitchcache.capture.contract import more_constraints
-from stitchcache.capture.export import Capture, capture, proved
+from stitchcache.capture.export import Capture, capture
 from stitchcache.errors import OptionError
 from stitchcache.keys.inputs import dims_of_leaf, split_path
 from stitchcache.torchside import tree
 from stitchcache.torchside.tensors import has_fakes
 from stitchcache.types import Dim, InputSpec, SizeRange
+
+Variants = Sequence[tuple[SizeRange | None, Capture]]
+"""A capture for each size range, or one for all sizes."""
 
 
 def capture_ranges(
@@ -31,7 +32,7 @@ def capture_ranges(
     kwargs: Mapping[str, Any],
     dynamic_shapes: Any,
     size_ranges: Sequence[SizeRange],
-) -> tuple[Capture, list[tuple[SizeRange | None, Capture]]]:
+) -> tuple[Capture, Variants]:
     """Capture a model once for its contract, and once for each range.
 
     Args:
@@ -48,208 +49,133 @@ def capture_ranges(
         OptionError: Ranges overlap, or do not fit the dimension they are about.
         CaptureError: The model cannot be captured.
     """
-    dynamic_shapes = _torch_dims(dynamic_shapes)
+    dynamic_shapes = _with_dims(dynamic_shapes, _torch_dim)
     whole = capture(model, args, kwargs, dynamic_shapes)
     if not size_ranges:
         return whole, [(None, whole)]
-    _check_disjoint(size_ranges)
+    for low, high in pairwise(sorted(size_ranges)):
+        if high.min <= low.max:
+            raise refuse(f"{low} and {high} overlap; give every size to one range.")
     label = _label(dynamic_shapes, size_ranges)
-    places = _places(model, args, kwargs, dynamic_shapes, label)
-    whole = replace(whole, input_spec=_labelled(whole.input_spec, places, label))
+    paths = [leaf.path for leaf in whole.input_spec.leaves]
+    size = _size(whole.input_spec, paths, dynamic_shapes, label)
+    labelled = tuple(replace(s, label=label) if s.name == size else s for s in whole.input_spec.symbols)
+    whole = replace(whole, input_spec=replace(whole.input_spec, symbols=labelled))
     variants: list[tuple[SizeRange | None, Capture]] = []
-    for size_range in size_ranges:
-        narrowed = _resized((args, dict(kwargs)), places, size_range)
-        shapes = _narrowed(dynamic_shapes, label, size_range)
-        variant = capture(model, *narrowed, dynamic_shapes=shapes)
-        _check_contract(whole, variant, size_range, places)
-        variants.append((replace(size_range, dim=label), variant))
+    for one in size_ranges:
+        given, named = _resized((args, dict(kwargs)), whole.input_spec, size, one)
+        shapes = _with_dims(dynamic_shapes, lambda dim, one=one: _narrowed(dim, label, one))  # type: ignore[misc]
+        variant = capture(model, given, named, shapes)
+        _check_contract(whole, variant, one, size)
+        variants.append((replace(one, dim=label), variant))
     return whole, variants
 
 
-def prove_ranges(
-    whole: Capture,
-    variants: Sequence[tuple[SizeRange | None, Capture]],
-    codes: Iterable[CodeType],
-    example: Sequence[Any],
-) -> tuple[Capture, list[tuple[SizeRange | None, Capture]]]:
-    """Let only sizes through at which every graph was shown right.
-
-    Args:
-        whole: The capture that has the contract.
-        variants: From :func:`capture_ranges`.
-        codes: Code that ran while they were captured.
-        example: The example's leaves as they were given.
-
-    Returns:
-        The same, with bounds that hold, and with what that code asks of the arguments.
-
-    Raises:
-        OptionError: A range begins below what its own graph can be shown right at.
-    """
-    asked = more_constraints(codes, example)
-    contract = replace(whole.input_spec, constraints=(*whole.input_spec.constraints, *asked))
-    if len(variants) == 1 and variants[0][1] is whole:
-        done = proved(replace(whole, input_spec=contract))
-        return done, [(variants[0][0], done)]
-    found: list[tuple[SizeRange | None, Capture]] = []
-    for size_range, variant in variants:
-        done = proved(variant)
-        before = {symbol.name: symbol.min for symbol in variant.input_spec.symbols}
-        raised = [s for s in done.input_spec.symbols if s.min > before[s.name]]
-        if raised and size_range is not None:
-            raise _refuse(
-                f"what was captured for {size_range} could not be shown right at size "
-                f"{before[raised[0].name]}; begin at {raised[0].min}, or give that size a range of its own."
-            )
-        found.append((size_range, done))
-    return replace(whole, input_spec=contract), found
-
-
-def _torch_dims(shapes: Any) -> Any:
-    """``dynamic_shapes`` with torch's own dimensions in place of ours."""
-    if isinstance(shapes, Mapping):
-        return {key: _torch_dims(part) for key, part in shapes.items()}
-    if isinstance(shapes, (list, tuple)):
-        return type(shapes)(_torch_dims(part) for part in shapes)
-    return (
-        torch.export.Dim(shapes.name, min=shapes.min, max=shapes.max) if isinstance(shapes, Dim) else shapes
-    )
-
-
-def _refuse(message: str) -> OptionError:
+def refuse(message: str) -> OptionError:
+    """An error about ``size_ranges``."""
     return OptionError(f"size_ranges: {message}", option="size_ranges")
 
 
-def _check_disjoint(size_ranges: Sequence[SizeRange]) -> None:
-    for low, high in pairwise(sorted(size_ranges)):
-        if high.min <= low.max:
-            raise _refuse(f"{low} and {high} overlap; give every size to one range.")
+def _with_dims(shapes: Any, change: Callable[[Any], Any]) -> Any:
+    """``dynamic_shapes`` with something else in place of each dimension."""
+    leaves, spec = tree.flatten(shapes)
+    return tree.unflatten([change(leaf) for leaf in leaves], spec)
 
 
-def _named(shapes: Any) -> dict[str, Any]:
-    """All ``Dim`` objects with a name in a ``dynamic_shapes`` structure."""
-    if isinstance(shapes, Mapping):
-        return {k: v for part in shapes.values() for k, v in _named(part).items()}
-    if isinstance(shapes, (list, tuple)):
-        return {k: v for part in shapes for k, v in _named(part).items()}
-    name = getattr(shapes, "__name__", None)
-    return {name: shapes} if isinstance(name, str) and hasattr(shapes, "min") else {}
+def _torch_dim(dim: Any) -> Any:
+    return torch.export.Dim(dim.name, min=dim.min, max=dim.max) if isinstance(dim, Dim) else dim
 
 
-def _label(dynamic_shapes: Any, size_ranges: Sequence[SizeRange]) -> str:
-    """The dimension that all ranges are about."""
-    dims = _named(dynamic_shapes)
-    wanted = {size_range.dim for size_range in size_ranges}
-    label = next(iter(wanted)) if len(wanted) == 1 else None
-    if label is None and len(dims) == 1 and wanted == {None}:
-        label = next(iter(dims))
-    if label is None or label not in dims:
-        raise _refuse(
-            f"dynamic_shapes names {', '.join(dims) or 'no dimension'}; say which one is meant, the same for "
-            "every range: SizeRange(1, 16, dim='name')."
-        )
-    if hasattr(dims[label], "root"):
-        raise _refuse(f"{label!r} is derived from another dimension; give ranges of that one.")
-    for size_range in size_ranges:
-        if size_range.min < dims[label].min or size_range.max > dims[label].max:
-            raise _refuse(f"{size_range} leaves {label!r}'s {dims[label].min}..{dims[label].max}.")
-    return label
-
-
-def _places(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any, label: str
-) -> dict[int, tuple[int, ...]]:
-    """Leaf index to the dimensions that have the label."""
-    paths = tree.leaf_paths(model.forward, args, dict(kwargs))
-    heads = list(dict.fromkeys(split_path(path)[0] for path in paths))
-    leaves, _ = tree.flatten((args, dict(kwargs)))
-    places: dict[int, tuple[int, ...]] = {}
-    for index, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
-        if isinstance(leaf, torch.Tensor):
-            dims = dims_of_leaf(dynamic_shapes, path, heads, leaf.dim())
-            found = tuple(dim for dim, text in dims.items() if text.startswith(f"Dim({label!r},"))
-            if found:
-                places[index] = found
-    if not places:
-        raise _refuse(f"no argument has the dimension {label!r} in a place that can be told.")
-    return places
-
-
-def _labelled(spec: InputSpec, places: Mapping[int, tuple[int, ...]], label: str) -> InputSpec:
-    index, dims = next(iter(places.items()))
-    tensor = spec.leaves[index].tensor
-    size = tensor.shape[dims[0]] if tensor is not None else None
-    if not isinstance(size, str) or not size.isidentifier():
-        raise _refuse(f"the capture made {label!r} static; it cannot be cut into ranges.")
-    symbols = tuple(replace(s, label=label) if s.name == size else s for s in spec.symbols)
-    return replace(spec, symbols=symbols)
-
-
-def _resized(
-    call: tuple[tuple[Any, ...], dict[str, Any]], places: Mapping[int, tuple[int, ...]], size_range: SizeRange
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example with a size inside the range, its rows repeated or dropped."""
-    leaves, spec = tree.flatten(call)
-    for index, dims in places.items():
-        for dim in dims:
-            size = leaves[index].shape[dim]
-            if size not in size_range:
-                wanted = min(max(size, size_range.min), size_range.max)
-                if has_fakes([leaves[index]]):
-                    shape = list(leaves[index].shape)
-                    leaves[index] = leaves[index].new_empty([*shape[:dim], wanted, *shape[dim + 1 :]])
-                    continue
-                rows = torch.arange(wanted, device=leaves[index].device) % max(1, size)
-                leaves[index] = leaves[index].index_select(dim, rows)
-    args, kwargs = tree.unflatten(leaves, spec)
-    return args, kwargs
-
-
-def _narrowed(shapes: Any, label: str, size_range: SizeRange) -> Any:
-    """``dynamic_shapes`` with one dimension's range replaced; static for a single size."""
-    if isinstance(shapes, Mapping):
-        return {key: _narrowed(part, label, size_range) for key, part in shapes.items()}
-    if isinstance(shapes, (list, tuple)):
-        return type(shapes)(_narrowed(part, label, size_range) for part in shapes)
-    if getattr(shapes, "__name__", None) != label:
-        return shapes
+def _narrowed(dim: Any, label: str, size_range: SizeRange) -> Any:
+    """The dimension of the ranges with one range; static for a single size."""
+    if getattr(dim, "__name__", None) != label:
+        return dim
     if size_range.min == size_range.max:
         return torch.export.Dim.STATIC
     return torch.export.Dim(label, min=size_range.min, max=size_range.max)
 
 
-def _check_contract(
-    whole: Capture, variant: Capture, size_range: SizeRange, places: Mapping[int, tuple[int, ...]]
-) -> None:
+def _label(dynamic_shapes: Any, size_ranges: Sequence[SizeRange]) -> str:
+    """The name of the dimension that all ranges are about."""
+    dims = {
+        dim.__name__: dim
+        for dim in tree.flatten(dynamic_shapes)[0]
+        if isinstance(getattr(dim, "__name__", None), str) and hasattr(dim, "min")
+    }
+    wanted = {size_range.dim for size_range in size_ranges}
+    if wanted == {None} and len(dims) == 1:
+        wanted = set(dims)
+    label = wanted.pop() if len(wanted) == 1 else None
+    if label is None or label not in dims:
+        raise refuse(
+            f"dynamic_shapes names {', '.join(dims) or 'no dimension'}; say which one is meant, the same for "
+            "every range: SizeRange(1, 16, dim='name')."
+        )
+    if hasattr(dims[label], "root"):
+        raise refuse(f"{label!r} is derived from another dimension; give ranges of that one.")
+    for size_range in size_ranges:
+        if size_range.min < dims[label].min or size_range.max > dims[label].max:
+            raise refuse(f"{size_range} leaves {label!r}'s {dims[label].min}..{dims[label].max}.")
+    return label
+
+
+def _size(spec: InputSpec, paths: Sequence[str], dynamic_shapes: Any, label: str) -> str:
+    """The symbol that the contract has for the dimension."""
+    heads = list(dict.fromkeys(split_path(path)[0] for path in paths))
+    for path, leaf in zip(paths, spec.leaves, strict=True):
+        rank = len(leaf.tensor.shape) if leaf.tensor is not None else 0
+        for dim, text in dims_of_leaf(dynamic_shapes, path, heads, rank).items():
+            if leaf.tensor is not None and text.startswith(f"Dim({label!r},"):
+                size = leaf.tensor.shape[dim]
+                if isinstance(size, str) and size.isidentifier():
+                    return size
+                raise refuse(f"the capture made {label!r} static; it cannot be cut into ranges.")
+    raise refuse(f"no argument has the dimension {label!r} in a place that can be told.")
+
+
+def _resized(
+    call: tuple[tuple[Any, ...], dict[str, Any]], spec: InputSpec, symbol: str, size_range: SizeRange
+) -> Any:
+    """The example with a size inside the range, its rows repeated or dropped."""
+    leaves, structure = tree.flatten(call)
+    for index, leaf in enumerate(spec.leaves):
+        for dim, size in enumerate(leaf.tensor.shape if leaf.tensor is not None else ()):
+            value = leaves[index]
+            if size != symbol or value.shape[dim] in size_range:
+                continue
+            wanted = min(max(value.shape[dim], size_range.min), size_range.max)
+            if has_fakes([value]):
+                leaves[index] = value.new_empty([*value.shape[:dim], wanted, *value.shape[dim + 1 :]])
+            else:
+                rows = torch.arange(wanted, device=value.device) % max(1, value.shape[dim])
+                leaves[index] = value.index_select(dim, rows)
+    return tree.unflatten(leaves, structure)
+
+
+def _check_contract(whole: Capture, variant: Capture, size_range: SizeRange, symbol: str) -> None:
     """What a range's capture relies on must be part of the contract that calls are checked against."""
     if variant.output_spec != whole.output_spec or variant.user_inputs != whole.user_inputs:
-        raise _refuse(f"the model returns or takes something else for {size_range}; drop that range.")
-    for index, (wide, narrow) in enumerate(
-        zip(whole.input_spec.leaves, variant.input_spec.leaves, strict=True)
-    ):
+        raise refuse(f"the model returns or takes something else for {size_range}; drop that range.")
+    # A narrow contract's symbols in the wide one's: with a size fixed, the rest move up.
+    names: dict[str, str] = {}
+    for wide, narrow in zip(whole.input_spec.leaves, variant.input_spec.leaves, strict=True):
         if wide.tensor is None or narrow.tensor is None:
             if wide != narrow:
-                raise _refuse(f"argument {wide.path} changes its kind for {size_range}; drop that range.")
+                raise refuse(f"argument {wide.path} changes its kind for {size_range}; drop that range.")
             continue
         for dim, (a, b) in enumerate(zip(wide.tensor.shape, narrow.tensor.shape, strict=True)):
-            fixed = isinstance(b, int) and not isinstance(a, int)
-            if fixed and dim not in places.get(index, ()):
-                raise _refuse(
+            if isinstance(b, int) and not isinstance(a, int) and a != symbol:
+                raise refuse(
                     f"for {size_range} the capture made {wide.path}.shape[{dim}] static; drop that range."
                 )
-    known = set(whole.input_spec.constraints)
-    more = [c for c in _in_names_of(whole.input_spec, variant.input_spec) if c not in known]
+            names[str(b)] = str(a)
+    relations = [
+        re.sub(r"\bs\d+\b", lambda found: names.get(found[0], "?"), relation)
+        for relation in variant.input_spec.constraints
+    ]
+    more = [relation for relation in relations if relation not in whole.input_spec.constraints]
     if more:
-        raise _refuse(
+        raise refuse(
             f"for {size_range} the capture relies on {'; '.join(more)} besides the whole range's relations; "
             "drop that range, or choose its ends so that the model takes the same path at every size."
         )
-
-
-def _in_names_of(wide: InputSpec, narrow: InputSpec) -> list[str]:
-    """A narrow contract's relations in the wide one's symbols: with a size fixed, the rest move up."""
-    names: dict[str, str] = {}
-    for a, b in zip(wide.leaves, narrow.leaves, strict=True):
-        if a.tensor is not None and b.tensor is not None:
-            names.update((str(y), str(x)) for x, y in zip(a.tensor.shape, b.tensor.shape, strict=True))
-    return [re.sub(r"\bs\d+\b", lambda m: names.get(m[0], "?"), c) for c in narrow.constraints]

@@ -11,6 +11,17 @@ if TYPE_CHECKING:
 
 NAMES = ("aoti", "inductor", "eager")
 
+FAILURES = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    ArithmeticError,
+)
+"""What code that is not ours may raise on values that it was never meant for."""
+
 COMPILER_OPTIONS = {"fallback_random": True}
 """Options that compiled pieces get unless the user says otherwise. Random ops draw eager's numbers under
 eager's seed; Inductor's own generator is quicker and draws others."""
@@ -41,4 +52,4 @@ def get_backend(name: str) -> Backend:
     raise OptionError(f"backend={name!r}: there is {', '.join(NAMES)}.", option="backend")
 
 
-__all__ = ["COMPILER_OPTIONS", "NAMES", "get_backend"]
+__all__ = ["COMPILER_OPTIONS", "FAILURES", "NAMES", "get_backend"]

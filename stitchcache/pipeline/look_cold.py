@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.fx import Interpreter, Node
 
 from stitchcache.capture import Capture
+from stitchcache.capture.regions import no_autocast
 from stitchcache.compare import HIGH, Both, Compared, disagreement, measure, run_both
 from stitchcache.errors import ModelMismatchError, PieceMismatchError
 from stitchcache.graph.effects import written_placeholders
@@ -79,7 +79,7 @@ def look_cold(
     items = [item for item in both.items if item.name not in skipped]
     wrong = _first_wrong(items)
     if both.fails or wrong is not None:
-        of_graph = beside(_op_by_op(captured))
+        of_graph = beside(op_by_op(captured))
         first = _first_wrong(item for item in of_graph.items if item.name not in skipped)
         if of_graph.fails or first is not None:
             raise _not_the_model(wanted, captured, of_graph.fails, first, beside)
@@ -96,14 +96,12 @@ def _written_names(captured: Capture) -> list[str]:
     """Tensors of the model that a graph writes, such as ``buffer:cache``."""
     written = written_placeholders(captured.gm)
     bound = [item for item in captured.bound if item.placeholder in written and item.kind != "constant"]
-    mutations = [mutation for mutation in captured.output_spec.mutations if mutation.startswith("buffer:")]
-    return list(dict.fromkeys([*(f"{item.kind}:{item.name}" for item in bound), *mutations]))
+    return list(dict.fromkeys(f"{item.kind}:{item.name}" for item in bound))
 
 
 def _undefined_results(captured: Capture, items: Sequence[Compared]) -> frozenset[str]:
     """Names of results whose values nobody promises, such as those of ``torch.empty``."""
-    first = len(captured.output_spec.mutations)
-    positions = {position - first for position in undefined_outputs(captured.gm)}
+    positions = undefined_outputs(captured.gm)
     results = items[: captured.output_spec.count]
     return frozenset(item.name for position, item in enumerate(results) if position in positions)
 
@@ -132,7 +130,7 @@ def _look_twice(wanted: Wanted, captured: Capture, skipped: frozenset[str], besi
 
     The graph itself, and not what was compiled from it: op by op nothing is rounded.
     """
-    both = beside(_op_by_op(captured), times=2)
+    both = beside(op_by_op(captured), times=2)
     wrong = _first_wrong(item for item in both.items if item.name not in skipped)
     if both.fails or wrong is not None:
         raise _mismatch(
@@ -175,30 +173,16 @@ def _mismatch(head: str, tail: str, fails: str, wrong: Compared | None, **place:
     )
 
 
-def _op_by_op(captured: Capture) -> Callable[..., Any]:
+def op_by_op(captured: Capture) -> Callable[..., Any]:
     """A captured graph, called as the model is."""
-    spec, mutations = tree.loads(captured.output_spec.tree), captured.output_spec.mutations
-    bound = {item.name: item.tensor for item in captured.bound}
+    spec, bound = tree.loads(captured.output_spec.tree), [item.tensor for item in captured.bound]
 
     def call(*args: Any, **kwargs: Any) -> Any:
         leaves, _ = tree.flatten((args, kwargs))
-        with _no_autocast():
-            results = list(Interpreter(captured.gm).run(*bound.values(), *leaves))
-        for mutation, value in zip(mutations, results, strict=False):
-            kind, _, where = mutation.partition(":")
-            (leaves[int(where)] if kind == "input" else bound[where]).copy_(value)
-        return tree.unflatten(results[len(mutations) :], spec)
+        with no_autocast():
+            return tree.unflatten(list(Interpreter(captured.gm).run(*bound, *leaves)), spec)
 
     return call
-
-
-@contextmanager
-def _no_autocast() -> Iterator[None]:
-    """A captured graph has its casts written out."""
-    with ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield
 
 
 class _Call(NamedTuple):
@@ -283,7 +267,7 @@ def _first_place(model: torch.nn.Module, captured: Capture, beside: _Beside) -> 
     along = _Along(captured, calls)
 
     def run(*args: Any, **kwargs: Any) -> None:
-        with _no_autocast():
+        with no_autocast():
             along.run(*(item.tensor for item in captured.bound), *tree.flatten((args, kwargs))[0])
 
     beside(run)

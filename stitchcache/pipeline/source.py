@@ -15,17 +15,18 @@ from torch.fx import GraphModule
 from stitchcache.cache import Cache
 from stitchcache.capture import Capture
 from stitchcache.capture.dynamo import capture_graph
-from stitchcache.capture.ranges import capture_ranges, prove_ranges
+from stitchcache.capture.ranges import Variants, capture_ranges
 from stitchcache.encoding import UnkeyableError
 from stitchcache.graph.effects import matches
 from stitchcache.keys.environment import environment_factors, torch_state_factors
 from stitchcache.keys.recorder import SourceRecorder
 from stitchcache.keys.walk import plain_bytes
 from stitchcache.pipeline.find import Wanted
+from stitchcache.pipeline.prove import prove_ranges
 from stitchcache.pipeline.request import Clock, Request, Site
 from stitchcache.runtime.graph import held_tensors
 from stitchcache.state import devices_of
-from stitchcache.types import Factor, SizeRange, SourceRef
+from stitchcache.types import Factor, SourceRef
 
 log = logging.getLogger("stitchcache")
 
@@ -48,7 +49,7 @@ class Source:
 
     model: torch.nn.Module
     whole: Capture
-    variants: Sequence[tuple[SizeRange | None, Capture]]
+    variants: Variants
     environment: tuple[Factor, ...]
     facts: tuple[Factor, ...] = ()
     sources: tuple[SourceRef, ...] = ()
@@ -80,7 +81,10 @@ def export_source(wanted: Wanted) -> Source:
             ),
         )
     captured, variants = clock.timed(
-        "prove", lambda: prove_ranges(captured, variants, recorder.codes, wanted.leaves)
+        "prove",
+        lambda: prove_ranges(
+            wanted.model, captured, variants, recorder.codes, wanted.leaves, request.effects
+        ),
     )
     return Source(
         model=wanted.model,

@@ -8,12 +8,12 @@ from torch import nn
 from torch.export import Dim
 
 from stitchcache.capture import capture
-from stitchcache.capture.export import proved
+from stitchcache.pipeline.prove import proved
 
 
 def lowest(model, args, dynamic_shapes, **kwargs):
     # Forwards here take *args: their shapes are nested once more.
-    got = proved(capture(model.eval(), args, kwargs, [tuple(dynamic_shapes)]))
+    got = proved(model, capture(model.eval(), args, kwargs, [tuple(dynamic_shapes)]), {})
     return [symbol.min for symbol in got.input_spec.symbols]
 
 
