@@ -1,23 +1,41 @@
-"""Why a start was warm or cold, and what tells two keys apart, as records and text. Imports no torch."""
+"""Why a start was warm or cold: what tells two keys apart, and which stored keys are near. Imports no torch.
+
+For explanations only: nothing that is found here is served. Files are read as they lie there, whoever may
+write them; nothing is counted as a use, moved or warned of, and what cannot be read is passed over.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import field
+import os
+import stat
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from stitchcache.artifact.entry import decode, decode_target, unpack_factors
+from stitchcache.errors import EntryFormatError
+from stitchcache.store.layout import Area, key_of
 from stitchcache.types import Check, Factor, TargetRecord
 
 if TYPE_CHECKING:
-    from dataclasses import dataclass
-
     from stitchcache.keys.target import TargetKey
     from stitchcache.types import Artifact
-else:
-    from stitchcache.records import dataclass
 
 ABSENT = "(absent)"
 """Stands for the value of a factor that a key does not have."""
+
+Roots = Sequence[str | os.PathLike[str]]
+Differences = Mapping[str, tuple[str, str]]
+
+# What a huge store may cost: files whose times are looked at, files that are read, bytes of them.
+MOST_LISTED = 4096
+MOST_TARGETS = 256
+MOST_ENTRIES = 32
+MOST_BYTES = 8 << 20
+# An entry has these beside, or instead of, the factors of a target key.
+_OF_ENTRIES = ("graph.", "request.")
+_SHOWN = 12
 
 
 def explain_differences(old: Sequence[Factor], new: Sequence[Factor]) -> dict[str, tuple[str, str]]:
@@ -34,33 +52,27 @@ def explain_differences(old: Sequence[Factor], new: Sequence[Factor]) -> dict[st
     before = {factor.name: factor for factor in old}
     after = {factor.name: factor for factor in new}
     found = {}
-    for name in [*after, *(name for name in before if name not in after)]:
+    for name in after | before:
         one, two = before.get(name), after.get(name)
+        values = (one.value if one else ABSENT, two.value if two else ABSENT)
         if one is not None and two is not None:
             if one.digest == two.digest:
                 continue
             if one.value == two.value:
-                found[name] = (f"{one.value} [{one.digest[:8]}]", f"{two.value} [{two.digest[:8]}]")
-                continue
-        found[name] = (one.value if one else ABSENT, two.value if two else ABSENT)
+                values = (f"{one.value} [{one.digest[:8]}]", f"{two.value} [{two.digest[:8]}]")
+        found[name] = values
     return found
 
 
-def differences_text(differences: Mapping[str, tuple[str, str]], most: int = 3) -> str:
+def differences_text(differences: Differences, most: int = 3) -> str:
     """The first few differences in one line, such as ``env.torch (2.12.0 -> 2.13.0) and 2 more``."""
-    shown = [f"{name} ({old} -> {new})" for name, (old, new) in list(differences.items())[:most]]
-    rest = len(differences) - len(shown)
-    return _and(shown, rest)
+    return names_text([f"{name} ({old} -> {new})" for name, (old, new) in differences.items()], most)
 
 
 def names_text(names: Sequence[str], most: int = 3) -> str:
     """The first few names in one line, such as ``env.torch, env.cpu and 2 more``."""
-    return _and(list(names[:most]), len(names) - most)
-
-
-def _and(shown: list[str], rest: int) -> str:
-    text = ", ".join(shown)
-    return printable(f"{text} and {rest} more" if rest > 0 else text)
+    text = ", ".join(names[:most])
+    return printable(f"{text} and {len(names) - most} more" if len(names) > most else text)
 
 
 def printable(text: str) -> str:
@@ -68,7 +80,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-_SHOWN = 12
+# -- a start ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +132,7 @@ class Explanation:
     target_key: str | None
     graph_hash: str
     factors: tuple[Factor, ...] = ()
-    changed: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    changed: Differences = field(default_factory=dict)
     nearest: NearestEntry | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     check: Check | None = None
@@ -131,9 +143,15 @@ class Explanation:
         lines = [f"{self.label}: {said} {self.graph_hash}{total}"]
         if self.reason:
             lines.append(f"no direct hit: {self.reason}")
-        lines += changed_lines(self.changed)
+        for path, (old, new) in self.changed.items():
+            lines.append(f"changed source: {path} ({old[:12]} -> {new[:12]})")
         if self.nearest is not None:
-            lines += nearest_lines(self.nearest)
+            near, differences = self.nearest, list(self.nearest.differences.items())
+            count = "1 factor differs" if len(differences) == 1 else f"{len(differences)} factors differ"
+            lines.append(f"nearest entry: {near.label or '-'} {near.graph_hash[:12]}, {count}")
+            lines += [f"  {name}: {old} -> {new}" for name, (old, new) in differences[:_SHOWN]]
+            if len(differences) > _SHOWN:
+                lines.append(f"  and {len(differences) - _SHOWN} more")
         lines.append(f"target key: {self.target_key or 'none'} ({len(self.factors)} factors)")
         if self.check is not None:
             lines.append(f"look: {self.check.state}{f' ({self.check.reason})' if self.check.reason else ''}")
@@ -153,7 +171,7 @@ class MissFacts:
         hint: The same in a few words, to follow the reason; may be ``""``.
     """
 
-    changed: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    changed: Differences = field(default_factory=dict)
     nearest: NearestEntry | None = None
     hint: str = ""
 
@@ -175,25 +193,15 @@ def explained(
         seconds: By stage.
         check: How the look stands.
     """
-    if lookup is None:
-        return Explanation(
-            label=artifact.label,
-            hit=hit,
-            reason="it was loaded by its graph hash",
-            target_key=None,
-            graph_hash=artifact.graph_hash,
-            seconds=dict(seconds),
-            check=check,
-        )
-    label, key, reason, facts = lookup
+    label, key, reason, facts = lookup or (artifact.label, None, "it was loaded by its graph hash", None)
     facts = facts or MissFacts()
     return Explanation(
         label=label,
         hit=hit,
         reason=reason,
-        target_key=key.key,
+        target_key=None if key is None else key.key,
         graph_hash=artifact.graph_hash,
-        factors=key.factors,
+        factors=() if key is None else key.factors,
         changed=facts.changed,
         nearest=facts.nearest,
         seconds=dict(seconds),
@@ -201,19 +209,140 @@ def explained(
     )
 
 
-def changed_lines(changed: Mapping[str, tuple[str, str]]) -> list[str]:
-    """A line for each changed source file."""
-    return [f"changed source: {path} ({old[:12]} -> {new[:12]})" for path, (old, new) in changed.items()]
+# -- stored keys -----------------------------------------------------------------------------------
 
 
-def nearest_lines(nearest: NearestEntry, most: int = _SHOWN) -> list[str]:
-    """The nearest entry and the factors that differ, a line each."""
-    differences = list(nearest.differences.items())
-    count = f"{len(differences)} factor{'' if len(differences) == 1 else 's'}"
-    lines = [f"nearest entry: {nearest.label or '-'} {nearest.graph_hash[:12]}, {count} differ"]
-    if len(differences) == 1:
-        lines[0] += "s"
-    lines += [f"  {name}: {old} -> {new}" for name, (old, new) in differences[:most]]
-    if len(differences) > most:
-        lines.append(f"  and {len(differences) - most} more")
-    return lines
+def nearest_entries(
+    roots: Roots,
+    factors: Sequence[Factor],
+    *,
+    label: str = "",
+    most: int = 1,
+    partial: bool = False,
+    without: Collection[str] = (),
+) -> list[NearestEntry]:
+    """Find what comes nearest to some factors, among the newest files of a cache.
+
+    Args:
+        roots: The cache's root directories.
+        factors: Of the key that is to be explained.
+        label: The model's; entries with the same are preferred among those equally near.
+        most: How many to return.
+        partial: Compare only factors that are given: the key could not be computed to its end.
+        without: Target keys and graph hashes to leave out.
+
+    Returns:
+        Fewest differing factors first, then the same label, then the newest.
+    """
+    wanted = {factor.name for factor in factors}
+    unasked = tuple(kind for kind in _OF_ENTRIES if not any(name.startswith(kind) for name in wanted))
+    found = []
+    for entry, all_there in _stored(roots):
+        if entry.graph_hash in without or entry.target_key in without:
+            continue
+        there = [f for f in all_there if f.name in wanted or not (partial or f.name.startswith(unasked))]
+        found.append(replace(entry, differences=explain_differences(there, factors)))
+    found.sort(key=lambda entry: (len(entry.differences), entry.label != label, -entry.created))
+    return found[:most]
+
+
+def stored_targets(
+    roots: Roots, *, prefix: str = "", graph_hash: str | None = None
+) -> list[tuple[str, str, TargetRecord]]:
+    """All targets of a cache that begin so and lead there, newest first; one of several roots comes once.
+
+    Args:
+        roots: The cache's root directories.
+        prefix: First digits of the target key.
+        graph_hash: The entry that they lead to; ``None`` is any.
+
+    Returns:
+        Target key, file, and the newest record that it holds.
+    """
+    found: dict[str, tuple[str, str, TargetRecord]] = {}
+    for root in roots:
+        for _, _, path, key in _newest([root], Area.TARGETS):
+            if key.startswith(prefix) and key not in found:
+                with suppress(EntryFormatError, OSError):
+                    record = _read_target(key, path)
+                    if graph_hash in (None, record.graph_hash):
+                        found[key] = (key, path, record)
+    return sorted(found.values(), key=lambda target: -target[2].created)
+
+
+def _stored(roots: Roots) -> Iterator[tuple[NearestEntry, Sequence[Factor]]]:
+    """Targets, and then entries that none of these leads to: keyless, old, or made through the engine API."""
+    left = MOST_BYTES
+    met: set[str] = set()
+    for area, most in ((Area.TARGETS, MOST_TARGETS), (Area.ENTRIES, MOST_ENTRIES)):
+        files = [file for file in _newest(roots, area, MOST_LISTED) if file[-1] not in met]
+        for _, size, path, key in files[:most]:
+            left -= size
+            if left < 0 or key in met:
+                continue
+            with suppress(EntryFormatError, OSError):
+                entry, factors = (_target if area is Area.TARGETS else _entry)(key, path)
+                if factors:
+                    met |= {key, entry.graph_hash}
+                    yield entry, factors
+
+
+def _target(key: str, path: str) -> tuple[NearestEntry, Sequence[Factor]]:
+    record = _read_target(key, path)
+    entry = NearestEntry(
+        graph_hash=record.graph_hash,
+        target_key=key,
+        label=record.label,
+        created=record.created,
+        refused=record.refused,
+        record=record,
+    )
+    return entry, unpack_factors(record.factors, path=path)
+
+
+def _entry(key: str, path: str) -> tuple[NearestEntry, Sequence[Factor]]:
+    with open(path, "rb") as file:
+        found = decode(file.read(), path=path)
+    entry = NearestEntry(graph_hash=key, target_key=None, label=found.label, created=found.created)
+    return entry, found.factors
+
+
+def _read_target(key: str, path: str) -> TargetRecord:
+    with open(path, "rb") as file:
+        return decode_target(file.read(), key, path=path)[0]
+
+
+def _newest(roots: Roots, area: Area, most: int | None = None) -> list[tuple[float, int, str, str]]:
+    """Time of the last noted use, size, path and key of an area's files, newest first.
+
+    Args:
+        roots: The cache's root directories.
+        area: Targets or entries.
+        most: How many files to look at, beginning with the directories that changed last; ``None`` is all.
+    """
+    shards = [
+        (facts.st_mtime, shard.path)
+        for root in roots
+        for shard, facts in _listed(os.path.join(root, area))
+        if len(shard.name) == 2
+    ]
+    found: list[tuple[float, int, str, str]] = []
+    for _, directory in sorted(shards, reverse=True):
+        if most is not None and len(found) >= most:
+            break
+        for item, facts in _listed(directory):
+            key = key_of(area, item.name)
+            # Opening a pipe would wait for somebody to write into it.
+            if key is not None and stat.S_ISREG(facts.st_mode):
+                found.append((facts.st_mtime, facts.st_size, item.path, key))
+    return sorted(found, reverse=True)
+
+
+def _listed(path: str) -> list[tuple[os.DirEntry[str], os.stat_result]]:
+    found = []
+    # Missing, or not to be seen: nothing here can be near.
+    with suppress(OSError), os.scandir(path) as listing:
+        for item in listing:
+            with suppress(OSError):
+                found.append((item, item.stat()))
+    return found

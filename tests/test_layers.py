@@ -210,7 +210,6 @@ def test_each_file_of_torchside_says_which_torch_it_has_seen():
         "stitchcache.types",
         "stitchcache.store",
         "stitchcache.cache",
-        "stitchcache.nearest",
         "stitchcache.explanation",
     ],
 )

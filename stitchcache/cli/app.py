@@ -13,7 +13,7 @@ import click
 
 from stitchcache.errors import OptionError, StitchCacheError, TargetError
 
-_COMMANDS = {
+_HOMES = {
     "demo": "demo",
     "prewarm": "prewarm",
     "ls": "entries",
@@ -23,12 +23,12 @@ _COMMANDS = {
     "verify": "upkeep",
     "prune": "upkeep",
     "clear": "upkeep",
-    "stats": "stats",
+    "stats": "upkeep",
     "config": "machine",
     "doctor": "machine",
     "migrate": "upkeep",
 }
-"""Commands in the order of the help page, with the module that has them; imported when they are used."""
+"""Commands in the order of the help page, with the module that has them."""
 
 
 class Failure(click.ClickException):
@@ -50,14 +50,14 @@ class Commands(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names, in the order of the help page."""
-        return list(_COMMANDS)
+        return list(_HOMES)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of a name; ``None`` where there is none."""
-        home = _COMMANDS.get(cmd_name)
-        if home is None:
+        if cmd_name not in _HOMES:
             return None
-        command: click.Command = getattr(importlib.import_module(f"stitchcache.cli.{home}"), cmd_name)
+        module = importlib.import_module(f"stitchcache.cli.{_HOMES[cmd_name]}")
+        command: click.Command = getattr(module, cmd_name)
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from stitchcache.cli.output import (
-    Column,
+    Record,
     age_text,
-    cache_option,
     count_text,
-    difference_records,
-    finding,
-    json_option,
     moment_text,
     open_cache,
     print_differences,
     print_heading,
-    print_json,
     print_pairs,
     print_table,
-    printable,
+    say,
     seconds_text,
+    shared_options,
+    show,
 )
 from stitchcache.errors import StitchCacheError
 
 if TYPE_CHECKING:
-    from stitchcache.explanation import NearestEntry
-    from stitchcache.nearest import StoredTarget
-    from stitchcache.report.key import KeyReport
-    from stitchcache.report.target import TargetReport, TraceReport
-    from stitchcache.types import Factor
+    from stitchcache.cache import Cache
 
 _MOST = 12
 # What a person asked for, as against what the machine and torch are.
@@ -45,8 +37,7 @@ _VERDICTS = {"direct": "direct hit", "miss": "miss", "off": "direct lookup is of
 @click.argument("what", metavar="TARGET|KEY")
 @click.option("--trace", is_flag=True, help="Trace the target too, and look its graph up.")
 @click.option("--factors", is_flag=True, help="Show all factors, and all that differ.")
-@json_option
-@cache_option
+@shared_options
 def explain(what: str, trace: bool, factors: bool, as_json: bool, root: str | None) -> None:
     """Say why a start is warm or cold, or what a key stands for.
 
@@ -57,9 +48,17 @@ def explain(what: str, trace: bool, factors: bool, as_json: bool, root: str | No
     Exit status 1 says that a target is no direct hit, or that there is no such key.
     """
     if ":" in what:
-        _explain_targets(what, trace, factors, as_json, root)
+        # Read-only: what is looked at stays as it is, damaged files included.
+        record = _targets(what, trace, open_cache(root, read_only=True))
+        cold = any(target["verdict"] != "direct" for target in record["targets"])
+        show(
+            record,
+            as_json,
+            lambda found: _print_targets(found, factors),
+            finding=cold or bool(record["failed"]),
+        )
         return
-    from stitchcache.report.key import is_prefix, read_key
+    from stitchcache.report.entry import explain_key, is_prefix
 
     if not is_prefix(what):
         raise click.UsageError(
@@ -68,226 +67,133 @@ def explain(what: str, trace: bool, factors: bool, as_json: bool, root: str | No
         )
     if trace:
         raise click.UsageError("--trace needs a target; a key alone says nothing that could be traced")
-    report = read_key(open_cache(root), what)
-    if as_json:
-        print_json(_key_record(report))
-    else:
-        _print_key(report, factors)
-    if report.problem:
-        finding()
+    record = explain_key(open_cache(root), what)
+    show(record, as_json, lambda found: _print_key(found, factors), finding=bool(record["problem"]))
 
 
-def _explain_targets(what: str, trace: bool, factors: bool, as_json: bool, root: str | None) -> None:
+def _targets(reference: str, trace: bool, cache: Cache) -> Record:
+    # Not at the top: they import torch, which a key does without.
     from stitchcache.api.target import find_targets
-    from stitchcache.cache import Cache
     from stitchcache.report.target import explain_target
 
-    # Read-only: what is looked at stays as it is, damaged files included.
-    cache = Cache(root, read_only=True)
-    reports: list[TargetReport] = []
-    failed: dict[str, StitchCacheError] = {}
-    for target in find_targets(what):
+    reports, failed = [], []
+    for target in find_targets(reference):
         try:
             reports.append(explain_target(target, cache, trace=trace))
         except StitchCacheError as error:
             # Like one that cannot be prewarmed, it does not stop the others.
-            failed[target.name] = error
-    if as_json:
-        errors = [
-            {"name": name, "type": type(why).__name__, "message": why.message} for name, why in failed.items()
+            failed.append({"name": target.name, "type": type(error).__name__, "message": error.message})
+    return {"root": str(cache.root), "targets": reports, "failed": failed}
+
+
+def _print_targets(record: Record, everything: bool) -> None:
+    for index, target in enumerate(record["targets"]):
+        if index:
+            click.echo("")
+        _print_target(target, everything, record["root"])
+    for failed in record["failed"]:
+        say(f"{failed['name']}: {failed['message']}")
+
+
+def _print_target(target: Record, everything: bool, root: str) -> None:
+    looked_up = sum(target["seconds"].get(stage, 0.0) for stage in ("key", "sources"))
+    print_pairs(
+        [
+            ("target", target["name"]),
+            ("verdict", _VERDICTS[target["verdict"]]),
+            *([("reason", target["reason"])] if target["reason"] else []),
+            ("target key", target["target_key"] or "none"),
+            ("graph hash", target["graph_hash"] or "unknown without tracing"),
+            ("looked up in", seconds_text(looked_up)),
+            ("cache", root),
         ]
-        targets = [_target_record(report) for report in reports]
-        print_json({"root": str(cache.root), "targets": targets, "failed": errors})
-    else:
-        for index, report in enumerate(reports):
-            if index:
-                click.echo("")
-            _print_target(report, factors, str(cache.root))
-        for name, why in failed.items():
-            click.echo(f"{printable(name)}: {printable(why.message)}", err=True)
-    if failed or any(report.verdict != "direct" for report in reports):
-        finding()
-
-
-# -- a target --------------------------------------------------------------------------------------
-
-
-def _print_target(report: TargetReport, everything: bool, root: str) -> None:
-    pairs = [("target", report.name), ("verdict", _VERDICTS[report.verdict])]
-    if report.reason:
-        pairs.append(("reason", report.reason))
-    pairs += [
-        ("target key", report.target_key or "none"),
-        ("graph hash", report.graph_hash or "unknown without tracing"),
-        ("looked up in", f"{seconds_text(sum(report.seconds.get(s, 0.0) for s in ('key', 'sources')))}"),
-        ("cache", root),
-    ]
-    print_pairs(pairs)
-    if report.changed:
+    )
+    if target["changed"]:
         print_heading("Changed sources")
-        columns = (Column("FILE", flexible=True), Column("WHEN CAPTURED"), Column("NOW"))
-        print_table(columns, [[path, old[:12], new[:12]] for path, (old, new) in report.changed.items()])
-    _print_nearest(report.nearest, everything, "NOW")
-    if report.trace is not None:
-        _print_trace(report.trace)
-    _print_factors(report.factors, everything)
-
-
-def _print_trace(trace: TraceReport) -> None:
-    print_heading("Traced")
-    pairs = [("graph hash", trace.graph_hash), ("in the cache", "yes" if trace.cached else "no")]
-    if trace.refused is not None:
-        pairs.append(("direct lookup", f"off: {trace.refused}"))
-    if trace.compared is not None:
-        pairs.append(("compared with", trace.compared[:12]))
-    print_pairs(pairs, indent="  ")
-    _print_some(trace.differences, True, "THERE", "NOW")
-
-
-def _target_record(report: TargetReport) -> dict[str, Any]:
-    changed = [{"path": path, "old": old, "new": new} for path, (old, new) in sorted(report.changed.items())]
-    trace = None
-    if report.trace is not None:
-        trace = {**asdict(report.trace), "differences": difference_records(report.trace.differences)}
-    return {
-        "name": report.name,
-        "verdict": report.verdict,
-        "reason": report.reason,
-        "target_key": report.target_key,
-        "graph_hash": report.graph_hash,
-        "factors": [asdict(factor) for factor in report.factors],
-        "changed": changed,
-        "nearest": [_nearest_record(entry) for entry in report.nearest],
-        "seconds": dict(report.seconds),
-        "trace": trace,
-    }
-
-
-# -- a key -----------------------------------------------------------------------------------------
-
-
-def _print_key(report: KeyReport, everything: bool) -> None:
-    artifact = report.entry.artifact if report.entry is not None else None
-    pairs = [("target key", report.key)] if report.kind == "target" else []
-    pairs.append(("graph hash", report.graph_hash))
-    if artifact is not None and report.entry is not None:
-        pairs += [
-            ("label", artifact.label or "-"),
-            ("created", moment_text(artifact.created)),
-            (
-                "compiled in",
-                seconds_text(artifact.compile_seconds) if artifact.compile_seconds else "unknown",
-            ),
-            ("pieces", count_text(len(artifact.pieces), "call")),
-            ("file", report.entry.path),
-        ]
-    else:
-        pairs.append(("entry", report.problem))
-    print_pairs(pairs)
-    if report.targets:
-        print_heading("Targets that lead here")
-        columns = (
-            Column("KEY"),
-            Column("LABEL", flexible=True),
-            Column("CREATED"),
-            Column("SERVED DIRECTLY"),
+        rows = [[file["path"], file["old"][:12], file["new"][:12]] for file in target["changed"]]
+        print_table(("FILE", "WHEN CAPTURED", "NOW"), rows)
+    _print_nearest(target["nearest"], everything, "NOW")
+    trace = target["trace"]
+    if trace is not None:
+        print_heading("Traced")
+        refused, compared = trace["refused"], trace["compared"]
+        print_pairs(
+            [
+                ("graph hash", trace["graph_hash"]),
+                ("in the cache", "yes" if trace["cached"] else "no"),
+                *([("direct lookup", f"off: {refused}")] if refused is not None else []),
+                *([("compared with", compared[:12])] if compared is not None else []),
+            ],
+            indent="  ",
         )
+        if trace["differences"]:
+            print_differences(trace["differences"], ("FACTOR", "THERE", "NOW"))
+    _print_factors(target["factors"], everything)
+
+
+def _print_key(record: Record, everything: bool) -> None:
+    print_pairs(
+        [
+            *([("target key", record["key"])] if record["kind"] == "target" else []),
+            ("graph hash", record["graph_hash"]),
+            *(
+                [("entry", record["problem"])]
+                if record["problem"]
+                else [
+                    ("label", record["label"] or "-"),
+                    ("created", moment_text(record["created"])),
+                    ("file", record["path"]),
+                ]
+            ),
+        ]
+    )
+    if record["targets"]:
+        print_heading("Targets that lead here")
         rows = [
             [
-                target.key[:12],
-                target.record.label or "-",
-                age_text(target.record.created),
-                "yes" if target.record.refused is None else f"no: {target.record.refused}",
+                target["target_key"][:12],
+                target["label"] or "-",
+                age_text(target["created"]),
+                "yes" if target["refused"] is None else f"no: {target['refused']}",
             ]
-            for target in report.targets
+            for target in record["targets"]
         ]
-        print_table(columns, rows)
+        print_table(("KEY", "LABEL", "CREATED", "SERVED DIRECTLY"), rows)
+        newest = record["targets"][0]
+        print_heading(f"What the capture of {newest['target_key'][:12]} read")
+        sources = [[found["module"], found["bytes"], found["digest"][:12]] for found in newest["sources"]]
+        print_table(("MODULE", "BYTES", "DIGEST"), sources)
+        click.echo(f"and {count_text(len(newest['globals']), 'global')} and environment variables")
     else:
         click.echo("\nNo target leads here: it is found by tracing, or by its graph hash.")
-    _print_sources(report.targets)
-    _print_nearest(report.nearest, everything, "HERE")
-    _print_factors(report.factors, everything)
+    _print_nearest(record["nearest"], everything, "HERE")
+    _print_factors(record["factors"], everything)
 
 
-def _print_sources(targets: Sequence[StoredTarget]) -> None:
-    for target in targets[:1]:
-        record = target.record
-        print_heading(f"What the capture of {target.key[:12]} read")
-        columns = (Column("MODULE", flexible=True), Column("BYTES", right=True), Column("DIGEST"))
-        print_table(columns, [[s.module, str(s.size), s.digest[:12]] for s in record.sources])
-        click.echo(f"and {count_text(len(record.globals), 'global')} and environment variables")
-
-
-def _key_record(report: KeyReport) -> dict[str, Any]:
-    entry = report.entry
-    return {
-        "kind": report.kind,
-        "key": report.key,
-        "graph_hash": report.graph_hash,
-        "label": None if entry is None else entry.artifact.label,
-        "created": None if entry is None else entry.artifact.created,
-        "path": None if entry is None else entry.path,
-        "problem": report.problem,
-        "targets": [_stored_record(target) for target in report.targets],
-        "factors": [asdict(factor) for factor in report.factors],
-        "nearest": [_nearest_record(near) for near in report.nearest],
-    }
-
-
-def _stored_record(target: StoredTarget) -> dict[str, Any]:
-    record = target.record
-    return {
-        "target_key": target.key,
-        "graph_hash": record.graph_hash,
-        "label": record.label,
-        "created": record.created,
-        "refused": record.refused,
-        "sources": [{"module": s.module, "bytes": s.size, "digest": s.digest} for s in record.sources],
-        "globals": [{"name": name, "digest": digest} for name, digest in record.globals],
-        "path": target.path,
-    }
-
-
-# -- both ------------------------------------------------------------------------------------------
-
-
-def _print_nearest(nearest: Sequence[NearestEntry], everything: bool, here: str) -> None:
+def _print_nearest(nearest: Sequence[Record], everything: bool, here: str) -> None:
     for entry in nearest:
-        count = len(entry.differences)
-        differs = f"{count_text(count, 'factor')} differ{'s' if count == 1 else ''}"
+        differences = entry["differences"]
         # What all differs in a model of another class helps nobody.
-        other = "model.class" in entry.differences and not everything
-        differs = "another class" if other else differs
-        label = f"{entry.label or '-'} {entry.graph_hash[:12]}"
-        print_heading(printable(f"Near: {label}, {age_text(entry.created)}, {differs}"))
-        if not other:
-            _print_some(entry.differences, everything, "THERE", here)
+        other = not everything and any(found["name"] == "model.class" for found in differences)
+        count = f"{count_text(len(differences), 'factor')} differ{'s' if len(differences) == 1 else ''}"
+        label = f"{entry['label'] or '-'} {entry['graph_hash'][:12]}"
+        print_heading(f"Near: {label}, {age_text(entry['created'])}, {'another class' if other else count}")
+        if differences and not other:
+            shown = differences if everything else differences[:_MOST]
+            print_differences(shown, ("FACTOR", "THERE", here))
+            _print_rest(differences, shown)
 
 
-def _print_some(differences: Mapping[str, tuple[str, str]], everything: bool, old: str, new: str) -> None:
-    if not differences:
-        return
-    shown = list(differences.items())[: None if everything else _MOST]
-    print_differences(shown, "FACTOR", old, new)
-    if len(shown) < len(differences):
-        click.echo(f"and {len(differences) - len(shown)} more; --factors shows all")
-
-
-def _print_factors(factors: Sequence[Factor], everything: bool) -> None:
-    shown = factors if everything else [f for f in factors if f.name.startswith(_ASKED)]
+def _print_factors(factors: Sequence[Record], everything: bool) -> None:
+    shown = factors if everything else [f for f in factors if f["name"].startswith(_ASKED)]
     print_heading("Factors")
     if shown:
-        columns = (Column("FACTOR", flexible=True), Column("VALUE", flexible=True))
-        print_table(columns, [[factor.name, factor.value] for factor in shown])
-    if len(shown) < len(factors):
-        click.echo(f"and {len(factors) - len(shown)} more; --factors shows all")
+        print_table(("FACTOR", "VALUE"), [[factor["name"], factor["value"]] for factor in shown])
     elif not factors:
         click.echo("none recorded")
+    _print_rest(factors, shown)
 
 
-def _nearest_record(entry: NearestEntry) -> dict[str, Any]:
-    names = ("graph_hash", "target_key", "label", "created", "refused")
-    return {
-        **{name: getattr(entry, name) for name in names},
-        "differences": difference_records(entry.differences),
-    }
+def _print_rest(found: Sequence[Record], shown: Sequence[Record]) -> None:
+    if len(shown) < len(found):
+        click.echo(f"and {len(found) - len(shown)} more; --factors shows all")

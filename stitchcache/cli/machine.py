@@ -11,36 +11,89 @@ from dataclasses import asdict
 import click
 
 from stitchcache.cli.output import (
-    Column,
-    cache_option,
+    Record,
     count_text,
-    finding,
-    json_option,
     open_cache,
-    print_json,
     print_table,
-    printable,
+    shared_options,
+    show,
     size_text,
 )
 from stitchcache.errors import OptionError
+from stitchcache.explanation import printable
 from stitchcache.store.layout import CHECKS, choice, default_root, flag, max_size, required
-from stitchcache.store.probe import Trial, probe
+from stitchcache.store.probe import Level, Trial, probe
 
-_FLAGS = ("STITCHCACHE_READONLY", "STITCHCACHE_REQUIRE", "STITCHCACHE_AUDIT", "STITCHCACHE_DEBUG")
-_KNOWN = {"STITCHCACHE_DIR", "STITCHCACHE_MAX_SIZE", "STITCHCACHE_CHECK", *_FLAGS}
+_SETTINGS = ("max_size", "require", "check", "read_only", "audit", "debug")
+# What a setting's value means for whoever did not set it.
+_MEANINGS = {
+    ("read_only", True): "nothing is stored: what misses is compiled in every process again",
+    ("require", True): "a miss is an error: prewarm what is to run here",
+    ("require", "direct"): "whatever is no direct hit is an error: prewarm what is to run here",
+    ("check", "none"): "no hit is compared with the model: a wrong one is served without a word",
+    ("audit", True): "every direct hit is traced too, which takes seconds",
+}
 # Others' variables that change what is compiled, with what, or where.
 _FOREIGN = ("CXX", "ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
 _AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 
 
-_Setting = tuple[str, str | int | bool | None, str, str, str]
-"""Name, value, the value in words, where it came from, and the variable that sets it."""
+# -- config ----------------------------------------------------------------------------------------
+
+
+@click.command()
+@shared_options
+def config(as_json: bool, root: str | None) -> None:
+    """Show each setting, its value and where it came from."""
+    place = str(open_cache(root).root)
+    source = "option" if root is not None else _source("STITCHCACHE_DIR")
+    settings: Record = {"root": {"value": place, "source": source, "variable": "STITCHCACHE_DIR"}}
+    for name in _SETTINGS:
+        variable = _variable(name)
+        settings[name] = {"value": _value(name), "source": _source(variable), "variable": variable}
+    show({"settings": settings}, as_json, _print_settings)
+
+
+def _print_settings(record: Record) -> None:
+    rows = []
+    for name, setting in record["settings"].items():
+        value = setting["value"]
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        elif name == "max_size":
+            value = "no limit" if value is None else size_text(value)
+        rows.append([name, value, setting["source"], setting["variable"]])
+    print_table(("SETTING", "VALUE", "FROM", "VARIABLE"), rows)
+
+
+def _variable(name: str) -> str:
+    return f"STITCHCACHE_{'READONLY' if name == 'read_only' else name.upper()}"
+
+
+def _value(name: str) -> str | int | bool | None:
+    """A setting's value.
+
+    Raises:
+        OptionError: Its variable makes no sense.
+    """
+    if name == "max_size":
+        return max_size()
+    if name == "require":
+        needed = required()
+        return needed if needed == "direct" else needed == "hit"
+    return choice(_variable(name), CHECKS) if name == "check" else flag(_variable(name))
+
+
+def _source(variable: str) -> str:
+    return "environment" if os.environ.get(variable, "").strip() else "default"
+
+
+# -- doctor ----------------------------------------------------------------------------------------
 
 
 @click.command()
 @click.argument("path", required=False, type=click.Path())
-@json_option
-@cache_option
+@shared_options
 def doctor(path: str | None, as_json: bool, root: str | None) -> None:
     """Try what a cache needs of a directory and of this machine.
 
@@ -53,41 +106,31 @@ def doctor(path: str | None, as_json: bool, root: str | None) -> None:
         raise click.UsageError("PATH and --cache name the same thing; give one of them")
     # Not through a Cache: one that cannot be opened is what this command is for.
     place = os.path.abspath(os.path.expanduser(path or root or default_root()))
-    trials = [*probe(place), *_machine(), *_environment()]
-    problems = sum(trial.level == "problem" for trial in trials)
-    notes = sum(trial.level == "note" for trial in trials)
-    if as_json:
-        record = {"root": place, "problems": problems, "findings": [asdict(trial) for trial in trials]}
-        print_json(record)
-    else:
-        click.echo(f"cache  {printable(place)}")
-        for trial in trials:
-            _print(trial)
-        verdict = count_text(problems, "problem") if problems else "no problems"
-        click.echo(f"{verdict}, {count_text(notes, 'note')}" if notes else verdict)
-    if problems:
-        finding()
+    python = Trial(name="python", level="ok", found=sys.version.split()[0], meaning="")
+    trials = [*probe(place), python, _torch(), _compiler(), _processor(), *_environment()]
+    record = {
+        "root": place,
+        "problems": sum(trial.level == "problem" for trial in trials),
+        "findings": [asdict(trial) for trial in trials],
+    }
+    show(record, as_json, _print_trials, finding=record["problems"] != 0)
 
 
-def _print(trial: Trial) -> None:
-    click.echo(f"  {trial.level:<7}  {trial.name:<11}  {printable(trial.found)}")
-    if trial.meaning:
-        click.echo(
-            click.wrap_text(
-                printable(trial.meaning), 100, initial_indent=" " * 24, subsequent_indent=" " * 24
-            )
-        )
-
-
-def _machine() -> Iterator[Trial]:
-    yield Trial(name="python", level="ok", found=sys.version.split()[0], meaning="")
-    yield _torch()
-    yield _compiler()
-    yield _processor()
+def _print_trials(record: Record) -> None:
+    click.echo(f"cache  {printable(record['root'])}")
+    margin = " " * 24
+    for trial in record["findings"]:
+        click.echo(f"  {trial['level']:<7}  {trial['name']:<11}  {printable(trial['found'])}")
+        if trial["meaning"]:
+            meaning = printable(trial["meaning"])
+            click.echo(click.wrap_text(meaning, 100, initial_indent=margin, subsequent_indent=margin))
+    notes = sum(trial["level"] == "note" for trial in record["findings"])
+    verdict = count_text(record["problems"], "problem") if record["problems"] else "no problems"
+    click.echo(f"{verdict}, {count_text(notes, 'note')}" if notes else verdict)
 
 
 def _torch() -> Trial:
-    # Its metadata alone: importing torch takes seconds.
+    # Its metadata alone: importing torch takes seconds. Not at the top: ``config`` answers without it.
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -98,7 +141,7 @@ def _torch() -> Trial:
 
 
 def _compiler() -> Trial:
-    # As backends.toolchain looks, which cannot be imported without torch; a test holds them together.
+    # As find_compiler() looks, which cannot be imported without torch; a test holds them together.
     wanted = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     found = shutil.which(wanted)
     if found is not None:
@@ -115,11 +158,9 @@ def _processor() -> Trial:
     flags: set[str] = set()
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            for line in file:
-                name, _, value = line.partition(":")
-                if name.strip() in ("flags", "Features"):
-                    flags = set(value.split())
-                    break
+            lines = (line.partition(":") for line in file)
+            named = (value for name, _, value in lines if name.strip() in ("flags", "Features"))
+            flags = set(next(named, "").split())
     except OSError:
         # Not Linux.
         pass
@@ -140,75 +181,26 @@ def _processor() -> Trial:
 
 
 def _environment() -> Iterator[Trial]:
-    for name in sorted(os.environ):
-        if name in _FOREIGN:
-            yield Trial(name="environment", level="ok", found=f"{name}={os.environ[name]}", meaning="")
-        elif name.startswith("STITCHCACHE_"):
-            yield _setting(name)
+    known = {"STITCHCACHE_DIR": "root"} | {_variable(name): name for name in _SETTINGS}
+    for variable in sorted(os.environ):
+        found = f"{variable}={os.environ[variable]}"
+        level: Level = "ok"
+        meaning = ""
+        if variable in known:
+            level, meaning = _setting(known[variable])
+        elif variable.startswith("STITCHCACHE_"):
+            level = "note"
+            meaning = f"there is no such setting; 'stitchcache config' lists all of them. Unset {variable}"
+        elif variable not in _FOREIGN:
+            continue
+        yield Trial(name="environment", level=level, found=found, meaning=meaning)
 
 
-def _setting(name: str) -> Trial:
-    shown = f"{name}={os.environ[name]}"
-    if name not in _KNOWN:
-        meaning = f"there is no such setting; 'stitchcache config' lists all of them. Unset {name}"
-        return Trial(name="environment", level="note", found=shown, meaning=meaning)
-    meaning = ""
+def _setting(name: str) -> tuple[Level, str]:
     try:
-        if name == "STITCHCACHE_MAX_SIZE" and (limit := max_size()) is not None:
-            meaning = f"a put evicts what is over {size_text(limit)}"
-        elif name == "STITCHCACHE_READONLY" and flag(name):
-            meaning = "nothing is stored: what misses is compiled in every process again"
-        elif name == "STITCHCACHE_REQUIRE" and (need := required()) != "nothing":
-            what = "a miss" if need == "hit" else "whatever is no direct hit"
-            meaning = f"{what} is an error: prewarm what is to run here"
-        elif name == "STITCHCACHE_CHECK" and choice(name, CHECKS) == "none":
-            meaning = "no hit is compared with the model: a wrong one is served without a word"
-        elif name == "STITCHCACHE_AUDIT" and flag(name):
-            meaning = "every direct hit is traced too, which takes seconds"
-        elif name in _FLAGS:
-            flag(name)
+        value = None if name == "root" else _value(name)
     except OptionError as error:
-        return Trial(name="environment", level="problem", found=shown, meaning=error.message)
-    return Trial(name="environment", level="ok", found=shown, meaning=meaning)
-
-
-@click.command()
-@json_option
-@cache_option
-def config(as_json: bool, root: str | None) -> None:
-    """Show each setting, its value and where it came from."""
-    settings = _settings(root)
-    if as_json:
-        records = {
-            name: {"value": value, "source": source, "variable": variable}
-            for name, value, _, source, variable in settings
-        }
-        print_json({"settings": records})
-        return
-    columns = (Column("SETTING"), Column("VALUE"), Column("FROM"), Column("VARIABLE"))
-    print_table(columns, [[name, *words] for name, _, *words in settings])
-
-
-def _settings(root: str | None) -> list[_Setting]:
-    cache = open_cache(root)
-    limit = cache.max_bytes
-    shown = "no limit" if limit is None else size_text(limit)
-    flags = {"read_only": "READONLY", "audit": "AUDIT", "debug": "DEBUG"}
-    needed, check = required(), choice("STITCHCACHE_CHECK", CHECKS)
-    value, words = {"nothing": (False, "no"), "hit": (True, "yes")}.get(needed, (needed, needed))
-    return [
-        ("root", str(cache.root), str(cache.root), _source("STITCHCACHE_DIR", root), "STITCHCACHE_DIR"),
-        ("max_size", limit, shown, _source("STITCHCACHE_MAX_SIZE"), "STITCHCACHE_MAX_SIZE"),
-        ("require", value, words, _source("STITCHCACHE_REQUIRE"), "STITCHCACHE_REQUIRE"),
-        ("check", check, check, _source("STITCHCACHE_CHECK"), "STITCHCACHE_CHECK"),
-        *(
-            (name, flag(variable), "yes" if flag(variable) else "no", _source(variable), variable)
-            for name, variable in ((name, f"STITCHCACHE_{word}") for name, word in flags.items())
-        ),
-    ]
-
-
-def _source(variable: str, option: str | None = None) -> str:
-    if option is not None:
-        return "option"
-    return "environment" if os.environ.get(variable, "").strip() else "default"
+        return "problem", error.message
+    if name == "max_size" and value is not None:
+        return "ok", f"a put evicts what is over {size_text(int(value))}"
+    return "ok", _MEANINGS.get((name, value), "")

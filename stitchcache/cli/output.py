@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from stitchcache.explanation import printable
 
 if TYPE_CHECKING:
     from stitchcache.cache import Cache
 
 JSON_SCHEMA = 1
 F = TypeVar("F", bound=Callable[..., Any])
+Record = dict[str, Any]
+"""What a command found, as ``--json`` prints it; the views for people are made from it."""
+
+# Columns of numbers.
+_RIGHT = re.compile(
+    "BLOBS|BYTES|CALLS|COMPILED IN|DIFFERENT|FORMAT|ONE CALL|RUNS|SHARED BY|SIZE|TIME|.* TO FIRST OUTPUT"
+)
 
 
-def cache_option(function: F) -> F:
-    """Add ``--cache``."""
-    return click.option(
+def shared_options(function: F) -> F:
+    """Add ``--json`` and ``--cache``, which every command has."""
+    cache = click.option(
         "--cache",
         "root",
         metavar="DIR",
         help="The cache's directory.  [default: STITCHCACHE_DIR, or the user's cache directory]",
-    )(function)
-
-
-def json_option(function: F) -> F:
-    """Add ``--json``."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+    )
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(cache(function))
 
 
 def open_cache(root: str | None, *, read_only: bool = False) -> Cache:
@@ -42,22 +47,29 @@ def open_cache(root: str | None, *, read_only: bool = False) -> Cache:
     # Not at the top: the help pages answer without it.
     from stitchcache.cache import Cache
 
-    return Cache(root, read_only=True) if read_only else Cache(root)
+    return Cache(root, read_only=read_only)
 
 
-def finding() -> None:
-    """End the command with exit status 1."""
-    click.get_current_context().exit(1)
+def show(record: Record, as_json: bool, view: Callable[[Record], None], *, finding: bool = False) -> None:
+    """Print what a command found, and end with exit status 1 if it is a finding.
+
+    Args:
+        record: What was found.
+        as_json: Whether to print the record itself, with the version of the schema first.
+        view: Prints it for people.
+        finding: Whether something is wrong.
+    """
+    if as_json:
+        import json
+
+        click.echo(json.dumps({"schema": JSON_SCHEMA, **record}, indent=2, ensure_ascii=False))
+    else:
+        view(record)
+    if finding:
+        click.get_current_context().exit(1)
 
 
 # -- printing --------------------------------------------------------------------------------------
-
-
-def print_json(record: Mapping[str, Any]) -> None:
-    """Print a record, with the version of the schema first."""
-    import json
-
-    click.echo(json.dumps({"schema": JSON_SCHEMA, **record}, indent=2, ensure_ascii=False))
 
 
 def on_terminal() -> bool:
@@ -65,77 +77,58 @@ def on_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A table's column.
-
-    Args:
-        title: Its heading.
-        right: Whether it is aligned to the right.
-        flexible: Whether its cells may be folded where the terminal is narrow.
-    """
-
-    title: str
-    right: bool = False
-    flexible: bool = False
+def say(text: str) -> None:
+    """Print a line that is no result on stderr."""
+    click.echo("\n".join(map(printable, text.splitlines())), err=True)
 
 
-def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+def print_table(titles: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
     """Print a table: plain text in full, or with bold headings and folded to the width of a terminal."""
-    clean = [[printable(cell) for cell in row] for row in rows]
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
     if on_terminal():
-        _print_rich(columns, clean)
+        _print_rich(titles, cells)
         return
-    titles = [column.title for column in columns]
-    widths = [max(len(row[i]) for row in [titles, *clean]) for i in range(len(columns))]
-    for row in [titles, *clean]:
-        cells = [
-            cell.rjust(width) if column.right else cell.ljust(width)
-            for cell, width, column in zip(row, widths, columns, strict=True)
+    lines = [list(titles), *cells]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        aligned = [
+            cell.rjust(width) if _RIGHT.fullmatch(title) else cell.ljust(width)
+            for title, cell, width in zip(titles, line, widths, strict=True)
         ]
-        click.echo("  ".join(cells).rstrip())
+        click.echo("  ".join(aligned).rstrip())
 
 
-def _print_rich(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+def _print_rich(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     # Not at the top: rich takes longer to import than most commands take to answer into a pipe.
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
-        justify: Any = "right" if column.right else "left"
-        # Keys and numbers are cut where there is no room; a cell that may fold is read in full.
-        table.add_column(column.title, justify=justify, no_wrap=not column.flexible, overflow="fold")
+    for title in titles:
+        table.add_column(title, justify="right" if _RIGHT.fullmatch(title) else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     Console(highlight=False).print(table)
 
 
-def print_pairs(pairs: Sequence[tuple[str, str]], indent: str = "") -> None:
+def print_pairs(pairs: Iterable[tuple[str, object]], indent: str = "") -> None:
     """Print names and values below each other."""
-    width = max((len(name) for name, _ in pairs), default=0)
-    for name, value in pairs:
-        click.echo(f"{indent}{name:<{width}}  {printable(value)}".rstrip())
+    found = list(pairs)
+    width = max((len(name) for name, _ in found), default=0)
+    for name, value in found:
+        click.echo(f"{indent}{printable(name):<{width}}  {printable(str(value))}".rstrip())
 
 
 def print_heading(text: str) -> None:
     """Print a section's heading."""
     click.echo("")
-    click.echo(click.style(text, bold=True))
+    click.echo(click.style(printable(text), bold=True))
 
 
-def print_differences(
-    differences: Iterable[tuple[str, tuple[str, str]]], name: str, old: str, new: str
-) -> None:
-    """Print what differs between two things as a table."""
-    columns = (Column(name, flexible=True), Column(old, flexible=True), Column(new, flexible=True))
-    print_table(columns, [[what, *pair] for what, pair in differences])
-
-
-def difference_records(differences: Mapping[str, tuple[str, str]]) -> list[dict[str, str]]:
-    """Differences as JSON."""
-    return [{"name": name, "old": old, "new": new} for name, (old, new) in differences.items()]
+def print_differences(differences: Sequence[Record], titles: Sequence[str]) -> None:
+    """Print what differs between two things, as ``difference_records`` gives it."""
+    print_table(titles, [[found["name"], found["old"], found["new"]] for found in differences])
 
 
 # -- words -----------------------------------------------------------------------------------------
@@ -143,10 +136,12 @@ def difference_records(differences: Mapping[str, tuple[str, str]]) -> list[dict[
 
 def size_text(size: int) -> str:
     """Bytes, in powers of 1024: ``1.4 MiB``."""
-    amount = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
+    if size < 1024:
+        return f"{size} B"
+    amount = size / 1024
+    for unit in ("KiB", "MiB", "GiB"):
         if amount < 1024:
-            return f"{size} B" if unit == "B" else f"{amount:.1f} {unit}"
+            return f"{amount:.1f} {unit}"
         amount /= 1024
     return f"{amount:.1f} TiB"
 
@@ -186,16 +181,10 @@ def moment_text(created: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(created)) if created > 0 else "unknown"
 
 
-def count_text(number: int, one: str, many: str = "") -> str:
+def count_text(number: int, one: str) -> str:
     """``1 entry``, ``2 entries``."""
-    if one.endswith("y") and not many:
-        many = one[:-1] + "ies"
-    return f"{number} {one if number == 1 else many or one + 's'}"
-
-
-def printable(text: str) -> str:
-    """Text from outside, with nothing in it that a terminal would act on."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    many = one[:-1] + "ies" if one.endswith("y") else one + "s"
+    return f"{number} {one if number == 1 else many}"
 
 
 def short_length(keys: Iterable[str], shortest: int = 12) -> int:

@@ -1,38 +1,47 @@
-"""``stitchcache verify``, ``prune``, ``clear`` and ``migrate``: looking after a cache's files."""
+"""``stitchcache verify``, ``prune``, ``clear``, ``migrate`` and ``stats``: looking after a cache's files."""
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from stitchcache.cli.output import (
-    Column,
+    Record,
     age_text,
-    cache_option,
     count_text,
-    finding,
-    json_option,
+    moment_text,
     open_cache,
-    print_json,
+    print_heading,
+    print_pairs,
     print_table,
+    say,
+    seconds_text,
+    shared_options,
     short_length,
+    show,
     size_text,
 )
+from stitchcache.errors import OptionError
+from stitchcache.store.layout import parse_size
 
 if TYPE_CHECKING:
-    from stitchcache.store.evict import PrunePlan, PruneResult
+    from stitchcache.store.evict import PrunePlan
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _NOT_DONE = "Nothing was removed. Repeat with --yes to remove it."
 
 
+# -- verify ----------------------------------------------------------------------------------------
+
+
 @click.command()
 @click.option("--repair", is_flag=True, help="Move damaged files to quarantine; remove what leads nowhere.")
-@json_option
-@cache_option
+@shared_options
 def verify(repair: bool, as_json: bool, root: str | None) -> None:
     """Check every byte of a cache.
 
@@ -41,32 +50,27 @@ def verify(repair: bool, as_json: bool, root: str | None) -> None:
     """
     cache = open_cache(root)
     report = cache.verify(repair=repair)
-    if as_json:
-        print_json({"root": str(cache.root), "clean": report.clean, **asdict(report)})
-    else:
-        if report.findings:
-            columns = (Column("PROBLEM"), Column("REPAIRED"), Column("FILE"), Column("DETAIL", flexible=True))
-            rows = [[f.problem, "yes" if f.repaired else "no", f.path, f.detail] for f in report.findings]
-            print_table(columns, rows)
-        seen = (
-            f"{count_text(report.entries, 'entry')}, {count_text(report.blobs, 'blob')}, "
-            f"{count_text(report.targets, 'target')}, {count_text(report.pieces, 'piece')}"
-        )
-        verdict = "all sound" if not report.findings else count_text(len(report.findings), "finding")
-        click.echo(f"{seen}, {size_text(report.bytes)} read: {verdict}")
-    if not report.clean:
-        finding()
+    record = {"root": str(cache.root), "clean": report.clean, **asdict(report)}
+    show(record, as_json, _print_findings, finding=not report.clean)
+
+
+def _print_findings(record: Record) -> None:
+    findings = record["findings"]
+    if findings:
+        rows = [[f["problem"], "yes" if f["repaired"] else "no", f["path"], f["detail"]] for f in findings]
+        print_table(("PROBLEM", "REPAIRED", "FILE", "DETAIL"), rows)
+    kinds = {"entries": "entry", "blobs": "blob", "targets": "target", "pieces": "piece"}
+    seen = ", ".join(count_text(record[name], kind) for name, kind in kinds.items())
+    verdict = count_text(len(findings), "finding") if findings else "all sound"
+    click.echo(f"{seen}, {size_text(record['bytes'])} read: {verdict}")
+
+
+# -- prune and clear -------------------------------------------------------------------------------
 
 
 def _size(_ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """Bytes in a text such as ``10G``."""
-    from stitchcache.errors import OptionError
-    from stitchcache.store.layout import parse_size
-
-    if value is None:
-        return None
     try:
-        return parse_size(value, option=param.opts[0])
+        return None if value is None else parse_size(value, option=param.opts[0])
     except OptionError as error:
         raise click.BadParameter(error.message) from error
 
@@ -84,6 +88,7 @@ def _age(_ctx: click.Context, _param: click.Parameter, value: str | None) -> flo
 @click.command()
 @click.option(
     "--max-size",
+    "max_bytes",
     callback=_size,
     metavar="SIZE",
     help="Bytes to keep, such as 10G.  [default: STITCHCACHE_MAX_SIZE]",
@@ -92,10 +97,9 @@ def _age(_ctx: click.Context, _param: click.Parameter, value: str | None) -> flo
 @click.option("--max-age", callback=_age, metavar="AGE", help="Entries unused for longer go, such as 30d.")
 @click.option("--min-free", callback=_size, metavar="SIZE", help="Bytes to be free on the file system.")
 @click.option("--yes", is_flag=True, help="Do it.")
-@json_option
-@cache_option
+@shared_options
 def prune(
-    max_size: int | None,
+    max_bytes: int | None,
     max_files: int | None,
     max_age: float | None,
     min_free: int | None,
@@ -108,42 +112,13 @@ def prune(
     Prints what would go; nothing is removed without --yes. Entries in use stay.
     """
     cache = open_cache(root)
-    plan = cache.plan_prune(max_bytes=max_size, max_files=max_files, max_age=max_age, min_free=min_free)
-    if not as_json:
-        _print_plan(plan, str(cache.root))
-    result = plan.execute() if yes else None
-    if as_json:
-        done = asdict(result) if result is not None else None
-        print_json({"root": str(cache.root), "plan": _plan_record(plan), "done": done})
-    elif result is None and plan.items:
-        click.echo(_NOT_DONE)
-    _end(result, as_json)
+    plan = cache.plan_prune(max_bytes=max_bytes, max_files=max_files, max_age=max_age, min_free=min_free)
+    record: Record = {"root": str(cache.root), "plan": _plan_record(plan)}
+    record["done"] = asdict(plan.execute()) if yes else None
+    show(record, as_json, _print_pruned, finding=_incomplete(record))
 
 
-def _print_plan(plan: PrunePlan, root: str) -> None:
-    if plan.entries:
-        length = short_length(item.key for item, _ in plan.entries)
-        columns = (
-            Column("GRAPH"),
-            Column("LAST USED"),
-            Column("SIZE", right=True),
-            Column("WHY", flexible=True),
-        )
-        rows = [
-            [item.key[:length], age_text(item.modified / 1e9), size_text(item.size), reason]
-            for item, reason in plan.entries
-        ]
-        print_table(columns, rows)
-    for path in plan.unreadable:
-        click.echo(f"{path}: cannot be read here, so no entry and no blob goes", err=True)
-    click.echo(
-        f"{root} holds {count_text(plan.total_files, 'file')}, {size_text(plan.total_bytes)}; to remove: "
-        f"{count_text(len(plan.entries), 'entry')}, {count_text(len(plan.blobs), 'blob')}, "
-        f"{count_text(plan.files, 'file')} in all, {size_text(plan.bytes)}"
-    )
-
-
-def _plan_record(plan: PrunePlan) -> dict[str, Any]:
+def _plan_record(plan: PrunePlan) -> Record:
     return {
         "entries": [
             {"graph_hash": item.key, "bytes": item.size, "last_used": item.modified / 1e9, "reason": reason}
@@ -161,55 +136,180 @@ def _plan_record(plan: PrunePlan) -> dict[str, Any]:
     }
 
 
+def _print_pruned(record: Record) -> None:
+    plan = record["plan"]
+    if plan["entries"]:
+        length = short_length(entry["graph_hash"] for entry in plan["entries"])
+        rows = [
+            [
+                entry["graph_hash"][:length],
+                age_text(entry["last_used"]),
+                size_text(entry["bytes"]),
+                entry["reason"],
+            ]
+            for entry in plan["entries"]
+        ]
+        print_table(("GRAPH", "LAST USED", "SIZE", "WHY"), rows)
+    for path in plan["unreadable"]:
+        say(f"{path}: cannot be read here, so no entry and no blob goes")
+    held = f"{count_text(plan['total_files'], 'file')}, {size_text(plan['total_bytes'])}"
+    parts = f"{count_text(len(plan['entries']), 'entry')}, {count_text(len(plan['blobs']), 'blob')}"
+    whole = f"{count_text(plan['files'], 'file')} in all, {size_text(plan['bytes'])}"
+    click.echo(f"{record['root']} holds {held}; to remove: {parts}, {whole}")
+    if record["done"] is not None:
+        _print_removed(record)
+    elif plan["files"]:
+        click.echo(_NOT_DONE)
+
+
 @click.command()
 @click.option("--yes", is_flag=True, help="Do it.")
-@json_option
-@cache_option
+@shared_options
 def clear(yes: bool, as_json: bool, root: str | None) -> None:
     """Remove everything from a cache but what is in use. Nothing is removed without --yes."""
     cache = open_cache(root)
-    result = cache.clear() if yes else None
-    if as_json or result is None:
-        held = result if result is not None else cache.stats()
-        done = asdict(result) if result is not None else None
-        if as_json:
-            print_json({"root": str(cache.root), "files": held.files, "bytes": held.bytes, "done": done})
-        else:
-            entries = count_text(cache.stats().entries, "entry")
-            size = size_text(held.bytes)
-            click.echo(f"{cache.root} holds {entries}, {count_text(held.files, 'file')} in all, {size}.")
-            click.echo(_NOT_DONE)
-    _end(result, as_json)
+    held = cache.stats()
+    done = asdict(cache.clear()) if yes else None
+    record = {"root": str(cache.root), "files": held.files, "bytes": held.bytes, "done": done}
+
+    def view(found: Record) -> None:
+        if done is not None:
+            _print_removed(found)
+            return
+        files = f"{count_text(held.files, 'file')} in all, {size_text(held.bytes)}"
+        click.echo(f"{cache.root} holds {count_text(held.entries, 'entry')}, {files}.")
+        click.echo(_NOT_DONE)
+
+    show(record, as_json, view, finding=_incomplete(record))
 
 
-def _end(result: PruneResult | None, as_json: bool) -> None:
-    """Say what a removal did, and end with status 1 if it could not do all of it."""
-    if result is None:
+def _incomplete(record: Record) -> bool:
+    done = record["done"]
+    return done is not None and bool(done["failed"] or done["busy"])
+
+
+def _print_removed(record: Record) -> None:
+    done = record["done"]
+    if done["busy"]:
+        say("another process is pruning this cache; nothing was removed")
         return
-    if not as_json and result.busy:
-        click.echo("another process is pruning this cache; nothing was removed", err=True)
-    elif not as_json:
-        for path, reason in result.failed:
-            click.echo(f"{path}: cannot be removed ({reason})", err=True)
-        in_use = f"; {count_text(len(result.in_use), 'entry')} in use stayed" if result.in_use else ""
-        click.echo(
-            f"removed {count_text(len(result.entries), 'entry')}, {count_text(result.files, 'file')} in all, "
-            f"{size_text(result.bytes)}{in_use}"
-        )
-    if result.failed or result.busy:
-        finding()
+    for path, reason in done["failed"]:
+        say(f"{path}: cannot be removed ({reason})")
+    in_use = f"; {count_text(len(done['in_use']), 'entry')} in use stayed" if done["in_use"] else ""
+    click.echo(
+        f"removed {count_text(len(done['entries']), 'entry')}, {count_text(done['files'], 'file')} in all, "
+        f"{size_text(done['bytes'])}{in_use}"
+    )
 
 
 @click.command()
-@json_option
-@cache_option
+@shared_options
 def migrate(as_json: bool, root: str | None) -> None:
     """Rewrite entries of older formats; each old file goes once its successor is stored."""
     cache = open_cache(root)
     done = cache.migrate()
-    if as_json:
-        print_json({"root": str(cache.root), "migrated": done})
+
+    def view(_record: Record) -> None:
+        for graph_hash in done:
+            click.echo(graph_hash)
+        say(f"rewrote {count_text(len(done), 'entry')} in {cache.root}")
+
+    show({"root": str(cache.root), "migrated": done}, as_json, view)
+
+
+# -- stats -----------------------------------------------------------------------------------------
+
+_WORDS = {
+    "hit.direct": "loaded without tracing",
+    "hit.graph": "loaded after tracing",
+    "hit.load": "loaded by graph hash",
+    "compiled": "compiled",
+    "hit.piece": "pieces found while compiling",
+    "miss.new": "traced: no entry for the target",
+    "miss.sources": "traced: a source file or global changed",
+    "miss.example": "traced: the example does not fit",
+    "miss.unkeyable": "traced: the model has no target key",
+    "miss.entry": "traced: the entry was gone or damaged",
+    "miss.piece": "traced: a piece was gone or damaged",
+    "miss.refused": "traced: the entry cannot be used here",
+    "miss.look": "traced: the look found that the hit was wrong",
+    "look.agreed": "looks that agreed with the model",
+    "look.mismatch": "looks that found something else: please report it",
+    "look.unchecked": "starts that could not be compared",
+    "audit.right": "audits that found the direct hit right",
+    "audit.wrong": "audits that found it wrong",
+    "piece.compiled.aoti": "pieces compiled by aoti",
+    "microseconds.piece.aoti": "time in them, one by one",
+    "piece.compiled.inductor": "pieces compiled by inductor",
+    "microseconds.piece.inductor": "time in them, one by one",
+    "piece.compiled.eager": "pieces stored as eager code",
+    "microseconds.piece.eager": "time in them, one by one",
+    "put": "entries stored",
+    "put.bytes": "bytes stored",
+    "microseconds.spent": "time spent on starts",
+    "microseconds.saved": "time saved by loading",
+    "corrupt": "damaged files met",
+    "evicted": "entries evicted",
+}
+
+
+@click.command()
+@click.option(
+    "--prometheus",
+    metavar="[FILE]",
+    is_flag=False,
+    flag_value="-",
+    help="Print Prometheus' text format, or replace a file with it at once, as its text collector needs.",
+)
+@click.option("--zero", is_flag=True, help="Print, and then forget what was counted.")
+@shared_options
+def stats(prometheus: str | None, zero: bool, as_json: bool, root: str | None) -> None:
+    """Show what a cache holds, and its hits and misses."""
+    if prometheus and as_json:
+        raise click.UsageError("--prometheus and --json are two formats; choose one")
+    cache = open_cache(root)
+    found = cache.stats()
+    if prometheus is not None:
+        _write(prometheus, found.prometheus())
+    else:
+        show({"root": str(cache.root), **asdict(found)}, as_json, _print_stats)
+    if zero:
+        cache.zero_stats()
+
+
+def _print_stats(record: Record) -> None:
+    held = [("cache", record["root"])]
+    held += [(name, str(record[name])) for name in ("entries", "blobs", "targets", "pieces", "files")]
+    held.append(("size", size_text(record["bytes"])))
+    if record["quarantine_files"]:
+        size = size_text(record["quarantine_bytes"])
+        held.append(("quarantine", f"{count_text(record['quarantine_files'], 'file')}, {size}"))
+    print_pairs(held)
+    counters = record["counters"]
+    if counters:
+        print_heading(f"Counted since {moment_text(record['since'])}")
+        # Counters of a newer stitchcache are shown too, after those that are known here.
+        names = [name for name in [*_WORDS, *(counters.keys() - _WORDS.keys())] if name in counters]
+        print_pairs([(_WORDS.get(name, name), _value(name, counters[name])) for name in names], indent="  ")
+
+
+def _value(name: str, number: int) -> str:
+    if name.startswith("microseconds."):
+        return seconds_text(number / 1e6)
+    return size_text(number) if name.endswith(".bytes") else str(number)
+
+
+def _write(path: str, text: str) -> None:
+    if path == "-":
+        click.echo(text, nl=False)
         return
-    for graph_hash in done:
-        click.echo(graph_hash)
-    click.echo(f"rewrote {count_text(len(done), 'entry')} in {cache.root}", err=True)
+    # Collectors read at any moment; a rename shows them the old file or the new one.
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise click.ClickException(f"{path}: cannot be written ({error.strerror})") from error

@@ -11,82 +11,49 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stitchcache.demo.decoder import Decoder, DecoderConfig
+    from stitchcache.pipeline.request import Progress
+    from stitchcache.runtime.model import CompiledModel
 
 _WARM_CALLS = 20
 _CALLS = 200
 _SHAPES = ((2, 16), (1, 2), (5, 33), (64, 3))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What a child does.
-
-    Args:
-        mode: ``eager`` or ``cached``.
-        spawned: Unix seconds at which the parent started it.
-        config: Fields of ``DecoderConfig``.
-        backend: Piece backend.
-        cache: The cache's directory.
-    """
-
-    mode: str
-    spawned: float
-    config: dict[str, int]
-    backend: str
-    cache: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """What a child measured.
-
-    Args:
-        process_seconds: From the start of the process to the first output.
-        model_seconds: From the built model to the first output.
-        call_microseconds: Median of one later call, with one thread.
-        stages: The same from the built model on: ``import`` of stitchcache, its ``compile``, ``call``.
-        difference: Largest absolute difference from eager over several sizes.
-        hit: ``direct``, ``graph``, or ``None`` where pieces were compiled.
-        graph_hash: The entry.
-        pieces: Calls of compiled pieces.
-        distinct: Different pieces.
-        compilers: Compiler packages of torch that the run to the first output imported.
-    """
-
-    process_seconds: float
-    model_seconds: float
-    call_microseconds: float
-    stages: dict[str, float]
-    difference: float = 0.0
-    hit: str | None = None
-    graph_hash: str = ""
-    pieces: int = 0
-    distinct: int = 0
-    compilers: tuple[str, ...] = ()
-
-
-def measure(job: Job, say: Callable[[dict[str, Any]], None]) -> Measured:
+def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Do a job.
 
     Args:
-        job: What to do.
-        say: Gets a record for each step of a compilation.
+        job: ``mode`` (``eager`` or ``cached``), ``spawned`` (when the parent started this process, in Unix
+            seconds), ``config`` (fields of ``DecoderConfig``), ``backend`` and ``cache``.
+
+    Returns:
+        Seconds from the start of the process and from the built model to the first output, the latter by
+        stage too; the median of later calls with one thread; the compiler packages that were imported until
+        then; of a cached run, the largest difference from eager and facts of the entry.
 
     Raises:
         StitchCacheError: The decoder cannot be compiled.
     """
+    # Not at the top: importing torch is a part of what is measured.
     import torch
 
-    from stitchcache.demo.decoder import DecoderConfig, build
+    from stitchcache.demo.decoder import DecoderConfig, build, token_ids
 
-    config = DecoderConfig(**job.config)
+    config = DecoderConfig(**job["config"])
     model, (ids,) = build(config)
     built = time.time()
     stages: dict[str, float] = {}
-    run = _eager(model) if job.mode == "eager" else _cached(job, config, model, ids, say, stages)
+    eager: Any = torch.no_grad()(model)
+    run: Any = eager
+    if job["mode"] == "cached":
+        run = _compiled(job, config, model, ids, stages)
     began = time.time()
     run(ids)
     first = time.time()
@@ -94,53 +61,44 @@ def measure(job: Job, say: Callable[[dict[str, Any]], None]) -> Measured:
     # Not at the top: the times above are measured, and this imports a file.
     from stitchcache.torchside.state import imported_compilers
 
-    compilers = imported_compilers()
+    measured: dict[str, Any] = {
+        "process_seconds": first - job["spawned"],
+        "model_seconds": first - built,
+        "stages": stages,
+        "compilers": imported_compilers(),
+    }
     torch.set_num_threads(1)
-    call = _one_call(run, ids)
-    facts: dict[str, Any] = {}
-    if job.mode != "eager":
-        artifact = run.artifact
-        facts = {
-            "difference": _difference(config, model, run),
+    times = []
+    for _ in range(_WARM_CALLS + _CALLS):
+        before = time.perf_counter()
+        run(ids)
+        times.append(time.perf_counter() - before)
+    measured["call_microseconds"] = statistics.median(times[_WARM_CALLS:]) * 1e6
+    if job["mode"] == "cached":
+        inputs = [token_ids(config, rows, tokens) for rows, tokens in _SHAPES]
+        measured |= {
+            "difference": max(float((run(ids) - eager(ids)).abs().max()) for ids in inputs),
             "hit": run.cache_hit,
             "graph_hash": run.graph_hash,
-            "pieces": len(artifact.pieces),
-            "distinct": len({piece.key for piece in artifact.pieces}),
+            "pieces": len(run.artifact.pieces),
+            "distinct": len({piece.key for piece in run.artifact.pieces}),
         }
-    return Measured(
-        process_seconds=first - job.spawned,
-        model_seconds=first - built,
-        call_microseconds=call * 1e6,
-        stages=stages,
-        compilers=compilers,
-        **facts,
-    )
+    return measured
 
 
-def _eager(model: Any) -> Any:
-    import torch
-
-    return torch.no_grad()(model)
-
-
-def _cached(
-    job: Job,
-    config: Any,
-    model: Any,
-    ids: Any,
-    say: Callable[[dict[str, Any]], None],
-    stages: dict[str, float],
-) -> Any:
+def _compiled(
+    job: dict[str, Any], config: DecoderConfig, model: Decoder, ids: Tensor, stages: dict[str, float]
+) -> CompiledModel:
     began = time.time()
     from stitchcache.api.compile import compile_request
     from stitchcache.cache import Cache
     from stitchcache.demo.decoder import decoder_target
-    from stitchcache.pipeline.request import Progress, Request
+    from stitchcache.pipeline.request import Request
 
     def on_progress(progress: Progress) -> None:
-        say({"progress": asdict(progress)})
+        _say({"progress": asdict(progress)})
 
-    target = decoder_target(config, job.backend)
+    target = decoder_target(config, job["backend"])
     stages["import"] = time.time() - began
     request = Request(
         dynamic_shapes=target.dynamic_shapes,
@@ -149,31 +107,9 @@ def _cached(
         label=target.name,
     )
     began = time.time()
-    compiled = compile_request(model, (ids,), {}, request, Cache(job.cache), on_progress)
+    compiled = compile_request(model, (ids,), {}, request, Cache(job["cache"]), on_progress)
     stages["compile"] = time.time() - began
     return compiled
-
-
-def _one_call(run: Any, ids: Any) -> float:
-    for _ in range(_WARM_CALLS):
-        run(ids)
-    times = []
-    for _ in range(_CALLS):
-        began = time.perf_counter()
-        run(ids)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
-
-
-def _difference(config: Any, model: Any, run: Any) -> float:
-    from stitchcache.demo.decoder import token_ids
-
-    eager = _eager(model)
-    worst = 0.0
-    for rows, tokens in _SHAPES:
-        ids = token_ids(config, rows, tokens)
-        worst = max(worst, float((run(ids) - eager(ids)).abs().max()))
-    return worst
 
 
 def main() -> None:
@@ -181,11 +117,10 @@ def main() -> None:
     from stitchcache.errors import StitchCacheError
 
     try:
-        measured = measure(Job(**json.loads(sys.argv[1])), _say)
+        _say({"result": measure(json.loads(sys.argv[1]))})
     except StitchCacheError as error:
         _say({"error": {"type": type(error).__name__, "message": error.message}})
         raise SystemExit(1) from None
-    _say({"result": asdict(measured)})
 
 
 def _say(record: dict[str, Any]) -> None:

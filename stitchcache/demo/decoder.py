@@ -56,12 +56,7 @@ class DecoderConfig:
 
 
 class Block(nn.Module):
-    """One pre-norm block.
-
-    Args:
-        config: Sizes.
-        index: Which block it is; names its attention.
-    """
+    """One pre-norm block; its index names its attention."""
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
@@ -88,11 +83,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids to logits.
-
-    Args:
-        config: Sizes.
-    """
+    """Token ids to logits."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -125,12 +116,8 @@ def token_ids(config: DecoderConfig, rows: int, tokens: int) -> Tensor:
 
 
 def decoder_target(config: DecoderConfig, backend: str = "aoti") -> Target:
-    """The decoder as a prewarm target, rows and tokens dynamic.
-
-    Args:
-        config: Sizes.
-        backend: Piece backend.
-    """
+    """The decoder as a prewarm target, rows and tokens dynamic."""
+    # Not at the top: eager runs of the demo import nothing of stitchcache but this file.
     from stitchcache.api.target import Target
     from stitchcache.types import Dim
 

@@ -12,10 +12,10 @@ from stitchcache.explanation import (
     differences_text,
     explain_differences,
     names_text,
+    nearest_entries,
 )
 from stitchcache.keys import check
 from stitchcache.keys.origins import find_file, main_label, read_file
-from stitchcache.nearest import nearest_entries
 from stitchcache.pipeline.entry import EntryPlan
 from stitchcache.pipeline.find import Miss, Wanted
 from stitchcache.types import Artifact, TargetRecord

@@ -1,32 +1,43 @@
-"""An entry to look at: read from its file, told in words or as a JSON record. Nothing of it is run."""
+"""Entries and keys to look at: read from their files, told as JSON records and in words. Nothing is run."""
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stitchcache.artifact.entry import decode_named
+from stitchcache.artifact.entry import decode_named, unpack_factors
 from stitchcache.cache import Cache
-from stitchcache.errors import GraphHashError, StoreError
+from stitchcache.errors import AmbiguousPrefixError, EntryFormatError, GraphHashError, StoreError
+from stitchcache.explanation import (
+    ABSENT,
+    NearestEntry,
+    explain_differences,
+    nearest_entries,
+    printable,
+    stored_targets,
+)
 from stitchcache.store.layout import LEGACY_SUFFIXES, Area, keyed_path
 from stitchcache.types import (
     Artifact,
     BindingSpec,
     InputSpec,
     LeafSpec,
-    PieceRef,
     Size,
-    SizeRange,
     SymbolSpec,
+    TargetRecord,
     TensorSpec,
-    Variant,
 )
 
+Record = dict[str, Any]
+"""A report as ``--json`` prints it."""
+
 _MOST_TEXT = 2000
+_MOST_NEAR = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,89 +69,27 @@ def read_entry(cache: Cache, prefix: str) -> Entry:
         StoreError: Its file cannot be read.
     """
     graph_hash = cache.find(prefix)
-    for path in _files(cache, graph_hash):
-        try:
-            with open(path, "rb") as file:
-                data = file.read()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise StoreError(
-                f"{path}: cannot be read ({reason}); check its owner and mode", path=path
-            ) from error
-        return Entry(decode_named(data, graph_hash, path), path, len(data))
+    for root in map(str, cache.roots):
+        legacy = (os.path.join(root, graph_hash + suffix) for suffix in LEGACY_SUFFIXES)
+        for path in (keyed_path(root, Area.ENTRIES, graph_hash), *legacy):
+            try:
+                with open(path, "rb") as file:
+                    data = file.read()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise StoreError(
+                    f"{path}: cannot be read ({reason}); check its owner and mode", path=path
+                ) from error
+            return Entry(decode_named(data, graph_hash, path), path, len(data))
     raise GraphHashError(f"entry {graph_hash[:12]} was removed from {cache.root} just now", prefix=prefix)
 
 
-def _files(cache: Cache, graph_hash: str) -> Iterator[str]:
-    for root in cache.roots:
-        yield keyed_path(str(root), Area.ENTRIES, graph_hash)
-        for suffix in LEGACY_SUFFIXES:
-            yield os.path.join(root, graph_hash + suffix)
+# -- one entry ------------------------------------------------------------------------------------
 
 
-# -- pieces ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class PieceRow:
-    """One call of a compiled piece.
-
-    Args:
-        piece: What is called.
-        size_range: The sizes it is for; ``None`` is all.
-        shared: Calls of the entry that run the same blob, this one included.
-    """
-
-    piece: PieceRef
-    size_range: SizeRange | None
-    shared: int
-
-
-@dataclass(frozen=True, slots=True)
-class DistinctPiece:
-    """A compiled piece with the calls that run it.
-
-    Args:
-        piece: The first of them.
-        names: Of all its calls, in order.
-    """
-
-    piece: PieceRef
-    names: tuple[str, ...]
-
-
-def piece_rows(artifact: Artifact) -> list[PieceRow]:
-    """All calls, in order."""
-    calls = Counter(piece.blob.digest for piece in artifact.pieces)
-    return [
-        PieceRow(piece, variant.size_range, calls[piece.blob.digest])
-        for variant in artifact.variants
-        for piece in variant.pieces
-    ]
-
-
-def distinct_pieces(artifact: Artifact) -> list[DistinctPiece]:
-    """The different pieces, in order of first use."""
-    names: dict[str, list[str]] = {}
-    first: dict[str, PieceRef] = {}
-    for piece in artifact.pieces:
-        first.setdefault(piece.key, piece)
-        names.setdefault(piece.key, []).append(piece.name)
-    return [DistinctPiece(piece, tuple(names[key])) for key, piece in first.items()]
-
-
-def names_text(names: tuple[str, ...], most: int = 3) -> str:
-    """Names of calls, cut where there are many."""
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
-# -- as JSON --------------------------------------------------------------------------------------
-
-
-def entry_record(entry: Entry) -> dict[str, Any]:
+def entry_record(entry: Entry) -> Record:
     """Everything that is known of an entry."""
     artifact = entry.artifact
     return {
@@ -155,40 +104,217 @@ def entry_record(entry: Entry) -> dict[str, Any]:
         "backends": sorted({piece.backend for piece in artifact.pieces}),
         "input": None if artifact.input_spec is None else asdict(artifact.input_spec),
         "output": None if artifact.output_spec is None else asdict(artifact.output_spec),
-        "pieces": _pieces(artifact),
+        "pieces": call_records(artifact),
         "bindings": [asdict(binding) for binding in artifact.bindings],
         "factors": [asdict(factor) for factor in artifact.factors],
-        "variants": [_variant(variant) for variant in artifact.variants],
+        "variants": [
+            {
+                "size_range": None if variant.size_range is None else asdict(variant.size_range),
+                "code": variant.code,
+                "submod_names": list(variant.submod_names),
+                "consts_bytes": None if variant.consts is None else len(variant.consts),
+            }
+            for variant in artifact.variants
+        ],
     }
 
 
-def _pieces(artifact: Artifact) -> list[dict[str, Any]]:
+def call_records(artifact: Artifact) -> list[Record]:
+    """All calls of pieces in order, each with the number of calls that run the same blob."""
+    calls = Counter(piece.blob.digest for piece in artifact.pieces)
     return [
         {
-            **_piece(row.piece),
-            "size_range": None if row.size_range is None else asdict(row.size_range),
-            "shared_by": row.shared,
+            "name": piece.name,
+            "key": piece.key,
+            "backend": piece.backend,
+            "blob": piece.blob.digest,
+            "bytes": piece.blob.size,
+            "size_range": None if variant.size_range is None else asdict(variant.size_range),
+            "shared_by": calls[piece.blob.digest],
         }
-        for row in piece_rows(artifact)
+        for variant in artifact.variants
+        for piece in variant.pieces
     ]
 
 
-def _piece(piece: PieceRef) -> dict[str, Any]:
+def piece_records(artifact: Artifact) -> list[Record]:
+    """The different pieces in order of first use, each with the names of its calls."""
+    found: dict[str, Record] = {}
+    for piece in artifact.pieces:
+        blob = {"digest": piece.blob.digest, "bytes": piece.blob.size}
+        first = {"key": piece.key, "backend": piece.backend, "calls": [], "blob": blob}
+        found.setdefault(piece.key, first)["calls"].append(piece.name)
+    return list(found.values())
+
+
+# -- two entries ----------------------------------------------------------------------------------
+
+
+def compare(a: Entry, b: Entry) -> Record:
+    """What tells an entry B from an entry A, of any formats."""
+    one, two = a.artifact, b.artifact
+    pieces_a, pieces_b = piece_records(one), piece_records(two)
+    keys_a, keys_b = ({piece["key"] for piece in pieces} for pieces in (pieces_a, pieces_b))
+    parts_a, parts_b = _contract(one), _contract(two)
+    pairs = {name: (parts_a.get(name, ABSENT), parts_b.get(name, ABSENT)) for name in parts_a | parts_b}
+    names = (one.graph_hash[:12], two.graph_hash[:12])
     return {
-        "name": piece.name,
-        "key": piece.key,
-        "backend": piece.backend,
-        "blob": piece.blob.digest,
-        "bytes": piece.blob.size,
+        "same": one.graph_hash == two.graph_hash,
+        "a": _side(a),
+        "b": _side(b),
+        "factors": difference_records(explain_differences(one.factors, two.factors)),
+        "contract": difference_records({name: pair for name, pair in pairs.items() if pair[0] != pair[1]}),
+        "code": list(difflib.unified_diff(_code(one), _code(two), *names, lineterm="")),
+        "pieces": {
+            "shared": [piece for piece in pieces_a if piece["key"] in keys_b],
+            "only_a": [piece for piece in pieces_a if piece["key"] not in keys_b],
+            "only_b": [piece for piece in pieces_b if piece["key"] not in keys_a],
+        },
     }
 
 
-def _variant(variant: Variant) -> dict[str, Any]:
+def difference_records(differences: Mapping[str, tuple[str, str]]) -> list[Record]:
+    """Differences as JSON has them."""
+    return [{"name": name, "old": old, "new": new} for name, (old, new) in differences.items()]
+
+
+def _side(entry: Entry) -> Record:
+    artifact = entry.artifact
     return {
-        "size_range": None if variant.size_range is None else asdict(variant.size_range),
-        "code": variant.code,
-        "submod_names": list(variant.submod_names),
-        "consts_bytes": None if variant.consts is None else len(variant.consts),
+        "graph_hash": artifact.graph_hash,
+        "label": artifact.label,
+        "created": artifact.created,
+        "format_version": artifact.format_version,
+        "entry_bytes": entry.file_bytes,
+        "blob_bytes": sum(blob.size for blob in artifact.blobs),
+        "code_lines": sum(variant.code.count("\n") for variant in artifact.variants),
+        "path": entry.path,
+    }
+
+
+def _contract(artifact: Artifact) -> dict[str, str]:
+    parts: dict[str, str] = {}
+    for name, text in (
+        *((f"input {name}".rstrip(), text) for name, text in input_lines(artifact.input_spec)),
+        *((f"output {name}".rstrip(), text) for name, text in output_lines(artifact)),
+        *((f"{binding.kind} {binding.name}", binding_text(binding)) for binding in artifact.bindings),
+    ):
+        parts[name] = f"{parts[name]}; {text}" if name in parts else text
+    return parts
+
+
+def _code(artifact: Artifact) -> list[str]:
+    lines = []
+    for variant in artifact.variants:
+        if len(artifact.variants) > 1:
+            lines.append(f"# sizes: {variant.size_range or 'all'}")
+        # Its own name stands in it, and would always differ.
+        lines += variant.code.replace(artifact.graph_hash, "<graph hash>").splitlines()
+    return lines
+
+
+# -- a key ----------------------------------------------------------------------------------------
+
+
+def is_prefix(text: str) -> bool:
+    """Whether a text could be the beginning of a key."""
+    return 0 < len(text) <= 64 and set(text.lower()) <= set("0123456789abcdef")
+
+
+def explain_key(cache: Cache, prefix: str) -> Record:
+    """What the beginning of a graph hash or target key stands for.
+
+    Returns:
+        The entry, or under ``problem`` why a target leads to none; the targets that lead to it, or the one
+        that was asked for; the factors; what comes nearest in the cache.
+
+    Raises:
+        GraphHashError: It names neither.
+        AmbiguousPrefixError: It names more than one.
+        EntryFormatError: It names an entry that is damaged.
+        StoreError: A file cannot be read.
+    """
+    kind, key = _named(cache, prefix)
+    targets = stored_targets(cache.roots, **{"prefix" if kind == "target" else "graph_hash": key})
+    packed, path = next(((r.factors, path) for _, path, r in targets if r.factors), (b"", ""))
+    # A target's factors can be compared with those of other targets, an entry's only with entries'.
+    compared = unpack_factors(packed, path=path) if packed else ()
+    entry, problem = None, ""
+    try:
+        entry = read_entry(cache, targets[0][2].graph_hash if kind == "target" else key)
+    except (GraphHashError, EntryFormatError) as error:
+        if kind == "entry":
+            raise
+        problem = error.message
+    factors = compared
+    if kind == "entry" and entry is not None:
+        factors = entry.artifact.factors
+        compared = tuple(f for f in compared or factors if not f.name.startswith("graph."))
+    label = entry.artifact.label if entry is not None else targets[0][2].label
+    near = nearest_entries(cache.roots, compared, label=label, most=_MOST_NEAR, without={key})
+    return {
+        "kind": kind,
+        "key": key,
+        "graph_hash": key if kind == "entry" else targets[0][2].graph_hash,
+        "label": None if entry is None else entry.artifact.label,
+        "created": None if entry is None else entry.artifact.created,
+        "path": None if entry is None else entry.path,
+        "problem": problem,
+        "targets": [_target_record(*target) for target in targets],
+        "factors": [asdict(factor) for factor in factors],
+        "nearest": near_records(near) if compared else [],
+    }
+
+
+def _named(cache: Cache, prefix: str) -> tuple[str, str]:
+    """What the beginning of a key names: ``entry`` or ``target``, and the whole key."""
+    try:
+        entries = [cache.find(prefix)]
+    except AmbiguousPrefixError as error:
+        entries = list(error.candidates)
+    except GraphHashError:
+        entries = []
+    targets = stored_targets(cache.roots, prefix=prefix.lower())
+    labels = dict.fromkeys(entries, "entry") | {key: f"target of {r.label}" for key, _, r in targets}
+    if not labels:
+        raise GraphHashError(f"no entry and no target in {cache.root} begins with {prefix}", prefix=prefix)
+    if len(labels) > 1:
+        raise ambiguous(prefix, labels, "keys")
+    return ("target" if targets else "entry"), next(iter(labels))
+
+
+def ambiguous(prefix: str, labels: Mapping[str, str], kind: str) -> AmbiguousPrefixError:
+    """The error for a prefix of several keys, with what each of them is."""
+    lines = [f"  {key}  {printable(label)}".rstrip() for key, label in labels.items()]
+    message = f"{prefix} is the beginning of {len(lines)} {kind}; give more digits:"
+    return AmbiguousPrefixError("\n".join([message, *lines]), prefix=prefix, candidates=list(labels))
+
+
+def near_records(nearest: Iterable[NearestEntry]) -> list[Record]:
+    """The nearest entries as JSON has them."""
+    return [
+        {
+            "graph_hash": entry.graph_hash,
+            "target_key": entry.target_key,
+            "label": entry.label,
+            "created": entry.created,
+            "refused": entry.refused,
+            "differences": difference_records(entry.differences),
+        }
+        for entry in nearest
+    ]
+
+
+def _target_record(key: str, path: str, record: TargetRecord) -> Record:
+    return {
+        "target_key": key,
+        "graph_hash": record.graph_hash,
+        "label": record.label,
+        "created": record.created,
+        "refused": record.refused,
+        "sources": [{"module": s.module, "bytes": s.size, "digest": s.digest} for s in record.sources],
+        "globals": [{"name": name, "digest": digest} for name, digest in record.globals],
+        "path": path,
     }
 
 

@@ -6,15 +6,14 @@ import pytest
 
 from stitchcache.cli import output
 from stitchcache.cli.output import (
-    Column,
     age_text,
     count_text,
     print_table,
-    printable,
     seconds_text,
     short_length,
     size_text,
 )
+from stitchcache.explanation import printable
 
 
 def test_words():
@@ -40,19 +39,19 @@ def test_words():
         "just now",
     ]
     assert [count_text(n, "entry") for n in (1, 2)] == ["1 entry", "2 entries"]
-    assert count_text(2, "index", "indices") == "2 indices"
+    assert count_text(2, "file") == "2 files"
     assert printable("a\tb\x1b\u200eü") == "a\\tb\\x1b\\u200eü"
     assert short_length([]) == 12
     assert short_length(["a" * 64, "a" * 20 + "b" * 44]) == 21
     assert short_length(["a" * 64, "a" * 64]) == 12
 
 
-COLUMNS = [Column("KEY"), Column("LABEL", flexible=True), Column("SIZE", right=True)]
+TITLES = ["KEY", "LABEL", "SIZE"]
 ROW = ["a" * 10, "some words that a narrow terminal has to fold", "12 B"]
 
 
 def test_a_table_in_a_pipe_is_not_cut(capsys):
-    print_table(COLUMNS, [ROW, ["b", "x", "1.5 MiB"]])
+    print_table(TITLES, [ROW, ["b", "x", "1.5 MiB"]])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == f"{ROW[0]}  {ROW[1]}     12 B"
     assert lines[2].split() == ["b", "x", "1.5", "MiB"]
@@ -65,7 +64,7 @@ def test_a_table_in_a_pipe_is_not_cut(capsys):
 def test_a_table_fits_its_terminal_and_loses_no_word(width, capsys, monkeypatch):
     monkeypatch.setattr(output, "on_terminal", lambda: True)
     monkeypatch.setenv("COLUMNS", str(width))
-    print_table(COLUMNS, [ROW])
+    print_table(TITLES, [ROW])
     said = capsys.readouterr().out
     assert max(len(line) for line in said.splitlines()) <= width
     assert set(ROW[1].split()) <= set(said.split())
@@ -73,5 +72,5 @@ def test_a_table_fits_its_terminal_and_loses_no_word(width, capsys, monkeypatch)
 
 
 def test_text_from_outside_is_shown_and_not_obeyed(capsys):
-    print_table(COLUMNS, [["k", "\x1b[31mred[bold]", "1"]])
+    print_table(TITLES, [["k", "\x1b[31mred[bold]", "1"]])
     assert "\\x1b[31mred[bold]" in capsys.readouterr().out

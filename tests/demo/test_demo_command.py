@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from stitchcache.demo.child import Job
-from stitchcache.demo.run import run_child
+from stitchcache.cli.demo import run_child
+from stitchcache.cli.prewarm import Display
 from stitchcache.errors import BackendError, StitchCacheError
 
 SMALL = {"layers": 2, "width": 16, "heads": 2, "vocabulary": 32}
@@ -103,15 +103,15 @@ def test_no_compiler_is_one_message(tmp_path):
 
 def test_a_childs_error_keeps_its_type(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    job = Job(mode="cached", spawned=0.0, config=SMALL, backend="aoti", cache=str(tmp_path))
+    job = {"config": SMALL, "backend": "aoti", "cache": str(tmp_path)}
     with pytest.raises(BackendError, match=r"C\+\+ compiler"):
-        run_child(job, lambda record: None)
+        run_child(job, "cached", Display(None), "cold")
 
 
 def test_a_child_that_dies_is_reported(tmp_path):
-    job = Job(mode="eager", spawned=0.0, config={"colour": 3}, backend="aoti", cache=str(tmp_path))
+    job = {"config": {"colour": 3}, "backend": "aoti", "cache": str(tmp_path)}
     with pytest.raises(StitchCacheError, match="colour"):
-        run_child(job, lambda record: None)
+        run_child(job, "eager", Display(None), "cold")
 
 
 @pytest.mark.compile

@@ -8,10 +8,10 @@ import os
 
 import pytest
 
-from stitchcache import nearest
+from stitchcache import explanation
 from stitchcache.artifact.entry import pack_factors
 from stitchcache.cache import Cache
-from stitchcache.nearest import nearest_entries, stored_targets
+from stitchcache.explanation import nearest_entries, stored_targets
 from stitchcache.types import Artifact, Factor, TargetRecord, Variant
 
 
@@ -128,7 +128,7 @@ def test_several_roots(tmp_path):
     add(below, "same", a=1, created=1.0)
     fresh = add(top, "same", a=1, created=2.0, graph="fresh")
     both = Cache([tmp_path / "top", tmp_path / "below"])
-    assert [t.record.graph_hash for t in stored_targets(both.roots)] == [fresh]
+    assert [record.graph_hash for _, _, record in stored_targets(both.roots)] == [fresh]
 
 
 def test_a_huge_store_costs_no_more_than_a_large_one(cache, monkeypatch, tmp_path):
@@ -137,15 +137,15 @@ def test_a_huge_store_costs_no_more_than_a_large_one(cache, monkeypatch, tmp_pat
         path = tmp_path / "targets" / digest(number)[:2] / digest(number)
         os.utime(path, (number, number))
     read = []
-    real = nearest._read_target
-    monkeypatch.setattr(nearest, "_read_target", lambda *words: read.append(words) or real(*words))
-    monkeypatch.setattr(nearest, "MOST_TARGETS", 10)
+    real = explanation._read_target
+    monkeypatch.setattr(explanation, "_read_target", lambda *words: read.append(words) or real(*words))
+    monkeypatch.setattr(explanation, "MOST_TARGETS", 10)
     found = nearest_entries(cache.roots, factors(a=0), most=99)
     assert len(read) == len(found) == 10
     assert {n.created for n in found} == {float(number) for number in range(30, 40)}, "the newest are read"
-    monkeypatch.setattr(nearest, "MOST_BYTES", 1500)
+    monkeypatch.setattr(explanation, "MOST_BYTES", 1500)
     assert 0 < len(nearest_entries(cache.roots, factors(a=0), most=99)) < 10
-    monkeypatch.setattr(nearest, "MOST_LISTED", 1)
+    monkeypatch.setattr(explanation, "MOST_LISTED", 1)
     assert nearest_entries(cache.roots, factors(a=0), most=99)
 
 
@@ -153,10 +153,13 @@ def test_stored_targets_by_prefix_and_by_entry(cache):
     graph = add(cache, "one", a=1, created=1.0)
     add(cache, "two", a=2, created=2.0, graph="graph of one")
     add(cache, "three", a=3)
-    assert [t.key for t in stored_targets(cache.roots, graph_hash=graph)] == [digest("two"), digest("one")]
-    (found,) = stored_targets(cache.roots, prefix=digest("three")[:10])
-    assert found.key == digest("three")
-    assert found.path.endswith(digest("three"))
+    assert [key for key, _, _ in stored_targets(cache.roots, graph_hash=graph)] == [
+        digest("two"),
+        digest("one"),
+    ]
+    ((key, path, _),) = stored_targets(cache.roots, prefix=digest("three")[:10])
+    assert key == digest("three")
+    assert path.endswith(digest("three"))
 
 
 def test_records_are_frozen(cache):
