@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stitchcache import errors as errors
     from stitchcache.api.compile import compile as compile
-    from stitchcache.api.load import load as load
+    from stitchcache.api.compile import load as load
     from stitchcache.api.preload import Preloaded as Preloaded
     from stitchcache.api.preload import preload as preload
     from stitchcache.api.prewarm import PrewarmReport as PrewarmReport
+    from stitchcache.api.prewarm import Target as Target
     from stitchcache.api.prewarm import prewarm as prewarm
-    from stitchcache.api.target import Target as Target
     from stitchcache.artifact.unpickle import register_const_type as register_const_type
     from stitchcache.cache import Cache as Cache
     from stitchcache.codegen.execution import compile_execution_fn as compile_execution_fn
@@ -38,11 +38,9 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOMES = {
-    "api.compile": "compile",
-    "api.load": "load",
+    "api.compile": "compile load",
     "api.preload": "Preloaded preload",
-    "api.prewarm": "PrewarmReport prewarm",
-    "api.target": "Target",
+    "api.prewarm": "PrewarmReport Target prewarm",
     "artifact.unpickle": "register_const_type",
     "cache": "Cache",
     "codegen.execution": "compile_execution_fn",

@@ -69,6 +69,22 @@ class OptionError(StitchCacheError, ValueError):
     option: str = ""  # its name
 
 
+def check_kind(name: str, value: object, kinds: Any, give: str) -> None:
+    """Refuse an argument of a wrong type.
+
+    Args:
+        name: The argument's.
+        value: What a user gave.
+        kinds: As for ``isinstance``.
+        give: What to give instead, such as ``a dict``.
+
+    Raises:
+        OptionError: Names the argument, and says what to give.
+    """
+    if not isinstance(value, kinds):
+        raise OptionError(f"{name} is a {type(value).__qualname__}: give {give}.", option=name)
+
+
 class TargetError(StitchCacheError, ValueError):
     """A prewarm target cannot be used."""
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from stitchcache.torchside.modules import INTERNALS
+from stitchcache.torchside.state import INTERNALS
 from stitchcache.torchside.tensors import storage_id
 
 # What holds no tensors of the model's own, however much can be reached through it.

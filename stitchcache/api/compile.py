@@ -1,7 +1,8 @@
-"""``stitchcache.compile``: the direct road, the traced road, and the cold one."""
+"""``stitchcache.compile`` and ``stitchcache.load``."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,26 @@ import torch
 from stitchcache import collection_paused
 from stitchcache.cache import Cache
 from stitchcache.codegen.execution import CodeObjects
-from stitchcache.errors import OptionError
-from stitchcache.pipeline.find import Hit, Miss, Ready, Wanted, changed_from, find, want
-from stitchcache.pipeline.request import OnProgress, Request, check_model, chosen_cache
+from stitchcache.errors import BindError, GraphHashError, OptionError, check_kind
+from stitchcache.keys.model import model_factors
+from stitchcache.pipeline.find import (
+    Hit,
+    Miss,
+    Ready,
+    Wanted,
+    bound_attributes,
+    changed_from,
+    find,
+    find_by_graph,
+    first_change,
+    want,
+)
+from stitchcache.pipeline.request import Clock, OnProgress, Request, Site, check_model, chosen_cache
 from stitchcache.pipeline.start import Way, start, started_or_miss
-from stitchcache.runtime.model import CompiledModel
+from stitchcache.runtime.model import CompiledModel, check_environment, refuse_change
+from stitchcache.state import devices_of
 from stitchcache.store.layout import flag
-from stitchcache.types import Check, SizeRange, TargetRecord
+from stitchcache.types import Change, Check, SizeRange, TargetRecord
 
 if TYPE_CHECKING:
     from stitchcache.api.preload import Preloaded
@@ -80,16 +94,16 @@ def compile(
             ``require="direct"`` or ``STITCHCACHE_REQUIRE=direct``.
         StaleEntryError: A direct hit that ``STITCHCACHE_AUDIT=1`` found to be wrong.
     """
-    request = Request(
+    request = request_of(
         dynamic_shapes=dynamic_shapes,
-        splitting_ops=tuple(splitting_ops),
-        size_ranges=tuple(size_ranges or ()),
+        splitting_ops=splitting_ops,
+        size_ranges=size_ranges,
         backend=backend,
-        on_miss=on_miss,  # type: ignore[arg-type]
-        require=require,  # type: ignore[arg-type]
-        check=check,  # type: ignore[arg-type]
-        key_factors=dict(key_factors or {}),
-        options=dict(options or {}),
+        on_miss=on_miss,
+        require=require,
+        check=check,
+        key_factors=key_factors,
+        options=options,
     )
     if preloaded is not None and cache is None:
         cache = preloaded.cache
@@ -98,7 +112,33 @@ def compile(
             "cache and preloaded name two Cache objects: give the same one to preload() and compile().",
             option="preloaded",
         )
-    return compile_request(model, args, kwargs or {}, request, chosen_cache(cache), ready=preloaded)
+    return compile_request(
+        model, args, {} if kwargs is None else kwargs, request, chosen_cache(cache), ready=preloaded
+    )
+
+
+def request_of(**options: Any) -> Request:
+    """Options as users give them, in one record.
+
+    Raises:
+        OptionError: One makes no sense.
+    """
+    for name, kinds, empty, give in (
+        ("splitting_ops", (list, tuple, set, frozenset), (), "a list of names"),
+        ("size_ranges", (list, tuple), (), "a list of SizeRange objects"),
+        ("key_factors", Mapping, {}, "a dict"),
+        ("options", Mapping, {}, "a dict"),
+    ):
+        value = options.get(name)
+        if value is None:
+            options[name] = empty
+            continue
+        check_kind(name, value, kinds, give)
+        ordered = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
+        options[name] = dict(value) if isinstance(value, Mapping) else tuple(ordered)
+    for position, size_range in enumerate(options["size_ranges"]):
+        check_kind(f"size_ranges[{position}]", size_range, SizeRange, "a stitchcache.SizeRange(min, max)")
+    return Request(**options)
 
 
 def compile_request(
@@ -154,13 +194,13 @@ def _serve(wanted: Wanted, hit: Hit) -> CompiledModel | Miss:
             look=look,
         ),
     )
-    if not isinstance(served, Miss):
-        if look is None:
-            served.check = Check(state="unchecked", reason="check='none'")
-        if record is not None:
-            served.changed = changed_from(wanted, record, hit.artifact.bindings)
-        return served
-    return replace(served, record=record)
+    if isinstance(served, Miss):
+        return replace(served, record=record)
+    if look is None:
+        served.check = Check(state="unchecked", reason="check='none'")
+    if record is not None:
+        served.changed = changed_from(wanted, record, hit.artifact.bindings)
+    return served
 
 
 def _refuse(wanted: Wanted, record: TargetRecord | None, reason: str) -> None:
@@ -171,3 +211,73 @@ def _refuse(wanted: Wanted, record: TargetRecord | None, reason: str) -> None:
     from stitchcache.pipeline.trace import store_target
 
     store_target(wanted, wanted.target.key, replace(record, refused=reason))
+
+
+def load(
+    source: str | os.PathLike[str],
+    model: torch.nn.Module,
+    *,
+    cache: Cache | None = None,
+    trust_model: bool = False,
+) -> CompiledModel:
+    """Load an entry for a model, without looking at arguments or sources.
+
+    Args:
+        source: A graph hash, or a prefix of one that is unique in the cache.
+        model: Its parameters and buffers are bound by name; it must be the kind of model that was
+            compiled.
+        cache: Where to look; the default cache if ``None``.
+        trust_model: Take the model although nothing shows that it is the kind that was compiled: it holds
+            something that no key can stand for, or the entry does not say what it was compiled from.
+
+    Returns:
+        The callable.
+
+    Raises:
+        OptionError: An argument is of a wrong type.
+        GraphHashError: No entry has that hash.
+        AmbiguousPrefixError: More than one entry begins with it.
+        EntryDamagedError: The entry or one of its pieces is damaged or gone.
+        EnvironmentMismatchError: It was compiled for another processor, GPU, libc or torch.
+        BindError: The model is not the kind that was compiled, or cannot be compared.
+        UntrustedEntryError: Others could have written the entry.
+    """
+    check_kind("source", source, (str, os.PathLike), "a graph hash, or the beginning of one")
+    check_kind("model", model, torch.nn.Module, "a torch.nn.Module")
+    prefix, label = os.fspath(source), type(model).__qualname__
+    clock, store = Clock(label), chosen_cache(cache)
+    found = find_by_graph(store.find(prefix), store)
+    if isinstance(found, Miss):
+        raise GraphHashError(
+            f"entry {prefix[:12]} in {store.root} cannot be read. Compile the model again.", prefix=prefix
+        )
+    artifact = found.artifact
+    name = f"entry {artifact.graph_hash[:12]}"
+    captured = next((factor.value for factor in artifact.factors if factor.name == "graph.capture"), None)
+    if captured is not None:
+        raise BindError(
+            f"{name} is of a graph that torch.compile captured, whose arguments only Dynamo knows. "
+            'Run torch.compile(model, backend="stitchcache") again; it will hit.',
+            name="graph.capture",
+            expected="an entry of stitchcache.compile",
+            actual=captured,
+        )
+    check_environment(artifact, name)
+
+    def changed(other: torch.nn.Module) -> Change | None:
+        """Without an example, the factors of the model alone tell."""
+        now = model_factors(other)
+        unknown = now.unsound
+        if unknown is None and not any(factor.name == "model.class" for factor in artifact.factors):
+            unknown = "the entry does not say what it was compiled from"
+        if unknown is not None:
+            return Change(name="model", was="", now=unknown, unknown=True)
+        state = bound_attributes(other, artifact.bindings)
+        return first_change(artifact.factors, now.factors, ("model.",), state)
+
+    refuse_change(clock.timed("key", lambda: changed(model)), artifact, model, trusted=trust_model)
+    device, devices = devices_of(model)
+    site = Site(cache=store, label=label, device=device, devices=devices, clock=clock)
+    compiled = start(artifact, Way(hit="load"), model, site)
+    compiled.changed = changed
+    return compiled

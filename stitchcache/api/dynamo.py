@@ -10,11 +10,13 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import NoneType
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
+from stitchcache.api.compile import request_of
 from stitchcache.cache import Cache
 from stitchcache.capture.dynamo import label_of
 from stitchcache.errors import (
@@ -25,6 +27,7 @@ from stitchcache.errors import (
     OptionError,
     PieceMismatchError,
     SplitError,
+    check_kind,
 )
 from stitchcache.pipeline.entry import plan_entry
 from stitchcache.pipeline.find import Miss
@@ -82,9 +85,14 @@ def compile_graph(
     if not any(node.op in {"call_function", "call_method", "call_module"} for node in gm.graph.nodes):
         return gm.forward
     fix_own_floats(gm)
-    request = replace(request, label=request.label or label_of(gm))
+    request = replace(request, label=label_of(gm))
+    if torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in example_inputs):
+        log.warning(
+            "%s: results will have no gradients, as compiled pieces are for inference. "
+            "Call the model under torch.no_grad() or torch.inference_mode().",
+            request.label,
+        )
     try:
-        _warn_of_gradients(request.label, example_inputs)
         return _compiled(gm, example_inputs, request, cache)
     except (CaptureError, SplitError, CodegenError, PieceMismatchError) as error:
         log.warning(
@@ -103,39 +111,18 @@ def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Request
             option="mode",
         )
     left = dict(options)
-    for name in _FOREIGN:
-        if name in left:
-            raise OptionError(
-                f"options[{name!r}] means nothing to torch.compile(backend='stitchcache'): {_FOREIGN[name]}.",
-                option=f"options[{name!r}]",
-            )
+    for name in _FOREIGN.keys() & left.keys():
+        raise OptionError(
+            f"options[{name!r}] means nothing to torch.compile(backend='stitchcache'): {_FOREIGN[name]}.",
+            option=f"options[{name!r}]",
+        )
     ours = {name: left.pop(name) for name in _REQUEST if name in left}
     where = left.pop("cache", None)
-    if not isinstance(where, (Cache, str, os.PathLike, type(None))):
-        raise OptionError(
-            f"options['cache'] is a {type(where).__qualname__}: give a directory or a stitchcache.Cache.",
-            option="options['cache']",
-        )
-    ops = ours.get("splitting_ops", ())
-    if not isinstance(ops, (list, tuple, set, frozenset)):
-        raise OptionError(
-            f"splitting_ops is a {type(ops).__qualname__}: give a list of names.", option="splitting_ops"
-        )
-    ours["splitting_ops"] = tuple(sorted(ops) if isinstance(ops, (set, frozenset)) else ops)
-    cache = where if isinstance(where, Cache) else Cache(where)
-    return Request(**ours, options=left), cache
-
-
-def _warn_of_gradients(label: str, example_inputs: Sequence[Any]) -> None:
-    wanted = torch.is_grad_enabled() and any(
-        isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs
+    check_kind(
+        "options['cache']", where, (Cache, str, os.PathLike, NoneType), "a directory or a stitchcache.Cache"
     )
-    if wanted:
-        log.warning(
-            "%s: results will have no gradients, as compiled pieces are for inference. "
-            "Call the model under torch.no_grad() or torch.inference_mode().",
-            label,
-        )
+    cache = where if isinstance(where, Cache) else Cache(where)
+    return request_of(**ours, options=left), cache
 
 
 def _compiled(

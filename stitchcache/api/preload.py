@@ -11,12 +11,13 @@ import logging
 import os
 import threading
 import time
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from stitchcache.errors import StitchCacheError
+from stitchcache.errors import StitchCacheError, check_kind
 
 if TYPE_CHECKING:
-    from stitchcache.api.target import Target
+    from stitchcache.api.prewarm import Target
     from stitchcache.cache import Cache
     from stitchcache.types import Artifact
 
@@ -33,19 +34,20 @@ class Preloaded:
     """A preload under way or done; give it to ``compile(..., preloaded=...)``.
 
     Args:
-        target: What is wanted; see :func:`preload`.
+        wanted: Graph hash, prefix or label of an entry; ``None`` for no entry.
         cache: Where it lies.
     """
 
-    def __init__(self, target: Target | str | None, cache: Cache | None) -> None:
-        self._wanted = target if target is None or isinstance(target, str) else target.name
+    def __init__(self, wanted: str | None, cache: Cache | None) -> None:
         self._cache = cache
         self._artifact: Artifact | None = None
         self._ready: Ready = {}
         self._mutex = threading.Lock()
         self._process = os.getpid()
         self._found = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="stitchcache-preload", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(wanted,), name="stitchcache-preload", daemon=True
+        )
         self._thread.start()
 
     @property
@@ -86,34 +88,29 @@ class Preloaded:
             taken, self._ready = self._ready, {}
         return taken
 
-    def _run(self) -> None:
-        began = time.perf_counter()
+    def _run(self, wanted: str | None) -> None:
+        began, what = time.perf_counter(), "modules"
         try:
-            artifact = self._find()
+            try:
+                artifact = self._find(wanted)
+            finally:
+                self._found.set()
+                for name in _ROAD:
+                    importlib.import_module(name)
+            if artifact is not None:
+                what = f"entry {artifact.graph_hash[:12]}"
+                self._load(artifact)
         except (StitchCacheError, OSError) as error:
             # compile() meets it too, and says what is to be said.
             log.debug("preload: %s", error)
-            artifact = None
-        finally:
-            self._found.set()
-        for name in _ROAD:
-            importlib.import_module(name)
-        try:
-            if artifact is not None:
-                self._load(artifact)
-        except (StitchCacheError, OSError) as error:
-            log.debug("preload: %s", error)
-        what = "modules" if artifact is None else f"entry {artifact.graph_hash[:12]}"
         log.debug("preload: %s in %.3f s", what, time.perf_counter() - began)
 
-    def _find(self) -> Artifact | None:
+    def _find(self, wanted: str | None) -> Artifact | None:
         # Imports torch, which the caller may still be doing; whatever needs none is done by now.
         from stitchcache.pipeline.request import chosen_cache
 
         self._cache = chosen_cache(self._cache)
-        if self._wanted is None:
-            return None
-        graph_hash = self._cache.latest(self._wanted)
+        graph_hash = self._cache.latest(wanted) if wanted is not None else None
         if graph_hash is not None:
             self._artifact = self._cache.get(graph_hash)
         return self._artifact
@@ -121,24 +118,19 @@ class Preloaded:
     def _load(self, artifact: Artifact) -> None:
         """Digest all blobs and load those that any process on the CPU loads alike."""
         from stitchcache.pieces.backends import AotiBackend
-        from stitchcache.runtime.environment import check_environment, devices_in
+        from stitchcache.runtime.model import check_environment, devices_in
 
         if self._cache is None:
             return
         check_environment(artifact, f"entry {artifact.graph_hash[:12]}")
         backend = AotiBackend()
+        # Pieces of other backends may need ops that the model's modules register.
+        alike = {p.blob.digest for p in artifact.pieces if p.backend == backend.name}
         on_cpu = devices_in(artifact) == {"cpu"}
         with self._cache.hold(artifact):
             for blob in artifact.blobs:
                 path = self._cache.blob_path(blob)
-                # Pieces of other backends may need ops that the model's modules register.
-                if (
-                    path is None
-                    or not on_cpu
-                    or not any(
-                        piece.blob == blob and piece.backend == backend.name for piece in artifact.pieces
-                    )
-                ):
+                if path is None or not on_cpu or blob.digest not in alike:
                     continue
                 piece = backend.load(path, "cpu")
                 with self._mutex:
@@ -167,5 +159,10 @@ def preload(target: Target | str | None = None, *, cache: Cache | None = None) -
 
     Returns:
         What to give to ``compile``.
+
+    Raises:
+        OptionError: ``target`` is something else.
     """
-    return Preloaded(target, cache)
+    wanted: Any = getattr(target, "name", target)
+    check_kind("target", wanted, (str, NoneType), "a Target, a label, or a graph hash")
+    return Preloaded(wanted, cache)

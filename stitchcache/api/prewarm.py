@@ -1,17 +1,96 @@
-"""``stitchcache.prewarm``: compile many targets ahead of time."""
+"""``stitchcache.prewarm``, and the targets that it compiles: found by reference, called by name."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import importlib.util
+import sys
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType, NoneType
 from typing import Any
 
-from stitchcache.api.compile import compile_request
-from stitchcache.api.target import Target, check_names, find_targets
+from stitchcache.api.compile import compile_request, request_of
 from stitchcache.cache import Cache
-from stitchcache.errors import StitchCacheError
+from stitchcache.errors import (
+    DuplicateTargetError,
+    StitchCacheError,
+    TargetError,
+    TargetNotFoundError,
+    check_kind,
+)
 from stitchcache.pipeline.request import OnProgress, Request, chosen_cache
+from stitchcache.torchside.tensors import without_data
+from stitchcache.types import SizeRange
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A model to compile, and how.
+
+    Args:
+        name: Unique among the targets of a run.
+        build: Makes ``(model, args)`` or ``(model, args, kwargs)``; called when its turn comes.
+        dynamic_shapes: As for :func:`stitchcache.compile`, like the rest.
+        splitting_ops: Ops to split at.
+        size_ranges: Ranges that get pieces of their own.
+        backend: Piece backend.
+        key_factors: The caller's own distinctions.
+        options: Inductor options and ours.
+
+    Raises:
+        OptionError: ``name`` is no text, or ``build`` cannot be called.
+    """
+
+    name: str
+    build: Callable[[], tuple[Any, ...]]
+    dynamic_shapes: Any = field(default=None, kw_only=True)
+    splitting_ops: Sequence[str] = field(default=(), kw_only=True)
+    size_ranges: Sequence[SizeRange] | None = field(default=None, kw_only=True)
+    backend: str = field(default="aoti", kw_only=True)
+    key_factors: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    options: Mapping[str, Any] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_kind("name", self.name, str, "a name")
+        check_kind("build", self.build, Callable, "a function that returns (model, args)")
+
+    def made(self, *, fake: bool = False) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """Build the model and its example arguments.
+
+        Args:
+            fake: Build them without data: no weight takes any memory.
+
+        Returns:
+            Model, positional arguments, keyword arguments.
+
+        Raises:
+            TargetError: ``build`` failed, or returned something else.
+        """
+        try:
+            with without_data() if fake else nullcontext():
+                built = self.build()
+        except Exception as error:
+            # A boundary: build() is the user's, with their loaders of weights and all that those may raise.
+            # Whatever it is, it must not stop the targets after this one; Ctrl-C and exits still do.
+            raise self._error(f"failed: {type(error).__name__}: {error}") from error
+        if not isinstance(built, tuple) or len(built) not in (2, 3):
+            kind = type(built).__qualname__
+            raise self._error(f"returned {kind}, not (model, args) or (model, args, kwargs).")
+        model, args, kwargs = built if len(built) == 3 else (*built, {})
+        if not isinstance(args, (tuple, list)) or not isinstance(kwargs, Mapping):
+            raise self._error(
+                f"returned {type(args).__qualname__} for the arguments and {type(kwargs).__qualname__} for "
+                "the keyword arguments, not a tuple and a dict."
+            )
+        return model, tuple(args), dict(kwargs)
+
+    def _error(self, what: str) -> TargetError:
+        return TargetError(f"target {self.name!r}: build() {what}", target=self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,13 +171,17 @@ def prewarm(
 
     Raises:
         TargetError: A reference leads nowhere, or two targets have one name.
-        OptionError: ``jobs`` is below 1.
+        OptionError: An argument makes no sense.
     """
-    given = [targets] if isinstance(targets, (Target, str)) else list(targets)
-    found = [t for item in given for t in (find_targets(item) if isinstance(item, str) else [item])]
-    check_names(found)
+    check_kind("targets", targets, (Target, str, Iterable), "Targets, or references 'pkg.module:name'")
+    check_kind("on_progress", on_progress, (Callable, NoneType), "a function of one argument")
     # Not of one target, so it is no failure of each: refused before any model is built.
-    Request(options={"stitchcache.jobs": jobs} if jobs is not None else {})
+    Request(options={} if jobs is None else {"stitchcache.jobs": jobs}, on_miss=on_miss)  # type: ignore[arg-type]
+    found: list[Target] = []
+    for item in [targets] if isinstance(targets, (Target, str)) else targets:
+        check_kind("targets", item, (Target, str), "Targets, or references 'pkg.module:name'")
+        found += find_targets(item) if isinstance(item, str) else [item]
+    check_names(found)
     store = chosen_cache(cache)
     return PrewarmReport(tuple(_one(target, jobs, on_miss, fake, store, on_progress) for target in found))
 
@@ -121,14 +204,14 @@ def _one(
         return PrewarmResult(
             name=target.name, status="failed", seconds=time.perf_counter() - began, error=error
         )
-    blobs = {piece.blob.digest: piece.blob.size for piece in compiled.artifact.pieces}
+    pieces = compiled.artifact.pieces
     return PrewarmResult(
         name=target.name,
         status=compiled.cache_hit or "compiled",
         graph_hash=compiled.graph_hash,
-        pieces=len(compiled.artifact.pieces),
-        distinct=len({piece.key for piece in compiled.artifact.pieces}),
-        blob_bytes=sum(blobs.values()),
+        pieces=len(pieces),
+        distinct=len({piece.key for piece in pieces}),
+        blob_bytes=sum({piece.blob.digest: piece.blob.size for piece in pieces}.values()),
         seconds=time.perf_counter() - began,
         timings=compiled.timings,
     )
@@ -140,16 +223,139 @@ def request_for(target: Target, jobs: int | None = None, on_miss: str = "compile
     Raises:
         OptionError: One makes no sense.
     """
-    options: dict[str, Any] = dict(target.options or {})
-    if jobs is not None:
-        options["stitchcache.jobs"] = jobs
-    request = Request(
+    request = request_of(
         dynamic_shapes=target.dynamic_shapes,
-        splitting_ops=tuple(target.splitting_ops),
-        size_ranges=tuple(target.size_ranges or ()),
+        splitting_ops=target.splitting_ops,
+        size_ranges=target.size_ranges,
         backend=target.backend,
-        on_miss=on_miss,  # type: ignore[arg-type]
-        key_factors=dict(target.key_factors or {}),
-        options=options,
+        on_miss=on_miss,
+        key_factors=target.key_factors,
+        options=target.options,
+        label=target.name,
     )
-    return replace(request, label=target.name)
+    if jobs is None:
+        return request
+    return replace(request, options={**request.options, "stitchcache.jobs": jobs})
+
+
+def find_targets(reference: str) -> list[Target]:
+    """Find the targets that a reference means.
+
+    Args:
+        reference: ``pkg.module:name`` or ``path/to/file.py:name``, where name is a :class:`Target`, a
+            list of them, or a function that returns either.
+
+    Returns:
+        One or more targets.
+
+    Raises:
+        TargetNotFoundError: There is no such module, file or name.
+        TargetError: The name is something else, or importing it failed.
+    """
+
+    def not_found(what: str) -> TargetNotFoundError:
+        return TargetNotFoundError(f"{reference!r}{what}", target=reference)
+
+    where, _, name = reference.rpartition(":")
+    if not where or not name:
+        raise not_found(" is not a target: write 'pkg.module:name' or 'path/to/file.py:name'.")
+    if where.endswith(".py") and not Path(where).is_file():
+        raise not_found(f": there is no file {where}.")
+    try:
+        module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (where == error.name or where.startswith(error.name + ".")):
+            raise not_found(
+                f": no module {where!r}; run from the directory that has it, or install it."
+            ) from error
+        raise TargetError(
+            f"{reference!r}: importing {where} needs {error.name!r}, which is not installed.",
+            target=reference,
+        ) from error
+    except (ImportError, SyntaxError) as error:
+        raise TargetError(f"{reference!r}: {where} cannot be imported: {error}", target=reference) from error
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            names = [n for n, v in vars(module).items() if isinstance(v, Target)]
+            hint = f"; it has {', '.join(names)}" if names else ""
+            raise not_found(f": {where} has no {name!r}{hint}.")
+        found = getattr(found, part)
+    if callable(found) and not isinstance(found, type):
+        found = found()
+    targets = [found] if isinstance(found, Target) else found
+    listed = (
+        list(targets) if isinstance(targets, Iterable) and not isinstance(targets, (str, bytes)) else [found]
+    )
+    for target in listed:
+        if not isinstance(target, Target):
+            raise TargetError(
+                f"{reference!r} is or holds a {type(target).__qualname__}; it must be a Target, a list of "
+                "them, or a function that returns either.",
+                target=reference,
+            )
+    return listed
+
+
+def check_names(targets: Sequence[Target]) -> None:
+    """Refuse two targets of one name.
+
+    Raises:
+        DuplicateTargetError: Names it.
+    """
+    seen: set[str] = set()
+    for target in targets:
+        if target.name in seen:
+            raise DuplicateTargetError(
+                f"two targets are called {target.name!r}; give each a name of its own.", target=target.name
+            )
+        seen.add(target.name)
+
+
+def _import_module(name: str) -> ModuleType:
+    if "" not in sys.path:
+        _make_importable(Path.cwd())
+    return importlib.import_module(name)
+
+
+def _make_importable(directory: Path) -> None:
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Import a file, under its dotted name where it is part of a package."""
+    parts, directory = [path.stem], path.resolve().parent
+    while (directory / "__init__.py").exists():
+        parts.insert(0, directory.name)
+        directory = directory.parent
+    # As when Python runs the file: its neighbours can be imported.
+    _make_importable(directory)
+    if len(parts) > 1:
+        return _import_module(".".join(parts))
+    name = _free_name(path)
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    if spec is None or spec.loader is None:
+        raise ImportError("it is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError):
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _free_name(path: Path) -> str:
+    """The name that ``import`` would give the file, so that keys are the same whoever imports it."""
+    stem = path.stem
+    loaded = sys.modules.get(stem)
+    known = importlib.util.find_spec(stem) if stem.isidentifier() and loaded is None else None
+    origin = getattr(loaded, "__file__", None) if loaded is not None else known.origin if known else None
+    if origin is None or Path(origin).resolve() == path.resolve():
+        return stem
+    # Another module has the name: one that no module can have, and that the file's content decides.
+    return f"{stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"

@@ -73,7 +73,7 @@ def explain(what: str, trace: bool, factors: bool, as_json: bool, root: str | No
 
 def _targets(reference: str, trace: bool, cache: Cache) -> Record:
     # Not at the top: they import torch, which a key does without.
-    from stitchcache.api.target import find_targets
+    from stitchcache.api.prewarm import find_targets
     from stitchcache.report.target import explain_target
 
     reports, failed = [], []

@@ -61,7 +61,7 @@ def prewarm(
         logging.getLogger("stitchcache").setLevel(logging.INFO)
     # Not at the top: it imports torch, and the help page answers without it.
     from stitchcache.api import prewarm as api
-    from stitchcache.api.target import check_names, find_targets
+    from stitchcache.api.prewarm import check_names, find_targets
 
     targets = [target for reference in references for target in find_targets(reference)]
     check_names(targets)

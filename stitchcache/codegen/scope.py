@@ -14,7 +14,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from stitchcache.codegen.reach import BUILTINS, Path, is_identifier, path_of
 from stitchcache.errors import CodegenError, UnserializableConstError
-from stitchcache.torchside.symbols import SYMBOLIC, constant_of, expression
+from stitchcache.torchside.ops import SYMBOLIC, constant_of, expression
 
 # Names that generated code gives a meaning of its own; no value may take them.
 _RESERVED = frozenset({

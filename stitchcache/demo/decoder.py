@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from stitchcache.api.target import Target
+    from stitchcache.api.prewarm import Target
 
 ATTENTION = "stitchdemo::attention"
 MOST_ROWS = 64
@@ -118,7 +118,7 @@ def token_ids(config: DecoderConfig, rows: int, tokens: int) -> Tensor:
 def decoder_target(config: DecoderConfig, backend: str = "aoti") -> Target:
     """The decoder as a prewarm target, rows and tokens dynamic."""
     # Not at the top: eager runs of the demo import nothing of stitchcache but this file.
-    from stitchcache.api.target import Target
+    from stitchcache.api.prewarm import Target
     from stitchcache.types import Dim
 
     dims = {0: Dim("rows", min=1, max=MOST_ROWS), 1: Dim("tokens", min=2, max=MOST_TOKENS)}

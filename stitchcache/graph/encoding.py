@@ -21,8 +21,8 @@ from stitchcache.containers import FAMILIES, HANDLERS, put_code, put_dict, put_l
 from stitchcache.encoding import SCALARS, Handler, Writer
 from stitchcache.graph import symbols
 from stitchcache.graph.effects import target_name
-from stitchcache.torchside.modules import TABLES
 from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, OpOverloadPacket, schema_of
+from stitchcache.torchside.state import TABLES
 
 
 class Encoder(Writer):

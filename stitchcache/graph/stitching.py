@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 from stitchcache.errors import SplitError
 from stitchcache.graph import symbols
 from stitchcache.graph.split import drop_unused_sizes, submodule
-from stitchcache.torchside.symbols import known_range
+from stitchcache.torchside.ops import known_range
 from stitchcache.torchside.tensors import fake_mode_of
 from stitchcache.types import BOUND
 

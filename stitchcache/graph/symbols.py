@@ -16,17 +16,21 @@ import sympy
 import torch
 
 from stitchcache.errors import SplitError
-from stitchcache.torchside.expressions import CleanDiv, FloorDiv, IntInfinity, Mod, PythonMod
-from stitchcache.torchside.symbols import SYMBOLIC as SYMBOLIC
-from stitchcache.torchside.symbols import (
+from stitchcache.torchside.ops import SYMBOLIC as SYMBOLIC
+from stitchcache.torchside.ops import (
+    CleanDiv,
+    FloorDiv,
+    IntInfinity,
+    Mod,
+    PythonMod,
     asserted_facts,
     assumed_range,
     environment_of,
     guarded_facts,
 )
-from stitchcache.torchside.symbols import example_of as example_of
-from stitchcache.torchside.symbols import expression as expression
-from stitchcache.torchside.symbols import without_guards as _without_guards
+from stitchcache.torchside.ops import example_of as example_of
+from stitchcache.torchside.ops import expression as expression
+from stitchcache.torchside.ops import without_guards as _without_guards
 
 
 def solve(pairs: Iterable[tuple[Any, Any]]) -> dict[sympy.Symbol, int]:

@@ -22,7 +22,7 @@ import torch
 from stitchcache.encoding import SCALARS, make_factor
 from stitchcache.keys.scope import KeyWriter, Scope
 from stitchcache.keys.walk import Walk
-from stitchcache.torchside import modules, state
+from stitchcache.torchside import state
 from stitchcache.types import Factor
 
 SCHEMA_VERSION = 4
@@ -255,7 +255,7 @@ def tracing_obstacle() -> str | None:
         return f"the mode {modes[-1]} is active; compile outside of it"
     if state.in_function_transform():
         return "a torch.func transform is active; compile outside of it"
-    if modules.has_global_hooks():
+    if state.has_global_hooks():
         return "hooks are registered for all modules; remove them or register them on the model"
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return "another compiler is tracing" if tracing or torch.compiler.is_compiling() else None

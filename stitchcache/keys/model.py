@@ -35,7 +35,7 @@ from stitchcache.keys.tensors import (
     tensor_text,
 )
 from stitchcache.keys.walk import Walk
-from stitchcache.torchside.modules import COMPILED_CALL, INTERNALS, TRANSIENT_BUFFERS
+from stitchcache.torchside.state import COMPILED_CALL, INTERNALS, TRANSIENT_BUFFERS
 from stitchcache.types import Factor
 
 if TYPE_CHECKING:

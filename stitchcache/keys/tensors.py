@@ -18,7 +18,7 @@ import torch
 from stitchcache.encoding import Handler, data_bytes, text_bytes
 from stitchcache.keys.library import MAX_BYTES, refuse
 from stitchcache.keys.scope import KeyWriter
-from stitchcache.torchside.modules import HOOKS, INTERNALS
+from stitchcache.torchside.state import HOOKS, INTERNALS
 from stitchcache.torchside.tensors import FAKE_INTERNALS
 from stitchcache.types import span
 

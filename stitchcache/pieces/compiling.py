@@ -17,8 +17,7 @@ from torch.fx import GraphModule, Node
 from stitchcache.errors import BackendError, CompilerMissingError
 from stitchcache.graph.symbols import finite
 from stitchcache.torchside import inductor
-from stitchcache.torchside.ops import OpOverload, is_view
-from stitchcache.torchside.symbols import known_range
+from stitchcache.torchside.ops import OpOverload, is_view, known_range
 
 ENOUGH = 32768
 """Elements that its largest tensor can have from which a piece's loops are shared among threads: ATen's own

@@ -36,7 +36,7 @@ The walk of a **cold compile** (as a graph hit up to step 4, which gives a ``Mis
 The walk of ``stitchcache.load``:
 
 1. ``find.find_by_graph`` reads and verifies the entry.
-2. ``runtime.environment.check_environment`` compares this machine with the one that compiled.
+2. ``runtime.model.check_environment`` compares this machine with the one that compiled.
 3. ``find.first_change`` compares the kind of model.
 4. ``start.start`` as above, without a look: there is no example.
 

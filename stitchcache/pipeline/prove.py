@@ -31,7 +31,7 @@ from stitchcache.pieces.check import clone_all, stand_in
 from stitchcache.pipeline.look_cold import op_by_op
 from stitchcache.state import drawn_back
 from stitchcache.torchside import tree
-from stitchcache.torchside.symbols import guarded_facts
+from stitchcache.torchside.ops import guarded_facts
 from stitchcache.torchside.tensors import has_fakes
 from stitchcache.types import SizeRange
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from stitchcache.api.prewarm import request_for
-from stitchcache.api.target import Target
+from stitchcache.api.prewarm import Target, request_for
 from stitchcache.cache import Cache
 from stitchcache.errors import UntrustedEntryError
 from stitchcache.explanation import nearest_entries

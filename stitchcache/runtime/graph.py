@@ -18,12 +18,12 @@ import torch
 
 from stitchcache.artifact.consts import dump_consts, load_consts
 from stitchcache.artifact.entry import CURRENT_SUFFIX, decode_named, encode
+from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import BackendError, EntryDamagedError, EntryFormatError, InputMismatchError
 from stitchcache.pieces import get_backend
 from stitchcache.runtime.call import run_quietly
-from stitchcache.runtime.environment import check_environment, devices_in
-from stitchcache.runtime.link import bind_tensors, link
 from stitchcache.runtime.mismatch import share_memory
+from stitchcache.runtime.model import bind_tensors, check_environment, devices_in, link
 from stitchcache.torchside.dynamo import SerializableCallable
 from stitchcache.types import Artifact, BlobRef
 
@@ -74,7 +74,7 @@ class CompiledGraph(SerializableCallable):
         """
         self.artifact, self.graph_hash, self.cache_hit = artifact, artifact.graph_hash, cache_hit
         self._held, self._read_blob = held, read_blob
-        function = link(artifact, pieces, bind_tensors(artifact.bindings, held, {}))
+        function = link(artifact, pieces, bind_tensors(artifact.bindings, held, {}), CodeObjects())
         self._call = _build_call(artifact, function, held, eager)
 
     def __call__(self, *args: Any) -> Any:

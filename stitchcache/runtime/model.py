@@ -1,19 +1,33 @@
-"""The callable that users get."""
+"""From an artifact to the callable that users get: tensors, pieces and stitching code, bound together.
+
+Cold and warm starts both end here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stitchcache.codegen.execution import CodeObjects
-from stitchcache.errors import BindError, EntryFormatError, StitchCacheError
+from stitchcache.codegen.execution import CodeObjects, bind_execution_fn
+from stitchcache.errors import (
+    BindError,
+    EntryFormatError,
+    EnvironmentMismatchError,
+    InputMismatchError,
+    LinkError,
+    StitchCacheError,
+    check_kind,
+)
+from stitchcache.keys.environment import environment_factors
 from stitchcache.runtime.call import build_call
-from stitchcache.runtime.link import bind_tensors, link
-from stitchcache.types import Artifact, Change, Check
+from stitchcache.state import memory_of, state_of, tensor_at
+from stitchcache.types import BOUND, Artifact, BindingSpec, Change, Check, SizeRange, Variant
 
 if TYPE_CHECKING:
     from stitchcache.explanation import Explanation, MissFacts
@@ -53,13 +67,12 @@ class CompiledModel:
         constants: Mapping[str, torch.Tensor],
         *,
         cache_hit: str | None = None,
-        timings: Mapping[str, float] | None = None,
         objects: CodeObjects | None = None,
     ) -> None:
         self.artifact = artifact
         self.graph_hash = artifact.graph_hash
         self.cache_hit = cache_hit
-        self.timings = dict(timings or {})
+        self.timings: dict[str, float] = {}
         self._pieces = dict(pieces)
         self._constants = dict(constants)
         self._objects = objects if objects is not None else CodeObjects()
@@ -116,8 +129,10 @@ class CompiledModel:
             This object.
 
         Raises:
+            OptionError: ``model`` is no module.
             BindError: The model does not fit, or would trace to something else; the old one stays bound.
         """
+        check_kind("model", model, torch.nn.Module, "a torch.nn.Module")
         # First what a caller can see: a name, a shape. A key that differs says less about it.
         self._bound_to(model)
         if self.changed is not None:
@@ -159,13 +174,6 @@ class CompiledModel:
             raise copy(self._refusal)
 
     def _bound_to(self, model: torch.nn.Module) -> tuple[Callable[..., Any], dict[str, torch.Tensor]]:
-        if self.artifact.input_spec is None or self.artifact.output_spec is None:
-            raise EntryFormatError(
-                f"entry {self.graph_hash[:12]} was made through the engine API and says nothing about "
-                "arguments; link it with compile_execution_fn.",
-                field="input_spec",
-                reason="missing",
-            )
         tensors = bind_tensors(self.artifact.bindings, model, self._constants)
         function = link(self.artifact, self._pieces, tensors, self._objects)
         return build_call(function, self.artifact, tensors, model.forward, self._objects), tensors
@@ -188,11 +196,241 @@ def refuse_change(
     if change is None or (change.unknown and trusted):
         return
     name, cls = artifact.graph_hash[:12], type(model).__qualname__
+    message = f"entry {name} was compiled from another model: {change}. Compile this {cls} instead."
     if change.unknown:
         message = (
             f"nothing shows that this {cls} is what entry {name} was compiled from: {change}. "
             "Compile the model, or pass trust_model=True if you know that it is."
         )
-    else:
-        message = f"entry {name} was compiled from another model: {change}. Compile this {cls} instead."
     raise BindError(message, name=change.name, expected=change.was, actual=change.now)
+
+
+def check_environment(artifact: Artifact, where: str) -> None:
+    """Refuse pieces that were compiled for another processor, GPU, libc or torch.
+
+    A library with instructions that this processor lacks kills the process, so nothing of it is mapped before
+    this. Target keys and graph hashes cover the same factors; this is for roads that compute neither.
+
+    Args:
+        artifact: What is to be loaded.
+        where: What to call it in the error.
+
+    Raises:
+        EnvironmentMismatchError: A factor of the environment is another one now; names it and both values.
+    """
+    stored = {factor.name: factor for factor in artifact.factors}
+    # The one that was asked for: single pieces may run op by op all the same.
+    asked = stored.get("options.backend") or stored.get("request.backend")
+    for factor in environment_factors(asked.value if asked is not None else "eager", devices_in(artifact)):
+        old = stored.get(factor.name)
+        if old is None or old.digest != factor.digest:
+            before = "not recorded" if old is None else repr(old.value)
+            raise EnvironmentMismatchError(
+                f"{where} was made for another environment: {factor.name} was {before} and is "
+                f"{factor.value!r} here. Compile the model here.",
+                factor=factor.name,
+                expected="" if old is None else old.value,
+                actual=factor.value,
+            )
+
+
+def devices_in(artifact: Artifact) -> set[str]:
+    """Device types of the tensors that an artifact takes."""
+    leaves = artifact.input_spec.leaves if artifact.input_spec is not None else ()
+    tensors = [leaf.tensor for leaf in leaves] + [binding.tensor for binding in artifact.bindings]
+    return {tensor.device for tensor in tensors if tensor is not None} or {"cpu"}
+
+
+def link(
+    artifact: Artifact, pieces: Mapping[str, Any], tensors: Mapping[str, Any], objects: CodeObjects
+) -> Callable[..., Any]:
+    """Make an artifact callable. Does no I/O.
+
+    Args:
+        artifact: A decoded entry; not changed.
+        pieces: A loaded piece for each piece key.
+        tensors: A tensor for each binding's name.
+        objects: Code objects of its stitching functions; new ones are added.
+
+    Returns:
+        A callable over the leaves that the stitching function takes, in order; returns flat results.
+
+    Raises:
+        LinkError: A piece or a tensor is missing; ``missing`` lists the names.
+        EntryFormatError: The code is not what stitchcache generates, or the entry has no contract.
+    """
+    if artifact.input_spec is None or artifact.output_spec is None:
+        raise EntryFormatError(
+            f"entry {artifact.graph_hash[:12]} was made through the engine API and says nothing about "
+            "arguments; link it with compile_execution_fn.",
+            field="input_spec",
+            reason="missing",
+        )
+    functions = [
+        (variant.size_range, _link_variant(variant, pieces, tensors, objects))
+        for variant in artifact.variants
+    ]
+    if len(functions) == 1 and functions[0][0] is None:
+        return functions[0][1]
+    argument, dim, name = _dispatch_on(artifact)
+    ranged = [(size_range, function) for size_range, function in functions if size_range is not None]
+    return dispatch_over_ranges(ranged, argument=argument, dim=dim, name=name)
+
+
+def _link_variant(
+    variant: Variant, pieces: Mapping[str, Any], tensors: Mapping[str, Any], objects: CodeObjects
+) -> Callable[..., Any]:
+    callables = {piece.name: pieces.get(piece.key) for piece in variant.pieces}
+    for name in variant.submod_names:
+        if name.startswith(f"{BOUND}."):
+            callables[name] = tensors.get(name.removeprefix(f"{BOUND}."))
+    missing = [name for name, found in callables.items() if found is None]
+    if missing:
+        raise LinkError(
+            f"the stitching code needs {', '.join(missing)}, which the artifact does not bring. "
+            "Run 'stitchcache verify --repair' and compile again.",
+            missing=missing,
+        )
+    consts: list[Any] = []
+    if variant.consts is not None:
+        # Most code has none, and what reads them is one of the larger modules.
+        from stitchcache.artifact.consts import load_consts
+
+        consts = load_consts(variant.consts)
+    return bind_execution_fn(variant.code, callables, variant.submod_names, consts, objects)
+
+
+def _dispatch_on(artifact: Artifact) -> tuple[int, int, str]:
+    """Which argument's size chooses the variant."""
+    wanted = next((v.size_range.dim for v in artifact.variants if v.size_range is not None), None)
+    spec = artifact.input_spec
+    if spec is not None:
+        symbols = [symbol.name for symbol in spec.symbols if wanted in (None, symbol.label)]
+        taken = [leaf for leaf in spec.leaves if leaf.kind != "constant"]
+        for position, leaf in enumerate(taken):
+            if leaf.tensor is not None and symbols and symbols[0] in leaf.tensor.shape:
+                dim = leaf.tensor.shape.index(symbols[0])
+                return position, dim, f"{leaf.path}.shape[{dim}]"
+    raise LinkError("the artifact has variants by size, and no argument has that size.", missing=[])
+
+
+def dispatch_over_ranges(
+    functions: Sequence[tuple[SizeRange, Callable[..., Any]]], *, argument: int, dim: int, name: str
+) -> Callable[..., Any]:
+    """Make one function of several, each of which serves a range of sizes.
+
+    The size is looked at once a call.
+
+    Args:
+        functions: Each range with its function. Order does not matter; ranges do not overlap.
+        argument: Position of the tensor that has the size.
+        dim: The tensor's dimension.
+        name: What the user calls that dimension, such as ``ids.size(1)``; for messages.
+
+    Returns:
+        A function over the same positional arguments. It raises `InputMismatchError` for a size in
+        no range.
+    """
+    table = sorted(functions, key=lambda entry: (entry[0].min, entry[0].max))
+    # The first range that does not end below the size; one past the last, where no size may be.
+    ends = [size_range.max for size_range, _ in table]
+    starts: list[float] = [*(size_range.min for size_range, _ in table), math.inf]
+    targets = [function for _, function in table]
+    ranges = ", ".join(str(size_range) for size_range, _ in table)
+
+    def dispatch(*args: Any) -> Any:
+        size = args[argument].size(dim)
+        place = bisect_left(ends, size)
+        if size < starts[place]:
+            raise InputMismatchError(
+                f"{name} is {size}, and this was compiled for {ranges} only. "
+                "Pad the input, or compile with a range that holds this size.",
+                argument=name,
+                expected=ranges,
+                actual=str(size),
+            )
+        return targets[place](*args)
+
+    return dispatch
+
+
+def bind_tensors(
+    bindings: tuple[BindingSpec, ...], model: torch.nn.Module, constants: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Look up the tensors that stitching code uses.
+
+    Args:
+        bindings: What is needed.
+        model: Whose parameters and buffers to use; by reference.
+        constants: Tensors that the artifact itself carries.
+
+    Returns:
+        Binding name to tensor.
+
+    Raises:
+        BindError: One is missing, or differs in shape, strides, dtype or device type.
+    """
+    state = state_of(model)
+    dtypes: dict[str, object] = {}
+    found: dict[str, torch.Tensor] = {}
+    for binding in bindings:
+        if binding.kind == "attribute":
+            tensor = tensor_at(model, binding.name)
+        else:
+            tensor = (constants if binding.kind == "constant" else state).get(binding.name)
+        if tensor is None:
+            raise BindError(
+                f"the model has no {binding.kind} {binding.name!r}, which the artifact uses. "
+                "Load it with the model that it was compiled from, or compile this one.",
+                name=binding.name,
+                expected=binding.kind,
+                actual="nothing",
+            )
+        for alias in binding.aliases:
+            other = state.get(alias)
+            if other is None:
+                other = tensor_at(model, alias)
+            # Another object over the same memory is the same to whoever reads or writes it.
+            if other is not tensor and (other is None or memory_of(other) != memory_of(tensor)):
+                raise BindError(
+                    f"{alias!r} and {binding.name!r} were one tensor when the artifact was compiled and are "
+                    "two now. Tie them again, or compile this model.",
+                    name=alias,
+                    expected=f"the same tensor as {binding.name}",
+                    actual="another tensor",
+                )
+        spec = binding.tensor
+        if spec.dtype not in dtypes:
+            dtypes[spec.dtype] = getattr(torch, spec.dtype, None)
+        # Nearly always all is as it was; what is not, and whether it matters, is found out apart.
+        if (
+            tensor.shape != spec.shape
+            or tensor.dtype is not dtypes[spec.dtype]
+            or tensor.device.type != spec.device
+            or tensor.stride() != spec.stride
+        ):
+            _check(binding, tensor)
+        found[binding.name] = tensor
+    return found
+
+
+def _check(binding: BindingSpec, tensor: torch.Tensor) -> None:
+    spec = binding.tensor
+    strides = [
+        (s, w) for size, s, w in zip(tensor.shape, tensor.stride(), spec.stride, strict=False) if size > 1
+    ]
+    facts = (
+        ("shape", spec.shape, tuple(tensor.shape)),
+        ("dtype", spec.dtype, str(tensor.dtype).removeprefix("torch.")),
+        ("device", spec.device, tensor.device.type),
+        ("strides", [w for _, w in strides], [s for s, _ in strides]),
+    )
+    for fact, wanted, actual in facts:
+        if wanted != actual:
+            raise BindError(
+                f"{binding.kind} {binding.name!r} has {fact} {actual}, the artifact needs {wanted}. "
+                "Load it with the model that it was compiled from, or compile this one.",
+                name=binding.name,
+                expected=f"{fact} {wanted}",
+                actual=str(actual),
+            )

@@ -8,7 +8,7 @@ import torch
 
 import stitchcache
 from stitchcache import errors
-from stitchcache.api.target import find_targets
+from stitchcache.api.prewarm import find_targets
 
 SOURCE = """
 import torch, stitchcache

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stitchcache.runtime.link import bind_tensors, link
-from stitchcache.runtime.model import CompiledModel
+from stitchcache.codegen.execution import CodeObjects
+from stitchcache.runtime.model import CompiledModel, bind_tensors, link
 from stitchcache.torchside import tree
 
 _SECONDS = 0.02
@@ -41,7 +41,9 @@ def measure(
     pieces = recorder.quiet()
     constants, model = recorder.constants, compiled.model
     quiet = CompiledModel(compiled.artifact, model, pieces, constants)
-    function = link(compiled.artifact, pieces, bind_tensors(compiled.artifact.bindings, model, constants))
+    function = link(
+        compiled.artifact, pieces, bind_tensors(compiled.artifact.bindings, model, constants), CodeObjects()
+    )
     spec = compiled.artifact.input_spec
     assert spec is not None
     given = zip(tree.flatten((args, kwargs))[0], spec.leaves, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from stitchcache.api.target import find_targets
+from stitchcache.api.prewarm import find_targets
 from stitchcache.demo.decoder import ATTENTION, DecoderConfig, build, decoder_target, token_ids
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from stitchcache.errors import InputMismatchError, OptionError
-from stitchcache.runtime.link import dispatch_over_ranges
+from stitchcache.errors import InputMismatchError
+from stitchcache.runtime.model import dispatch_over_ranges
 from stitchcache.types import SizeRange
 
 
@@ -37,13 +37,6 @@ def test_a_gap_names_the_size_and_the_ranges(size: int) -> None:
     assert caught.value.argument == "ids.size(0)"
     assert caught.value.actual == str(size)
     assert caught.value.expected == "1..8, 16..32"
-
-
-@pytest.mark.parametrize("ranges", [[(1, 8), (8, 9)], [(5, 6), (1, 100)], [(3, 3), (3, 3)], []])
-def test_ranges_that_make_no_sense(ranges: Any) -> None:
-    with pytest.raises(OptionError) as caught:
-        make(*ranges)
-    assert caught.value.option == "size_ranges"
 
 
 def test_the_size_is_looked_at_once_a_call() -> None:
