@@ -4,28 +4,19 @@ The tree (the builtin that each also derives from in brackets)::
 
     StitchCacheError
     |-- OptionError [ValueError]
-    |-- TargetError [ValueError]
-    |   |-- TargetNotFoundError [LookupError]
-    |   `-- DuplicateTargetError
-    |-- CaptureError [RuntimeError]
-    |   `-- ModelMismatchError
-    |-- SplitError [ValueError]
-    |   `-- SplittingOpNotFoundError
-    |-- CodegenError [ValueError]
-    |   `-- UnserializableConstError
+    |-- TargetError [ValueError]: TargetNotFoundError [LookupError], DuplicateTargetError
+    |-- CaptureError [RuntimeError]: ModelMismatchError
+    |-- SplitError [ValueError]: SplittingOpNotFoundError
+    |-- CodegenError [ValueError]: UnserializableConstError
     |-- LinkError [LookupError]
     |-- BindError [ValueError]
     |-- InputMismatchError [ValueError]
-    |-- BackendError [RuntimeError]
-    |   `-- CompilerMissingError, PieceCrashError, PieceMismatchError, EnvironmentMismatchError
-    |-- StoreError [OSError]
-    |   |-- StoreWriteError
-    |   `-- LockTimeoutError [TimeoutError]
-    |-- EntryFormatError [ValueError]
-    |   `-- EntryDamagedError, ForbiddenGlobalError, FutureFormatError
+    |-- BackendError [RuntimeError]: CompilerMissingError, PieceCrashError, PieceMismatchError,
+    |                                EnvironmentMismatchError
+    |-- StoreError [OSError]: StoreWriteError, LockTimeoutError [TimeoutError]
+    |-- EntryFormatError [ValueError]: EntryDamagedError, ForbiddenGlobalError, FutureFormatError
     |-- UntrustedEntryError [PermissionError]
-    |-- GraphHashError [LookupError]
-    |   `-- AmbiguousPrefixError
+    |-- GraphHashError [LookupError]: AmbiguousPrefixError
     |-- CacheMissError [LookupError]
     `-- StaleEntryError [RuntimeError]
 
@@ -36,10 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-
-def _rebuild(cls: type[StitchCacheError], message: str, facts: dict[str, Any]) -> StitchCacheError:
-    return cls(message, **facts)
 
 
 class StitchCacheError(Exception):
@@ -55,13 +42,6 @@ class StitchCacheError(Exception):
         self.message = message
         self.__dict__.update(facts)
 
-    def __str__(self) -> str:
-        return self.message
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        facts = {k: v for k, v in self.__dict__.items() if k not in {"message", "__notes__"}}
-        return _rebuild, (type(self), self.message, facts)
-
 
 class OptionError(StitchCacheError, ValueError):
     """An argument, option or environment variable has a value that makes no sense."""
@@ -70,13 +50,7 @@ class OptionError(StitchCacheError, ValueError):
 
 
 def check_kind(name: str, value: object, kinds: Any, give: str) -> None:
-    """Refuse an argument of a wrong type.
-
-    Args:
-        name: The argument's.
-        value: What a user gave.
-        kinds: As for ``isinstance``.
-        give: What to give instead, such as ``a dict``.
+    """Refuse an argument of a wrong type; ``give`` says what is taken, such as ``a dict``.
 
     Raises:
         OptionError: Names the argument, and says what to give.

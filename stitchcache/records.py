@@ -9,7 +9,6 @@ that forty times. Here all classes share functions that look at the fields. What
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +16,7 @@ T = TypeVar("T")
 
 
 def _quick_dataclass(
-    *, frozen: bool = False, slots: bool = False, kw_only: bool = False, order: bool = False
+    *, frozen: bool = False, slots: bool = False, kw_only: bool = False
 ) -> Callable[[type[T]], type[T]]:
     """Like ``dataclasses.dataclass``, for the arguments that this package uses; ``slots`` has no effect."""
 
@@ -28,8 +27,6 @@ def _quick_dataclass(
         methods["__hash__"] = _hash if frozen else None
         if frozen:
             methods |= {"__setattr__": _refuse_change, "__delattr__": _refuse_change}
-        if order:
-            methods |= {f"__{name}__": _ordered(getattr(operator, name)) for name in ("lt", "le", "gt", "ge")}
         made.__dataclass_fields__ = _fields(made, kw_only)
         for name, method in methods.items():
             if name not in own or (name == "__hash__" and "__eq__" not in own):
@@ -131,13 +128,6 @@ def _compared(value: Any) -> tuple[Any, ...]:
 
 def _eq(self: Any, other: object) -> Any:
     return _compared(self) == _compared(other) if type(other) is type(self) else NotImplemented
-
-
-def _ordered(compare: Callable[[Any, Any], bool]) -> Callable[[Any, object], Any]:
-    def method(self: Any, other: object) -> Any:
-        return compare(_compared(self), _compared(other)) if type(other) is type(self) else NotImplemented
-
-    return method
 
 
 def _hash(self: Any) -> int:

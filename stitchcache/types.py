@@ -59,7 +59,7 @@ def span(shape: Sequence[int], stride: Sequence[int]) -> int:
 # -- what users give ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class SizeRange:
     """Sizes of a dynamic dimension that get code of their own, both ends included.
 
@@ -83,6 +83,9 @@ class SizeRange:
     def flaw(self) -> tuple[str, str] | None:
         """What is wrong with fields that were read."""
         return ("max", f"{self.max} is below min {self.min}") if self.min > self.max else None
+
+    def __lt__(self, other: SizeRange) -> bool:
+        return (self.min, self.max) < (other.min, other.max)
 
     def __contains__(self, size: int) -> bool:
         return self.min <= size <= self.max

@@ -6,17 +6,16 @@ item says what they are: docs/format.md lists them.
 
 from __future__ import annotations
 
-import collections
 import ctypes
 import enum
 import io
 import pickle
 import sys
+import types
 from typing import Any, NoReturn
 
 from stitchcache.artifact.frame import malformed
 from stitchcache.artifact.unpickle import (
-    FUNCTION_TYPES,
     PLACEMENTS,
     READS_FILES,
     Refused,
@@ -121,7 +120,7 @@ class _Writer(pickle.Pickler):
             return ("enum", *name, member, None if member else obj.value)
         if isinstance(obj, type):
             return ("global", *(name_of(obj) or self._unregistered(obj, obj)))
-        if isinstance(obj, FUNCTION_TYPES):
+        if isinstance(obj, (types.FunctionType, types.BuiltinFunctionType)):
             function = name_of(obj)
             if function is None:
                 reason = "a consts table may not hold this function; make it an op of torch.library"
@@ -172,9 +171,7 @@ class _Writer(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
-        if is_registered(kind) or any(kind is each for each, _, _ in _constructors()):
-            return NotImplemented
-        if obj is Ellipsis or obj is NotImplemented:
+        if is_registered(kind) or _called_with(kind) or obj is Ellipsis or obj is NotImplemented:
             return NotImplemented
         if name_of(kind) is None and kind.__flags__ & _MADE_IN_PYTHON:
             self._unregistered(kind, obj)
@@ -193,22 +190,22 @@ def _bytes_of(tensor: Any) -> bytes:
 # -- reading --------------------------------------------------------------------------------------
 
 # What may be called, with at most how many arguments of which types: not set(range(10**12)).
-_CONSTRUCTORS: tuple[tuple[Any, int, tuple[type, ...]], ...] = (
-    (complex, 2, (int, float)),
-    (bytearray, 1, (bytes,)),
-    (set, 1, (list, tuple)),
-    (frozenset, 1, (list, tuple)),
-    (slice, 3, (object,)),
-    (range, 3, (int,)),
-    (collections.OrderedDict, 0, ()),
-)
+_CALLED: dict[tuple[str, str], tuple[int, tuple[type, ...]]] = {
+    ("builtins", "complex"): (2, (int, float)),
+    ("builtins", "bytearray"): (1, (bytes,)),
+    ("builtins", "set"): (1, (list, tuple)),
+    ("builtins", "frozenset"): (1, (list, tuple)),
+    ("builtins", "slice"): (3, (object,)),
+    ("builtins", "range"): (3, (int,)),
+    ("collections", "OrderedDict"): (0, ()),
+    ("torch", "device"): (2, (str, int)),
+    ("torch", "Size"): (1, (list, tuple)),
+}
 
 
-def _constructors() -> tuple[tuple[Any, int, tuple[type, ...]], ...]:
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return _CONSTRUCTORS
-    return *_CONSTRUCTORS, (torch.device, 2, (str, int)), (torch.Size, 1, (list, tuple))
+def _called_with(kind: type) -> tuple[int, tuple[type, ...]] | None:
+    name = kind.__module__, kind.__qualname__
+    return _CALLED[name] if name in _CALLED and resolve(*name) is kind else None
 
 
 class _Reader(Unpickler):
@@ -221,7 +218,10 @@ class _Reader(Unpickler):
             case "GLOBAL" | "STACK_GLOBAL":
                 return resolve(*operands)
             case "REDUCE" | "NEWOBJ":
-                return _call(*operands, by_new=opcode == "NEWOBJ")
+                target, arguments = operands
+                if type(arguments) is not tuple:
+                    raise Refused("a call whose arguments are no tuple")
+                return _call(target, *arguments, by_new=opcode == "NEWOBJ")
             case "BUILD":
                 return _with_state(*operands)
         return self._persistent(*operands)
@@ -236,7 +236,7 @@ class _Reader(Unpickler):
             case ("op", str(qualified), str() | None as overload):
                 return _op(qualified, overload)
             case ("torch", str(name)):
-                return _torch_constant(name)
+                return resolve("torch", name)
             case ("placement", str(name), dict(attributes)):
                 return resolve(PLACEMENTS, name)(**attributes)
             case ("same", int(serial)):
@@ -247,17 +247,15 @@ class _Reader(Unpickler):
         raise Refused("a persistent id of no kind that is known here")
 
 
-def _call(target: Any, arguments: Any, *, by_new: bool) -> Any:
-    if type(arguments) is not tuple:
-        raise Refused("a call whose arguments are no tuple")
-    for constructor, most, kinds in _constructors():
-        # By identity: an `in` would ask the objects themselves.
-        if target is constructor:
-            items = [item for each in arguments if isinstance(each, (list, tuple)) for item in each]
-            fit = len(arguments) <= most and all(isinstance(each, kinds) for each in arguments)
-            if not fit or not all(map(is_small, items)):
-                raise Refused(f"a call of {target.__name__} with arguments that it does not need")
-            return target(*arguments)
+def _call(target: Any, *arguments: Any, by_new: bool) -> Any:
+    called = _called_with(target) if isinstance(target, type) else None
+    if called is not None:
+        most, kinds = called
+        fit = len(arguments) <= most and all(isinstance(each, kinds) for each in arguments)
+        items = [item for each in arguments if isinstance(each, (list, tuple)) for item in each]
+        if not fit or not all(map(is_small, items)):
+            raise Refused(f"a call of {target.__name__} with arguments that it does not need")
+        return target(*arguments)
     if not isinstance(target, type) or not is_registered(target):
         name = getattr(target, "__qualname__", type(target).__name__)
         raise forbidden(getattr(target, "__module__", None), name, "is not allowed to be called")
@@ -321,19 +319,10 @@ def _op(qualified: str, overload: str | None) -> Any:
     return found
 
 
-def _torch_constant(name: str) -> Any:
-    import torch
-
-    found = vars(torch).get(name)
-    if not torch_value(found):
-        raise Refused(f"torch.{name} is no dtype, layout or memory format here")
-    return found
-
-
 def _tensor(dtype: str, device: str, shape: Any, stride: Any, data: bytes, flags: str) -> Any:
     import torch
 
-    kind = _torch_constant(dtype)
+    kind = resolve("torch", dtype)
     fit = len(shape) == len(stride) <= _MOST_DIMENSIONS
     if not fit or any(type(size) is not int or size < 0 for size in (*shape, *stride)):
         raise Refused("a tensor whose shape and strides do not fit together")

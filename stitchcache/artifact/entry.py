@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stitchcache.artifact.frame import MAGIC, Kind, header_end, malformed, open_frame, open_header, seal
-from stitchcache.artifact.schema import FieldError, pack, read_packed, reader, record
+from stitchcache.artifact.schema import FieldError, pack, read_packed, read_value, reader, record
 from stitchcache.records import dataclass
 from stitchcache.types import (
     ENTRY_VERSION,
@@ -114,11 +114,7 @@ def encode(artifact: Artifact) -> bytes:
 
 
 def decode(data: bytes, *, path: str = "") -> Artifact:
-    """The artifact in an entry's bytes, of any format version up to the current.
-
-    Args:
-        data: A whole file.
-        path: The file, for messages.
+    """The artifact in a whole entry, of any format version up to the current.
 
     Raises:
         EntryDamagedError: A size or digest is off.
@@ -151,13 +147,7 @@ def decode_named(data: bytes, key: str, path: str) -> Artifact:
 
 
 def decode_header(prefix: bytes, file_size: int, *, path: str = "") -> Header:
-    """The header in an entry's first bytes.
-
-    Args:
-        prefix: At least ``header_end(prefix)`` bytes; all of a legacy entry, which has no header.
-        file_size: Length of the whole file.
-        path: The file, for messages.
-    """
+    """The header in an entry's first ``header_end(prefix)`` bytes; a legacy entry is read whole."""
     if _is_legacy(prefix):
         return header_of(_decode_legacy(prefix, path), path=path, file_bytes=file_size)
     version, encoded = open_header(prefix, file_size, Kind.ENTRY, path=path)
@@ -208,11 +198,10 @@ def _decode_legacy(data: bytes, path: str) -> Artifact:
     from stitchcache.artifact.unpickle import Refused, Unpickler
 
     try:
-        found: _Format0 = record(_Format0)(Unpickler().load(data))
+        value = Unpickler().load(data)
     except Refused as error:
         raise malformed(path, "payload", str(error)) from error
-    except FieldError as error:
-        raise malformed(path, error.field or "payload", error.reason) from None
+    found: _Format0 = read_value(record(_Format0), value, path)
     return _legacy_artifact(0, found.graph_hash, found.execution_code, found.submod_names)
 
 

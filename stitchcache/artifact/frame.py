@@ -39,17 +39,22 @@ NEWEST = {Kind.ENTRY: ENTRY_VERSION, Kind.TARGET: 6, Kind.PIECE: 3}
 
 
 def malformed(
-    path: str, field: str, reason: str, kind: type[EntryFormatError] = EntryFormatError, **facts: Any
+    path: str,
+    field: str,
+    reason: str,
+    kind: type[EntryFormatError] = EntryFormatError,
+    advice: str = "",
+    **facts: Any,
 ) -> EntryFormatError:
-    """An error for bytes that are whole but are not what the format says."""
-    where = f"{path or 'entry'}: {field}"
-    return kind(f"{where}: {reason}", path=path, field=field, reason=reason, **facts)
+    """An error for bytes that are not what the format says; ``advice`` is for its message alone."""
+    message = f"{path or 'entry'}: {field}: {reason}{advice}"
+    return kind(message, path=path, field=field, reason=reason, **facts)
 
 
 def _damaged(path: str, field: str, reason: str) -> EntryFormatError:
-    error = malformed(path, field, reason, EntryDamagedError)
-    error.message += "; it was truncated or changed, and will be rebuilt"
-    return error
+    return malformed(
+        path, field, reason, EntryDamagedError, "; it was truncated or changed, and will be rebuilt"
+    )
 
 
 def seal(kind: Kind, header: bytes, payload: bytes) -> bytes:
@@ -68,15 +73,7 @@ def seal(kind: Kind, header: bytes, payload: bytes) -> bytes:
 
 
 def open_frame(data: bytes, kind: Kind, *, path: str = "") -> tuple[int, bytes, bytes]:
-    """Check a whole file's frame and take it apart.
-
-    Args:
-        data: The whole file.
-        kind: What it must hold.
-        path: The file, for messages.
-
-    Returns:
-        Its format version, header and payload; every byte was covered by a digest that matched.
+    """Format version, header and payload of a whole file; a digest covered every byte, and matched.
 
     Raises:
         EntryDamagedError: A size or digest is off.
@@ -106,27 +103,22 @@ def header_end(prefix: bytes, *, path: str = "") -> int:
 
 
 def open_header(prefix: bytes, file_size: int, kind: Kind, *, path: str = "") -> tuple[int, bytes]:
-    """Check and cut out the header alone, without the payload having been read.
+    """Format version and header from a file's first ``header_end(...)`` bytes or more.
 
-    Args:
-        prefix: The file's first ``header_end(...)`` bytes or more.
-        file_size: Length of the whole file.
-        kind: What it must hold.
-        path: The file, for messages.
-
-    Returns:
-        The format version and the encoded header.
+    Raises:
+        EntryFormatError: As for a whole file.
     """
     _, version, found, header, payload, reserved, zero = _prelude(prefix, path)
     # A newer version may have its header's digest elsewhere, so this is asked first. A kind that is not known
     # is a newer version's, if the version says so.
     newest = NEWEST.get(found, FIRST_VERSION)
     if version > newest:
-        reason = (
-            f"format version {version} is newer than this stitchcache's {newest}; the file is left alone: "
-            "upgrade stitchcache, or use another cache directory"
+        advice = (
+            f" is newer than this stitchcache's {newest}; the file is left alone: upgrade stitchcache, or "
+            "use another cache directory"
         )
-        raise malformed(path, "version", reason, FutureFormatError, version=version)
+        reason = f"format version {version}"
+        raise malformed(path, "version", reason, FutureFormatError, advice, version=version)
     end = header_end(prefix, path=path)
     if len(prefix) < end:
         raise _damaged(path, "header", "the file ends within the header")

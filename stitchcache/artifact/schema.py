@@ -42,12 +42,7 @@ _SURROGATES = "surrogatepass"
 
 
 class FieldError(ValueError):
-    """A field is not what the format says.
-
-    Args:
-        field: Its path, such as ``variants[0].pieces[3].blob.digest``.
-        reason: What is wrong.
-    """
+    """A field, such as ``variants[0].pieces[3].blob.digest``, is not what the format says."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field}: {reason}")
@@ -89,16 +84,10 @@ def _plain(value: Any, skip: Collection[str] = ()) -> Any:
 
 
 def read_packed(read: Reader, data: bytes, path: str, root: str = "") -> Any:
-    """What some bytes hold: no extension types, no key twice, no numbers as keys.
-
-    Args:
-        read: What they must be.
-        data: msgpack, its digest checked.
-        path: The file, for messages.
-        root: What the field paths in messages begin with.
+    """What msgpack holds whose digest was checked: no extension types, no key twice, no numbers as keys.
 
     Raises:
-        EntryFormatError: They are something else; ``field`` says where.
+        EntryFormatError: It is something else; ``field`` says where, beginning with ``root``.
     """
     # unpackb caps every length at len(data), so a forged length allocates nothing.
     try:
@@ -113,6 +102,11 @@ def read_packed(read: Reader, data: bytes, path: str, root: str = "") -> Any:
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         reason = f"not valid msgpack: {error or type(error).__name__}"
         raise malformed(path, root or "payload", reason) from error
+    return read_value(read, value, path, root)
+
+
+def read_value(read: Reader, value: Any, path: str, root: str = "") -> Any:
+    """The same of what some bytes were decoded to."""
     try:
         return read(value)
     except FieldError as error:
@@ -302,12 +296,7 @@ _READERS: Mapping[str, Reader] = {
 
 @functools.cache
 def record(cls: type, skip: tuple[str, ...] = ()) -> Callable[..., Any]:
-    """What reads a record from the map of its fields.
-
-    Args:
-        cls: The record's class.
-        skip: Fields that do not stand in the file; they are given to the reader, or get their defaults.
-    """
+    """What reads a record; fields in ``skip`` are not in the file: they are given, or get their defaults."""
     module = vars(sys.modules[cls.__module__])
     annotations: Mapping[str, str] = cls.__annotations__
     read_fields = _map({name: reader(text, module) for name, text in annotations.items() if name not in skip})

@@ -19,7 +19,6 @@ from stitchcache.errors import OptionError
 
 T = TypeVar("T", bound=type)
 
-FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType)
 PLACEMENTS = "torch.distributed.tensor.placement_types"
 
 _LISTED: dict[str, frozenset[str]] = {
@@ -68,18 +67,6 @@ _MOST_OPCODES = 1 << 20
 _MOST_NESTED = 256
 _MOST_IN_A_KEY = 1000
 
-# Whatever wrong operands and the constructors of registered types raise.
-_UNREADABLE = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-    RuntimeError,
-    MemoryError,
-)
-
 
 class Refused(Exception):
     """Something that a pickle from outside may not have; a forbidden global has a module and a name."""
@@ -119,7 +106,10 @@ class Unpickler:
                 self._run(opcode.name, argument)
                 end = (position or 0) + 1
             (value,) = self._stack
-        except _UNREADABLE as error:
+        except Refused:
+            raise
+        # Constructors of registered types run in between, and may raise whatever they like.
+        except Exception as error:
             raise Refused(f"not a pickle of plain values: {error or type(error).__name__}") from error
         if end != len(data):
             raise Refused(f"{len(data) - end} bytes after the end")
