@@ -58,7 +58,7 @@ def input_spec(
     return InputSpec(
         tree=tree,
         leaves=specs,
-        constraints=tuple(symbols.guards(shape_env, names, only_known=True) if known else ()),
+        constraints=tuple(symbols.guards(shape_env, names) if known else ()),
         symbols=tuple(_symbols(names, shape_env, ranges or {})),
     )
 

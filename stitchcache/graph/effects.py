@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -12,24 +12,17 @@ from torch.fx import Graph, GraphModule, Node
 from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, OpOverloadPacket, schema_of
 from stitchcache.torchside.tensors import storage_id
 
-# Ops that update running statistics although their schemas deny it: name to the arguments that they
-# write, and the flag that makes them.
-_SILENT_WRITERS: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "aten::batch_norm": (("running_mean", "running_var"), "training"),
-    "aten::native_batch_norm": (("running_mean", "running_var"), "training"),
-    "aten::_batch_norm_impl_index": (("running_mean", "running_var"), "training"),
-    "aten::cudnn_batch_norm": (("running_mean", "running_var"), "training"),
-    "aten::miopen_batch_norm": (("running_mean", "running_var"), "training"),
-    "aten::instance_norm": (("running_mean", "running_var"), "use_input_stats"),
+# Ops that update running_mean and running_var although their schemas deny it, and the flag that makes them.
+_SILENT_WRITERS = {
+    "aten::batch_norm": "training",
+    "aten::native_batch_norm": "training",
+    "aten::_batch_norm_impl_index": "training",
+    "aten::cudnn_batch_norm": "training",
+    "aten::miopen_batch_norm": "training",
+    "aten::instance_norm": "use_input_stats",
 }
-# Arguments that make an op of the random kind a plain one, with the values that do.
-_QUIET: tuple[tuple[str, tuple[Any, ...]], ...] = (
-    ("dropout_p", (0, 0.0)),
-    ("p", (0, 0.0)),
-    ("dropout", (0, 0.0)),
-    ("train", (False,)),
-    ("training", (False,)),
-)
+# Arguments that make an op of the random kind a plain one where they are zero or false.
+_QUIET = ("dropout_p", "p", "dropout", "train", "training")
 
 
 def target_name(target: Any) -> str:
@@ -45,8 +38,7 @@ def target_name(target: Any) -> str:
         return f"higher_order::{target}"
     module = getattr(target, "__module__", None) or type(target).__module__
     kind = type(target).__qualname__
-    name = getattr(target, "__qualname__", None) or getattr(target, "__name__", kind)
-    return f"{module}.{name}"
+    return f"{module}.{getattr(target, '__qualname__', None) or getattr(target, '__name__', kind)}"
 
 
 def matches(target: Any, wanted: str) -> bool:
@@ -55,16 +47,14 @@ def matches(target: Any, wanted: str) -> bool:
     ``ns::op`` means every overload, ``ns::op.overload`` one; a dot may stand for the colons.
     """
     name = target_name(target)
-    if name == wanted:
-        return True
-    if "::" not in name:
-        return False
-    namespace, _, op = name.partition("::")
+    namespace, colons, op = name.partition("::")
     base = op.split(".")[0]
-    return wanted in {f"{namespace}::{base}", f"{namespace}.{base}", f"{namespace}.{op}"}
+    return wanted == name or (
+        bool(colons) and wanted in (f"{namespace}::{base}", f"{namespace}.{base}", f"{namespace}.{op}")
+    )
 
 
-def ops_in(gm: torch.fx.GraphModule) -> list[str]:
+def ops_in(gm: GraphModule) -> list[str]:
     """Names of all ops that a graph calls, most frequent first."""
     counts = Counter(target_name(n.target) for n in gm.graph.nodes if n.op == "call_function")
     return [name for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
@@ -77,8 +67,7 @@ def arguments(node: Node) -> dict[str, Any]:
     schema = schema_of(node.target).arguments
     given = {a.name: a.default_value for a in schema if a.has_default_value()}
     given.update(zip((a.name for a in schema), node.args, strict=False))
-    given.update(node.kwargs)
-    return given
+    return given | node.kwargs
 
 
 def written(node: Node) -> Iterator[Node]:
@@ -87,11 +76,10 @@ def written(node: Node) -> Iterator[Node]:
         return
     schema = schema_of(node.target)
     given = arguments(node)
-    names, flag = _SILENT_WRITERS.get(schema.name, ((), ""))
-    if not given.get(flag, True):
-        names = ()
-    if schema.is_mutable:
-        names = tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+    names = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    flag = _SILENT_WRITERS.get(schema.name)
+    if flag is not None and given.get(flag, True):
+        names += ["running_mean", "running_var"]
     for name in names:
         value = given.get(name)
         for item in value if isinstance(value, (list, tuple)) else [value]:
@@ -101,19 +89,19 @@ def written(node: Node) -> Iterator[Node]:
 
 def mutates(graph: Graph) -> bool:
     """Whether any op of a graph, or of a graph below it, writes into its arguments."""
-    if any(next(written(node), None) is not None for node in graph.nodes):
-        return True
-    return any(mutates(below.graph) for node in graph.nodes for below in called(node))
+    return any(
+        next(written(node), None) is not None or any(mutates(below.graph) for below in called(node))
+        for node in graph.nodes
+    )
 
 
 def called(node: Node) -> Iterator[GraphModule]:
     """Graphs that a node calls, or passes to a higher-order op."""
     owner = node.graph.owning_module
-    if owner is None or node.op not in {"call_module", "get_attr"}:
-        return
-    value = attribute_of(owner, str(node.target))
-    if isinstance(value, GraphModule):
-        yield value
+    if owner is not None and node.op in {"call_module", "get_attr"}:
+        value = attribute_of(owner, str(node.target))
+        if isinstance(value, GraphModule):
+            yield value
 
 
 def attribute_of(root: torch.nn.Module, path: str) -> Any:
@@ -130,10 +118,7 @@ def is_random(node: Node) -> bool:
         return any(is_random(inner) for below in called(node) for inner in below.graph.nodes)
     given = arguments(node)
     # A comparison of types too: p may be a node.
-    return not any(
-        name in given and type(given[name]) in (bool, int, float) and given[name] in values
-        for name, values in _QUIET
-    )
+    return not any(type(given.get(name)) in (bool, int, float) and not given[name] for name in _QUIET)
 
 
 def alias_hazards(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:
@@ -150,19 +135,17 @@ def alias_hazards(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:
     Returns:
         Names of the pieces that must keep eager's aliasing.
     """
-    groups: dict[int, set[Node]] = defaultdict(set)
+    groups: dict[int | None, set[Node]] = defaultdict(set)
     for node in split_gm.graph.nodes:
-        storage = _storage(node)
-        if storage is not None:
-            groups[storage].add(node)
-    shared = {storage for storage in _written(split_gm.graph) if len(groups.get(storage, ())) > 1}
+        groups[_storage(node)].add(node)
+    shared = {storage for storage in _written(split_gm.graph) if len(groups[storage]) > 1}
     hazards = set()
     for node in split_gm.graph.nodes:
         if node.op != "call_module" or node.target not in pieces:
             continue
-        outputs = [user for user in node.users if _storage(user) in shared]
         inputs = Counter(_storage(source) for source in node.all_input_nodes)
-        if outputs or any(storage in shared and count > 1 for storage, count in inputs.items()):
+        returns_shared = any(_storage(user) in shared for user in node.users)
+        if returns_shared or any(storage in shared and count > 1 for storage, count in inputs.items()):
             hazards.add(str(node.target))
     return hazards
 
@@ -181,14 +164,11 @@ def _storage(node: Node) -> int | None:
     return None
 
 
-def _written(graph: Graph) -> set[int]:
+def _written(graph: Graph) -> set[int | None]:
     """Storages that ops of a graph, or of a graph below it, write to."""
-    found = set()
+    found: set[int | None] = set()
     for node in graph.nodes:
-        for target in written(node):
-            storage = _storage(target)
-            if storage is not None:
-                found.add(storage)
+        found.update(map(_storage, written(node)))
         for below in called(node):
             found |= _written(below.graph)
-    return found
+    return found - {None}

@@ -8,9 +8,9 @@ before torch 2.13, may reorder, and lets symbolic sizes leave a piece, which AOT
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -60,9 +60,7 @@ def split_graph(
     """
     if missing == "error":
         check_splitting_ops(gm, splitting_ops)
-    partitions = _assign(gm, splitting_ops)
-    _mark_outputs(partitions, gm)
-    return _Stitcher(gm, partitions).build()
+    return _Stitcher(gm).build(splitting_ops)
 
 
 def check_splitting_ops(gm: GraphModule, splitting_ops: Sequence[str]) -> None:
@@ -85,11 +83,20 @@ def check_splitting_ops(gm: GraphModule, splitting_ops: Sequence[str]) -> None:
 
 @dataclass(slots=True)
 class _Partition:
-    """Nodes that become one submodule."""
+    """Nodes that become one submodule, and those of them that others use."""
 
     splitting: bool
-    nodes: list[Node] = field(default_factory=list)
+    nodes: dict[Node, None] = field(default_factory=dict)
     outputs: dict[Node, None] = field(default_factory=dict)
+
+    def leave(self, node: Node) -> None:
+        """Return a value; for a symbolic size the tensors that it is read from: it is read again outside."""
+        if not _is_symbolic(node):
+            self.outputs[node] = None
+            return
+        for source in node.all_input_nodes:
+            if source in self.nodes:
+                self.leave(source)
 
 
 def submodule(gm: GraphModule, name: str) -> GraphModule:
@@ -115,93 +122,62 @@ def _is_symbolic(node: Node) -> bool:
     return node.op == "call_function" and isinstance(node.meta.get("val"), SYMBOLIC)
 
 
-def _assign(gm: GraphModule, splitting_ops: Sequence[str]) -> list[_Partition]:
-    """Cut the node list where splitting ops begin and end."""
+def _partitions(gm: GraphModule, splitting_ops: Sequence[str]) -> tuple[list[_Partition], dict[Node, int]]:
+    """Cut the node list where splitting ops begin and end; gives each node's partition by number too."""
     partitions: list[_Partition] = []
-    home: dict[Node, _Partition] = {}
+    home: dict[Node, int] = {}
     for node in gm.graph.nodes:
+        inputs = node.all_input_nodes
         if node.op in {"placeholder", "output", "get_attr"}:
             continue
-        if _is_symbolic(node) and not any(source in home for source in node.all_input_nodes):
+        if _is_symbolic(node) and not any(source in home for source in inputs):
             continue
-        splitting = node.op == "call_function" and any(
-            matches(node.target, wanted) for wanted in splitting_ops
-        )
-        if node.target is operator.getitem and node.args[0] in home and len(node.all_input_nodes) == 1:
-            partition = home[node.args[0]]
-        else:
-            if not partitions or partitions[-1].splitting != splitting:
-                partitions.append(_Partition(splitting))
-            partition = partitions[-1]
-        partition.nodes.append(node)
-        home[node] = partition
-    return partitions
-
-
-def _mark_outputs(partitions: list[_Partition], gm: GraphModule) -> None:
-    """Find what each partition must return.
-
-    A symbolic size is not returned: the tensor that it is read from is, and it is read again
-    outside.
-    """
-
-    def leave(node: Node, partition: _Partition, inside: set[Node]) -> None:
-        if _is_symbolic(node):
-            for source in node.all_input_nodes:
-                if source in inside:
-                    leave(source, partition, inside)
-        else:
-            partition.outputs[node] = None
-
+        splitting = node.op == "call_function" and any(matches(node.target, op) for op in splitting_ops)
+        # An item lies with the result that it is taken from.
+        is_item = node.target is operator.getitem and len(inputs) == 1 and node.args[0] in home
+        if not is_item and (not partitions or partitions[-1].splitting != splitting):
+            partitions.append(_Partition(splitting))
+        home[node] = home[node.args[0]] if is_item else len(partitions) - 1
+        partitions[home[node]].nodes[node] = None
     for partition in partitions:
-        inside = set(partition.nodes)
         for node in partition.nodes:
-            if any(user not in inside for user in node.users):
-                leave(node, partition, inside)
+            if any(user not in partition.nodes for user in node.users):
+                partition.leave(node)
+    return partitions, home
 
 
 class _Stitcher:
     """Builds the stitching graph; lives for one split."""
 
-    def __init__(self, gm: GraphModule, partitions: list[_Partition]) -> None:
+    def __init__(self, gm: GraphModule) -> None:
         self._gm = gm
-        self._partitions = partitions
         self._graph = Graph()
         self._root = torch.nn.Module()
         self._values: dict[Node, Node] = {}
-        self._home = {node: index for index, p in enumerate(partitions) for node in p.nodes}
 
-    def build(self) -> tuple[GraphModule, list[SplitItem]]:
-        output = None
+    def build(self, splitting_ops: Sequence[str]) -> tuple[GraphModule, list[SplitItem]]:
+        partitions, home = _partitions(self._gm, splitting_ops)
         done: set[int] = set()
         for node in self._gm.graph.nodes:
-            if node.op == "placeholder":
-                self._copy(node)
-            elif node.op == "output":
-                output = node
-            elif node in self._home:
-                index = self._home[node]
-                if index not in done:
-                    done.add(index)
-                    self._call(index)
-            elif node.op != "get_attr":
-                self._copy(node)
-        if output is None:
+            if node not in home:
+                if node.op != "get_attr":
+                    self._copy(node)
+            elif home[node] not in done:
+                done.add(home[node])
+                self._call(partitions[home[node]], f"submod_{home[node]}")
+        if not any(node.op == "output" for node in self._graph.nodes):
             raise SplitError("the graph has no output node; nothing can be built from it.")
-        self._copy(output)
         drop_unused_sizes(self._graph)
         split = GraphModule(self._root, self._graph, class_name="Stitching")
         split.meta.update(self._gm.meta)
-        items = [
-            SplitItem(f"submod_{i}", i, p.splitting, submodule(split, f"submod_{i}"))
-            for i, p in enumerate(self._partitions)
+        names = [f"submod_{index}" for index in range(len(partitions))]
+        return split, [
+            SplitItem(name, index, partitions[index].splitting, submodule(split, name))
+            for index, name in enumerate(names)
         ]
-        return split, items
 
-    def _copy(self, node: Node) -> Node:
-        copied = self._graph.node_copy(node, self._value)
-        self._values[node] = copied
-        return copied
+    def _copy(self, node: Node) -> None:
+        self._values[node] = self._graph.node_copy(node, self._value)
 
     def _value(self, node: Node) -> Node:
         """The stitching graph's node for one of the original graph."""
@@ -213,13 +189,11 @@ class _Stitcher:
             self._copy(node)
         return self._values[node]
 
-    def _call(self, index: int) -> None:
+    def _call(self, partition: _Partition, name: str) -> None:
         """Build one submodule and call it."""
-        partition = self._partitions[index]
         piece, inputs = _submodule(self._gm, partition)
-        name = f"submod_{index}"
         self._root.add_module(name, piece)
-        call = self._graph.call_module(name, tuple(self._value(node) for node in inputs))
+        call = self._graph.call_module(name, tuple(map(self._value, inputs)))
         call.meta["val"] = tuple(node.meta.get("val") for node in partition.outputs)
         for position, node in enumerate(partition.outputs):
             taken = self._graph.create_node(
@@ -232,9 +206,10 @@ class _Stitcher:
 def _submodule(gm: GraphModule, partition: _Partition) -> tuple[GraphModule, list[Node]]:
     """One partition as a graph module, and the nodes that it takes as inputs."""
     root, graph = torch.nn.Module(), Graph()
-    inside = set(partition.nodes)
     values: dict[Node, Node] = {}
-    inputs = list(_inputs(partition, inside))
+    # Outside nodes in order of first use: the order that makes equal pieces look equal.
+    outside = [s for node in partition.nodes for s in node.all_input_nodes if s not in partition.nodes]
+    inputs = [source for source in dict.fromkeys(outside) if source.op != "get_attr"]
     for node in inputs:
         values[node] = graph.placeholder(node.name)
         values[node].meta = dict(node.meta)
@@ -250,29 +225,22 @@ def _submodule(gm: GraphModule, partition: _Partition) -> tuple[GraphModule, lis
     return GraphModule(root, graph, class_name="Piece"), inputs
 
 
-def _inputs(partition: _Partition, inside: set[Node]) -> Iterator[Node]:
-    """Outside nodes in order of first use: the order that makes equal pieces look equal."""
-    seen: set[Node] = set()
-    for node in partition.nodes:
-        for source in node.all_input_nodes:
-            if source not in inside and source not in seen and source.op != "get_attr":
-                seen.add(source)
-                yield source
-
-
 def _copy_attribute(gm: GraphModule, root: torch.nn.Module, path: str) -> None:
     """Make ``root.<path>`` what ``gm.<path>`` is, keeping parameters and buffers as such."""
-    *parents, name = path.split(".")
-    source, target = gm, root
-    for part in parents:
-        source = getattr(source, part)
-        if not hasattr(target, part):
-            target.add_module(part, torch.nn.Module())
-        target = getattr(target, part)
+    owner, _, name = path.rpartition(".")
+    source = gm.get_submodule(owner)
     value = getattr(source, name)
-    if isinstance(value, torch.nn.Module):
-        target.add_module(name, value)
-    elif isinstance(value, torch.Tensor) and name in source._buffers:
-        target.register_buffer(name, value)
+    place_attribute(root, path, value, is_buffer=isinstance(value, torch.Tensor) and name in source._buffers)
+
+
+def place_attribute(root: torch.nn.Module, path: str, value: Any, *, is_buffer: bool) -> None:
+    """Set what stands under a dotted path, making the modules on the way."""
+    *parents, name = path.split(".")
+    for part in parents:
+        if part not in root._modules:
+            root.add_module(part, torch.nn.Module())
+        root = root.get_submodule(part)
+    if is_buffer:
+        root.register_buffer(name, value)
     else:
-        setattr(target, name, value)
+        setattr(root, name, value)

@@ -13,15 +13,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from stitchcache.errors import SplitError
 from stitchcache.graph import symbols
-from stitchcache.graph.split import drop_unused_sizes, submodule
+from stitchcache.graph.split import drop_unused_sizes, place_attribute, submodule
 from stitchcache.torchside.ops import known_range
 from stitchcache.torchside.tensors import fake_mode_of
 from stitchcache.types import BOUND
@@ -42,38 +42,30 @@ def bind_placeholders(
         Attribute path to qualified name, for the placeholders that are used.
     """
     attributes: dict[str, str] = {}
-    for node in list(split_gm.graph.nodes):
-        if node.op != "placeholder" or node.name not in tensors:
+    graph = split_gm.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    # fx wants placeholders before everything else.
+    first = next((node for node in graph.nodes if node.op != "placeholder"), None)
+    for node in placeholders:
+        if node.name not in tensors:
             continue
         if node.users:
             name, tensor = tensors[node.name]
             path = f"{BOUND}.{name}"
-            _register(split_gm, path, tensor)
-            with split_gm.graph.inserting_before(node):
-                attribute = split_gm.graph.get_attr(path)
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            place_attribute(split_gm, path, tensor, is_buffer=not is_parameter)
+            with graph.inserting_before(first):
+                attribute = graph.get_attr(path)
             attribute.meta = dict(node.meta)
             node.replace_all_uses_with(attribute)
             attributes[path] = name
-        split_gm.graph.erase_node(node)
-    # fx wants placeholders before everything else.
-    first = next((node for node in split_gm.graph.nodes if node.op != "placeholder"), None)
-    for node in list(split_gm.graph.nodes):
-        if node.op == "placeholder" and first is not None:
-            first.prepend(node)
+        graph.erase_node(node)
     split_gm.recompile()
     return attributes
 
 
 def drop_placeholders(split_gm: GraphModule, names: list[str]) -> list[str]:
-    """Remove placeholders that nothing uses.
-
-    Args:
-        split_gm: A split graph; changed in place.
-        names: Placeholders that may go.
-
-    Returns:
-        Those that could not go because something uses them.
-    """
+    """Remove those of these placeholders that nothing uses; gives the others."""
     kept = []
     for node in list(split_gm.graph.nodes):
         if node.op == "placeholder" and node.name in names:
@@ -83,18 +75,6 @@ def drop_placeholders(split_gm: GraphModule, names: list[str]) -> list[str]:
                 split_gm.graph.erase_node(node)
     split_gm.recompile()
     return kept
-
-
-def _register(root: torch.nn.Module, path: str, tensor: torch.Tensor) -> None:
-    *parents, name = path.split(".")
-    for part in parents:
-        if part not in root._modules:
-            root.add_module(part, torch.nn.Module())
-        root = root.get_submodule(part)
-    if isinstance(tensor, torch.nn.Parameter):
-        root.register_parameter(name, tensor)
-    else:
-        root.register_buffer(name, tensor)
 
 
 def lower_sizes(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:
@@ -112,92 +92,73 @@ def lower_sizes(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:
     for call in list(split_gm.graph.nodes):
         if call.op == "call_module" and call.target in pieces:
             piece = submodule(split_gm, str(call.target))
-            if _can_lower(piece):
-                _lower_call(split_gm, call, piece)
-            else:
+            placeholders = [node for node in piece.graph.nodes if node.op == "placeholder"]
+            sizes = [node for node in placeholders if isinstance(node.meta.get("val"), symbols.SYMBOLIC)]
+            if not all(_can_lower(node, placeholders) for node in sizes):
                 left.add(str(call.target))
+            elif sizes:
+                _lower_call(split_gm, call, piece, sizes)
     drop_unused_sizes(split_gm.graph)
     split_gm.recompile()
     return left
 
 
-def _can_lower(piece: GraphModule) -> bool:
-    placeholders = [node for node in piece.graph.nodes if node.op == "placeholder"]
-    for node in placeholders:
-        value: Any = node.meta.get("val")
-        if not isinstance(value, symbols.SYMBOLIC) or not node.users:
-            continue
-        if not isinstance(value, torch.SymInt):
-            return False
-        if _find_dimension(placeholders, value) is None:
-            low = known_range(value)[0]
-            # Making the carrier guards an unbounded number against falling below zero.
-            if (symbols.finite(low) or 0) < 0 or (symbols.example_of(value) or 0) < 0:
-                return False
-    return True
+def _can_lower(node: Node, placeholders: list[Node]) -> bool:
+    size = node.meta["val"]
+    if not node.users:
+        return True
+    if not isinstance(size, torch.SymInt) or _find_dimension(placeholders, size) is not None:
+        return isinstance(size, torch.SymInt)
+    # Making the carrier guards an unbounded number against falling below zero.
+    return (symbols.finite(known_range(size)[0]) or 0) >= 0 and (symbols.example_of(size) or 0) >= 0
 
 
-def _lower_call(split_gm: GraphModule, call: Node, piece: GraphModule) -> None:
+def _lower_call(split_gm: GraphModule, call: Node, piece: GraphModule, sizes: list[Node]) -> None:
     placeholders = [node for node in piece.graph.nodes if node.op == "placeholder"]
-    arguments = list(call.args)
-    values = [node.meta.get("val") for node in placeholders]
-    symbolic = [index for index, value in enumerate(values) if isinstance(value, symbols.SYMBOLIC)]
-    if not symbolic:
-        return
-    for index in symbolic:
-        placeholder = placeholders[index]
+    arguments = dict(zip(placeholders, call.args, strict=True))
+    for placeholder in sizes:
+        value = placeholder.meta["val"]
         if not placeholder.users:
             continue
-        source = _find_dimension(placeholders, values[index])
+        source = _find_dimension(arguments, value)
         if source is None:
-            carrier = _carrier(split_gm, call, arguments[index], values[index])
-            with piece.graph.inserting_after(placeholders[-1]):
+            carrier = _carrier(split_gm, call, arguments[placeholder], value)
+            with piece.graph.inserting_after(next(reversed(arguments))):
                 added = piece.graph.placeholder(carrier.name)
             added.meta = dict(carrier.meta)
-            placeholders.append(added)
-            arguments.append(carrier)
-            source = (added, _dimension_of(added, values[index]) or 0)
-        with piece.graph.inserting_after(placeholders[-1]):
+            arguments[added] = carrier
+            source = _find_dimension([added], value)
+        with piece.graph.inserting_after(next(reversed(arguments))):
             size = piece.graph.call_function(torch.ops.aten.sym_size.int, source)
-        size.meta["val"] = values[index]
+        size.meta["val"] = value
         placeholder.replace_all_uses_with(size)
-    for index in reversed(symbolic):
-        piece.graph.erase_node(placeholders[index])
-        del arguments[index]
-    call.args = tuple(arguments)
+    for placeholder in sizes:
+        piece.graph.erase_node(placeholder)
+        del arguments[placeholder]
+    call.args = tuple(arguments.values())
     piece.recompile()
 
 
-def _dimension_of(node: Node, size: Any) -> int | None:
-    """Which dimension of a tensor node has exactly this size."""
-    value = node.meta.get("val")
-    if isinstance(value, torch.Tensor):
-        wanted = symbols.expression(size)
-        sizes: list[Any] = list(value.shape)
+def _find_dimension(nodes: Iterable[Node], size: Any) -> tuple[Node, int] | None:
+    """The first tensor that has exactly this size as a dimension, and which one that is."""
+    wanted = symbols.expression(size)
+    for node in nodes:
+        value = node.meta.get("val")
+        sizes: list[Any] = list(value.shape) if isinstance(value, torch.Tensor) else []
         for dim, actual in enumerate(sizes):
             if isinstance(actual, torch.SymInt) and symbols.expression(actual) == wanted:
-                return dim
-    return None
-
-
-def _find_dimension(nodes: list[Node], size: Any) -> tuple[Node, int] | None:
-    for node in nodes:
-        dim = _dimension_of(node, size)
-        if dim is not None:
-            return node, dim
+                return node, dim
     return None
 
 
 def _carrier(split_gm: GraphModule, call: Node, size: Any, value: Any) -> Node:
     """A tensor of the stitching graph that has a size as a dimension; one is made if there is none."""
-    for node in split_gm.graph.nodes:
-        if node is call:
-            break
-        if _dimension_of(node, value) is not None:
-            found: Node = node
-            return found
+    nodes = list(split_gm.graph.nodes)
+    found = _find_dimension(nodes[: nodes.index(call)], value)
+    if found is not None:
+        return found[0]
     # There is one: the size is a symbol of a traced graph.
-    fake_mode = fake_mode_of(node.meta.get("val") for node in split_gm.graph.nodes)
+    fake_mode = fake_mode_of(node.meta.get("val") for node in nodes)
     if fake_mode is None:
         raise SplitError("a graph with symbolic sizes has no fake tensors.")
     with split_gm.graph.inserting_before(call):
@@ -229,7 +190,9 @@ def pin_strides(
     relied_on = {*pieces, *passive}
     for node in list(split_gm.graph.nodes):
         value = node.meta.get("val")
-        maker = _maker(node)
+        source = node.args[0] if node.args else None
+        # The submodule whose result, or an item of whose result, the node is.
+        maker = source.target if isinstance(source, Node) and source.op == "call_module" else None
         own = maker in uncompiled
         # Placeholders and tensors of the model are checked on calls; what is empty is made as promised.
         foreign = node.op not in {"placeholder", "get_attr"} and node.target is not _EMPTY
@@ -239,7 +202,7 @@ def pin_strides(
         if relies and value.layout == torch.strided:
             order = dense_order(value)
             if order is not None:
-                _pin(split_gm, node, value, order)
+                _pin(split_gm.graph, node, value, order)
             elif not own:
                 # A view with gaps of an uncompiled piece has the strides of a view; nobody else's need have.
                 raise SplitError(
@@ -250,40 +213,24 @@ def pin_strides(
     split_gm.recompile()
 
 
-def _maker(node: Node) -> str | None:
-    """The submodule whose result, or an item of whose result, a node is; ``None`` if it is none."""
-    source = node.args[0] if node.args else None
-    return str(source.target) if isinstance(source, Node) and source.op == "call_module" else None
-
-
-def _pin(split_gm: GraphModule, node: Node, value: torch.Tensor, order: list[int]) -> None:
-    graph = split_gm.graph
+def _pin(graph: Graph, node: Node, value: torch.Tensor, order: list[int]) -> None:
+    """Let all users of a value take it in the promised order of dimensions."""
     users = list(node.users)
-    identity = list(range(len(order)))
-    with graph.inserting_after(node):
-        if order == identity:
-            pinned = graph.call_method("contiguous", (node,))
-            pinned.meta["val"] = value
-        else:
-            permuted = graph.call_method("permute", (node, *order))
-            permuted.meta["val"] = value.permute(*order)
-            with graph.inserting_after(permuted):
-                dense = graph.call_method("contiguous", (permuted,))
-                dense.meta["val"] = permuted.meta["val"]
-            with graph.inserting_after(dense):
-                back = [order.index(dim) for dim in identity]
-                pinned = graph.call_method("permute", (dense, *back))
-                pinned.meta["val"] = value
+    back = [order.index(dim) for dim in range(len(order))]
+    # contiguous() goes by the order of dimensions, so they are permuted there and back for another one.
+    steps = [("permute", order), ("contiguous", []), ("permute", back)]
+    pinned = node
+    for method, dims in steps if order != sorted(order) else steps[1:2]:
+        with graph.inserting_after(pinned):
+            pinned = graph.call_method(method, (pinned, *dims))
+        value = value.permute(*dims) if dims else value
+        pinned.meta["val"] = value
     for user in users:
         user.replace_input_with(node, pinned)
 
 
 def dense_order(value: torch.Tensor) -> list[int] | None:
-    """The order of dimensions in which a tensor is contiguous; ``None`` if there is none.
-
-    Args:
-        value: A tensor with static or symbolic sizes.
-    """
+    """The order of dimensions in which a tensor (of static or symbolic sizes) is contiguous, if any."""
     shape = [symbols.expression(size) for size in value.shape]
     stride = [symbols.expression(size) for size in value.stride()]
     remaining = [dim for dim in range(len(shape)) if shape[dim] != 1]

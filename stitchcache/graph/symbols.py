@@ -7,8 +7,8 @@ expression is rebuilt over those names before it is printed, because sympy order
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from itertools import permutations
 from typing import Any
 
@@ -16,21 +16,19 @@ import sympy
 import torch
 
 from stitchcache.errors import SplitError
+from stitchcache.torchside import ops
 from stitchcache.torchside.ops import SYMBOLIC as SYMBOLIC
-from stitchcache.torchside.ops import (
-    CleanDiv,
-    FloorDiv,
-    IntInfinity,
-    Mod,
-    PythonMod,
-    asserted_facts,
-    assumed_range,
-    environment_of,
-    guarded_facts,
-)
 from stitchcache.torchside.ops import example_of as example_of
 from stitchcache.torchside.ops import expression as expression
-from stitchcache.torchside.ops import without_guards as _without_guards
+
+# Expressions with more new symbols than this are rare, and a bad order can only cost a miss.
+_MOST_NEW = 4
+# How our call checks write what sympy has classes for.
+_JOINTS: dict[type, str] = {
+    sympy.Add: " + ", sympy.Mul: " * ", ops.FloorDiv: " // ", ops.CleanDiv: " // ", ops.Mod: " % ",
+    ops.PythonMod: " % ", sympy.Mod: " % ", sympy.And: " and ", sympy.Or: " or ", sympy.Eq: " == ",
+    sympy.Ne: " != ", sympy.Ge: " >= ", sympy.Gt: " > ", sympy.Le: " <= ", sympy.Lt: " < ",
+}  # fmt: skip
 
 
 def solve(pairs: Iterable[tuple[Any, Any]]) -> dict[sympy.Symbol, int]:
@@ -64,18 +62,16 @@ def shape_environment(graph: torch.fx.Graph) -> Any | None:
     for node in graph.nodes:
         value = value_of(node)
         for item in value if isinstance(value, (list, tuple)) else [value]:
-            sizes: tuple[Any, ...] = (item,)
-            if isinstance(item, torch.Tensor):
-                sizes = (*item.shape, *stride_of(item))
+            sizes = (*item.shape, *stride_of(item)) if isinstance(item, torch.Tensor) else (item,)
             for size in sizes:
                 if isinstance(size, SYMBOLIC):
-                    return environment_of(size)
+                    return ops.environment_of(size)
     return None
 
 
 def value_of(node: torch.fx.Node) -> Any:
     """The fake value of a node, under either of the names that torch gives it."""
-    return node.meta["val"] if "val" in node.meta else node.meta.get("example_value")
+    return node.meta.get("val", node.meta.get("example_value"))
 
 
 def stride_of(value: torch.Tensor) -> tuple[Any, ...]:
@@ -83,23 +79,9 @@ def stride_of(value: torch.Tensor) -> tuple[Any, ...]:
     return tuple(value.stride()) if value.layout == torch.strided else ()
 
 
-@contextlib.contextmanager
-def without_guards(graph: torch.fx.Graph) -> Iterator[None]:
+def without_guards(graph: torch.fx.Graph) -> AbstractContextManager[None]:
     """Let nobody add assumptions about a graph's sizes: the process that only loads would not make them."""
-    with _without_guards(shape_environment(graph)):
-        yield
-
-
-# Expressions with more new symbols than this are rare, and a bad order can only cost a miss.
-_MOST_NEW = 4
-
-
-def _named(name: str, like: sympy.Symbol) -> sympy.Symbol:
-    """A symbol with another's assumptions: weaker or stronger ones would simplify differently."""
-    assumed = {
-        fact: True for fact in ("integer", "real", "positive", "nonnegative") if getattr(like, f"is_{fact}")
-    }
-    return sympy.Symbol(name, **assumed)
+    return ops.without_guards(shape_environment(graph))
 
 
 def structure(expr: sympy.Basic) -> str:
@@ -138,7 +120,10 @@ class SymbolNames:
     def _with(self, new: Iterable[sympy.Symbol]) -> dict[sympy.Symbol, sympy.Symbol]:
         names = dict(self._canonical)
         for symbol in new:
-            names[symbol] = _named(f"s{len(names)}", symbol)
+            # With the same assumptions: weaker or stronger ones would simplify differently.
+            facts = ("integer", "real", "positive", "nonnegative")
+            assumed = {fact: True for fact in facts if getattr(symbol, f"is_{fact}")}
+            names[symbol] = sympy.Symbol(f"s{len(names)}", **assumed)
         return names
 
     def size(self, value: int | torch.SymInt) -> int | str:
@@ -157,15 +142,11 @@ def text(expr: Any) -> str:
     """
     if expr.is_Integer or expr.is_Symbol:
         return str(expr)
-    if isinstance(expr, (FloorDiv, CleanDiv)):
-        return f"({text(expr.args[0])} // {text(expr.args[1])})"
-    if isinstance(expr, (Mod, PythonMod, sympy.Mod)):
-        return f"({text(expr.args[0])} % {text(expr.args[1])})"
     if isinstance(expr, sympy.Pow) and expr.args[1].is_Integer and int(expr.args[1]) > 0:
         return f"({text(expr.args[0])} ** {text(expr.args[1])})"
     if isinstance(expr, sympy.Not):
         return f"(not {text(expr.args[0])})"
-    joint = next((joint for kind, joint in _JOINTS if isinstance(expr, kind)), None)
+    joint = next((joint for kind, joint in _JOINTS.items() if isinstance(expr, kind)), None)
     if joint is not None:
         return "(" + joint.join(text(arg) for arg in expr.args) + ")"
     name = type(expr).__name__
@@ -179,51 +160,23 @@ def text(expr: Any) -> str:
     )
 
 
-_JOINTS: tuple[tuple[type, str], ...] = (
-    (sympy.Add, " + "),
-    (sympy.Mul, " * "),
-    (sympy.And, " and "),
-    (sympy.Or, " or "),
-    (sympy.Eq, " == "),
-    (sympy.Ne, " != "),
-    (sympy.Ge, " >= "),
-    (sympy.Gt, " > "),
-    (sympy.Le, " <= "),
-    (sympy.Lt, " < "),
-)
-
-
 def bounds(shape_env: Any, symbol: sympy.Symbol) -> tuple[int | None, int | None]:
     """Smallest and largest value that the capture assumed for a symbol; ``None`` is unbounded."""
-    found = assumed_range(shape_env, symbol)
+    found = ops.assumed_range(shape_env, symbol)
     return (None, None) if found is None else (finite(found[0]), finite(found[1]))
 
 
 def finite(bound: sympy.Basic | int) -> int | None:
     """An int, or ``None`` for any of the infinities that torch uses."""
-    if isinstance(bound, IntInfinity) or not sympy.sympify(bound).is_Integer:
+    if isinstance(bound, ops.IntInfinity) or not sympy.sympify(bound).is_Integer:
         return None
     return int(bound) if abs(int(bound)) < 2**62 else None
 
 
-def guards(shape_env: Any, names: SymbolNames, *, only_known: bool = False) -> list[str]:
-    """Relations between sizes that the capture relied on, canonical and sorted.
-
-    Args:
-        shape_env: torch's ``ShapeEnv``.
-        names: Names to print with.
-        only_known: Leave out relations over symbols that ``names`` has not met: they cannot
-            concern the graph at hand.
-
-    Returns:
-        Python expressions that must hold; relations that hold by themselves are left out.
-    """
-    found = set()
-    for expr in guarded_facts(shape_env):
-        if not expr.free_symbols or (only_known and not all(s in names for s in expr.free_symbols)):
-            continue
-        found.add(text(names.rename(expr)))
-    return sorted(found)
+def guards(shape_env: Any, names: SymbolNames) -> list[str]:
+    """Relations between sizes met so far that the capture relied on, as Python expressions, sorted."""
+    facts = _about(names, ops.guarded_facts(shape_env))
+    return sorted({text(fact) for fact in facts})
 
 
 def relations(shape_env: Any, names: SymbolNames) -> list[str]:
@@ -232,9 +185,11 @@ def relations(shape_env: Any, names: SymbolNames) -> list[str]:
     More than :func:`guards`: also what it asserts of sizes that data decides. A compiler may use any
     of it, so it belongs in a hash; not all of it can be checked on a call.
     """
-    facts = guarded_facts(shape_env) + asserted_facts(shape_env)
-    return [
-        structure(names.rename(fact))
-        for fact in facts
-        if fact.free_symbols and all(symbol in names for symbol in fact.free_symbols)
-    ]
+    facts = ops.guarded_facts(shape_env) + ops.asserted_facts(shape_env)
+    return [structure(fact) for fact in _about(names, facts)]
+
+
+def _about(names: SymbolNames, facts: Iterable[Any]) -> Iterator[Any]:
+    for fact in facts:
+        if fact.free_symbols and all(symbol in names for symbol in fact.free_symbols):
+            yield names.rename(fact)
