@@ -7,44 +7,36 @@ written, and the caller goes on without having stored anything.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from stitchcache.artifact.entry import EntryCodec, decode, decode_named, decode_piece, decode_target
+from stitchcache.artifact.entry import decode, decode_named, decode_piece, decode_target
 from stitchcache.errors import (
     AmbiguousPrefixError,
     EntryFormatError,
     FutureFormatError,
     GraphHashError,
+    StoreError,
     StoreWriteError,
     UntrustedEntryError,
 )
-from stitchcache.store.files import close_quietly, words
-from stitchcache.store.layout import (
-    LEGACY_SUFFIXES,
-    MAX_ENTRY,
-    MAX_LEGACY,
-    MAX_RECORD,
-    Area,
-    check_key,
-    keyed_path,
-)
-from stitchcache.store.locks import hold_shared
-from stitchcache.store.root import Root
-from stitchcache.store.store import Store
+from stitchcache.store.files import close_quietly, hold_shared, words
+from stitchcache.store.layout import CAP, LEGACY_SUFFIXES, Area, check_key, keyed_path
+from stitchcache.store.store import Store, log
 from stitchcache.types import BlobRef, TargetRecord, is_digest
 
 if TYPE_CHECKING:
     from stitchcache.artifact.entry import Header, PieceRecord
+    from stitchcache.store.evict import PrunePlan, PruneResult
+    from stitchcache.store.upkeep import CacheStats, Item, VerifyReport
     from stitchcache.types import Artifact
 
 T = TypeVar("T")
 
+# Headers that a search for a label reads at most: some fifty microseconds each.
 _LOOKED_AT = 256
-"""Headers that a search for a label reads at most: some fifty microseconds each."""
 
 
 class Cache(Store):
@@ -67,8 +59,6 @@ class Cache(Store):
         OptionError: An environment variable makes no sense.
     """
 
-    codec = EntryCodec()
-
     # -- entries ---------------------------------------------------------------------------------
 
     def get(self, graph_hash: str) -> Artifact | None:
@@ -84,11 +74,7 @@ class Cache(Store):
         Raises:
             UntrustedEntryError: There is an entry, but others can write it.
         """
-        check_key(graph_hash)
-        return self._layers.first(
-            lambda root: _entry_files(root, graph_hash),
-            lambda data, path: decode_named(data, graph_hash, path),
-        )
+        return self._first(Area.ENTRIES, graph_hash, decode_named)
 
     def put(self, artifact: Artifact) -> str:
         """Store an artifact whose blobs are stored.
@@ -101,61 +87,51 @@ class Cache(Store):
                 newer stitchcache's entry has the name.
             EntryFormatError: A value in it has no form in the format.
         """
-        # What only writing needs is imported where it is done: a warm start does none.
         from stitchcache.artifact.entry import encode
-        from stitchcache.store.publish import publish
 
-        key = check_key(artifact.graph_hash)
+        key, blobs = check_key(artifact.graph_hash), artifact.blobs
         data = encode(artifact)
         # What is written can be read: a mistyped field is the writer's error, not the next process's.
         decode(data)
         path = keyed_path(self._top.path, Area.ENTRIES, key)
+        places = {blob: keyed_path(self._top.path, Area.BLOBS, blob.digest) for blob in blobs}
         with self._top.writing(path):
-            for blob in artifact.blobs:
-                if not self._layers.hold(blob.digest, blob.size):
-                    raise _missing(self._top.path, blob)
-            replaced: tuple[BlobRef, ...] | None = self._replaced(path, data)
-            if replaced is not None:
-                publish(self._top, Area.ENTRIES, key, data)
+            for blob, place in places.items():
+                if not self._hold(blob):
+                    message = (
+                        f"{place}: the artifact names this blob of {blob.size} bytes, and it is not stored: "
+                        "put_blob() comes before put()"
+                    )
+                    raise StoreWriteError(message, path=place, reason="a blob is missing")
+            replaced = self._standing(Area.ENTRIES, key, decode_named)
+            self._top.publish(path, data)
             # Eviction that looked before this entry existed sees by the new times that it must look again.
-            for blob in artifact.blobs:
-                self._top.touch(keyed_path(self._top.path, Area.BLOBS, blob.digest))
+            for place in places.values():
+                self._top.touch(place)
             # What only the replaced entry named needs no grace period: it was not put by a worker just now.
-            for blob in set(replaced or ()).difference(artifact.blobs):
-                self._top.touch(keyed_path(self._top.path, Area.BLOBS, blob.digest), long_ago=True)
-        self._layers.holds.release(blob.digest for blob in artifact.blobs)
-        self._counters.add("put")
-        self._counters.add("put.bytes", len(data) + sum(blob.size for blob in artifact.blobs))
+            for blob in set(replaced.blobs if replaced else ()).difference(blobs):
+                self._top.touch(keyed_path(self._top.path, Area.BLOBS, blob.digest), 0)
+        self._top.holds.release(blob.digest for blob in blobs)
+        self.count("put")
+        self.count("put.bytes", len(data) + sum(blob.size for blob in blobs))
         self._keep_within_limits()
         self._counters.flush()
         return key
 
-    def _replaced(self, path: str, data: bytes) -> tuple[BlobRef, ...] | None:
-        """Blobs of the entry that a put will replace; ``None`` where it is there already.
+    def _standing(self, area: Area, key: str, decode: Callable[..., T]) -> T | None:
+        """What the top layer's file of a key holds; ``None`` where it is missing or damaged.
 
         Raises:
-            StoreWriteError: A newer stitchcache's entry has the name.
+            StoreWriteError: It is a newer stitchcache's; one directory may serve several versions.
         """
+        path = keyed_path(self._top.path, area, key)
         try:
-            found = self._top.read(path, MAX_ENTRY)
-            if found is None:
-                return ()
-            old = decode(found.data, path=path)
+            found = self._top.read(path, CAP[area])
+            return None if found is None else decode(found[0], key, path=path)
         except FutureFormatError as error:
             raise StoreWriteError(error.message, path=path, reason=error.reason) from error
         except EntryFormatError:
-            return ()
-        if found.data != data:
-            return old.blobs
-        self._top.touch(path)
-        # Its writer may not have come to this.
-        fd = self._files.open_read(path)
-        try:
-            self._top.sync(fd)
-        finally:
-            close_quietly(self._files, fd)
-        self._top.sync_dir(os.path.dirname(path))
-        return None
+            return None
 
     @contextmanager
     def hold(self, artifact: Artifact) -> Iterator[bool]:
@@ -168,18 +144,17 @@ class Cache(Store):
             Whether all its blobs are there. Where locks do not work, that is all that is known.
         """
         held: list[int] = []
+        entry = keyed_path(self._top.path, Area.ENTRIES, artifact.graph_hash)
+        paths: dict[str, BlobRef | None] = {entry: None}
+        paths |= {keyed_path(self._top.path, Area.BLOBS, blob.digest): blob for blob in artifact.blobs}
+        complete = True
         try:
-            complete = True
             try:
-                entry = hold_shared(
-                    self._files, keyed_path(self._top.path, Area.ENTRIES, artifact.graph_hash)
-                )
-                held += [] if entry is None else [entry]
-                for blob in artifact.blobs:
-                    fd = hold_shared(self._files, keyed_path(self._top.path, Area.BLOBS, blob.digest))
+                for path, blob in paths.items():
+                    fd = hold_shared(self._files, path)
                     if fd is not None:
                         held.append(fd)
-                    elif not self._reading.blob_beneath(blob.digest, blob.size):
+                    elif blob is not None and not any(root.has_blob(blob) for root in self._roots[1:]):
                         complete = False
             except OSError:
                 complete = False
@@ -198,7 +173,7 @@ class Cache(Store):
         wanted = prefix.lower()
         if not wanted or len(wanted) > 64 or not set(wanted) <= set("0123456789abcdef"):
             raise GraphHashError(f"{prefix!r} is no graph hash: 1 to 64 hex digits", prefix=prefix)
-        found = sorted({key for _, key, _ in self._layers.entry_paths(wanted)})
+        found = sorted({item.key for item in self._items(wanted)})
         if not found:
             raise GraphHashError(f"no entry in {self.root} begins with {prefix}", prefix=prefix)
         if len(found) > 1:
@@ -220,21 +195,12 @@ class Cache(Store):
         """
         if is_digest(name):
             return name
-        used: list[tuple[float, str, str]] = []
-        for _, key, path in self._layers.entry_paths():
-            try:
-                used.append((self._files.lstat(path).st_mtime, key, path))
-            except OSError:
-                continue
-        used.sort(reverse=True)
-        for _, key, path in used[:_LOOKED_AT]:
-            try:
-                header = self._header(path)
-            except (EntryFormatError, OSError):
-                continue
+        used = sorted(self._items(), key=lambda item: item.modified, reverse=True)
+        for item in used[:_LOOKED_AT]:
+            header = self._header(item, warn=False)
             if header is not None and header.label == name:
-                return key
-        return next((key for _, key, _ in used if key.startswith(name)), None)
+                return item.key
+        return next((item.key for item in used if item.key.startswith(name)), None)
 
     def entries(self) -> list[Header]:
         """Headers of all entries that can be read, older formats included, by layer.
@@ -242,26 +208,36 @@ class Cache(Store):
         A damaged one is left out, with one warning; :meth:`verify` reports them.
         """
         headers: dict[str, Header] = {}
-        for _, key, path in self._layers.entry_paths():
-            try:
-                header = self._header(path)
-            except EntryFormatError as error:
-                self._layers.warn(path, error.message)
-            except OSError as error:
-                self._layers.warn(path, f"{path}: cannot be read ({words(error)})")
-            else:
-                if header is not None:
-                    headers.setdefault(key, header)
+        for item in self._items():
+            header = self._header(item, warn=True)
+            if header is not None:
+                headers.setdefault(item.key, header)
         return list(headers.values())
 
-    def _header(self, path: str) -> Header | None:
-        from stitchcache.artifact.entry import decode_header
-        from stitchcache.store.scan import read_head
+    def _items(self, prefix: str = "") -> Iterator[Item]:
+        """Entries of all layers; a layer that cannot be listed has none, and is warned of."""
+        from stitchcache.store.upkeep import items
 
-        head = read_head(self._files, path, self._reading.codec)
-        return None if head is None else decode_header(*head, path=path)
+        for root in self._roots:
+            try:
+                yield from items(root, Area.ENTRIES, prefix)
+            except OSError as error:
+                self._warn(root.path, f"{root.path}: cannot be listed ({words(error)})")
 
-    # -- blobs, pieces, targets --------------------------------------------------------------------
+    def _header(self, item: Item, *, warn: bool) -> Header | None:
+        from stitchcache.store.upkeep import read_header
+
+        try:
+            return read_header(self._files, item.path)
+        except EntryFormatError as error:
+            message = error.message
+        except OSError as error:
+            message = f"{item.path}: cannot be read ({words(error)})"
+        if warn:
+            self._warn(item.path, message)
+        return None
+
+    # -- pieces, targets ---------------------------------------------------------------------------
 
     def get_target(self, key: str) -> tuple[TargetRecord, ...]:
         """What a target key leads to: one record for each configuration of what the key does not cover.
@@ -273,8 +249,7 @@ class Cache(Store):
             Newest first; none where nothing sound is known. The first one whose sources and globals are
             unchanged is the one that counts.
         """
-        found = self._record(Area.TARGETS, key, lambda data, path: decode_target(data, key, path=path))
-        return found or ()
+        return self._record(Area.TARGETS, key, decode_target) or ()
 
     def put_target(self, key: str, record: TargetRecord) -> None:
         """Let a target key lead to an entry; the entry comes first.
@@ -288,7 +263,6 @@ class Cache(Store):
             EntryFormatError: A value in it has no form in the format.
         """
         from stitchcache.artifact.entry import MOST_RECORDS, encode_target, unpack_factors
-        from stitchcache.store.publish import publish
 
         others = [
             known
@@ -298,33 +272,23 @@ class Cache(Store):
         data = encode_target(key, [record, *others][:MOST_RECORDS])
         decode_target(data, key)
         unpack_factors(record.factors)
-        self._refuse_newer(keyed_path(self._top.path, Area.TARGETS, key), key)
-        publish(self._top, Area.TARGETS, key, data)
-
-    def _refuse_newer(self, path: str, key: str) -> None:
-        """Leave a target of a newer stitchcache alone: it may serve several versions from one directory."""
-        try:
-            found = self._top.read(path, MAX_RECORD)
-            if found is not None:
-                decode_target(found.data, key, path=path)
-        except FutureFormatError as error:
-            raise StoreWriteError(error.message, path=path, reason=error.reason) from error
-        except (EntryFormatError, OSError):
-            # Damaged, or not to be read: what is written takes its place.
-            return
+        path = keyed_path(self._top.path, Area.TARGETS, key)
+        with self._top.writing(path):
+            self._standing(Area.TARGETS, key, decode_target)
+        self._top.publish(path, data)
 
     def get_piece(self, key: str) -> PieceRecord | None:
         """The compiled piece of a piece key; ``None`` where there is none or its blob is gone.
 
         The blob is kept until the artifact that names it is put.
         """
-        record = self._record(Area.PIECES, key, lambda data, path: decode_piece(data, key, path=path))
+        record = self._record(Area.PIECES, key, decode_piece)
         try:
-            if record is not None and self._layers.hold(record.blob.digest, record.blob.size):
-                self._counters.add("hit.piece")
+            if record is not None and self._hold(record.blob):
+                self.count("hit.piece")
                 return record
         except OSError as error:
-            self._layers.warn(key, f"blob {key} of a piece cannot be read ({words(error)}): taken as missing")
+            self._warn(key, f"blob {key} of a piece cannot be read ({words(error)}): taken as missing")
         return None
 
     def put_piece(self, key: str, backend: str, blob: BlobRef) -> None:
@@ -334,19 +298,98 @@ class Cache(Store):
             StoreWriteError: The store cannot be written.
         """
         from stitchcache.artifact.entry import PieceRecord, encode_piece
-        from stitchcache.store.publish import publish
 
         data = encode_piece(PieceRecord(key=check_key(key), backend=backend, blob=blob))
         decode_piece(data, key)
-        publish(self._top, Area.PIECES, key, data)
+        self._top.publish(keyed_path(self._top.path, Area.PIECES, key), data)
 
-    def _record(self, area: Area, key: str, read: Callable[[bytes, str], T]) -> T | None:
-        check_key(key)
+    def _record(self, area: Area, key: str, decode: Callable[..., T]) -> T | None:
         try:
-            return self._layers.first(lambda root: [(keyed_path(root.path, area, key), MAX_RECORD)], read)
+            return self._first(area, key, decode)
         except UntrustedEntryError as error:
-            self._layers.warn(error.path, f"{error.message} (taken as missing)")
+            self._warn(error.path, f"{error.message} (taken as missing)")
             return None
+
+    # -- upkeep ------------------------------------------------------------------------------------
+
+    def stats(self) -> CacheStats:
+        """What the first root holds, and what was counted."""
+        from stitchcache.store.upkeep import CacheStats, take_stock
+
+        counters, since = self._counters.read()
+        try:
+            return take_stock(self._top, counters, since)
+        except OSError as error:
+            self._warn(self._top.path, f"{self._top.path}: cannot be listed ({words(error)})")
+            return CacheStats(counters=counters, since=since)
+
+    def plan_prune(
+        self,
+        *,
+        max_bytes: int | None = None,
+        max_files: int | None = None,
+        max_age: float | None = None,
+        grace_seconds: float = 3600.0,
+    ) -> PrunePlan:
+        """What a prune of the first root would remove; nothing goes until the plan's ``execute()``.
+
+        Args:
+            max_bytes: Bytes that may stay; default the cache's own limit.
+            max_files: Files that may stay; default the cache's own limit.
+            max_age: Seconds since its last use after which an entry goes.
+            grace_seconds: How long a blob that no entry names is left alone.
+
+        Raises:
+            StoreError: The root cannot be listed.
+        """
+        from stitchcache.store.evict import plan_prune
+
+        with self._listing():
+            return plan_prune(
+                self._roots,
+                max_bytes=self.max_bytes if max_bytes is None else max_bytes,
+                max_files=self.max_files if max_files is None else max_files,
+                max_age=max_age,
+                grace_seconds=grace_seconds,
+            )
+
+    def clear(self) -> PruneResult:
+        """Remove all entries, blobs, targets and pieces of the first root that are not in use.
+
+        Raises:
+            StoreError: The root cannot be listed or written.
+        """
+        return self.plan_prune(max_bytes=0, max_files=0, grace_seconds=0.0).execute()
+
+    def _keep_within_limits(self) -> None:
+        """After a put: evict where a limit is crossed. One process at a time, and never an error."""
+        if self.max_bytes is None and self.max_files is None:
+            return
+        from stitchcache.store.evict import enforce
+
+        try:
+            result = enforce(self._roots, max_bytes=self.max_bytes, max_files=self.max_files)
+        except OSError as error:
+            log.warning("%s: the limits were not enforced: %s", self.root, error)
+            return
+        if result.entries:
+            self.count("evicted", len(result.entries))
+            evicted = (len(result.entries), result.files, result.bytes)
+            log.info("%s: evicted %d entries, %d files, %d bytes", self.root, *evicted)
+
+    def verify(self, repair: bool = False) -> VerifyReport:
+        """Read and check every file of the first root.
+
+        Args:
+            repair: Move what is damaged to quarantine, and remove pointers that lead nowhere.
+
+        Raises:
+            StoreError: The root cannot be listed.
+        """
+        from stitchcache.store.upkeep import verify
+
+        with self._listing():
+            return verify(self._roots, repair=repair)
 
     def migrate(self) -> list[str]:
         """Rewrite the first root's legacy entries in the current format; each old file goes only after.
@@ -358,57 +401,37 @@ class Cache(Store):
             StoreWriteError: The store cannot be written.
             StoreError: The root cannot be listed.
         """
-        from stitchcache.store.scan import legacy_items
+        from stitchcache.store.upkeep import items
         from stitchcache.types import ENTRY_VERSION
 
-        try:
-            items = list(legacy_items(self._top))
-        except OSError as error:
-            raise self._unlistable(error) from error
+        with self._listing():
+            legacy = [each for each in items(self._top, Area.ENTRIES) if each.path.endswith(LEGACY_SUFFIXES)]
         done = []
-        for item in items:
+        for item in legacy:
             try:
-                found = self._top.read(item.path, MAX_LEGACY)
-                if found is None:
-                    continue
-                old = decode_named(found.data, item.key, item.path)
+                found = self._top.read(item.path, CAP[Area.ENTRIES])
+                old = None if found is None else decode_named(found[0], item.key, item.path)
             except EntryFormatError as error:
-                self._layers.warn(item.path, f"{error.message}; it is left where it is")
+                self._warn(item.path, f"{error.message}; it is left where it is")
                 continue
             except OSError as error:
-                self._layers.warn(item.path, f"{item.path}: cannot be read ({words(error)}); it is left")
+                self._warn(item.path, f"{item.path}: cannot be read ({words(error)}); it is left")
+                continue
+            if old is None:
                 continue
             with self._top.writing(item.path):
                 # An entry that was compiled since has more to it.
-                if not self._has_current(item.key):
+                if self._standing(Area.ENTRIES, item.key, decode_named) is None:
                     self.put(replace(old, format_version=ENTRY_VERSION))
                 self._files.unlink(item.path)
             done.append(item.key)
         return done
 
-    def _has_current(self, key: str) -> bool:
-        path = keyed_path(self._top.path, Area.ENTRIES, key)
-        found = self._top.read(path, MAX_ENTRY)
-        if found is None:
-            return False
+    @contextmanager
+    def _listing(self) -> Iterator[None]:
         try:
-            decode_named(found.data, key, path)
-        except EntryFormatError:
-            return False
-        return True
-
-
-def _entry_files(root: Root, graph_hash: str) -> Iterator[tuple[str, int]]:
-    yield keyed_path(root.path, Area.ENTRIES, graph_hash), MAX_ENTRY
-    for suffix in LEGACY_SUFFIXES:
-        yield os.path.join(root.path, graph_hash + suffix), MAX_LEGACY
-
-
-def _missing(root: str, blob: BlobRef) -> StoreWriteError:
-    path = keyed_path(root, Area.BLOBS, blob.digest)
-    return StoreWriteError(
-        f"{path}: the artifact names this blob of {blob.size} bytes, and it is not stored: put_blob() comes "
-        "before put()",
-        path=path,
-        reason="a blob is missing",
-    )
+            yield
+        except OSError as error:
+            raise StoreError(
+                f"{self.root}: cannot be listed ({words(error)})", path=str(self.root)
+            ) from error

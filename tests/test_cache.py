@@ -82,11 +82,8 @@ def test_layout_is_the_promised_one(cache):
 
 def test_put_is_idempotent_and_replaces_another_artifact_of_the_hash(cache):
     first = put(cache, "a", [b"one"])
-    inode = os.stat(cache.root / "entries" / first.graph_hash[:2] / f"{first.graph_hash}.stitch").st_ino
     assert cache.put(first) == first.graph_hash
-    assert (
-        os.stat(cache.root / "entries" / first.graph_hash[:2] / f"{first.graph_hash}.stitch").st_ino == inode
-    )
+    assert cache.get(first.graph_hash) == first
     second = put(cache, "a", [b"other"])
     assert cache.get(first.graph_hash) == second
 
@@ -396,7 +393,6 @@ def test_a_root_that_is_a_file_is_refused_with_the_way_out(tmp_path):
         Cache(tmp_path / "file")
     below = Cache(tmp_path / "file" / "below")
     assert below.get(key("a")) is None
-    assert below.why_not_writable()
     with pytest.raises(StoreWriteError):
         below.put_blob(b"x")
     with below.lock(key("a")) as held:
@@ -421,7 +417,6 @@ def test_read_only_serves_and_writes_nothing(cache, monkeypatch):
         assert caught.value.reason == "read-only"
     with reader.lock(key("a")) as held:
         assert held is False
-    assert "read-only" in reader.why_not_writable()
     (cache.root / "entries" / made.graph_hash[:2] / f"{made.graph_hash}.stitch").write_bytes(b"damage")
     assert reader.get(made.graph_hash) is None
     assert [name for name in files_under(cache.root) if not name.startswith("stats")] == [

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from stitchcache.artifact.frame import MAGIC, Kind, header_end, malformed, open_frame, open_header, seal
+from stitchcache.artifact.frame import MAGIC, Kind, malformed, open_frame, open_header, seal
 from stitchcache.artifact.schema import FieldError, pack, read_packed, read_value, reader, record
 from stitchcache.records import dataclass
 from stitchcache.types import (
@@ -295,31 +295,3 @@ def unpack_factors(data: bytes, *, path: str = "") -> tuple[Factor, ...]:
         return ()
     rows = read_packed(reader("tuple[tuple[Name, str, Name], ...]"), data, path, "factors")
     return tuple(Factor(name=name, value=value, digest=digest) for name, value, digest in rows)
-
-
-# -- what the store's upkeep needs ----------------------------------------------------------------
-
-
-class EntryCodec:
-    """What files name; has what ``stitchcache.store.scan.Codec`` asks for."""
-
-    def head_size(self, prefix: bytes, path: str) -> int:
-        """Bytes that the header ends at."""
-        return header_end(prefix, path=path)
-
-    def head(self, prefix: bytes, file_size: int, path: str) -> Sequence[tuple[str, int]]:
-        """Blobs that an entry names, from its header."""
-        return _names(decode_header(prefix, file_size, path=path).blobs)
-
-    def names(self, area: str, data: bytes, key: str, path: str) -> Sequence[tuple[str, int]]:
-        """What a whole file names: blobs of an entry or a piece, graph hashes of a target."""
-        if area == "targets":
-            records = decode_target(data, key, path=path)
-            return [(graph_hash, 0) for graph_hash in dict.fromkeys(each.graph_hash for each in records)]
-        if area == "pieces":
-            return _names([decode_piece(data, key, path=path).blob])
-        return _names(decode_named(data, key, path).blobs)
-
-
-def _names(blobs: Sequence[BlobRef]) -> list[tuple[str, int]]:
-    return [(blob.digest, blob.size) for blob in blobs]

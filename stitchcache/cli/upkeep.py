@@ -95,14 +95,12 @@ def _age(_ctx: click.Context, _param: click.Parameter, value: str | None) -> flo
 )
 @click.option("--max-files", type=click.IntRange(min=0), help="Files that may stay.")
 @click.option("--max-age", callback=_age, metavar="AGE", help="Entries unused for longer go, such as 30d.")
-@click.option("--min-free", callback=_size, metavar="SIZE", help="Bytes to be free on the file system.")
 @click.option("--yes", is_flag=True, help="Do it.")
 @shared_options
 def prune(
     max_bytes: int | None,
     max_files: int | None,
     max_age: float | None,
-    min_free: int | None,
     yes: bool,
     as_json: bool,
     root: str | None,
@@ -112,7 +110,7 @@ def prune(
     Prints what would go; nothing is removed without --yes. Entries in use stay.
     """
     cache = open_cache(root)
-    plan = cache.plan_prune(max_bytes=max_bytes, max_files=max_files, max_age=max_age, min_free=min_free)
+    plan = cache.plan_prune(max_bytes=max_bytes, max_files=max_files, max_age=max_age)
     record: Record = {"root": str(cache.root), "plan": _plan_record(plan)}
     record["done"] = asdict(plan.execute()) if yes else None
     show(record, as_json, _print_pruned, finding=_incomplete(record))

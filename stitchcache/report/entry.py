@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from stitchcache.explanation import (
     printable,
     stored_targets,
 )
-from stitchcache.store.layout import LEGACY_SUFFIXES, Area, keyed_path
+from stitchcache.store.layout import Area, possible_paths
 from stitchcache.types import (
     Artifact,
     BindingSpec,
@@ -70,8 +69,7 @@ def read_entry(cache: Cache, prefix: str) -> Entry:
     """
     graph_hash = cache.find(prefix)
     for root in map(str, cache.roots):
-        legacy = (os.path.join(root, graph_hash + suffix) for suffix in LEGACY_SUFFIXES)
-        for path in (keyed_path(root, Area.ENTRIES, graph_hash), *legacy):
+        for path in possible_paths(root, Area.ENTRIES, graph_hash):
             try:
                 with open(path, "rb") as file:
                     data = file.read()

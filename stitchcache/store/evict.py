@@ -1,53 +1,33 @@
-"""Eviction: look, plan, and only then remove. Least recently used entries first, then what nobody names.
+"""Eviction: look, plan, and only then remove. Least recently used entries first, with what only they need.
 
-Entries go whole. A blob goes when no entry that stays names it. The order of removal is targets, entry,
-blobs, piece index: wherever it stops, nothing that is left leads to something that is gone, but for the piece
-index, which its reading check.
+The order of removal is targets, entry, blobs, pieces: wherever it stops, nothing left leads to what is
+gone, but for pieces, whose reading checks. Safe from removal:
 
-Safe from removal:
-
-- an entry whose times changed since the scan (it was used), or on which a process holds a shared lock;
+- an entry whose times changed since the look (it was used), or on which a process holds a shared lock;
 - a blob on which a process holds a shared lock: a put under way (see ``publish``);
-- a blob whose times changed since the scan: a put that finished meanwhile may name it;
-- a blob that no entry named at the scan and that is younger than the grace period: its writer may be a worker
-  that has left it for its parent to name. Where locks do not work, all blobs have the grace period.
+- a blob whose times changed since the look: a put that finished meanwhile may name it;
+- a blob that no entry named and that is younger than the grace period: its writer may be a worker that has
+  left it for its parent to name. Where locks do not work, all entries and blobs have the grace period.
 """
 
 from __future__ import annotations
 
+import stat
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from stitchcache.errors import LockTimeoutError
-from stitchcache.store.files import close_quietly
-from stitchcache.store.layout import Area
-from stitchcache.store.locks import exclusive, same_file, try_lock
+from stitchcache.artifact.entry import decode_piece
+from stitchcache.errors import EntryFormatError, FutureFormatError, LockTimeoutError
+from stitchcache.store.files import opened, same_file, try_lock
+from stitchcache.store.layout import CAP, Area
+from stitchcache.store.publish import excess, exclusive
 from stitchcache.store.root import Root
-from stitchcache.store.scan import Item, Reading, keyed_items, leftovers, legacy_items
-from stitchcache.store.verify import excess
+from stitchcache.store.upkeep import Item, has_entry, items, led_to, leftovers, open_to_lock, read_header
 
 GRACE_SECONDS = 3600.0
 _PATIENCE = 10.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a root may hold.
-
-    Args:
-        max_bytes: Bytes of all files.
-        max_files: Number of all files.
-        max_age: Seconds since an entry's last use.
-        min_free: Bytes that must stay free on the file system.
-    """
-
-    max_bytes: int | None = None
-    max_files: int | None = None
-    max_age: float | None = None
-    min_free: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +75,7 @@ class PrunePlan:
     total_bytes: int
     total_files: int
     unreadable: tuple[str, ...]
-    _work: _Work = field(repr=False, compare=False)
+    _look: _Look = field(repr=False, compare=False)
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -115,196 +95,182 @@ class PrunePlan:
 
     def execute(self) -> PruneResult:
         """Remove what was planned, unless it came into use since. Never raises for a file's sake."""
-        return self._work.execute(self)
-
-
-@dataclass(slots=True)
-class _Scan:
-    entries: list[Item]
-    blobs: dict[str, Item]
-    targets: list[tuple[Item, Sequence[str]]]
-    pieces: list[tuple[Item, Sequence[str]]]
-    names: dict[str, Sequence[str]]
-    unreadable: list[str]
-
-
-def _with_last(
-    targets: Iterable[tuple[Item, Sequence[str]]], entries: Sequence[Item]
-) -> dict[str, list[Item]]:
-    """Graph hash to the targets that go with its entry: a target stays until the last of its entries goes."""
-    order = {item.key: place for place, item in enumerate(entries)}
-    leading: dict[str, list[Item]] = {}
-    for item, keys in targets:
-        last = max((key for key in keys if key in order), key=order.__getitem__, default=None)
-        if last is not None:
-            leading.setdefault(last, []).append(item)
-    return leading
-
-
-class _Work:
-    """A plan in the making and in execution.
-
-    Args:
-        reading: What is pruned.
-        grace: Seconds.
-    """
-
-    def __init__(self, reading: Reading, grace: float) -> None:
-        self.root = reading.root
-        self.reading = reading
-        self.grace = grace
-        self.now = time.time()
-        self.names: dict[str, Sequence[str]] = {}
-
-    def look(self) -> _Scan:
-        # Blobs before entries: an entry published in between names blobs whose times change then, and a blob
-        # published in between is not on the list.
-        blobs = {item.key: item for item in keyed_items(self.root, Area.BLOBS)}
-        targets, pieces = (
-            [(item, self.reading.leads_to(item, area)) for item in keyed_items(self.root, area)]
-            for area in (Area.TARGETS, Area.PIECES)
-        )
-        entries, names, unreadable = [], {}, []
-        for item in (*keyed_items(self.root, Area.ENTRIES), *legacy_items(self.root)):
-            named = self.reading.blobs(item)
-            entries.append(item)
-            if named is None:
-                unreadable.append(item.path)
-            else:
-                names[item.path] = named
-        return _Scan(entries, blobs, targets, pieces, names, unreadable)
-
-    def plan(self, limits: Limits) -> PrunePlan:
-        seen = self.look()
-        self.names = seen.names
-        tmp = leftovers(self.root, self.now)
-        tmp += [Item(path, path, size, 0, 0) for path, size in excess(self.root)]
-        everything = [*seen.entries, *seen.blobs.values()]
-        everything += [item for item, _ in (*seen.targets, *seen.pieces)]
-        total_bytes = sum(item.size for item in everything)
-        evicted = [] if seen.unreadable else self._choose(seen, limits, total_bytes, len(everything))
-        gone = {item.path for item, _ in evicted}
-        kept_names = {name for path, named in seen.names.items() if path not in gone for name in named}
-        named_at_all = {name for named in seen.names.values() for name in named}
-        blobs = [
-            item
-            for item in seen.blobs.values()
-            if item.key not in kept_names
-            and (item.key in named_at_all or self._is_old(item))
-            and not seen.unreadable
-        ]
-        blob_keys = {item.key for item in blobs}
-        kept_entries = {item.key for item in seen.entries if item.path not in gone}
-        return PrunePlan(
-            entries=tuple(evicted),
-            blobs=tuple(blobs),
-            targets=tuple(
-                item
-                for item, keys in seen.targets
-                if keys and not any(key in kept_entries or self.reading.entry_beneath(key) for key in keys)
-            ),
-            pieces=tuple(
-                item
-                for item, names in seen.pieces
-                if any(name in blob_keys or (name not in seen.blobs and self._is_old(item)) for name in names)
-            ),
-            leftovers=tuple(tmp),
-            total_bytes=total_bytes,
-            total_files=len(everything),
-            unreadable=tuple(seen.unreadable),
-            _work=self,
-        )
-
-    def _is_old(self, item: Item) -> bool:
-        return self.now - item.modified / 1e9 >= self.grace
-
-    def _choose(self, seen: _Scan, limits: Limits, size: int, files: int) -> list[tuple[Item, str]]:
-        """Entries to evict, and why."""
-        users = Counter(name for named in seen.names.values() for name in named)
-        oldest_first = sorted(seen.entries, key=lambda entry: (entry.modified, entry.path))
-        leading = _with_last(seen.targets, oldest_first)
-        indexed: dict[str, list[Item]] = {}
-        for item, names in seen.pieces:
-            for name in names:
-                indexed.setdefault(name, []).append(item)
-        free = self._free(limits)
-        evicted = []
-        for item in oldest_first:
-            if item.path not in seen.names:
-                continue
-            reason = self._reason(item, limits, size, files, free)
-            if reason is None:
-                break
-            evicted.append((item, reason))
-            going = [item, *leading.pop(item.key, [])]
-            for name in seen.names[item.path]:
-                users[name] -= 1
-                if not users[name] and name in seen.blobs:
-                    going += [seen.blobs[name], *indexed.get(name, ())]
-            freed = sum(each.size for each in going)
-            size, files, free = size - freed, files - len(going), None if free is None else free + freed
-        return evicted
-
-    def _free(self, limits: Limits) -> int | None:
-        if limits.min_free is None:
-            return None
-        facts = self.root.files.statvfs(self.root.path)
-        return facts.f_bavail * facts.f_frsize
-
-    def _reason(self, item: Item, limits: Limits, size: int, files: int, free: int | None) -> str | None:
-        age = self.now - item.modified / 1e9
-        if limits.max_age is not None and age > limits.max_age:
-            return f"not used for {age / 86400:.1f} days"
-        if limits.max_bytes is not None and size > limits.max_bytes:
-            return f"{size} bytes are over the limit of {limits.max_bytes}"
-        if limits.max_files is not None and files > limits.max_files:
-            return f"{files} files are over the limit of {limits.max_files}"
-        if limits.min_free is not None and free is not None and free < limits.min_free:
-            return f"{free} bytes free are under the limit of {limits.min_free}"
-        return None
-
-    def execute(self, plan: PrunePlan) -> PruneResult:
-        if not plan.items:
+        root = self._look.root
+        if not self.items:
             return PruneResult()
         try:
-            with _alone(self.root, timeout=0):
-                return self.remove(plan)
+            # Where there is no lock, as on a disk that is full, each removal is safe by itself.
+            with root.writing(root.path), exclusive(root, "prune", timeout=0):
+                return _Removal(self).run()
         except LockTimeoutError:
             return PruneResult(busy=True)
 
-    def remove(self, plan: PrunePlan) -> PruneResult:
-        removal = _Removal(self)
-        removal.run(plan)
-        return removal.result()
+
+def plan_prune(
+    roots: Sequence[Root],
+    *,
+    max_bytes: int | None,
+    max_files: int | None,
+    max_age: float | None = None,
+    grace_seconds: float = GRACE_SECONDS,
+) -> PrunePlan:
+    """Plan what has to go of the first of some roots, as :meth:`stitchcache.Cache.plan_prune` tells."""
+    root, look = roots[0], _Look(roots, grace_seconds)
+    total_bytes, total_files = sum(item.size for item in look.everything), len(look.everything)
+    entries = [] if look.unreadable else look.entries
+    aged = 0 if max_age is None else sum(look.age(item) > max_age for item in entries)
+
+    def fits(count: int) -> bool:
+        going = [*look.entries[:count], *(item for group in look.with_oldest(count) for item in group)]
+        size, number = total_bytes - sum(item.size for item in going), total_files - len(going)
+        return (max_bytes is None or size <= max_bytes) and (max_files is None or number <= max_files)
+
+    count = min(bisect_left(range(len(entries) + 1), True, lo=aged, key=fits), len(entries))
+    if max_bytes is not None and total_bytes > max_bytes:
+        over = f"{total_bytes} bytes are over the limit of {max_bytes}"
+    else:
+        over = f"{total_files} files are over the limit of {max_files}"
+    targets, blobs, pieces = look.with_oldest(count)
+    return PrunePlan(
+        entries=tuple(
+            (item, f"not used for {look.age(item) / 86400:.1f} days" if place < aged else over)
+            for place, item in enumerate(entries[:count])
+        ),
+        blobs=tuple(blobs),
+        targets=tuple(targets),
+        pieces=tuple(pieces),
+        leftovers=(*leftovers(root), *(Item(path, path, size, 0, 0) for path, size in excess(root))),
+        total_bytes=total_bytes,
+        total_files=total_files,
+        unreadable=look.unreadable,
+        _look=look,
+    )
 
 
-@contextmanager
-def _alone(root: Root, timeout: float) -> Iterator[None]:
-    """Let one process at a time prune a root."""
-    with root.writing(root.path):
-        pass
+def enforce(roots: Sequence[Root], *, max_bytes: int | None, max_files: int | None) -> PruneResult:
+    """Plan and prune at once, after waiting a little for whoever is at it."""
     try:
-        root.make_dir(root.area(Area.LOCKS))
-    except OSError:
-        # A full disk has no room for a lock, and pruning is what it needs; each removal is safe by itself.
-        yield
-        return
-    with exclusive(root.files, f"{root.area(Area.LOCKS)}/prune.lock", timeout=timeout):
-        yield
+        # Planned under the lock: a plan from before would be about what the other one removed.
+        with exclusive(roots[0], "prune", timeout=_PATIENCE):
+            return _Removal(plan_prune(roots, max_bytes=max_bytes, max_files=max_files)).run()
+    except LockTimeoutError:
+        return PruneResult(busy=True)
+
+
+class _Look:
+    """A root as it was seen: its files, and what each names."""
+
+    def __init__(self, roots: Sequence[Root], grace: float) -> None:
+        self.root = root = roots[0]
+        self._beneath = roots[1:]
+        self._grace = grace
+        self._now = time.time()
+        # Blobs before entries: an entry published in between names blobs whose times change then, and a blob
+        # published in between is not on the list.
+        self.blobs = {item.key: item for item in items(root, Area.BLOBS)}
+        self.targets = {item: self._led_to(item) for item in items(root, Area.TARGETS)}
+        self.pieces = {item: self._blob_of(item) for item in items(root, Area.PIECES)}
+        self.entries = sorted(items(root, Area.ENTRIES), key=lambda item: (item.modified, item.path))
+        found = {item: self._named_by(item) for item in self.entries}
+        self.named = {item: names or () for item, names in found.items()}
+        self.unreadable = tuple(item.path for item, names in found.items() if names is None)
+        self.everything = [*self.entries, *self.blobs.values(), *self.targets, *self.pieces]
+        self._ever_named = {name for names in self.named.values() for name in names}
+
+    def age(self, item: Item) -> float:
+        """Seconds since a file's last use."""
+        return self._now - item.modified / 1e9
+
+    def is_old(self, item: Item) -> bool:
+        """Whether the grace period of a file is over."""
+        return self.age(item) >= self._grace
+
+    def with_oldest(self, count: int) -> tuple[list[Item], list[Item], list[Item]]:
+        """Targets, blobs and pieces that go when so many entries do: those that nothing else needs."""
+        staying = self.entries[count:]
+        keys = {item.key for item in staying}
+        needed = {name for item in staying for name in self.named[item]}
+        targets = [item for item, led_to in self.targets.items() if led_to and keys.isdisjoint(led_to)]
+        blobs = [
+            item
+            for key, item in self.blobs.items()
+            if key not in needed and (key in self._ever_named or self.is_old(item)) and not self.unreadable
+        ]
+        left = self.blobs.keys() - {item.key for item in blobs}
+        pieces = [
+            item
+            for item, blob in self.pieces.items()
+            if blob is not None and blob not in left and (blob in self.blobs or self.is_old(item))
+        ]
+        return targets, blobs, pieces
+
+    # What cannot be read is left for ``verify``, and names nothing.
+
+    def _led_to(self, item: Item) -> Sequence[str]:
+        """Entries that a target leads to; none where a layer beneath has one, so that the target stays."""
+        try:
+            found = self.root.read(item.path, CAP[Area.TARGETS])
+            keys = [] if found is None else led_to(found[0], item)
+        except (EntryFormatError, OSError):
+            return ()
+        return () if any(has_entry(self._beneath, key) for key in keys) else keys
+
+    def _blob_of(self, item: Item) -> str | None:
+        """The blob of a piece."""
+        try:
+            found = self.root.read(item.path, CAP[Area.PIECES])
+            return None if found is None else decode_piece(found[0], item.key, path=item.path).blob.digest
+        except (EntryFormatError, OSError):
+            return None
+
+    def _named_by(self, item: Item) -> Sequence[str] | None:
+        """Blobs that an entry names: none for a damaged one, ``None`` for one that may be good."""
+        try:
+            header = read_header(self.root.files, item.path)
+        except (FutureFormatError, OSError):
+            return None
+        except EntryFormatError:
+            return ()
+        return () if header is None else [blob.digest for blob in header.blobs]
 
 
 class _Removal:
     """Removing, one checked file at a time."""
 
-    def __init__(self, work: _Work) -> None:
-        self._work = work
-        self._root = work.root
+    def __init__(self, plan: PrunePlan) -> None:
+        self._plan = plan
+        self._look = plan._look
+        self._root = plan._look.root
         self._removed: list[Item] = []
         self._entries: list[str] = []
         self._in_use: list[str] = []
         self._failed: list[tuple[str, str]] = []
 
-    def result(self) -> PruneResult:
+    def run(self) -> PruneResult:
+        plan, look = self._plan, self._look
+        evicted = {item.key for item, _ in plan.entries}
+        leading: dict[str, list[Item]] = {}
+        for target in plan.targets:
+            names = evicted.intersection(look.targets[target])
+            for name in names:
+                leading.setdefault(name, []).append(target)
+            if not names:
+                self._try(target, self._remove)
+        kept: set[str] = set()
+        for item, _ in plan.entries:
+            if not self._evict(item, leading.get(item.key, ())):
+                kept.update(look.named[item])
+        for item in plan.blobs:
+            if item.key in kept or not self._try(item, self._remove_unheld):
+                kept.add(item.key)
+        for item in plan.pieces:
+            if look.pieces[item] not in kept:
+                self._try(item, self._remove)
+        quarantined = self._root.area(Area.QUARANTINE)
+        for item in plan.leftovers:
+            # A quarantined file is nobody's; others may have come into use, as a lock may.
+            ours = item.path.startswith(quarantined)
+            self._try(item, self._remove if ours else self._remove_unheld)
         return PruneResult(
             entries=tuple(self._entries),
             files=len(self._removed),
@@ -313,39 +279,15 @@ class _Removal:
             failed=tuple(self._failed),
         )
 
-    def run(self, plan: PrunePlan) -> None:
-        reading = self._work.reading
-        named = [(item, reading.leads_to(item, Area.TARGETS)) for item in plan.targets]
-        leading = _with_last(named, [item for item, _ in plan.entries])
-        placed = {item.path for items in leading.values() for item in items}
-        stale = [item for item, keys in named if keys and item.path not in placed]
-        self._each(stale, self._remove)
-        kept: set[str] = set()
-        for item, _ in plan.entries:
-            if not self._evict(item, leading.get(item.key, ())):
-                kept.update(self._work.names.get(item.path, ()))
-        for item in plan.blobs:
-            if item.key in kept or not self._try(item, self._remove_unheld):
-                kept.add(item.key)
-        unused = (each for each in plan.pieces if kept.isdisjoint(reading.leads_to(each, Area.PIECES)))
-        self._each(unused, self._remove)
-        self._each(plan.leftovers, self._remove_leftover)
-
     def _evict(self, item: Item, targets: Iterable[Item]) -> bool:
         """Remove an entry and what leads to it; whether it is gone."""
 
         def remove(entry: Item) -> bool:
-            if not self._remove_unheld(entry, first=targets):
-                self._in_use.append(entry.key)
-                return False
-            self._entries.append(entry.key)
-            return True
+            gone = self._remove_unheld(entry, targets)
+            (self._entries if gone else self._in_use).append(entry.key)
+            return gone
 
         return self._try(item, remove)
-
-    def _each(self, items: Iterable[Item], remove: Callable[[Item], bool]) -> None:
-        for item in items:
-            self._try(item, remove)
 
     def _try(self, item: Item, remove: Callable[[Item], bool]) -> bool:
         try:
@@ -354,76 +296,36 @@ class _Removal:
             self._failed.append((item.path, error.strerror or str(error)))
             return False
 
+    def _remove_unheld(self, item: Item, first: Iterable[Item] = ()) -> bool:
+        """Remove a file under an exclusive lock on it, if it is still the one that the look saw."""
+        files = self._root.files
+        try:
+            fd = open_to_lock(files, item)
+        except FileNotFoundError:
+            return True
+        with opened(files, fd):
+            had = try_lock(files, fd)
+            if had is False or (had is None and not self._look.is_old(item)):
+                return False
+            if files.fstat(fd).st_mtime_ns != item.modified or not same_file(files, fd, item.path):
+                return False
+            for each in first:
+                self._try(each, self._remove)
+            return self._remove(item)
+
     def _remove(self, item: Item) -> bool:
         try:
-            self._root.files.unlink(item.path)
+            self._remove_tree(item.path)
         except FileNotFoundError:
             return True
         self._removed.append(item)
         return True
 
-    def _remove_unheld(self, item: Item, first: Iterable[Item] = ()) -> bool:
-        """Remove a file under an exclusive lock on it, if it is still the one that the scan saw."""
+    def _remove_tree(self, path: str) -> None:
         files = self._root.files
-        try:
-            fd = files.open_write(item.path)
-        except FileNotFoundError:
-            return True
-        try:
-            had = try_lock(files, fd)
-            if had is False or (had is None and not self._work._is_old(item)):
-                return False
-            facts = files.fstat(fd)
-            if facts.st_mtime_ns != item.modified or not same_file(files, fd, item.path):
-                return False
-            self._each(first, self._remove)
-            return self._remove(item)
-        finally:
-            close_quietly(files, fd)
-
-    def _remove_leftover(self, item: Item) -> bool:
-        # A lock file goes only under its own lock, lest two processes hold one each.
-        is_lock = item.path.startswith(self._root.area(Area.LOCKS))
-        return self._remove_unheld(item) if is_lock else self._remove_tree(item)
-
-    def _remove_tree(self, item: Item) -> bool:
-        files = self._root.files
-        try:
-            files.unlink(item.path)
-        except FileNotFoundError:
-            return True
-        except (IsADirectoryError, PermissionError):
-            for entry in self._root.scan(item.path):
-                self._remove_tree(Item(entry.path, entry.name, 0, 0, 0))
-            files.rmdir(item.path)
-        self._removed.append(item)
-        return True
-
-
-def plan_prune(reading: Reading, limits: Limits, *, grace_seconds: float = GRACE_SECONDS) -> PrunePlan:
-    """Look at a root, and plan what has to go.
-
-    Args:
-        reading: What to prune.
-        limits: What it may hold.
-        grace_seconds: How long a blob that nobody names is left alone.
-
-    Raises:
-        OSError: A directory cannot be listed.
-    """
-    return _Work(reading, grace_seconds).plan(limits)
-
-
-def enforce(reading: Reading, limits: Limits) -> PruneResult:
-    """Plan and prune at once, after waiting a little for whoever is at it.
-
-    Raises:
-        OSError: A directory cannot be listed, or the root cannot be written.
-    """
-    try:
-        # Planned under the lock: a plan from before would be about what the other one removed.
-        with _alone(reading.root, timeout=_PATIENCE):
-            work = _Work(reading, GRACE_SECONDS)
-            return work.remove(work.plan(limits))
-    except LockTimeoutError:
-        return PruneResult(busy=True)
+        if not stat.S_ISDIR(files.lstat(path).st_mode):
+            files.unlink(path)
+            return
+        for entry in self._root.scan(path):
+            self._remove_tree(entry.path)
+        files.rmdir(path)

@@ -1,7 +1,6 @@
-"""Every file-system call of the store, one method each, so that a test can fail, delay or record any of them.
+"""The store's file-system calls, and what is made of their answers: shared locks, errors, trust.
 
-Methods add nothing to the calls beneath but what every caller would have to repeat; they raise ``OSError``.
-Below them stands what a failed call means for the user, and whose files are trusted.
+All calls go through :class:`Files`, so that a test can fail, delay or record any of them.
 """
 
 from __future__ import annotations
@@ -15,53 +14,40 @@ from contextlib import contextmanager
 
 from stitchcache.errors import StoreWriteError
 
-CHUNK = 1 << 20
-
 
 class Files:
-    """The operating system's file calls."""
+    """The operating system's calls. They raise ``OSError``."""
+
+    close = staticmethod(os.close)
+    read = staticmethod(os.read)
+    write = staticmethod(os.write)
+    fsync = staticmethod(os.fsync)
+    fstat = staticmethod(os.fstat)
+    stat = staticmethod(os.stat)
+    lstat = staticmethod(os.lstat)
+    rmdir = staticmethod(os.rmdir)
+    rename = staticmethod(os.rename)
+    unlink = staticmethod(os.unlink)
+    statvfs = staticmethod(os.statvfs)
+    flock = staticmethod(fcntl.flock)
 
     def open_read(self, path: str, *, follow: bool = False) -> int:
-        """A descriptor for reading; a symbolic link is refused unless ``follow``."""
+        """Open for reading; a symbolic link is refused unless ``follow``."""
         # O_NONBLOCK: a FIFO planted under an entry's name must not hang the process.
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
         return os.open(path, flags if follow else flags | os.O_NOFOLLOW)
 
     def open_write(self, path: str) -> int:
-        """A descriptor of an existing file, for reading, writing and exclusive locks."""
+        """Open an existing file for reading, writing and exclusive locks."""
         return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
 
     def create(self, path: str, mode: int = 0o644) -> int:
-        """A descriptor of a new file; ``FileExistsError`` where the name is taken."""
+        """Open a new file; ``FileExistsError`` where the name is taken."""
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
 
     def open_or_create(self, path: str, mode: int = 0o644) -> int:
-        """A descriptor of a file that is made where it is missing."""
+        """Open a file that is made where it is missing."""
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-
-    def open_append(self, path: str, mode: int = 0o644) -> int:
-        """A descriptor whose writes go to the file's end, whoever else writes."""
-        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-
-    def close(self, fd: int) -> None:
-        """Give a descriptor back."""
-        os.close(fd)
-
-    def read(self, fd: int, size: int) -> bytes:
-        """Up to ``size`` bytes from the current position."""
-        return os.read(fd, size)
-
-    def write(self, fd: int, data: bytes | memoryview) -> int:
-        """Bytes that were taken, which may be fewer than were given."""
-        return os.write(fd, data)
-
-    def truncate(self, fd: int, size: int) -> None:
-        """Cut or extend a file."""
-        os.ftruncate(fd, size)
-
-    def fsync(self, fd: int) -> None:
-        """Wait until a file's bytes and size are on the disk."""
-        os.fsync(fd)
 
     def fsync_dir(self, path: str) -> None:
         """Wait until a directory's names are on the disk."""
@@ -75,50 +61,22 @@ class Files:
         finally:
             os.close(fd)
 
-    def fstat(self, fd: int) -> os.stat_result:
-        """Facts about an open file."""
-        return os.fstat(fd)
-
-    def stat(self, path: str) -> os.stat_result:
-        """Facts about what a path leads to."""
-        return os.stat(path)
-
-    def lstat(self, path: str) -> os.stat_result:
-        """Facts about a path itself."""
-        return os.lstat(path)
-
     def mkdir(self, path: str, mode: int = 0o755) -> None:
-        """Make a directory."""
+        """Make a directory that only its owner can write, whatever the umask."""
         os.mkdir(path, mode)
-
-    def rmdir(self, path: str) -> None:
-        """Remove an empty directory."""
-        os.rmdir(path)
-
-    def rename(self, source: str, target: str) -> None:
-        """Give a file another name, replacing what had it."""
-        os.rename(source, target)
 
     def link(self, source: str, target: str) -> None:
         """Give a file a second name; ``FileExistsError`` where it is taken."""
         os.link(source, target, follow_symlinks=False)
-
-    def unlink(self, path: str) -> None:
-        """Remove a name."""
-        os.unlink(path)
 
     def utime(self, path: str, nanoseconds: int) -> None:
         """Set a file's times."""
         os.utime(path, ns=(nanoseconds, nanoseconds), follow_symlinks=False)
 
     def scan(self, path: str) -> list[os.DirEntry[str]]:
-        """A directory's entries."""
+        """List a directory."""
         with os.scandir(path) as entries:
             return list(entries)
-
-    def flock(self, fd: int, operation: int) -> None:
-        """``fcntl.flock``."""
-        fcntl.flock(fd, operation)
 
     def lock(self, fd: int) -> bool:
         """Take an exclusive lock without waiting; whether it was had."""
@@ -133,43 +91,30 @@ class Files:
 
         unlock_descriptor(fd)
 
-    def statvfs(self, path: str) -> os.statvfs_result:
-        """Facts about a file system."""
-        return os.statvfs(path)
-
-
-@contextmanager
-def opened(files: Files, fd: int) -> Iterator[int]:
-    """Close a descriptor at the end, and let no failure of that hide an earlier one."""
-    try:
-        yield fd
-    except BaseException:
-        close_quietly(files, fd)
-        raise
-    else:
-        files.close(fd)
-
 
 def close_quietly(files: Files, fd: int) -> None:
-    """Close a descriptor that only was read; nothing can be lost by a failure."""
+    """Close a descriptor where a failure of that loses nothing."""
     try:
         files.close(fd)
     except OSError:
         pass
 
 
+@contextmanager
+def opened(files: Files, fd: int) -> Iterator[int]:
+    """Close a descriptor at the end of the block, quietly."""
+    try:
+        yield fd
+    finally:
+        close_quietly(files, fd)
+
+
 def read_exactly(files: Files, fd: int, size: int) -> bytes:
     """Up to ``size`` bytes; fewer only at the file's end."""
-    first = files.read(fd, size)
-    if len(first) == size or not first:
-        return first
-    parts, left = [first], size - len(first)
-    while left > 0:
-        part = files.read(fd, min(left, CHUNK))
-        if not part:
-            break
+    parts = []
+    while size > 0 and (part := files.read(fd, size)):
         parts.append(part)
-        left -= len(part)
+        size -= len(part)
     return b"".join(parts)
 
 
@@ -180,14 +125,64 @@ def write_all(files: Files, fd: int, data: bytes) -> None:
         view = view[files.write(fd, view) :]
 
 
-def is_file(result: os.stat_result) -> bool:
-    """Whether facts are about a regular file."""
-    return stat.S_ISREG(result.st_mode)
+# -- locks ---------------------------------------------------------------------------------------
+# Plain flock, and filelock's native locks, which are flock too: the two exclude each other. The kernel frees
+# them when their holder dies, and Linux maps them to byte-range locks on NFS. A file under a lock is removed
+# only by the lock's holder, and whoever gets a lock checks that the file still has its name.
+
+_BUSY = frozenset({errno.EWOULDBLOCK, errno.EAGAIN})
 
 
-def is_dir(result: os.stat_result) -> bool:
-    """Whether facts are about a directory."""
-    return stat.S_ISDIR(result.st_mode)
+def try_lock(files: Files, fd: int, *, shared: bool = False) -> bool | None:
+    """Take a lock without waiting: whether it was had; ``None`` where locks do not work."""
+    try:
+        if not shared and files.lock(fd):
+            return True
+        # filelock takes EACCES for another's lock; where it means that locking is forbidden, waiting would
+        # never end. So the kernel is asked once more, and says which it is.
+        files.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in _BUSY else None
+    return True
+
+
+def same_file(files: Files, fd: int, path: str) -> bool:
+    """Whether a path still leads to an open file."""
+    try:
+        named = files.lstat(path)
+    except FileNotFoundError:
+        return False
+    held = files.fstat(fd)
+    return (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino)
+
+
+def lock_shared(files: Files, fd: int, path: str) -> bool:
+    """Keep an open file from being evicted for as long as it is open; whether it still has its name.
+
+    Where locks do not work nothing is kept, and the grace period has to protect the file.
+    """
+    try:
+        # Eviction holds its exclusive lock for one unlink, so waiting is short.
+        files.flock(fd, fcntl.LOCK_SH)
+    except OSError:
+        return True
+    return same_file(files, fd, path)
+
+
+def hold_shared(files: Files, path: str) -> int | None:
+    """Open a file under a shared lock; ``None`` where it is gone."""
+    while True:
+        try:
+            fd = files.open_read(path)
+        except FileNotFoundError:
+            return None
+        try:
+            if lock_shared(files, fd, path):
+                return fd
+        except BaseException:
+            close_quietly(files, fd)
+            raise
+        close_quietly(files, fd)
 
 
 # -- failures ------------------------------------------------------------------------------------
@@ -213,12 +208,7 @@ def words(error: OSError) -> str:
 
 
 def write_error(error: OSError, path: str) -> StoreWriteError:
-    """The store's error for a write that failed.
-
-    Args:
-        error: What the system said.
-        path: What was to be written, where the error does not say.
-    """
+    """The store's error for a write that failed; ``path`` is named where the error names none."""
     where = error.filename if isinstance(error.filename, str) else path
     advice = _ADVICE.get(error.errno or 0, "`stitchcache doctor` tries what the directory can do")
     return StoreWriteError(
@@ -227,7 +217,6 @@ def write_error(error: OSError, path: str) -> StoreWriteError:
 
 
 # -- trust ---------------------------------------------------------------------------------------
-# What an entry holds is code: a file that others can write is as good as theirs.
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -235,9 +224,7 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 def distrust(path: str, facts: os.stat_result) -> str | None:
     """Why a file or directory is not trusted; ``None`` when it is.
 
-    Args:
-        path: What it is about, for the message.
-        facts: Its ``stat``.
+    What an entry holds is code: a file that others can write is as good as theirs.
     """
     # Ownership by root is no weaker: root can do anything to the process anyway.
     if facts.st_uid not in (os.geteuid(), 0):

@@ -36,13 +36,12 @@ class Area(StrEnum):
     TMP = "tmp"
 
 
-MAX_ENTRY = 2 << 30
-MAX_RECORD = 64 << 20
-MAX_LEGACY = 256 << 20
+CAP = {Area.ENTRIES: 2 << 30, Area.TARGETS: 64 << 20, Area.PIECES: 64 << 20}
+"""Most bytes that a file can have; asked before it is read."""
 
 KEYED = (Area.ENTRIES, Area.TARGETS, Area.PIECES, Area.BLOBS)
+ENTRY_SUFFIX = ".stitch"
 LEGACY_SUFFIXES = (".msgpack", ".pkl")
-SUFFIX = {Area.ENTRIES: ".stitch", Area.LOCKS: ".lock"}
 
 
 def check_key(key: str) -> str:
@@ -63,13 +62,19 @@ def keyed_path(root: str, area: Area, key: str) -> str:
         OptionError: The key is not 64 lowercase hex digits.
     """
     check_key(key)
-    return f"{root}{os.sep}{area}{os.sep}{key[:2]}{os.sep}{key}{SUFFIX.get(area, '')}"
+    return f"{root}{os.sep}{area}{os.sep}{key[:2]}{os.sep}{key}{ENTRY_SUFFIX if area is Area.ENTRIES else ''}"
+
+
+def possible_paths(root: str, area: Area, key: str) -> list[str]:
+    """Files that may hold what a key names: for an entry those of older formats too."""
+    suffixes = LEGACY_SUFFIXES if area is Area.ENTRIES else ()
+    return [keyed_path(root, area, key), *(os.path.join(root, key + suffix) for suffix in suffixes)]
 
 
 def key_of(area: Area, name: str) -> str | None:
     """The key in a file's name; ``None`` for a foreign file."""
-    suffix = SUFFIX.get(area, "")
-    key = name.removesuffix(suffix) if suffix else name
+    suffix = ENTRY_SUFFIX if area is Area.ENTRIES else ""
+    key = name.removesuffix(suffix)
     return key if is_digest(key) and name == key + suffix else None
 
 
@@ -96,7 +101,17 @@ def root_paths(root: Roots | None) -> list[str]:
             raise OptionError("root: a cache needs a directory, and got an empty name", option="root")
         paths = [_absolute(os.fspath(path)) for path in roots]
     for path in paths:
-        _check_directory(path)
+        try:
+            is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+        except OSError:
+            # Missing, or not to be seen: reads will miss, and writes will say why they cannot.
+            continue
+        if not is_directory:
+            raise StoreError(
+                f"{path}: is not a directory, so it cannot be a cache: move that file away, or name another "
+                "directory (root=..., or STITCHCACHE_DIR)",
+                path=path,
+            )
     return paths
 
 
@@ -114,18 +129,8 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def _check_directory(path: str) -> None:
-    try:
-        facts = os.stat(path)
-    except OSError:
-        # Missing, or not to be seen: reads will miss, and writes will say why they cannot.
-        return
-    if not stat.S_ISDIR(facts.st_mode):
-        raise StoreError(
-            f"{path}: is not a directory, so it cannot be a cache: move that file away, or name another "
-            "directory (root=..., or STITCHCACHE_DIR)",
-            path=path,
-        )
+def _setting(name: str) -> str:
+    return os.environ.get(name, "").strip().lower()
 
 
 def flag(name: str) -> bool:
@@ -134,7 +139,7 @@ def flag(name: str) -> bool:
     Raises:
         OptionError: It is neither.
     """
-    value = os.environ.get(name, "").strip().lower()
+    value = _setting(name)
     if value in ("", "0", "false", "no", "off"):
         return False
     if value in ("1", "true", "yes", "on"):
@@ -148,7 +153,7 @@ def choice(name: str, known: Sequence[str]) -> str:
     Raises:
         OptionError: It names something else.
     """
-    value = os.environ.get(name, "").strip().lower() or known[0]
+    value = _setting(name) or known[0]
     if value not in known:
         raise OptionError(f"{name}={value!r}: use {', '.join(known)}", option=name)
     return value
@@ -160,7 +165,7 @@ def required() -> Literal["nothing", "hit", "direct"]:
     Raises:
         OptionError: It is neither, and no way of saying no.
     """
-    if os.environ.get("STITCHCACHE_REQUIRE", "").strip().lower() == "direct":
+    if _setting("STITCHCACHE_REQUIRE") == "direct":
         return "direct"
     try:
         return "hit" if flag("STITCHCACHE_REQUIRE") else "nothing"
@@ -174,7 +179,7 @@ def max_size() -> int | None:
     Raises:
         OptionError: It is no size.
     """
-    text = os.environ.get("STITCHCACHE_MAX_SIZE", "").strip()
+    text = _setting("STITCHCACHE_MAX_SIZE")
     return parse_size(text, option="STITCHCACHE_MAX_SIZE") if text else None
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import mmap
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from stitchcache.store.files import Files, distrust, opened, words, write_all
+from stitchcache.store.files import Files, distrust, opened, try_lock, words, write_all
 from stitchcache.store.layout import Area
-from stitchcache.store.locks import try_lock
 
 Level = Literal["ok", "note", "problem"]
 
@@ -24,8 +22,7 @@ class Trial:
     """One thing that was tried.
 
     Args:
-        name: What: ``directory``, ``trust``, ``create``, ``rename``, ``link``, ``times``, ``fsync``,
-            ``lock``, ``exec``, ``space`` or ``inodes``.
+        name: What: ``directory``, ``trust``, ``space``, or one of the store's calls.
         level: ``ok``; ``note`` where the store works around it; ``problem`` where something is lost.
         found: What was seen, in the system's words where it has some.
         meaning: What it means for the user, and what to do.
@@ -34,7 +31,7 @@ class Trial:
     name: str
     level: Level
     found: str
-    meaning: str
+    meaning: str = ""
 
 
 def probe(path: str, *, files: Files | None = None) -> list[Trial]:
@@ -53,19 +50,19 @@ def probe(path: str, *, files: Files | None = None) -> list[Trial]:
         place = os.path.dirname(place)
     if not os.path.isdir(place):
         meaning = "nothing can be stored: move that file away, or set STITCHCACHE_DIR to another directory"
-        return [_trial("directory", "problem", f"{place} is not a directory", meaning)]
-    missing = place != asked
-    trials = [_trial("directory", "ok", f"missing; tried {place} in its place" if missing else "exists")]
-    trials += [_trial("trust", "ok", "not made yet") if missing else _trust(files, place)]
-    trials += _room(files, place)
+        return [
+            Trial(name="directory", level="problem", found=f"{place} is not a directory", meaning=meaning)
+        ]
+    found = "exists" if place == asked else f"missing; tried {place} in its place"
+    trials = [Trial(name="directory", level="ok", found=found), _trust(files, place), _room(files, place)]
     stem = os.path.join(place, f".stitchcache-probe-{os.urandom(8).hex()}")
     try:
-        for name, bad, act, meaning in _ACTS:
+        for name, level, act, meaning in _ACTS:
             try:
                 act(files, stem)
-                trials.append(_trial(name, "ok", "works"))
+                trials.append(Trial(name=name, level="ok", found="works"))
             except OSError as error:
-                trials.append(_trial(name, bad, words(error), meaning))
+                trials.append(Trial(name=name, level=level, found=words(error), meaning=meaning))
                 if name == "create":
                     # Everything else is tried on the file that it makes.
                     break
@@ -78,10 +75,6 @@ def probe(path: str, *, files: Files | None = None) -> list[Trial]:
     return trials
 
 
-def _trial(name: str, level: Level, found: str, meaning: str = "") -> Trial:
-    return Trial(name=name, level=level, found=found, meaning=meaning)
-
-
 def _trust(files: Files, place: str) -> Trial:
     for path in (place, *(os.path.join(place, area) for area in Area)):
         try:
@@ -92,25 +85,25 @@ def _trust(files: Files, place: str) -> Trial:
             reason = f"{path} cannot be looked at ({words(error)})"
         if reason is not None:
             meaning = "entries here are not loaded: compiled pieces are native code"
-            return _trial("trust", "problem", reason, meaning)
-    return _trial("trust", "ok", "nobody else can write it")
+            return Trial(name="trust", level="problem", found=reason, meaning=meaning)
+    return Trial(name="trust", level="ok", found="nobody else can write it")
 
 
-def _room(files: Files, place: str) -> list[Trial]:
+def _room(files: Files, place: str) -> Trial:
     try:
         facts = files.statvfs(place)
     except OSError as error:
-        return [_trial("space", "note", words(error), "how much room is left is not known")]
+        meaning = "how much room is left is not known"
+        return Trial(name="space", level="note", found=words(error), meaning=meaning)
     free = facts.f_bavail * facts.f_frsize
-    space, inodes = _trial("space", "ok", f"{free / 1e9:.1f} GB free"), f"{facts.f_favail} free"
-    if free < _LOW_BYTES:
-        advice = "a prewarm may fill the disk: free space, or set STITCHCACHE_MAX_SIZE"
-        space = _trial("space", "problem", space.found, advice)
+    found = f"{free / 1e9:.1f} GB free"
     # Some file systems have no fixed number of inodes and say 0 of 0.
-    if facts.f_files > 0 and facts.f_favail < _LOW_INODES:
-        advice = "new files fail although bytes are free: remove small files, or use another file system"
-        return [space, _trial("inodes", "problem", inodes, advice)]
-    return [space, _trial("inodes", "ok", inodes if facts.f_files else "not limited")]
+    if facts.f_files:
+        found += f", room for {facts.f_favail} files"
+    if free >= _LOW_BYTES and (facts.f_files == 0 or facts.f_favail >= _LOW_INODES):
+        return Trial(name="space", level="ok", found=found)
+    meaning = "a prewarm may fill the disk: free space, remove small files, or set STITCHCACHE_MAX_SIZE"
+    return Trial(name="space", level="problem", found=found, meaning=meaning)
 
 
 def _create(files: Files, stem: str) -> None:
@@ -125,13 +118,6 @@ def _rename(files: Files, stem: str) -> None:
 
 def _link(files: Files, stem: str) -> None:
     files.link(stem, stem + ".linked")
-
-
-def _times(files: Files, stem: str) -> None:
-    before = time.time_ns() - 7_000_000_000
-    files.utime(stem, before)
-    if files.stat(stem).st_mtime_ns != before:
-        raise OSError("times are coarse")
 
 
 def _fsync(files: Files, stem: str) -> None:
@@ -153,30 +139,23 @@ def _exec(files: Files, stem: str) -> None:
         mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_EXEC).close()
 
 
+_NOTHING_STORED = (
+    "nothing can be stored here; entries that are here are served. Compile elsewhere and use this as a lower "
+    "layer, or set STITCHCACHE_DIR to a writable directory"
+)
+_NO_LOCKS = (
+    "processes that start together may compile the same model twice, and eviction leans on its grace period; "
+    "on NFS check the lock service"
+)
+_NO_EXEC = (
+    "compiled pieces cannot be loaded from here (mounted noexec?): remount with exec, or set STITCHCACHE_DIR "
+    "to another directory"
+)
 _ACTS: tuple[tuple[str, Level, Callable[[Files, str], None], str], ...] = (
-    (
-        "create",
-        "problem",
-        _create,
-        "nothing can be stored here; entries that are here are served. Compile elsewhere and use this as a "
-        "lower layer, or set STITCHCACHE_DIR to a writable directory",
-    ),
+    ("create", "problem", _create, _NOTHING_STORED),
     ("rename", "problem", _rename, "nothing can be stored: publishing needs an atomic rename"),
     ("link", "note", _link, "no hard links: blobs are published by rename, which is as safe"),
-    ("times", "note", _times, "last uses are not exact; eviction leans on its grace period"),
     ("fsync", "problem", _fsync, "a put is not known to survive a crash: use durability='fast' here"),
-    (
-        "lock",
-        "note",
-        _lock,
-        "processes that start together may compile the same model twice, and eviction leans on its grace "
-        "period; on NFS check the lock service",
-    ),
-    (
-        "exec",
-        "problem",
-        _exec,
-        "compiled pieces cannot be loaded from here (mounted noexec?): remount with exec, or set "
-        "STITCHCACHE_DIR to another directory",
-    ),
+    ("lock", "note", _lock, _NO_LOCKS),
+    ("exec", "problem", _exec, _NO_EXEC),
 )

@@ -1,121 +1,49 @@
-"""Putting files in place, durably and atomically, and keeping blobs until an entry names them.
+"""What only writing needs: blobs, the lock around compiling, scratch directories, the quarantine.
 
-Publishing a file::
-
-    create tmp/<host>.<pid>.<random>.part exclusively, write, fsync          (errors: nothing happened)
-    rename over the name (entries, pointers) or link without replacing (blobs)
-    fsync the directory                                                      (now it is acknowledged)
-
-so that a reader sees a whole file or none, and what was acknowledged survives a crash.
-
-A blob that was put is held by a shared lock on it (see ``locks``) until the entry that names it is put; the
-lock dies with the process. Eviction removes a blob only under an exclusive lock on it, and only if its times
-are those that the scan saw; whoever publishes an entry renews the times of its blobs afterwards. So no order
-of events lets eviction remove a blob of an entry that it did not see.
+A blob that was put is held by a shared lock on it until the entry that names it is put; the lock dies with
+the process. Eviction removes a blob only under an exclusive lock on it, and only if its times are those that
+it saw; whoever publishes an entry renews the times of its blobs afterwards. So no order of events lets
+eviction remove a blob of an entry that it did not see.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import threading
-from collections.abc import Iterable, Iterator
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from stitchcache.errors import StoreWriteError
-from stitchcache.store.files import CHUNK, Files, close_quietly, opened, words, write_all
-from stitchcache.store.layout import Area, keyed_path
-from stitchcache.store.locks import hold_shared, temporary_name, try_lock
-from stitchcache.store.root import Root
-
-# Where the file system knows no hard links, or no more of them; ENOENT is a directory to be made.
-_NO_LINK = frozenset(
-    {
-        errno.EPERM,
-        errno.EACCES,
-        errno.EOPNOTSUPP,
-        errno.ENOTSUP,
-        errno.ENOSYS,
-        errno.EMLINK,
-        errno.EXDEV,
-        errno.ENOENT,
-    }
+from stitchcache.errors import LockTimeoutError, StoreWriteError
+from stitchcache.store.files import (
+    Files,
+    close_quietly,
+    hold_shared,
+    opened,
+    read_exactly,
+    same_file,
+    try_lock,
+    words,
+    write_all,
 )
-_HELD_AT_MOST = 512
+from stitchcache.store.layout import Area, keyed_path
+from stitchcache.store.root import Root
+from stitchcache.types import BlobRef
+
+_CHUNK = 1 << 20
 
 
-class Holds:
-    """Open descriptors whose shared locks keep blobs from being evicted.
-
-    Args:
-        files: File-system calls.
-    """
-
-    def __init__(self, files: Files) -> None:
-        self._files = files
-        self._mutex = threading.Lock()
-        self._held: dict[str, int] = {}
-
-    def __contains__(self, digest: str) -> bool:
-        with self._mutex:
-            return digest in self._held
-
-    def __del__(self) -> None:
-        self.release(list(self._held))
-
-    def keep(self, digest: str, fd: int) -> None:
-        """Hold a blob through a descriptor that has its lock."""
-        with self._mutex:
-            surplus = [self._held.pop(digest, None)]
-            self._held[digest] = fd
-            if len(self._held) > _HELD_AT_MOST:
-                # Descriptors are scarce; the grace period is left to protect the oldest.
-                surplus.append(self._held.pop(next(iter(self._held))))
-        for each in surplus:
-            if each is not None:
-                close_quietly(self._files, each)
-
-    def release(self, digests: Iterable[str]) -> None:
-        """Let go of blobs: an entry names them now, or nobody will."""
-        for digest in digests:
-            with self._mutex:
-                fd = self._held.pop(digest, None)
-            if fd is not None:
-                close_quietly(self._files, fd)
+# -- blobs ---------------------------------------------------------------------------------------
 
 
-def publish(root: Root, area: Area, key: str, data: bytes) -> str:
-    """Put a file in place, replacing what had its name.
-
-    Returns:
-        Its path.
-
-    Raises:
-        StoreWriteError: It cannot be written; nothing changed, or it is not known whether it will last.
-    """
-    target = keyed_path(root.path, area, key)
-    with root.writing(target):
-        root.make_dir(os.path.dirname(target))
-        temp, fd = root.create_temp()
-        try:
-            with opened(root.files, fd):
-                write_all(root.files, fd, data)
-                root.sync(fd)
-            root.rename(temp, target)
-        except BaseException:
-            root.discard(temp)
-            raise
-        root.sync_dir(os.path.dirname(target))
-    return target
-
-
-def publish_blob(root: Root, holds: Holds, source: bytes | str) -> tuple[str, int]:
+def publish_blob(root: Root, source: bytes | str) -> tuple[str, int]:
     """Put a blob in place under its digest, and hold it.
 
     Args:
         root: Where.
-        holds: What will hold it.
         source: The bytes, or the path of a file that has them.
 
     Returns:
@@ -124,172 +52,294 @@ def publish_blob(root: Root, holds: Holds, source: bytes | str) -> tuple[str, in
     Raises:
         StoreWriteError: It cannot be written, or ``source`` cannot be read.
     """
-    with root.writing(root.area(Area.BLOBS)):
-        temp, fd = root.create_temp()
-        try:
-            digest, size = _fill(root, fd, source)
-            kept = _place(root, holds, temp, fd, digest, size)
-        except BaseException:
-            close_quietly(root.files, fd)
-            root.discard(temp)
-            raise
-        if not kept:
-            close_quietly(root.files, fd)
+    with root.writing(root.area(Area.BLOBS)), root.temporary() as (temp, fd):
+        digest, size = _fill(root.files, fd, source)
+        target = keyed_path(root.path, Area.BLOBS, digest)
+        root.make_dir(os.path.dirname(target))
+        if not _hold(root, target, digest, size, read=True):
+            root.sync(fd)
+            _name(root, temp, target, digest, size)
+            root.sync_dir(os.path.dirname(target))
+            # The lock of ``fd`` keeps it until this one does.
+            held = hold_shared(root.files, target)
+            if held is not None:
+                root.holds.keep(digest, held)
     return digest, size
 
 
-def _fill(root: Root, fd: int, source: bytes | str) -> tuple[str, int]:
+def _fill(files: Files, fd: int, source: bytes | str) -> tuple[str, int]:
+    """Write a blob's bytes; their digest and number."""
     if isinstance(source, bytes):
-        write_all(root.files, fd, source)
+        write_all(files, fd, source)
         return hashlib.sha256(source).hexdigest(), len(source)
     digest, size = hashlib.sha256(), 0
     try:
-        reader = root.files.open_read(source, follow=True)
+        reader = files.open_read(source, follow=True)
     except OSError as error:
         raise StoreWriteError(
             f"{source}: cannot be read ({words(error)}), so it is not stored",
             path=source,
             reason=words(error),
         ) from error
-    try:
-        while chunk := root.files.read(reader, CHUNK):
+    with opened(files, reader):
+        while chunk := files.read(reader, _CHUNK):
             digest.update(chunk)
             size += len(chunk)
-            write_all(root.files, fd, chunk)
-    finally:
-        close_quietly(root.files, reader)
+            write_all(files, fd, chunk)
     return digest.hexdigest(), size
 
 
-def _place(root: Root, holds: Holds, temp: str, fd: int, digest: str, size: int) -> bool:
-    """Give a filled temporary file its name; whether ``fd`` is kept as the hold."""
-    target = keyed_path(root.path, Area.BLOBS, digest)
-    shard = os.path.dirname(target)
-    root.make_dir(shard)
-    if _adopt(root, holds, target, digest, size):
-        root.discard(temp)
-        return False
-    root.sync(fd)
-    # Held before it has a name, so that no eviction comes in between.
-    try_lock(root.files, fd, shared=True)
+def _name(root: Root, temp: str, target: str, digest: str, size: int) -> None:
     try:
+        # A link replaces nothing: others may hold the blob that has the name by now.
         root.files.link(temp, target)
     except FileExistsError:
         # Somebody was faster; or a damaged one is in the way, and then this one replaces it.
-        if _adopt(root, holds, target, digest, size):
-            root.discard(temp)
-            return False
+        if not _hold(root, target, digest, size, read=True):
+            root.rename(temp, target)
+    except OSError:
+        # The file system knows no hard links, or the directory was removed.
         root.rename(temp, target)
-    except OSError as error:
-        if error.errno not in _NO_LINK:
-            raise
-        root.rename(temp, target)
-    else:
-        root.discard(temp)
-    root.sync_dir(shard)
-    holds.keep(digest, fd)
-    return True
 
 
-def _adopt(root: Root, holds: Holds, target: str, digest: str, size: int, *, by_size: bool = False) -> bool:
-    """Use the blob that is already there, if it is good; ``by_size`` looks at its size alone."""
-    fd = hold_shared(root.files, target)
+def hold_blob(root: Root, ref: BlobRef) -> bool:
+    """Keep a blob until it is released; whether it is there. Its size is checked, its digest is not."""
+    path = keyed_path(root.path, Area.BLOBS, ref.digest)
+    if ref.digest in root.holds:
+        # Eviction cannot have taken it, but a reader that found it damaged can.
+        there = root.has_blob(ref)
+        if not there:
+            root.holds.release([ref.digest])
+        return there
+    return _hold(root, path, ref.digest, ref.size, read=False)
+
+
+def _hold(root: Root, path: str, digest: str, size: int, *, read: bool) -> bool:
+    """Keep the blob that is there already, if it is good; ``read`` is whether its digest is asked too."""
+    fd = hold_shared(root.files, path)
     if fd is None:
         return False
+    good = False
     try:
         facts = root.files.fstat(fd)
-        good = facts.st_size == size and (by_size or root.blob_problem(fd, facts, digest, size) is None)
+        good = facts.st_size == size and not (read and root.blob_problem(fd, facts, digest, size))
         if good:
-            root.touch(target)
+            root.touch(path)
             # Its writer may have died before it came to these, or not have come to them yet.
             root.sync(fd)
-            root.sync_dir(os.path.dirname(target))
+            root.sync_dir(os.path.dirname(path))
     except BaseException:
         close_quietly(root.files, fd)
         raise
     if good:
-        holds.keep(digest, fd)
+        root.holds.keep(digest, fd)
     else:
         close_quietly(root.files, fd)
     return good
 
 
-def hold_blob(root: Root, holds: Holds, digest: str, size: int) -> bool:
-    """Keep a blob that is there until it is released. Its size is checked, its digest is not.
+# -- exclusive locks -----------------------------------------------------------------------------
+# On descriptors that are ours: filelock's ``FileLock`` opens and closes the file by itself, leaves it there
+# when it lets go, and where ``flock`` is missing takes a lock that outlives its holder.
 
-    Returns:
-        Whether there is one.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
+
+
+@contextmanager
+def exclusive(
+    root: Root,
+    name: str,
+    *,
+    timeout: float | None = None,
+    on_wait: Callable[[float, str], None] | None = None,
+) -> Iterator[bool]:
+    """Hold a lock file of a root; :meth:`stitchcache.Cache.lock` tells the arguments.
+
+    Yields:
+        True when held; False where locks do not work, and the caller goes on without.
 
     Raises:
-        OSError: It cannot be opened.
+        LockTimeoutError: Another held it for all that time.
     """
-    path = keyed_path(root.path, Area.BLOBS, digest)
-    if digest in holds:
-        # Eviction cannot have taken it, but a reader that found it damaged can.
+    path = os.path.join(root.area(Area.LOCKS), f"{name}.lock")
+    fd = None if root.read_only else _acquire(root, path, timeout, on_wait)
+    if fd is None:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        # Removed while held: a waiter that gets the nameless file's lock notices and starts over.
+        root.discard(path)
         try:
-            return root.files.lstat(path).st_size == size
-        except FileNotFoundError:
-            holds.release([digest])
-            return False
-    return _adopt(root, holds, path, digest, size, by_size=True)
+            # Closing would not do where a child that was forked meanwhile has the descriptor too.
+            root.files.unlock(fd)
+        except OSError:
+            pass
+        close_quietly(root.files, fd)
 
 
-# -- whether there is room -----------------------------------------------------------------------
+def _acquire(
+    root: Root, path: str, timeout: float | None, on_wait: Callable[[float, str], None] | None
+) -> int | None:
+    files = root.files
+    start: float | None = None
+    pause = _FIRST_PAUSE
+    while True:
+        try:
+            root.make_dir(os.path.dirname(path))
+            fd = files.open_or_create(path)
+        except OSError:
+            return None
+        holder = ""
+        try:
+            had = try_lock(files, fd)
+            if had and same_file(files, fd, path):
+                _sign(files, fd)
+                return fd
+            if had is False:
+                holder = read_exactly(files, fd, 256).partition(b"\n")[0].decode("utf-8", "replace")
+        except OSError:
+            # As good as no locks.
+            had = None
+        close_quietly(files, fd)
+        if had is None:
+            return None
+        if had:
+            continue
+        # From the first refusal on: before it, filelock may have had to be imported.
+        start = time.monotonic() if start is None else start
+        waited = time.monotonic() - start
+        if timeout is not None and waited >= timeout:
+            raise LockTimeoutError(
+                f"{path}: still held after {waited:.1f} s by {holder or 'another process'}; wait longer, "
+                "or stop that process (a lock is freed when its holder ends)",
+                path=path,
+                seconds=waited,
+            )
+        if on_wait is not None:
+            on_wait(waited, holder)
+        time.sleep(pause if timeout is None else min(pause, timeout - waited))
+        pause = min(pause * 1.5, _LONGEST_PAUSE)
+
+
+def _sign(files: Files, fd: int) -> None:
+    try:
+        write_all(files, fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
+    except OSError:
+        # For messages only; a full disk must not stop anyone from compiling.
+        pass
+
+
+# -- room to work in -----------------------------------------------------------------------------
 
 _ROOM = 512 << 20
 _FILES = 4096
 
 
 @contextmanager
-def scratch(root: Root) -> Iterator[str]:
+def scratch(root: Root) -> Iterator[Path]:
     """A private temporary directory: in the root where that has room, else in the system's."""
-    path = _make(root)
+    within = None if root.read_only else _scratch_within(root)
+    path, fd = within or (tempfile.mkdtemp(prefix="stitchcache-"), None)
     try:
-        yield path
+        yield Path(path)
     finally:
-        # Imported here, for warm starts need neither.
-        import shutil
-
         shutil.rmtree(path, ignore_errors=True)
+        if fd is not None:
+            close_quietly(root.files, fd)
 
 
-def _make(root: Root) -> str:
-    if not root.read_only and _has_room(root):
-        path = os.path.join(root.area(Area.TMP), temporary_name(root.host, "scratch"))
-        try:
-            root.make_dir(root.area(Area.TMP))
-            root.files.mkdir(path, 0o700)
-        except OSError:
-            pass
-        else:
-            return path
-    import tempfile
-
-    return tempfile.mkdtemp(prefix="stitchcache-")
-
-
-def _has_room(root: Root) -> bool:
-    """Whether what a compiler leaves on its way fits: a full cache must not keep it from working."""
-    place = root.path
-    while not os.path.isdir(place) and os.path.dirname(place) != place:
-        place = os.path.dirname(place)
+def _scratch_within(root: Root) -> tuple[str, int] | None:
+    """Path and lock of a new directory; ``None`` where what a compiler leaves on its way may not fit."""
+    path = root.temporary_path("scratch")
     try:
-        facts = root.files.statvfs(place)
+        root.make_dir(os.path.dirname(path))
+        facts = root.files.statvfs(os.path.dirname(path))
+        # Some file systems have no fixed number of files and say 0.
+        if facts.f_bavail * facts.f_frsize < _ROOM or (facts.f_files and facts.f_favail < _FILES):
+            return None
+        root.files.mkdir(path, 0o700)
+        # As with other temporary files: what has no lock was left by a process that died.
+        fd = hold_shared(root.files, path)
+    except OSError:
+        return None
+    return None if fd is None else (path, fd)
+
+
+# -- quarantine ----------------------------------------------------------------------------------
+# A damaged file is moved, so that the evidence is kept and a good file that came in between is not lost.
+
+MAX_FILES = 64
+MAX_BYTES = 256 << 20
+_NOTE = ".reason"
+
+
+def quarantine(root: Root, path: str, inode: int | None, reason: str) -> bool:
+    """Move a damaged file aside, with a note saying why.
+
+    Args:
+        root: Whose it is.
+        path: The file.
+        inode: Which file was found damaged; one that took its place since is left alone.
+        reason: What is wrong with it.
+
+    Returns:
+        Whether the name is free now, or has a newer file.
+    """
+    if root.read_only:
+        return False
+    files, directory = root.files, root.area(Area.QUARANTINE)
+    aside = os.path.join(directory, f"{os.path.basename(path)}.{os.urandom(4).hex()}")
+    try:
+        root.make_dir(directory)
+        files.rename(path, aside)
+        if inode is not None and files.lstat(aside).st_ino != inode:
+            _put_back(root, aside, path)
+            return True
+    except FileNotFoundError:
+        return True
     except OSError:
         return False
-    return facts.f_bavail * facts.f_frsize >= _ROOM and (facts.f_files == 0 or facts.f_favail >= _FILES)
-
-
-def why_not_writable(root: Root) -> str | None:
-    """Why nothing can be stored; ``None`` when it can. Tries it."""
+    text = f"{os.path.relpath(path, root.path)}\n{reason}\n".encode("utf-8", "backslashreplace")
     try:
-        with root.writing(root.path):
-            probe, fd = root.create_temp()
-            try:
-                with opened(root.files, fd):
-                    write_all(root.files, fd, b"x")
-            finally:
-                root.discard(probe)
-    except StoreWriteError as error:
-        return error.message
-    return None
+        with opened(files, files.create(aside + _NOTE)) as fd:
+            write_all(files, fd, text)
+        for surplus, _ in excess(root):
+            root.discard(surplus)
+    except OSError:
+        # The file itself is aside, which is what matters; a full disk may leave no room for the note.
+        pass
+    return True
+
+
+def _put_back(root: Root, aside: str, path: str) -> None:
+    """Undo: a good one was published in between; but there may be a newer one still."""
+    try:
+        root.files.link(aside, path)
+    except FileExistsError:
+        pass
+    root.discard(aside)
+
+
+def excess(root: Root) -> list[tuple[str, int]]:
+    """The oldest quarantined files beyond what may stay, with their sizes.
+
+    Raises:
+        OSError: The quarantine cannot be listed.
+    """
+    found = []
+    for entry in root.scan(root.area(Area.QUARANTINE)):
+        try:
+            facts = root.files.lstat(entry.path)
+        except FileNotFoundError:
+            continue
+        # Moving a file changes this time and no other.
+        found.append((facts.st_ctime_ns, entry.path, facts.st_size))
+    surplus, total, count = [], 0, 0
+    for _, path, size in sorted(found, reverse=True):
+        total += size
+        count += not path.endswith(_NOTE)
+        if count > MAX_FILES or total > MAX_BYTES:
+            surplus.append((path, size))
+    return surplus

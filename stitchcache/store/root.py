@@ -1,61 +1,42 @@
-"""One root directory: what every operation on it needs, and reading from it."""
+"""One root directory: reading its files, putting files in place, keeping blobs until an entry names them.
+
+Publishing a file::
+
+    create tmp/<host>.<random>.part exclusively, lock it, write, fsync       (errors: nothing happened)
+    rename over the name (entries, pointers) or link without replacing (blobs)
+    fsync the directory                                                      (now it is acknowledged)
+
+so that a reader sees a whole file or none, and what was acknowledged survives a crash.
+"""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
+import stat
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from stitchcache.errors import EntryDamagedError, StitchCacheError, StoreWriteError
 from stitchcache.store.files import (
-    CHUNK,
     Files,
     close_quietly,
     distrust,
-    is_dir,
-    is_file,
+    lock_shared,
     opened,
     read_exactly,
     write_all,
     write_error,
 )
-from stitchcache.store.layout import TAG_NAME, TAG_TEXT, Area
+from stitchcache.store.layout import TAG_NAME, TAG_TEXT, Area, keyed_path
+from stitchcache.types import BlobRef
 
-if TYPE_CHECKING:
-    from dataclasses import dataclass
-else:
-    from stitchcache.records import dataclass
-
-
-_TEN_YEARS = 10 * 365 * 86_400 * 1_000_000_000
-
-Identity = tuple[int, int, int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A file that was read.
-
-    Args:
-        path: Where it lies.
-        data: All of its bytes.
-        identity: Which file it was, should the name lead to another one later.
-        modified: Its mtime, in nanoseconds.
-    """
-
-    path: str
-    data: bytes
-    identity: Identity
-    modified: int
-
-
-def identity_of(facts: os.stat_result) -> Identity:
-    """What tells a file, and its state, from every other."""
-    return (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+# Small enough to stay in the processor's cache, and not to be mapped and unmapped each time.
+_DIGESTED_AT_ONCE = 256 << 10
+_HELD_AT_MOST = 512
 
 
 class Root:
@@ -73,20 +54,8 @@ class Root:
         self.files = files
         self.durable = durable
         self.read_only = read_only
-        self._host = ""
+        self.holds = Holds(files)
         self._known: set[str] = set()
-
-    def __repr__(self) -> str:
-        return f"Root({self.path!r})"
-
-    @property
-    def host(self) -> str:
-        """This host's part of temporary names."""
-        from stitchcache.store.locks import host_token
-
-        if not self._host:
-            self._host = host_token()
-        return self._host
 
     def area(self, area: Area) -> str:
         """The directory of an area."""
@@ -105,34 +74,43 @@ class Root:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
-    def read(self, path: str, cap: int) -> Found | None:
-        """A whole file.
-
-        Args:
-            path: The file.
-            cap: Most bytes it can have.
-
-        Returns:
-            ``None`` where there is none.
+    def facts(self, path: str) -> os.stat_result | None:
+        """Facts about a file; ``None`` where there is none.
 
         Raises:
-            EntryDamagedError: It is no regular file, or larger than the cap.
+            OSError: They cannot be told.
+        """
+        try:
+            return self.files.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def has_blob(self, ref: BlobRef) -> bool:
+        """Whether a file of a blob's name and size is there."""
+        facts = self.facts(keyed_path(self.path, Area.BLOBS, ref.digest))
+        return facts is not None and facts.st_size == ref.size
+
+    def read(self, path: str, cap: int) -> tuple[bytes, os.stat_result] | None:
+        """A whole file of at most ``cap`` bytes, and its facts; ``None`` where there is none.
+
+        Raises:
+            EntryDamagedError: It is no regular file, or larger.
             OSError: It cannot be read.
         """
         try:
             fd = self.files.open_read(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        try:
+        with opened(self.files, fd):
             facts = self.files.fstat(fd)
-            if not is_file(facts) or facts.st_size > cap:
+            reason = ""
+            if not stat.S_ISREG(facts.st_mode):
+                reason = "not a regular file"
+            elif facts.st_size > cap:
                 reason = f"{facts.st_size} bytes, over the limit of {cap}"
-                reason = reason if is_file(facts) else "not a regular file"
+            if reason:
                 raise EntryDamagedError(f"{path}: {reason}", path=path, field="size", reason=reason)
-            data = read_exactly(self.files, fd, facts.st_size)
-        finally:
-            close_quietly(self.files, fd)
-        return Found(path, data, identity_of(facts), facts.st_mtime_ns)
+            return read_exactly(self.files, fd, facts.st_size), facts
 
     def distrust(self, path: str) -> str | None:
         """Why a file of this root, or a directory on the way to it, is not trusted; ``None`` when all are.
@@ -149,11 +127,8 @@ class Root:
             reason = distrust(at, self.files.lstat(at))
         return reason
 
-    def blob_state(self, path: str, digest: str, size: int) -> Identity | str | None:
-        """Check a blob against its name.
-
-        Returns:
-            Which file was found good; a text saying what is wrong with it; ``None`` where there is none.
+    def blob_state(self, path: str, digest: str, size: int) -> os.stat_result | str | None:
+        """Check a blob: the facts of a good one, what is wrong with it, or ``None`` where there is none.
 
         Raises:
             OSError: It cannot be read.
@@ -162,12 +137,9 @@ class Root:
             fd = self.files.open_read(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        try:
+        with opened(self.files, fd):
             facts = self.files.fstat(fd)
-            problem = self.blob_problem(fd, facts, digest, size)
-        finally:
-            close_quietly(self.files, fd)
-        return identity_of(facts) if problem is None else problem
+            return self.blob_problem(fd, facts, digest, size) or facts
 
     def blob_problem(self, fd: int, facts: os.stat_result, digest: str, size: int) -> str | None:
         """What is wrong with an open blob.
@@ -175,13 +147,12 @@ class Root:
         Raises:
             OSError: It cannot be read.
         """
-        if not is_file(facts):
+        if not stat.S_ISREG(facts.st_mode):
             return "not a regular file"
         if facts.st_size != size:
             return f"{facts.st_size} bytes where {size} are expected"
         found = hashlib.sha256()
-        # Small enough to stay in the processor's cache, and not to be mapped and unmapped each time.
-        while chunk := self.files.read(fd, CHUNK >> 2):
+        while chunk := self.files.read(fd, _DIGESTED_AT_ONCE):
             found.update(chunk)
         if found.hexdigest() != digest:
             return f"sha256 {found.hexdigest()} where its name says {digest}"
@@ -208,16 +179,33 @@ class Root:
                 raise
             raise write_error(error, path) from error
 
-    def touch(self, path: str, *, long_ago: bool = False) -> None:
-        """Record a use, or that there is none; where that is not allowed, it is not recorded."""
+    def publish(self, path: str, data: bytes, *, last: bool = True) -> None:
+        """Put a file in place, replacing what had its name; ``last`` is whether it must survive a power loss.
+
+        Raises:
+            StoreWriteError: It cannot be written; nothing changed, or it is not known whether it will last.
+        """
+        with self.writing(path):
+            if last:
+                self.make_dir(os.path.dirname(path))
+            with self.temporary() as (temp, fd):
+                write_all(self.files, fd, data)
+                if last:
+                    self.sync(fd)
+                self.rename(temp, path)
+            if last:
+                self.sync_dir(os.path.dirname(path))
+
+    def touch(self, path: str, nanoseconds: int | None = None) -> None:
+        """Record a use, by default of now; where that is not allowed, it is not recorded."""
         try:
             # Never the same time twice, so that a changed time always shows.
-            self.files.utime(path, time.time_ns() - (_TEN_YEARS if long_ago else 0))
+            self.files.utime(path, time.time_ns() if nanoseconds is None else nanoseconds)
         except OSError:
             pass
 
     def discard(self, path: str) -> None:
-        """Remove a temporary file; what is left is found by the next prune."""
+        """Remove a file that nobody needs; what is left is found by the next prune."""
         try:
             self.files.unlink(path)
         except OSError:
@@ -233,19 +221,41 @@ class Root:
         if self.durable:
             self.files.fsync_dir(path)
 
-    def create_temp(self) -> tuple[str, int]:
-        """A new file of a name of its own, on the root's file system."""
-        from stitchcache.store.locks import temporary_name
+    def temporary_path(self, kind: str) -> str:
+        """A name in ``tmp`` that no other process or thread makes; it begins with this host's."""
+        return os.path.join(self.area(Area.TMP), f"{host_name()}.{os.urandom(8).hex()}.{kind}")
 
-        directory = self.area(Area.TMP)
-        temp = os.path.join(directory, temporary_name(self.host, "part"))
-        try:
-            return temp, self.files.create(temp)
-        except FileNotFoundError:
-            # The first write, or somebody removed the cache under us.
-            self._known.clear()
-            self.make_dir(directory)
-            return temp, self.files.create(temp)
+    @contextmanager
+    def temporary(self) -> Iterator[tuple[str, int]]:
+        """Path and descriptor of a new file, which goes at the end unless it was given another name.
+
+        It has a shared lock: a temporary file without one was left by a process that died.
+        """
+        path, fd = self._create_locked()
+        with opened(self.files, fd):
+            try:
+                yield path, fd
+            finally:
+                self.discard(path)
+
+    def _create_locked(self) -> tuple[str, int]:
+        while True:
+            path = self.temporary_path("part")
+            try:
+                fd = self.files.create(path)
+            except FileNotFoundError:
+                # The first write, or somebody removed the cache under us.
+                self._make_again(os.path.dirname(path))
+                fd = self.files.create(path)
+            try:
+                # A prune may come in between, and take the file for one that was left.
+                if lock_shared(self.files, fd, path):
+                    return path, fd
+            except BaseException:
+                close_quietly(self.files, fd)
+                self.discard(path)
+                raise
+            close_quietly(self.files, fd)
 
     def rename(self, temp: str, target: str) -> None:
         """Give a temporary file its name, replacing what had it."""
@@ -253,9 +263,12 @@ class Root:
             self.files.rename(temp, target)
         except FileNotFoundError:
             # Somebody removed directories of the cache while it is in use; that is allowed.
-            self._known.clear()
-            self.make_dir(os.path.dirname(target))
+            self._make_again(os.path.dirname(target))
             self.files.rename(temp, target)
+
+    def _make_again(self, path: str) -> None:
+        self._known.clear()
+        self.make_dir(path)
 
     def make_dir(self, path: str) -> None:
         """Make a directory of the root, and those above it, durably.
@@ -267,37 +280,68 @@ class Root:
             return
         if path != self.path:
             self.make_dir(os.path.dirname(path))
-        try:
-            self._mkdir(path)
-        except FileNotFoundError:
-            self._make_above(path)
-            self._mkdir(path)
+        self._mkdir(path)
         if path == self.path:
             self._write_tag()
         # Whoever made it may not have come to this yet, so each process does it once for itself.
         self.sync_dir(os.path.dirname(path))
         self._known.add(path)
 
-    def _make_above(self, path: str) -> None:
-        parent = os.path.dirname(path)
-        try:
-            self._mkdir(parent)
-        except FileNotFoundError:
-            self._make_above(parent)
-            self._mkdir(parent)
-
     def _mkdir(self, path: str) -> None:
         try:
             self.files.mkdir(path)
         except FileExistsError:
-            if not is_dir(self.files.stat(path)):
+            if not stat.S_ISDIR(self.files.stat(path).st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
+        except FileNotFoundError:
+            self._mkdir(os.path.dirname(path))
+            self.files.mkdir(path)
 
     def _write_tag(self) -> None:
-        tag = os.path.join(self.path, TAG_NAME)
         try:
-            with opened(self.files, self.files.create(tag)) as fd:
+            with opened(self.files, self.files.create(os.path.join(self.path, TAG_NAME))) as fd:
                 write_all(self.files, fd, TAG_TEXT)
         except OSError:
             # It is a courtesy to backup programs.
             pass
+
+
+def host_name() -> str:
+    """This host's part of temporary names."""
+    return os.uname().nodename.replace(os.sep, "_")[:64]
+
+
+class Holds:
+    """Open descriptors whose shared locks keep blobs from being evicted."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._mutex = threading.Lock()
+        self._held: dict[str, int] = {}
+
+    def __contains__(self, digest: str) -> bool:
+        with self._mutex:
+            return digest in self._held
+
+    def __del__(self) -> None:
+        self.release(list(self._held))
+
+    def keep(self, digest: str, fd: int) -> None:
+        """Hold a blob through a descriptor that has its lock."""
+        with self._mutex:
+            surplus = [self._held.pop(digest, None)]
+            self._held[digest] = fd
+            if len(self._held) > _HELD_AT_MOST:
+                # Descriptors are scarce; the grace period is left to protect the oldest.
+                surplus.append(self._held.pop(next(iter(self._held))))
+        for each in surplus:
+            if each is not None:
+                close_quietly(self._files, each)
+
+    def release(self, digests: Iterable[str]) -> None:
+        """Let go of blobs: an entry names them now, or nobody will."""
+        for digest in digests:
+            with self._mutex:
+                fd = self._held.pop(digest, None)
+            if fd is not None:
+                close_quietly(self._files, fd)

@@ -1,43 +1,48 @@
-"""The store as one object: everything about roots that needs no knowledge of what an entry says."""
+"""Roots, searched in order, of which the first may be written: blobs, locks and counters.
+
+Damage becomes a miss here. What only writing and upkeep need is imported where it is used.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import threading
+import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, TypeVar
 
-from stitchcache.errors import OptionError, StoreError
-from stitchcache.store.files import Files, words
-from stitchcache.store.layers import Layers
-from stitchcache.store.layout import Area, Roots, check_key, flag, max_size, root_paths
+from stitchcache.errors import EntryFormatError, FutureFormatError, OptionError, UntrustedEntryError
+from stitchcache.store.files import Files, opened, words
+from stitchcache.store.layout import (
+    CAP,
+    Area,
+    Roots,
+    check_key,
+    flag,
+    max_size,
+    possible_paths,
+    root_paths,
+)
 from stitchcache.store.root import Root
-from stitchcache.store.stats import Counters
 from stitchcache.types import BlobRef
 
-if TYPE_CHECKING:
-    from stitchcache.store.evict import PrunePlan, PruneResult
-    from stitchcache.store.scan import Codec, Reading
-    from stitchcache.store.stats import CacheStats
-    from stitchcache.store.verify import VerifyReport
-
-_WORTH_THREADS = 8 << 20
-"""Bytes that take longer to digest, some six milliseconds, than threads take to start and take turns."""
+T = TypeVar("T")
 
 log = logging.getLogger("stitchcache")
 
+_USE_NOTED_EVERY = 3600.0
+# Bytes that take longer to digest, some six milliseconds, than threads take to start and take turns.
+_WORTH_THREADS = 8 << 20
+
 
 class Store:
-    """Roots, their blobs, locks and upkeep.
-
-    :class:`stitchcache.Cache` tells what the arguments are; it adds entries, targets, pieces and the format.
-    """
-
-    codec: Codec
+    """What needs no knowledge of what an entry says; :class:`stitchcache.Cache` adds that."""
 
     def __init__(
         self,
@@ -54,28 +59,17 @@ class Store:
         self.read_only = read_only or flag("STITCHCACHE_READONLY")
         self.max_bytes = max_size() if max_bytes is None else max_bytes
         self.max_files = max_files
-        self.durability = durability
         self._files = _files or Files()
-        roots = [
-            Root(
-                path,
-                files=self._files,
-                durable=durability == "full",
-                read_only=self.read_only or index > 0,
-            )
+        self._roots = [
+            Root(path, files=self._files, durable=durability == "full", read_only=self.read_only or index > 0)
             for index, path in enumerate(root_paths(root))
         ]
-        self._top = roots[0]
+        self._top = self._roots[0]
         self._counters = Counters(self._top)
-        self._layers = Layers(roots, self._counters.add)
+        self._good: dict[str, tuple[int, ...]] = {}
+        self._warned: set[str] = set()
         # What was counted since the last put would be lost with the object.
         weakref.finalize(self, self._counters.flush)
-
-    @cached_property
-    def _reading(self) -> Reading:
-        from stitchcache.store.scan import Reading
-
-        return Reading(self._top, self.codec, self._layers.roots[1:])
 
     def __repr__(self) -> str:
         return f"Cache({', '.join(str(root) for root in self.roots)!r})"
@@ -88,24 +82,56 @@ class Store:
     @property
     def roots(self) -> tuple[Path, ...]:
         """All root directories, in the order they are searched."""
-        return tuple(Path(root.path) for root in self._layers.roots)
+        return tuple(Path(root.path) for root in self._roots)
 
-    # -- blobs ---------------------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------------
 
-    def put_blob(self, source: bytes | str | os.PathLike[str]) -> BlobRef:
-        """Store bytes under their digest; they are kept until the artifact that names them is put.
-
-        Args:
-            source: The bytes, or the file that has them.
+    def _search(self, area: Area, key: str, look: Callable[[Root, str], T | None]) -> T | None:
+        """What the first good file of a key gives; one that cannot be read counts as none, and is warned of.
 
         Raises:
-            StoreWriteError: The store cannot be written.
+            UntrustedEntryError: There is one, but others can write it.
         """
-        from stitchcache.store.publish import publish_blob
+        check_key(key)
+        untrusted: UntrustedEntryError | None = None
+        for root in self._roots:
+            for path in possible_paths(root.path, area, key):
+                try:
+                    value = look(root, path)
+                except UntrustedEntryError as error:
+                    untrusted = untrusted or error
+                except OSError as error:
+                    self._warn(path, f"{path}: cannot be read ({words(error)}): taken as missing")
+                else:
+                    if value is not None:
+                        return value
+        if untrusted is not None:
+            raise untrusted
+        return None
 
-        what = source if isinstance(source, bytes) else os.fspath(source)
-        digest, size = publish_blob(self._top, self._layers.holds, what)
-        return BlobRef(digest=digest, size=size)
+    def _first(self, area: Area, key: str, decode: Callable[..., T]) -> T | None:
+        """What the first good file of a key holds; a damaged or newer one is warned of."""
+
+        def load(root: Root, path: str) -> T | None:
+            inode = None
+            try:
+                found = root.read(path, CAP[area])
+                if found is None:
+                    return None
+                inode = found[1].st_ino
+                _require_trust(root, path)
+                value = decode(found[0], key, path=path)
+            except FutureFormatError as error:
+                self._warn(path, error.message)
+                return None
+            except EntryFormatError as error:
+                self._reject(root, path, inode, f"{error.field}: {error.reason}")
+                return None
+            if not root.read_only and time.time() - found[1].st_mtime > _USE_NOTED_EVERY:
+                root.touch(path)
+            return value
+
+        return self._search(area, key, load)
 
     def blob_path(self, ref: BlobRef) -> Path | None:
         """A blob's file, its size and digest checked.
@@ -116,8 +142,23 @@ class Store:
         Raises:
             UntrustedEntryError: It is there, but others can write it or a directory above it.
         """
-        path = self._layers.blob_path(ref.digest, ref.size)
-        return None if path is None else Path(path)
+
+        def check(root: Root, path: str) -> Path | None:
+            facts = root.facts(path)
+            if facts is None:
+                return None
+            # Asked every time: a chmod after the first look counts.
+            _require_trust(root, path)
+            if self._good.get(path) != _identity(facts):
+                state = root.blob_state(path, ref.digest, ref.size)
+                if isinstance(state, str):
+                    self._reject(root, path, facts.st_ino, f"blob: {state}")
+                if state is None or isinstance(state, str):
+                    return None
+                self._good[path] = _identity(state)
+            return Path(path)
+
+        return self._search(Area.BLOBS, ref.digest, check)
 
     def blob_paths(self, refs: Sequence[BlobRef]) -> list[Path | None]:
         """The same for several blobs; large ones are digested at one time, on several processors.
@@ -132,16 +173,58 @@ class Store:
         with ThreadPoolExecutor(min(len(refs), os.cpu_count() or 1, 8), "stitchcache-digest") as pool:
             return list(pool.map(self.blob_path, refs))
 
-    # -- working together --------------------------------------------------------------------------
+    def _reject(self, root: Root, path: str, inode: int | None, reason: str) -> None:
+        from stitchcache.store.publish import quarantine
 
-    @contextmanager
+        self._good.pop(path, None)
+        gone = quarantine(root, path, inode, reason)
+        what = "moved to quarantine" if gone else "left there, for it cannot be moved"
+        self.count("corrupt")
+        self._warn(path, f"{path}: damaged: {reason}; {what}, and taken as missing", again=gone)
+
+    def _warn(self, path: str, message: str, *, again: bool = False) -> None:
+        """Warn of a file, once; one that stays would be warned of at each look."""
+        if again or path not in self._warned:
+            self._warned.add(path)
+            log.warning("%s", message)
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def put_blob(self, source: bytes | str | os.PathLike[str]) -> BlobRef:
+        """Store bytes under their digest; they are kept until the artifact that names them is put.
+
+        Args:
+            source: The bytes, or the file that has them.
+
+        Raises:
+            StoreWriteError: The store cannot be written.
+        """
+        from stitchcache.store.publish import publish_blob
+
+        digest, size = publish_blob(self._top, source if isinstance(source, bytes) else os.fspath(source))
+        return BlobRef(digest=digest, size=size)
+
+    def _hold(self, ref: BlobRef) -> bool:
+        """Whether a blob is in a layer; one in the top layer is kept until it is released."""
+        from stitchcache.store.publish import hold_blob
+
+        if not self._top.read_only and hold_blob(self._top, ref):
+            return True
+        for root in self._roots[0 if self._top.read_only else 1 :]:
+            try:
+                if root.has_blob(ref):
+                    return True
+            except OSError:
+                continue
+        return False
+
     def lock(
         self,
         key: str,
         *,
         timeout: float | None = None,
         on_wait: Callable[[float, str], None] | None = None,
-    ) -> Iterator[bool]:
+    ) -> AbstractContextManager[bool]:
         """Let one process at a time work on a key.
 
         Args:
@@ -149,77 +232,32 @@ class Store:
             timeout: Seconds to wait for another process; ``None`` waits as long as it takes.
             on_wait: Called now and then while waiting, with the seconds waited and who holds the lock.
 
-        Yields:
-            True when held; False where locks do not work (a read-only root, some network file systems): then
-            the work may be done twice, and that is all.
+        Returns:
+            A context: True when held; False where locks do not work (a read-only root, some network file
+            systems): then the work may be done twice, and that is all.
 
         Raises:
             LockTimeoutError: Another process held it for all that time.
         """
-        from stitchcache.store.locks import exclusive
+        from stitchcache.store.publish import exclusive
 
-        directory = self._top.area(Area.LOCKS)
-        path = os.path.join(directory, f"{check_key(key)}.lock")
-        try:
-            usable = not self._top.read_only
-            if usable:
-                self._top.make_dir(directory)
-        except OSError:
-            usable = False
-        if not usable:
-            yield False
-            return
-        with exclusive(self._files, path, timeout=timeout, on_wait=on_wait) as held:
-            yield held
+        return exclusive(self._top, check_key(key), timeout=timeout, on_wait=on_wait)
 
-    @contextmanager
-    def scratch(self) -> Iterator[Path]:
-        """A private temporary directory, on the store's file system where that can be written."""
+    def scratch(self) -> AbstractContextManager[Path]:
+        """A private temporary directory, in the first root where that has room."""
         from stitchcache.store.publish import scratch
 
-        with scratch(self._top) as path:
-            yield Path(path)
+        return scratch(self._top)
 
-    def why_not_writable(self) -> str | None:
-        """Why nothing can be stored; ``None`` when it can. Tries it."""
-        from stitchcache.store.publish import why_not_writable
+    # -- counters --------------------------------------------------------------------------------
 
-        return why_not_writable(self._top)
-
-    # -- upkeep ------------------------------------------------------------------------------------
+    def count(self, event: str, amount: int = 1) -> None:
+        """Add to a statistic, such as ``hit.direct`` or ``miss.new``; written later, at no cost now."""
+        self._counters.add(event, amount)
 
     def counted(self) -> dict[str, int]:
         """What was counted, this process's own included; looks at no entry."""
         return self._counters.read()[0]
-
-    def count(self, event: str, amount: int = 1) -> None:
-        """Add to a statistic, such as ``hit.direct`` or ``miss.no-entry``; written later, at no cost now."""
-        self._counters.add(event, amount)
-
-    def stats(self) -> CacheStats:
-        """What the first root holds, and what was counted."""
-        from stitchcache.store.scan import totals
-        from stitchcache.store.stats import CacheStats
-
-        counters, since = self._counters.read()
-        try:
-            sums = totals(self._top)
-        except OSError as error:
-            self._layers.warn(self._top.path, f"{self._top.path}: cannot be listed ({words(error)})")
-            return CacheStats(counters=counters, since=since)
-        held = [sums[area] for area in (Area.ENTRIES, Area.BLOBS, Area.TARGETS, Area.PIECES)]
-        return CacheStats(
-            counters=counters,
-            since=since,
-            entries=held[0][0],
-            blobs=held[1][0],
-            targets=held[2][0],
-            pieces=held[3][0],
-            files=sum(files for files, _ in held),
-            bytes=sum(size for _, size in held),
-            quarantine_files=sums[Area.QUARANTINE][0],
-            quarantine_bytes=sums[Area.QUARANTINE][1],
-        )
 
     def zero_stats(self) -> None:
         """Forget what was counted.
@@ -229,88 +267,97 @@ class Store:
         """
         self._counters.zero()
 
-    def plan_prune(
-        self,
-        *,
-        max_bytes: int | None = None,
-        max_files: int | None = None,
-        max_age: float | None = None,
-        min_free: int | None = None,
-        grace_seconds: float | None = None,
-    ) -> PrunePlan:
-        """What a prune of the first root would remove; nothing goes until the plan's ``execute()``.
 
-        Args:
-            max_bytes: Bytes that may stay; default the cache's own limit.
-            max_files: Files that may stay; default the cache's own limit.
-            max_age: Seconds since its last use after which an entry goes.
-            min_free: Bytes to be free on the file system.
-            grace_seconds: How long a blob that no entry names is left alone; default an hour.
+def _identity(facts: os.stat_result) -> tuple[int, ...]:
+    """What tells a file, and its state, from every other."""
+    return (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
-        Raises:
-            StoreError: The root cannot be listed.
-        """
-        from stitchcache.store.evict import GRACE_SECONDS, Limits, plan_prune
 
-        limits = Limits(
-            max_bytes=self.max_bytes if max_bytes is None else max_bytes,
-            max_files=self.max_files if max_files is None else max_files,
-            max_age=max_age,
-            min_free=min_free,
-        )
-        grace = GRACE_SECONDS if grace_seconds is None else grace_seconds
+def _require_trust(root: Root, path: str) -> None:
+    reason = root.distrust(path)
+    if reason is not None:
+        raise UntrustedEntryError(reason, path=path)
+
+
+_SINCE = "since"
+_LARGEST = 1 << 20
+_MOST_TRIES = 200
+
+
+class Counters:
+    """One process's counts, on their way to ``stats/counters``, a line ``name=number`` for each.
+
+    They are added up in memory and written now and then. What a killed process had not yet written is lost:
+    these are statistics.
+    """
+
+    def __init__(self, root: Root) -> None:
+        self._root = root
+        self._mutex = threading.Lock()
+        self._pending: Counter[str] = Counter()
+        self.path = os.path.join(root.area(Area.STATS), "counters")
+
+    def add(self, name: str, amount: int = 1) -> None:
+        """Count something; ``name`` has no space, quote or ``=``."""
+        with self._mutex:
+            self._pending[name] += amount
+
+    def read(self) -> tuple[dict[str, int], float]:
+        """All counts so far, this process's included, and since when."""
+        counts = self._stored()
+        with self._mutex:
+            counts.update(self._pending)
+        since = counts.pop(_SINCE, 0)
+        return dict(sorted(counts.items())), float(since)
+
+    def flush(self) -> None:
+        """Write what was counted. Where that cannot be kept, it is lost."""
+        with self._mutex:
+            pending, self._pending = self._pending, Counter()
+        if pending and not self._root.read_only:
+            try:
+                self._change(lambda counts: counts + pending)
+            except OSError:
+                pass
+
+    def zero(self) -> None:
+        """Forget all counts; ``StoreWriteError`` where the store cannot be written."""
+        with self._mutex:
+            self._pending.clear()
+        with self._root.writing(self.path):
+            self._change(lambda counts: Counter())
+
+    def _stored(self) -> Counter[str]:
+        counts: Counter[str] = Counter()
         try:
-            return plan_prune(self._reading, limits, grace_seconds=grace)
-        except OSError as error:
-            raise self._unlistable(error) from error
+            found = self._root.read(self.path, _LARGEST)
+        except (OSError, EntryFormatError):
+            found = None
+        for line in found[0].decode("ascii", "replace").splitlines() if found else ():
+            name, _, value = line.partition("=")
+            # No other digits, and no number that takes long to read.
+            if " " not in name and value.isdigit() and len(value) < 20:
+                counts[name] = int(value)
+        return counts
 
-    def _keep_within_limits(self) -> None:
-        """After a put: evict where a limit is crossed. One process at a time, and never an error."""
-        if self.max_bytes is None and self.max_files is None:
-            return
-        from stitchcache.store.evict import Limits, enforce
-
+    def _change(self, change: Callable[[Counter[str]], Counter[str]]) -> None:
+        files = self._root.files
         try:
-            result = enforce(self._reading, Limits(max_bytes=self.max_bytes, max_files=self.max_files))
-        except OSError as error:
-            log.warning("%s: the limits were not enforced: %s", self.root, error)
-            return
-        self._note_evicted(result)
-
-    def _note_evicted(self, result: PruneResult) -> None:
-        if result.entries:
-            self._counters.add("evicted", len(result.entries))
-            log.info(
-                "%s: evicted %d entries, %d files, %d bytes",
-                self.root,
-                len(result.entries),
-                result.files,
-                result.bytes,
-            )
-
-    def verify(self, repair: bool = False) -> VerifyReport:
-        """Read and check every file of the first root.
-
-        Args:
-            repair: Move what is damaged to quarantine, and remove pointers that lead nowhere.
-
-        Raises:
-            StoreError: The root cannot be listed.
-        """
-        from stitchcache.store.verify import verify
-
-        try:
-            return verify(self._reading, repair=repair)
-        except OSError as error:
-            raise self._unlistable(error) from error
-
-    def clear(self) -> PruneResult:
-        """Remove all entries, blobs, targets and pieces of the first root that are not in use.
-
-        Raises:
-            StoreError: The root cannot be listed or written.
-        """
-        return self.plan_prune(max_bytes=0, max_files=0, grace_seconds=0.0).execute()
-
-    def _unlistable(self, error: OSError) -> StoreError:
-        return StoreError(f"{self.root}: cannot be listed ({words(error)})", path=str(self.root))
+            fd = files.open_or_create(f"{self.path}.lock")
+        except FileNotFoundError:
+            self._root.make_dir(os.path.dirname(self.path))
+            fd = files.open_or_create(f"{self.path}.lock")
+        with opened(files, fd):
+            for _ in range(_MOST_TRIES):
+                try:
+                    files.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(0.005)
+                except OSError:
+                    # Without locks another process's counts may be lost.
+                    break
+            counts = change(self._stored())
+            counts[_SINCE] = counts[_SINCE] or int(time.time())
+            text = "".join(f"{name}={number}\n" for name, number in sorted(counts.items()))
+            self._root.publish(self.path, text.encode(), last=False)

@@ -19,10 +19,8 @@ from stitchcache import types
 from stitchcache.artifact import schema
 from stitchcache.artifact.entry import (
     MOST_RECORDS,
-    EntryCodec,
     PieceRecord,
     decode,
-    decode_header,
     decode_piece,
     decode_target,
     encode,
@@ -34,13 +32,13 @@ from stitchcache.artifact.entry import (
 )
 from stitchcache.artifact.frame import MAGIC, PRELUDE, Kind, open_frame, seal
 from stitchcache.errors import EntryDamagedError, EntryFormatError, FutureFormatError
+from stitchcache.store import upkeep
 from stitchcache.store.files import Files
-from stitchcache.store.scan import read_head
 from stitchcache.types import Artifact, Variant
 
 
 def read_header(path):
-    return decode_header(*read_head(Files(), str(path), EntryCodec()), path=str(path))
+    return upkeep.read_header(Files(), str(path))
 
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"

@@ -19,17 +19,16 @@ class Intercepted(Files):
 
 
 def _intercept(name: str):
-    real = getattr(Files, name)
-
     def call(self, *args, **kwargs):
+        real = getattr(super(Intercepted, self), name)
         try:
             self.before(name, args)
         except OSError:
             # A failed close has closed, as on Linux.
             if name == "close":
-                real(self, *args, **kwargs)
+                real(*args, **kwargs)
             raise
-        return real(self, *args, **kwargs)
+        return real(*args, **kwargs)
 
     return call
 

@@ -58,12 +58,6 @@ class Recording(Files):
         new = not os.path.exists(path)
         return self._opened(path, super().open_or_create(path, mode), new)
 
-    def open_append(self, path: str, mode: int = 0o644) -> int:
-        new = not os.path.exists(path)
-        fd = self._opened(path, super().open_append(path, mode), new)
-        self._offsets[fd] = os.fstat(fd).st_size
-        return fd
-
     def write(self, fd: int, data: Any) -> int:
         done = super().write(fd, data)
         self.log.append(Op("write", "", self._inode(fd), self._offsets[fd], bytes(data[:done])))

@@ -271,8 +271,7 @@ def test_a_lock_is_free_although_a_child_forked_meanwhile_lives_on(tmp_path):
 
 def test_exclusive_and_shared_locks_are_of_one_kind(tmp_path):
     """filelock's and our own: eviction must see what a put under way holds."""
-    from stitchcache.store.files import Files
-    from stitchcache.store.locks import try_lock
+    from stitchcache.store.files import Files, try_lock
 
     files = Files()
     (tmp_path / "file").touch()

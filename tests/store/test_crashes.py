@@ -10,12 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-# Imported once, or each forked worker would be importing it, not pruning, when it is killed.
+# Imported once, or each forked worker would be importing them, not pruning, when it is killed.
 import filelock  # noqa: F401
 import pytest
 from hostile import Counting, Killing
 from stores import artifact, copy_legacy, key, put, read_back, target
 
+import stitchcache.store.evict  # noqa: F401
 from stitchcache.cache import Cache
 
 CONTENT = {"old": [b"shared", b"of old"], "new": [b"shared", b"of new" * 1000]}
@@ -142,7 +143,7 @@ def test_random_kills_of_working_processes(tmp_path, full):
             finally:
                 os._exit(1)
         os.close(report)
-        time.sleep(rng.uniform(0, 0.03))
+        time.sleep(rng.uniform(0, 0.06))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         with os.fdopen(receive, "rb") as pipe:

@@ -43,8 +43,6 @@ def test_a_full_disk_refuses_puts_and_serves_what_it_has(tmp_path, options):
                 failures += "disk is full" in str(error)
         assert made
         assert failures
-        # A put needs several inodes and the probe one: what a failed put gave back may be enough for it.
-        assert "nr_inodes" in options or cache.why_not_writable()
         fresh = Cache(place / "cache")
         for each in made:
             assert read_back(fresh, each.graph_hash) is not None
@@ -52,7 +50,7 @@ def test_a_full_disk_refuses_puts_and_serves_what_it_has(tmp_path, options):
         with fresh.scratch() as scratch:
             assert scratch.is_dir()
         levels = {trial.name: trial.level for trial in probe(str(place / "cache"))}
-        assert "problem" in (levels["space"], levels["inodes"])
+        assert levels["space"] == "problem"
         # Nothing half-written keeps the disk full.
         del cache
         fresh.plan_prune(max_files=len(made), grace_seconds=0).execute()
@@ -70,7 +68,6 @@ def test_a_read_only_mount_serves_and_says_why_it_stores_nothing(tmp_path):
         reader = Cache(place / "cache")
         assert read_back(reader, made.graph_hash) == [b"one"]
         assert reader.get(damaged.graph_hash) is None
-        assert "read-only" in reader.why_not_writable()
         with pytest.raises(StoreWriteError, match="Read-only file system"):
             put(reader, "c", [b"three"])
         with reader.lock(key("c")) as held:

@@ -12,7 +12,7 @@ from stores import artifact, files_under, key, put, read_back, target
 
 from stitchcache.cache import Cache
 from stitchcache.store.probe import probe
-from stitchcache.store.verify import MAX_FILES
+from stitchcache.store.publish import MAX_FILES
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_the_least_recently_used_goes_and_use_is_noted_hourly(cache):
     assert [item.key for item, _ in cache.plan_prune(max_files=1).entries] == [second.graph_hash]
 
 
-def test_limits_by_age_files_and_free_space(cache):
+def test_limits_by_age_and_files(cache):
     made = [put(cache, index, []) for index in range(3)]
     used(cache, made[0].graph_hash, 100 * 86400)
     plan = cache.plan_prune(max_age=90 * 86400)
@@ -86,8 +86,6 @@ def test_limits_by_age_files_and_free_space(cache):
         (made[0].graph_hash, "not used for 100.0 days")
     ]
     assert len(cache.plan_prune(max_files=1).entries) == 2
-    assert len(cache.plan_prune(min_free=1 << 60).entries) == 3
-    assert not cache.plan_prune(min_free=1).entries
     assert not cache.plan_prune().items
 
 
@@ -196,15 +194,18 @@ def test_leftovers_of_the_dead_are_harmless_findings_and_go_with_a_prune(cache):
     put(cache, "a", [])
     pid = os.fork()
     if pid == 0:
-        root = Cache(cache.root)._top
-        root.create_temp()
+        context = Cache(cache.root)._top.temporary()
+        context.__enter__()
         os._exit(0)
     os.waitpid(pid, 0)
     (cache.root / "tmp" / f"elsewhere-0.1.{'0' * 16}.part").touch()
-    report = cache.verify()
-    assert [finding.problem for finding in report.findings] == ["leftover"]
-    assert report.clean
-    cache.plan_prune().execute()
+    with Cache(cache.root)._top.temporary() as (mine, _), cache.scratch() as scratch:
+        report = cache.verify()
+        assert [finding.problem for finding in report.findings] == ["leftover"]
+        assert report.clean
+        cache.plan_prune().execute()
+        assert os.path.exists(mine)
+        assert scratch.exists()
     assert [path.name for path in (cache.root / "tmp").iterdir()] == [f"elsewhere-0.1.{'0' * 16}.part"]
 
 
@@ -219,13 +220,11 @@ def test_the_quarantine_is_capped(cache):
 
 
 def test_a_good_entry_published_meanwhile_is_not_quarantined(cache):
-    from stitchcache.store.verify import quarantine
+    from stitchcache.store.publish import quarantine
 
     made = put(cache, "a", [b"one"])
     path = str(entry_path(cache, made.graph_hash))
-    facts = os.stat(path)
-    other_file = (facts.st_dev, facts.st_ino + 1, 0, 0, 0)
-    assert quarantine(cache._top, path, other_file, "it was damaged, but that was another file")
+    assert quarantine(cache._top, path, os.stat(path).st_ino + 1, "it was damaged, but that was another file")
     assert cache.get(made.graph_hash) == made
 
 
@@ -264,15 +263,21 @@ def test_counting_costs_nothing_until_the_process_ends(cache):
     assert Cache(cache.root).stats().counters["hit.graph"] == 1
 
 
-def test_the_file_is_folded_when_it_grows_and_torn_lines_are_left_out(cache):
-    counters = cache._counters
-    for _ in range(3000):
-        counters.add("hit.direct")
-        counters.flush()
-    assert Path(counters.path).stat().st_size < 70_000
-    with open(counters.path, "ab") as file:
-        file.write(b"12345678 hit.direct=5\n\xff\xff=\n00000000\n1 2 3\ntorn hit.dir")
-    assert Cache(cache.root).stats().counters["hit.direct"] == 3000
+def test_torn_counts_are_left_out_and_odd_files_are_none(cache):
+    cache.count("hit.direct", 3)
+    cache._counters.flush()
+    path = Path(cache._counters.path)
+    with path.open("ab") as file:
+        file.write(
+            b"12345678 put=5\n\xff\xff=\n00000000\nlooks=-1\nputs=\n"
+            + b"many="
+            + b"9" * 5000
+            + b"\ntorn hit.dir"
+        )
+    assert Cache(cache.root).stats().counters == {"hit.direct": 3}
+    path.unlink()
+    os.mkfifo(path)
+    assert Cache(cache.root).stats().counters == {}
 
 
 def test_zero_and_prometheus(cache):
@@ -294,16 +299,14 @@ def test_a_good_directory_has_no_problem_and_nothing_is_left(tmp_path):
         "directory",
         "trust",
         "space",
-        "inodes",
         "create",
         "rename",
         "link",
-        "times",
         "fsync",
         "lock",
         "exec",
     ]
-    assert {trial.level for trial in trials if trial.name not in ("space", "inodes")} == {"ok"}
+    assert {trial.level for trial in trials if trial.name != "space"} == {"ok"}
     assert not list(tmp_path.iterdir())
     assert probe(str(tmp_path / "not" / "yet"))[0].found.startswith("missing")
     assert not list(tmp_path.iterdir())
@@ -318,7 +321,6 @@ def test_a_good_directory_has_no_problem_and_nothing_is_left(tmp_path):
         ("flock", "lock", "note"),
         ("fsync", "fsync", "problem"),
         ("open_read", "exec", "problem"),
-        ("utime", "times", "note"),
     ],
 )
 def test_what_does_not_work_is_named_with_its_meaning(tmp_path, call, trial, level):

@@ -1,0 +1,387 @@
+"""What lies in a root: listing it, reading what its files name, and verifying all of it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from stitchcache.artifact.entry import Header, decode_header, decode_named, decode_piece, decode_target
+from stitchcache.artifact.frame import header_end
+from stitchcache.errors import EntryFormatError, FutureFormatError
+from stitchcache.store.files import Files, opened, read_exactly, try_lock, words
+from stitchcache.store.layout import (
+    CAP,
+    KEYED,
+    LEGACY_SUFFIXES,
+    Area,
+    key_of,
+    possible_paths,
+)
+from stitchcache.store.publish import quarantine
+from stitchcache.store.root import Root, host_name
+from stitchcache.types import BlobRef, is_digest
+
+T = TypeVar("T")
+
+
+# -- what is there -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A file as a scan saw it.
+
+    Args:
+        path: Where it lies.
+        key: The key in its name; the whole name for files without one.
+        size: Bytes.
+        modified: mtime in nanoseconds: the last noted use.
+        mode: Its kind and permissions.
+    """
+
+    path: str
+    key: str
+    size: int
+    modified: int
+    mode: int
+
+
+def items(root: Root, area: Area, prefix: str = "") -> Iterator[Item]:
+    """Files of an area whose key begins so; foreign files are passed over, older entries are not.
+
+    Raises:
+        OSError: A directory cannot be listed.
+    """
+    if area not in KEYED:
+        yield from _items(root, ((each.path, each.name) for each in root.scan(root.area(area))))
+        return
+    for shard in root.scan(root.area(area)):
+        if len(shard.name) == 2 and shard.name[: len(prefix)] == prefix[:2]:
+            found = ((each.path, key_of(area, each.name)) for each in root.scan(shard.path))
+            yield from _items(root, found, prefix)
+    if area is Area.ENTRIES:
+        split = ((each.path, *os.path.splitext(each.name)) for each in root.scan(root.path))
+        old = ((path, key) for path, key, suffix in split if suffix in LEGACY_SUFFIXES and is_digest(key))
+        yield from _items(root, old, prefix)
+
+
+def _items(root: Root, named: Iterable[tuple[str, str | None]], prefix: str = "") -> Iterator[Item]:
+    for path, key in named:
+        if key is None or not key.startswith(prefix):
+            continue
+        try:
+            facts = root.files.lstat(path)
+        except FileNotFoundError:
+            continue
+        yield Item(path, key, facts.st_size, facts.st_mtime_ns, facts.st_mode)
+
+
+_OLD_SECONDS = 86400.0
+
+
+def leftovers(root: Root) -> list[Item]:
+    """What processes that died left in ``tmp``, and locks that nobody holds.
+
+    Raises:
+        OSError: A directory cannot be listed.
+    """
+    found = []
+    for item in items(root, Area.TMP):
+        own = item.key.startswith(f"{host_name()}.")
+        # Of another host, and where locks do not work, only the age tells.
+        if (own and is_free(root, item)) or time.time() - item.modified / 1e9 > _OLD_SECONDS:
+            found.append(item)
+    return found + [
+        each for each in items(root, Area.LOCKS) if each.key.endswith(".lock") and is_free(root, each)
+    ]
+
+
+def open_to_lock(files: Files, item: Item) -> int:
+    """Open what is to be locked exclusively.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    return files.open_read(item.path) if stat.S_ISDIR(item.mode) else files.open_write(item.path)
+
+
+def is_free(root: Root, item: Item) -> bool:
+    """Whether nobody holds a lock on a file."""
+    try:
+        fd = open_to_lock(root.files, item)
+    except OSError:
+        return False
+    with opened(root.files, fd):
+        return try_lock(root.files, fd) is True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheStats:
+    """What a cache holds and what it did.
+
+    Args:
+        counters: Name to number, since ``since``: ``hit.direct``, ``miss.<reason>``, ``put`` and
+            whatever else was counted.
+        since: Unix seconds; 0 where nothing was counted yet.
+        entries: Entries, older formats included.
+        blobs: Distinct blobs.
+        targets: Target keys.
+        pieces: Piece keys.
+        files: Files of these four kinds.
+        bytes: Their bytes.
+        quarantine_files: Damaged files kept.
+        quarantine_bytes: Their bytes.
+    """
+
+    counters: Mapping[str, int]
+    since: float
+    entries: int = 0
+    blobs: int = 0
+    targets: int = 0
+    pieces: int = 0
+    files: int = 0
+    bytes: int = 0
+    quarantine_files: int = 0
+    quarantine_bytes: int = 0
+
+    def prometheus(self) -> str:
+        """The same in Prometheus' text format."""
+        lines = [
+            "# HELP stitchcache_events_total Events since the statistics were zeroed.",
+            "# TYPE stitchcache_events_total counter",
+        ]
+        for name, value in sorted(self.counters.items()):
+            label = name.replace("\\", r"\\").replace('"', r"\"")
+            lines.append(f'stitchcache_events_total{{event="{label}"}} {value}')
+        for name in (*KEYED, "files", "bytes", "quarantine_files", "quarantine_bytes"):
+            lines += [f"# TYPE stitchcache_{name} gauge", f"stitchcache_{name} {getattr(self, name)}"]
+        return "\n".join(lines) + "\n"
+
+
+def take_stock(root: Root, counters: Mapping[str, int], since: float) -> CacheStats:
+    """Statistics of a root.
+
+    Raises:
+        OSError: A directory cannot be listed.
+    """
+    sizes = {area: [item.size for item in items(root, area)] for area in (*KEYED, Area.QUARANTINE)}
+    quarantined = sizes.pop(Area.QUARANTINE)
+    return CacheStats(
+        counters=counters,
+        since=since,
+        files=sum(map(len, sizes.values())),
+        bytes=sum(map(sum, sizes.values())),
+        quarantine_files=len(quarantined),
+        quarantine_bytes=sum(quarantined),
+        **{area.value: len(found) for area, found in sizes.items()},
+    )
+
+
+# -- what files name -----------------------------------------------------------------------------
+
+# Most headers fit: one small read for each entry.
+_HEAD_READ = 4096
+
+
+def read_header(files: Files, path: str) -> Header | None:
+    """An entry's header, read without the rest of the file; ``None`` where there is no file.
+
+    Raises:
+        EntryFormatError: It is damaged or of a newer format.
+        OSError: It cannot be read.
+    """
+    try:
+        fd = files.open_read(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    with opened(files, fd):
+        size = files.fstat(fd).st_size
+        if path.endswith(LEGACY_SUFFIXES):
+            # These have no header: all of it is read.
+            return decode_header(read_exactly(files, fd, min(size, CAP[Area.ENTRIES])), size, path=path)
+        prefix = read_exactly(files, fd, min(_HEAD_READ, size))
+        prefix += read_exactly(files, fd, header_end(prefix, path=path) - len(prefix))
+    return decode_header(prefix, size, path=path)
+
+
+def led_to(data: bytes, item: Item) -> list[str]:
+    """Graph hashes that a target names; ``EntryFormatError`` where it is damaged, newer, or another's."""
+    return list(dict.fromkeys(each.graph_hash for each in decode_target(data, item.key, path=item.path)))
+
+
+def has_entry(roots: Sequence[Root], key: str) -> bool:
+    """Whether one of some roots has an entry."""
+    paths = (path for root in roots for path in possible_paths(root.path, Area.ENTRIES, key))
+    return any(roots[0].facts(path) is not None for path in paths)
+
+
+# -- verification --------------------------------------------------------------------------------
+
+Problem = Literal["damaged", "missing blob", "stale", "untrusted", "newer format", "unreadable", "leftover"]
+
+# A newer stitchcache's files are its own affair, and leftovers are ordinary after a crash.
+_HARMLESS = frozenset({"newer format", "leftover"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """Something that is not as it should be.
+
+    Args:
+        path: The file.
+        problem: Its kind.
+        detail: What a person reads.
+        repaired: Whether it was put right: damaged files and entries without their blobs go to quarantine,
+            pointers that lead nowhere are removed.
+    """
+
+    path: str
+    problem: Problem
+    detail: str
+    repaired: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class VerifyReport:
+    """What a verification saw.
+
+    Args:
+        entries: Entries looked at.
+        blobs: Blobs looked at, every byte of them.
+        targets: Targets looked at.
+        pieces: Piece files looked at.
+        bytes: Bytes read.
+        findings: What was wrong.
+    """
+
+    entries: int = 0
+    blobs: int = 0
+    targets: int = 0
+    pieces: int = 0
+    bytes: int = 0
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is wrong that was not repaired."""
+        return all(finding.repaired or finding.problem in _HARMLESS for finding in self.findings)
+
+
+def verify(roots: Sequence[Root], *, repair: bool) -> VerifyReport:
+    """Read everything in the first of some roots; its files may name what the others have."""
+    root = roots[0]
+    walk = _Walk(root, roots[1:], repair and not root.read_only)
+    report = VerifyReport()
+    # What is named comes before what names it.
+    checks = {
+        Area.BLOBS: walk.blob,
+        Area.ENTRIES: walk.entry,
+        Area.TARGETS: walk.target,
+        Area.PIECES: walk.piece,
+    }
+    for area, check in checks.items():
+        found = list(items(root, area))
+        for item in found:
+            walk.check(item, check)
+        setattr(report, area, len(found))
+        report.bytes += sum(item.size for item in found)
+    for item in leftovers(root):
+        walk.found(item, "leftover", "left by a process that ended; the next prune removes it")
+    report.findings = tuple(walk.findings)
+    return report
+
+
+@dataclass(slots=True)
+class _Walk:
+    root: Root
+    beneath: Sequence[Root]
+    repair: bool
+    findings: list[Finding] = field(default_factory=list)
+    good_blobs: dict[str, int] = field(default_factory=dict)
+    good_entries: set[str] = field(default_factory=set)
+    unsure: set[str] = field(default_factory=set)
+
+    def found(self, item: Item, problem: Problem, detail: str, repaired: bool = False) -> None:
+        self.findings.append(Finding(path=item.path, problem=problem, detail=detail, repaired=repaired))
+
+    def check(self, item: Item, check: Callable[[Item], None]) -> None:
+        try:
+            check(item)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self.unsure.add(item.key)
+            self.found(item, "unreadable", words(error))
+
+    def blob(self, item: Item) -> None:
+        state = self.root.blob_state(item.path, item.key, item.size)
+        if isinstance(state, str):
+            self._set_aside(item, "damaged", state, None)
+        elif state is not None:
+            self.good_blobs[item.key] = item.size
+            self._check_trust(item)
+
+    def entry(self, item: Item) -> None:
+        loaded = self._load(item, Area.ENTRIES, lambda data: decode_named(data, item.key, item.path).blobs)
+        if loaded is None:
+            return
+        blobs, inode = loaded
+        missing = [blob.digest for blob in blobs if not self._has_blob(blob)]
+        if missing:
+            detail = f"{len(missing)} of {len(blobs)} blobs are missing or damaged, such as {missing[0]}"
+            self._set_aside(item, "missing blob", detail, inode)
+        else:
+            self.good_entries.add(item.key)
+
+    def _has_blob(self, ref: BlobRef) -> bool:
+        # What could not be read may be good: nothing is thrown away for its sake.
+        known = ref.digest in self.unsure or self.good_blobs.get(ref.digest) == ref.size
+        return known or any(root.has_blob(ref) for root in self.beneath)
+
+    def target(self, item: Item) -> None:
+        loaded = self._load(item, Area.TARGETS, lambda data: led_to(data, item))
+        if loaded is not None:
+            keys, good = loaded[0], self.good_entries | self.unsure
+            if good.isdisjoint(keys) and not any(has_entry(self.beneath, key) for key in keys):
+                self._drop(item, f"its entry {keys[0]} is gone")
+
+    def piece(self, item: Item) -> None:
+        loaded = self._load(item, Area.PIECES, lambda data: decode_piece(data, item.key, path=item.path).blob)
+        if loaded is not None and not self._has_blob(loaded[0]):
+            self._drop(item, f"its blob {loaded[0].digest} is gone")
+
+    def _load(self, item: Item, area: Area, decode: Callable[[bytes], T]) -> tuple[T, int] | None:
+        """What a file says, and its inode; ``None`` where it is gone, newer or damaged."""
+        inode = None
+        try:
+            found = self.root.read(item.path, CAP[area])
+            if found is None:
+                return None
+            inode = found[1].st_ino
+            value = decode(found[0])
+        except FutureFormatError as error:
+            self.found(item, "newer format", error.reason)
+            self.good_entries.add(item.key)
+            return None
+        except EntryFormatError as error:
+            self._set_aside(item, "damaged", f"{error.field}: {error.reason}", inode)
+            return None
+        self._check_trust(item)
+        return value, inode
+
+    def _check_trust(self, item: Item) -> None:
+        reason = self.root.distrust(item.path)
+        if reason is not None:
+            self.found(item, "untrusted", reason)
+
+    def _set_aside(self, item: Item, problem: Problem, detail: str, inode: int | None) -> None:
+        self.found(item, problem, detail, self.repair and quarantine(self.root, item.path, inode, detail))
+
+    def _drop(self, item: Item, detail: str) -> None:
+        if self.repair:
+            self.root.files.unlink(item.path)
+        self.found(item, "stale", detail, self.repair)
