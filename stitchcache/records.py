@@ -9,7 +9,7 @@ that forty times. Here all classes share functions that look at the fields. What
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 T = TypeVar("T")
@@ -59,23 +59,8 @@ def _fields(cls: Any, kw_only: bool) -> dict[str, Any]:
     return fields
 
 
-def defaults_of(cls: Any) -> dict[str, Any]:
-    """Field names to defaults, of the fields that have one that all instances share."""
-    fields = cls.__dataclass_fields__
-    return {name: field.default for name, field in fields.items() if field.default is not dataclasses.MISSING}
-
-
-def names_of(cls: Any) -> Iterable[str] | None:
-    """Field names of a dataclass, in their order; ``None`` for any other class."""
-    fields: dict[str, Any] | None = getattr(cls, "__dataclass_fields__", None)
-    return fields
-
-
 def fill(cls: type[T], values: dict[str, Any]) -> T:
-    """An instance with these values and no other check; the dict becomes its own.
-
-    For decoding, where the values were checked one by one.
-    """
+    """An instance with these values, which were checked one by one; the dict becomes its own."""
     made = object.__new__(cls)
     object.__setattr__(made, "__dict__", values)
     return made

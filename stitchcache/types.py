@@ -4,7 +4,7 @@ A symbolic size stands in these records as a string: a symbol's canonical name (
 over such names (``"2*s0 + 1"``); a static size is an int.
 
 A record says once what its fields are, by the names below in its annotations. ``artifact.schema`` derives
-reading, checking and writing from them. A rule about several fields of a record is its method ``flaw``, which
+reading, checking and writing from them. A rule about several fields of a record is its method ``_flaw``: it
 returns the field that is wrong and why, or ``None``.
 """
 
@@ -80,8 +80,7 @@ class SizeRange:
         if not 0 <= self.min <= self.max:
             raise ValueError(f"SizeRange({self.min}, {self.max}): needs 0 <= min <= max")
 
-    def flaw(self) -> tuple[str, str] | None:
-        """What is wrong with fields that were read."""
+    def _flaw(self) -> tuple[str, str] | None:
         return ("max", f"{self.max} is below min {self.min}") if self.min > self.max else None
 
     def __lt__(self, other: SizeRange) -> bool:
@@ -165,8 +164,7 @@ class TensorSpec:
     shape: Shape
     stride: Shape  # in elements
 
-    def flaw(self) -> tuple[str, str] | None:
-        """What is wrong with fields that were read."""
+    def _flaw(self) -> tuple[str, str] | None:
         if len(self.shape) != len(self.stride):
             return "stride", f"{len(self.stride)} strides for {len(self.shape)} dimensions"
         return None
@@ -186,8 +184,7 @@ class LeafSpec:
     symbol: Expression | None = None
     value: Scalar = None  # what a constant must equal
 
-    def flaw(self) -> tuple[str, str] | None:
-        """What is wrong with fields that were read."""
+    def _flaw(self) -> tuple[str, str] | None:
         needed = {"tensor": self.tensor, "inout": self.tensor, "symbol": self.symbol}
         if needed.get(self.kind, self) is None:
             return self.kind, f"missing where kind is {self.kind}"
@@ -305,8 +302,7 @@ class Artifact:
     compile_seconds: Seconds = 0.0
     format_version: int = ENTRY_VERSION
 
-    def flaw(self) -> tuple[str, str] | None:
-        """What is wrong with fields that were read."""
+    def _flaw(self) -> tuple[str, str] | None:
         return None if self.variants else ("variants", "none")
 
     @property

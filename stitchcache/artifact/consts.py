@@ -12,7 +12,7 @@ import io
 import pickle
 import sys
 import types
-from typing import Any, NoReturn
+from typing import Any
 
 from stitchcache.artifact.frame import malformed
 from stitchcache.artifact.unpickle import (
@@ -30,8 +30,6 @@ from stitchcache.artifact.unpickle import (
 from stitchcache.errors import ForbiddenGlobalError, UnserializableConstError
 from stitchcache.types import span
 
-_MADE_IN_PYTHON = 1 << 9
-"""Py_TPFLAGS_HEAPTYPE: a class that a user may have written."""
 _MOST_DIMENSIONS = 64
 
 
@@ -86,8 +84,6 @@ def _dump(value: Any, path: str) -> bytes:
         _Reader().load(buffer.getvalue())
     except UnserializableConstError:
         raise
-    except RecursionError as error:
-        raise _unserializable("it is nested too deeply", path, value) from error
     except Refused as error:
         raise _unserializable(f"its pickle is refused ({error})", path, value) from error
     except (pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -114,25 +110,24 @@ class _Writer(pickle.Pickler):
         kind = type(obj)
         if kind in (int, float, str, bytes, bool, type(None), list, tuple, dict):
             return None
-        if isinstance(obj, enum.Enum):
-            name = name_of(kind) or self._unregistered(kind, obj)
+        named = kind if isinstance(obj, enum.Enum) else obj
+        if isinstance(named, (type, types.FunctionType, types.BuiltinFunctionType)):
+            name = name_of(named)
+            if name is None:
+                raise self._unlisted(named, obj)
+            if named is obj:
+                return ("global", *name)
             member = obj.name if kind.__members__.get(obj.name or "") is obj else None
             return ("enum", *name, member, None if member else obj.value)
-        if isinstance(obj, type):
-            return ("global", *(name_of(obj) or self._unregistered(obj, obj)))
-        if isinstance(obj, (types.FunctionType, types.BuiltinFunctionType)):
-            function = name_of(obj)
-            if function is None:
-                reason = "a consts table may not hold this function; make it an op of torch.library"
-                raise _unserializable(reason, self._path, obj)
-            return ("global", *function)
         torch = sys.modules.get("torch")
         return None if torch is None or is_registered(kind) else self._torch_id(torch, obj)
 
-    def _unregistered(self, kind: type, obj: Any) -> NoReturn:
-        where = f"{kind.__module__}.{kind.__qualname__}"
+    def _unlisted(self, named: Any, obj: Any) -> UnserializableConstError:
+        where = f"{named.__module__}.{named.__qualname__}"
         reason = f"call stitchcache.register_const_type({where}), here and where it is loaded"
-        raise _unserializable(reason, self._path, obj)
+        if not isinstance(named, type):
+            reason = "a consts table may not hold this function; make it an op of torch.library"
+        return _unserializable(reason, self._path, obj)
 
     def _torch_id(self, torch: Any, obj: Any) -> Any:
         if torch_value(obj):
@@ -173,9 +168,10 @@ class _Writer(pickle.Pickler):
         kind = type(obj)
         if is_registered(kind) or _called_with(kind) or obj is Ellipsis or obj is NotImplemented:
             return NotImplemented
-        if name_of(kind) is None and kind.__flags__ & _MADE_IN_PYTHON:
-            self._unregistered(kind, obj)
-        raise _unserializable("its type is none of those that a consts table may hold", self._path, obj)
+        if kind.__module__ == "builtins" or name_of(kind) is not None:
+            reason = "its type is none of those that a consts table may hold"
+            raise _unserializable(reason, self._path, obj)
+        raise self._unlisted(kind, obj)
 
 
 def _bytes_of(tensor: Any) -> bytes:

@@ -69,7 +69,7 @@ class _Target:
     key: Digest
     records: tuple[TargetRecord, ...]
 
-    def flaw(self) -> tuple[str, str] | None:
+    def _flaw(self) -> tuple[str, str] | None:
         number = len(self.records)
         return None if 0 < number <= MOST_RECORDS else ("records", f"{number} of them")
 
@@ -84,31 +84,23 @@ _NOT_IN_TARGET = {3: ("refused", "factors", "code"), 4: ("code",), 5: ()}
 # -- entries --------------------------------------------------------------------------------------
 
 
-def header_of(artifact: Artifact, *, path: str = "", file_bytes: int = 0) -> Header:
-    """The header that an artifact has or would have."""
-    pieces = artifact.pieces
+def header_of(artifact: Artifact, **place: Any) -> Header:
+    """The header that an artifact has or would have; ``path`` and ``file_bytes`` are its place."""
+    above = {name: getattr(artifact, name) for name in _IN_HEADER}
+    # As floats, for equal artifacts are equal bytes.
+    above |= {name: float(above[name]) for name in ("created", "compile_seconds")}
     return Header(
-        graph_hash=artifact.graph_hash,
-        label=artifact.label,
-        # As floats, for equal artifacts are equal bytes.
-        created=float(artifact.created),
-        compile_seconds=float(artifact.compile_seconds),
         variants=len(artifact.variants),
-        pieces=len(pieces),
-        backends=tuple(sorted({piece.backend for piece in pieces})),
+        pieces=len(artifact.pieces),
+        backends=tuple(sorted({piece.backend for piece in artifact.pieces})),
         blobs=artifact.blobs,
-        format_version=artifact.format_version,
-        path=path,
-        file_bytes=file_bytes,
+        **above,
+        **place,
     )
 
 
 def encode(artifact: Artifact) -> bytes:
-    """The bytes of an entry in the current format; ``created`` comes from it, no clock is read.
-
-    Raises:
-        EntryFormatError: A value has no form in the format.
-    """
+    """The bytes of an entry in the current format; as all that writes, it may raise ``EntryFormatError``."""
     header = pack(header_of(artifact), skip=_NOT_IN_HEADER)
     return seal(Kind.ENTRY, header, pack(artifact, skip=_IN_HEADER))
 
@@ -134,11 +126,7 @@ def decode(data: bytes, *, path: str = "") -> Artifact:
 
 
 def decode_named(data: bytes, key: str, path: str) -> Artifact:
-    """The artifact in a file, which must be of the graph hash that its name says, and of its kind.
-
-    Raises:
-        EntryFormatError: It is damaged, malformed, newer, or another's.
-    """
+    """The artifact in a file, which must be of the graph hash that its name says, and of its kind."""
     # The name decides which format is tried, so that damage cannot turn one into another.
     artifact = decode(data, path=path) if path.endswith(CURRENT_SUFFIX) else _decode_legacy(data, path)
     if artifact.graph_hash != key:
@@ -168,15 +156,9 @@ _MOST_LEGACY = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Format0:
-    execution_code: str
-    submod_names: tuple[Name, ...]
-    graph_hash: Digest
+class _Legacy:
+    """What they hold; 0 has ``execution_code`` in place of ``code`` and no version; consts came with 2."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Format2:
-    version: int
     graph_hash: Digest
     code: str
     submod_names: tuple[Name, ...]
@@ -192,7 +174,7 @@ def _decode_legacy(data: bytes, path: str) -> Artifact:
     if len(data) > _MOST_LEGACY:
         raise malformed(path, "size", f"{len(data)} bytes are more than a legacy entry's {_MOST_LEGACY}")
     if data[:1] != b"\x80":
-        made: Artifact = read_packed(_format_1_or_2, data, path)
+        made: Artifact = read_packed(_legacy, data, path)
         return made
     # Imported when one is met: a warm start does without.
     from stitchcache.artifact.unpickle import Refused, Unpickler
@@ -201,23 +183,21 @@ def _decode_legacy(data: bytes, path: str) -> Artifact:
         value = Unpickler().load(data)
     except Refused as error:
         raise malformed(path, "payload", str(error)) from error
-    found: _Format0 = read_value(record(_Format0), value, path)
-    return _legacy_artifact(0, found.graph_hash, found.execution_code, found.submod_names)
+    if type(value) is dict and "execution_code" in value:
+        value |= {"version": 0, "code": value.pop("execution_code")}
+    unpickled: Artifact = read_value(_legacy, value, path)
+    return unpickled
 
 
-def _format_1_or_2(value: object) -> Artifact:
-    version = value.get("version") if type(value) is dict else None
-    if type(version) is not int or version not in (1, 2):
-        raise FieldError("version", f"{version!r} is neither 1 nor 2")
-    found: _Format2 = record(_Format2, ("consts",) if version == 1 else ())(value)
-    return _legacy_artifact(version, found.graph_hash, found.code, found.submod_names, found.consts)
-
-
-def _legacy_artifact(
-    version: int, graph_hash: str, code: str, names: tuple[str, ...], consts: bytes | None = None
-) -> Artifact:
-    variant = Variant(size_range=None, code=code, submod_names=names, consts=consts, pieces=())
-    return Artifact(graph_hash=graph_hash, variants=(variant,), format_version=version)
+def _legacy(value: Any) -> Artifact:
+    version = value.pop("version", None) if type(value) is dict else None
+    if type(version) is not int or not 0 <= version <= 2:
+        raise FieldError("version", f"{version!r} is none of 0, 1 and 2")
+    found: _Legacy = record(_Legacy, () if version == 2 else ("consts",))(value)
+    variant = Variant(
+        size_range=None, code=found.code, submod_names=found.submod_names, consts=found.consts, pieces=()
+    )
+    return Artifact(graph_hash=found.graph_hash, variants=(variant,), format_version=version)
 
 
 # -- targets and pieces ---------------------------------------------------------------------------
@@ -229,11 +209,7 @@ def encode_target(key: str, records: Sequence[TargetRecord]) -> bytes:
 
 
 def decode_target(data: bytes, key: str, *, path: str = "") -> tuple[TargetRecord, ...]:
-    """The records in a target file, newest first.
-
-    Raises:
-        EntryFormatError: It is damaged, malformed, newer, or of another key.
-    """
+    """The records in a target file, newest first; it must be of this key."""
     version, _, payload = open_frame(data, Kind.TARGET, path=path)
 
     def read(value: Any) -> tuple[TargetRecord, ...]:
@@ -256,11 +232,7 @@ def encode_piece(piece: PieceRecord) -> bytes:
 
 
 def decode_piece(data: bytes, key: str, *, path: str = "") -> PieceRecord:
-    """The record in a piece file.
-
-    Raises:
-        EntryFormatError: It is damaged, malformed, newer, or of another key.
-    """
+    """The record in a piece file, which must be of this key."""
 
     def read(value: Any) -> PieceRecord:
         found: PieceRecord = record(PieceRecord)(value)
@@ -277,20 +249,12 @@ def _check_key(found: object, key: str) -> None:
 
 
 def pack_factors(factors: Sequence[Factor]) -> bytes:
-    """The bytes of ``TargetRecord.factors``: packed apart, so that a direct hit need not decode them.
-
-    Raises:
-        EntryFormatError: A value has no form in the format.
-    """
+    """The bytes of ``TargetRecord.factors``: packed apart, so that a direct hit need not decode them."""
     return pack(tuple((factor.name, factor.value, factor.digest) for factor in factors))
 
 
 def unpack_factors(data: bytes, *, path: str = "") -> tuple[Factor, ...]:
-    """The factors in a record; none where none were recorded.
-
-    Raises:
-        EntryFormatError: The bytes are something else.
-    """
+    """The factors in a record; none where none were recorded."""
     if not data:
         return ()
     rows = read_packed(reader("tuple[tuple[Name, str, Name], ...]"), data, path, "factors")

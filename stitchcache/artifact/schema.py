@@ -18,20 +18,15 @@ from typing import Any
 import msgpack
 
 from stitchcache.artifact.frame import malformed
-from stitchcache.records import defaults_of, fill, names_of
+from stitchcache.records import fill
 from stitchcache.types import is_digest
 
 Reader = Callable[[Any], Any]
 """Checks a decoded value and makes of it what the record holds; raises :class:`FieldError`."""
 
-_MOST_TEXT = 1 << 28
-_MOST_NAME = 1 << 16
-_MOST_EXPRESSION = 1 << 14
 _MOST_ITEMS = 1 << 20
 _MOST_COUNT = (1 << 63) - 1
-_MOST_DIMENSIONS = 64
 _MOST_SECONDS = 250e9
-_MOST_HEX = 1 << 14
 
 # The largest size has 19 digits. Arithmetic with a number of a million digits takes seconds.
 _LONG_NUMBER = re.compile(r"\d{21}")
@@ -77,10 +72,10 @@ def _plain(value: Any, skip: Collection[str] = ()) -> Any:
         return [_plain(item) for item in value]
     if kind is int and not _INT_MIN <= value <= _INT_MAX:
         return {"int": hex(value)}
-    names = names_of(kind)
-    if names is None:
+    fields = getattr(kind, "__dataclass_fields__", None)
+    if fields is None:
         return value
-    return {name: _plain(getattr(value, name)) for name in names if name not in skip}
+    return {name: _plain(getattr(value, name)) for name in fields if name not in skip}
 
 
 def read_packed(read: Reader, data: bytes, path: str, root: str = "") -> Any:
@@ -272,7 +267,7 @@ def _shown(value: object) -> str:
 
 _list = _of(list)
 _count = _number(int, 0, _MOST_COUNT)
-_long_text, _short_text, _hex_text = _text(_MOST_TEXT), _text(_MOST_EXPRESSION), _text(_MOST_HEX)
+_long_text, _short_text, _hex_text = _text(1 << 28), _text(1 << 14), _text(1 << 14)
 _large_int = _map({"int": _hexadecimal})
 
 _READERS: Mapping[str, Reader] = {
@@ -280,13 +275,13 @@ _READERS: Mapping[str, Reader] = {
     "bytes": _of(bytes),
     "int": _number(int, _INT_MIN, _INT_MAX),
     "Digest": _digest,
-    "Name": _text(_MOST_NAME),
+    "Name": _text(1 << 16),
     "Expression": _expression,
     "Count": _count,
     "Length": _number(int, 0, _MOST_ITEMS),
     "Seconds": _number(float, -_MOST_SECONDS, _MOST_SECONDS),
     "Amount": _number(float, 0.0, sys.float_info.max),
-    "Shape": _array(_size, _MOST_DIMENSIONS),
+    "Shape": _array(_size, 64),
     "Scalar": _scalar,
 }
 
@@ -298,10 +293,10 @@ _READERS: Mapping[str, Reader] = {
 def record(cls: type, skip: tuple[str, ...] = ()) -> Callable[..., Any]:
     """What reads a record; fields in ``skip`` are not in the file: they are given, or get their defaults."""
     module = vars(sys.modules[cls.__module__])
-    annotations: Mapping[str, str] = cls.__annotations__
-    read_fields = _map({name: reader(text, module) for name, text in annotations.items() if name not in skip})
-    absent = {name: value for name, value in defaults_of(cls).items() if name in skip}
-    flaw = getattr(cls, "flaw", None)
+    fields: Mapping[str, Any] = vars(cls)["__dataclass_fields__"]
+    read_fields = _map({name: reader(f.type, module) for name, f in fields.items() if name not in skip})
+    absent = {name: fields[name].default for name in skip}
+    flaw = getattr(cls, "_flaw", None)
 
     def read(value: Any, **given: Any) -> Any:
         values = read_fields(value)

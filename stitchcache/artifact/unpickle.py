@@ -9,10 +9,10 @@ starts a process, imports a module or reaches an attribute by a computed name; a
 from __future__ import annotations
 
 import collections
+import copy
 import pickletools
 import sys
 import types
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 from stitchcache.errors import OptionError
@@ -121,12 +121,13 @@ class Unpickler:
 
     def _run(self, opcode: str, argument: Any) -> None:
         stack = self._stack
-        if opcode in _VALUES:
-            stack.append(argument)
-            return
         match opcode:
             case "PROTO" | "FRAME" | "STOP":
                 pass
+            case _ if opcode in _VALUES:
+                stack.append(argument)
+            case _ if opcode in _BEGUN:
+                stack.append(copy.copy(_BEGUN[opcode]))
             case "MEMOIZE":
                 self._memo[len(self._memo)] = stack[-1]
             case "BINPUT" | "LONG_BINPUT":
@@ -137,14 +138,6 @@ class Unpickler:
                 self._marks.append(len(stack))
                 if len(self._marks) > _MOST_NESTED:
                     raise Refused(f"nested deeper than {_MOST_NESTED}")
-            case "POP":
-                stack.pop()
-            case "POP_MARK":
-                self._take(None)
-            case "NONE" | "EMPTY_LIST" | "EMPTY_TUPLE" | "EMPTY_DICT" | "EMPTY_SET":
-                stack.append(_EMPTY[opcode]())
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode == "NEWTRUE")
             case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(self._take(_NUMBER.get(opcode))))
             case "FROZENSET":
@@ -183,13 +176,10 @@ class Unpickler:
         return target
 
 
-_EMPTY: dict[str, Callable[[], Any]] = {
-    "NONE": type(None),
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_DICT": dict,
-    "EMPTY_SET": set,
-}
+_BEGUN: dict[str, Any] = {
+    "NONE": None, "NEWTRUE": True, "NEWFALSE": False,
+    "EMPTY_LIST": [], "EMPTY_TUPLE": (), "EMPTY_DICT": {}, "EMPTY_SET": set(),
+}  # fmt: skip
 # How many values an opcode takes; those that are not here take all from the last mark on.
 _NUMBER = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "BINPERSID": 1}
 _NUMBER |= dict.fromkeys(("STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD"), 2)
@@ -224,11 +214,10 @@ def _key(value: Any) -> Any:
 def register_const_type(cls: T) -> T:
     """Let entries hold constants of a type of yours: an enum, a NamedTuple, a dataclass or another class.
 
-    A graph may have such a value as an argument of a node. Call this where the class is defined, so that
-    every process that loads an entry has called it too; it can be a decorator. When an entry is loaded, an
-    enum member is looked up, a NamedTuple is filled, and any other class is made by its own ``__new__`` or
-    ``__init__`` and ``__setstate__``, with values that the entry holds: register only classes for which that
-    is harmless.
+    Call this where the class is defined, so that every process that loads an entry has called it too; it can
+    be a decorator. Loading looks an enum member up, fills a NamedTuple, and makes any other class by its own
+    ``__new__`` or ``__init__`` and ``__setstate__``, with values that the entry holds: register only classes
+    for which that is harmless.
 
     Args:
         cls: The class; subclasses are not covered.
@@ -246,8 +235,7 @@ def register_const_type(cls: T) -> T:
     for part in qualname.split("."):
         found = getattr(found, part, None)
     # A class being decorated is not in its module yet.
-    elsewhere = found is not None and found is not cls
-    if module == "__main__" or "<locals>" in qualname or elsewhere:
+    if module == "__main__" or "<locals>" in qualname or found not in (None, cls):
         raise OptionError(
             f"register_const_type({module}.{qualname}): another process cannot find it by this name; "
             "define it at the top level of a module that can be imported",
@@ -262,7 +250,7 @@ def is_registered(kind: type) -> bool:
     return CONST_TYPES.get((kind.__module__, kind.__qualname__)) is kind
 
 
-def resolve(module: str, qualname: str) -> Any:
+def resolve(module: Any, qualname: Any) -> Any:
     """What a global means here and now.
 
     Raises:
@@ -311,16 +299,13 @@ def torch_value(value: object) -> bool:
 def name_of(value: Any) -> tuple[str, str] | None:
     """A name that :func:`resolve` leads back to this function or class."""
     module, name = getattr(value, "__module__", None), getattr(value, "__name__", None)
-    candidates = [(module, getattr(value, "__qualname__", None))]
+    candidates: list[tuple[Any, Any]] = [(module, getattr(value, "__qualname__", None))]
     # Functions made in C often do not know where they are found.
-    candidates += [
-        (place, name) for place in ("torch", "torch.nn.functional", "operator", "math", "builtins")
-    ]
-    for place, path in candidates:
-        if isinstance(place, str) and isinstance(path, str):
-            try:
-                if resolve(place, path) is value:
-                    return place, path
-            except Refused:
-                continue
+    places = ("torch", "torch.nn.functional", "operator", "math", "builtins")
+    for place, path in candidates + [(place, name) for place in places]:
+        try:
+            if resolve(place, path) is value:
+                return place, path
+        except Refused:
+            continue
     return None
