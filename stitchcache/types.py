@@ -274,33 +274,19 @@ class Variant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """A compiled model as one immutable record: everything but its weights.
+    """A compiled model as one immutable record: everything but its weights."""
 
-    Args:
-        graph_hash: 64 hex digits that name it.
-        variants: At least one; more with ``size_ranges``.
-        input_spec: What a call must bring; ``None`` for entries made through the engine API.
-        output_spec: How results are returned; ``None`` likewise.
-        bindings: Tensors taken from the model, in the order the stitching function takes them.
-        factors: Named parts of its keys.
-        check: How its results compared with the model's own when compiled; ``None`` if nothing was noted.
-        created: Unix seconds.
-        label: The model's class or the target's name, for people.
-        compile_seconds: What compiling it took.
-        format_version: Version it was read from; new ones have the current.
-    """
-
-    graph_hash: Digest
-    variants: tuple[Variant, ...]
-    input_spec: InputSpec | None = None
+    graph_hash: Digest  # its name
+    variants: tuple[Variant, ...]  # at least one; more with ``size_ranges``
+    input_spec: InputSpec | None = None  # ``None``, as is the next, in entries made through the engine API
     output_spec: OutputSpec | None = None
-    bindings: tuple[BindingSpec, ...] = ()
-    factors: tuple[Factor, ...] = ()
-    check: CheckRecord | None = None
-    created: Seconds = 0.0
-    label: Name = ""
+    bindings: tuple[BindingSpec, ...] = ()  # in the order the stitching function takes them
+    factors: tuple[Factor, ...] = ()  # of its keys
+    check: CheckRecord | None = None  # ``None`` where nothing was noted
+    created: Seconds = 0.0  # Unix time
+    label: Name = ""  # the model's class or the target's name, for people
     compile_seconds: Seconds = 0.0
-    format_version: int = ENTRY_VERSION
+    format_version: int = ENTRY_VERSION  # the one it was read from
 
     def _flaw(self) -> tuple[str, str] | None:
         return None if self.variants else ("variants", "none")
@@ -366,19 +352,14 @@ class TargetRecord:
 class Check:
     """How the look at a compiled model stands: whether it does what the model itself does on the example.
 
-    Args:
-        state: ``agreed``; ``mismatch``; ``unchecked`` (not compared); or ``pending``, while a thread looks.
-        reason: What disagrees, or why nothing was compared.
-        seconds: What looking took.
-        output: The result or written tensor that disagrees, such as ``output['logits']`` or ``buffer:cache``.
-        difference: By how much, where it is a matter of numbers.
+    It is ``unchecked`` where nothing was compared, and ``pending`` while a thread looks.
     """
 
     state: Literal["agreed", "mismatch", "unchecked", "pending"]
-    reason: str = ""
-    seconds: float = 0.0
-    output: str = ""
-    difference: float = 0.0
+    reason: str = ""  # what disagrees, or why nothing was compared
+    seconds: float = 0.0  # what looking took
+    output: str = ""  # the result or written tensor that disagrees: ``output['logits']``, ``buffer:cache``
+    difference: float = 0.0  # by how much, where it is a matter of numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

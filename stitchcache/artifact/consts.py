@@ -146,21 +146,24 @@ class _Writer(pickle.Pickler):
     def _tensor(self, torch: Any, tensor: Any) -> Any:
         if id(tensor) in self._tensors:
             return ("same", self._tensors[id(tensor)][0])
-        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        if not plain or tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+        usual = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+        if not usual or tensor.is_meta or tensor.is_quantized:
             raise _unserializable("only plain strided tensors with data can", self._path, tensor)
         serial = len(self._tensors)
         # With the tensor, which keeps its id taken.
         self._tensors[id(tensor)] = serial, tensor
-        detached = tensor.detach().resolve_conj().resolve_neg()
+        plain = tensor.detach().resolve_conj().resolve_neg()
+        # The memory that the strides reach over: overlapping and padded layouts come back as they were.
+        count = span(plain.shape, plain.stride())
+        flat = plain.as_strided((count,), (1,), plain.storage_offset()).cpu().contiguous()
         return (
             "tensor",
             serial,
             str(tensor.dtype).removeprefix("torch."),
             str(tensor.device),
-            tuple(detached.shape),
-            tuple(detached.stride()),
-            _bytes_of(detached),
+            tuple(plain.shape),
+            tuple(plain.stride()),
+            ctypes.string_at(flat.data_ptr(), count * flat.element_size()),
             "parameter" if type(tensor) is torch.nn.Parameter else "",
         )
 
@@ -172,15 +175,6 @@ class _Writer(pickle.Pickler):
             reason = "its type is none of those that a consts table may hold"
             raise _unserializable(reason, self._path, obj)
         raise self._unlisted(kind, obj)
-
-
-def _bytes_of(tensor: Any) -> bytes:
-    count = span(tensor.shape, tensor.stride())
-    if count == 0:
-        return b""
-    # The memory that the strides reach over, so that overlapping and padded layouts come back as they were.
-    flat = tensor.as_strided((count,), (1,), tensor.storage_offset()).cpu().contiguous()
-    return ctypes.string_at(flat.data_ptr(), count * flat.element_size())
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -326,9 +320,8 @@ def _tensor(dtype: str, device: str, shape: Any, stride: Any, data: bytes, flags
     if type(kind) is not torch.dtype or len(data) != count * kind.itemsize:
         raise Refused(f"a tensor of {len(data)} bytes whose dtype, shape and strides need another number")
     try:
-        flat = torch.empty(count, dtype=kind)
-        if data:
-            flat = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(kind)
+        # frombuffer takes no empty buffer.
+        flat = torch.frombuffer(bytearray(data or 16), dtype=torch.uint8).view(kind)[:count]
         tensor = flat.to(device).as_strided(shape, stride)
     except (RuntimeError, AssertionError) as error:
         raise Refused(f"a tensor on {device}, which this process cannot make: {error}") from error

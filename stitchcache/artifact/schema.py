@@ -79,19 +79,19 @@ def _plain(value: Any, skip: Collection[str] = ()) -> Any:
 
 
 def read_packed(read: Reader, data: bytes, path: str, root: str = "") -> Any:
-    """What msgpack holds whose digest was checked: no extension types, no key twice, no numbers as keys.
+    """What msgpack holds whose digest was checked: no key twice, no numbers as keys, no extension types.
 
     Raises:
         EntryFormatError: It is something else; ``field`` says where, beginning with ``root``.
     """
-    # unpackb caps every length at len(data), so a forged length allocates nothing.
+    # unpackb caps every length at len(data), so a forged length allocates nothing. No reader takes what it
+    # makes of an extension type.
     try:
         value = msgpack.unpackb(
             data,
             raw=False,
             strict_map_key=True,
             object_pairs_hook=_unique,
-            ext_hook=_no_extension,
             unicode_errors=_SURROGATES,
         )
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
@@ -114,10 +114,6 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     if len(found) != len(pairs):
         raise ValueError("a map has the same key twice")
     return found
-
-
-def _no_extension(code: int, data: bytes) -> Any:
-    raise ValueError(f"extension type {code}")
 
 
 # -- kinds of values ------------------------------------------------------------------------------
