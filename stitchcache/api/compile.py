@@ -11,7 +11,6 @@ import torch
 
 from stitchcache import collection_paused
 from stitchcache.cache import Cache
-from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import BindError, GraphHashError, OptionError, check_kind
 from stitchcache.keys.model import model_factors
 from stitchcache.pipeline.find import (
@@ -189,7 +188,7 @@ def _serve(wanted: Wanted, hit: Hit) -> CompiledModel | Miss:
             wanted.model,
             wanted.site,
             target=wanted.target,
-            objects=CodeObjects(record.code if record is not None else ()),
+            objects=hit.objects,
             ready=wanted.ready,
             look=look,
         ),

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from stitchcache.cache import Cache
+from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import UntrustedEntryError
 from stitchcache.keys.check import check_sources
 from stitchcache.keys.target import TargetKey, target_key
 from stitchcache.keys.walk import Walk
 from stitchcache.pipeline.request import Clock, OnProgress, Request, Site
-from stitchcache.runtime.mismatch import explain_mismatch
+from stitchcache.runtime.call import misfit
 from stitchcache.state import devices_of, state_attributes
 from stitchcache.torchside import tree
 from stitchcache.types import Artifact, BindingSpec, Change, Factor, TargetRecord
@@ -80,10 +81,12 @@ class Hit:
     Args:
         artifact: The entry.
         record: The target record that led to it; ``None`` where the graph hash did.
+        objects: Code objects of its generated source, as far as the record has them.
     """
 
     artifact: Artifact
     record: TargetRecord | None = None
+    objects: CodeObjects | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,11 +210,12 @@ def _find_by_record(wanted: Wanted, record: TargetRecord, looked: bool) -> Hit |
         reason = f"the entry {record.graph_hash[:12]} is gone or damaged"
         return Miss(reason=reason, cause="entry", record=record)
     # torch.export may tie two sizes together by the example's; another example is another target.
-    misfit = explain_mismatch(found.artifact.input_spec, wanted.leaves)
-    if misfit is not None:
-        reason = f"the example does not fit what was captured: {misfit}"
+    objects = CodeObjects(record.code)
+    wrong = misfit(found.artifact, wanted.model.forward, wanted.args, wanted.kwargs, objects)
+    if wrong is not None:
+        reason = f"the example does not fit what was captured: {wrong}"
         return Miss(reason=reason, cause="example", record=record)
-    return Hit(artifact=found.artifact, record=record)
+    return Hit(artifact=found.artifact, record=record, objects=objects)
 
 
 def find_by_graph(graph_hash: str, cache: Cache, ready: Ready | None = None) -> Hit | Miss:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -10,28 +12,31 @@ import torch
 
 from stitchcache.codegen.execution import CodeObjects, show_source
 from stitchcache.errors import EntryFormatError, InputMismatchError
-from stitchcache.runtime.callcode import CallSource, output_expression, write_checks, write_inputs
-from stitchcache.runtime.mismatch import Arrangement, explain_mismatch, is_plain, share_memory
+from stitchcache.runtime.contract import CALLED, CallSource, mismatch
 from stitchcache.torchside import tree
 from stitchcache.torchside.state import set_grad_enabled
-from stitchcache.types import Artifact, OutputSpec
+from stitchcache.torchside.tensors import is_fake, storage_id
+from stitchcache.types import Artifact, InputSpec, OutputSpec
 
 
 def build_call(
-    function: Callable[..., Any],
+    function: Callable[..., Any] | None,
     artifact: Artifact,
     tensors: Mapping[str, torch.Tensor],
     forward: Callable[..., Any],
     objects: CodeObjects,
+    fakes: Collection[type] = (),
 ) -> Callable[..., Any]:
     """Write and compile the code around a stitching function.
 
     Args:
-        function: Takes the leaves that are tensors or symbols; returns flat results.
+        function: Takes the leaves that are tensors or symbols; returns flat results. Without one a call is
+            only checked.
         artifact: Has the contract.
         tensors: Bound tensors by name, for buffers that are written back.
         forward: The model's own, for the order of its parameters.
-        objects: Code objects that are kept, and are to be kept.
+        objects: Code objects of generated source; new ones are added.
+        fakes: Further types that are taken for tensors.
 
     Returns:
         The function behind :class:`CompiledModel`.
@@ -41,53 +46,55 @@ def build_call(
     """
     inputs, outputs = artifact.input_spec, artifact.output_spec
     if inputs is None or outputs is None:
-        raise EntryFormatError("the entry has no input or output specification.", field="input_spec")
-    for symbol in inputs.symbols:
-        number = symbol.name.removeprefix("s")
-        if number == symbol.name or not (number.isascii() and number.isdecimal()):
-            raise EntryFormatError(
-                f"symbol {symbol.name!r} is not a canonical name.", field="input_spec.symbols"
-            )
-    wanted = {leaf.tensor.dtype for leaf in inputs.leaves if leaf.tensor is not None}
-    dtypes = {name: value for name in wanted if isinstance(value := getattr(torch, name, None), torch.dtype)}
-    source = CallSource(symbols=frozenset(symbol.name for symbol in inputs.symbols))
-    layout = Arrangement(inputs, forward, tensors)
-    leaves = write_inputs(source, inputs, dtypes, layout.collected())
-    if leaves is None:
-        leaves = [source.fresh() for _ in inputs.leaves]
-        source.lines.append("leaves = take_apart(args, kwargs)")
-        if leaves:
-            source.lines.append(f"{', '.join(leaves)}, = leaves")
-        write_checks(source, inputs, leaves, dtypes)
-    taken = [name for name, leaf in zip(leaves, inputs.leaves, strict=True) if leaf.kind != "constant"]
-    _write_body(source, taken, outputs, leaves, tensors)
+        raise EntryFormatError(
+            f"entry {artifact.graph_hash[:12]} was made through the engine API and says nothing about "
+            "arguments; link it with compile_execution_fn.",
+            field="input_spec",
+            reason="missing",
+        )
+    source, arguments = CallSource(inputs), _Arguments(inputs, forward)
+    leaves = source.open(arguments.collected)
+    source.check(leaves)
+    source.lines.append("if function is None: return None")
+    _write_body(source, outputs, leaves, tensors)
     source.names.update(
-        Tensor=torch.Tensor,
-        Parameter=torch.nn.Parameter,
-        is_plain=is_plain,
-        meets_state=layout.meets_state,
+        CALLED,
+        fakes=fakes,
         function=function,
         refuse=None,
-        take_apart=layout.take_apart,
-        same_strides=same_strides,
-        share_memory=share_memory,
+        take_apart=arguments.take_apart,
+        state=frozenset(map(storage_id, tensors.values())) if "apart" in inputs.constraints else frozenset(),
         grad_enabled=torch.is_grad_enabled,
         set_grad_enabled=set_grad_enabled,
         autocast_enabled=torch.is_autocast_enabled,
         run_quietly=run_quietly,
         unflatten=_unflattener(outputs),
     )
-    return _compile(source, layout, artifact.graph_hash, objects)
+    return _compile(source, arguments, artifact.graph_hash, objects)
+
+
+def misfit(
+    artifact: Artifact,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    objects: CodeObjects,
+) -> str | None:
+    """Why a call does not fit an artifact's contract; ``None`` where it does. Tensors may be without data."""
+    fakes = {type(leaf) for leaf in tree.flatten((args, dict(kwargs)))[0] if is_fake(leaf)}
+    try:
+        build_call(None, artifact, {}, forward, objects, fakes)(*args, **kwargs)
+    except (EntryFormatError, InputMismatchError) as error:
+        return str(error)
+    return None
 
 
 def _write_body(
-    source: CallSource,
-    taken: list[str],
-    outputs: OutputSpec,
-    leaves: list[str],
-    tensors: Mapping[str, torch.Tensor],
+    source: CallSource, outputs: OutputSpec, leaves: list[str], tensors: Mapping[str, torch.Tensor]
 ) -> None:
     """Call the stitching function, write mutations back, build the result."""
+    specs = source.spec.leaves
+    taken = [name for name, leaf in zip(leaves, specs, strict=True) if leaf.kind != "constant"]
     arguments = ", ".join(taken)
     device = source.constant(next((t.device.type for t in tensors.values()), "cpu"))
     source.lines += [
@@ -100,18 +107,15 @@ def _write_body(
         f"else: results = function({arguments})",
     ]
     names = [source.fresh() for _ in range(len(outputs.mutations) + outputs.count)]
-    expression = output_expression(source, outputs, names[len(outputs.mutations) :])
+    expression = source.result(outputs, names[len(outputs.mutations) :])
     if outputs.mutations or expression is not None:
         source.lines.append(f"{', '.join(names)}, = results" if names else "results")
     for name, mutation in zip(names, outputs.mutations, strict=False):
         kind, _, where = mutation.partition(":")
-        target = leaves[int(where)] if kind == "input" else source.constant(tensors[where])
+        target = leaves[int(where)] if kind == "input" else source.constant(tensors.get(where))
         source.lines.append(f"{target}.detach().copy_({name})")
-    source.lines.append(
-        f"return {expression}"
-        if expression is not None
-        else f"return unflatten(results[{len(outputs.mutations)}:])"
-    )
+    rest = f"unflatten(results[{len(outputs.mutations)}:])"
+    source.lines.append(f"return {rest if expression is None else expression}")
 
 
 def _unflattener(outputs: OutputSpec) -> Callable[[Sequence[Any]], Any]:
@@ -127,14 +131,6 @@ def _unflattener(outputs: OutputSpec) -> Callable[[Sequence[Any]], Any]:
     return unflatten
 
 
-def same_strides(tensor: torch.Tensor, wanted: tuple[int, ...]) -> bool:
-    """Compare strides where they matter: a dimension of one element has none."""
-    return tensor.numel() == 0 or all(
-        size == 1 or stride == want
-        for size, stride, want in zip(tensor.shape, tensor.stride(), wanted, strict=True)
-    )
-
-
 def run_quietly(function: Callable[..., Any], device: str, arguments: tuple[Any, ...]) -> Any:
     """Call a function without autograd and autocast."""
     with torch.no_grad(), torch.autocast(device, enabled=False):
@@ -142,7 +138,7 @@ def run_quietly(function: Callable[..., Any], device: str, arguments: tuple[Any,
 
 
 def _compile(
-    source: CallSource, layout: Arrangement, graph_hash: str, objects: CodeObjects
+    source: CallSource, arguments: _Arguments, graph_hash: str, objects: CodeObjects
 ) -> Callable[..., Any]:
     body = "\n".join(f"        {line}" for line in source.lines)
     parameters = ", ".join(source.names)
@@ -156,18 +152,112 @@ def _compile(
     exec(code, namespace)  # noqa: S102 - written above, from checked parts
 
     def refuse(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arranged = layout.arrange(args, kwargs)
-        leaves = layout.take_apart(*arranged)
-        error = explain_mismatch(layout.spec, leaves) or layout.meeting(leaves)
-        if error is not None:
-            raise error
-        if len(arranged[0]) == len(args) and arranged[1].keys() == kwargs.keys():
-            raise InputMismatchError(
-                "the arguments do not fit the capture.", argument="", expected="", actual=""
-            )
-        return call(*arranged[0], **arranged[1])
+        arranged, named = arguments.arrange(args, kwargs)
+        arguments.take_apart(arranged, named)
+        if len(arranged) == len(args) and named.keys() == kwargs.keys():
+            raise mismatch("arguments", "those of the capture", "others")
+        return call(*arranged, **named)
 
     source.names["refuse"] = refuse
     call: FunctionType = namespace["bind"](**source.names)
     show_source(call, filename, text)
     return call
+
+
+class _Arguments:
+    """The arguments of a call, apart from what is in them: brought into the form of the capture.
+
+    Args:
+        spec: The contract.
+        forward: The model's own, whose parameters arguments are named by.
+    """
+
+    def __init__(self, spec: InputSpec, forward: Callable[..., Any]) -> None:
+        self._tree, self._forward = spec.tree, forward
+        positional, keyword = json.loads(spec.tree)[1]["children_spec"]
+        self._wanted = [*positional["children_spec"], *keyword["children_spec"]]
+        self._count = len(positional["children_spec"])
+        self._keys: list[str] = json.loads(keyword["context"] or "[]")
+
+    @property
+    def collected(self) -> list[str]:
+        """Keywords of the example that the model's ``**kwargs`` collects, in their order."""
+        if len(self._keys) < 2:
+            return []
+        try:
+            parameters = inspect.signature(self._forward).parameters.values()
+        except (TypeError, ValueError):
+            return self._keys
+        by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        return [key for key in self._keys if key not in by_name]
+
+    def take_apart(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Flatten a call whose containers only torch knows."""
+        for attempt in range(2):
+            leaves, structure = tree.flatten((args, kwargs))
+            if tree.dumps(structure) == self._tree:
+                return leaves
+            if attempt == 0:
+                args, kwargs = self.arrange(args, kwargs)
+        raise self._other_structure(args, kwargs)
+
+    def _other_structure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> InputMismatchError:
+        """Name the first argument that is nested in another way than the example was."""
+        names = [*tree.positional_names(self._forward, len(args)), *kwargs]
+        for name, want, value in zip(names, self._wanted, [*args, *kwargs.values()], strict=False):
+            got = json.loads(tree.dumps(tree.flatten(value)[1]))[1]
+            if got == want:
+                continue
+            if isinstance(value, dict) and want["type"] == got["type"]:
+                keys, given = json.loads(want["context"]), [*value]
+                if keys != given and sorted(map(repr, keys)) == sorted(map(repr, given)):
+                    return _other_order(name, keys, given)
+            expected = (
+                "a tensor or plain value" if want["type"] is None else f"a {want['type']} as in the example"
+            )
+            found = type(value).__qualname__ if got["type"] != want["type"] else "other contents"
+            return mismatch(name, expected, found, "Pass it nested as it was when the model was compiled.")
+        given_by = f"{len(args)} positional, {sorted(kwargs)} by keyword"
+        return mismatch("arguments", "those of the example", given_by)
+
+    def arrange(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Move arguments between positions and keywords, and fill in defaults, as the capture had them."""
+        try:
+            signature = inspect.signature(self._forward)
+            given = signature.bind(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise mismatch("arguments", "those of the model's forward", str(error)) from error
+        ordered = self.collected
+        found = [key for key in kwargs if key in ordered]
+        if len(found) == len(ordered) and found != ordered:
+            raise _other_order("keywords", ordered, found)
+        given.apply_defaults()
+        parameters = signature.parameters
+        plain = [
+            p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        first = given.args[: min(self._count, len(plain))]
+        left = dict(zip(plain, given.args, strict=False)) | given.kwargs
+        for name in plain[: len(first)]:
+            del left[name]
+        named = {key: left.pop(key) for key in self._keys if key in left}
+        for name, value in left.items():
+            if name not in parameters or value is not parameters[name].default:
+                raise mismatch(
+                    name,
+                    "nothing: the capture's example did not pass it",
+                    type(value).__qualname__,
+                    "Compile with an example that passes it.",
+                )
+        return (*first, *given.args[len(plain) :]), named
+
+
+def _other_order(argument: str, wanted: Sequence[Any], given: Sequence[Any]) -> InputMismatchError:
+    return mismatch(
+        argument,
+        f"keys in the order {', '.join(map(str, wanted))}",
+        ", ".join(map(str, given)),
+        "The model may go through them in their order.",
+    )

@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import ast
-import operator
 from collections.abc import Callable, Collection, Mapping
 from keyword import iskeyword
-from typing import Any
 
 from stitchcache.errors import EntryFormatError
 
-_BINARY: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-}
+_ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.Pow)
+_COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 _FUNCTIONS = {"max": max, "min": min}
-WORDS = frozenset({"distinct", "plain", "apart"})
-"""Constraints of a contract that are no expressions; ``InputSpec`` says what they mean."""
 # Far beyond what torch writes. Parsing, checking and evaluating within them takes no time worth a word.
 _LONGEST = 4000
 _DEEPEST = 200
@@ -67,30 +51,27 @@ def names_in(text: str) -> set[str]:
     return _names(_parsed(text, "an expression"))
 
 
-def evaluate(text: str, values: Mapping[str, int]) -> int:
-    """Evaluate an expression.
+def evaluator(text: str) -> Callable[[Mapping[str, int]], int]:
+    """A function from a value for each symbol to the value of an expression.
 
-    Args:
-        text: An expression.
-        values: A value for each of its symbols.
+    It raises EntryFormatError where the expression divides by zero, or uses a symbol without a value.
 
     Raises:
-        EntryFormatError: It is none, divides by zero, or uses a symbol without a value.
+        EntryFormatError: It is no expression.
     """
-    if text in values:
-        return int(values[text])
-    node = _parsed(text, "an expression")
-    try:
-        return int(_evaluate(node, values))
-    except (ArithmeticError, KeyError) as error:
-        reason = (
-            "divides by zero" if isinstance(error, ArithmeticError) else f"names {error}, which has no value"
-        )
-        raise _refused(text, "an expression", reason) from error
+    code = compile(ast.Expression(_parsed(text, "an expression")), "<size>", "eval")
+
+    def evaluate(values: Mapping[str, int]) -> int:
+        try:
+            return int(eval(code, {"__builtins__": {}, **_FUNCTIONS}, dict(values)))
+        except (ArithmeticError, NameError) as error:
+            raise _refused(text, "an expression", str(error)) from error
+
+    return evaluate
 
 
 def _parsed(text: str, where: str) -> ast.expr:
-    """An expression's tree. Nothing is in it but what :func:`evaluate` knows, and no number grows large."""
+    """An expression's tree. Nothing but arithmetic is in it, and no number grows large."""
     try:
         if len(text) > _LONGEST:
             raise ValueError("is too long")
@@ -126,7 +107,7 @@ def _bits(node: ast.AST, depth: int) -> int:
         return _SIZE_BITS
     if isinstance(node, ast.Constant) and isinstance(node.value, int):
         bits = node.value.bit_length()
-    elif isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, _ARITHMETIC):
         left, right = _bits(node.left, depth + 1), _bits(node.right, depth + 1)
         bits = max(left, right) + 1
         if isinstance(node.op, ast.Mult):
@@ -149,16 +130,12 @@ def _parts(node: ast.AST) -> list[ast.expr]:
     if isinstance(node, ast.BoolOp):
         return node.values
     if isinstance(node, ast.Compare):
-        if len(node.ops) != 1 or type(node.ops[0]) not in _BINARY:
+        if len(node.ops) != 1 or not isinstance(node.ops[0], _COMPARISONS):
             raise ValueError("holds a comparison that is none of sizes")
         return [node.left, *node.comparators]
     if isinstance(node, ast.Call):
-        if (
-            not isinstance(node.func, ast.Name)
-            or node.func.id not in _FUNCTIONS
-            or not node.args
-            or node.keywords
-        ):
+        named = isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS
+        if not named or not node.args or node.keywords:
             raise ValueError("calls something other than max and min")
         return node.args
     raise ValueError(f"holds {type(node).__name__}")
@@ -167,24 +144,3 @@ def _parts(node: ast.AST) -> list[ast.expr]:
 def _names(node: ast.expr) -> set[str]:
     found = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
     return found - _FUNCTIONS.keys()
-
-
-def _evaluate(node: ast.expr, values: Mapping[str, int]) -> Any:
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Name):
-        return values[node.id]
-    if isinstance(node, ast.BinOp):
-        return _BINARY[type(node.op)](_evaluate(node.left, values), _evaluate(node.right, values))
-    if isinstance(node, ast.UnaryOp):
-        operand = _evaluate(node.operand, values)
-        return (not operand) if isinstance(node.op, ast.Not) else -operand
-    if isinstance(node, ast.BoolOp):
-        parts = [_evaluate(part, values) for part in node.values]
-        return all(parts) if isinstance(node.op, ast.And) else any(parts)
-    if isinstance(node, ast.Compare):
-        left, right = _evaluate(node.left, values), _evaluate(node.comparators[0], values)
-        return _BINARY[type(node.ops[0])](left, right)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        return _FUNCTIONS[node.func.id](_evaluate(argument, values) for argument in node.args)
-    raise TypeError(f"{type(node).__name__} was let through")

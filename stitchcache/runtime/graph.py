@@ -22,7 +22,7 @@ from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import BackendError, EntryDamagedError, EntryFormatError, InputMismatchError
 from stitchcache.pieces import get_backend
 from stitchcache.runtime.call import run_quietly
-from stitchcache.runtime.mismatch import share_memory
+from stitchcache.runtime.contract import share_memory
 from stitchcache.runtime.model import bind_tensors, check_environment, devices_in, link
 from stitchcache.torchside.dynamo import SerializableCallable
 from stitchcache.types import Artifact, BlobRef

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stitchcache.errors import EntryFormatError
-from stitchcache.runtime.expressions import check_expression, evaluate, names_in
+from stitchcache.runtime.expressions import check_expression, evaluator, names_in
 
 SYMBOLS = {"s0", "s1"}
 
@@ -27,7 +27,7 @@ SYMBOLS = {"s0", "s1"}
     ],
 )
 def test_arithmetic(text, value):
-    assert evaluate(check_expression(text, SYMBOLS, "here"), {"s0": 6, "s1": 4}) == value
+    assert evaluator(check_expression(text, SYMBOLS, "here"))({"s0": 6, "s1": 4}) == value
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_anything_else_is_refused(text):
 )
 def test_what_nobody_checked_is_not_evaluated(text):
     with pytest.raises(EntryFormatError):
-        evaluate(text, {"s0": 6})
+        evaluator(text)({"s0": 6})
 
 
 @st.composite
@@ -90,4 +90,4 @@ def expressions(draw, depth=3):
 def test_evaluation_is_pythons(text, s0, s1):
     check_expression(text, SYMBOLS, "here")
     assert names_in(text) <= SYMBOLS
-    assert evaluate(text, {"s0": s0, "s1": s1}) == int(eval(text, {"s0": s0, "s1": s1}))
+    assert evaluator(text)({"s0": s0, "s1": s1}) == int(eval(text, {"s0": s0, "s1": s1}))
