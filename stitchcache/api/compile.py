@@ -104,9 +104,13 @@ def compile(
         key_factors=key_factors,
         options=options,
     )
-    if preloaded is not None and cache is None:
-        cache = preloaded.cache
-    elif preloaded is not None and cache is not preloaded.cache:
+    if preloaded is not None:
+        # Whoever has one has imported this.
+        from stitchcache.api.preload import Preloaded
+
+        check_kind("preloaded", preloaded, Preloaded, "what stitchcache.preload() returned")
+        cache = preloaded.cache if cache is None else cache
+    if preloaded is not None and cache is not preloaded.cache:
         raise OptionError(
             "cache and preloaded name two Cache objects: give the same one to preload() and compile().",
             option="preloaded",

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stitchcache.compare import Compared, judged, run_both
-from stitchcache.errors import StaleEntryError, StoreWriteError
+from stitchcache.errors import StaleEntryError, StoreWriteError, check_kind
+from stitchcache.pipeline.request import check_arguments
 from stitchcache.state import plain_tensors, state_of, tensor_at
 from stitchcache.torchside import tree
 from stitchcache.torchside.tensors import has_fakes, version_of
@@ -224,7 +225,13 @@ def verify(
     Returns:
         ``state`` is ``"agreed"``, ``"mismatch"`` or ``"unchecked"``; ``reason`` says which result differs and
         by how much, or why nothing was compared.
+
+    Raises:
+        OptionError: An argument is of a wrong type.
     """
+    check_kind("model", model, torch.nn.Module, "a torch.nn.Module")
+    check_kind("compiled", compiled, Callable, "a function, or what compile returned")
+    check_arguments(args, {} if kwargs is None else kwargs)
     began, given = time.perf_counter(), dict(kwargs or {})
     # What it writes is not known, so whatever it may write is kept.
     writes = {f"buffer:{name}": buffer for name, buffer in model.named_buffers()}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 
 from stitchcache.cache import Cache
-from stitchcache.errors import OptionError
+from stitchcache.errors import OptionError, check_kind
 from stitchcache.pieces import COMPILER_OPTIONS, NAMES
 from stitchcache.store.layout import CHECKS, choice, required
 from stitchcache.types import SizeRange
@@ -70,10 +70,7 @@ class Request:
                     option="splitting_ops",
                 )
         for name in ("key_factors", "options"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise OptionError(
-                    f"{name} is a {type(getattr(self, name)).__qualname__}: pass a dict.", option=name
-                )
+            check_kind(name, getattr(self, name), Mapping, "a dict")
         for name, value in self.options.items():
             kind = _OWN_OPTIONS.get(name)
             if name.startswith("stitchcache.") and (kind is None or type(value) is not kind):
@@ -147,25 +144,20 @@ def check_model(model: Any, args: Any, kwargs: Any) -> None:
     Raises:
         OptionError: Not a module, in training mode, or arguments that are not a tuple and a dict.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise OptionError(
-            f"model is a {type(model).__qualname__}; stitchcache compiles torch.nn.Module objects. "
-            "Put a function into a module's forward.",
-            option="model",
-        )
+    check_kind("model", model, torch.nn.Module, "a torch.nn.Module; put a function into a module's forward")
     if model.training:
         raise OptionError(
             f"{type(model).__qualname__} is in training mode, and compiled models are for inference. "
             "Call model.eval() first.",
             option="model",
         )
-    if not isinstance(args, tuple):
-        raise OptionError(
-            f"args is a {type(args).__qualname__}; pass a tuple, such as (x,) for one argument.",
-            option="args",
-        )
-    if not isinstance(kwargs, Mapping):
-        raise OptionError(f"kwargs is a {type(kwargs).__qualname__}; pass a dict or None.", option="kwargs")
+    check_arguments(args, kwargs)
+
+
+def check_arguments(args: Any, kwargs: Any) -> None:
+    """Refuse arguments that are not a tuple and a dict."""
+    check_kind("args", args, tuple, "a tuple, such as (x,) for one argument")
+    check_kind("kwargs", kwargs, Mapping, "a dict or None")
 
 
 def chosen_cache(cache: Cache | None) -> Cache:
@@ -176,11 +168,7 @@ def chosen_cache(cache: Cache | None) -> Cache:
     """
     if cache is None:
         return Cache()
-    if not isinstance(cache, Cache):
-        raise OptionError(
-            f"cache is {cache!r}, not a Cache: write cache=stitchcache.Cache(...) with its directory.",
-            option="cache",
-        )
+    check_kind("cache", cache, Cache, "a Cache: write cache=stitchcache.Cache(...) with its directory")
     return cache
 
 

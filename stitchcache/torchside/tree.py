@@ -6,6 +6,8 @@ Uses ``torch.utils._pytree``: torch has no public pytree module in the versions 
 from __future__ import annotations
 
 import inspect
+import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +19,9 @@ from stitchcache.errors import EntryFormatError, OptionError
 SEEN = ("2.11", "2.13")
 
 TreeSpec = pytree.TreeSpec
+
+# Results of topk, max, sort and their kin. Torch takes them apart, and does not write their types down.
+_NAMED = "torch.return_types"
 
 
 def flatten(value: Any) -> tuple[list[Any], TreeSpec]:
@@ -54,7 +59,12 @@ def dumps(spec: TreeSpec) -> str:
         OptionError: It holds a container type that was registered without a serialized name.
     """
     try:
-        return pytree.treespec_dumps(spec)
+        try:
+            return pytree.treespec_dumps(spec)
+        except NotImplementedError:
+            record = json.loads(pytree.treespec_dumps(_as_tuples(spec)))
+            _name(record[1], spec)
+            return json.dumps(record)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise OptionError(
             f"a container in the arguments or results cannot be written down: {error}. "
@@ -72,7 +82,10 @@ def loads(text: str) -> TreeSpec:
             has not registered.
     """
     try:
-        return pytree.treespec_loads(text)
+        if _NAMED not in text:
+            return pytree.treespec_loads(text)
+        tuples = re.sub(rf'"{re.escape(_NAMED)}\.\w+"', '"builtins.tuple"', text)
+        return _as_named(pytree.treespec_loads(tuples), json.loads(text)[1])
     except (NotImplementedError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise EntryFormatError(
             f"input or output tree cannot be read: {error}. If it names a container type, "
@@ -80,6 +93,31 @@ def loads(text: str) -> TreeSpec:
             field="tree",
             reason=str(error),
         ) from error
+
+
+def _as_tuples(spec: TreeSpec) -> TreeSpec:
+    if spec.type is None:
+        return spec
+    kind = tuple if spec.type.__module__ == _NAMED else spec.type
+    return TreeSpec(kind, spec.context, [*map(_as_tuples, spec.children())])
+
+
+def _name(node: dict[str, Any], spec: TreeSpec) -> None:
+    """Write the names of named tuples into a record where they are tuples."""
+    if spec.type is not None and spec.type.__module__ == _NAMED:
+        node["type"] = f"{_NAMED}.{spec.type.__name__}"
+    for child, below in zip(node["children_spec"], spec.children(), strict=True):
+        _name(child, below)
+
+
+def _as_named(spec: TreeSpec, node: dict[str, Any]) -> TreeSpec:
+    if spec.type is None:
+        return spec
+    module, _, name = node["type"].rpartition(".")
+    kind = getattr(torch.return_types, name) if module == _NAMED else spec.type
+    if module == _NAMED and kind.__module__ != _NAMED:
+        raise ValueError(f"{name!r} is no named tuple of torch's")
+    return TreeSpec(kind, spec.context, [*map(_as_named, spec.children(), node["children_spec"])])
 
 
 def leaf_paths(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import inspect
 
@@ -200,3 +201,29 @@ def test_a_compiled_model_is_a_callable_like_others(build):
     assert compiled.model is other
     assert compiled.__call__ is not first
     assert compiled(torch.ones(6, 3)).shape == (3, 3)
+
+
+def test_named_tuples_of_torch_come_back_as_they_are(build):
+    class Best(torch.nn.Module):
+        def forward(self, x):
+            return {"best": torch.topk(x, 2), "all": [torch.max(x, 0)]}
+
+    model, x = Best().eval(), torch.randn(6)
+    for _ in range(2):
+        compiled = build(model, (x,))
+        got, want = compiled(x + 1), model(x + 1)
+        assert type(got["best"]) is torch.return_types.topk
+        assert type(got["all"][0]) is torch.return_types.max
+        torch.testing.assert_close(tuple(got["best"]), tuple(want["best"]))
+        assert torch.equal(got["all"][0].indices, want["all"][0].indices)
+    assert compiled.cache_hit == "direct"
+
+
+def test_an_entry_that_divides_by_zero(build):
+    compiled = build(TwoSizes(), (torch.ones(4, 3), torch.ones(4, 4)), dynamic_shapes=({1: Dim("n")}, None))
+    spec = compiled.artifact.input_spec
+    spec = dataclasses.replace(spec, constraints=("s0 // (s0 - s0) == 0",))
+    compiled.artifact = dataclasses.replace(compiled.artifact, input_spec=spec)
+    compiled.rebind(compiled.model)
+    with pytest.raises(errors.InputMismatchError, match="division by zero"):
+        compiled(torch.ones(4, 3), torch.ones(4, 4))
