@@ -50,11 +50,7 @@ class OptionError(StitchCacheError, ValueError):
 
 
 def check_kind(name: str, value: object, kinds: Any, give: str) -> None:
-    """Refuse an argument of a wrong type; ``give`` says what is taken, such as ``a dict``.
-
-    Raises:
-        OptionError: Names the argument, and says what to give.
-    """
+    """Raise an ``OptionError`` for an argument of a wrong type; ``give`` is what to give: ``a dict``, say."""
     if not isinstance(value, kinds):
         raise OptionError(f"{name} is a {type(value).__qualname__}: give {give}.", option=name)
 
@@ -190,10 +186,13 @@ class EntryFormatError(StitchCacheError, ValueError):
     path: str = ""  # the file; ``""`` for bytes in memory
     field: str = ""  # within it, such as ``pieces[3].blob.digest``
     reason: str = ""
+    advice: str = ""  # what follows the reason in every message of the class
 
 
 class EntryDamagedError(EntryFormatError):
     """A file was truncated or changed: its size or digest is off."""
+
+    advice = "; it was truncated or changed, and will be rebuilt"
 
 
 class ForbiddenGlobalError(EntryFormatError):
@@ -207,6 +206,7 @@ class FutureFormatError(EntryFormatError):
     """A newer stitchcache wrote this file; it is left alone."""
 
     version: int = 0  # of its format
+    advice = "; the file is left alone: upgrade stitchcache, or use another cache directory"
 
 
 class UntrustedEntryError(StitchCacheError, PermissionError):

@@ -42,15 +42,7 @@ def is_digest(value: object) -> bool:
 
 
 def span(shape: Sequence[int], stride: Sequence[int]) -> int:
-    """How much memory a strided tensor covers, gaps included.
-
-    Args:
-        shape: One size a dimension.
-        stride: One stride a dimension, in elements, none of them negative.
-
-    Returns:
-        Elements from the first to the last; 0 for a tensor without elements.
-    """
+    """Elements from the first to the last of a strided tensor, gaps included; no stride is negative."""
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))

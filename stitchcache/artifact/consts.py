@@ -47,11 +47,7 @@ def dump_consts(consts: list[Any]) -> bytes | None:
 
 
 def load_consts(data: bytes | None, *, path: str = "") -> list[Any]:
-    """The values in a consts table. Imports no module but torch.
-
-    Args:
-        data: What :func:`dump_consts` gave, or a table of a legacy entry.
-        path: The entry's file, for messages.
+    """The values in a consts table, of a legacy entry too. Imports no module but torch.
 
     Raises:
         EntryFormatError: It is no such table, or needs an operator or a device that is not here.

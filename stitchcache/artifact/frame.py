@@ -1,7 +1,8 @@
 """The frame around every file that stitchcache writes: sizes and digests. docs/format.md has its grammar.
 
-Nothing in a frame is decoded before its digest has been checked, and no size is believed before it has
-been held against a cap and against the length of the file.
+No byte is decoded before its digest was checked, and no size believed before it was held against a cap and
+the length of the file. What is wrong with a file is an ``EntryFormatError``: an ``EntryDamagedError`` if a size
+or digest is off, a ``FutureFormatError`` if the file is sound and newer than this stitchcache.
 """
 
 from __future__ import annotations
@@ -39,30 +40,19 @@ NEWEST = {Kind.ENTRY: ENTRY_VERSION, Kind.TARGET: 6, Kind.PIECE: 3}
 
 
 def malformed(
-    path: str,
-    field: str,
-    reason: str,
-    kind: type[EntryFormatError] = EntryFormatError,
-    advice: str = "",
-    **facts: Any,
+    path: str, field: str, reason: str, kind: type[EntryFormatError] = EntryFormatError, **facts: Any
 ) -> EntryFormatError:
-    """An error for bytes that are not what the format says; ``advice`` is for its message alone."""
-    message = f"{path or 'entry'}: {field}: {reason}{advice}"
+    """An error for bytes that are not what the format says."""
+    message = f"{path or 'entry'}: {field}: {reason}{kind.advice}"
     return kind(message, path=path, field=field, reason=reason, **facts)
 
 
 def _damaged(path: str, field: str, reason: str) -> EntryFormatError:
-    return malformed(
-        path, field, reason, EntryDamagedError, "; it was truncated or changed, and will be rebuilt"
-    )
+    return malformed(path, field, reason, EntryDamagedError)
 
 
 def seal(kind: Kind, header: bytes, payload: bytes) -> bytes:
-    """Put a frame around encoded bytes.
-
-    Raises:
-        EntryFormatError: A part is larger than the format allows.
-    """
+    """Put a frame around encoded bytes."""
     for name, part, cap in (("header", header, MAX_HEADER), ("payload", payload, MAX_PAYLOAD)):
         if len(part) > cap:
             reason = f"{len(part)} bytes are more than the format's {cap}; keep large tensors in blobs"
@@ -73,13 +63,7 @@ def seal(kind: Kind, header: bytes, payload: bytes) -> bytes:
 
 
 def open_frame(data: bytes, kind: Kind, *, path: str = "") -> tuple[int, bytes, bytes]:
-    """Format version, header and payload of a whole file; a digest covered every byte, and matched.
-
-    Raises:
-        EntryDamagedError: A size or digest is off.
-        EntryFormatError: It is not such a file.
-        FutureFormatError: A newer stitchcache wrote it (and it is undamaged).
-    """
+    """Format version, header and payload of a whole file; a digest covered every byte, and matched."""
     # The digest of the whole comes first: it stands at the same place in every version, so a flipped bit
     # in the version field is damage and not "a newer stitchcache".
     _prelude(data, path)
@@ -91,11 +75,7 @@ def open_frame(data: bytes, kind: Kind, *, path: str = "") -> tuple[int, bytes, 
 
 
 def header_end(prefix: bytes, *, path: str = "") -> int:
-    """Bytes that must be read for the header to be whole, from the first ``HEADER_OFFSET`` bytes or more.
-
-    Raises:
-        EntryDamagedError: It does not begin as a stitchcache file does, or the size is absurd.
-    """
+    """Bytes that must be read for the header to be whole, from the first ``HEADER_OFFSET`` bytes or more."""
     size: int = _prelude(prefix, path)[3]
     if size > MAX_HEADER:
         raise _damaged(path, "header-size", f"{size} bytes are more than the format's {MAX_HEADER}")
@@ -103,22 +83,14 @@ def header_end(prefix: bytes, *, path: str = "") -> int:
 
 
 def open_header(prefix: bytes, file_size: int, kind: Kind, *, path: str = "") -> tuple[int, bytes]:
-    """Format version and header from a file's first ``header_end(...)`` bytes or more.
-
-    Raises:
-        EntryFormatError: As for a whole file.
-    """
+    """Format version and header from a file's first ``header_end(...)`` bytes or more."""
     _, version, found, header, payload, reserved, zero = _prelude(prefix, path)
     # A newer version may have its header's digest elsewhere, so this is asked first. A kind that is not known
     # is a newer version's, if the version says so.
     newest = NEWEST.get(found, FIRST_VERSION)
     if version > newest:
-        advice = (
-            f" is newer than this stitchcache's {newest}; the file is left alone: upgrade stitchcache, or "
-            "use another cache directory"
-        )
-        reason = f"format version {version}"
-        raise malformed(path, "version", reason, FutureFormatError, advice, version=version)
+        reason = f"format version {version} is newer than this stitchcache's {newest}"
+        raise malformed(path, "version", reason, FutureFormatError, version=version)
     end = header_end(prefix, path=path)
     if len(prefix) < end:
         raise _damaged(path, "header", "the file ends within the header")

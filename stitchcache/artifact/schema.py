@@ -1,9 +1,8 @@
 """How records stand in msgpack: what reads, checks and writes them comes from their declarations.
 
-A record's fields are said once, in its class; their annotations name what each may be, by the names that
-``stitchcache.types`` has. Reading is strict: a key that is missing, unknown or of another kind is a
-:class:`FieldError`, whose path grows while it unwinds. A warm start reads thousands of values. So everything
-is decided while the functions are made, and the map that msgpack made becomes the record's own.
+Reading is strict: a key that is missing, unknown or of another kind is a :class:`FieldError`, whose path
+grows while it unwinds. A warm start reads thousands of values. So everything is decided while the functions
+are made, and the map that msgpack made becomes the record's own.
 """
 
 from __future__ import annotations
@@ -54,11 +53,7 @@ class FieldError(ValueError):
 
 
 def pack(value: Any, *, skip: Collection[str] = ()) -> bytes:
-    """The msgpack of a record, without its fields in ``skip``, or of what a record's field may hold.
-
-    Raises:
-        EntryFormatError: A value has no form in msgpack.
-    """
+    """The msgpack of a record, without its fields in ``skip``, or of what a record's field may hold."""
     plain = _plain(value, skip)
     try:
         return bytes(msgpack.packb(plain, use_bin_type=True, strict_types=True, unicode_errors=_SURROGATES))
@@ -79,13 +74,9 @@ def _plain(value: Any, skip: Collection[str] = ()) -> Any:
 
 
 def read_packed(read: Reader, data: bytes, path: str, root: str = "") -> Any:
-    """What msgpack holds whose digest was checked: no key twice, no numbers as keys, no extension types.
-
-    Raises:
-        EntryFormatError: It is something else; ``field`` says where, beginning with ``root``.
-    """
-    # unpackb caps every length at len(data), so a forged length allocates nothing. No reader takes what it
-    # makes of an extension type.
+    """What msgpack holds; an ``EntryFormatError`` says where it is wrong, by a path that ``root`` begins."""
+    # unpackb caps every length at len(data), so a forged length allocates nothing. What it makes of an
+    # extension type is taken by no reader.
     try:
         value = msgpack.unpackb(
             data,

@@ -1,9 +1,8 @@
 """Reads pickles from outside: an interpreter of few opcodes, and an exact list of what they may name.
 
-Python's own unpickler calls whatever a pickle names. Here, no opcode does more than build plain values; what
-finds, calls or changes anything else refuses, until a subclass allows more. So a table is read in a process
-that trusts it as little as the code that uses it. What is listed computes on values: none of it opens a file,
-starts a process, imports a module or reaches an attribute by a computed name; and reading calls none of it.
+No opcode does more than build plain values; what finds, calls or changes anything else is for a subclass to
+allow. What is listed computes on values: none of it opens a file, starts a process, imports a module or
+reaches an attribute by a computed name; and reading calls none of it.
 """
 
 from __future__ import annotations
@@ -57,9 +56,8 @@ _SAME_AS = {"_operator": "operator", "__builtin__": "builtins"}
 READS_FILES = frozenset({"from_file", "load_tensor", "save"})
 
 CONST_TYPES: dict[tuple[str, str], type] = {}
-"""Types that users let a table hold, by module and qualified name: the one object here that lives as long as
-the process. It is no argument, because tables are read deep inside loading, by whoever holds an entry; and a
-type is registered where it is defined, once, when its module is imported."""
+"""Types that users registered, by module and qualified name. The process has one such list: a type is
+registered where it is defined, when its module is imported, and tables are read deep inside loading."""
 
 _MOST_BYTES = 256 << 20
 # Each opcode adds at most one value to the stack and one to the memo, so this bounds both.
@@ -91,11 +89,7 @@ class Unpickler:
         self._memo: dict[int, Any] = {}
 
     def load(self, data: bytes) -> Any:
-        """What a pickle holds.
-
-        Raises:
-            Refused: It has something that it may not have, or is no pickle.
-        """
+        """What a pickle holds, if it is one and has nothing that it may not have."""
         if len(data) > _MOST_BYTES:
             raise Refused(f"{len(data)} bytes are more than the {_MOST_BYTES} that are read")
         end = 0
@@ -251,11 +245,7 @@ def is_registered(kind: type) -> bool:
 
 
 def resolve(module: Any, qualname: Any) -> Any:
-    """What a global means here and now.
-
-    Raises:
-        Refused: It is not on the list, not registered, or its module is not imported.
-    """
+    """What a global means here and now, if it is listed or registered and its module is imported."""
     if type(module) is not str or type(qualname) is not str:
         raise Refused("a global whose name is no text")
     if (module, qualname) in CONST_TYPES:
