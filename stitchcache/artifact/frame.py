@@ -1,8 +1,8 @@
 """The frame around every file that stitchcache writes: sizes and digests. docs/format.md has its grammar.
 
 No byte is decoded before its digest was checked, and no size believed before it was held against a cap and
-the length of the file. What is wrong with a file is an ``EntryFormatError``: an ``EntryDamagedError`` if a size
-or digest is off, a ``FutureFormatError`` if the file is sound and newer than this stitchcache.
+the length of the file. What is wrong with a file is an ``EntryFormatError``: an ``EntryDamagedError`` if a
+size or digest is off, a ``FutureFormatError`` if the file is sound and newer than this stitchcache.
 """
 
 from __future__ import annotations
