@@ -152,18 +152,9 @@ def _run(compiled: types.CodeType, submods: list[Any], consts: list[Any]) -> typ
 
 
 class _Source(list[str]):
-    """Source lines in linecache, with the functions that still need them.
-
-    linecache is where tracebacks look, and the only place that all functions of equal code share; so
-    the count is kept there, on the lines themselves.
-    """
+    """Source lines in linecache, which all functions of equal code share, with those that still need them."""
 
     users: set[object]
-
-
-def _shown(filename: str) -> _Source | None:
-    entry = linecache.cache.get(filename)
-    return entry[2] if entry is not None and len(entry) == 4 and isinstance(entry[2], _Source) else None
 
 
 def show_source(function: types.FunctionType, filename: str, code: str) -> None:
@@ -177,6 +168,11 @@ def show_source(function: types.FunctionType, filename: str, code: str) -> None:
     # No modification time: linecache then never compares it with a file.
     linecache.cache[filename] = (len(code), None, source, filename)
     weakref.finalize(function, _hide_source, filename, source, user).atexit = False
+
+
+def _shown(filename: str) -> _Source | None:
+    entry = linecache.cache.get(filename)
+    return entry[2] if entry is not None and len(entry) == 4 and isinstance(entry[2], _Source) else None
 
 
 def _hide_source(filename: str, source: _Source, user: object) -> None:

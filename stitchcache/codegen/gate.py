@@ -22,7 +22,6 @@ from stitchcache.codegen.reach import (
 )
 from stitchcache.errors import EntryFormatError, LinkError
 
-_INLINED = "__vllm_inlined_submods__"
 _ROOTS = ("torch", "operator", "_operator")
 # What an expression may be made of beside expressions.
 _OPERATORS = (
@@ -31,11 +30,9 @@ _OPERATORS = (
     ast.Load,
 )  # fmt: skip
 _IN_DEFAULTS = (ast.Constant, ast.UnaryOp, ast.USub, ast.Tuple, ast.List, ast.Dict, ast.Load)
-
 # What an expression stands for: a variable of the function, a submodule or a constant that the caller
-# supplies, an op, or a function that was defined above (list ABI).
-_Kind = Literal["local", "submod", "const", "op", "function"]
-_VALUES = ("local", "submod", "const")
+# supplies, or an op (in the list ABI also a function that was defined above).
+_Kind = Literal["local", "submod", "const", "op"]
 # Names that stand for the caller's tables: unpacked in the bound ABI, indexed in the list ABI.
 _UNPACKED: dict[str, _Kind] = {"__submods__": "submod", "__consts__": "const"}
 _INDEXED: dict[str, _Kind] = {"__vllm_submods__": "submod", "__vllm_consts__": "const"}
@@ -75,9 +72,7 @@ def check_code(code: str, submods: int, consts: int) -> CheckedCode:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None) or 0
         raise EntryFormatError(
-            f"line {line} of the code cannot be read as Python: {error}",
-            field=f"code, line {line}",
-            reason=str(error),
+            f"line {line} of the code cannot be read: {error}", field=f"code, line {line}", reason=str(error)
         ) from error
     return CheckedCode(tree, is_bound, gate.used)
 
@@ -93,24 +88,23 @@ def _refuse(node: ast.AST, construct: str) -> NoReturn:
 
 
 def _functions(tree: ast.Module) -> list[ast.FunctionDef]:
-    functions: list[ast.FunctionDef] = []
-    for number, node in enumerate(tree.body):
-        match node:
-            case ast.FunctionDef():
-                functions.append(node)
-            case ast.Import(names=names) if not functions and all(
-                name.name in ("torch", "operator") and name.asname is None for name in names
-            ):
-                pass
-            case _ if number or not _is_docstring(node):
-                _refuse(node, "a statement outside a function")
-    if not functions:
-        _refuse(tree, "no function")
-    return functions
+    functions = []
+    for node in _statements(tree):
+        if isinstance(node, ast.FunctionDef):
+            functions.append(node)
+        elif functions or not isinstance(node, ast.Import):
+            _refuse(node, "a statement outside a function")
+        elif any(name.name not in ("torch", "operator") or name.asname for name in node.names):
+            _refuse(node, "an import of anything but torch and operator")
+    return functions or _refuse(tree, "no function")
 
 
-def _is_docstring(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
+def _statements(node: ast.Module | ast.FunctionDef) -> list[ast.stmt]:
+    """The statements of a module or function, without its docstring."""
+    match node.body:
+        case [ast.Expr(value=ast.Constant(value=str())), *rest]:
+            return rest
+    return node.body
 
 
 class _Gate:
@@ -119,18 +113,17 @@ class _Gate:
     def __init__(self, is_bound: bool, submods: int, consts: int) -> None:
         self._is_bound = is_bound
         self._counts: dict[_Kind, int] = {"submod": submods, "const": consts}
-        # What names of the module and of bind stand for, with the number of a submodule.
-        self._outer: dict[str, tuple[_Kind, int]] = {}
-        self._local: set[str] = set()
+        # What each name stands for at this point, with the number of a submodule.
+        self._names: dict[str, tuple[_Kind, int]] = {}
         self.used: set[int] = set()
 
-    # -- functions ---------------------------------------------------------------------------------
+    # -- functions and statements
 
     def bind(self, bind: ast.FunctionDef) -> None:
         """``bind``: slots and ops get names, then ``execution_fn`` is defined and returned."""
         if self._parameters(bind) != ["__submods__", "__consts__"] or bind.args.defaults:
             _refuse(bind, "parameters other than (__submods__, __consts__)")
-        match _body(bind):
+        match _statements(bind):
             case [
                 *assigns,
                 ast.FunctionDef(name="execution_fn") as function,
@@ -138,7 +131,7 @@ class _Gate:
             ]:
                 pass
             case _:
-                _refuse(bind, "no execution_fn at the end of bind")
+                _refuse(bind, "no execution_fn at its end")
         unpacked: dict[_Kind, int] = {}
         for node in assigns:
             match node:
@@ -147,10 +140,10 @@ class _Gate:
                 ):
                     unpacked[_UNPACKED[table]] = len(names)
                     for index, name in enumerate(names):
-                        self._bound_name(name, _UNPACKED[table], index)
+                        self._bind_name(name, _UNPACKED[table], index)
                 case ast.Assign(targets=[ast.Name() as name], value=value):
                     self._resolve(value)
-                    self._bound_name(name, "op", 0)
+                    self._bind_name(name, "op", 0)
                 case _:
                     _refuse(node, "anything but a binding in bind")
         if {"submod": 0, "const": 0, **unpacked} != self._counts:
@@ -162,22 +155,21 @@ class _Gate:
         *inlined, execution = functions
         submods, self._counts["submod"] = self._counts["submod"], 0  # an inlined function gets none
         for function in inlined:
-            number = function.name.removeprefix(_INLINED)
+            number = function.name.removeprefix("__vllm_inlined_submods__")
             if number == function.name or not (number.isascii() and number.isdecimal()):
                 _refuse(function, f"a function named {function.name}")
             self._function(function)
-            self._outer[function.name] = ("function", 0)
+            self._names[function.name] = ("op", 0)
         self._counts["submod"] = submods
-        if execution.name != "execution_fn":
-            _refuse(execution, f"a last function named {execution.name}")
         args = execution.args
-        defaults = dict(zip((arg.arg for arg in args.kwonlyargs), args.kw_defaults, strict=True))
-        if defaults.get("__vllm_submods__", args) is not None:
-            _refuse(execution, "no keyword parameter __vllm_submods__ without a default")
-        self._function(execution, given="__vllm_submods__")
+        keywords = zip(args.kwonlyargs, args.kw_defaults, strict=True)
+        given = [default for arg, default in keywords if arg.arg == "__vllm_submods__"]
+        if execution.name != "execution_fn" or given != [None]:
+            _refuse(execution, "no execution_fn(*, __vllm_submods__) at its end")
+        self._function(execution)
 
-    def _function(self, function: ast.FunctionDef, given: str = "") -> None:
-        self._local = set()
+    def _function(self, function: ast.FunctionDef) -> None:
+        outer, self._names = self._names, dict(self._names)
         for default in (*function.args.defaults, *filter(None, function.args.kw_defaults)):
             if self._stands_for(default) != "const":
                 for part in ast.walk(default):
@@ -185,15 +177,16 @@ class _Gate:
                         _refuse(part, "a default that is neither a literal nor a constant")
             self._value(default)
         for name in self._parameters(function):
-            if name != given:
-                self._local.add(self._free(function, name))
-        *statements, last = _body(function)
+            if name != "__vllm_submods__" or function.name != "execution_fn" or self._is_bound:
+                self._assign(function, name)
+        *statements, last = _statements(function) or [function]
         for statement in statements:
             self._statement(statement)
         if not isinstance(last, ast.Return):
             _refuse(last, "anything but a return at the end of a function")
         if last.value is not None:
             self._value(last.value)
+        self._names = outer
 
     @staticmethod
     def _parameters(function: ast.FunctionDef) -> list[str]:
@@ -213,40 +206,37 @@ class _Gate:
             case ast.Assign(targets=[target], value=value):
                 self._value(value)
                 for name in target.elts if isinstance(target, ast.Tuple) else [target]:
-                    if not isinstance(name, ast.Name):
-                        _refuse(name, "an assignment to anything but names")
-                    self._local.add(self._free(name, name.id))
+                    self._assign(name, name.id if isinstance(name, ast.Name) else "")
             case ast.Delete(targets=targets):
                 for name in targets:
-                    if not isinstance(name, ast.Name) or name.id not in self._local:
+                    if not isinstance(name, ast.Name) or self._names.get(name.id) != ("local", 0):
                         _refuse(name, "a del of anything but a local name that is defined")
-                    self._local.discard(name.id)
+                    del self._names[name.id]
             case ast.Expr(value=value) if not isinstance(value, ast.Constant):
                 self._value(value)
             case _:
                 _refuse(node, f"a {type(node).__name__} statement")
 
-    def _free(self, node: ast.AST, name: str) -> str:
+    def _assign(self, node: ast.AST, name: str, kind: _Kind = "local", index: int = 0) -> None:
         # vLLM's code has a local named __mul__ where the graph calls torch.Tensor.__mul__.
-        legal = name in OPERATOR_METHODS if name.startswith("__") else name not in (*_ROOTS, "getattr")
-        if not legal or name in self._outer:
-            _refuse(node, f"an assignment to {name}")
-        return name
+        legal = name in OPERATOR_METHODS if name.startswith("__") else name not in (*_ROOTS, "getattr", "")
+        if not legal or self._names.get(name, ("local", 0)) != ("local", 0):
+            _refuse(node, f"an assignment to {name or 'anything but names'}")
+        self._names[name] = (kind, index)
 
-    def _bound_name(self, node: ast.expr, kind: _Kind, index: int) -> None:
+    def _bind_name(self, node: ast.expr, kind: _Kind, index: int) -> None:
         # bind binds `op_0 = max`: a slot that is named max would change what that means.
-        if not isinstance(node, ast.Name) or node.id in BUILTINS:
-            _refuse(node, "an assignment to anything but names that are free")
-        self._outer[self._free(node, node.id)] = (kind, index)
+        name = node.id if isinstance(node, ast.Name) and node.id not in BUILTINS else ""
+        self._assign(node, name, kind, index)
 
-    # -- expressions -------------------------------------------------------------------------------
+    # -- expressions
 
     def _value(self, node: ast.expr) -> None:
         """An expression that is computed."""
-        if self._stands_for(node) not in (None, "function"):
+        if self._stands_for(node) is not None:
             return
         match node:
-            case ast.Attribute(value=owner, attr=name) if self._stands_for(owner) in _VALUES:
+            case ast.Attribute(value=owner, attr=name) if self._is_value(owner):
                 if not is_attribute(name):
                     _refuse(node, f"the attribute {name}")
                 return
@@ -279,7 +269,7 @@ class _Gate:
         match node.func:
             case func if self._stands_for(func) not in (None, "local"):
                 pass
-            case ast.Attribute(value=owner, attr=name) if self._stands_for(owner) in _VALUES:
+            case ast.Attribute(value=owner, attr=name) if self._is_value(owner):
                 if not is_method(name):
                     _refuse(node, f"a call of the method {name}")
             case func if not self._reads_attribute(node):
@@ -304,13 +294,14 @@ class _Gate:
                 return not (self._is_bound or node.keywords or rest[1:]) and is_attribute(name)
         return False
 
+    def _is_value(self, node: ast.expr) -> bool:
+        return self._stands_for(node) in ("local", "submod", "const")
+
     def _stands_for(self, node: ast.expr) -> _Kind | None:
         """What a name, a slot or a dotted path stands for; ``None`` for any other expression."""
         match node:
             case ast.Name(id=name):
-                if name in self._local:
-                    return "local"
-                kind, index = self._outer.get(name, (None, 0))
+                kind, index = self._names.get(name, (None, 0))
                 if kind == "submod":
                     self.used.add(index)
                 return "op" if kind is None and not self._is_bound and name in BUILTINS else kind
@@ -345,13 +336,6 @@ class _Gate:
                 "Import the library that registers it before loading.",
                 missing=[name],
             ) from error
-
-
-def _body(function: ast.FunctionDef) -> list[ast.stmt]:
-    body = function.body[1:] if _is_docstring(function.body[0]) else function.body
-    if not body:
-        _refuse(function, "a function without a return")
-    return body
 
 
 def _shown(node: ast.expr) -> str:

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Collection, Sequence
-from typing import Any, Literal
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.fx import Graph, GraphModule, Node
 
-from stitchcache.codegen.lower import Lowering, Statement
-from stitchcache.codegen.scope import Scope, dotted, literal, variable
+from stitchcache.codegen.reach import is_attribute, is_identifier, is_method
+from stitchcache.codegen.scope import Scope, dotted, literal, refusal, variable
 from stitchcache.errors import OptionError
+from stitchcache.torchside.ops import OpOverload, schema_of
 
 _GRAPH_HASH = re.compile(r"[0-9A-Za-z_.:-]*\Z")
 _VARIABLE = re.compile("\0([^\0]*)\0")
 _INDENT = "    "
 _THROWAWAY = "_"
+# What Python has syntax for: operators (operands in the same order), and methods in place of ops. By
+# identity: a target may be unhashable, or say that it equals another one.
+_OPERATORS = {
+    "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "pow": "**",
+    "matmul": "@", "and_": "&", "or_": "|", "xor": "^", "lshift": "<<", "rshift": ">>", "eq": "==",
+    "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "getitem": "[]",
+}  # fmt: skip
+_SYNTAX = {
+    **{id(getattr(operator, name)): text for name, text in _OPERATORS.items()},
+    id(getattr): "getattr",
+    id(torch.ops.aten.sym_size.int): ".size",
+    id(torch.ops.aten.sym_stride.int): ".stride",
+    id(torch.ops.aten.sym_numel.default): ".numel",
+}
 
 
 def generate_execution_code(
-    split_gm: torch.fx.GraphModule,
+    split_gm: GraphModule,
     *,
     boxed: Collection[str] = (),
     abi: Literal["bound", "list"] = "bound",
@@ -63,7 +80,7 @@ def generate_execution_code(
     return "\n".join(["import torch", "import operator", "", *lines, ""]), list(scope.slots), scope.consts
 
 
-def _parameters(graph: torch.fx.Graph, scope: Scope) -> tuple[list[str], list[str]]:
+def _parameters(graph: Graph, scope: Scope) -> tuple[list[str], list[str]]:
     """Name every placeholder before anything else is named, as callers may use the names."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     names = [scope.take(str(node.target).lstrip("*")) for node in placeholders]
@@ -77,6 +94,252 @@ def _parameters(graph: torch.fx.Graph, scope: Scope) -> tuple[list[str], list[st
             default = f"={literal(node.args[0]) or scope.const(node.args[0], node, 'default')}"
         texts.append("*" * stars + name + default)
     return texts, names
+
+
+class Statement(NamedTuple):
+    """One assignment, before it is known where its values live and which of them anybody needs."""
+
+    targets: Sequence[str]  # names of the values
+    expression: str
+    unpack: bool = False  # one target for each item of the result
+    effect: bool = True  # runs even if nobody needs its values
+
+
+class Lowering:
+    """Turns a graph, and the graphs of the modules that it inlines, into statements."""
+
+    def __init__(self, root: GraphModule, scope: Scope, boxed: Collection[str]) -> None:
+        self._root = root
+        self._scope = scope
+        self._boxed = frozenset(boxed)
+        self.pieces: set[str] = set()
+        self.statements: list[Statement] = []
+
+    def run(self, graph: Graph, prefix: str) -> Node | None:
+        """Lower every node but the placeholders, which the scope knows; gives the output node, if any."""
+        for node in graph.nodes:
+            if node.op == "output":
+                return node  # type: ignore[no-any-return]
+            if node in self._scope.values:  # a placeholder, or an item that was unpacked with its tuple
+                continue
+            if node.op == "call_function":
+                self._call_function(node)
+            elif node.op == "call_method":
+                self._call_method(node)
+            elif node.op == "call_module":
+                self._call_module(node, f"{prefix}{node.target}")
+            elif node.op == "get_attr":
+                self._get_attr(node, f"{prefix}{node.target}")
+            else:
+                raise refusal(node, f"a node of kind {node.op!r}", "has no source form.")
+        return None
+
+    def _assign(self, node: Node, expression: str, *, effect: bool = True) -> None:
+        name = self._scope.take(node.name)
+        self.statements.append(Statement((name,), expression, effect=effect))
+        self._scope.define(node, variable(name))
+
+    def _assign_call(self, node: Node, expression: str, module: torch.nn.Module | None = None) -> None:
+        """Assign a call's result, item by item where only its items are wanted."""
+        length = _result_length(node, module)
+        wanted = _items_used(node, length) if self._scope.is_bound else None
+        if not wanted or (length is None and len(wanted) > 1):
+            self._assign(node, expression)
+            return
+        unpack = length is not None and (len(wanted) > 1 or length == 1)
+        targets = []
+        for place in range(length) if unpack and length is not None else wanted:
+            users = wanted.get(place, [])
+            targets.append(self._scope.take(users[0].name) if users else "_")
+            for user in users:
+                self._scope.define(user, variable(targets[-1]))
+        text = expression if unpack else f"{expression}[{next(iter(wanted))}]"
+        self.statements.append(Statement(tuple(targets), text, unpack))
+        # Nothing reads the result itself: every user takes items of it. The name keeps the node known.
+        self._scope.values[node] = "_"
+
+    def _call_function(self, node: Node) -> None:
+        expression = None if node.kwargs else self._operator_text(node)
+        if expression is not None:
+            self._assign(node, expression)
+            return
+        function = self._scope.op_or_const(node.target, node, "target")
+        self._assign_call(node, self._scope.call(node, function, node.args, node.kwargs))
+
+    def _operator_text(self, node: Node) -> str | None:
+        """Write what Python has syntax for, or None."""
+        args, syntax = node.args, _SYNTAX.get(id(node.target))
+        if syntax is None or len(args) != (1 if syntax == ".numel" else 2):
+            return None
+        left = self._scope.text(node, args[0], "args[0]")
+        if syntax[0] not in ".[g":
+            return f"{_operand(left)} {syntax} {_operand(self._scope.text(node, args[1], 'args[1]'))}"
+        if not (isinstance(args[0], Node) and _is_name(left)):
+            return None
+        if syntax == "[]":
+            return f"{left}[{self._scope.index(node, args[1])}]"
+        if syntax == "getattr":
+            return f"{left}.{args[1]}" if type(args[1]) is str and is_attribute(args[1]) else None
+        return self._scope.call(node, f"{left}{syntax}", args[1:], {}, first=1)
+
+    def _call_method(self, node: Node) -> None:
+        name = str(node.target)
+        if not is_method(name):
+            reason = (
+                "cannot be called from generated code. Call it in a function at the top level of a module."
+            )
+            raise refusal(node, f"a method named {name!r}", reason)
+        if not node.args:
+            raise refusal(node, "args", "is empty: a method needs the value that it belongs to.")
+        owner = self._scope.text(node, node.args[0], "args[0]")
+        if not (isinstance(node.args[0], Node) and _is_name(owner)):
+            temporary = self._scope.take(f"{node.name}_self")
+            self.statements.append(Statement((temporary,), owner, effect=False))
+            owner = variable(temporary)
+        call = self._scope.call(node, f"{owner}.{name}", node.args[1:], node.kwargs, first=1)
+        self._assign_call(node, call)
+
+    def _call_module(self, node: Node, target: str) -> None:
+        try:
+            module = self._root.get_submodule(target)
+        except AttributeError as error:
+            raise refusal(node, "target", f"is {target!r}, and there is no such submodule.") from error
+        boxed = target in self._boxed
+        if not boxed and isinstance(module, GraphModule):
+            # A graph exported with a pytree signature flattens its arguments first: it is called instead.
+            probe = [object()]
+            inputs = tuple(module.graph.process_inputs(probe))
+            if len(inputs) == 1 and inputs[0] is probe:
+                self._inline(node, module, f"{target}.")
+                return
+        self.pieces.add(target)
+        function = self._scope.slot(target)
+        if boxed and node.kwargs:
+            raise refusal(node, "kwargs", f"cannot be passed to {target}, which takes one list of arguments.")
+        args = (list(node.args),) if boxed else node.args
+        self._assign_call(node, self._scope.call(node, function, args, node.kwargs), module)
+
+    def _inline(self, node: Node, module: GraphModule, prefix: str) -> None:
+        scope = self._scope
+        for placeholder, arg in _bind_placeholders(node, module.graph):
+            text = scope.text(node, arg, str(placeholder.target))
+            if literal(arg) is not None or isinstance(arg, Node):
+                scope.define(placeholder, text)
+            else:
+                self._assign(placeholder, text, effect=False)
+        output = self.run(module.graph, prefix)
+        result = output.args[0] if output is not None else None
+        if isinstance(result, Node):
+            scope.define(node, scope.values[result])
+        elif not self._forward_items(node, result):
+            self._assign(node, scope.text(node, result, "output"), effect=False)
+        # An inlined graph may be called again: its nodes get new names then.
+        for inner in module.graph.nodes:
+            scope.values.pop(inner, None)
+
+    def _forward_items(self, node: Node, result: Any) -> bool:
+        """Call an inlined tuple's items by their own names where only items are wanted."""
+        wanted = _items_used(node, len(result)) if isinstance(result, (tuple, list)) else None
+        if not wanted or not all(isinstance(result[index], Node) for index in wanted):
+            return False
+        for index, users in wanted.items():
+            for user in users:
+                self._scope.define(user, self._scope.values[result[index]])
+        self._scope.values[node] = "_"
+        return True
+
+    def _get_attr(self, node: Node, qualified_name: str) -> None:
+        name = qualified_name.rpartition(".")[2]
+        owner: Any = None
+        value: Any = self._root
+        try:
+            for step in qualified_name.split("."):
+                owner, value = value, getattr(value, step)
+        except AttributeError as error:
+            raise refusal(
+                node, "target", f"is {qualified_name!r}, and there is no such attribute."
+            ) from error
+        is_buffer = isinstance(owner, torch.nn.Module) and owner._buffers.get(name) is not None
+        if is_buffer or isinstance(value, (torch.nn.Parameter, torch.nn.Module)):
+            text = self._scope.slot(qualified_name)
+        else:
+            # Anything mutable stays the object that it is, as reading an attribute does not copy.
+            text = literal(value) or self._scope.const(value, node, "target")
+        self._scope.define(node, text)
+
+
+def _is_name(text: str) -> bool:
+    """Whether a value's text can be called upon (``x.method()``, ``x[0]``): all but literals can."""
+    return is_identifier(text.strip("\0")) or text.startswith("__vllm_")
+
+
+def _operand(text: str) -> str:
+    # A sign or a keyword would bind differently; names, numbers and brackets stand for themselves.
+    return f"({text})" if text.startswith("-") else text
+
+
+def _items_used(node: Node, length: int | None) -> dict[int, list[Node]] | None:
+    """Index to the nodes that take that item; ``None`` where anything but items of the result is used.
+
+    Indices count from the front where ``length`` is known.
+    """
+    found: dict[int, list[Node]] = {}
+    for user in node.users:
+        if user.op != "call_function" or user.target is not operator.getitem or user.kwargs:
+            return None
+        source, index = user.args if len(user.args) == 2 else (None, None)
+        # Not isinstance: True is an int, and an index by it is no item of a tuple that unpacking gives.
+        if source is not node or type(index) is not int:
+            return None
+        if length is not None and not -length <= index < length:
+            return None
+        found.setdefault(index if length is None else index % length, []).append(user)
+    return found
+
+
+def _result_length(node: Node, module: torch.nn.Module | None) -> int | None:
+    """How many items a call's result has; ``None`` where that may change from call to call.
+
+    Unpacking needs the exact number, and a result that is a sequence: a tensor or dict would unpack
+    into something else than what indexing gives.
+    """
+    if isinstance(module, GraphModule):
+        output = next((n for n in reversed(module.graph.nodes) if n.op == "output"), None)
+        if output is not None and isinstance(output.args[0], (tuple, list)):
+            return len(output.args[0])
+    value = node.meta.get("val", node.meta.get("example_value"))
+    # A list that an op returns (split, unbind) may have another length at another size.
+    if isinstance(value, tuple) or (module is not None and isinstance(value, list)):
+        return len(value)
+    returns = schema_of(node.target).returns if isinstance(node.target, OpOverload) else ()
+    return len(returns) if len(returns) > 1 else None
+
+
+def _bind_placeholders(node: Node, graph: Graph) -> Iterator[tuple[Node, Any]]:
+    """Match the arguments of a ``call_module`` node with placeholders, as a Python call would."""
+    # By hand: inspect.Signature takes identifiers only, and a placeholder may have any name.
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for placeholder in graph.nodes:
+        if placeholder.op != "placeholder":
+            continue
+        name = str(placeholder.target)
+        if name.startswith("**"):
+            yield placeholder, kwargs
+            kwargs = {}
+        elif name.startswith("*"):
+            yield placeholder, tuple(args)
+            args = []
+        elif args:
+            yield placeholder, args.pop(0)
+        elif name in kwargs:
+            yield placeholder, kwargs.pop(name)
+        elif placeholder.args:
+            yield placeholder, placeholder.args[0]
+        else:
+            raise refusal(node, str(node.target), f"needs an argument {name!r}.")
+    if args or kwargs:
+        extra = f"{len(args)} more positional" if args else f"unknown {list(kwargs)}"
+        raise refusal(node, str(node.target), f"is called with {extra} arguments.")
 
 
 def _body_lines(parameters: Sequence[str], statements: Sequence[Statement], result: str) -> list[str]:

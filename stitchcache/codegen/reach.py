@@ -112,13 +112,7 @@ def is_attribute(name: str) -> bool:
 
 
 def resolve(path: Path) -> Any:
-    """Follow a dotted path from ``torch``, ``operator`` or a builtin.
-
-    Args:
-        path: Its steps, such as ``("torch", "ops", "aten", "add", "Tensor")``.
-
-    Returns:
-        The op, function, method or dtype at its end.
+    """Follow a path, such as ``("torch", "ops", "aten", "add")``, to an op, function, method or dtype.
 
     Raises:
         NotAllowedError: It leads elsewhere: to a module, a class, a loader, a private name.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -25,18 +26,13 @@ _MAX_DEPTH = 60  # Python's parser gives up at 200 nested brackets, and a call l
 # repr of an int beyond this many bits may hit the interpreter's limit on decimal digits; hex never does.
 _DECIMAL_BITS = 128
 # What pickling refuses with, by itself and through an object's own __reduce__ or __getstate__.
-_REFUSALS = (
-    pickle.PicklingError, TypeError, AttributeError, ValueError, LookupError, RuntimeError, OSError,
-)  # fmt: skip
+_REFUSALS = (pickle.PicklingError, TypeError, AttributeError, ValueError, LookupError, RuntimeError, OSError)
 
 
 def literal(value: object) -> str | None:
-    """Write a scalar as source text; ``None`` for what has no literal.
-
-    Only exact builtin types qualify: a subclass (an enum, ``numpy.float64``) has a ``repr`` of its own
-    and a type that matters. Floats must be finite, as ``inf`` and ``nan`` are names and not literals.
-    The text is ASCII, so that it does not depend on the interpreter's Unicode tables.
-    """
+    """Write a scalar as source text; ``None`` for what has no literal."""
+    # Exact types: an enum or numpy.float64 has a repr of its own. inf and nan would be names.
+    # ASCII: it does not depend on the interpreter's Unicode tables.
     kind = type(value)
     if value is None or value is Ellipsis or kind is bool:
         return "..." if value is Ellipsis else repr(value)
@@ -52,24 +48,8 @@ def variable(name: str) -> str:
     return f"\0{name}\0"  # no other text has this character, as literals are written with escapes
 
 
-class _Discard:
-    def write(self, data: Any, /) -> int:
-        return len(data)
-
-
 class Scope:
-    """The names of one generated function.
-
-    Args:
-        is_bound: Whether the code is in the bound ABI; in the list ABI otherwise.
-
-    Attributes:
-        slots: Qualified name of each submodule, parameter and buffer to its text, in order of first use.
-        ops: Dotted path of each op to its source text.
-        consts: The constants.
-        const_texts: Identity of each constant to its source text.
-        values: Source text of the value of each node, variables as `variable` writes them.
-    """
+    """What the names of one generated function mean; slots, ops and constants in order of first use."""
 
     def __init__(self, is_bound: bool) -> None:
         self.is_bound = is_bound
@@ -78,13 +58,11 @@ class Scope:
         self._next: dict[tuple[str, int], int] = {}
         self._callables: dict[int, Path | None] = {}
         self._symbols: dict[Any, Node] = {}
-        self.slots: dict[str, str] = {}
+        self.slots: dict[str, str] = {}  # qualified name of a submodule, parameter or buffer to its text
         self.ops: dict[Path, str] = {}
         self.consts: list[Any] = []
-        self.const_texts: dict[int, str] = {}
-        self.values: dict[Node, str] = {}
-
-    # -- names -------------------------------------------------------------------------------------
+        self.const_texts: dict[int, str] = {}  # by identity
+        self.values: dict[Node, str] = {}  # with variables as `variable` writes them
 
     def take(self, wanted: str) -> str:
         """Take a name, or the nearest legal one that was not handed out before."""
@@ -148,8 +126,6 @@ class Scope:
         found = self._callables[id(value)]
         return self.const(value, node, path) if found is None else self.op(*found)
 
-    # -- arguments ---------------------------------------------------------------------------------
-
     def call(
         self, node: Node, function: str, args: Sequence[Any], kwargs: Mapping[str, Any], first: int = 0
     ) -> str:
@@ -181,23 +157,10 @@ class Scope:
         return f"{start}:{stop}:{step}" if step else f"{start}:{stop}"
 
     def text(self, node: Node, arg: Any, path: str, depth: int = 0) -> str:
-        """Write an argument as source text.
-
-        Args:
-            node: The node whose argument it is.
-            arg: A node, or anything that a node may have for an argument.
-            path: Where in the node's arguments it stands, for messages.
-            depth: Containers around it.
-
-        Raises:
-            CodegenError: It holds a node, but its type cannot be taken apart.
-            UnserializableConstError: It can neither be written nor be pickled.
-        """
+        """Write an argument of a node, which stands at ``path`` in so many containers, as source text."""
         if isinstance(arg, Node):
             if arg not in self.values:
-                raise refusal(
-                    node, path, f"is the value of {arg.name}, which is not computed before this node."
-                )
+                raise refusal(node, path, f"is the value of {arg.name}, which is not computed before.")
             return self.values[arg]
         text = literal(arg)
         if text is not None:
@@ -230,27 +193,22 @@ class Scope:
         return self._object_text(node, arg, path)
 
     def _object_text(self, node: Node, arg: Any, path: str) -> str:
+        reason = ""
         if isinstance(arg, SYMBOLIC):
             constant = constant_of(arg)
-            if constant is not None:
-                return repr(int(constant))
             known = self._symbols.get(expression(arg))
-            if known is None:
-                raise refusal(
-                    node,
-                    path,
-                    f"is the symbolic number {arg}, and no earlier node has its value. "
-                    "Make it an input of the graph, or compute it with a node.",
-                )
-            return self.text(node, known, path)
-        if isinstance(arg, torch.nn.Parameter):
-            raise refusal(
-                node, path, "is a parameter. Weights are bound by name: read it with a get_attr node."
+            if constant is not None or known is not None:
+                return self.text(node, known if constant is None else int(constant), path)
+            reason = (
+                f"is the symbolic number {arg}, and no earlier node has its value. "
+                "Make it an input of the graph, or compute it with a node."
             )
-        if _holds_node(arg):
-            raise refusal(
-                node, path, f"is a {type(arg).__qualname__} that holds a node, which cannot be taken apart."
-            )
+        elif isinstance(arg, torch.nn.Parameter):
+            reason = "is a parameter. Weights are bound by name: read it with a get_attr node."
+        elif _holds_node(arg):
+            reason = f"is a {type(arg).__qualname__} that holds a node, which cannot be taken apart."
+        if reason:
+            raise refusal(node, path, reason)
         return self.op_or_const(arg, node, path)
 
 
@@ -270,21 +228,20 @@ def dotted(path: Path) -> str:
 def _holds_node(arg: Any) -> bool:
     if isinstance(arg, dict):
         return _holds_node([*arg, *arg.values()])
-    return isinstance(arg, Node) or (
-        isinstance(arg, (list, tuple, set, frozenset)) and any(map(_holds_node, arg))
-    )
+    inside = arg if isinstance(arg, (list, tuple, set, frozenset)) else ()
+    return isinstance(arg, Node) or any(map(_holds_node, inside))
 
 
 def _check_picklable(value: Any, node: Node, path: str) -> None:
     """Refuse a constant that could not be stored, while its node is still known."""
     try:
-        pickle.Pickler(_Discard(), protocol=4).dump(value)
+        with open(os.devnull, "wb") as nowhere:
+            pickle.dump(value, nowhere, protocol=4)
     except _REFUSALS as error:
         type_name = f"{type(value).__module__}.{type(value).__qualname__}"
         raise UnserializableConstError(
-            f"{node.name}: {path} is a {type_name}, which cannot be stored: {error}. "
-            "Pass it to the graph as an input, or replace it by something that pickles, "
-            "such as a function or class at the top level of a module.",
+            f"{node.name}: {path} is a {type_name}, which cannot be stored: {error}. Pass it to the graph as "
+            "an input, or take what pickles, such as a function or class at the top level of a module.",
             node=node.name,
             path=path,
             type_name=type_name,

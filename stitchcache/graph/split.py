@@ -64,11 +64,7 @@ def split_graph(
 
 
 def check_splitting_ops(gm: GraphModule, splitting_ops: Sequence[str]) -> None:
-    """Refuse splitting ops that do not occur in a graph.
-
-    Raises:
-        SplittingOpNotFoundError: Names the op, and what there is instead.
-    """
+    """Refuse splitting ops that do not occur in a graph, naming what there is instead."""
     targets = {node.target for node in gm.graph.nodes if node.op == "call_function"}
     for wanted in splitting_ops:
         if not any(matches(target, wanted) for target in targets):
@@ -100,11 +96,7 @@ class _Partition:
 
 
 def submodule(gm: GraphModule, name: str) -> GraphModule:
-    """A submodule that is a graph.
-
-    Raises:
-        SplitError: It is another kind of module.
-    """
+    """A submodule that is a graph; another one is refused."""
     found = gm.get_submodule(name)
     if not isinstance(found, GraphModule):
         raise SplitError(f"submodule {name!r} is a {type(found).__qualname__}, not a graph.")

@@ -78,14 +78,10 @@ def drop_placeholders(split_gm: GraphModule, names: list[str]) -> list[str]:
 
 
 def lower_sizes(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:
-    """Rewrite pieces and their calls so that pieces take tensors only.
-
-    Args:
-        split_gm: A split graph; changed in place.
-        pieces: Names of the submodules to rewrite.
+    """Rewrite these submodules of a split graph, and their calls, so that they take tensors only.
 
     Returns:
-        Pieces left as they were, because they take a symbolic value that no tensor can carry (a
+        Those left as they were, because they take a symbolic value that no tensor can carry (a
         float, a truth value, a size that may be negative).
     """
     left = set()
@@ -174,10 +170,10 @@ def pin_strides(
     passive: Collection[str] = (),
     uncompiled: Collection[str] = (),
 ) -> None:
-    """Insert stride pins into the stitching graph.
+    """Insert stride pins into a split graph.
 
     Args:
-        split_gm: A split graph; changed in place.
+        split_gm: Changed in place.
         pieces: Names of the submodules that are compiled.
         passive: Names of the submodules that only make views and allocate: the strides of their
             results follow from those of their inputs, so the inputs are pinned instead.
