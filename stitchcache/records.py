@@ -46,8 +46,6 @@ def _fields(cls: Any, kw_only: bool) -> dict[str, Any]:
     fields: dict[str, Any] = dict(getattr(cls, "__dataclass_fields__", {}))
     own = vars(cls)
     for name, annotation in own.get("__annotations__", {}).items():
-        if name in fields:
-            raise TypeError(f"{cls.__name__} redefines {name!r}, which a class above it has")
         value = own.get(name, dataclasses.MISSING)
         field: Any = value if isinstance(value, dataclasses.Field) else dataclasses.field(default=value)
         # By this mark the standard library knows fields from class variables.
@@ -84,12 +82,9 @@ def _completed(
     if len(args) > len(positional):
         raise TypeError(f"{cls} takes {len(positional)} positional arguments, not {len(args)}")
     values = dict(zip(positional, args, strict=False))
-    twice = values.keys() & given
-    unknown = given.keys() - fields
-    if twice or unknown:
-        raise TypeError(
-            f"{cls} got {', '.join(map(repr, twice))} twice" if twice else f"{cls} has no {unknown}"
-        )
+    wrong = [name for name in given if name in values or name not in fields]
+    if wrong:
+        raise TypeError(f"{cls} has no {wrong[0]!r}, or got it twice")
     values |= given
     for name, field in fields.items():
         if name not in values:

@@ -129,8 +129,7 @@ def decode_named(data: bytes, key: str, path: str) -> Artifact:
     """The artifact in a file, which must be of the graph hash that its name says, and of its kind."""
     # The name decides which format is tried, so that damage cannot turn one into another.
     artifact = decode(data, path=path) if path.endswith(CURRENT_SUFFIX) else _decode_legacy(data, path)
-    if artifact.graph_hash != key:
-        raise malformed(path, "graph_hash", f"{artifact.graph_hash} in a file that is named {key}")
+    _check_name("graph_hash", artifact.graph_hash, key, path)
     return artifact
 
 
@@ -174,8 +173,7 @@ def _decode_legacy(data: bytes, path: str) -> Artifact:
     if len(data) > _MOST_LEGACY:
         raise malformed(path, "size", f"{len(data)} bytes are more than a legacy entry's {_MOST_LEGACY}")
     if data[:1] != b"\x80":
-        made: Artifact = read_packed(_legacy, data, path)
-        return made
+        return read_packed(_legacy, data, path)
     # Imported when one is met: a warm start does without.
     from stitchcache.artifact.unpickle import Refused, Unpickler
 
@@ -185,8 +183,7 @@ def _decode_legacy(data: bytes, path: str) -> Artifact:
         raise malformed(path, "payload", str(error)) from error
     if type(value) is dict and "execution_code" in value:
         value |= {"version": 0, "code": value.pop("execution_code")}
-    unpickled: Artifact = read_value(_legacy, value, path)
-    return unpickled
+    return read_value(_legacy, value, path)
 
 
 def _legacy(value: Any) -> Artifact:
@@ -216,14 +213,13 @@ def decode_target(data: bytes, key: str, *, path: str = "") -> tuple[TargetRecor
         absent = _NOT_IN_TARGET.get(version)
         if absent is None:
             target: _Target = record(_Target)(value)
-            _check_key(target.key, key)
+            _check_name("key", target.key, key, path)
             return target.records
         if type(value) is dict:
-            _check_key(value.pop("key", None), key)
+            _check_name("key", value.pop("key", None), key, path)
         return (record(TargetRecord, absent)(value),)
 
-    found: tuple[TargetRecord, ...] = read_packed(read, payload, path)
-    return found
+    return read_packed(read, payload, path)
 
 
 def encode_piece(piece: PieceRecord) -> bytes:
@@ -233,19 +229,14 @@ def encode_piece(piece: PieceRecord) -> bytes:
 
 def decode_piece(data: bytes, key: str, *, path: str = "") -> PieceRecord:
     """The record in a piece file, which must be of this key."""
-
-    def read(value: Any) -> PieceRecord:
-        found: PieceRecord = record(PieceRecord)(value)
-        _check_key(found.key, key)
-        return found
-
-    piece: PieceRecord = read_packed(read, open_frame(data, Kind.PIECE, path=path)[2], path)
+    piece: PieceRecord = read_packed(record(PieceRecord), open_frame(data, Kind.PIECE, path=path)[2], path)
+    _check_name("key", piece.key, key, path)
     return piece
 
 
-def _check_key(found: object, key: str) -> None:
+def _check_name(field: str, found: object, key: str, path: str) -> None:
     if found != key:
-        raise FieldError("key", f"{found} in a file that should be about {key}")
+        raise malformed(path, field, f"{found} in a file that should be about {key}")
 
 
 def pack_factors(factors: Sequence[Factor]) -> bytes:

@@ -12,7 +12,7 @@ import operator
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgpack
 
@@ -20,6 +20,7 @@ from stitchcache.artifact.frame import malformed
 from stitchcache.records import fill
 from stitchcache.types import is_digest
 
+T = TypeVar("T")
 Reader = Callable[[Any], Any]
 """Checks a decoded value and makes of it what the record holds; raises :class:`FieldError`."""
 
@@ -73,7 +74,7 @@ def _plain(value: Any, skip: Collection[str] = ()) -> Any:
     return {name: _plain(getattr(value, name)) for name in fields if name not in skip}
 
 
-def read_packed(read: Reader, data: bytes, path: str, root: str = "") -> Any:
+def read_packed(read: Callable[[Any], T], data: bytes, path: str, root: str = "") -> T:
     """What msgpack holds; an ``EntryFormatError`` says where it is wrong, by a path that ``root`` begins."""
     # unpackb caps every length at len(data), so a forged length allocates nothing. What it makes of an
     # extension type is taken by no reader.
@@ -91,7 +92,7 @@ def read_packed(read: Reader, data: bytes, path: str, root: str = "") -> Any:
     return read_value(read, value, path, root)
 
 
-def read_value(read: Reader, value: Any, path: str, root: str = "") -> Any:
+def read_value(read: Callable[[Any], T], value: Any, path: str, root: str = "") -> T:
     """The same of what some bytes were decoded to."""
     try:
         return read(value)
