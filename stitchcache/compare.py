@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -91,138 +92,86 @@ class Both:
     moved: bool = False
 
 
-def run_both(
-    model: torch.nn.Module,
-    subject: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    *,
-    writes: Mapping[str, torch.Tensor] | None = None,
-    effects: Mapping[str, bool] | None = None,
-    apart: bool = False,
-    reads: Collection[str] = (),
-    deep: bool = False,
-    times: int = 1,
-) -> Both:
-    """Call a model and something that should do the same, and put back what either wrote.
-
-    Both start from the same state. Put back are arguments, parameters, buffers and every other tensor that
-    ops write, attributes of the model's modules, and random number generators.
-
-    Args:
-        model: Runs first, as it is.
-        subject: Called as the model is.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        writes: Tensors that the subject may write, and what to call them; of the model's writes each is seen.
-        effects: As for :class:`~stitchcache.torchside.watch.Watch`.
-        apart: It runs beside the user's own calls, on arguments of its own: no shared state may be written
-            and no random number drawn, not even for a moment.
-        reads: Paths to tensors in plain attributes that the subject reads. A model that puts another tensor
-            in such a place has written it.
-        deep: Whether to put back what plain objects hold, too.
-        times: How often each side is called in a row; the last results are compared.
-    """
-    both: Both | None = None
-    while both is None:
-        run = _Run(model, args, dict(kwargs), writes or {}, effects or {}, apart, reads, deep, times)
-        # What was made in inference mode can be written only there. That mode switches gradients: they are
-        # switched after it.
-        with _threads_of_a_fork(), torch.inference_mode(run.in_inference_mode), torch.no_grad():
-            try:
-                found = run.model_results()
-                moved = run.put_back()
-                both = run.compared(subject, found) if isinstance(found, _Results) else found
-            finally:
-                run.put_back()
-    return replace(both, moved=moved)
-
-
-@contextmanager
-def unchanged(model: torch.nn.Module, *, registered: bool = True) -> Iterator[None]:
-    """Let a model run, and put back the values of its tensors, and what it and its plain objects hold.
-
-    Args:
-        model: What may change.
-        registered: Whether parameters and buffers may be written, beside tensors in plain objects.
-    """
-    memory, held = watch({}), Held(model, deep=True)
-    for tensor in (*plain_tensors(model).values(), *(state_of(model).values() if registered else ())):
-        if not has_fakes([tensor]):
-            memory.save(tensor)
-    try:
-        yield
-    finally:
-        held.put_back()
-        memory.put_back()
-
-
-@contextmanager
-def _threads_of_a_fork() -> Iterator[None]:
-    """One thread in a forked process: OpenMP's threads stay in the parent, and a loop would wait for them."""
-    before = torch.get_num_threads()
-    forked = os.getpid() != _IMPORTED_BY and before != 1
-    if forked:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        if forked:
-            torch.set_num_threads(before)
-
-
 class _Results(NamedTuple):
-    """What the model gave: results by name, their structure, and tensors that were or may be written.
-
-    Of a written tensor: its name, what the model made of it, and the tensor itself, which the subject writes.
-    """
+    """What the model gave. Of a written tensor: its name, what the model made of it, and itself."""
 
     returned: list[tuple[str, Any]]
     shape: Any
     written: list[tuple[str, torch.Tensor, torch.Tensor]]
 
 
-class _Run:
-    """One comparison, and what it puts back: tensors, attributes of modules, generators."""
+class Beside:
+    """A model and a call, to be compared with what should do the same, as often as one likes.
+
+    Both sides start from the same state. Put back are arguments, parameters, buffers and every other tensor
+    that ops write, attributes of the model's modules, and random number generators.
+
+    Args:
+        model: Runs first, as it is.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        writes: Tensors that the other may write, and what to call them; of the model's writes each is seen.
+        effects: As for :class:`~stitchcache.torchside.watch.Watch`.
+        apart: It runs beside the user's own calls, on arguments of its own: no shared state may be written
+            and no random number drawn, not even for a moment.
+        reads: Paths to tensors in plain attributes that the other reads. A model that puts another tensor
+            in such a place has written it.
+        deep: Whether to put back what plain objects hold, too.
+    """
 
     def __init__(
         self,
         model: torch.nn.Module,
         args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        writes: Mapping[str, torch.Tensor],
-        effects: Mapping[str, bool],
-        apart: bool,
-        reads: Collection[str],
-        deep: bool,
-        times: int,
+        kwargs: Mapping[str, Any],
+        *,
+        writes: Mapping[str, torch.Tensor] | None = None,
+        effects: Mapping[str, bool] | None = None,
+        apart: bool = False,
+        reads: Collection[str] = (),
+        deep: bool = False,
     ) -> None:
-        self._model, self._args, self._kwargs, self._writes = model, args, kwargs, writes
-        self._times = times
-        self._leaves, self._spec = tree.flatten((args, kwargs))
+        self._model, self._args, self._kwargs, self._writes = model, args, dict(kwargs), writes or {}
+        self._leaves, self._spec = tree.flatten((args, self._kwargs))
         tensors = [leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)]
-        self.in_inference_mode = any(tensor.is_inference() for tensor in tensors)
+        self._inference = any(tensor.is_inference() for tensor in tensors)
         own = [memory for leaf in tensors if (memory := memory_of(leaf)) is not None]
-        self._watch = watch(effects, only=own if apart else None, draw=not apart)
+        self._new_watch = partial(watch, effects or {}, only=own if apart else None, draw=not apart)
         self._held, self._state = Held(model, deep=deep), state_of(model)
         self._reads = {path: tensor_at(model, path) for path in reads}
         self._generators = [] if apart else list(generators({leaf.device for leaf in tensors}))
 
-    def put_back(self) -> bool:
+    def run(self, subject: Callable[..., Any], times: int = 1) -> Both:
+        """Call the model and then the subject, each so many times in a row; the last results are compared."""
+        both: Both | None = None
+        while both is None:
+            self._watch = self._new_watch()
+            # What was made in inference mode can be written only there. That mode switches gradients: they
+            # are switched after it.
+            with _threads_of_a_fork(), torch.inference_mode(self._inference), torch.no_grad():
+                try:
+                    found = self._model_results(times)
+                    moved = self._put_back()
+                    both = self._compared(subject, found, times) if isinstance(found, _Results) else found
+                finally:
+                    self._put_back()
+        return replace(both, moved=moved, drew=self._watch.drew)
+
+    def _put_back(self) -> bool:
         """Make everything what it was, and tell whether modules held something else."""
         self._watch.put_back()
         for put, state in self._generators:
             put(state)
         return self._held.put_back()
 
-    def model_results(self) -> _Results | Both | None:
+    def _model_results(self, times: int) -> _Results | Both | None:
         """Run the model. ``None`` if it has to be run again, under a watch that Dynamo does not trace."""
         watched, call = self._watch, 0
         try:
             for tensor in self._writes.values():
                 watched.save(tensor)
             with watched:
-                while call < self._times:
+                while call < times:
                     args, kwargs = tree.unflatten(self._leaves, self._spec)
                     value, call = self._model(*args, **kwargs), call + 1
         except (torch.OutOfMemoryError, MemoryError):
@@ -235,11 +184,10 @@ class _Run:
         # The forward may have swallowed the error that stopped it.
         return Both(unchecked=watched.stopped) if watched.stopped else self._kept(value)
 
-    def compared(self, subject: Callable[..., Any], wanted: _Results) -> Both:
+    def _compared(self, subject: Callable[..., Any], wanted: _Results, times: int) -> Both:
         """Run the subject, and compare."""
-        drew = self._watch.drew
         try:
-            for _ in range(self._times):
+            for _ in range(times):
                 args, kwargs = tree.unflatten(self._leaves, self._spec)
                 got, shape = tree.flatten(subject(*args, **kwargs))
         except InputMismatchError as error:
@@ -247,13 +195,12 @@ class _Run:
         except (torch.OutOfMemoryError, MemoryError):
             return Both(unchecked="there is no memory for the compiled model beside the model itself")
         except Exception as error:  # noqa: BLE001 - see the module's docstring
-            return Both(fails=f"the model returns, and the compiled one raises {_said(error)}", drew=drew)
+            return Both(fails=f"the model returns, and the compiled one raises {_said(error)}")
         if not tree.alike(shape, wanted.shape):
-            fact = f"the result is {_tree_text(shape)} instead of {_tree_text(wanted.shape)}"
-            return Both(fails=fact, drew=drew)
+            return Both(fails=f"the result is {_tree_text(shape)} instead of {_tree_text(wanted.shape)}")
         items = [measure(name, a, b) for (name, a), b in zip(wanted.returned, got, strict=True)]
         items += [measure(name, a, b) for name, a, b in wanted.written]
-        return Both(items=tuple(items), drew=drew)
+        return Both(items=tuple(items))
 
     def _kept(self, value: Any) -> _Results | Both:
         """Keep what the model returned and wrote, before it is put back."""
@@ -314,14 +261,39 @@ def _whole(tensor: torch.Tensor, storage: torch.UntypedStorage) -> tuple[str, to
     return f"a tensor of {values.numel()} values that is no argument and no buffer", values
 
 
-def measure(name: str, want: Any, got: Any) -> Compared:
-    """How far a result is from the model's own.
+@contextmanager
+def _threads_of_a_fork() -> Iterator[None]:
+    """One thread in a forked process: OpenMP's threads stay in the parent, and a loop would wait for them."""
+    before = torch.get_num_threads()
+    forked = os.getpid() != _IMPORTED_BY and before != 1
+    if forked:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if forked:
+            torch.set_num_threads(before)
 
-    Args:
-        name: What to call it.
-        want: The model's.
-        got: The other's.
+
+@contextmanager
+def unchanged(model: torch.nn.Module, *, registered: bool = True) -> Iterator[None]:
+    """Let a model run, and put back what its tensors contain, and what it and its plain objects hold.
+
+    Parameters and buffers may be written only if ``registered``.
     """
+    memory, held = watch({}), Held(model, deep=True)
+    for tensor in (*plain_tensors(model).values(), *(state_of(model).values() if registered else ())):
+        if not has_fakes([tensor]):
+            memory.save(tensor)
+    try:
+        yield
+    finally:
+        held.put_back()
+        memory.put_back()
+
+
+def measure(name: str, want: Any, got: Any) -> Compared:
+    """How far a result is from the model's own, which is the one that is wanted."""
     if not isinstance(want, torch.Tensor) or not isinstance(got, torch.Tensor):
         same = type(want) is type(got) and (want is got or want == got or (want != want and got != got))
         return Compared(name=name, fact="" if same else f"is {_shown(got)} instead of {_shown(want)}")
@@ -405,12 +377,7 @@ def judged(both: Both, record: CheckRecord | None = None) -> Check:
 
 
 def disagreement(item: Compared, bound: OutputBound | None = None) -> str:
-    """What is wrong with a result, beyond rounding; ``""`` where nothing is.
-
-    Args:
-        item: What was measured.
-        bound: What the cold compile measured.
-    """
+    """What is wrong with a result, beyond rounding and what the cold compile measured; ``""``: nothing."""
     if item.fact:
         return item.fact
     measured = bound.difference / max(bound.magnitude, _SMALL) if bound is not None else 0.0

@@ -22,17 +22,8 @@ from stitchcache.torchside.state import INTERNALS
 from stitchcache.torchside.tensors import storage_id
 
 # What holds no tensors of the model's own, however much can be reached through it.
-_CLOSED = (
-    type,
-    ModuleType,
-    FunctionType,
-    MethodType,
-    BuiltinFunctionType,
-    torch.Size,
-    torch.dtype,
-    torch.device,
-    *(str, bytes, int, float, complex, type(None)),
-)
+_PLAIN = (str, bytes, int, float, complex, type(None), torch.Size, torch.dtype, torch.device)
+_CLOSED = (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, *_PLAIN)
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 _STEP = re.compile(r"\.?([^.\[\]]+)|\[(?:(-?\d{1,18})|'([^']*)')\]")
 _CONTAINERS = (list, dict, set)
@@ -52,11 +43,9 @@ def modules_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 def devices_of(model: torch.nn.Module, leaves: Sequence[Any] = ()) -> tuple[str, tuple[str, ...]]:
-    """What a model and its arguments live on.
+    """The device that pieces are loaded for, and types of all devices of a model and its arguments, sorted.
 
-    Returns:
-        The device that pieces are loaded for (the first accelerator found among parameters, buffers and
-        arguments, else the CPU), and the types of all devices, sorted.
+    The first is that of the first accelerator among parameters, buffers and arguments, else the CPU.
     """
     # Parameters first. By hand: asking for all parameters, or a tensor whether it is one, takes milliseconds.
     modules = [module for _, module in modules_of(model)]

@@ -16,21 +16,22 @@ from stitchcache.keys.model import model_factors
 from stitchcache.pipeline.find import (
     Hit,
     Miss,
+    OnProgress,
     Ready,
+    Request,
+    Site,
     Wanted,
-    bound_attributes,
-    changed_from,
+    check_model,
+    chosen_cache,
     find,
     find_by_graph,
-    first_change,
     want,
 )
-from stitchcache.pipeline.request import Clock, OnProgress, Request, Site, check_model, chosen_cache
-from stitchcache.pipeline.start import Way, start, started_or_miss
+from stitchcache.pipeline.start import changed_from, first_change, start, started_or_miss
 from stitchcache.runtime.model import CompiledModel, check_environment, refuse_change
 from stitchcache.state import devices_of
 from stitchcache.store.layout import flag
-from stitchcache.types import Change, Check, SizeRange, TargetRecord
+from stitchcache.types import Change, Check, SizeRange
 
 if TYPE_CHECKING:
     from stitchcache.api.preload import Preloaded
@@ -182,20 +183,11 @@ def _serve(wanted: Wanted, hit: Hit) -> CompiledModel | Miss:
         # A start without a look has no use for what compares.
         from stitchcache.pipeline.look import looker
 
-        look = looker(wanted, on_mismatch=lambda reason: _refuse(wanted, record, reason))
+        look = looker(wanted, record=record)
     served = started_or_miss(
         hit.artifact,
         wanted.site,
-        lambda: start(
-            hit.artifact,
-            Way(hit="direct"),
-            wanted.model,
-            wanted.site,
-            target=wanted.target,
-            objects=hit.objects,
-            ready=wanted.ready,
-            look=look,
-        ),
+        lambda: start(hit, wanted.model, wanted.site, target=wanted.target, look=look),
     )
     if isinstance(served, Miss):
         return replace(served, record=record)
@@ -204,16 +196,6 @@ def _serve(wanted: Wanted, hit: Hit) -> CompiledModel | Miss:
     if record is not None:
         served.changed = changed_from(wanted, record, hit.artifact.bindings)
     return served
-
-
-def _refuse(wanted: Wanted, record: TargetRecord | None, reason: str) -> None:
-    """Nobody is served by a record again before a trace has replaced it."""
-    if record is None or wanted.target.key is None:
-        return
-    # Rare, and it brings in all that traces.
-    from stitchcache.pipeline.trace import store_target
-
-    store_target(wanted, wanted.target.key, replace(record, refused=reason))
 
 
 def load(
@@ -247,9 +229,9 @@ def load(
     """
     check_kind("source", source, (str, os.PathLike), "a graph hash, or the beginning of one")
     check_kind("model", model, torch.nn.Module, "a torch.nn.Module")
-    prefix, label = os.fspath(source), type(model).__qualname__
-    clock, store = Clock(label), chosen_cache(cache)
-    found = find_by_graph(store.find(prefix), store)
+    prefix, store, (device, devices) = os.fspath(source), chosen_cache(cache), devices_of(model)
+    site = Site(cache=store, label=type(model).__qualname__, device=device, devices=devices)
+    found = find_by_graph(store.find(prefix), site)
     if isinstance(found, Miss):
         raise GraphHashError(
             f"entry {prefix[:12]} in {store.root} cannot be read. Compile the model again.", prefix=prefix
@@ -275,12 +257,9 @@ def load(
             unknown = "the entry does not say what it was compiled from"
         if unknown is not None:
             return Change(name="model", was="", now=unknown, unknown=True)
-        state = bound_attributes(other, artifact.bindings)
-        return first_change(artifact.factors, now.factors, ("model.",), state)
+        return first_change(artifact.factors, now.factors, ("model.",), other, artifact.bindings)
 
-    refuse_change(clock.timed("key", lambda: changed(model)), artifact, model, trusted=trust_model)
-    device, devices = devices_of(model)
-    site = Site(cache=store, label=label, device=device, devices=devices, clock=clock)
-    compiled = start(artifact, Way(hit="load"), model, site)
+    refuse_change(site.timed("key", lambda: changed(model)), artifact, model, trusted=trust_model)
+    compiled = start(replace(found, way="load"), model, site)
     compiled.changed = changed
     return compiled

@@ -29,15 +29,13 @@ from stitchcache.errors import (
     SplitError,
     check_kind,
 )
-from stitchcache.pipeline.entry import plan_entry
-from stitchcache.pipeline.find import Miss
-from stitchcache.pipeline.request import Clock, Request
-from stitchcache.pipeline.source import dynamo_source
-from stitchcache.pipeline.start import Loaded, Way, start_with
-from stitchcache.pipeline.trace import compile_planned
+from stitchcache.pipeline.find import Hit, Miss, Request
+from stitchcache.pipeline.make import plan_entry
+from stitchcache.pipeline.start import start_with
+from stitchcache.pipeline.trace import compile_planned, dynamo_source
 from stitchcache.runtime.graph import CompiledGraph
 from stitchcache.torchside.dynamo import fix_own_floats, outside_tracing
-from stitchcache.types import Artifact, BlobRef
+from stitchcache.types import BlobRef
 
 log = logging.getLogger("stitchcache")
 
@@ -129,10 +127,10 @@ def _compiled(
     gm: GraphModule, example_inputs: Sequence[Any], request: Request, cache: Cache
 ) -> CompiledGraph:
     """Capture, plan, and start what the graph leads to, or make it."""
-    clock = Clock(request.label)
-    source, request, site = dynamo_source(gm, example_inputs, request, cache, clock)
+    source = dynamo_source(gm, example_inputs, request, cache)
+    site = source.site
     with outside_tracing():
-        planned = plan_entry(source, request)
+        planned = plan_entry(source)
 
         def read_blob(blob: BlobRef) -> bytes:
             path = cache.blob_path(blob)
@@ -144,20 +142,19 @@ def _compiled(
                 )
             return path.read_bytes()
 
-        def begin(artifact: Artifact, way: Way) -> CompiledGraph:
-            def link(found: Loaded) -> CompiledGraph:
+        def begin(found: Hit, miss: Miss) -> CompiledGraph:
+            def link(pieces: Mapping[str, Any], _constants: Mapping[str, torch.Tensor]) -> CompiledGraph:
                 return CompiledGraph(
-                    artifact,
-                    found.pieces,
+                    found.artifact,
+                    pieces,
                     source.model,
-                    cache_hit=way.hit,
+                    cache_hit=found.way,
                     read_blob=read_blob,
                     eager=gm.forward,
                 )
 
             # Dynamo traces in every process: a graph hit is no direct hit that was missed.
-            known = replace(way, miss=None) if way.hit else way
-            return start_with(link, artifact, known, site)
+            return start_with(link, found, site, None if found.way else miss)
 
         def refuse() -> CacheMissError:
             return CacheMissError(
@@ -168,11 +165,5 @@ def _compiled(
             )
 
         return compile_planned(
-            planned,
-            request,
-            site,
-            Miss(reason="no entry for this graph", cause="new"),
-            begin=begin,
-            refuse=refuse,
-            known=source.environment,
+            planned, Miss(reason="no entry for this graph", cause="new"), begin=begin, refuse=refuse
         )

@@ -107,7 +107,7 @@ class Preloaded:
 
     def _find(self, wanted: str | None) -> Artifact | None:
         # Imports torch, which the caller may still be doing; whatever needs none is done by now.
-        from stitchcache.pipeline.request import chosen_cache
+        from stitchcache.pipeline.find import chosen_cache
 
         self._cache = chosen_cache(self._cache)
         graph_hash = self._cache.latest(wanted) if wanted is not None else None

@@ -23,7 +23,7 @@ from stitchcache.errors import (
     TargetNotFoundError,
     check_kind,
 )
-from stitchcache.pipeline.request import OnProgress, Request, chosen_cache
+from stitchcache.pipeline.find import OnProgress, Request, chosen_cache
 from stitchcache.torchside.tensors import without_data
 from stitchcache.types import SizeRange
 
@@ -162,7 +162,7 @@ def prewarm(
         targets: Targets, or references such as ``"pkg.module:name"``.
         jobs: Pieces to compile at a time; ``None`` takes one a core.
         cache: Where to store; the default cache if ``None``.
-        on_progress: Called with a :class:`~stitchcache.pipeline.request.Progress` as things happen.
+        on_progress: Called with a :class:`~stitchcache.pipeline.find.Progress` as things happen.
         on_miss: ``"compile"``, or ``"error"`` to check that everything is there already.
         fake: Call each target's ``build`` where every tensor that it makes has no data.
 

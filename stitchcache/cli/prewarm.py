@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from stitchcache.api.prewarm import PrewarmResult
-    from stitchcache.pipeline.request import Progress
+    from stitchcache.pipeline.find import Progress
 
 _STATUS = {"direct": "hit direct", "graph": "hit graph"}
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stitchcache.demo.decoder import Decoder, DecoderConfig
-    from stitchcache.pipeline.request import Progress
+    from stitchcache.pipeline.find import Progress
     from stitchcache.runtime.model import CompiledModel
 
 _WARM_CALLS = 20
@@ -93,7 +93,7 @@ def _compiled(
     from stitchcache.api.compile import compile_request
     from stitchcache.cache import Cache
     from stitchcache.demo.decoder import decoder_target
-    from stitchcache.pipeline.request import Request
+    from stitchcache.pipeline.find import Request
 
     def on_progress(progress: Progress) -> None:
         _say({"progress": asdict(progress)})

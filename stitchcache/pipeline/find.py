@@ -1,24 +1,29 @@
-"""``find``: what a start can be served from, by target key or by graph hash. Traces nothing."""
+"""``find``: what is asked for, and what a start can be served from, by target key or by graph hash."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field
+from functools import partial
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 
 from stitchcache.cache import Cache
 from stitchcache.codegen.execution import CodeObjects
-from stitchcache.errors import UntrustedEntryError
+from stitchcache.errors import OptionError, UntrustedEntryError, check_kind
 from stitchcache.keys.check import check_sources
 from stitchcache.keys.target import TargetKey, target_key
 from stitchcache.keys.walk import Walk
-from stitchcache.pipeline.request import Clock, OnProgress, Request, Site
+from stitchcache.pieces import COMPILER_OPTIONS, NAMES
 from stitchcache.runtime.call import misfit
-from stitchcache.state import devices_of, state_attributes
+from stitchcache.state import devices_of
+from stitchcache.store.layout import CHECKS, choice, required
 from stitchcache.torchside import tree
-from stitchcache.types import Artifact, BindingSpec, Change, Factor, TargetRecord
+from stitchcache.types import Artifact, SizeRange, TargetRecord
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
@@ -28,6 +33,140 @@ else:
     from stitchcache.records import dataclass
 
 log = logging.getLogger("stitchcache")
+
+T = TypeVar("T")
+
+_OWN_OPTIONS = {"stitchcache.jobs": int, "stitchcache.verify": bool, "stitchcache.effects": dict}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """Options of one compilation, as :func:`stitchcache.compile` takes them.
+
+    Args:
+        dynamic_shapes: As for ``torch.export.export``.
+        splitting_ops: Names of ops to split at.
+        size_ranges: Ranges that get code of their own.
+        backend: Piece backend.
+        on_miss: ``compile`` or ``error``.
+        require: ``"direct"``: a graph hit is an error too, as it traces the model.
+        check: When a hit is compared with the model itself; ``None`` takes ``STITCHCACHE_CHECK``. In no key.
+        key_factors: The caller's own distinctions.
+        options: Inductor's options, and ours under ``stitchcache.``.
+        label: What to call the model in listings.
+
+    Raises:
+        OptionError: An option makes no sense.
+    """
+
+    dynamic_shapes: Any = None
+    splitting_ops: tuple[str, ...] = ()
+    size_ranges: tuple[SizeRange, ...] = ()
+    backend: str = "aoti"
+    on_miss: Literal["compile", "error"] = "compile"
+    require: Literal["direct"] | None = None
+    check: Literal["example", "background", "none"] | None = None
+    key_factors: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        _one_of("backend", self.backend, NAMES)
+        _one_of("on_miss", self.on_miss, ("compile", "error"))
+        _one_of("require", self.require, (None, "direct"))
+        _one_of("check", self.check, (None, *CHECKS))
+        for op in self.splitting_ops:
+            if not isinstance(op, str) or not op:
+                raise _refused("splitting_ops", f": {op!r} is not an op's name; write 'namespace::op'.")
+        check_kind("key_factors", self.key_factors, Mapping, "a dict")
+        check_kind("options", self.options, Mapping, "a dict")
+        for name, value in self.options.items():
+            if name.startswith("stitchcache.") and type(value) is not _OWN_OPTIONS.get(name):
+                known = ", ".join(f"{n} ({k.__name__})" for n, k in _OWN_OPTIONS.items())
+                raise _refused(f"options[{name!r}]", f"={value!r}: there is {known}.")
+        for op, writes in self.effects.items():
+            if not isinstance(op, str) or "::" not in op or type(writes) is not bool:
+                raise _refused(
+                    "options['stitchcache.effects']",
+                    f" has {op!r}: {writes!r}; it maps names of ops, such as 'mylib::attention', to True or "
+                    "False.",
+                )
+        if self.jobs is not None and self.jobs < 1:
+            said = "at least one process has to compile. Leave it out for about one a core."
+            raise _refused("jobs", f"={self.jobs}: {said}")
+
+    @property
+    def backend_options(self) -> dict[str, Any]:
+        """Options that go to the backend, and into keys."""
+        ours = {} if self.backend == "eager" else COMPILER_OPTIONS
+        return {**ours, **{k: v for k, v in self.options.items() if not k.startswith("stitchcache.")}}
+
+    @property
+    def jobs(self) -> int | None:
+        """Processes to compile with; ``None`` takes about one a core."""
+        jobs: int | None = self.options.get("stitchcache.jobs")
+        return jobs
+
+    @property
+    def verify(self) -> bool:
+        """Whether fresh pieces are compared with eager."""
+        return bool(self.options.get("stitchcache.verify", True))
+
+    @property
+    def effects(self) -> Mapping[str, bool]:
+        """Ops that write what their schemas do not show (true), or that only seem to (false)."""
+        effects: Mapping[str, bool] = self.options.get("stitchcache.effects", {})
+        return effects
+
+    @property
+    def must_be_direct(self) -> bool:
+        """Whether tracing is forbidden, by argument or by ``STITCHCACHE_REQUIRE=direct``."""
+        return self.require == "direct" or required() == "direct"
+
+    @property
+    def miss_is_error(self) -> bool:
+        """Whether compiling is forbidden, by argument or by ``STITCHCACHE_REQUIRE``."""
+        return self.on_miss == "error" or self.require is not None or required() != "nothing"
+
+    @property
+    def checked(self) -> str:
+        """When a hit is compared with the model: the argument, else ``STITCHCACHE_CHECK``, else at once."""
+        return self.check or choice("STITCHCACHE_CHECK", CHECKS)
+
+
+def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:
+    if value not in known:
+        raise _refused(name, f"={value!r}: there is {', '.join(map(str, known))}.")
+
+
+def _refused(option: str, said: str) -> OptionError:
+    return OptionError(f"{option}{said}", option=option)
+
+
+def check_model(model: Any, args: Any, kwargs: Any) -> None:
+    """Refuse what cannot be compiled before anything is done, with an ``OptionError``."""
+    check_kind("model", model, torch.nn.Module, "a torch.nn.Module; put a function into a module's forward")
+    if model.training:
+        kind = type(model).__qualname__
+        raise OptionError(
+            f"{kind} is in training mode, and compiled models are for inference. Call model.eval() first.",
+            option="model",
+        )
+    check_arguments(args, kwargs)
+
+
+def check_arguments(args: Any, kwargs: Any) -> None:
+    """Refuse arguments that are not a tuple and a dict."""
+    check_kind("args", args, tuple, "a tuple, such as (x,) for one argument")
+    check_kind("kwargs", kwargs, Mapping, "a dict or None")
+
+
+def chosen_cache(cache: Cache | None) -> Cache:
+    """The cache that a caller gave, or the default one; an ``OptionError`` for anything else."""
+    check_kind(
+        "cache", cache, (Cache, NoneType), "a Cache: write cache=stitchcache.Cache(...) with its directory"
+    )
+    return Cache() if cache is None else cache
 
 
 class Ready(Protocol):
@@ -44,49 +183,110 @@ class Ready(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a compilation has come.
+
+    Args:
+        target: The target's name or the model's class.
+        stage: ``lookup``, ``capture``, ``wait``, ``compile``, ``store``, ``load`` or ``done``.
+        done: Pieces that are ready.
+        total: Distinct pieces.
+        seconds: Since the target was begun.
+        left: Seconds that compiling will still take; ``None`` where that is not known.
+    """
+
+    target: str
+    stage: str
+    done: int = 0
+    total: int = 0
+    seconds: float = 0.0
+    left: float | None = None
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where a start happens, and how long it takes there.
+
+    Args:
+        label: What to call the model in log lines and listings.
+        device: The device that pieces are loaded for.
+        devices: Types of all devices in use, sorted.
+        ready: What a preload made ready; taken only where it is what was found.
+        on_progress: Gets told what happens. Nothing is decided by it.
+        began: When the start began, by ``time.perf_counter``.
+        timings: Seconds by stage; added to.
+    """
+
+    cache: Cache
+    label: str
+    device: str
+    devices: tuple[str, ...]
+    ready: Ready | None = None
+    on_progress: OnProgress | None = None
+    began: float = field(default_factory=time.perf_counter)
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def timed(self, stage: str, work: Callable[[], T]) -> T:
+        """Do something and add its seconds to a stage."""
+        began = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self.timings[stage] = self.timings.get(stage, 0.0) + time.perf_counter() - began
+
+    def tell(self, stage: str, done: int = 0, total: int = 0, left: float | None = None) -> None:
+        """Report progress."""
+        if self.on_progress is not None:
+            spent = time.perf_counter() - self.began
+            self.on_progress(
+                Progress(target=self.label, stage=stage, done=done, total=total, seconds=spent, left=left)
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
     """What is to be started: a model, an example call, a request, and the key that stands for them.
 
     Args:
-        model: The model.
-        args: Example positional arguments.
-        kwargs: Example keyword arguments.
-        leaves: Their leaves, in tree order.
-        paths: How a person writes each leaf, such as ``batch['mask']``.
-        tree: The tree of the leaves, written down.
-        request: Options.
-        site: Where.
+        leaves: Those of ``args`` and ``kwargs``, in tree order.
         target: The target key.
         walk: What computing the key has digested; checking sources need not digest it again.
-        ready: What a preload made ready; taken only where it is what was found.
+        key_again: The key of another model under the same options, with other leaves and a walk of its own.
     """
 
     model: torch.nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     leaves: Sequence[Any]
-    paths: Sequence[str]
-    tree: str
     request: Request
     site: Site
     target: TargetKey
     walk: Walk
-    ready: Ready | None = None
+    key_again: Callable[[torch.nn.Module, Sequence[Any], Walk], TargetKey]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hit:
-    """An entry that may be served.
+    """An artifact that may be served: an entry that was found, or one that was made now.
 
     Args:
         artifact: The entry.
+        way: ``"direct"``, ``"graph"``, ``"load"``, or ``None`` where it was compiled now.
         record: The target record that led to it; ``None`` where the graph hash did.
-        objects: Code objects of its generated source, as far as the record has them.
+        objects: Code objects of its generated source, as far as they are known; new ones are added.
+        loaded: Its pieces by key and its constants by name, where they are loaded already.
+        store: Puts a new artifact, after the look at it; one that cannot be stored is a warning.
     """
 
     artifact: Artifact
+    way: str | None = "graph"
     record: TargetRecord | None = None
     objects: CodeObjects | None = None
+    loaded: tuple[Mapping[str, Any], Mapping[str, torch.Tensor]] | None = None
+    store: Callable[[Artifact], None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,61 +316,49 @@ def want(
     on_progress: OnProgress | None = None,
     ready: Ready | None = None,
 ) -> Wanted:
-    """Compute the target key of a model with an example call.
-
-    Args:
-        model: The model; none of its code is run.
-        args: Example positional arguments.
-        kwargs: Example keyword arguments.
-        request: Options.
-        cache: Where to look and store.
-        on_progress: Gets told what happens.
-        ready: What a preload made ready.
+    """Compute the target key of a model with an example call; none of the model's code is run.
 
     Raises:
         OptionError: One of the options or key factors is no plain value.
     """
-    label = request.label or type(model).__qualname__
-    clock, walk = Clock(label, on_progress), Walk()
+    began, walk = time.perf_counter(), Walk()
     leaves, spec = tree.flatten((args, dict(kwargs)))
-    paths = tree.leaf_paths(model.forward, args, dict(kwargs))
-    text = tree.dumps(spec)
+    paths, text = tree.leaf_paths(model.forward, args, dict(kwargs)), tree.dumps(spec)
+
+    def key_of(model: torch.nn.Module, leaves: Sequence[Any], walk: Walk) -> TargetKey:
+        return target_key(
+            model,
+            list(zip(paths, leaves, strict=True)),
+            text,
+            request.dynamic_shapes,
+            request.splitting_ops,
+            request.size_ranges,
+            request.backend,
+            request.backend_options,
+            request.key_factors,
+            walk,
+        )
+
     device, devices = devices_of(model, leaves)
+    site = Site(
+        cache=cache,
+        label=request.label or type(model).__qualname__,
+        device=device,
+        devices=devices,
+        ready=ready,
+        on_progress=on_progress,
+        began=began,
+    )
     return Wanted(
         model=model,
         args=args,
         kwargs=dict(kwargs),
         leaves=leaves,
-        paths=paths,
-        tree=text,
         request=request,
-        site=Site(cache=cache, label=label, device=device, devices=devices, clock=clock),
-        target=clock.timed("key", lambda: key_of(model, leaves, paths, text, request, walk)),
+        site=site,
+        target=site.timed("key", lambda: key_of(model, leaves, walk)),
         walk=walk,
-        ready=ready,
-    )
-
-
-def key_of(
-    model: torch.nn.Module,
-    leaves: Sequence[Any],
-    paths: Sequence[str],
-    tree_text: str,
-    request: Request,
-    walk: Walk,
-) -> TargetKey:
-    """The target key of a model with a flattened example; the arguments are as in :class:`Wanted`."""
-    return target_key(
-        model,
-        list(zip(paths, leaves, strict=True)),
-        tree_text,
-        request.dynamic_shapes,
-        request.splitting_ops,
-        request.size_ranges,
-        request.backend,
-        request.backend_options,
-        request.key_factors,
-        walk,
+        key_again=key_of,
     )
 
 
@@ -180,32 +368,30 @@ def find(wanted: Wanted) -> Hit | Miss:
     A key may have several records: one model, told apart by a global or an environment variable that no key
     covers. The newest whose sources and globals are what they were is taken; a miss tells of the newest.
     """
-    key = wanted.target.key
-    wanted.site.clock.tell("lookup")
+    key, site = wanted.target.key, wanted.site
+    site.tell("lookup")
     if key is None:
         return Miss(reason=wanted.target.reason or "this target has no key", cause="unkeyable")
-    records = wanted.site.cache.get_target(key)
-    first: Miss | None = None
     looked = wanted.request.checked != "none"
-    for record in records:
-        found = _find_by_record(wanted, record, looked)
+    first: Miss | None = None
+    for record in site.cache.get_target(key):
+        changed = site.timed("sources", partial(check_sources, record, wanted.walk, looked=looked))
+        found = _find_by_record(wanted, record, changed)
         if isinstance(found, Hit):
             return found
         first = first or found
-        refused = record.refused is not None and len(records) > 1
-        if refused and check_sources(record, wanted.walk, looked=looked) is None:
+        if record.refused is not None and changed is None:
             # It is about what is wanted here, so an older record must not be served past it.
             break
     return first or Miss(reason="no entry for this target", cause="new")
 
 
-def _find_by_record(wanted: Wanted, record: TargetRecord, looked: bool) -> Hit | Miss:
+def _find_by_record(wanted: Wanted, record: TargetRecord, changed: str | None) -> Hit | Miss:
     if record.refused is not None:
         return Miss(reason=record.refused, cause="unkeyable", record=record)
-    changed = wanted.site.clock.timed("sources", lambda: check_sources(record, wanted.walk, looked=looked))
     if changed is not None:
         return Miss(reason=changed, cause="sources", record=record)
-    found = find_by_graph(record.graph_hash, wanted.site.cache, wanted.ready)
+    found = find_by_graph(record.graph_hash, wanted.site)
     if isinstance(found, Miss) or found.artifact.input_spec is None:
         reason = f"the entry {record.graph_hash[:12]} is gone or damaged"
         return Miss(reason=reason, cause="entry", record=record)
@@ -215,91 +401,17 @@ def _find_by_record(wanted: Wanted, record: TargetRecord, looked: bool) -> Hit |
     if wrong is not None:
         reason = f"the example does not fit what was captured: {wrong}"
         return Miss(reason=reason, cause="example", record=record)
-    return Hit(artifact=found.artifact, record=record, objects=objects)
+    return Hit(artifact=found.artifact, way="direct", record=record, objects=objects)
 
 
-def find_by_graph(graph_hash: str, cache: Cache, ready: Ready | None = None) -> Hit | Miss:
+def find_by_graph(graph_hash: str, site: Site) -> Hit | Miss:
     """The entry of a graph hash; one that cannot be trusted is a miss and a warning."""
-    artifact = ready.artifact(graph_hash) if ready is not None else None
+    artifact = site.ready.artifact(graph_hash) if site.ready is not None else None
     if artifact is None:
         try:
-            artifact = cache.get(graph_hash)
+            artifact = site.cache.get(graph_hash)
         except UntrustedEntryError as error:
             log.warning("%s", error)
     if artifact is None:
         return Miss(reason=f"no entry for graph {graph_hash[:12]}", cause="new")
     return Hit(artifact=artifact)
-
-
-def changed_from(
-    wanted: Wanted, record: TargetRecord, bindings: Sequence[BindingSpec]
-) -> Callable[[torch.nn.Module], Change | None]:
-    """What tells whether a trace of a model may be another one than the trace that was compiled.
-
-    The model's code and attributes count, torch's settings, and what the capture read beside them. Example
-    and options are those of then, and so is the machine.
-
-    Args:
-        wanted: What was started. Neither its model nor its tensors are kept.
-        record: The sources and globals that its capture read.
-        bindings: Tensors that were bound. An attribute that leads to one is not compared, as calls change
-            what it holds.
-    """
-    target, request, paths, tree = wanted.target, wanted.request, wanted.paths, wanted.tree
-    unknown = target.reason or record.refused
-    leaves = without_data(wanted.leaves) if unknown is None else []
-
-    def changed(model: torch.nn.Module) -> Change | None:
-        if unknown is not None:
-            return Change(name="model", was="", now=unknown, unknown=True)
-        walk = Walk()
-        now = key_of(model, leaves, paths, tree, request, walk)
-        if now.key is None:
-            return Change(name="model", was="", now=now.reason or "", unknown=True)
-        # Of the other factors, the example's and the options' are fixed, and a process keeps its machine.
-        state = bound_attributes(model, bindings)
-        found = first_change(target.factors, now.factors, ("model.", "code.", "torch."), state)
-        # A model that was called has warm caches, and is the same model.
-        if found is None and (reason := check_sources(record, walk, looked=True)) is not None:
-            found = Change(name="sources", was="as captured", now=reason)
-        return found
-
-    return changed
-
-
-def without_data(leaves: Sequence[Any]) -> list[Any]:
-    """Leaves with each tensor replaced by one that has its metadata and takes no memory.
-
-    A tensor that occurs twice stays one tensor, as that is part of a key.
-    """
-    replaced = {
-        id(leaf): torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
-        for leaf in leaves
-        if isinstance(leaf, torch.Tensor)
-    }
-    return [replaced.get(id(leaf), leaf) for leaf in leaves]
-
-
-def bound_attributes(model: torch.nn.Module, bindings: Sequence[BindingSpec]) -> Collection[str]:
-    """Attributes that lead to tensors which are bound: what they hold is state, and calls change it."""
-    return state_attributes(model, [name for item in bindings for name in (item.name, *item.aliases)])
-
-
-def first_change(
-    before: Iterable[Factor], now: Iterable[Factor], prefixes: tuple[str, ...], state: Collection[str]
-) -> Change | None:
-    """The most telling factor that differs, of those whose names begin so; ``None`` where none does."""
-    old = {factor.name: factor for factor in before if factor.name.startswith(prefixes)}
-    new = {factor.name: factor for factor in now if factor.name.startswith(prefixes)}
-    # An attribute more changes the order of attributes too, and its own factor names it.
-    for name in sorted(dict.fromkeys([*old, *new]), key=lambda name: name.endswith("_order")):
-        if name.startswith("model.attributes.") and name.rpartition(".")[2] in state:
-            continue
-        was, is_now = old.get(name), new.get(name)
-        if was is None or is_now is None or was.digest != is_now.digest:
-            return Change(name=name, was=_value(was), now=_value(is_now))
-    return None
-
-
-def _value(factor: Factor | None) -> str:
-    return "not there" if factor is None else repr(factor.value)

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stitchcache.compare import Compared, judged, run_both
+from stitchcache.compare import Beside, Compared, judged
 from stitchcache.errors import StaleEntryError, StoreWriteError, check_kind
-from stitchcache.pipeline.request import check_arguments
+from stitchcache.pipeline.find import check_arguments
+from stitchcache.pipeline.start import store_target
 from stitchcache.state import plain_tensors, state_of, tensor_at
 from stitchcache.torchside import tree
 from stitchcache.torchside.tensors import has_fakes, version_of
-from stitchcache.types import Check, CheckRecord, OutputBound
+from stitchcache.types import Check, CheckRecord, OutputBound, TargetRecord
 
 if TYPE_CHECKING:
     from stitchcache.pipeline.find import Wanted
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("stitchcache")
 
-_LASTING = ("buffer:", "parameter:", "attribute:")
+LASTING = ("buffer:", "parameter:", "attribute:")
 _REPORT = (
     " A wrong direct hit that was caught is a bug of stitchcache (the look has found {caught} wrong in this "
     "cache): please report it, with what 'stitchcache doctor --json' and 'stitchcache explain TARGET --trace "
@@ -43,17 +44,18 @@ _REPORT = (
 def looker(
     wanted: Wanted,
     cold: Callable[[CompiledModel, str], tuple[Check, CheckRecord]] | None = None,
-    on_mismatch: Callable[[str], None] = lambda _reason: None,
+    record: TargetRecord | None = None,
 ) -> Callable[[CompiledModel], None]:
     """What compares a callable with the model before anybody gets it, as far as the request asks for it.
 
-    A hit that disagrees raises ``StaleEntryError`` and becomes a miss; a fresh compilation that does raises
-    ``ModelMismatchError``. What was seen goes into ``check``, and with a new artifact.
+    A hit that disagrees raises ``StaleEntryError`` and becomes a miss, and its target record is refused until
+    a trace has replaced it. A fresh compilation that does raises ``ModelMismatchError``. What was seen goes
+    into ``check``, and with a new artifact.
 
     Args:
         wanted: The model, its example and the request.
         cold: Looks at a fresh compilation, given why nothing is to be compared (``""`` compares).
-        on_mismatch: Gets the reason of a mismatch, in whichever thread finds it.
+        record: The target record that led to a hit.
     """
     cache = wanted.site.cache
 
@@ -62,29 +64,24 @@ def looker(
         if outcome.state == "mismatch":
             # Here a user's choice to go on with the model itself would go.
             compiled.refuse(_stale(compiled, outcome, cache.counted().get("look.mismatch", 0)))
-            on_mismatch(outcome.reason)
+            if record is not None:
+                store_target(wanted, replace(record, refused=outcome.reason))
         compiled.check = replace(outcome, seconds=time.perf_counter() - began)
 
     def at(compiled: CompiledModel) -> None:
         began, artifact, reason = time.perf_counter(), compiled.artifact, _why_not(wanted)
         if compiled.cache_hit is None and cold is not None:
-            outcome, record = cold(compiled, reason)
-            compiled.artifact = replace(artifact, check=record)
+            outcome, measured = cold(compiled, reason)
+            compiled.artifact = replace(artifact, check=measured)
             note(compiled, outcome, began)
         elif reason:
             compiled.check = Check(state="unchecked", reason=reason)
-        elif wanted.request.checked == "background" and not lasting_names(artifact):
+        elif wanted.request.checked == "background" and not _lasting_names(artifact):
             _look_later(wanted, compiled, lambda outcome: note(compiled, outcome, began))
         else:
-            writes = written_by(wanted, artifact)
-            both = run_both(
-                wanted.model,
-                compiled,
-                wanted.args,
-                wanted.kwargs,
-                writes=writes,
-                effects=wanted.request.effects,
-            )
+            where = (wanted.model, wanted.args, wanted.kwargs)
+            writes, effects = _written_by(wanted, artifact), wanted.request.effects
+            both = Beside(*where, writes=writes, effects=effects).run(compiled)
             note(compiled, judged(both, artifact.check), began)
             compiled.raise_refusal()
             unmeasured = artifact.check is not None and artifact.check.state == "unchecked"
@@ -124,13 +121,13 @@ def _look_later(wanted: Wanted, compiled: CompiledModel, on_end: Callable[[Check
     # The usual look makes no copies.
     from stitchcache.pieces.check import clone_all
 
-    leaves, spec = tree.flatten((wanted.args, dict(wanted.kwargs)))
-    args, kwargs = tree.unflatten(clone_all(leaves), spec)
-    devices = {leaf.device.type for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    _, spec = tree.flatten((wanted.args, dict(wanted.kwargs)))
+    args, kwargs = tree.unflatten(clone_all(wanted.leaves), spec)
+    devices = {leaf.device.type for leaf in wanted.leaves if isinstance(leaf, torch.Tensor)}
     autocast = {d: torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
     # The function that is bound now: rebind() makes another one.
     model, subject, record = wanted.model, compiled.__call__, compiled.artifact.check
-    effects = wanted.request.effects
+    apart = Beside(model, args, kwargs, effects=wanted.request.effects, apart=True)
     compiled.check = Check(state="pending")
 
     def run() -> None:
@@ -141,7 +138,7 @@ def _look_later(wanted: Wanted, compiled: CompiledModel, on_end: Callable[[Check
             with ExitStack() as modes:
                 for device, dtype in autocast.items():
                     modes.enter_context(torch.autocast(device, dtype=dtype))
-                both = run_both(model, subject, args, kwargs, effects=effects, apart=True)
+                both = apart.run(subject)
             outcome = judged(both, record)
             if outcome.state == "mismatch" and _versions(state) != before:
                 outcome = Check(state="unchecked", reason="the model was changed while it was looked at")
@@ -173,27 +170,19 @@ def _stale(compiled: CompiledModel, outcome: Check, caught: int) -> StaleEntryEr
     )
 
 
-def written_by(
-    wanted: Wanted, artifact: Artifact, names: Sequence[str] | None = None
-) -> dict[str, torch.Tensor]:
-    """Tensors that an artifact's pieces may write, and what to call them.
-
-    Args:
-        wanted: The model and its example.
-        artifact: The artifact.
-        names: Those of the model, where they are known; else those of the artifact's record.
-    """
+def _written_by(wanted: Wanted, artifact: Artifact) -> dict[str, torch.Tensor]:
+    """Tensors that an artifact's pieces may write, and what to call them."""
     specs = artifact.input_spec.leaves if artifact.input_spec is not None else ()
     inputs = zip(specs, wanted.leaves, strict=False)
     found = {f"input:{spec.path}": leaf for spec, leaf in inputs if spec.kind == "inout"}
-    for name in lasting_names(artifact) if names is None else names:
+    for name in _lasting_names(artifact):
         tensor = tensor_at(wanted.model, name.partition(":")[2])
         if tensor is not None:
             found[name] = tensor
     return found
 
 
-def lasting_names(artifact: Artifact) -> list[str]:
+def _lasting_names(artifact: Artifact) -> list[str]:
     """Tensors of the model that an artifact's pieces may write, such as ``buffer:cache``."""
     mutations = artifact.output_spec.mutations if artifact.output_spec is not None else ()
     if artifact.check is None:
@@ -202,7 +191,7 @@ def lasting_names(artifact: Artifact) -> list[str]:
         noted = [f"{binding.kind}:{binding.name}" for binding in artifact.bindings if binding.kind in kinds]
     else:
         noted = [bound.name for bound in artifact.check.bounds]
-    return [name for name in dict.fromkeys([*noted, *mutations]) if name.startswith(_LASTING)]
+    return [name for name in dict.fromkeys([*noted, *mutations]) if name.startswith(LASTING)]
 
 
 def verify(
@@ -239,5 +228,5 @@ def verify(
     paths = tree.leaf_paths(getattr(model, "forward", model), args, given)
     leaves = zip(paths, tree.flatten((args, given))[0], strict=True)
     writes |= {f"input:{path}": leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
-    outcome = judged(run_both(model, compiled, args, given, writes=writes))
+    outcome = judged(Beside(model, args, given, writes=writes).run(compiled))
     return replace(outcome, seconds=time.perf_counter() - began)

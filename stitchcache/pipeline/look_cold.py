@@ -11,11 +11,11 @@ from torch.fx import Interpreter, Node
 
 from stitchcache.capture import Capture
 from stitchcache.capture.regions import no_autocast
-from stitchcache.compare import HIGH, Both, Compared, disagreement, measure, run_both
+from stitchcache.compare import HIGH, Beside, Both, Compared, disagreement, measure
 from stitchcache.errors import ModelMismatchError, PieceMismatchError
 from stitchcache.graph.effects import written_placeholders
 from stitchcache.pieces.check import undefined_outputs
-from stitchcache.pipeline.look import record_of, written_by
+from stitchcache.pipeline.look import LASTING, record_of
 from stitchcache.torchside import tree
 from stitchcache.types import Check, CheckRecord, OutputBound
 
@@ -29,7 +29,7 @@ _CEILING = {torch.float64: 1e-6, torch.complex128: 1e-6, torch.float32: 1e-2, to
 # Share of whole numbers (argmax, a comparison) that rounding may turn over in the same case.
 _TURNED = 0.05
 
-_Beside = Callable[..., Both]
+_Run = Callable[..., Both]
 
 
 def look_cold(
@@ -47,56 +47,58 @@ def look_cold(
         ModelMismatchError: The captured graph does something else than the model.
         PieceMismatchError: The graph is right, and the compiled pieces together are not.
     """
-    names = _written_names(captured)
 
     def unchecked(reason: str) -> tuple[Check, CheckRecord]:
+        # What pieces write, for whoever looks later.
+        names = [name for name in _writes(captured, wanted.leaves) if name.startswith(LASTING)]
         marks = tuple(OutputBound(name=name, difference=0.0, magnitude=0.0) for name in names)
         record = CheckRecord(state="unchecked", reason=reason, bounds=marks)
         return Check(state="unchecked", reason=reason), record
 
     if skip:
         return unchecked(skip)
-    writes = written_by(wanted, compiled.artifact, names)
-    attributes = [item for item in captured.bound if item.kind == "attribute"]
-    reads = [path for item in attributes for path in (item.name, *item.aliases)]
-
-    def beside(subject: Callable[..., Any], times: int = 1) -> Both:
-        model, effects = wanted.model, wanted.request.effects
-        # Cold starts have the time to put plain objects back, too.
-        return run_both(
-            *(model, subject, wanted.args, wanted.kwargs),
-            writes=writes,
-            effects=effects,
-            reads=reads,
-            deep=True,
-            times=times,
-        )
-
-    both = beside(compiled)
+    run = beside(wanted.model, wanted.args, wanted.kwargs, captured, wanted.request.effects).run
+    both = run(compiled)
     if both.unchecked:
         return unchecked(both.unchecked)
     skipped = frozenset() if both.drew else _undefined_results(captured, both.items)
     items = [item for item in both.items if item.name not in skipped]
     wrong = _first_wrong(items)
     if both.fails or wrong is not None:
-        of_graph = beside(op_by_op(captured))
+        of_graph = run(op_by_op(captured))
         first = _first_wrong(item for item in of_graph.items if item.name not in skipped)
         if of_graph.fails or first is not None:
-            raise _not_the_model(wanted, captured, of_graph.fails, first, beside)
+            raise _not_the_model(wanted, captured, of_graph.fails, first, run)
         if wrong is not None and both.drew and not wrong.fact:
             return unchecked(f"the model draws random numbers, and {wrong.name} {disagreement(wrong)}")
         _refuse_too_far(items, both.fails)
     # A second call may index beyond a full cache, which on a GPU ends all that the process does there.
     if both.moved and (wanted.site.device == "cpu" or all(i.name.startswith("output") for i in both.items)):
-        _look_twice(wanted, captured, skipped, beside)
+        _look_twice(wanted, captured, skipped, run)
     return Check(state="agreed"), record_of(items)
 
 
-def _written_names(captured: Capture) -> list[str]:
-    """Tensors of the model that a graph writes, such as ``buffer:cache``."""
+def beside(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    captured: Capture,
+    effects: Mapping[str, bool],
+) -> Beside:
+    """A model and a call, to be compared with its graph, or with what was compiled from that."""
+    attributes = [item for item in captured.bound if item.kind == "attribute"]
+    reads = [path for item in attributes for path in (item.name, *item.aliases)]
+    writes = _writes(captured, tree.flatten((args, dict(kwargs)))[0])
+    # Cold starts have the time to put plain objects back, too.
+    return Beside(model, args, kwargs, writes=writes, reads=reads, effects=effects, deep=True)
+
+
+def _writes(captured: Capture, leaves: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """Tensors that a graph writes, by names such as ``buffer:cache``."""
     written = written_placeholders(captured.gm)
-    bound = [item for item in captured.bound if item.placeholder in written and item.kind != "constant"]
-    return list(dict.fromkeys(f"{item.kind}:{item.name}" for item in bound))
+    found = {f"{i.kind}:{i.name}": i.tensor for i in captured.bound if i.placeholder in written}
+    specs = zip(captured.input_spec.leaves, leaves, strict=True)
+    return found | {f"input:{spec.path}": leaf for spec, leaf in specs if spec.kind == "inout"}
 
 
 def _undefined_results(captured: Capture, items: Sequence[Compared]) -> frozenset[str]:
@@ -125,12 +127,12 @@ def _refuse_too_far(items: Sequence[Compared], fails: str) -> None:
         )
 
 
-def _look_twice(wanted: Wanted, captured: Capture, skipped: frozenset[str], beside: _Beside) -> None:
+def _look_twice(wanted: Wanted, captured: Capture, skipped: frozenset[str], run: _Run) -> None:
     """Call model and graph twice in a row: what a forward counts in Python objects, a graph has as constants.
 
     The graph itself, and not what was compiled from it: op by op nothing is rounded.
     """
-    both = beside(op_by_op(captured), times=2)
+    both = run(op_by_op(captured), times=2)
     wrong = _first_wrong(item for item in both.items if item.name not in skipped)
     if both.fails or wrong is not None:
         raise _mismatch(
@@ -144,9 +146,9 @@ def _look_twice(wanted: Wanted, captured: Capture, skipped: frozenset[str], besi
 
 
 def _not_the_model(
-    wanted: Wanted, captured: Capture, fails: str, wrong: Compared | None, beside: _Beside
+    wanted: Wanted, captured: Capture, fails: str, wrong: Compared | None, run: _Run
 ) -> ModelMismatchError:
-    module, location = _first_place(wanted.model, captured, beside)
+    module, location = _first_place(wanted.model, captured, run)
     where = f" The first place where they part is {module}" if module else ""
     where += f" ({location})." if module and location else "." if module else ""
     return _mismatch(
@@ -173,14 +175,15 @@ def _mismatch(head: str, tail: str, fails: str, wrong: Compared | None, **place:
     )
 
 
-def op_by_op(captured: Capture) -> Callable[..., Any]:
+def op_by_op(captured: Capture, graph: Interpreter | None = None) -> Callable[..., Any]:
     """A captured graph, called as the model is."""
     spec, bound = tree.loads(captured.output_spec.tree), [item.tensor for item in captured.bound]
+    graph = graph or Interpreter(captured.gm)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         leaves, _ = tree.flatten((args, kwargs))
         with no_autocast():
-            return tree.unflatten(list(Interpreter(captured.gm).run(*bound, *leaves)), spec)
+            return tree.unflatten(list(graph.run(*bound, *leaves)), spec)
 
     return call
 
@@ -192,60 +195,7 @@ class _Call(NamedTuple):
     gave: list[torch.Tensor]
 
 
-class _Along(Interpreter):
-    """Runs a graph, and compares what enters and leaves each module with what the module took and gave.
-
-    Attributes:
-        found: The first module that differs, whether it took the right values, and the op to look at.
-    """
-
-    def __init__(self, captured: Capture, calls: Mapping[str, _Call]) -> None:
-        super().__init__(captured.gm)
-        self._calls = calls
-        self._entered: dict[str, dict[Node, Any]] = {}
-        self._left: dict[str, dict[Node, Any]] = {}
-        self._closing: dict[Node, list[str]] = {}
-        self.found: tuple[str, bool, Node] | None = None
-        last: dict[str, Node] = {}
-        for node in captured.gm.graph.nodes:
-            last.update(dict.fromkeys(_modules_of(node), node))
-        for path, node in last.items():
-            self._closing.setdefault(node, []).append(path)
-
-    def run_node(self, n: Node) -> Any:
-        """Run an op; when it is the last of a module, look at what the module gave."""
-        before = dict(self.env) if self.found is None else {}
-        value = super().run_node(n)
-        if self.found is not None:
-            return value
-        for path in _modules_of(n):
-            entered = {node: before[node] for node in n.all_input_nodes if path not in _modules_of(node)}
-            self._entered.setdefault(path, {}).update(entered)
-            if any(path not in _modules_of(user) for user in n.users):
-                self._left.setdefault(path, {})[n] = value
-        # The innermost module first: it is the more exact place.
-        for path in reversed(self._closing.get(n, ())):
-            call = self._calls.get(path)
-            if self.found is None and call is not None and _unlike(call.gave, self._left.get(path, {})):
-                wrong = _unlike(call.took, self._entered.get(path, {}))
-                self.found = (path, wrong is None, wrong or n)
-        return value
-
-
-def _unlike(wanted: Sequence[torch.Tensor], values: Mapping[Node, Any]) -> Node | None:
-    """The op that gave another value in place of one that is wanted; ``None`` where all are there."""
-    for want in wanted:
-        alike = [
-            (node, disagreement(measure("", want, got)))
-            for node, got in values.items()
-            if isinstance(got, torch.Tensor) and got.shape == want.shape and got.dtype == want.dtype
-        ]
-        if alike and all(wrong for _, wrong in alike):
-            return alike[-1][0]
-    return None
-
-
-def _first_place(model: torch.nn.Module, captured: Capture, beside: _Beside) -> tuple[str, str]:
+def _first_place(model: torch.nn.Module, captured: Capture, run: _Run) -> tuple[str, str]:
     """Where graph and model part, and ``file:line``; both empty where no module's result differs."""
     calls: dict[str, _Call] = {}
 
@@ -260,25 +210,60 @@ def _first_place(model: torch.nn.Module, captured: Capture, beside: _Beside) -> 
     modules = [(path, module) for path, module in model.named_modules() if path]
     hooks = [module.register_forward_hook(note(path), with_kwargs=True) for path, module in modules]
     try:
-        beside(lambda *_args, **_kwargs: None)
+        run(lambda *_args, **_kwargs: None)
     finally:
         for hook in hooks:
             hook.remove()
-    along = _Along(captured, calls)
+    graph = _Noting(captured.gm)
+    run(op_by_op(captured, graph))
+    within = {node: _modules_of(node) for node in captured.gm.graph.nodes}
+    ends = {path: index for index, paths in enumerate(within.values()) for path in paths}
+    # In the order in which they end; the innermost of several is the more exact place.
+    for path in sorted(ends, key=lambda path: (ends[path], -path.count("."))):
+        inside = [node for node in within if path in within[node]]
+        left = [node for node in inside if any(path not in within[user] for user in node.users)]
+        if path not in calls or _unlike(calls[path].gave, left, graph.values) is None:
+            continue
+        entered = [one for node in inside for one in node.all_input_nodes if path not in within[one]]
+        wrong = _unlike(calls[path].took, entered, graph.values)
+        whole, _, name = (path, "", "") if wrong is None else path.rpartition(".")
+        kind = type(model.get_submodule(whole)).__name__
+        before = "" if wrong is None else f", before its {name}"
+        trace = (wrong or inside[-1]).meta.get("stack_trace") or ""
+        lines = re.findall(r'File "([^"]+)", line (\d+)', trace)
+        return f"{whole or 'the forward'} ({kind}){before}", ":".join(lines[-1]) if lines else ""
+    return "", ""
 
-    def run(*args: Any, **kwargs: Any) -> None:
-        with no_autocast():
-            along.run(*(item.tensor for item in captured.bound), *tree.flatten((args, kwargs))[0])
 
-    beside(run)
-    if along.found is None:
-        return "", ""
-    path, took_right, node = along.found
-    whole, _, name = (path, "", "") if took_right else path.rpartition(".")
-    kind = type(model.get_submodule(whole)).__name__
-    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    before = "" if took_right else f", before its {name}"
-    return f"{whole or 'the forward'} ({kind}){before}", ":".join(lines[-1]) if lines else ""
+def _unlike(
+    wanted: Sequence[torch.Tensor], nodes: Sequence[Node], values: Mapping[Node, torch.Tensor]
+) -> Node | None:
+    """The op that gave another value in place of one that is wanted; ``None`` where all are there."""
+    for want in wanted:
+        there = [(node, values[node]) for node in nodes if node in values]
+        alike = [
+            (node, disagreement(measure("", want, got)))
+            for node, got in there
+            if got.shape == want.shape and got.dtype == want.dtype
+        ]
+        if alike and all(wrong for _, wrong in alike):
+            return alike[-1][0]
+    return None
+
+
+class _Noting(Interpreter):
+    """Runs a graph, and keeps copies of what its ops give."""
+
+    def __init__(self, gm: torch.fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.values: dict[Node, torch.Tensor] = {}
+
+    def run_node(self, n: Node) -> Any:
+        """Run an op; a copy, because a later one may write into what it gives."""
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor):
+            self.values[n] = value.detach().clone() if n.op == "call_function" else value
+        return value
 
 
 def _copies(values: Any) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""``make``: from a planned entry to an artifact, compiling the pieces that the cache lacks."""
+"""``make``: from a captured source to an artifact, compiling the pieces that the cache lacks."""
 
 from __future__ import annotations
 
@@ -6,65 +6,200 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from stitchcache.artifact.consts import dump_consts
 from stitchcache.cache import Cache
-from stitchcache.errors import BackendError, EntryFormatError, StoreWriteError, UntrustedEntryError
-from stitchcache.graph.symbols import without_guards
+from stitchcache.capture import Capture
+from stitchcache.capture.contract import tensor_spec
+from stitchcache.capture.ranges import Variants
+from stitchcache.codegen.generate import generate_execution_code
+from stitchcache.encoding import make_factor
+from stitchcache.errors import (
+    BackendError,
+    CaptureError,
+    EntryFormatError,
+    StitchCacheError,
+    StoreWriteError,
+    UntrustedEntryError,
+)
+from stitchcache.graph.symbols import SymbolNames, without_guards
+from stitchcache.keys.walk import plain_bytes
 from stitchcache.pieces import get_backend
-from stitchcache.pieces.build import BuiltPiece, at_once, build
-from stitchcache.pipeline.entry import EntryPlan, assemble, stitched_leaves
-from stitchcache.pipeline.request import Request, Site
-from stitchcache.pipeline.start import Loaded
+from stitchcache.pieces.build import BuiltPiece, Examples, at_once, build
+from stitchcache.pipeline.find import Hit, Request, Site
+from stitchcache.plan import Plan, plan
 from stitchcache.plan.plan import PlannedPiece, examples_for
-from stitchcache.types import Artifact, BlobRef, Factor
+from stitchcache.state import state_of
+from stitchcache.types import (
+    Artifact,
+    BindingSpec,
+    BlobRef,
+    Factor,
+    PieceRef,
+    SizeRange,
+    SourceRef,
+    Variant,
+)
 
 log = logging.getLogger("stitchcache")
 
 _PIECES, _MICROSECONDS = "piece.compiled", "microseconds.piece"
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
-    """A new artifact.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A captured model, whoever captured it.
 
     Args:
-        artifact: What was compiled.
-        loaded: Its pieces and constants, ready to be linked.
-        store: Stores the entry, once it was looked at; one that cannot be stored is a warning.
+        model: Whose tensors stitching code binds.
+        request: Options; of splitting ops those that the graph has.
+        whole: The capture that has the contract.
+        variants: A capture for each size range, or one for all sizes.
+        environment: Factors of what pieces depend on beside their graph: machine, torch, options.
+        known: Further factors that a new entry keeps, to explain it.
+        facts: Factors that distinguish entries, but not the pieces in them.
+        sources: Source files that ran during the capture.
+        globals: Values from outside of the model that it read.
+        unsound: Why its target must not be looked up directly; ``None`` where it may.
     """
 
-    artifact: Artifact
-    loaded: Loaded
-    store: Callable[[Artifact], None]
+    model: torch.nn.Module
+    request: Request
+    site: Site
+    whole: Capture
+    variants: Variants
+    environment: tuple[Factor, ...]
+    known: tuple[Factor, ...]
+    facts: tuple[Factor, ...] = ()
+    sources: tuple[SourceRef, ...] = ()
+    globals: tuple[tuple[str, str], ...] = ()
+    unsound: str | None = None
 
 
-def make(planned: EntryPlan, request: Request, site: Site, known: Sequence[Factor]) -> Made:
-    """Compile, load, and store the pieces.
+@dataclass(frozen=True, slots=True)
+class EntryPlan:
+    """A captured model, planned: everything that its entry will be but the compiled pieces.
+
+    Args:
+        plans: What has to be compiled, for each of its variants.
+        graph_hash: Names the entry.
+        factors: What went into the graph hash beside pieces and environment.
+        bindings: Tensors that the stitching code uses, by name.
+        constants: Tensors that the artifact carries.
+    """
+
+    source: Source
+    plans: tuple[tuple[SizeRange | None, Plan], ...]
+    graph_hash: str
+    factors: tuple[Factor, ...]
+    bindings: tuple[BindingSpec, ...]
+    constants: Mapping[str, torch.Tensor]
+
+
+def plan_entry(source: Source) -> EntryPlan:
+    """Plan the compilation of a captured model.
+
+    Raises:
+        SplitError: The graph cannot be split as asked.
+    """
+    plans = tuple((size_range, _plan(variant, source)) for size_range, variant in source.variants)
+    bindings = _bindings(source, [planned for _, planned in plans])
+    tensors = {item.name: item.tensor for item in source.whole.bound if item.kind == "constant"}
+    carried = {b.name: tensors[b.name] for b in bindings if b.kind == "constant"}
+    inputs, outputs = asdict(source.whole.input_spec), asdict(source.whole.output_spec)
+    values = sorted((name, dump_consts([tensor]) or b"") for name, tensor in carried.items())
+    structure = [(_range(size_range), planned.structure) for size_range, planned in plans]
+    variants, leaves = f"{len(plans)} variants", f"{len(inputs['leaves'])} leaves"
+    facts = (
+        make_factor("graph.structure", variants, plain_bytes(structure)),
+        make_factor("graph.inputs", leaves, plain_bytes(inputs)),
+        make_factor("graph.outputs", f"{source.whole.output_spec.count} leaves", plain_bytes(outputs)),
+        make_factor("graph.bindings", f"{len(bindings)} tensors", plain_bytes([asdict(b) for b in bindings])),
+        make_factor("graph.constants", f"{len(carried)} tensors", plain_bytes(values)),
+        *source.facts,
+    )
+    pieces = [
+        (_range(size_range), tuple((piece.name, piece.key) for piece in planned.pieces))
+        for size_range, planned in plans
+    ]
+    factors = sorted((factor.name, factor.digest) for factor in [*facts, *source.environment])
+    return EntryPlan(
+        source=source,
+        plans=plans,
+        graph_hash=hashlib.sha256(plain_bytes(("stitchcache entry 2", pieces, factors))).hexdigest(),
+        factors=facts,
+        bindings=bindings,
+        constants=carried,
+    )
+
+
+def _plan(captured: Capture, source: Source) -> Plan:
+    leaves = zip(captured.user_inputs, captured.input_spec.leaves, strict=True)
+    return plan(
+        captured.gm,
+        {item.placeholder: (item.name, item.tensor) for item in captured.bound},
+        [name for name, leaf in leaves if leaf.kind == "constant"],
+        source.request.splitting_ops,
+        get_backend(source.request.backend),
+        get_backend("eager"),
+        source.environment,
+    )
+
+
+def _bindings(source: Source, plans: Sequence[Plan]) -> tuple[BindingSpec, ...]:
+    """What the stitching code of any variant takes from the model."""
+    used = {name for planned in plans for name in planned.attributes.values()}
+    mutations = source.variants[0][1].output_spec.mutations
+    used |= {m.removeprefix("buffer:") for m in mutations if m.startswith("buffer:")}
+    shared: dict[int, list[str]] = {}
+    for name, tensor in state_of(source.model).items():
+        shared.setdefault(id(tensor), []).append(name)
+    every = [item for _, captured in source.variants for item in captured.bound]
+    found = []
+    for item in {item.name: item for item in every if item.name in used}.values():
+        names = shared.get(id(item.tensor), []) if item.kind != "constant" else []
+        paths = [path for other in every if other.name == item.name for path in other.aliases]
+        found.append(
+            BindingSpec(
+                name=item.name,
+                kind=item.kind,  # type: ignore[arg-type]
+                tensor=tensor_spec(item.tensor, SymbolNames(), item.name),
+                aliases=tuple(dict.fromkeys(n for n in [*names, *paths] if n != item.name)),
+            )
+        )
+    return tuple(found)
+
+
+def _range(size_range: SizeRange | None) -> tuple[str | None, int, int] | None:
+    """A range with its dimension, which its text leaves out."""
+    return None if size_range is None else (size_range.dim, size_range.min, size_range.max)
+
+
+def make(planned: EntryPlan) -> Hit:
+    """Compile, load, and store the pieces, and write the stitching code.
 
     A store that cannot be written costs the storing, not the compiling.
 
-    Args:
-        planned: What was planned.
-        request: Options.
-        site: Where to store, and what to call the entry.
-        known: Further factors of the source, which the entry keeps.
-
     Raises:
         BackendError: A piece cannot be compiled, or is wrong.
+        CaptureError: The captured graph cannot run on its example.
         CodegenError: The stitching graph has no form as source.
     """
     began = time.perf_counter()
-    cache, tell = site.cache, site.clock.tell
+    request, site = planned.source.request, planned.source.site
+    cache, tell = site.cache, site.tell
     shelf = _Shelf(cache, site.label, site.device)
     distinct = {piece.key: piece for _, one in planned.plans for piece in one.pieces}
     missing = {key for key, piece in distinct.items() if not shelf.find(piece)}
     done = len(distinct) - len(missing)
-    estimate = Estimate(cache, request.backend, len(missing), at_once(len(missing), request.jobs))
+    rounds = -(-len(missing) // max(1, at_once(len(missing), request.jobs)))
+    estimate = Estimate(cache, request.backend, rounds)
     tell("compile", done, len(distinct), estimate.left())
 
     def on_built(built: BuiltPiece) -> None:
@@ -74,7 +209,7 @@ def make(planned: EntryPlan, request: Request, site: Site, known: Sequence[Facto
         shelf.take(built)
         tell("compile", done, len(distinct), estimate.left() if done < len(distinct) else None)
 
-    for one, captured in planned.builds:
+    for (_, one), (_, captured) in zip(planned.plans, planned.source.variants, strict=True):
         pieces = {piece.key: piece for piece in one.pieces if piece.key in missing - shelf.pieces.keys()}
         if not pieces:
             continue
@@ -83,7 +218,7 @@ def make(planned: EntryPlan, request: Request, site: Site, known: Sequence[Facto
             wanted = list(pieces.values())
             build(
                 wanted,
-                examples_for(one, wanted, stitched_leaves(captured)) if request.verify else None,
+                _examples(one, wanted, captured, site.label) if request.verify else None,
                 scratch,
                 request.backend_options,
                 jobs=request.jobs,
@@ -92,11 +227,68 @@ def make(planned: EntryPlan, request: Request, site: Site, known: Sequence[Facto
             )
     tell("store", done, len(distinct))
     constants = {name: shelf.keep(dump_consts([tensor]) or b"") for name, tensor in planned.constants.items()}
-    seconds = time.perf_counter() - began
-    artifact = assemble(planned, shelf.blobs, constants, known=known, label=site.label, seconds=seconds)
+    artifact = _assemble(planned, shelf.blobs, constants, site.label, time.perf_counter() - began)
     # Copies, as every later process has them: a change to the model's own must not show in one only.
     copies = {name: tensor.clone() for name, tensor in planned.constants.items()}
-    return Made(artifact, Loaded(shelf.pieces, copies), shelf.put)
+    return Hit(artifact=artifact, way=None, loaded=(shelf.pieces, copies), store=shelf.put)
+
+
+def _examples(one: Plan, wanted: Sequence[PlannedPiece], captured: Capture, label: str) -> Examples:
+    """Inputs of pieces from a run of the graph on those leaves of the example that it takes."""
+    specs = captured.input_spec.leaves
+    leaves = [leaf for leaf, spec in zip(captured.example, specs, strict=True) if spec.kind != "constant"]
+    try:
+        return examples_for(one, wanted, leaves)
+    except StitchCacheError:
+        raise
+    except Exception as error:
+        # A boundary: the user's ops run here, on real data for the first time.
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise CaptureError(
+            f"{label} cannot run on its example: {type(error).__name__}: {said}. torch.export traced it "
+            "without data and did not notice. Call the model with the example, and give one that it takes.",
+            reason=said,
+        ) from error
+
+
+def _assemble(
+    planned: EntryPlan,
+    blobs: Mapping[str, BlobRef],
+    constants: Mapping[str, BlobRef],
+    label: str,
+    seconds: float,
+) -> Artifact:
+    source = planned.source
+    bindings = [replace(b, blob=constants[b.name]) if b.kind == "constant" else b for b in planned.bindings]
+    return Artifact(
+        graph_hash=planned.graph_hash,
+        variants=tuple(_variant(ranged, one, planned.graph_hash, blobs) for ranged, one in planned.plans),
+        input_spec=source.whole.input_spec,
+        output_spec=source.whole.output_spec,
+        bindings=tuple(bindings),
+        # One factor a name, the last of each.
+        factors=tuple({factor.name: factor for factor in (*source.known, *planned.factors)}.values()),
+        created=time.time(),
+        label=label,
+        compile_seconds=seconds,
+    )
+
+
+def _variant(
+    size_range: SizeRange | None, planned: Plan, graph_hash: str, blobs: Mapping[str, BlobRef]
+) -> Variant:
+    code, names, consts = generate_execution_code(
+        planned.split_gm, boxed=[piece.name for piece in planned.pieces], graph_hash=graph_hash
+    )
+    return Variant(
+        size_range=size_range,
+        code=code,
+        submod_names=tuple(names),
+        consts=dump_consts(consts),
+        pieces=tuple(
+            PieceRef(name=p.name, key=p.key, backend=p.backend, blob=blobs[p.key]) for p in planned.pieces
+        ),
+    )
 
 
 class _Shelf:
@@ -115,14 +307,10 @@ class _Shelf:
             return False
         try:
             path = self._cache.blob_path(record.blob)
-        except UntrustedEntryError as error:
-            log.warning("%s", error)
-            return False
-        if path is None:
-            return False
-        try:
+            if path is None:
+                return False
             self.pieces[piece.key] = get_backend(record.backend).load(path, self._device)
-        except (BackendError, EntryFormatError, OSError) as error:
+        except (UntrustedEntryError, BackendError, EntryFormatError, OSError) as error:
             log.warning("%s: compiling again: %s", self._label, error)
             return False
         self.blobs[piece.key] = record.blob
@@ -131,8 +319,7 @@ class _Shelf:
     def take(self, built: BuiltPiece) -> None:
         """Load and store a fresh piece."""
         self.pieces[built.key] = get_backend(built.backend).load(built.path, self._device)
-        blob = self.keep(built.path)
-        self.blobs[built.key] = blob
+        blob = self.blobs[built.key] = self.keep(built.path)
         log.debug("piece %s: %s, %.1f s, %d bytes", built.key[:12], built.backend, built.seconds, blob.size)
         self._try(lambda: self._cache.put_piece(built.key, built.backend, blob))
 
@@ -140,7 +327,14 @@ class _Shelf:
         """Store bytes, or at least name them."""
         stored: list[BlobRef] = []
         self._try(lambda: stored.append(self._cache.put_blob(source)))
-        return stored[0] if stored else _name(source)
+        if stored:
+            return stored[0]
+        try:
+            data = source if isinstance(source, bytes) else source.read_bytes()
+        except OSError:
+            # Too many open files, say. Nothing of this run is stored any more, so nobody goes by the name.
+            data = b""
+        return BlobRef(digest=hashlib.sha256(data).hexdigest(), size=len(data))
 
     def put(self, artifact: Artifact) -> None:
         """Store the entry, if its blobs are stored."""
@@ -156,39 +350,19 @@ class _Shelf:
             log.warning("%s: compiled, but not stored: %s", self._label, error)
 
 
-def _name(source: bytes | Path) -> BlobRef:
-    try:
-        data = source if isinstance(source, bytes) else source.read_bytes()
-    except OSError:
-        # Too many open files, say. Nothing of this run is stored any more, so nobody goes by the name.
-        data = b""
-    return BlobRef(digest=hashlib.sha256(data).hexdigest(), size=len(data))
-
-
 class Estimate:
-    """Seconds left of a run of equally likely pieces.
+    """Seconds left of a run of pieces; the cache's statistics speak until the first of this run is done."""
 
-    Args:
-        cache: Whose statistics speak until the first piece of this run is done; gets what this one takes.
-        backend: Only pieces of the same backend compare.
-        pieces: How many will be compiled.
-        at_once: How many at a time.
-    """
-
-    def __init__(self, cache: Cache, backend: str, pieces: int, at_once: int) -> None:
-        self._cache, self._backend = cache, backend
-        self._rounds = -(-pieces // max(1, at_once))
+    def __init__(self, cache: Cache, backend: str, rounds: int) -> None:
+        self._cache, self._backend, self._rounds = cache, backend, rounds
         self._began = time.perf_counter()
         self._seen: list[float] = []
-        self._before = _mean(cache.counted(), backend) if pieces else None
+        counters = cache.counted() if rounds else {}
+        pieces, spent = (counters.get(f"{name}.{backend}", 0) for name in (_PIECES, _MICROSECONDS))
+        self._before = spent / 1e6 / pieces if pieces > 0 else None
 
     def took(self, backend: str, seconds: float) -> None:
-        """Learn from a finished piece.
-
-        Args:
-            backend: What compiled it.
-            seconds: From the start of its process to its checked file.
-        """
+        """Learn from a piece; only those of one backend compare."""
         self._cache.count(f"{_PIECES}.{backend}")
         self._cache.count(f"{_MICROSECONDS}.{backend}", int(seconds * 1e6))
         if backend == self._backend:
@@ -197,12 +371,5 @@ class Estimate:
     def left(self) -> float | None:
         """Seconds to go; ``None`` where nothing like it was ever timed, or it takes longer than that."""
         one = fmean(self._seen) if self._seen else self._before
-        if one is None:
-            return None
-        left = self._rounds * one - (time.perf_counter() - self._began)
+        left = self._rounds * one - (time.perf_counter() - self._began) if one is not None else 0.0
         return left if left > 0 else None
-
-
-def _mean(counters: Mapping[str, int], backend: str) -> float | None:
-    pieces = counters.get(f"{_PIECES}.{backend}", 0)
-    return counters.get(f"{_MICROSECONDS}.{backend}", 0) / 1e6 / pieces if pieces > 0 else None

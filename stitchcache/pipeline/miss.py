@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from stitchcache.errors import CacheMissError
 from stitchcache.explanation import (
@@ -16,28 +16,30 @@ from stitchcache.explanation import (
 )
 from stitchcache.keys import check
 from stitchcache.keys.origins import find_file, main_label, read_file
-from stitchcache.pipeline.entry import EntryPlan
 from stitchcache.pipeline.find import Miss, Wanted
 from stitchcache.types import Artifact, TargetRecord
+
+if TYPE_CHECKING:
+    from stitchcache.pipeline.make import EntryPlan
 
 _FEW = 3
 
 
 def miss_facts(wanted: Wanted, miss: Miss) -> MissFacts:
-    """Look at what there is, before anything is stored by this run; reads a few hundred files at most.
-
-    Args:
-        wanted: What had no direct hit.
-        miss: Why it had none.
-    """
+    """Look at what there is, before anything is stored by this run; reads a few hundred files at most."""
     if miss.record is not None:
-        changed = changed_sources(miss.record) if miss.cause == "sources" else {}
-        return MissFacts(changed=changed)
+        return MissFacts(changed=changed_sources(miss.record) if miss.cause == "sources" else {})
     site, target = wanted.site, wanted.target
     found = nearest_entries(site.cache.roots, target.factors, label=site.label, partial=target.key is None)
     if not found:
         return MissFacts()
-    return MissFacts(changed=changed_beside(found[0]), nearest=found[0], hint=_hint(found[0]))
+    nearest, hint = found[0], ""
+    if "model.class" in nearest.differences:
+        hint = ", nor one of this model's class nearby"
+    elif nearest.differences:
+        differs = names_text(list(nearest.differences), _FEW)
+        hint = f"; nearest {nearest.graph_hash[:12]} differs in {differs}"
+    return MissFacts(changed=changed_beside(nearest), nearest=nearest, hint=hint)
 
 
 def changed_beside(nearest: NearestEntry) -> dict[str, tuple[str, str]]:
@@ -50,19 +52,8 @@ def changed_beside(nearest: NearestEntry) -> dict[str, tuple[str, str]]:
     return changed_sources(nearest.record)
 
 
-def _hint(nearest: NearestEntry) -> str:
-    if "model.class" in nearest.differences:
-        return ", nor one of this model's class nearby"
-    if not nearest.differences:
-        return ""
-    return f"; nearest {nearest.graph_hash[:12]} differs in {names_text(list(nearest.differences), _FEW)}"
-
-
 def changed_sources(record: TargetRecord) -> dict[str, tuple[str, str]]:
     """Every source file that is not what was captured.
-
-    Args:
-        record: What the target key led to.
 
     Returns:
         File, or the module's name where it has none now, to ``(digest when captured, digest now)``.
@@ -71,13 +62,11 @@ def changed_sources(record: TargetRecord) -> dict[str, tuple[str, str]]:
     found = {}
     for source in record.sources:
         file, module = find_file(source.module, main)
-        now = ABSENT
-        if file is not None:
-            try:
-                now = check.bytes_digest(read_file(file, module))
-            except OSError:
-                # Gone, or not to be read; the reason says which.
-                now = ABSENT
+        try:
+            now = ABSENT if file is None else check.bytes_digest(read_file(file, module))
+        except OSError:
+            # Gone, or not to be read; the reason says which.
+            now = ABSENT
         if now != source.digest:
             found[file or source.module] = (source.digest, now)
     return found
@@ -85,10 +74,6 @@ def changed_sources(record: TargetRecord) -> dict[str, tuple[str, str]]:
 
 def graph_differences(artifact: Artifact, traced: EntryPlan) -> dict[str, tuple[str, str]]:
     """What tells a fresh trace from an entry.
-
-    Args:
-        artifact: The entry.
-        traced: The fresh trace.
 
     Returns:
         Name to ``(in the entry, in the trace)``: factors of the graph, and ``graph.pieces`` for the pieces
@@ -99,31 +84,24 @@ def graph_differences(artifact: Artifact, traced: EntryPlan) -> dict[str, tuple[
     found = explain_differences(old, traced.factors)
     before = [piece.key for piece in artifact.pieces]
     planned = [piece for _, one in traced.plans for piece in one.pieces]
-    after = [piece.key for piece in planned]
-    if before != after:
+    if before != [piece.key for piece in planned]:
         fresh = [piece.name for piece in planned if piece.key not in before]
-        shown = f"{len(after)} calls, of these new: {names_text(fresh, _FEW) or 'none'}"
+        shown = f"{len(planned)} calls, of these new: {names_text(fresh, _FEW) or 'none'}"
         found["graph.pieces"] = (f"{len(before)} calls", shown)
     return found
 
 
 def miss_error(wanted: Wanted, miss: Miss, graph_hash: str | None = None) -> CacheMissError:
-    """The error for a miss where misses are forbidden.
-
-    Args:
-        wanted: What was looked up.
-        miss: Why it is a miss.
-        graph_hash: What it was looked up by too; ``None`` where tracing is forbidden.
-    """
-    site, key = wanted.site, wanted.target.key
-    facts = miss.facts or MissFacts()
+    """The error for a miss where misses are forbidden; without a graph hash, tracing is."""
+    site, facts = wanted.site, miss.facts or MissFacts()
     differences = dict(facts.nearest.differences) if facts.nearest is not None else {}
     detail = ""
     if facts.nearest is not None and differences:
         near = f"{facts.nearest.label or 'entry'} {facts.nearest.graph_hash[:12]}"
         detail = f" From the nearest, {near}, it differs in {differences_text(differences, _FEW)}."
     if facts.changed:
-        detail += f" Changed: {_changed_text(facts.changed)}."
+        changed = {path: (old[:12], new[:12]) for path, (old, new) in facts.changed.items()}
+        detail += f" Changed: {differences_text(changed, _FEW)}."
     if graph_hash is None:
         what = (
             f"no direct hit in the cache at {site.cache.root} ({miss.reason}), and tracing is an error here."
@@ -138,12 +116,8 @@ def miss_error(wanted: Wanted, miss: Miss, graph_hash: str | None = None) -> Cac
         "Run 'stitchcache prewarm' where compiling is allowed, with the same model and options; "
         "'stitchcache explain' shows all that differs.",
         target=site.label,
-        key=key or "",
+        key=wanted.target.key or "",
         reason=miss.reason,
         differences=differences,
         changed=dict(facts.changed),
     )
-
-
-def _changed_text(changed: Mapping[str, tuple[str, str]]) -> str:
-    return differences_text({path: (old[:12], new[:12]) for path, (old, new) in changed.items()}, _FEW)

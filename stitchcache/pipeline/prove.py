@@ -22,13 +22,14 @@ from stitchcache.capture import BoundTensor, Capture, capture
 from stitchcache.capture.contract import more_constraints
 from stitchcache.capture.ranges import Variants, refuse
 from stitchcache.capture.regions import no_autocast
-from stitchcache.compare import disagreement, measure, run_both
+from stitchcache.compare import disagreement, measure
 from stitchcache.errors import CaptureError
 from stitchcache.graph import symbols
 from stitchcache.graph.effects import written_placeholders
 from stitchcache.pieces import FAILURES
 from stitchcache.pieces.check import clone_all, stand_in
-from stitchcache.pipeline.look_cold import op_by_op
+from stitchcache.pipeline.find import Wanted
+from stitchcache.pipeline.look_cold import beside, op_by_op
 from stitchcache.state import drawn_back
 from stitchcache.torchside import tree
 from stitchcache.torchside.ops import guarded_facts
@@ -39,22 +40,15 @@ log = logging.getLogger("stitchcache")
 
 
 def prove_ranges(
-    model: torch.nn.Module,
-    whole: Capture,
-    variants: Variants,
-    codes: Iterable[CodeType],
-    example: Sequence[Any],
-    effects: Mapping[str, bool],
+    wanted: Wanted, whole: Capture, variants: Variants, codes: Iterable[CodeType]
 ) -> tuple[Capture, Variants]:
     """Let only sizes through at which every graph was shown right.
 
     Args:
-        model: What was captured.
+        wanted: The model, and the example's leaves as they were given.
         whole: The capture that has the contract.
         variants: Captures of ranges, or ``whole`` alone.
         codes: Code that ran while they were captured.
-        example: The example's leaves as they were given.
-        effects: Ops that write what their schemas do not show (true), or that only seem to (false).
 
     Returns:
         The same captures, with bounds that hold, and with what that code asks of the arguments.
@@ -62,7 +56,8 @@ def prove_ranges(
     Raises:
         OptionError: A range begins below what its own graph can be shown right at.
     """
-    asked = more_constraints(codes, example)
+    model, effects = wanted.model, wanted.request.effects
+    asked = more_constraints(codes, wanted.leaves)
     contract = replace(whole.input_spec, constraints=(*whole.input_spec.constraints, *asked))
     if len(variants) == 1 and variants[0][1] is whole:
         done = proved(model, replace(whole, input_spec=contract), effects)
@@ -81,13 +76,7 @@ def prove_ranges(
 
 
 def proved(model: torch.nn.Module, captured: Capture, effects: Mapping[str, bool]) -> Capture:
-    """A capture that allows a size below torch's own only where its graph was shown right.
-
-    Args:
-        model: What was captured; left as it is.
-        captured: As the user's ``dynamic_shapes`` would have it.
-        effects: As for :func:`prove_ranges`.
-    """
+    """A capture that allows a size below torch's own only where its graph was shown right."""
     shape_env = symbols.shape_environment(captured.gm.graph)
     if shape_env is None:
         return captured
@@ -130,17 +119,7 @@ def _agrees(
     args, kwargs = tree.unflatten(leaves, tree.loads(captured.input_spec.tree))
     if has_fakes([*captured.example, *(item.tensor for item in captured.bound)]):
         return _agrees_without_data(model, captured, args, kwargs)
-    written = written_placeholders(captured.gm)
-    writes = {
-        f"{item.kind}:{item.name}": item.tensor for item in captured.bound if item.placeholder in written
-    }
-    specs = zip(captured.input_spec.leaves, leaves, strict=True)
-    writes |= {f"input:{spec.path}": leaf for spec, leaf in specs if spec.kind == "inout"}
-    attributes = [item for item in captured.bound if item.kind == "attribute"]
-    reads = [path for item in attributes for path in (item.name, *item.aliases)]
-    both = run_both(
-        *(model, op_by_op(captured), args, kwargs), writes=writes, effects=effects, reads=reads, deep=True
-    )
+    both = beside(model, args, kwargs, captured, effects).run(op_by_op(captured))
     return not both.unchecked and not both.fails and not any(map(disagreement, both.items))
 
 

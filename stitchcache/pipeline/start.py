@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from stitchcache.cache import Cache
-from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import (
     BackendError,
     BindError,
@@ -17,247 +17,232 @@ from stitchcache.errors import (
     EntryFormatError,
     LinkError,
     StaleEntryError,
+    StoreWriteError,
     UntrustedEntryError,
 )
+from stitchcache.keys.check import check_sources
 from stitchcache.keys.target import TargetKey
+from stitchcache.keys.walk import Walk
 from stitchcache.pieces import get_backend
-from stitchcache.pipeline.find import Miss, Ready
-from stitchcache.pipeline.request import Site
+from stitchcache.pipeline.find import Hit, Miss, Site, Wanted
 from stitchcache.runtime.model import CompiledModel
-from stitchcache.types import Artifact
+from stitchcache.state import state_attributes
+from stitchcache.types import Artifact, BindingSpec, Change, Factor, TargetRecord
 
 if TYPE_CHECKING:
-    from dataclasses import dataclass
-else:
-    from stitchcache.records import dataclass
+    from stitchcache.runtime.graph import CompiledGraph
 
 log = logging.getLogger("stitchcache")
 
 T = TypeVar("T")
+R = TypeVar("R", bound="CompiledModel | CompiledGraph")
 
-
-class Started(Protocol):
-    """What every start ends in: a callable that knows its artifact."""
-
-    artifact: Artifact
-
-
-R = TypeVar("R", bound=Started)
-
-# What a start is called in the log and in the statistics, by the road that led to it.
+# What a start is called in the log, by the road that led to it.
 _SAID = {"direct": "direct hit", "graph": "graph hit", "load": "loaded", None: "compiled"}
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """An artifact's blobs, loaded.
-
-    Args:
-        pieces: Piece key to callable.
-        constants: Name to tensor, for the tensors that the artifact carries itself.
-    """
-
-    pieces: Mapping[str, Any]
-    constants: Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """By which road an artifact comes to be started, and what is at hand of it.
-
-    Args:
-        hit: ``"direct"``, ``"graph"``, ``"load"``, or ``None`` where it was compiled now.
-        miss: Why it is no direct hit; ``None`` where it is one, or none was asked for.
-        loaded: Its blobs, where they are loaded already.
-        store: Puts a new artifact, after the look at it.
-    """
-
-    hit: str | None
-    miss: Miss | None = None
-    loaded: Loaded | None = None
-    store: Callable[[Artifact], None] | None = None
-
-
 def start(
-    artifact: Artifact,
-    way: Way,
+    found: Hit,
     model: torch.nn.Module,
     site: Site,
     *,
+    miss: Miss | None = None,
     target: TargetKey | None = None,
-    objects: CodeObjects | None = None,
-    ready: Ready | None = None,
     look: Callable[[CompiledModel], None] | None = None,
 ) -> CompiledModel:
     """Make an artifact callable on a model.
 
     Args:
-        artifact: What was found or made.
-        way: How it came to this.
+        found: What was found or made.
         model: Its parameters and buffers are bound by reference.
         site: Where.
+        miss: Why it is no direct hit; ``None`` where it is one, or none was asked for.
         target: The target key; ``None`` where none was computed.
-        objects: Code objects of its stitching functions; new ones are added.
-        ready: Pieces that a preload may have loaded.
         look: Compares it with the model before anybody gets it, and raises where they disagree.
 
     Raises:
-        EntryDamagedError: A blob is missing or damaged.
-        BindError: The model has other tensors.
-        BackendError: A piece cannot be loaded here.
-        UntrustedEntryError: Others could have written a blob.
-        StaleEntryError: The look found that a hit is wrong.
+        StitchCacheError: It cannot be used here; :func:`started_or_miss` knows the kinds.
     """
 
-    def link(found: Loaded) -> CompiledModel:
-        hit = "graph" if way.hit == "load" else way.hit
-        return CompiledModel(artifact, model, found.pieces, found.constants, cache_hit=hit, objects=objects)
+    def link(pieces: Mapping[str, Any], constants: Mapping[str, torch.Tensor]) -> CompiledModel:
+        hit = "graph" if found.way == "load" else found.way
+        return CompiledModel(found.artifact, model, pieces, constants, cache_hit=hit, objects=found.objects)
 
-    compiled = start_with(link, artifact, way, site, ready, look)
-    compiled.timings = dict(site.clock.timings)
+    compiled = start_with(link, found, site, miss, look)
+    compiled.timings = dict(site.timings)
     if target is not None:
-        reason, facts = (way.miss.reason, way.miss.facts) if way.miss is not None else ("", None)
+        reason, facts = (miss.reason, miss.facts) if miss is not None else ("", None)
         compiled.lookup = (site.label, target, reason, facts)
     return compiled
 
 
 def start_with(
-    link: Callable[[Loaded], R],
-    artifact: Artifact,
-    way: Way,
+    link: Callable[[Mapping[str, Any], Mapping[str, torch.Tensor]], R],
+    found: Hit,
     site: Site,
-    ready: Ready | None = None,
+    miss: Miss | None = None,
     look: Callable[[R], None] | None = None,
 ) -> R:
-    """:func:`start` for any callable: for a model's, and for that of a graph of Dynamo's.
-
-    Args:
-        link: Binds loaded blobs to stitching code; the rest is as for :func:`start`.
-        artifact: See there.
-        way: See there.
-        site: See there.
-        ready: See there.
-        look: See there.
-    """
-    clock = site.clock
-    loaded, store, miss = way.loaded, way.store, way.miss
-    if loaded is not None:
-        compiled = clock.timed("link", lambda: link(loaded))
+    """:func:`start` for any callable: ``link`` binds loaded pieces and constants to stitching code."""
+    artifact, cache = found.artifact, site.cache
+    if found.loaded is not None:
+        pieces, constants = found.loaded
+        compiled = site.timed("link", lambda: link(pieces, constants))
     else:
         # Held, so that no process evicts a blob between its check and its loading.
-        with site.cache.hold(artifact):
-            pieces = ready.take(artifact.graph_hash) if ready is not None and site.device == "cpu" else {}
-            opened = clock.timed("load", lambda: load_blobs(artifact, site.cache, site.device, pieces))
-            compiled = clock.timed("link", lambda: link(opened))
+        with cache.hold(artifact):
+            pieces, constants = site.timed("load", lambda: load_blobs(artifact, site))
+            compiled = site.timed("link", lambda: link(pieces, constants))
     if look is not None:
-        clock.timed("look", lambda: look(compiled))
-    if store is not None:
-        clock.timed("store", lambda: store(compiled.artifact))
-    _count(artifact, site, way)
-    clock.timings["total"] = clock.seconds
-    log.info(
-        "%s: %s %s in %.3f s%s",
-        site.label,
-        _SAID[way.hit],
-        artifact.graph_hash[:12],
-        clock.timings["total"],
-        f" (no direct hit: {miss.reason}{miss.facts.hint if miss.facts else ''})" if miss else "",
-    )
-    clock.tell("done")
+        site.timed("look", lambda: look(compiled))
+    if found.store is not None:
+        store = found.store
+        site.timed("store", lambda: store(compiled.artifact))
+    spent = site.timings["total"] = time.perf_counter() - site.began
+    cache.count(f"hit.{found.way}" if found.way else "compiled")
+    if miss is not None:
+        cache.count(f"miss.{miss.cause}")
+    cache.count("microseconds.spent", int(spent * 1e6))
+    if found.way:
+        cache.count("microseconds.saved", max(0, int((artifact.compile_seconds - spent) * 1e6)))
+    why = f" (no direct hit: {miss.reason}{miss.facts.hint if miss.facts else ''})" if miss else ""
+    log.info("%s: %s %s in %.3f s%s", site.label, _SAID[found.way], artifact.graph_hash[:12], spent, why)
+    site.tell("done")
     return compiled
 
 
-def _count(artifact: Artifact, site: Site, way: Way) -> None:
-    """Add to the store's statistics."""
-    spent, count = site.clock.seconds, site.cache.count
-    count(f"hit.{way.hit}" if way.hit else "compiled")
-    if way.miss is not None:
-        count(f"miss.{way.miss.cause}")
-    count("microseconds.spent", int(spent * 1e6))
-    if way.hit:
-        count("microseconds.saved", max(0, int((artifact.compile_seconds - spent) * 1e6)))
-
-
 def started_or_miss(artifact: Artifact, site: Site, begin: Callable[[], T]) -> T | Miss:
-    """Start what was found; an entry that cannot be used here is a miss, and a warning.
-
-    Args:
-        artifact: What was found.
-        site: Where.
-        begin: Starts it.
-    """
+    """Start what was found; an entry that cannot be used here is a miss, and a warning."""
     name = artifact.graph_hash[:12]
     try:
         return begin()
     except EntryDamagedError:
         # The store has told of damage; a blob that was evicted is no news.
         return Miss(reason=f"a piece of entry {name} is missing or damaged", cause="piece")
-    except StaleEntryError as error:
+    except (
+        *(StaleEntryError, UntrustedEntryError, EntryFormatError),
+        *(LinkError, BindError, BackendError),
+    ) as error:
         log.warning("%s: entry %s is not used: %s", site.label, name, error)
-        return Miss(reason=error.message, cause="look")
-    except (UntrustedEntryError, EntryFormatError, LinkError, BindError, BackendError) as error:
-        log.warning("%s: entry %s is not used: %s", site.label, name, error)
-        return Miss(reason=error.message, cause="refused")
+        return Miss(reason=error.message, cause="look" if isinstance(error, StaleEntryError) else "refused")
     except OSError as error:
         # Checked a moment ago, and now it cannot be read: too many open files, a stale network file.
         log.warning("%s: entry %s cannot be loaded: %s", site.label, name, error)
         return Miss(reason=str(error), cause="piece")
 
 
-def load_blobs(artifact: Artifact, cache: Cache, device: str, ready: Mapping[tuple[str, str], Any]) -> Loaded:
-    """Load every distinct piece of an artifact, and the tensors that it carries.
-
-    Args:
-        artifact: From the cache.
-        cache: Where its blobs are.
-        device: Where pieces run.
-        ready: Pieces that are loaded for that device already, by backend and digest of their bytes.
-
-    Raises:
-        EntryDamagedError: A blob is missing or damaged.
-        BackendError: A piece cannot be loaded here.
-        UntrustedEntryError: A blob could have been written by others.
-    """
+def load_blobs(artifact: Artifact, site: Site) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Load every distinct piece of an artifact by its key, and the tensors that it carries by name."""
+    ready = site.ready.take(artifact.graph_hash) if site.ready is not None and site.device == "cpu" else {}
     distinct = {piece.key: piece for piece in artifact.pieces}
-    paths = cache.blob_paths([piece.blob for piece in distinct.values()])
-    pieces: dict[str, Any] = {}
-    for piece, path in zip(distinct.values(), paths, strict=True):
-        if path is None:
-            raise _missing(artifact, cache)
-        loaded = ready.get((piece.backend, piece.blob.digest))
-        pieces[piece.key] = loaded or get_backend(piece.backend).load(path, device)
-    return Loaded(pieces, _load_constants(artifact, cache, device))
+    carried = [(binding, binding.blob) for binding in artifact.bindings if binding.blob is not None]
+    found = site.cache.blob_paths([*(piece.blob for piece in distinct.values()), *(b for _, b in carried)])
+    paths = [path for path in found if path is not None]
+    if len(paths) != len(found):
+        raise EntryDamagedError(
+            f"a piece of entry {artifact.graph_hash[:12]} in {site.cache.root} is missing or damaged. "
+            "Compile the model again.",
+            path=str(site.cache.root),
+            field="pieces",
+            reason="missing or damaged",
+        )
+    pieces = {
+        piece.key: ready.get((piece.backend, piece.blob.digest))
+        or get_backend(piece.backend).load(path, site.device)
+        for piece, path in zip(distinct.values(), paths, strict=False)
+    }
+    constants = {
+        binding.name: _constant(binding, path, site.device)
+        for (binding, _), path in zip(carried, paths[len(distinct) :], strict=True)
+    }
+    return pieces, constants
 
 
-def _load_constants(artifact: Artifact, cache: Cache, device: str) -> dict[str, torch.Tensor]:
-    constants: dict[str, torch.Tensor] = {}
-    for binding in artifact.bindings:
-        if binding.kind != "constant" or binding.blob is None:
+def _constant(binding: BindingSpec, path: Path, device: str) -> torch.Tensor:
+    # Few models carry constants, and a warm start without them needs no reader of pickles.
+    from stitchcache.artifact.consts import load_consts
+
+    stored = load_consts(path.read_bytes())
+    if len(stored) != 1 or not isinstance(stored[0], torch.Tensor):
+        raise EntryFormatError(
+            f"{path}: constant {binding.name!r} is not a tensor. Run 'stitchcache verify --repair'.",
+            path=str(path),
+            field=f"bindings[{binding.name}]",
+            reason="not a tensor",
+        )
+    return stored[0] if binding.tensor.device == "cpu" else stored[0].to(device)
+
+
+def store_target(wanted: Wanted, record: TargetRecord) -> None:
+    """Let the target key lead to an entry, or say why it may not."""
+    site, key = wanted.site, wanted.target.key
+    try:
+        if key is not None:
+            site.cache.put_target(key, record)
+    except StoreWriteError as error:
+        log.warning(
+            "%s: the next start has to trace the model again, as its target record is not stored: %s",
+            site.label,
+            error,
+        )
+
+
+def changed_from(
+    wanted: Wanted, record: TargetRecord, bindings: Sequence[BindingSpec]
+) -> Callable[[torch.nn.Module], Change | None]:
+    """What tells whether a trace of a model may be another one than the trace that was compiled.
+
+    The model's code and attributes count, torch's settings, and what the capture read beside them. Example
+    and options are those of then, and so is the machine. Neither model nor tensors of ``wanted`` are kept.
+    """
+    target, key_again = wanted.target, wanted.key_again
+    unknown = target.reason or record.refused
+    leaves = without_data(wanted.leaves) if unknown is None else []
+
+    def changed(model: torch.nn.Module) -> Change | None:
+        walk, reason = Walk(), unknown
+        now = key_again(model, leaves, walk) if reason is None else target
+        if reason is not None or now.key is None:
+            return Change(name="model", was="", now=reason or now.reason or "", unknown=True)
+        # Of the other factors, the example's and the options' are fixed, and a process keeps its machine.
+        found = first_change(target.factors, now.factors, ("model.", "code.", "torch."), model, bindings)
+        # A model that was called has warm caches, and is the same model.
+        if found is None and (reason := check_sources(record, walk, looked=True)) is not None:
+            found = Change(name="sources", was="as captured", now=reason)
+        return found
+
+    return changed
+
+
+def without_data(leaves: Sequence[Any]) -> list[Any]:
+    """Leaves with each tensor replaced by one that has its metadata and takes no memory."""
+    # A tensor that occurs twice stays one tensor, as that is part of a key.
+    replaced = {
+        id(leaf): torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+        for leaf in leaves
+        if isinstance(leaf, torch.Tensor)
+    }
+    return [replaced.get(id(leaf), leaf) for leaf in leaves]
+
+
+def first_change(
+    before: Iterable[Factor],
+    now: Iterable[Factor],
+    prefixes: tuple[str, ...],
+    model: torch.nn.Module,
+    bindings: Sequence[BindingSpec],
+) -> Change | None:
+    """The most telling factor that differs, of those whose names begin so; ``None`` where none does."""
+    # Attributes that lead to bound tensors hold state, which calls change.
+    state = state_attributes(model, [name for item in bindings for name in (item.name, *item.aliases)])
+    old = {factor.name: factor for factor in before if factor.name.startswith(prefixes)}
+    new = {factor.name: factor for factor in now if factor.name.startswith(prefixes)}
+    # An attribute more changes the order of attributes too, and its own factor names it.
+    for name in sorted(dict.fromkeys([*old, *new]), key=lambda name: name.endswith("_order")):
+        if name.startswith("model.attributes.") and name.rpartition(".")[2] in state:
             continue
-        # Few models carry constants, and a warm start without them needs no reader of pickles.
-        from stitchcache.artifact.consts import load_consts
-
-        path = cache.blob_path(binding.blob)
-        if path is None:
-            raise _missing(artifact, cache)
-        stored = load_consts(path.read_bytes())
-        if len(stored) != 1 or not isinstance(stored[0], torch.Tensor):
-            raise EntryFormatError(
-                f"{path}: constant {binding.name!r} is not a tensor. Run 'stitchcache verify --repair'.",
-                path=str(path),
-                field=f"bindings[{binding.name}]",
-                reason="not a tensor",
-            )
-        tensor = stored[0]
-        constants[binding.name] = tensor if binding.tensor.device == "cpu" else tensor.to(device)
-    return constants
-
-
-def _missing(artifact: Artifact, cache: Cache) -> EntryDamagedError:
-    return EntryDamagedError(
-        f"a piece of entry {artifact.graph_hash[:12]} in {cache.root} is missing or damaged. "
-        "Compile the model again.",
-        path=str(cache.root),
-        field="pieces",
-        reason="missing or damaged",
-    )
+        was, is_now = old.get(name), new.get(name)
+        if was is None or is_now is None or was.digest != is_now.digest:
+            texts = ["not there" if factor is None else repr(factor.value) for factor in (was, is_now)]
+            return Change(name=name, was=texts[0], now=texts[1])
+    return None

@@ -4,77 +4,162 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import torch
+from torch.fx import GraphModule
 
 from stitchcache.artifact.entry import pack_factors
+from stitchcache.cache import Cache
+from stitchcache.capture.dynamo import capture_graph
+from stitchcache.capture.ranges import capture_ranges
 from stitchcache.codegen.execution import CodeObjects
-from stitchcache.errors import CacheMissError, StaleEntryError, StoreWriteError
+from stitchcache.encoding import UnkeyableError, make_factor
+from stitchcache.errors import CacheMissError, StaleEntryError
 from stitchcache.explanation import differences_text
+from stitchcache.graph.effects import matches
+from stitchcache.keys.environment import environment_factors, torch_state_factors
+from stitchcache.keys.recorder import SourceRecorder
+from stitchcache.keys.walk import plain_bytes
 from stitchcache.pieces.build import warming
-from stitchcache.pipeline.entry import EntryPlan, plan_entry
-from stitchcache.pipeline.find import Hit, Miss, Ready, Wanted, changed_from, find_by_graph
+from stitchcache.pipeline.find import Hit, Miss, Request, Site, Wanted, find_by_graph
 from stitchcache.pipeline.look import looker
 from stitchcache.pipeline.look_cold import look_cold
-from stitchcache.pipeline.make import make
+from stitchcache.pipeline.make import EntryPlan, Source, make, plan_entry
 from stitchcache.pipeline.miss import graph_differences, miss_error, miss_facts
-from stitchcache.pipeline.request import Request, Site
-from stitchcache.pipeline.source import export_source
-from stitchcache.pipeline.start import Way, start, started_or_miss
+from stitchcache.pipeline.prove import prove_ranges
+from stitchcache.pipeline.start import changed_from, start, started_or_miss, store_target
+from stitchcache.runtime.graph import held_tensors
 from stitchcache.runtime.model import CompiledModel
+from stitchcache.state import devices_of
 from stitchcache.store.layout import Area, keyed_path
-from stitchcache.types import Artifact, Factor, TargetRecord
+from stitchcache.types import Factor, TargetRecord
 
 log = logging.getLogger("stitchcache")
 
 T = TypeVar("T")
 
 
-def compile_traced(wanted: Wanted, miss: Miss) -> CompiledModel:
-    """Trace a model; load what its graph leads to, or compile it.
+def export_source(wanted: Wanted) -> Source:
+    """Trace a model with ``torch.export``, and record what that depended on.
 
-    Args:
-        wanted: What is to be started.
-        miss: Why there is no direct hit.
+    Raises:
+        CaptureError: The model cannot be captured.
+        OptionError: Size ranges do not fit.
+    """
+    request, site = wanted.request, wanted.site
+    site.tell("capture")
+    environment = _environment(request, site.devices, site.label)
+    site.timed("import", _import_exporter)
+    # Calls run in neither mode, whatever the caller's: the capture must not depend on them.
+    with torch.inference_mode(False), torch.no_grad(), SourceRecorder(wanted.walk) as recorder:
+        captured, variants = site.timed(
+            "capture",
+            lambda: capture_ranges(
+                wanted.model, wanted.args, wanted.kwargs, request.dynamic_shapes, request.size_ranges
+            ),
+        )
+    captured, variants = site.timed("prove", lambda: prove_ranges(wanted, captured, variants, recorder.codes))
+    return Source(
+        model=wanted.model,
+        request=request,
+        site=site,
+        whole=captured,
+        variants=variants,
+        environment=environment,
+        known=wanted.target.factors,
+        sources=recorder.sources,
+        globals=recorder.globals,
+        unsound=recorder.unsound,
+    )
+
+
+def dynamo_source(gm: GraphModule, example_inputs: Sequence[Any], request: Request, cache: Cache) -> Source:
+    """Take over a graph that Dynamo captured, with an input for each placeholder.
+
+    Raises:
+        CaptureError: The graph cannot be traced.
+    """
+    began, label = time.perf_counter(), request.label
+    captured = capture_graph(gm, example_inputs)
+    nodes = [node for node in captured.gm.graph.nodes if node.op == "call_function"]
+    present = [op for op in request.splitting_ops if any(matches(node.target, op) for node in nodes)]
+    absent = sorted(set(request.splitting_ops).difference(present))
+    if absent:
+        # No error: another graph of the model may have them.
+        log.info("%s: this graph has no %s to split at", label, ", ".join(absent))
+    request = replace(request, splitting_ops=tuple(present))
+    held = held_tensors([item.tensor.detach() for item in captured.bound])
+    device, devices = devices_of(held, example_inputs)
+    environment = _environment(request, devices, label)
+    return Source(
+        model=held,
+        request=request,
+        site=Site(cache=cache, label=label, device=device, devices=devices, began=began),
+        whole=captured,
+        variants=[(None, captured)],
+        environment=environment,
+        known=environment,
+        facts=(make_factor("graph.capture", "torch.compile"),),
+    )
+
+
+def _environment(request: Request, devices: Sequence[str], label: str) -> tuple[Factor, ...]:
+    """All that compiled pieces depend on beside their graph."""
+    try:
+        state = torch_state_factors()
+    except UnkeyableError as error:
+        # Nothing may be found under this state, and nothing that it leaves may be found again.
+        log.warning("%s: %s: nothing is taken from the cache", label, error)
+        state = (make_factor("torch.unkeyable", str(error), uuid.uuid4().bytes),)
+    options, caller = sorted(request.backend_options.items()), sorted(request.key_factors.items())
+    return (
+        *environment_factors(request.backend, devices),
+        *state,
+        make_factor("request.backend", request.backend),
+        make_factor("request.options", f"{len(options)} set", plain_bytes(options)),
+        make_factor("request.caller", f"{len(caller)} set", plain_bytes(caller)),
+    )
+
+
+def _import_exporter() -> None:
+    """Make torch import what it imports at the first export, before a recorder slows imports down."""
+    shapes = ({0: torch.export.Dim.AUTO},)
+    torch.export.export(torch.nn.Flatten(0), (torch.zeros(2, 3),), dynamic_shapes=shapes, strict=False)
+
+
+def compile_traced(wanted: Wanted, miss: Miss) -> CompiledModel:
+    """Trace a model that has no direct hit; load what its graph leads to, or compile it.
 
     Raises:
         CaptureError: The model cannot be captured, or what was captured does something else.
         CacheMissError: A miss, and misses are errors here.
-        BackendError: A piece cannot be compiled, or is wrong.
     """
     request, site = wanted.request, wanted.site
-    edited = miss.cause == "sources"
-    miss = replace(miss, facts=site.clock.timed("explain", lambda: miss_facts(wanted, miss)))
+    miss = replace(miss, facts=site.timed("explain", lambda: miss_facts(wanted, miss)))
+    known, edited = miss.record, miss.cause == "sources"
     if request.must_be_direct:
         raise miss_error(wanted, miss)
+    objects = CodeObjects()
     # What compiling needs from the disk is made while the model is captured; a graph hit breaks it off.
     with warming(request.backend, site.devices, request.backend_options, request.miss_is_error):
         source = export_source(wanted)
-        planned = site.clock.timed("plan", lambda: plan_entry(source, request))
+        planned = site.timed("plan", lambda: plan_entry(source))
         if source.unsound is not None:
             facts = replace(miss.facts, hint="") if miss.facts is not None else None
             miss = replace(miss, reason=source.unsound, cause="unkeyable", facts=facts)
-        objects = CodeObjects()
-        compiled = compile_planned(
-            planned,
-            request,
-            site,
-            miss,
-            begin=partial(
-                start,
-                model=wanted.model,
-                site=site,
-                target=wanted.target,
-                objects=objects,
-                ready=wanted.ready,
-                look=looker(wanted, partial(look_cold, wanted, planned.capture)),
-            ),
-            refuse=lambda: miss_error(wanted, miss, planned.graph_hash),
-            known=wanted.target.factors,
-            ready=wanted.ready,
-        )
+        look = looker(wanted, partial(look_cold, wanted, source.whole))
+
+        def begin(found: Hit, miss: Miss) -> CompiledModel:
+            found = replace(found, objects=objects)
+            return start(found, wanted.model, site, miss=miss, target=wanted.target, look=look)
+
+        refuse = partial(miss_error, wanted, miss, planned.graph_hash)
+        compiled = compile_planned(planned, miss, begin=begin, refuse=refuse)
     record = TargetRecord(
         graph_hash=planned.graph_hash,
         sources=source.sources,
@@ -85,136 +170,85 @@ def compile_traced(wanted: Wanted, miss: Miss) -> CompiledModel:
         factors=pack_factors(wanted.target.factors),
         code=tuple(objects) if source.unsound is None else (),
     )
-    _put_target(wanted, record, miss.record, edited)
+    # Something may have interfered with this capture; that says nothing against one which it did not.
+    same = record.refused is not None and known is not None and known.graph_hash == record.graph_hash
+    if not same or known is None or (edited if known.refused is None else known.refused != record.refused):
+        store_target(wanted, record)
     compiled.changed = changed_from(wanted, record, compiled.artifact.bindings)
     return compiled
 
 
 def compile_planned(
     planned: EntryPlan,
-    request: Request,
-    site: Site,
     miss: Miss,
     *,
-    begin: Callable[[Artifact, Way], T],
+    begin: Callable[[Hit, Miss], T],
     refuse: Callable[[], CacheMissError],
-    known: tuple[Factor, ...],
-    ready: Ready | None = None,
 ) -> T:
     """Start what a planned entry's hash leads to, or make it; of several processes one makes it.
 
     Args:
         planned: The entry.
-        request: Options.
-        site: Where.
         miss: Why there was no direct hit.
-        begin: Starts an artifact.
+        begin: Starts what was found or made.
         refuse: Makes the error where a miss is one.
-        known: Further factors, which a new entry keeps.
-        ready: What a preload made ready.
-
-    Raises:
-        CacheMissError: A miss, and misses are errors here.
-        BackendError: A piece cannot be compiled, or is wrong.
     """
 
+    site = planned.source.site
+
     def by_graph() -> T | Miss:
-        found = find_by_graph(planned.graph_hash, site.cache, ready)
+        found = find_by_graph(planned.graph_hash, site)
         if isinstance(found, Miss):
             return miss
-        artifact = found.artifact
-        begun = started_or_miss(artifact, site, lambda: begin(artifact, Way(hit="graph", miss=miss)))
+        begun = started_or_miss(found.artifact, site, lambda: begin(found, miss))
         # What is wrong with the entry is the later reason, and what the direct lookup looked at stays.
         return replace(miss, reason=begun.reason, cause=begun.cause) if isinstance(begun, Miss) else begun
+
+    said: list[str] = []
+
+    def on_wait(_seconds: float, holder: str) -> None:
+        # Said once. Who holds it is written a moment after it is held.
+        if holder and not said:
+            said.append(holder)
+            log.info("%s: waiting for %s, which compiles the same graph", site.label, holder)
+        site.tell("wait")
 
     served = by_graph()
     if not isinstance(served, Miss):
         return served
-    if request.miss_is_error:
+    if planned.source.request.miss_is_error:
         raise refuse()
-    with site.cache.lock(planned.graph_hash, on_wait=_say_once(site)):
+    with site.cache.lock(planned.graph_hash, on_wait=on_wait):
         # Another process may have compiled it while this one waited. What the look refused is still wrong.
         served = by_graph() if served.cause != "look" else served
         if not isinstance(served, Miss):
             return served
-        made = site.clock.timed("compile", lambda: make(planned, request, site, known))
-        return begin(made.artifact, Way(hit=None, miss=served, loaded=made.loaded, store=made.store))
-
-
-def _say_once(site: Site) -> Callable[[float, str], None]:
-    """What is told while another process compiles the same: once, and again as progress."""
-    said: list[str] = []
-
-    def on_wait(_seconds: float, holder: str) -> None:
-        # Who holds it is written a moment after it is held.
-        if holder and not said:
-            said.append(holder)
-            log.info("%s: waiting for %s, which compiles the same graph", site.label, holder)
-        site.clock.tell("wait")
-
-    return on_wait
-
-
-def _put_target(wanted: Wanted, record: TargetRecord, known: TargetRecord | None, edited: bool) -> None:
-    """Let the target key lead to the entry, or say why it may not.
-
-    Args:
-        wanted: What was started.
-        record: What the trace found.
-        known: The record that the key led to.
-        edited: Whether that record's sources or globals have changed.
-    """
-    key, refused = wanted.target.key, record.refused
-    if key is None:
-        return
-    if known is not None and refused is not None and known.graph_hash == record.graph_hash:
-        undisturbed = known.refused is None and not edited
-        # Something interfered with the capture here; that says nothing against one which it did not.
-        if undisturbed or known.refused == refused:
-            return
-    store_target(wanted, key, record)
-
-
-def store_target(wanted: Wanted, key: str, record: TargetRecord) -> None:
-    """Store a target record; a store that cannot be written costs a trace at the next start."""
-    try:
-        wanted.site.cache.put_target(key, record)
-    except StoreWriteError as error:
-        log.warning(
-            "%s: the next start has to trace the model again, as its target record is not stored: %s",
-            wanted.site.label,
-            error,
-        )
+        return begin(site.timed("compile", lambda: make(planned)), served)
 
 
 def audit(wanted: Wanted, hit: Hit) -> None:
     """Trace a model that has a direct hit, and compare: ``STITCHCACHE_AUDIT``.
 
-    Args:
-        wanted: What is to be started.
-        hit: What the target key led to.
-
     Raises:
         StaleEntryError: The model's graph is another one.
-        CaptureError: The model cannot be captured any more.
     """
-    site, artifact = wanted.site, hit.artifact
+    site, expected = wanted.site, hit.artifact.graph_hash
     source = export_source(wanted)
-    planned = site.clock.timed("plan", lambda: plan_entry(source, wanted.request))
-    if planned.graph_hash == artifact.graph_hash:
+    planned = site.timed("plan", lambda: plan_entry(source))
+    if planned.graph_hash == expected:
         site.cache.count("audit.right")
-        log.info("%s: audit: the graph is %s as the key says", site.label, artifact.graph_hash[:12])
+        log.info("%s: audit: the graph is %s as the key says", site.label, expected[:12])
         return
     site.cache.count("audit.wrong")
-    differences = graph_differences(artifact, planned)
+    differences = graph_differences(hit.artifact, planned)
     differs = differences_text(differences, len(differences)) or "what pieces depend on beside the graph"
     key = wanted.target.key or ""
     raise StaleEntryError(
-        f"{site.label}: target key {key[:12]} led to entry {artifact.graph_hash[:12]}, and the model's graph "
-        f"is {planned.graph_hash[:12]}. Nothing is served. They differ in {differs}. The model depends on "
+        f"{site.label}: target key {key[:12]} led to entry {expected[:12]}, and the model's graph is "
+        f"{planned.graph_hash[:12]}. Nothing is served. They differ in {differs}. The model depends on "
         "something that no key sees (see 'What is not seen' in docs/keys.md): name it in key_factors. Until "
         f"then remove {keyed_path(str(site.cache.root), Area.TARGETS, key)}.",
-        expected=artifact.graph_hash,
+        expected=expected,
         actual=planned.graph_hash,
         differences=differences,
     )

@@ -8,9 +8,8 @@ from stitchcache.api.prewarm import Target, request_for
 from stitchcache.cache import Cache
 from stitchcache.errors import UntrustedEntryError
 from stitchcache.explanation import nearest_entries
-from stitchcache.pipeline.find import Hit, Wanted, find, find_by_graph, want
+from stitchcache.pipeline.find import Hit, Wanted, check_model, find, find_by_graph, want
 from stitchcache.pipeline.miss import changed_beside, changed_sources, graph_differences
-from stitchcache.pipeline.request import check_model
 from stitchcache.report.entry import Record, difference_records, near_records
 from stitchcache.types import Artifact
 
@@ -65,7 +64,7 @@ def explain_target(target: Target, cache: Cache, *, trace: bool = False, most: i
         "factors": [asdict(factor) for factor in key.factors],
         "changed": [{"path": path, "old": old, "new": new} for path, (old, new) in sorted(changed.items())],
         "nearest": near_records(nearest),
-        "seconds": dict(site.clock.timings),
+        "seconds": dict(site.timings),
         "trace": _traced(wanted, compared) if trace else None,
     }
 
@@ -83,14 +82,13 @@ def _missing_blob(artifact: Artifact, cache: Cache) -> str:
 def _traced(wanted: Wanted, compared: str | None) -> Record:
     """What tracing gave, beside the entry of a graph hash where the cache has not what was traced."""
     # A report without a trace needs no exporter.
-    from stitchcache.pipeline.entry import plan_entry
-    from stitchcache.pipeline.source import export_source
+    from stitchcache.pipeline.make import plan_entry
+    from stitchcache.pipeline.trace import export_source
 
     source = export_source(wanted)
-    planned = plan_entry(source, wanted.request)
-    cache = wanted.site.cache
-    cached = isinstance(find_by_graph(planned.graph_hash, cache), Hit)
-    other = find_by_graph(compared, cache) if compared is not None and not cached else None
+    planned = plan_entry(source)
+    cached = isinstance(find_by_graph(planned.graph_hash, wanted.site), Hit)
+    other = find_by_graph(compared, wanted.site) if compared is not None and not cached else None
     entry = other.artifact if isinstance(other, Hit) else None
     return {
         "graph_hash": planned.graph_hash,

@@ -11,7 +11,7 @@ import stitchcache
 from stitchcache.errors import PieceMismatchError
 from stitchcache.pieces import COMPILER_OPTIONS
 from stitchcache.pieces.check import compare_with_eager
-from stitchcache.pipeline.request import Request
+from stitchcache.pipeline.find import Request
 
 
 class Noisy(nn.Module):

@@ -14,7 +14,7 @@ from hostile import Counting, Failing
 from test_faults import ERRNOS
 
 import stitchcache
-import stitchcache.pipeline.source
+import stitchcache.pipeline.trace
 
 # Of so many calls, one is tried by default; STITCHCACHE_FULL=1 tries all of them, with every errno.
 SAMPLED = {"direct": 1, "graph": 5, "cold": 9}
@@ -22,7 +22,7 @@ SAMPLED = {"direct": 1, "graph": 5, "cold": 9}
 
 @pytest.fixture(scope="module")
 def model():
-    stitchcache.pipeline.source._import_exporter()
+    stitchcache.pipeline.trace._import_exporter()
     torch.manual_seed(0)
     return torch.nn.Linear(3, 3).eval()
 
@@ -30,7 +30,7 @@ def model():
 @pytest.fixture(autouse=True)
 def _quick_and_quiet(model, monkeypatch):
     # An export that only warms up imports, and has done so.
-    monkeypatch.setattr(stitchcache.pipeline.source, "_import_exporter", lambda: None)
+    monkeypatch.setattr(stitchcache.pipeline.trace, "_import_exporter", lambda: None)
     logger = logging.getLogger("stitchcache")
     monkeypatch.setattr(logger, "disabled", True)
 

@@ -13,7 +13,7 @@ TESTS = Path(__file__).parents[1]
 SCRIPT = """
 import json, logging, pathlib, sys, time
 import torch, stitchcache
-import stitchcache.pipeline.source
+import stitchcache.pipeline.trace
 from stitchcache.pieces.eager import EagerBackend
 
 logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
@@ -28,7 +28,7 @@ EagerBackend.build = slowly
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.GELU(), torch.nn.Linear(8, 3)).eval()
 x = torch.randn(4, 3)
-stitchcache.pipeline.source._import_exporter()
+stitchcache.pipeline.trace._import_exporter()
 (place / f"ready.{sys.argv[2]}").touch()
 while not (place / "go").exists():
     time.sleep(0.01)

@@ -12,7 +12,7 @@ from stitchcache.pipeline.make import Estimate
 
 def test_nothing_is_known_at_first_and_then_what_was_seen(tmp_path):
     cache = stitchcache.Cache(tmp_path)
-    first = Estimate(cache, "aoti", pieces=4, at_once=2)
+    first = Estimate(cache, "aoti", rounds=2)
     assert first.left() is None
     first.took("eager", 500.0)
     assert first.left() is None, "an eager piece says nothing about a compiled one"
@@ -25,8 +25,8 @@ def test_nothing_is_known_at_first_and_then_what_was_seen(tmp_path):
         1,
         0,
     ]
-    assert Estimate(cache, "aoti", pieces=3, at_once=3).left() == pytest.approx(200, abs=1)
-    assert Estimate(cache, "inductor", pieces=3, at_once=3).left() is None
+    assert Estimate(cache, "aoti", rounds=1).left() == pytest.approx(200, abs=1)
+    assert Estimate(cache, "inductor", rounds=1).left() is None
 
 
 def test_what_takes_longer_than_expected_has_no_estimate(tmp_path):
