@@ -30,7 +30,7 @@ from stitchcache.errors import (
 )
 from stitchcache.graph.symbols import SymbolNames, without_guards
 from stitchcache.keys.walk import plain_bytes
-from stitchcache.pieces import get_backend
+from stitchcache.pieces import FAILURES, get_backend
 from stitchcache.pieces.build import BuiltPiece, Examples, at_once, build
 from stitchcache.pipeline.find import Hit, Request, Site
 from stitchcache.plan import Plan, plan
@@ -241,8 +241,8 @@ def _examples(one: Plan, wanted: Sequence[PlannedPiece], captured: Capture, labe
         return examples_for(one, wanted, leaves)
     except StitchCacheError:
         raise
-    except Exception as error:
-        # A boundary: the user's ops run here, on real data for the first time.
+    except FAILURES as error:
+        # Ops run here on real data for the first time.
         said = (str(error).strip().splitlines() or [""])[0]
         raise CaptureError(
             f"{label} cannot run on its example: {type(error).__name__}: {said}. torch.export traced it "
