@@ -30,7 +30,7 @@ def test_nothing_is_known_at_first_and_then_what_was_seen(tmp_path):
 
 
 def test_what_takes_longer_than_expected_has_no_estimate(tmp_path):
-    estimate = Estimate(stitchcache.Cache(tmp_path), "aoti", pieces=1, at_once=1)
+    estimate = Estimate(stitchcache.Cache(tmp_path), "aoti", rounds=1)
     estimate.took("aoti", 0.0)
     assert estimate.left() is None
 
