@@ -62,14 +62,7 @@ class Cache(Store):
     # -- entries ---------------------------------------------------------------------------------
 
     def get(self, graph_hash: str) -> Artifact | None:
-        """The artifact of a graph hash.
-
-        Args:
-            graph_hash: 64 hex digits.
-
-        Returns:
-            ``None`` is a miss: there is no entry, or only a damaged one or one of a newer format (of which a
-            warning told).
+        """The artifact of a graph hash; ``None``, a miss, where there is no entry, or a damaged or newer one.
 
         Raises:
             UntrustedEntryError: There is an entry, but others can write it.
@@ -77,14 +70,10 @@ class Cache(Store):
         return self._first(Area.ENTRIES, graph_hash, decode_named)
 
     def put(self, artifact: Artifact) -> str:
-        """Store an artifact whose blobs are stored.
-
-        Returns:
-            Its graph hash. When this returns, the entry survives a crash.
+        """Store an artifact whose blobs are stored; its graph hash. After this the entry survives a crash.
 
         Raises:
-            StoreWriteError: The store cannot be written, a blob that the artifact names is in no layer, or a
-                newer stitchcache's entry has the name.
+            StoreWriteError: The store cannot be written, lacks a blob, or has a newer stitchcache's entry.
             EntryFormatError: A value in it has no form in the format.
         """
         from stitchcache.artifact.entry import encode
@@ -119,29 +108,23 @@ class Cache(Store):
         return key
 
     def _standing(self, area: Area, key: str, decode: Callable[..., T]) -> T | None:
-        """What the top layer's file of a key holds; ``None`` where it is missing or damaged.
-
-        Raises:
-            StoreWriteError: It is a newer stitchcache's; one directory may serve several versions.
-        """
+        """What the top layer's file of a key holds; ``None`` where it is missing or damaged."""
         path = keyed_path(self._top.path, area, key)
         try:
             found = self._top.read(path, CAP[area])
             return None if found is None else decode(found[0], key, path=path)
         except FutureFormatError as error:
+            # One directory may serve several versions.
             raise StoreWriteError(error.message, path=path, reason=error.reason) from error
         except EntryFormatError:
             return None
 
     @contextmanager
     def hold(self, artifact: Artifact) -> Iterator[bool]:
-        """Keep an artifact's files from being evicted, by any process, for the length of the block.
+        """Keep an artifact's files from being evicted for a block; whether its blobs are there.
 
-        On local file systems a loaded library outlives its file; so there, holding matters between
-        :meth:`get` and loading. On network file systems it matters for as long as the library is used.
-
-        Yields:
-            Whether all its blobs are there. Where locks do not work, that is all that is known.
+        On local file systems a loaded library outlives its file: there it matters until all are loaded. On
+        network file systems it matters for as long as the library is used.
         """
         held: list[int] = []
         entry = keyed_path(self._top.path, Area.ENTRIES, artifact.graph_hash)
@@ -184,14 +167,9 @@ class Cache(Store):
         return found[0]
 
     def latest(self, name: str) -> str | None:
-        """Graph hash of the entry that a name means, most likely.
+        """Graph hash of the entry that a graph hash, a prefix of one, or a label means, most likely.
 
-        Args:
-            name: A graph hash, a prefix of one, or a label.
-
-        Returns:
-            Of several entries the one used last; ``None`` where there is none. Of a large cache only the
-            entries used last are looked at.
+        Of several entries it is the one used last. Of a large cache only the entries used last are looked at.
         """
         if is_digest(name):
             return name
@@ -228,7 +206,7 @@ class Cache(Store):
         from stitchcache.store.upkeep import read_header
 
         try:
-            return read_header(self._files, item.path)
+            return read_header(self._top, item.path)
         except EntryFormatError as error:
             message = error.message
         except OSError as error:
@@ -240,14 +218,10 @@ class Cache(Store):
     # -- pieces, targets ---------------------------------------------------------------------------
 
     def get_target(self, key: str) -> tuple[TargetRecord, ...]:
-        """What a target key leads to: one record for each configuration of what the key does not cover.
+        """What a target key leads to, newest first: the first record whose sources and globals hold counts.
 
         Two processes that differ only in a global or an environment variable that the model reads have one
         key and a record each.
-
-        Returns:
-            Newest first; none where nothing sound is known. The first one whose sources and globals are
-            unchanged is the one that counts.
         """
         return self._record(Area.TARGETS, key, decode_target) or ()
 
@@ -292,11 +266,7 @@ class Cache(Store):
         return None
 
     def put_piece(self, key: str, backend: str, blob: BlobRef) -> None:
-        """Note that a piece key's compiled piece is this blob; the blob comes first.
-
-        Raises:
-            StoreWriteError: The store cannot be written.
-        """
+        """Note that a piece key's compiled piece is this blob; the blob comes first."""
         from stitchcache.artifact.entry import PieceRecord, encode_piece
 
         data = encode_piece(PieceRecord(key=check_key(key), backend=backend, blob=blob))
@@ -338,9 +308,6 @@ class Cache(Store):
             max_files: Files that may stay; default the cache's own limit.
             max_age: Seconds since its last use after which an entry goes.
             grace_seconds: How long a blob that no entry names is left alone.
-
-        Raises:
-            StoreError: The root cannot be listed.
         """
         from stitchcache.store.evict import plan_prune
 
@@ -354,11 +321,7 @@ class Cache(Store):
             )
 
     def clear(self) -> PruneResult:
-        """Remove all entries, blobs, targets and pieces of the first root that are not in use.
-
-        Raises:
-            StoreError: The root cannot be listed or written.
-        """
+        """Remove all entries, blobs, targets and pieces of the first root that are not in use."""
         return self.plan_prune(max_bytes=0, max_files=0, grace_seconds=0.0).execute()
 
     def _keep_within_limits(self) -> None:
@@ -382,9 +345,6 @@ class Cache(Store):
 
         Args:
             repair: Move what is damaged to quarantine, and remove pointers that lead nowhere.
-
-        Raises:
-            StoreError: The root cannot be listed.
         """
         from stitchcache.store.upkeep import verify
 
@@ -396,10 +356,6 @@ class Cache(Store):
 
         Returns:
             Graph hashes of the entries that were rewritten. One that cannot be read is left, and warned of.
-
-        Raises:
-            StoreWriteError: The store cannot be written.
-            StoreError: The root cannot be listed.
         """
         from stitchcache.store.upkeep import items
         from stitchcache.types import ENTRY_VERSION
@@ -410,14 +366,11 @@ class Cache(Store):
         for item in legacy:
             try:
                 found = self._top.read(item.path, CAP[Area.ENTRIES])
-                old = None if found is None else decode_named(found[0], item.key, item.path)
-            except EntryFormatError as error:
-                self._warn(item.path, f"{error.message}; it is left where it is")
-                continue
-            except OSError as error:
-                self._warn(item.path, f"{item.path}: cannot be read ({words(error)}); it is left")
-                continue
-            if old is None:
+                if found is None:
+                    continue
+                old = decode_named(found[0], item.key, item.path)
+            except (EntryFormatError, OSError) as error:
+                self._warn(item.path, f"{item.path}: cannot be read ({error}); it is left where it is")
                 continue
             with self._top.writing(item.path):
                 # An entry that was compiled since has more to it.

@@ -1,22 +1,22 @@
 """Eviction: look, plan, and only then remove. Least recently used entries first, with what only they need.
 
-The order of removal is targets, entry, blobs, pieces: wherever it stops, nothing left leads to what is
-gone, but for pieces, whose reading checks. Safe from removal:
+The order of removal is targets, entry, blobs, pieces: wherever it stops, nothing left leads to what is gone,
+but for pieces, whose reading checks. Safe from removal:
 
-- an entry whose times changed since the look (it was used), or on which a process holds a shared lock;
-- a blob on which a process holds a shared lock: a put under way (see ``publish``);
-- a blob whose times changed since the look: a put that finished meanwhile may name it;
+- a file whose times changed since the look: it was used, or a put that finished meanwhile may name it;
+- a file on which a process holds a shared lock: a start that loads it, a put under way (see ``publish``);
+- an entry of which a target is safe;
 - a blob that no entry named and that is younger than the grace period: its writer may be a worker that has
-  left it for its parent to name. Where locks do not work, all entries and blobs have the grace period.
+  left it for its parent to name. Where locks do not work, all files have the grace period.
 """
 
 from __future__ import annotations
 
-import stat
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from stitchcache.artifact.entry import decode_piece
 from stitchcache.errors import EntryFormatError, FutureFormatError, LockTimeoutError
@@ -25,6 +25,8 @@ from stitchcache.store.layout import CAP, Area
 from stitchcache.store.publish import excess, exclusive
 from stitchcache.store.root import Root
 from stitchcache.store.upkeep import Item, has_entry, items, led_to, leftovers, open_to_lock, read_header
+
+T = TypeVar("T")
 
 GRACE_SECONDS = 3600.0
 _PATIENCE = 10.0
@@ -101,7 +103,7 @@ class PrunePlan:
         try:
             # Where there is no lock, as on a disk that is full, each removal is safe by itself.
             with root.writing(root.path), exclusive(root, "prune", timeout=0):
-                return _Removal(self).run()
+                return _remove_planned(self)
         except LockTimeoutError:
             return PruneResult(busy=True)
 
@@ -121,7 +123,7 @@ def plan_prune(
     aged = 0 if max_age is None else sum(look.age(item) > max_age for item in entries)
 
     def fits(count: int) -> bool:
-        going = [*look.entries[:count], *(item for group in look.with_oldest(count) for item in group)]
+        going = [*entries[:count], *(item for group in look.with_oldest(count) for item in group)]
         size, number = total_bytes - sum(item.size for item in going), total_files - len(going)
         return (max_bytes is None or size <= max_bytes) and (max_files is None or number <= max_files)
 
@@ -130,16 +132,19 @@ def plan_prune(
         over = f"{total_bytes} bytes are over the limit of {max_bytes}"
     else:
         over = f"{total_files} files are over the limit of {max_files}"
+    reasons = [f"not used for {look.age(item) / 86400:.1f} days" for item in entries[:aged]]
+    reasons += [over] * (count - aged)
     targets, blobs, pieces = look.with_oldest(count)
+    surplus = excess(root)
     return PrunePlan(
-        entries=tuple(
-            (item, f"not used for {look.age(item) / 86400:.1f} days" if place < aged else over)
-            for place, item in enumerate(entries[:count])
-        ),
+        entries=tuple(zip(entries[:count], reasons, strict=True)),
         blobs=tuple(blobs),
         targets=tuple(targets),
         pieces=tuple(pieces),
-        leftovers=(*leftovers(root), *(Item(path, path, size, 0, 0) for path, size in excess(root))),
+        leftovers=(
+            *leftovers(root),
+            *(item for item in items(root, Area.QUARANTINE) if item.path in surplus),
+        ),
         total_bytes=total_bytes,
         total_files=total_files,
         unreadable=look.unreadable,
@@ -152,7 +157,7 @@ def enforce(roots: Sequence[Root], *, max_bytes: int | None, max_files: int | No
     try:
         # Planned under the lock: a plan from before would be about what the other one removed.
         with exclusive(roots[0], "prune", timeout=_PATIENCE):
-            return _Removal(plan_prune(roots, max_bytes=max_bytes, max_files=max_files)).run()
+            return _remove_planned(plan_prune(roots, max_bytes=max_bytes, max_files=max_files))
     except LockTimeoutError:
         return PruneResult(busy=True)
 
@@ -162,20 +167,27 @@ class _Look:
 
     def __init__(self, roots: Sequence[Root], grace: float) -> None:
         self.root = root = roots[0]
-        self._beneath = roots[1:]
         self._grace = grace
         self._now = time.time()
         # Blobs before entries: an entry published in between names blobs whose times change then, and a blob
         # published in between is not on the list.
-        self.blobs = {item.key: item for item in items(root, Area.BLOBS)}
-        self.targets = {item: self._led_to(item) for item in items(root, Area.TARGETS)}
-        self.pieces = {item: self._blob_of(item) for item in items(root, Area.PIECES)}
+        self._blobs = {item.key: item for item in items(root, Area.BLOBS)}
+        self.targets = {
+            item: self._read(item, Area.TARGETS, led_to) or [] for item in items(root, Area.TARGETS)
+        }
+        self.pieces = {item: self._read(item, Area.PIECES, _blob_of) for item in items(root, Area.PIECES)}
         self.entries = sorted(items(root, Area.ENTRIES), key=lambda item: (item.modified, item.path))
-        found = {item: self._named_by(item) for item in self.entries}
+        found = {item: _named_by(root, item) for item in self.entries}
         self.named = {item: names or () for item, names in found.items()}
         self.unreadable = tuple(item.path for item, names in found.items() if names is None)
-        self.everything = [*self.entries, *self.blobs.values(), *self.targets, *self.pieces]
+        self.everything = [*self.entries, *self._blobs.values(), *self.targets, *self.pieces]
         self._ever_named = {name for names in self.named.values() for name in names}
+        # Whoever leads to an entry of a layer beneath stays.
+        self._leading = {
+            item: keys
+            for item, keys in self.targets.items()
+            if keys and not any(has_entry(roots[1:], key) for key in keys)
+        }
 
     def age(self, item: Item) -> float:
         """Seconds since a file's last use."""
@@ -190,142 +202,111 @@ class _Look:
         staying = self.entries[count:]
         keys = {item.key for item in staying}
         needed = {name for item in staying for name in self.named[item]}
-        targets = [item for item, led_to in self.targets.items() if led_to and keys.isdisjoint(led_to)]
+        targets = [item for item, led_to in self._leading.items() if keys.isdisjoint(led_to)]
         blobs = [
             item
-            for key, item in self.blobs.items()
+            for key, item in self._blobs.items()
             if key not in needed and (key in self._ever_named or self.is_old(item)) and not self.unreadable
         ]
-        left = self.blobs.keys() - {item.key for item in blobs}
+        left = self._blobs.keys() - {item.key for item in blobs}
         pieces = [
             item
             for item, blob in self.pieces.items()
-            if blob is not None and blob not in left and (blob in self.blobs or self.is_old(item))
+            if blob is not None and blob not in left and (blob in self._blobs or self.is_old(item))
         ]
         return targets, blobs, pieces
 
-    # What cannot be read is left for ``verify``, and names nothing.
-
-    def _led_to(self, item: Item) -> Sequence[str]:
-        """Entries that a target leads to; none where a layer beneath has one, so that the target stays."""
+    def _read(self, item: Item, area: Area, decode: Callable[[bytes, Item], T]) -> T | None:
+        """What a file names; nothing for one that cannot be read, which is left for ``verify``."""
         try:
-            found = self.root.read(item.path, CAP[Area.TARGETS])
-            keys = [] if found is None else led_to(found[0], item)
-        except (EntryFormatError, OSError):
-            return ()
-        return () if any(has_entry(self._beneath, key) for key in keys) else keys
-
-    def _blob_of(self, item: Item) -> str | None:
-        """The blob of a piece."""
-        try:
-            found = self.root.read(item.path, CAP[Area.PIECES])
-            return None if found is None else decode_piece(found[0], item.key, path=item.path).blob.digest
+            found = self.root.read(item.path, CAP[area])
+            return None if found is None else decode(found[0], item)
         except (EntryFormatError, OSError):
             return None
 
-    def _named_by(self, item: Item) -> Sequence[str] | None:
-        """Blobs that an entry names: none for a damaged one, ``None`` for one that may be good."""
-        try:
-            header = read_header(self.root.files, item.path)
-        except (FutureFormatError, OSError):
-            return None
-        except EntryFormatError:
-            return ()
-        return () if header is None else [blob.digest for blob in header.blobs]
+
+def _blob_of(data: bytes, item: Item) -> str:
+    return decode_piece(data, item.key, path=item.path).blob.digest
+
+
+def _named_by(root: Root, item: Item) -> Sequence[str] | None:
+    """Blobs that an entry names: none for a damaged one, ``None`` for one that may be good."""
+    try:
+        header = read_header(root, item.path)
+    except (FutureFormatError, OSError):
+        return None
+    except EntryFormatError:
+        return ()
+    return () if header is None else [blob.digest for blob in header.blobs]
+
+
+def _remove_planned(plan: PrunePlan) -> PruneResult:
+    look, removal = plan._look, _Removal(plan._look)
+    leading: dict[str, list[Item]] = {}
+    evicted = {item.key for item, _ in plan.entries}
+    for target in plan.targets:
+        keys = evicted.intersection(look.targets[target])
+        for key in keys:
+            leading.setdefault(key, []).append(target)
+        if not keys:
+            removal.remove(target)
+    gone, in_use, kept = [], [], set[str]()
+    for item, _ in plan.entries:
+        failed = len(removal.failed)
+        if removal.remove(item, leading.get(item.key, ())):
+            gone.append(item.key)
+            continue
+        kept.update(look.named[item])
+        if len(removal.failed) == failed:
+            in_use.append(item.key)
+    kept.update(item.key for item in plan.blobs if item.key in kept or not removal.remove(item))
+    for item in (*(each for each in plan.pieces if look.pieces[each] not in kept), *plan.leftovers):
+        removal.remove(item)
+    return PruneResult(
+        entries=tuple(gone),
+        files=len(removal.removed),
+        bytes=sum(item.size for item in removal.removed),
+        in_use=tuple(in_use),
+        failed=tuple(removal.failed),
+    )
 
 
 class _Removal:
     """Removing, one checked file at a time."""
 
-    def __init__(self, plan: PrunePlan) -> None:
-        self._plan = plan
-        self._look = plan._look
-        self._root = plan._look.root
-        self._removed: list[Item] = []
-        self._entries: list[str] = []
-        self._in_use: list[str] = []
-        self._failed: list[tuple[str, str]] = []
+    def __init__(self, look: _Look) -> None:
+        self._look = look
+        self._root = look.root
+        self.removed: list[Item] = []
+        self.failed: list[tuple[str, str]] = []
 
-    def run(self) -> PruneResult:
-        plan, look = self._plan, self._look
-        evicted = {item.key for item, _ in plan.entries}
-        leading: dict[str, list[Item]] = {}
-        for target in plan.targets:
-            names = evicted.intersection(look.targets[target])
-            for name in names:
-                leading.setdefault(name, []).append(target)
-            if not names:
-                self._try(target, self._remove)
-        kept: set[str] = set()
-        for item, _ in plan.entries:
-            if not self._evict(item, leading.get(item.key, ())):
-                kept.update(look.named[item])
-        for item in plan.blobs:
-            if item.key in kept or not self._try(item, self._remove_unheld):
-                kept.add(item.key)
-        for item in plan.pieces:
-            if look.pieces[item] not in kept:
-                self._try(item, self._remove)
-        quarantined = self._root.area(Area.QUARANTINE)
-        for item in plan.leftovers:
-            # A quarantined file is nobody's; others may have come into use, as a lock may.
-            ours = item.path.startswith(quarantined)
-            self._try(item, self._remove if ours else self._remove_unheld)
-        return PruneResult(
-            entries=tuple(self._entries),
-            files=len(self._removed),
-            bytes=sum(item.size for item in self._removed),
-            in_use=tuple(self._in_use),
-            failed=tuple(self._failed),
-        )
-
-    def _evict(self, item: Item, targets: Iterable[Item]) -> bool:
-        """Remove an entry and what leads to it; whether it is gone."""
-
-        def remove(entry: Item) -> bool:
-            gone = self._remove_unheld(entry, targets)
-            (self._entries if gone else self._in_use).append(entry.key)
-            return gone
-
-        return self._try(item, remove)
-
-    def _try(self, item: Item, remove: Callable[[Item], bool]) -> bool:
-        try:
-            return remove(item)
-        except OSError as error:
-            self._failed.append((item.path, error.strerror or str(error)))
-            return False
-
-    def _remove_unheld(self, item: Item, first: Iterable[Item] = ()) -> bool:
-        """Remove a file under an exclusive lock on it, if it is still the one that the look saw."""
+    def remove(self, item: Item, first: Iterable[Item] = ()) -> bool:
+        """Remove a file that is unused since the look, after those that lead to it; whether it is gone."""
         files = self._root.files
         try:
-            fd = open_to_lock(files, item)
+            with opened(files, open_to_lock(files, item.path)) as fd:
+                if not self._is_unused(fd, item) or not all(map(self.remove, first)):
+                    return False
+                self._unlink(item.path)
         except FileNotFoundError:
             return True
-        with opened(files, fd):
-            had = try_lock(files, fd)
-            if had is False or (had is None and not self._look.is_old(item)):
-                return False
-            if files.fstat(fd).st_mtime_ns != item.modified or not same_file(files, fd, item.path):
-                return False
-            for each in first:
-                self._try(each, self._remove)
-            return self._remove(item)
-
-    def _remove(self, item: Item) -> bool:
-        try:
-            self._remove_tree(item.path)
-        except FileNotFoundError:
-            return True
-        self._removed.append(item)
+        except OSError as error:
+            self.failed.append((item.path, error.strerror or str(error)))
+            return False
+        self.removed.append(item)
         return True
 
-    def _remove_tree(self, path: str) -> None:
+    def _is_unused(self, fd: int, item: Item) -> bool:
         files = self._root.files
-        if not stat.S_ISDIR(files.lstat(path).st_mode):
-            files.unlink(path)
-            return
-        for entry in self._root.scan(path):
-            self._remove_tree(entry.path)
-        files.rmdir(path)
+        had = try_lock(files, fd)
+        if had is False or (had is None and not self._look.is_old(item)):
+            return False
+        return files.fstat(fd).st_mtime_ns == item.modified and same_file(files, fd, item.path)
+
+    def _unlink(self, path: str) -> None:
+        try:
+            self._root.files.unlink(path)
+        except IsADirectoryError:
+            for entry in self._root.scan(path):
+                self._unlink(entry.path)
+            self._root.files.rmdir(path)

@@ -133,14 +133,17 @@ def write_all(files: Files, fd: int, data: bytes) -> None:
 _BUSY = frozenset({errno.EWOULDBLOCK, errno.EAGAIN})
 
 
-def try_lock(files: Files, fd: int, *, shared: bool = False) -> bool | None:
-    """Take a lock without waiting: whether it was had; ``None`` where locks do not work."""
+def try_lock(files: Files, fd: int, *, plain: bool = False) -> bool | None:
+    """Take an exclusive lock without waiting: whether it was had; ``None`` where locks do not work.
+
+    ``plain`` does without filelock, which takes a while to import.
+    """
     try:
-        if not shared and files.lock(fd):
+        if not plain and files.lock(fd):
             return True
         # filelock takes EACCES for another's lock; where it means that locking is forbidden, waiting would
         # never end. So the kernel is asked once more, and says which it is.
-        files.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        files.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return False if error.errno in _BUSY else None
     return True

@@ -1,6 +1,6 @@
 """Where things lie under a root, and what arguments and environment say about roots and limits.
 
-Only checked keys become paths.
+Only checked keys become paths. What makes no sense is an ``OptionError``.
 """
 
 from __future__ import annotations
@@ -45,22 +45,14 @@ LEGACY_SUFFIXES = (".msgpack", ".pkl")
 
 
 def check_key(key: str) -> str:
-    """The key itself, when it may become a path.
-
-    Raises:
-        OptionError: It is not 64 lowercase hex digits.
-    """
+    """The key itself, when it may become a path."""
     if not is_digest(key):
         raise OptionError(f"{key!r} is no key: 64 lowercase hex digits are needed", option="key")
     return key
 
 
 def keyed_path(root: str, area: Area, key: str) -> str:
-    """The file of a key.
-
-    Raises:
-        OptionError: The key is not 64 lowercase hex digits.
-    """
+    """The file of a key."""
     check_key(key)
     return f"{root}{os.sep}{area}{os.sep}{key[:2]}{os.sep}{key}{ENTRY_SUFFIX if area is Area.ENTRIES else ''}"
 
@@ -87,12 +79,7 @@ Roots = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 def root_paths(root: Roots | None) -> list[str]:
-    """Absolute paths of the roots that an argument names, or of the default one.
-
-    Raises:
-        OptionError: A name is empty.
-        StoreError: One is something other than a directory.
-    """
+    """Absolute paths of the roots that an argument names, or of the default; a file is a ``StoreError``."""
     if root is None:
         paths = [default_root()]
     else:
@@ -133,26 +120,18 @@ def _setting(name: str) -> str:
     return os.environ.get(name, "").strip().lower()
 
 
-def flag(name: str) -> bool:
-    """An environment variable that is on or off; missing is off.
-
-    Raises:
-        OptionError: It is neither.
-    """
+def flag(name: str, *, also: str = "") -> bool:
+    """An environment variable that is on or off; missing is off."""
     value = _setting(name)
     if value in ("", "0", "false", "no", "off"):
         return False
     if value in ("1", "true", "yes", "on"):
         return True
-    raise OptionError(f"{name}={value!r}: use 1 or 0", option=name)
+    raise OptionError(f"{name}={value!r}: use 1 or 0{also}", option=name)
 
 
 def choice(name: str, known: Sequence[str]) -> str:
-    """An environment variable that names one of several things; missing is the first.
-
-    Raises:
-        OptionError: It names something else.
-    """
+    """An environment variable that names one of several things; missing is the first."""
     value = _setting(name) or known[0]
     if value not in known:
         raise OptionError(f"{name}={value!r}: use {', '.join(known)}", option=name)
@@ -160,35 +139,20 @@ def choice(name: str, known: Sequence[str]) -> str:
 
 
 def required() -> Literal["nothing", "hit", "direct"]:
-    """``STITCHCACHE_REQUIRE``: 1 makes a compilation an error, ``direct`` a trace too.
-
-    Raises:
-        OptionError: It is neither, and no way of saying no.
-    """
+    """``STITCHCACHE_REQUIRE``: 1 makes a compilation an error, ``direct`` a trace too."""
     if _setting("STITCHCACHE_REQUIRE") == "direct":
         return "direct"
-    try:
-        return "hit" if flag("STITCHCACHE_REQUIRE") else "nothing"
-    except OptionError as error:
-        raise OptionError(f"{error.message}, or direct", option=error.option) from None
+    return "hit" if flag("STITCHCACHE_REQUIRE", also=" or direct") else "nothing"
 
 
 def max_size() -> int | None:
-    """``STITCHCACHE_MAX_SIZE`` in bytes; ``None`` where it is not set.
-
-    Raises:
-        OptionError: It is no size.
-    """
+    """``STITCHCACHE_MAX_SIZE`` in bytes; ``None`` where it is not set."""
     text = _setting("STITCHCACHE_MAX_SIZE")
     return parse_size(text, option="STITCHCACHE_MAX_SIZE") if text else None
 
 
 def parse_size(text: str, *, option: str = "size") -> int:
-    """Bytes in a text such as ``10G``, ``500 MiB`` or ``1048576``; units are powers of 1024.
-
-    Raises:
-        OptionError: It is no such text.
-    """
+    """Bytes in a text such as ``10G``, ``500 MiB`` or ``1048576``; units are powers of 1024."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE)
     if match is None:
         raise OptionError(f"{option}={text!r}: use a number with K, M, G or T, such as 10G", option=option)

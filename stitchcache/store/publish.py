@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stitchcache.errors import LockTimeoutError, StoreWriteError
@@ -39,103 +39,79 @@ _CHUNK = 1 << 20
 # -- blobs ---------------------------------------------------------------------------------------
 
 
-def publish_blob(root: Root, source: bytes | str) -> tuple[str, int]:
-    """Put a blob in place under its digest, and hold it.
-
-    Args:
-        root: Where.
-        source: The bytes, or the path of a file that has them.
-
-    Returns:
-        Digest and size.
-
-    Raises:
-        StoreWriteError: It cannot be written, or ``source`` cannot be read.
-    """
+def publish_blob(root: Root, source: bytes | str) -> BlobRef:
+    """Put a blob in place under its digest, and hold it; ``source`` is its bytes, or a file that has them."""
     with root.writing(root.area(Area.BLOBS)), root.temporary() as (temp, fd):
-        digest, size = _fill(root.files, fd, source)
-        target = keyed_path(root.path, Area.BLOBS, digest)
+        ref = _fill(root.files, fd, source)
+        target = keyed_path(root.path, Area.BLOBS, ref.digest)
         root.make_dir(os.path.dirname(target))
-        if not _hold(root, target, digest, size, read=True):
-            root.sync(fd)
-            _name(root, temp, target, digest, size)
-            root.sync_dir(os.path.dirname(target))
-            # The lock of ``fd`` keeps it until this one does.
-            held = hold_shared(root.files, target)
-            if held is not None:
-                root.holds.keep(digest, held)
-    return digest, size
+        root.sync(fd)
+        try:
+            # A link replaces nothing: others may hold the blob that has the name by now.
+            root.files.link(temp, target)
+        except FileExistsError:
+            if _hold(root, target, ref, read=True):
+                return ref
+            # A damaged one is in the way.
+            root.rename(temp, target)
+        except OSError:
+            # The file system knows no hard links, or the directory was removed.
+            root.rename(temp, target)
+        root.sync_dir(os.path.dirname(target))
+        # The lock of ``fd`` keeps it until this one does.
+        held = hold_shared(root.files, target)
+        if held is not None:
+            root.holds.keep(ref.digest, held)
+    return ref
 
 
-def _fill(files: Files, fd: int, source: bytes | str) -> tuple[str, int]:
-    """Write a blob's bytes; their digest and number."""
+def _fill(files: Files, fd: int, source: bytes | str) -> BlobRef:
     if isinstance(source, bytes):
         write_all(files, fd, source)
-        return hashlib.sha256(source).hexdigest(), len(source)
+        return BlobRef(digest=hashlib.sha256(source).hexdigest(), size=len(source))
     digest, size = hashlib.sha256(), 0
     try:
         reader = files.open_read(source, follow=True)
     except OSError as error:
-        raise StoreWriteError(
-            f"{source}: cannot be read ({words(error)}), so it is not stored",
-            path=source,
-            reason=words(error),
-        ) from error
+        message = f"{source}: cannot be read ({words(error)}), so it is not stored"
+        raise StoreWriteError(message, path=source, reason=words(error)) from error
     with opened(files, reader):
         while chunk := files.read(reader, _CHUNK):
             digest.update(chunk)
             size += len(chunk)
             write_all(files, fd, chunk)
-    return digest.hexdigest(), size
-
-
-def _name(root: Root, temp: str, target: str, digest: str, size: int) -> None:
-    try:
-        # A link replaces nothing: others may hold the blob that has the name by now.
-        root.files.link(temp, target)
-    except FileExistsError:
-        # Somebody was faster; or a damaged one is in the way, and then this one replaces it.
-        if not _hold(root, target, digest, size, read=True):
-            root.rename(temp, target)
-    except OSError:
-        # The file system knows no hard links, or the directory was removed.
-        root.rename(temp, target)
+    return BlobRef(digest=digest.hexdigest(), size=size)
 
 
 def hold_blob(root: Root, ref: BlobRef) -> bool:
     """Keep a blob until it is released; whether it is there. Its size is checked, its digest is not."""
-    path = keyed_path(root.path, Area.BLOBS, ref.digest)
-    if ref.digest in root.holds:
-        # Eviction cannot have taken it, but a reader that found it damaged can.
-        there = root.has_blob(ref)
-        if not there:
-            root.holds.release([ref.digest])
-        return there
-    return _hold(root, path, ref.digest, ref.size, read=False)
+    if ref.digest not in root.holds:
+        return _hold(root, keyed_path(root.path, Area.BLOBS, ref.digest), ref, read=False)
+    # Eviction cannot have taken it, but a reader that found it damaged can.
+    there = root.has_blob(ref)
+    if not there:
+        root.holds.release([ref.digest])
+    return there
 
 
-def _hold(root: Root, path: str, digest: str, size: int, *, read: bool) -> bool:
+def _hold(root: Root, path: str, ref: BlobRef, *, read: bool) -> bool:
     """Keep the blob that is there already, if it is good; ``read`` is whether its digest is asked too."""
     fd = hold_shared(root.files, path)
     if fd is None:
         return False
-    good = False
+    kept = False
     try:
-        facts = root.files.fstat(fd)
-        good = facts.st_size == size and not (read and root.blob_problem(fd, facts, digest, size))
-        if good:
+        if root.files.fstat(fd).st_size == ref.size and not (read and root.blob_problem(fd, ref)):
             root.touch(path)
             # Its writer may have died before it came to these, or not have come to them yet.
             root.sync(fd)
             root.sync_dir(os.path.dirname(path))
-    except BaseException:
-        close_quietly(root.files, fd)
-        raise
-    if good:
-        root.holds.keep(digest, fd)
-    else:
-        close_quietly(root.files, fd)
-    return good
+            root.holds.keep(ref.digest, fd)
+            kept = True
+    finally:
+        if not kept:
+            close_quietly(root.files, fd)
+    return kept
 
 
 # -- exclusive locks -----------------------------------------------------------------------------
@@ -153,14 +129,7 @@ def exclusive(
     timeout: float | None = None,
     on_wait: Callable[[float, str], None] | None = None,
 ) -> Iterator[bool]:
-    """Hold a lock file of a root; :meth:`stitchcache.Cache.lock` tells the arguments.
-
-    Yields:
-        True when held; False where locks do not work, and the caller goes on without.
-
-    Raises:
-        LockTimeoutError: Another held it for all that time.
-    """
+    """Hold a lock file of a root, as :meth:`stitchcache.Cache.lock` tells."""
     path = os.path.join(root.area(Area.LOCKS), f"{name}.lock")
     fd = None if root.read_only else _acquire(root, path, timeout, on_wait)
     if fd is None:
@@ -171,11 +140,9 @@ def exclusive(
     finally:
         # Removed while held: a waiter that gets the nameless file's lock notices and starts over.
         root.discard(path)
-        try:
+        with suppress(OSError):
             # Closing would not do where a child that was forked meanwhile has the descriptor too.
             root.files.unlock(fd)
-        except OSError:
-            pass
         close_quietly(root.files, fd)
 
 
@@ -195,7 +162,9 @@ def _acquire(
         try:
             had = try_lock(files, fd)
             if had and same_file(files, fd, path):
-                _sign(files, fd)
+                # Who it is, for messages; a full disk must not stop anyone from compiling.
+                with suppress(OSError):
+                    write_all(files, fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
                 return fd
             if had is False:
                 holder = read_exactly(files, fd, 256).partition(b"\n")[0].decode("utf-8", "replace")
@@ -211,24 +180,15 @@ def _acquire(
         start = time.monotonic() if start is None else start
         waited = time.monotonic() - start
         if timeout is not None and waited >= timeout:
-            raise LockTimeoutError(
+            message = (
                 f"{path}: still held after {waited:.1f} s by {holder or 'another process'}; wait longer, "
-                "or stop that process (a lock is freed when its holder ends)",
-                path=path,
-                seconds=waited,
+                "or stop that process (a lock is freed when its holder ends)"
             )
+            raise LockTimeoutError(message, path=path, seconds=waited)
         if on_wait is not None:
             on_wait(waited, holder)
         time.sleep(pause if timeout is None else min(pause, timeout - waited))
         pause = min(pause * 1.5, _LONGEST_PAUSE)
-
-
-def _sign(files: Files, fd: int) -> None:
-    try:
-        write_all(files, fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
-    except OSError:
-        # For messages only; a full disk must not stop anyone from compiling.
-        pass
 
 
 # -- room to work in -----------------------------------------------------------------------------
@@ -295,51 +255,37 @@ def quarantine(root: Root, path: str, inode: int | None, reason: str) -> bool:
         root.make_dir(directory)
         files.rename(path, aside)
         if inode is not None and files.lstat(aside).st_ino != inode:
-            _put_back(root, aside, path)
+            # A good one was published in between; but there may be a newer one still.
+            with suppress(FileExistsError):
+                files.link(aside, path)
+            root.discard(aside)
             return True
     except FileNotFoundError:
         return True
     except OSError:
         return False
     text = f"{os.path.relpath(path, root.path)}\n{reason}\n".encode("utf-8", "backslashreplace")
-    try:
+    # The file itself is aside, which is what matters; a full disk may leave no room for the note.
+    with suppress(OSError):
         with opened(files, files.create(aside + _NOTE)) as fd:
             write_all(files, fd, text)
-        for surplus, _ in excess(root):
+        for surplus in excess(root):
             root.discard(surplus)
-    except OSError:
-        # The file itself is aside, which is what matters; a full disk may leave no room for the note.
-        pass
     return True
 
 
-def _put_back(root: Root, aside: str, path: str) -> None:
-    """Undo: a good one was published in between; but there may be a newer one still."""
-    try:
-        root.files.link(aside, path)
-    except FileExistsError:
-        pass
-    root.discard(aside)
-
-
-def excess(root: Root) -> list[tuple[str, int]]:
-    """The oldest quarantined files beyond what may stay, with their sizes.
-
-    Raises:
-        OSError: The quarantine cannot be listed.
-    """
+def excess(root: Root) -> list[str]:
+    """The oldest quarantined files beyond what may stay."""
     found = []
     for entry in root.scan(root.area(Area.QUARANTINE)):
-        try:
-            facts = root.files.lstat(entry.path)
-        except FileNotFoundError:
-            continue
-        # Moving a file changes this time and no other.
-        found.append((facts.st_ctime_ns, entry.path, facts.st_size))
+        facts = root.facts(entry.path)
+        if facts is not None:
+            # Moving a file changes this time and no other.
+            found.append((facts.st_ctime_ns, entry.path, facts.st_size))
     surplus, total, count = [], 0, 0
     for _, path, size in sorted(found, reverse=True):
         total += size
         count += not path.endswith(_NOTE)
         if count > MAX_FILES or total > MAX_BYTES:
-            surplus.append((path, size))
+            surplus.append(path)
     return surplus

@@ -6,7 +6,8 @@ Publishing a file::
     rename over the name (entries, pointers) or link without replacing (blobs)
     fsync the directory                                                      (now it is acknowledged)
 
-so that a reader sees a whole file or none, and what was acknowledged survives a crash.
+so that a reader sees a whole file or none, and what was acknowledged survives a crash. Methods raise
+``OSError`` where the system refuses.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from stitchcache.errors import EntryDamagedError, StitchCacheError, StoreWriteError
+from stitchcache.errors import EntryDamagedError, StitchCacheError, StoreWriteError, UntrustedEntryError
 from stitchcache.store.files import (
     Files,
     close_quietly,
@@ -40,14 +41,7 @@ _HELD_AT_MOST = 512
 
 
 class Root:
-    """A directory that the store owns.
-
-    Args:
-        path: The directory; it need not exist.
-        files: File-system calls.
-        durable: Whether to fsync.
-        read_only: Never write, even where it would work.
-    """
+    """A directory that the store owns; it need not exist. ``durable`` is whether to fsync."""
 
     def __init__(self, path: str, *, files: Files, durable: bool, read_only: bool) -> None:
         self.path = path
@@ -64,22 +58,14 @@ class Root:
     # -- reading ---------------------------------------------------------------------------------
 
     def scan(self, path: str) -> list[os.DirEntry[str]]:
-        """A directory's entries; none where it is missing.
-
-        Raises:
-            OSError: It cannot be listed.
-        """
+        """A directory's entries; none where it is missing."""
         try:
             return self.files.scan(path)
         except (FileNotFoundError, NotADirectoryError):
             return []
 
     def facts(self, path: str) -> os.stat_result | None:
-        """Facts about a file; ``None`` where there is none.
-
-        Raises:
-            OSError: They cannot be told.
-        """
+        """Facts about a file; ``None`` where there is none."""
         try:
             return self.files.lstat(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -90,34 +76,37 @@ class Root:
         facts = self.facts(keyed_path(self.path, Area.BLOBS, ref.digest))
         return facts is not None and facts.st_size == ref.size
 
+    def open(self, path: str) -> int | None:
+        """A descriptor for reading; ``None`` where there is no file."""
+        try:
+            return self.files.open_read(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def read(self, path: str, cap: int) -> tuple[bytes, os.stat_result] | None:
-        """A whole file of at most ``cap`` bytes, and its facts; ``None`` where there is none.
+        """A whole file and its facts; ``None`` where there is none.
 
         Raises:
-            EntryDamagedError: It is no regular file, or larger.
-            OSError: It cannot be read.
+            EntryDamagedError: It is no regular file, or larger than ``cap`` bytes.
         """
-        try:
-            fd = self.files.open_read(path)
-        except (FileNotFoundError, NotADirectoryError):
+        fd = self.open(path)
+        if fd is None:
             return None
         with opened(self.files, fd):
             facts = self.files.fstat(fd)
-            reason = ""
-            if not stat.S_ISREG(facts.st_mode):
-                reason = "not a regular file"
-            elif facts.st_size > cap:
-                reason = f"{facts.st_size} bytes, over the limit of {cap}"
-            if reason:
-                raise EntryDamagedError(f"{path}: {reason}", path=path, field="size", reason=reason)
-            return read_exactly(self.files, fd, facts.st_size), facts
+            if stat.S_ISREG(facts.st_mode) and facts.st_size <= cap:
+                return read_exactly(self.files, fd, facts.st_size), facts
+        reason = f"not a regular file of at most {cap} bytes"
+        raise EntryDamagedError(f"{path}: {reason}", path=path, field="size", reason=reason)
+
+    def require_trust(self, path: str) -> None:
+        """Raise ``UntrustedEntryError`` where others can write a file, or a directory on the way to it."""
+        reason = self.distrust(path)
+        if reason is not None:
+            raise UntrustedEntryError(reason, path=path)
 
     def distrust(self, path: str) -> str | None:
-        """Why a file of this root, or a directory on the way to it, is not trusted; ``None`` when all are.
-
-        Raises:
-            OSError: One cannot be looked at.
-        """
+        """Why a file of this root, or a directory on the way to it, is not trusted; ``None`` when all are."""
         at = self.path
         reason = distrust(at, self.files.stat(at))
         for part in path[len(self.path) :].strip(os.sep).split(os.sep):
@@ -127,56 +116,42 @@ class Root:
             reason = distrust(at, self.files.lstat(at))
         return reason
 
-    def blob_state(self, path: str, digest: str, size: int) -> os.stat_result | str | None:
-        """Check a blob: the facts of a good one, what is wrong with it, or ``None`` where there is none.
-
-        Raises:
-            OSError: It cannot be read.
-        """
-        try:
-            fd = self.files.open_read(path)
-        except (FileNotFoundError, NotADirectoryError):
+    def blob_state(self, path: str, ref: BlobRef) -> os.stat_result | str | None:
+        """Check a blob: the facts of a good one, what is wrong with it, or ``None`` where there is none."""
+        fd = self.open(path)
+        if fd is None:
             return None
         with opened(self.files, fd):
-            facts = self.files.fstat(fd)
-            return self.blob_problem(fd, facts, digest, size) or facts
+            return self.blob_problem(fd, ref) or self.files.fstat(fd)
 
-    def blob_problem(self, fd: int, facts: os.stat_result, digest: str, size: int) -> str | None:
-        """What is wrong with an open blob.
-
-        Raises:
-            OSError: It cannot be read.
-        """
+    def blob_problem(self, fd: int, ref: BlobRef) -> str | None:
+        """What is wrong with an open blob."""
+        facts = self.files.fstat(fd)
         if not stat.S_ISREG(facts.st_mode):
             return "not a regular file"
-        if facts.st_size != size:
-            return f"{facts.st_size} bytes where {size} are expected"
+        if facts.st_size != ref.size:
+            return f"{facts.st_size} bytes where {ref.size} are expected"
         found = hashlib.sha256()
         while chunk := self.files.read(fd, _DIGESTED_AT_ONCE):
             found.update(chunk)
-        if found.hexdigest() != digest:
-            return f"sha256 {found.hexdigest()} where its name says {digest}"
+        if found.hexdigest() != ref.digest:
+            return f"sha256 {found.hexdigest()} where its name says {ref.digest}"
         return None
 
     # -- writing ---------------------------------------------------------------------------------
 
     @contextmanager
     def writing(self, path: str) -> Iterator[None]:
-        """Turn what the system says against a write into an error that says what to do.
-
-        Raises:
-            StoreWriteError: The block raised ``OSError``, or this root is read-only.
-        """
+        """Turn what the system says against a write, and a read-only root, into a ``StoreWriteError``."""
         if self.read_only:
-            raise StoreWriteError(
-                f"{path}: the cache is opened read-only; nothing was stored", path=path, reason="read-only"
-            )
+            message = f"{path}: the cache is opened read-only; nothing was stored"
+            raise StoreWriteError(message, path=path, reason="read-only")
         try:
             yield
+        except StitchCacheError:
+            # It says already what is wrong.
+            raise
         except OSError as error:
-            if isinstance(error, StitchCacheError):
-                # It says already what is wrong.
-                raise
             raise write_error(error, path) from error
 
     def publish(self, path: str, data: bytes, *, last: bool = True) -> None:
@@ -231,14 +206,6 @@ class Root:
 
         It has a shared lock: a temporary file without one was left by a process that died.
         """
-        path, fd = self._create_locked()
-        with opened(self.files, fd):
-            try:
-                yield path, fd
-            finally:
-                self.discard(path)
-
-    def _create_locked(self) -> tuple[str, int]:
         while True:
             path = self.temporary_path("part")
             try:
@@ -247,15 +214,14 @@ class Root:
                 # The first write, or somebody removed the cache under us.
                 self._make_again(os.path.dirname(path))
                 fd = self.files.create(path)
-            try:
-                # A prune may come in between, and take the file for one that was left.
-                if lock_shared(self.files, fd, path):
-                    return path, fd
-            except BaseException:
-                close_quietly(self.files, fd)
-                self.discard(path)
-                raise
-            close_quietly(self.files, fd)
+            with opened(self.files, fd):
+                try:
+                    # A prune may come in between, and take the file for one that was left.
+                    if lock_shared(self.files, fd, path):
+                        yield path, fd
+                        return
+                finally:
+                    self.discard(path)
 
     def rename(self, temp: str, target: str) -> None:
         """Give a temporary file its name, replacing what had it."""
@@ -271,11 +237,7 @@ class Root:
         self.make_dir(path)
 
     def make_dir(self, path: str) -> None:
-        """Make a directory of the root, and those above it, durably.
-
-        Raises:
-            OSError: It cannot be made, or a file has its name.
-        """
+        """Make a directory of the root, and those above it, durably."""
         if path in self._known:
             return
         if path != self.path:

@@ -5,7 +5,6 @@ Damage becomes a miss here. What only writing and upkeep need is imported where 
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import threading
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from stitchcache.errors import EntryFormatError, FutureFormatError, OptionError, UntrustedEntryError
-from stitchcache.store.files import Files, opened, words
+from stitchcache.store.files import Files, opened, try_lock, words
 from stitchcache.store.layout import (
     CAP,
     Area,
@@ -87,7 +86,7 @@ class Store:
     # -- reading ---------------------------------------------------------------------------------
 
     def _search(self, area: Area, key: str, look: Callable[[Root, str], T | None]) -> T | None:
-        """What the first good file of a key gives; one that cannot be read counts as none, and is warned of.
+        """What the first good file of a key gives; one that cannot be read is warned of.
 
         Raises:
             UntrustedEntryError: There is one, but others can write it.
@@ -119,7 +118,7 @@ class Store:
                 if found is None:
                     return None
                 inode = found[1].st_ino
-                _require_trust(root, path)
+                root.require_trust(path)
                 value = decode(found[0], key, path=path)
             except FutureFormatError as error:
                 self._warn(path, error.message)
@@ -134,10 +133,7 @@ class Store:
         return self._search(area, key, load)
 
     def blob_path(self, ref: BlobRef) -> Path | None:
-        """A blob's file, its size and digest checked.
-
-        Returns:
-            ``None`` where it is in no layer, or damaged (of which a warning told).
+        """A blob's file, its size and digest checked; ``None`` where it is missing, or damaged.
 
         Raises:
             UntrustedEntryError: It is there, but others can write it or a directory above it.
@@ -148,9 +144,9 @@ class Store:
             if facts is None:
                 return None
             # Asked every time: a chmod after the first look counts.
-            _require_trust(root, path)
+            root.require_trust(path)
             if self._good.get(path) != _identity(facts):
-                state = root.blob_state(path, ref.digest, ref.size)
+                state = root.blob_state(path, ref)
                 if isinstance(state, str):
                     self._reject(root, path, facts.st_ino, f"blob: {state}")
                 if state is None or isinstance(state, str):
@@ -161,11 +157,7 @@ class Store:
         return self._search(Area.BLOBS, ref.digest, check)
 
     def blob_paths(self, refs: Sequence[BlobRef]) -> list[Path | None]:
-        """The same for several blobs; large ones are digested at one time, on several processors.
-
-        Raises:
-            UntrustedEntryError: Others can write one of them.
-        """
+        """The same for several blobs; large ones are digested at one time, on several processors."""
         if len(refs) < 2 or sum(ref.size for ref in refs) < _WORTH_THREADS:
             return [self.blob_path(ref) for ref in refs]
         from concurrent.futures import ThreadPoolExecutor
@@ -176,7 +168,6 @@ class Store:
     def _reject(self, root: Root, path: str, inode: int | None, reason: str) -> None:
         from stitchcache.store.publish import quarantine
 
-        self._good.pop(path, None)
         gone = quarantine(root, path, inode, reason)
         what = "moved to quarantine" if gone else "left there, for it cannot be moved"
         self.count("corrupt")
@@ -201,22 +192,14 @@ class Store:
         """
         from stitchcache.store.publish import publish_blob
 
-        digest, size = publish_blob(self._top, source if isinstance(source, bytes) else os.fspath(source))
-        return BlobRef(digest=digest, size=size)
+        return publish_blob(self._top, source if isinstance(source, bytes) else os.fspath(source))
 
     def _hold(self, ref: BlobRef) -> bool:
         """Whether a blob is in a layer; one in the top layer is kept until it is released."""
         from stitchcache.store.publish import hold_blob
 
-        if not self._top.read_only and hold_blob(self._top, ref):
-            return True
-        for root in self._roots[0 if self._top.read_only else 1 :]:
-            try:
-                if root.has_blob(ref):
-                    return True
-            except OSError:
-                continue
-        return False
+        held = not self._top.read_only and hold_blob(self._top, ref)
+        return held or any(root.has_blob(ref) for root in self._roots)
 
     def lock(
         self,
@@ -260,11 +243,7 @@ class Store:
         return self._counters.read()[0]
 
     def zero_stats(self) -> None:
-        """Forget what was counted.
-
-        Raises:
-            StoreWriteError: The store cannot be written.
-        """
+        """Forget what was counted."""
         self._counters.zero()
 
 
@@ -273,29 +252,22 @@ def _identity(facts: os.stat_result) -> tuple[int, ...]:
     return (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
 
-def _require_trust(root: Root, path: str) -> None:
-    reason = root.distrust(path)
-    if reason is not None:
-        raise UntrustedEntryError(reason, path=path)
-
-
 _SINCE = "since"
 _LARGEST = 1 << 20
-_MOST_TRIES = 200
+_MOST_TRIES, _PAUSE = 200, 0.005
 
 
 class Counters:
-    """One process's counts, on their way to ``stats/counters``, a line ``name=number`` for each.
+    """One process's counts, on their way to ``stats/counters``, which has a line ``name=number`` for each.
 
-    They are added up in memory and written now and then. What a killed process had not yet written is lost:
-    these are statistics.
+    What a killed process had not yet written is lost: these are statistics.
     """
 
     def __init__(self, root: Root) -> None:
         self._root = root
         self._mutex = threading.Lock()
         self._pending: Counter[str] = Counter()
-        self.path = os.path.join(root.area(Area.STATS), "counters")
+        self._path = os.path.join(root.area(Area.STATS), "counters")
 
     def add(self, name: str, amount: int = 1) -> None:
         """Count something; ``name`` has no space, quote or ``=``."""
@@ -324,18 +296,18 @@ class Counters:
         """Forget all counts; ``StoreWriteError`` where the store cannot be written."""
         with self._mutex:
             self._pending.clear()
-        with self._root.writing(self.path):
+        with self._root.writing(self._path):
             self._change(lambda counts: Counter())
 
     def _stored(self) -> Counter[str]:
         counts: Counter[str] = Counter()
         try:
-            found = self._root.read(self.path, _LARGEST)
+            found = self._root.read(self._path, _LARGEST)
         except (OSError, EntryFormatError):
             found = None
         for line in found[0].decode("ascii", "replace").splitlines() if found else ():
             name, _, value = line.partition("=")
-            # No other digits, and no number that takes long to read.
+            # No number that takes long to read.
             if " " not in name and value.isdigit() and len(value) < 20:
                 counts[name] = int(value)
         return counts
@@ -343,21 +315,17 @@ class Counters:
     def _change(self, change: Callable[[Counter[str]], Counter[str]]) -> None:
         files = self._root.files
         try:
-            fd = files.open_or_create(f"{self.path}.lock")
+            fd = files.open_or_create(f"{self._path}.lock")
         except FileNotFoundError:
-            self._root.make_dir(os.path.dirname(self.path))
-            fd = files.open_or_create(f"{self.path}.lock")
+            self._root.make_dir(os.path.dirname(self._path))
+            fd = files.open_or_create(f"{self._path}.lock")
         with opened(files, fd):
+            # Without the lock another process's counts may be lost, and that is all.
             for _ in range(_MOST_TRIES):
-                try:
-                    files.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if try_lock(files, fd, plain=True) is not False:
                     break
-                except BlockingIOError:
-                    time.sleep(0.005)
-                except OSError:
-                    # Without locks another process's counts may be lost.
-                    break
+                time.sleep(_PAUSE)
             counts = change(self._stored())
             counts[_SINCE] = counts[_SINCE] or int(time.time())
             text = "".join(f"{name}={number}\n" for name, number in sorted(counts.items()))
-            self._root.publish(self.path, text.encode(), last=False)
+            self._root.publish(self._path, text.encode(), last=False)

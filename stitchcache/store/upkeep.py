@@ -1,34 +1,30 @@
-"""What lies in a root: listing it, reading what its files name, and verifying all of it."""
+"""What lies in a root: listing it, reading what its files name, verifying all of it.
+
+Functions raise ``OSError`` where the system refuses.
+"""
 
 from __future__ import annotations
 
 import os
-import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from stitchcache.artifact.entry import Header, decode_header, decode_named, decode_piece, decode_target
 from stitchcache.artifact.frame import header_end
 from stitchcache.errors import EntryFormatError, FutureFormatError
 from stitchcache.store.files import Files, opened, read_exactly, try_lock, words
-from stitchcache.store.layout import (
-    CAP,
-    KEYED,
-    LEGACY_SUFFIXES,
-    Area,
-    key_of,
-    possible_paths,
-)
+from stitchcache.store.layout import CAP, KEYED, LEGACY_SUFFIXES, Area, key_of, possible_paths
 from stitchcache.store.publish import quarantine
 from stitchcache.store.root import Root, host_name
 from stitchcache.types import BlobRef, is_digest
 
 T = TypeVar("T")
 
-
-# -- what is there -------------------------------------------------------------------------------
+_OLD_SECONDS = 86400.0
+# Most headers fit: one small read for each entry.
+_HEAD_READ = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,83 +36,90 @@ class Item:
         key: The key in its name; the whole name for files without one.
         size: Bytes.
         modified: mtime in nanoseconds: the last noted use.
-        mode: Its kind and permissions.
     """
 
     path: str
     key: str
     size: int
     modified: int
-    mode: int
 
 
 def items(root: Root, area: Area, prefix: str = "") -> Iterator[Item]:
-    """Files of an area whose key begins so; foreign files are passed over, older entries are not.
-
-    Raises:
-        OSError: A directory cannot be listed.
-    """
-    if area not in KEYED:
-        yield from _items(root, ((each.path, each.name) for each in root.scan(root.area(area))))
-        return
-    for shard in root.scan(root.area(area)):
-        if len(shard.name) == 2 and shard.name[: len(prefix)] == prefix[:2]:
-            found = ((each.path, key_of(area, each.name)) for each in root.scan(shard.path))
-            yield from _items(root, found, prefix)
+    """Files of an area whose key begins so, older entries among them; foreign files are passed over."""
+    named: list[tuple[str, str | None]]
+    if area in KEYED:
+        shards = [each for each in root.scan(root.area(area)) if len(each.name) == 2]
+        shards = [each for each in shards if each.name[: len(prefix)] == prefix[:2]]
+        named = [(each.path, key_of(area, each.name)) for shard in shards for each in root.scan(shard.path)]
+    else:
+        named = [(each.path, each.name) for each in root.scan(root.area(area))]
     if area is Area.ENTRIES:
-        split = ((each.path, *os.path.splitext(each.name)) for each in root.scan(root.path))
-        old = ((path, key) for path, key, suffix in split if suffix in LEGACY_SUFFIXES and is_digest(key))
-        yield from _items(root, old, prefix)
-
-
-def _items(root: Root, named: Iterable[tuple[str, str | None]], prefix: str = "") -> Iterator[Item]:
+        split = [(each.path, *os.path.splitext(each.name)) for each in root.scan(root.path)]
+        named += [(path, key) for path, key, suffix in split if suffix in LEGACY_SUFFIXES and is_digest(key)]
     for path, key in named:
         if key is None or not key.startswith(prefix):
             continue
-        try:
-            facts = root.files.lstat(path)
-        except FileNotFoundError:
-            continue
-        yield Item(path, key, facts.st_size, facts.st_mtime_ns, facts.st_mode)
-
-
-_OLD_SECONDS = 86400.0
+        facts = root.facts(path)
+        if facts is not None:
+            yield Item(path, key, facts.st_size, facts.st_mtime_ns)
 
 
 def leftovers(root: Root) -> list[Item]:
-    """What processes that died left in ``tmp``, and locks that nobody holds.
-
-    Raises:
-        OSError: A directory cannot be listed.
-    """
+    """What processes that died left in ``tmp``, and locks that nobody holds."""
     found = []
     for item in items(root, Area.TMP):
         own = item.key.startswith(f"{host_name()}.")
         # Of another host, and where locks do not work, only the age tells.
-        if (own and is_free(root, item)) or time.time() - item.modified / 1e9 > _OLD_SECONDS:
+        if (own and _is_free(root, item)) or time.time() - item.modified / 1e9 > _OLD_SECONDS:
             found.append(item)
-    return found + [
-        each for each in items(root, Area.LOCKS) if each.key.endswith(".lock") and is_free(root, each)
-    ]
+    locks = (item for item in items(root, Area.LOCKS) if item.key.endswith(".lock"))
+    return found + [item for item in locks if _is_free(root, item)]
 
 
-def open_to_lock(files: Files, item: Item) -> int:
-    """Open what is to be locked exclusively.
-
-    Raises:
-        OSError: It cannot be opened.
-    """
-    return files.open_read(item.path) if stat.S_ISDIR(item.mode) else files.open_write(item.path)
-
-
-def is_free(root: Root, item: Item) -> bool:
-    """Whether nobody holds a lock on a file."""
+def open_to_lock(files: Files, path: str) -> int:
+    """Open a file or directory to lock it exclusively."""
     try:
-        fd = open_to_lock(root.files, item)
+        return files.open_write(path)
+    except IsADirectoryError:
+        return files.open_read(path)
+
+
+def _is_free(root: Root, item: Item) -> bool:
+    try:
+        fd = open_to_lock(root.files, item.path)
     except OSError:
         return False
     with opened(root.files, fd):
         return try_lock(root.files, fd) is True
+
+
+def read_header(root: Root, path: str) -> Header | None:
+    """An entry's header, read without the rest of the file; ``None`` where there is no file."""
+    fd = root.open(path)
+    if fd is None:
+        return None
+    with opened(root.files, fd):
+        size = root.files.fstat(fd).st_size
+        # Older formats have no header: all of the file is read.
+        most = CAP[Area.ENTRIES] if path.endswith(LEGACY_SUFFIXES) else _HEAD_READ
+        prefix = read_exactly(root.files, fd, min(size, most))
+        if most == _HEAD_READ:
+            prefix += read_exactly(root.files, fd, header_end(prefix, path=path) - len(prefix))
+    return decode_header(prefix, size, path=path)
+
+
+def led_to(data: bytes, item: Item) -> list[str]:
+    """Graph hashes that a target names."""
+    return list(dict.fromkeys(each.graph_hash for each in decode_target(data, item.key, path=item.path)))
+
+
+def has_entry(roots: Sequence[Root], key: str) -> bool:
+    """Whether one of some roots has an entry."""
+    paths = ((root, path) for root in roots for path in possible_paths(root.path, Area.ENTRIES, key))
+    return any(root.facts(path) is not None for root, path in paths)
+
+
+# -- statistics ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,13 +127,9 @@ class CacheStats:
     """What a cache holds and what it did.
 
     Args:
-        counters: Name to number, since ``since``: ``hit.direct``, ``miss.<reason>``, ``put`` and
-            whatever else was counted.
-        since: Unix seconds; 0 where nothing was counted yet.
-        entries: Entries, older formats included.
-        blobs: Distinct blobs.
-        targets: Target keys.
-        pieces: Piece keys.
+        counters: Name to number, such as ``hit.direct``, ``miss.<reason>``, ``put`` and ``evicted``.
+        since: Unix seconds from which on they were counted; 0 where nothing was.
+        entries: Files of this kind, older formats included; the same for ``blobs``, ``targets``, ``pieces``.
         files: Files of these four kinds.
         bytes: Their bytes.
         quarantine_files: Damaged files kept.
@@ -163,11 +162,7 @@ class CacheStats:
 
 
 def take_stock(root: Root, counters: Mapping[str, int], since: float) -> CacheStats:
-    """Statistics of a root.
-
-    Raises:
-        OSError: A directory cannot be listed.
-    """
+    """Statistics of a root."""
     sizes = {area: [item.size for item in items(root, area)] for area in (*KEYED, Area.QUARANTINE)}
     quarantined = sizes.pop(Area.QUARANTINE)
     return CacheStats(
@@ -179,44 +174,6 @@ def take_stock(root: Root, counters: Mapping[str, int], since: float) -> CacheSt
         quarantine_bytes=sum(quarantined),
         **{area.value: len(found) for area, found in sizes.items()},
     )
-
-
-# -- what files name -----------------------------------------------------------------------------
-
-# Most headers fit: one small read for each entry.
-_HEAD_READ = 4096
-
-
-def read_header(files: Files, path: str) -> Header | None:
-    """An entry's header, read without the rest of the file; ``None`` where there is no file.
-
-    Raises:
-        EntryFormatError: It is damaged or of a newer format.
-        OSError: It cannot be read.
-    """
-    try:
-        fd = files.open_read(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    with opened(files, fd):
-        size = files.fstat(fd).st_size
-        if path.endswith(LEGACY_SUFFIXES):
-            # These have no header: all of it is read.
-            return decode_header(read_exactly(files, fd, min(size, CAP[Area.ENTRIES])), size, path=path)
-        prefix = read_exactly(files, fd, min(_HEAD_READ, size))
-        prefix += read_exactly(files, fd, header_end(prefix, path=path) - len(prefix))
-    return decode_header(prefix, size, path=path)
-
-
-def led_to(data: bytes, item: Item) -> list[str]:
-    """Graph hashes that a target names; ``EntryFormatError`` where it is damaged, newer, or another's."""
-    return list(dict.fromkeys(each.graph_hash for each in decode_target(data, item.key, path=item.path)))
-
-
-def has_entry(roots: Sequence[Root], key: str) -> bool:
-    """Whether one of some roots has an entry."""
-    paths = (path for root in roots for path in possible_paths(root.path, Area.ENTRIES, key))
-    return any(roots[0].facts(path) is not None for path in paths)
 
 
 # -- verification --------------------------------------------------------------------------------
@@ -250,11 +207,8 @@ class VerifyReport:
     """What a verification saw.
 
     Args:
-        entries: Entries looked at.
-        blobs: Blobs looked at, every byte of them.
-        targets: Targets looked at.
-        pieces: Piece files looked at.
-        bytes: Bytes read.
+        entries: Files of this kind; the same for ``blobs``, ``targets`` and ``pieces``.
+        bytes: Bytes of them, all of which were read.
         findings: What was wrong.
     """
 
@@ -277,12 +231,8 @@ def verify(roots: Sequence[Root], *, repair: bool) -> VerifyReport:
     walk = _Walk(root, roots[1:], repair and not root.read_only)
     report = VerifyReport()
     # What is named comes before what names it.
-    checks = {
-        Area.BLOBS: walk.blob,
-        Area.ENTRIES: walk.entry,
-        Area.TARGETS: walk.target,
-        Area.PIECES: walk.piece,
-    }
+    checks = {Area.BLOBS: walk.blob, Area.ENTRIES: walk.entry}
+    checks |= {Area.TARGETS: walk.target, Area.PIECES: walk.piece}
     for area, check in checks.items():
         found = list(items(root, area))
         for item in found:
@@ -295,15 +245,15 @@ def verify(roots: Sequence[Root], *, repair: bool) -> VerifyReport:
     return report
 
 
-@dataclass(slots=True)
 class _Walk:
-    root: Root
-    beneath: Sequence[Root]
-    repair: bool
-    findings: list[Finding] = field(default_factory=list)
-    good_blobs: dict[str, int] = field(default_factory=dict)
-    good_entries: set[str] = field(default_factory=set)
-    unsure: set[str] = field(default_factory=set)
+    def __init__(self, root: Root, beneath: Sequence[Root], repair: bool) -> None:
+        self._root = root
+        self._beneath = beneath
+        self._repair = repair
+        self.findings: list[Finding] = []
+        self._blobs: dict[str, int] = {}
+        # Entries that are good, and what could not be read and may be good: nothing goes for its sake.
+        self._sound: set[str] = set()
 
     def found(self, item: Item, problem: Problem, detail: str, repaired: bool = False) -> None:
         self.findings.append(Finding(path=item.path, problem=problem, detail=detail, repaired=repaired))
@@ -314,15 +264,15 @@ class _Walk:
         except FileNotFoundError:
             pass
         except OSError as error:
-            self.unsure.add(item.key)
+            self._sound.add(item.key)
             self.found(item, "unreadable", words(error))
 
     def blob(self, item: Item) -> None:
-        state = self.root.blob_state(item.path, item.key, item.size)
+        state = self._root.blob_state(item.path, BlobRef(digest=item.key, size=item.size))
         if isinstance(state, str):
             self._set_aside(item, "damaged", state, None)
         elif state is not None:
-            self.good_blobs[item.key] = item.size
+            self._blobs[item.key] = item.size
             self._check_trust(item)
 
     def entry(self, item: Item) -> None:
@@ -335,37 +285,34 @@ class _Walk:
             detail = f"{len(missing)} of {len(blobs)} blobs are missing or damaged, such as {missing[0]}"
             self._set_aside(item, "missing blob", detail, inode)
         else:
-            self.good_entries.add(item.key)
-
-    def _has_blob(self, ref: BlobRef) -> bool:
-        # What could not be read may be good: nothing is thrown away for its sake.
-        known = ref.digest in self.unsure or self.good_blobs.get(ref.digest) == ref.size
-        return known or any(root.has_blob(ref) for root in self.beneath)
+            self._sound.add(item.key)
 
     def target(self, item: Item) -> None:
         loaded = self._load(item, Area.TARGETS, lambda data: led_to(data, item))
-        if loaded is not None:
-            keys, good = loaded[0], self.good_entries | self.unsure
-            if good.isdisjoint(keys) and not any(has_entry(self.beneath, key) for key in keys):
-                self._drop(item, f"its entry {keys[0]} is gone")
+        if loaded and not any(key in self._sound or has_entry(self._beneath, key) for key in loaded[0]):
+            self._drop(item, f"its entry {loaded[0][0]} is gone")
 
     def piece(self, item: Item) -> None:
         loaded = self._load(item, Area.PIECES, lambda data: decode_piece(data, item.key, path=item.path).blob)
-        if loaded is not None and not self._has_blob(loaded[0]):
+        if loaded and not self._has_blob(loaded[0]):
             self._drop(item, f"its blob {loaded[0].digest} is gone")
+
+    def _has_blob(self, ref: BlobRef) -> bool:
+        here = ref.digest in self._sound or self._blobs.get(ref.digest) == ref.size
+        return here or any(root.has_blob(ref) for root in self._beneath)
 
     def _load(self, item: Item, area: Area, decode: Callable[[bytes], T]) -> tuple[T, int] | None:
         """What a file says, and its inode; ``None`` where it is gone, newer or damaged."""
         inode = None
         try:
-            found = self.root.read(item.path, CAP[area])
+            found = self._root.read(item.path, CAP[area])
             if found is None:
                 return None
             inode = found[1].st_ino
             value = decode(found[0])
         except FutureFormatError as error:
             self.found(item, "newer format", error.reason)
-            self.good_entries.add(item.key)
+            self._sound.add(item.key)
             return None
         except EntryFormatError as error:
             self._set_aside(item, "damaged", f"{error.field}: {error.reason}", inode)
@@ -374,14 +321,15 @@ class _Walk:
         return value, inode
 
     def _check_trust(self, item: Item) -> None:
-        reason = self.root.distrust(item.path)
+        reason = self._root.distrust(item.path)
         if reason is not None:
             self.found(item, "untrusted", reason)
 
     def _set_aside(self, item: Item, problem: Problem, detail: str, inode: int | None) -> None:
-        self.found(item, problem, detail, self.repair and quarantine(self.root, item.path, inode, detail))
+        done = self._repair and quarantine(self._root, item.path, inode, detail)
+        self.found(item, problem, detail, done)
 
     def _drop(self, item: Item, detail: str) -> None:
-        if self.repair:
-            self.root.files.unlink(item.path)
-        self.found(item, "stale", detail, self.repair)
+        if self._repair:
+            self._root.files.unlink(item.path)
+        self.found(item, "stale", detail, self._repair)

@@ -34,11 +34,13 @@ from stitchcache.artifact.frame import MAGIC, PRELUDE, Kind, open_frame, seal
 from stitchcache.errors import EntryDamagedError, EntryFormatError, FutureFormatError
 from stitchcache.store import upkeep
 from stitchcache.store.files import Files
+from stitchcache.store.root import Root
 from stitchcache.types import Artifact, Variant
 
 
 def read_header(path):
-    return upkeep.read_header(Files(), str(path))
+    root = Root("", files=Files(), durable=False, read_only=True)
+    return upkeep.read_header(root, str(path))
 
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"

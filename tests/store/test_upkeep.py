@@ -266,7 +266,7 @@ def test_counting_costs_nothing_until_the_process_ends(cache):
 def test_torn_counts_are_left_out_and_odd_files_are_none(cache):
     cache.count("hit.direct", 3)
     cache._counters.flush()
-    path = Path(cache._counters.path)
+    path = Path(cache._counters._path)
     with path.open("ab") as file:
         file.write(
             b"12345678 put=5\n\xff\xff=\n00000000\nlooks=-1\nputs=\n"
