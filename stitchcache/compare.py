@@ -11,21 +11,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from stitchcache.errors import InputMismatchError
+from stitchcache.records import dataclass
 from stitchcache.state import Held, generators, plain_tensors, state_of, tensor_at
 from stitchcache.torchside import tree
 from stitchcache.torchside.tensors import has_fakes
 from stitchcache.torchside.watch import memory_of, watch
 from stitchcache.types import Check, CheckRecord, OutputBound
-
-if TYPE_CHECKING:
-    from dataclasses import dataclass
-else:
-    from stitchcache.records import dataclass
 
 # What rounding alone may do to a whole model, relative to the largest value of a tensor: the order of sums
 # changes with fusion, with the number of threads and with weights.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import field
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -35,14 +35,9 @@ from stitchcache.keys.tensors import (
     tensor_text,
 )
 from stitchcache.keys.walk import Walk
+from stitchcache.records import dataclass
 from stitchcache.torchside.state import COMPILED_CALL, INTERNALS, TRANSIENT_BUFFERS
 from stitchcache.types import Factor
-
-if TYPE_CHECKING:
-    from dataclasses import dataclass
-else:
-    from stitchcache.records import dataclass
-
 
 _SHOWN = 3
 """Distinct values that an attribute's readable form lists."""

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from types import CodeType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,12 +20,7 @@ from stitchcache.keys.origins import installed_path
 from stitchcache.keys.outside import place
 from stitchcache.keys.scope import WARM_CACHE, Scope
 from stitchcache.keys.walk import Walk
-
-if TYPE_CHECKING:
-    from dataclasses import dataclass
-else:
-    from stitchcache.records import dataclass
-
+from stitchcache.records import dataclass
 
 _GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
 _CELL = frozenset({"LOAD_DEREF", "LOAD_CLASSDEREF"})

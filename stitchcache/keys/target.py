@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -20,13 +20,9 @@ from stitchcache.keys.inputs import input_factors
 from stitchcache.keys.model import class_factors, model_factors, readable
 from stitchcache.keys.scope import Scope
 from stitchcache.keys.walk import Walk
+from stitchcache.records import dataclass
 from stitchcache.state import devices_of
 from stitchcache.types import Factor, SizeRange
-
-if TYPE_CHECKING:
-    from dataclasses import dataclass
-else:
-    from stitchcache.records import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from stitchcache.keys.check import check_sources
 from stitchcache.keys.target import TargetKey, target_key
 from stitchcache.keys.walk import Walk
 from stitchcache.pieces import COMPILER_OPTIONS, NAMES
+from stitchcache.records import dataclass
 from stitchcache.runtime.call import misfit
 from stitchcache.state import devices_of
 from stitchcache.store.layout import CHECKS, choice, required
@@ -26,11 +27,7 @@ from stitchcache.torchside import tree
 from stitchcache.types import Artifact, SizeRange, TargetRecord
 
 if TYPE_CHECKING:
-    from dataclasses import dataclass
-
     from stitchcache.explanation import MissFacts
-else:
-    from stitchcache.records import dataclass
 
 log = logging.getLogger("stitchcache")
 

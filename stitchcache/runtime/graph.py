@@ -11,7 +11,7 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgpack
 import torch
@@ -21,16 +21,12 @@ from stitchcache.artifact.entry import CURRENT_SUFFIX, decode_named, encode
 from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import BackendError, EntryDamagedError, EntryFormatError, InputMismatchError
 from stitchcache.pieces import get_backend
+from stitchcache.records import dataclass
 from stitchcache.runtime.call import run_quietly
 from stitchcache.runtime.contract import share_memory
 from stitchcache.runtime.model import bind_tensors, check_environment, devices_in, link
 from stitchcache.torchside.dynamo import SerializableCallable
 from stitchcache.types import Artifact, BlobRef
-
-if TYPE_CHECKING:
-    from dataclasses import dataclass
-else:
-    from stitchcache.records import dataclass
 
 _MAGIC = "stitchcache torch.compile graph 1"
 _WHERE = "a function saved by torch.compile(...).aot_compile"
