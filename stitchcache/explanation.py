@@ -28,8 +28,7 @@ ABSENT = "(absent)"
 Roots = Sequence[str | os.PathLike[str]]
 Differences = Mapping[str, tuple[str, str]]
 
-# What a huge store may cost: files whose times are looked at, files that are read, bytes of them.
-MOST_LISTED = 4096
+# What a huge store may cost: files that are read, bytes of them.
 MOST_TARGETS = 256
 MOST_ENTRIES = 32
 MOST_BYTES = 8 << 20
@@ -163,13 +162,7 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MissFacts:
-    """What a miss found out beyond its reason.
-
-    Args:
-        changed: As in :class:`Explanation`.
-        nearest: Likewise.
-        hint: The same in a few words, to follow the reason; may be ``""``.
-    """
+    """What a miss found out beyond its reason; ``hint`` is the same in a few words, or empty."""
 
     changed: Differences = field(default_factory=dict)
     nearest: NearestEntry | None = None
@@ -185,13 +178,8 @@ def explained(
 ) -> Explanation:
     """Put an explanation together from what a start kept.
 
-    Args:
-        lookup: Label, target key, why there was no direct hit, what the miss found out; ``None`` where
-            nothing was looked up by a target key.
-        artifact: What was loaded or compiled.
-        hit: The kind of hit.
-        seconds: By stage.
-        check: How the look stands.
+    ``lookup`` is label, target key, why there was no direct hit, and what the miss found out; ``None`` where
+    nothing was looked up by a target key.
     """
     label, key, reason, facts = lookup or (artifact.label, None, "it was loaded by its graph hash", None)
     facts = facts or MissFacts()
@@ -226,13 +214,10 @@ def nearest_entries(
     Args:
         roots: The cache's root directories.
         factors: Of the key that is to be explained.
-        label: The model's; entries with the same are preferred among those equally near.
-        most: How many to return.
+        label: The model's.
+        most: How many to return: fewest differing factors first, then the same label, then the newest.
         partial: Compare only factors that are given: the key could not be computed to its end.
         without: Target keys and graph hashes to leave out.
-
-    Returns:
-        Fewest differing factors first, then the same label, then the newest.
     """
     wanted = {factor.name for factor in factors}
     unasked = tuple(kind for kind in _OF_ENTRIES if not any(name.startswith(kind) for name in wanted))
@@ -249,15 +234,10 @@ def nearest_entries(
 def stored_targets(
     roots: Roots, *, prefix: str = "", graph_hash: str | None = None
 ) -> list[tuple[str, str, TargetRecord]]:
-    """All targets of a cache that begin so and lead there, newest first; one of several roots comes once.
-
-    Args:
-        roots: The cache's root directories.
-        prefix: First digits of the target key.
-        graph_hash: The entry that they lead to; ``None`` is any.
+    """All targets of a cache whose keys begin so and that lead to an entry, newest first.
 
     Returns:
-        Target key, file, and the newest record that it holds.
+        Target key, file, and the newest record that it holds; a key in several roots comes once.
     """
     found: dict[str, tuple[str, str, TargetRecord]] = {}
     for root in roots:
@@ -275,7 +255,7 @@ def _stored(roots: Roots) -> Iterator[tuple[NearestEntry, Sequence[Factor]]]:
     left = MOST_BYTES
     met: set[str] = set()
     for area, most in ((Area.TARGETS, MOST_TARGETS), (Area.ENTRIES, MOST_ENTRIES)):
-        files = [file for file in _newest(roots, area, MOST_LISTED) if file[-1] not in met]
+        files = [file for file in _newest(roots, area) if file[-1] not in met]
         for _, size, path, key in files[:most]:
             left -= size
             if left < 0 or key in met:
@@ -312,37 +292,17 @@ def _read_target(key: str, path: str) -> TargetRecord:
         return decode_target(file.read(), key, path=path)[0]
 
 
-def _newest(roots: Roots, area: Area, most: int | None = None) -> list[tuple[float, int, str, str]]:
-    """Time of the last noted use, size, path and key of an area's files, newest first.
-
-    Args:
-        roots: The cache's root directories.
-        area: Targets or entries.
-        most: How many files to look at, beginning with the directories that changed last; ``None`` is all.
-    """
-    shards = [
-        (facts.st_mtime, shard.path)
-        for root in roots
-        for shard, facts in _listed(os.path.join(root, area))
-        if len(shard.name) == 2
-    ]
-    found: list[tuple[float, int, str, str]] = []
-    for _, directory in sorted(shards, reverse=True):
-        if most is not None and len(found) >= most:
-            break
-        for item, facts in _listed(directory):
-            key = key_of(area, item.name)
-            # Opening a pipe would wait for somebody to write into it.
-            if key is not None and stat.S_ISREG(facts.st_mode):
-                found.append((facts.st_mtime, facts.st_size, item.path, key))
-    return sorted(found, reverse=True)
-
-
-def _listed(path: str) -> list[tuple[os.DirEntry[str], os.stat_result]]:
+def _newest(roots: Roots, area: Area) -> list[tuple[float, int, str, str]]:
+    """Time of the last noted use, size, path and key of an area's files, newest first."""
     found = []
-    # Missing, or not to be seen: nothing here can be near.
-    with suppress(OSError), os.scandir(path) as listing:
-        for item in listing:
-            with suppress(OSError):
-                found.append((item, item.stat()))
-    return found
+    for root in roots:
+        for directory, _, names in os.walk(os.path.join(root, area)):
+            for name in names:
+                path, key = os.path.join(directory, name), key_of(area, name)
+                # What is gone by now cannot be near.
+                with suppress(OSError):
+                    facts = os.stat(path)
+                    # Opening a pipe would wait for somebody to write into it.
+                    if key is not None and stat.S_ISREG(facts.st_mode):
+                        found.append((facts.st_mtime, facts.st_size, path, key))
+    return sorted(found, reverse=True)

@@ -145,8 +145,6 @@ def test_a_huge_store_costs_no_more_than_a_large_one(cache, monkeypatch, tmp_pat
     assert {n.created for n in found} == {float(number) for number in range(30, 40)}, "the newest are read"
     monkeypatch.setattr(explanation, "MOST_BYTES", 1500)
     assert 0 < len(nearest_entries(cache.roots, factors(a=0), most=99)) < 10
-    monkeypatch.setattr(explanation, "MOST_LISTED", 1)
-    assert nearest_entries(cache.roots, factors(a=0), most=99)
 
 
 def test_stored_targets_by_prefix_and_by_entry(cache):

@@ -1,5 +1,88 @@
-"""The ``stitchcache`` command; one module a subcommand. Imports no torch by itself."""
+"""The ``stitchcache`` command: finds subcommands when they are asked for, and words for errors.
 
-from stitchcache.cli.app import main
+Exit status: 0 fine, 1 a finding (a target failed, a damaged entry, no such entry), 2 usage.
+"""
 
-__all__ = ["main"]
+from __future__ import annotations
+
+import importlib
+import os
+from typing import IO, Any
+
+import click
+
+from stitchcache import __version__
+from stitchcache.errors import OptionError, StitchCacheError, TargetError
+
+_HOMES = {
+    "demo": "demo",
+    "prewarm": "prewarm",
+    "ls": "entries",
+    "inspect": "entries",
+    "explain": "explain",
+    "diff": "entries",
+    "verify": "upkeep",
+    "prune": "upkeep",
+    "clear": "upkeep",
+    "stats": "upkeep",
+    "config": "machine",
+    "doctor": "machine",
+    "migrate": "upkeep",
+}
+"""Commands in the order of the help page, with the module that has them."""
+
+
+class Failure(click.ClickException):
+    """One of our errors on its way out: a message on stderr, and exit status 1."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print the message."""
+        click.echo(f"stitchcache: {self.message}", file=file, err=file is None)
+
+
+class Misuse(Failure):
+    """The same where what was typed makes no sense, and nothing was done."""
+
+    exit_code = 2
+
+
+class Commands(click.Group):
+    """Commands that are imported when they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names, in the order of the help page."""
+        return list(_HOMES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a name; ``None`` where there is none."""
+        if cmd_name not in _HOMES:
+            return None
+        module = importlib.import_module(f"stitchcache.cli.{_HOMES[cmd_name]}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; our errors become one message, unless ``STITCHCACHE_DEBUG`` is set."""
+        try:
+            return super().invoke(ctx)
+        except StitchCacheError as error:
+            if os.environ.get("STITCHCACHE_DEBUG", "") not in ("", "0"):
+                raise
+            kind = Misuse if isinstance(error, (OptionError, TargetError)) else Failure
+            raise kind(error.message) from error
+
+
+@click.command(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(__version__, message="stitchcache %(version)s", help="Print the version.")
+def commands() -> None:
+    """Compile PyTorch models ahead of time, and look at what is compiled.
+
+    Exit status: 0 fine, 1 a finding, 2 usage.
+    """
+
+
+def main() -> None:
+    """Entry point of the ``stitchcache`` script."""
+    commands(prog_name="stitchcache")

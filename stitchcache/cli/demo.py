@@ -9,22 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 
 import click
 
 from stitchcache import errors
-from stitchcache.cli.output import (
-    Record,
-    open_cache,
-    print_pairs,
-    print_table,
-    seconds_text,
-    shared_options,
-    show,
-    size_text,
-)
-from stitchcache.cli.prewarm import Display, progress_display
+from stitchcache.cli import output as out
+from stitchcache.cli.prewarm import Update, progress_shown
 
 # Float32 sums in another order; far above what a right piece shows, far below what a wrong one does.
 TOLERANCE = 1e-4
@@ -33,9 +23,7 @@ _NAME = "decoder"
 
 @click.command()
 @click.option("--layers", type=click.IntRange(1, 256), default=4, show_default=True, help="Blocks.")
-@click.option("--width", type=click.IntRange(8, 4096), default=64, show_default=True, help="Of a layer.")
-@click.option("--heads", type=click.IntRange(1, 64), default=4, show_default=True, help="Attention heads.")
-@click.option("--vocabulary", type=click.IntRange(2, 1 << 20), default=128, show_default=True, help="Tokens.")
+@click.option("--width", type=click.IntRange(8, 4096), default=64, show_default=True, help="A multiple of 4.")
 @click.option(
     "--backend",
     type=click.Choice(["aoti", "inductor", "eager"]),
@@ -44,7 +32,7 @@ _NAME = "decoder"
     help="What compiles the pieces.",
 )
 @click.option("--runs", type=click.IntRange(1, 99), default=3, show_default=True, help="Processes a row.")
-@shared_options
+@out.shared_options
 def demo(backend: str, runs: int, as_json: bool, root: str | None, **config: int) -> None:
     """Compile a small decoder, start it again in fresh processes, and compare.
 
@@ -52,21 +40,20 @@ def demo(backend: str, runs: int, as_json: bool, root: str | None, **config: int
     is left there to be looked at. All rows are whole processes that do the same but for where the compiled
     model comes from.
     """
-    if config["width"] % config["heads"]:
-        raise click.UsageError(f"--width {config['width']} is not a multiple of --heads {config['heads']}")
-    cache = open_cache(root if root is not None else tempfile.mkdtemp(prefix="stitchcache-demo-"))
-    job: Record = {"config": config, "backend": backend, "cache": str(cache.root)}
-    with progress_display() as shown:
+    if config["width"] % 4:
+        raise click.UsageError(f"--width {config['width']} is not a multiple of 4, the number of heads")
+    cache = out.open_cache(root if root is not None else tempfile.mkdtemp(prefix="stitchcache-demo-"))
+    job: out.Record = {"config": config, "backend": backend, "cache": str(cache.root)}
+    with progress_shown() as update:
         # Files that no process has read for a while cost the first one extra, whichever it is: not measured.
-        run_child(job, "eager", shown, "a first process, not measured")
-        cold = run_child(job, "cached", shown, "cold: an empty cache")
+        run_child(job, "eager", update, "a first process, not measured")
+        cold = run_child(job, "cached", update, "cold: an empty cache")
         eager, warm = [], []
         for index in range(runs):
             # Taken in turn, so that what else the machine does falls on both.
             step = f"eager and warm, fresh processes {index + 1} of {runs}"
-            eager.append(run_child(job, "eager", shown, step))
-            warm.append(run_child(job, "cached", shown, step))
-        shown.finish(_NAME, "measured", cold["process_seconds"])
+            eager.append(run_child(job, "eager", update, step))
+            warm.append(run_child(job, "cached", update, step))
     stats = cache.stats()
     record = {
         "root": str(cache.root),
@@ -82,77 +69,66 @@ def demo(backend: str, runs: int, as_json: bool, root: str | None, **config: int
         "files": stats.files,
     }
     wrong = record["difference"] > TOLERANCE or set(record["hits"]) != {"direct"}
-    show(record, as_json, _print_demo, finding=wrong)
+    out.show(record, as_json, _print_demo, finding=wrong)
 
 
-def run_child(job: Record, mode: str, shown: Display, step: str) -> Record:
+def run_child(job: out.Record, mode: str, update: Update, step: str) -> out.Record:
     """Do a job of ``stitchcache.demo.child`` in a fresh process, and return what it measured.
 
     Raises:
         StitchCacheError: What stopped the child.
     """
-    shown.update(_NAME, step)
-    last: Record = {}
+    update(_NAME, step)
+    last: out.Record = {}
     with tempfile.TemporaryFile("w+") as said:
         words = json.dumps({**job, "mode": mode, "spawned": time.time()})
         command = [sys.executable, "-m", "stitchcache.demo.child", words]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process:
             for line in process.stdout or ():
                 last = json.loads(line)
-                progress = last.get("progress", {"stage": "done"})
-                if progress["stage"] != "done":
-                    shown.update(
-                        _NAME, progress["stage"], progress["done"], progress["total"], progress["left"]
-                    )
+                if progress := last.get("progress"):
+                    update(_NAME, *(progress[name] for name in ("stage", "done", "total", "left")))
         if "error" in last:
             raise getattr(errors, last["error"]["type"])(last["error"]["message"])
         if "result" not in last:
             said.seek(0)
-            raise errors.StitchCacheError(
-                f"the demo's process ended with status {process.returncode} and no result; it said:\n"
-                f"{said.read()[-4000:]}"
-            )
-    result: Record = last["result"]
+            ended = f"the demo's process ended with status {process.returncode} and no result; it said:"
+            raise errors.StitchCacheError(f"{ended}\n{said.read()[-4000:]}")
+    result: out.Record = last["result"]
     return result
 
 
-def _row(name: str, runs: Sequence[Record]) -> Record:
+def _row(name: str, runs: list[out.Record]) -> out.Record:
     times = ("process_seconds", "model_seconds", "call_microseconds")
+    row: out.Record = {"name": name, "runs": len(runs)}
+    row |= {what: statistics.median(run[what] for run in runs) for what in times}
     stages = runs[0]["stages"]
-    return {
-        "name": name,
-        **{time: statistics.median(run[time] for run in runs) for time in times},
-        "stages": {stage: statistics.median(run["stages"][stage] for run in runs) for stage in stages},
-        "runs": len(runs),
+    row["stages"] = {stage: statistics.median(run["stages"][stage] for run in runs) for stage in stages}
+    return row
+
+
+def _print_demo(record: out.Record) -> None:
+    columns: out.Fields = {
+        "": "name",
+        "PROCESS TO FIRST OUTPUT": "process_seconds",
+        "MODEL TO FIRST OUTPUT": "model_seconds",
+        "ONE CALL": lambda row: f"{row['call_microseconds']:.0f} us",
+        "RUNS": "runs",
     }
-
-
-def _print_demo(record: Record) -> None:
-    rows = [
-        [
-            row["name"],
-            f"{row['process_seconds']:.2f} s",
-            seconds_text(row["model_seconds"]),
-            f"{row['call_microseconds']:.0f} us",
-            row["runs"],
-        ]
-        for row in record["rows"]
-    ]
-    print_table(("", "PROCESS TO FIRST OUTPUT", "MODEL TO FIRST OUTPUT", "ONE CALL", "RUNS"), rows)
+    out.print_table(columns, record["rows"])
     click.echo("")
     hits = ", ".join(hit or "compiled" for hit in dict.fromkeys(record["hits"]))
     stages = record["rows"][-1]["stages"].items()
-    print_pairs(
-        [
-            ("largest difference from eager", f"{record['difference']:.1e}"),
-            ("pieces", f"{record['pieces']} calls of {record['distinct']} different ones"),
-            ("on disk", f"{size_text(record['bytes'])} in {record['files']} files"),
-            ("graph hash", record["graph_hash"]),
-            ("warm starts were", f"{hits} hits" if hits in ("direct", "graph") else hits),
-            ("a warm start in stages", ", ".join(f"{name} {seconds_text(took)}" for name, took in stages)),
-            ("compilers imported by a warm start", ", ".join(record["compilers"]) or "none"),
-        ]
-    )
+    facts: out.Fields = {
+        "largest difference from eager": lambda _: f"{record['difference']:.1e}",
+        "pieces": lambda _: f"{record['pieces']} calls of {record['distinct']} different ones",
+        "on disk": lambda _: f"{out.size_text(record['bytes'])} in {record['files']} files",
+        "graph hash": "graph_hash",
+        "warm starts were": lambda _: f"{hits} hits" if hits in ("direct", "graph") else hits,
+        "a warm start in stages": lambda _: [f"{name} {out.seconds_text(took)}" for name, took in stages],
+        "compilers imported by a warm start": lambda _: record["compilers"] or "none",
+    }
+    out.print_facts(facts, record)
     place, graph = shlex.quote(record["root"]), record["graph_hash"][:12]
     click.echo("\nLook further:")
     for words in ("ls", f"inspect {graph}", f"inspect {graph} --code"):

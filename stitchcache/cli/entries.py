@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
-from stitchcache.cli.output import (
-    Record,
-    age_text,
-    count_text,
-    moment_text,
-    on_terminal,
-    open_cache,
-    print_differences,
-    print_heading,
-    print_pairs,
-    print_table,
-    say,
-    seconds_text,
-    shared_options,
-    short_length,
-    show,
-    size_text,
-)
+from stitchcache.cli import Misuse
+from stitchcache.cli import output as out
 from stitchcache.errors import AmbiguousPrefixError, StitchCacheError
 from stitchcache.explanation import names_text, printable
 from stitchcache.types import SizeRange
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from stitchcache.artifact.entry import Header
     from stitchcache.cache import Cache
     from stitchcache.report.entry import Entry
     from stitchcache.types import Artifact
 
-_LISTED = ("GRAPH", "LABEL", "CREATED", "BACKEND", "CALLS", "BLOBS", "SIZE", "COMPILED IN", "FORMAT")
 _ORDERS = {
-    "created": lambda entry: -entry["created"],
-    "size": lambda entry: -_size(entry),
-    "label": lambda entry: (entry["label"], -entry["created"]),
+    "created": lambda entry: (-entry["created"], entry["graph_hash"]),
+    "size": lambda entry: (-_size(entry), entry["graph_hash"]),
+    "label": lambda entry: (entry["label"], -entry["created"], entry["graph_hash"]),
 }
 
 
@@ -50,65 +32,51 @@ _ORDERS = {
 @click.command()
 @click.option("--sort", type=click.Choice(sorted(_ORDERS)), default="created", help="Order.")
 @click.option("--wide", is_flag=True, help="Show graph hashes in full.")
-@shared_options
+@out.shared_options
 def ls(sort: str, wide: bool, as_json: bool, root: str | None) -> None:
     """List the entries of a cache.
 
     CALLS counts the calls of compiled pieces, BLOBS the different files behind them. SIZE is the entry with
     its blobs; a blob that entries share is counted in each of them.
     """
-    cache = open_cache(root)
-    entries = sorted(map(_listed, cache.entries()), key=lambda entry: str(entry["graph_hash"]))
-    entries.sort(key=_ORDERS[sort])
-    show({"root": str(cache.root), "entries": entries}, as_json, lambda found: _print_list(found, wide))
+    cache = out.open_cache(root)
+    entries = sorted(map(_listed, cache.entries()), key=_ORDERS[sort])
+    out.show({"root": str(cache.root), "entries": entries}, as_json, lambda found: _print_list(found, wide))
 
 
-def _listed(header: Header) -> Record:
-    return {
-        "graph_hash": header.graph_hash,
-        "label": header.label,
-        "created": header.created,
-        "compile_seconds": header.compile_seconds,
-        "format_version": header.format_version,
-        "variants": header.variants,
-        "pieces": header.pieces,
-        "backends": list(header.backends),
-        "blobs": [{"digest": blob.digest, "bytes": blob.size} for blob in header.blobs],
-        "blob_bytes": header.blob_bytes,
-        "entry_bytes": header.file_bytes,
-        "path": header.path,
-    }
+def _listed(header: Header) -> out.Record:
+    record = asdict(header)
+    record["entry_bytes"] = record.pop("file_bytes")
+    record["blob_bytes"] = header.blob_bytes
+    record["blobs"] = [{"digest": blob.digest, "bytes": blob.size} for blob in header.blobs]
+    return record
 
 
-def _size(entry: Record) -> int:
+def _size(entry: out.Record) -> int:
     return int(entry["entry_bytes"] + entry["blob_bytes"])
 
 
-def _print_list(record: Record, wide: bool) -> None:
+def _print_list(record: out.Record, wide: bool) -> None:
     entries = record["entries"]
     if not entries:
-        say(f"no entries in {record['root']}")
+        out.say(f"no entries in {record['root']}")
         return
-    length = 64 if wide else short_length(entry["graph_hash"] for entry in entries)
-    rows = [
-        [
-            entry["graph_hash"][:length],
-            entry["label"] or "-",
-            age_text(entry["created"]),
-            ",".join(entry["backends"]) or "-",
-            entry["pieces"],
-            len(entry["blobs"]),
-            size_text(_size(entry)),
-            seconds_text(entry["compile_seconds"]) if entry["compile_seconds"] else "-",
-            entry["format_version"],
-        ]
-        for entry in entries
-    ]
-    print_table(_LISTED, rows)
-    if on_terminal():
+    columns: out.Fields = {
+        "GRAPH": "graph_hash",
+        "LABEL": "label",
+        "CREATED": "created",
+        "BACKEND": "backends",
+        "CALLS": "pieces",
+        "BLOBS": lambda entry: len(entry["blobs"]),
+        "SIZE": lambda entry: out.size_text(_size(entry)),
+        "COMPILED IN": "compile_seconds",
+        "FORMAT": "format_version",
+    }
+    out.print_table(columns, entries, 64 if wide else out.short_length(e["graph_hash"] for e in entries))
+    if out.on_terminal():
         blobs = {blob["digest"]: blob["bytes"] for entry in entries for blob in entry["blobs"]}
-        size = size_text(sum(blobs.values()) + sum(entry["entry_bytes"] for entry in entries))
-        click.echo(f"{count_text(len(entries), 'entry')}, {count_text(len(blobs), 'blob')}, {size}")
+        size = out.size_text(sum(blobs.values()) + sum(entry["entry_bytes"] for entry in entries))
+        click.echo(f"{out.count_text(len(entries), 'entry')}, {out.count_text(len(blobs), 'blob')}, {size}")
 
 
 # -- inspect ---------------------------------------------------------------------------------------
@@ -121,17 +89,8 @@ def _print_list(record: Record, wide: bool) -> None:
 @click.option("--bindings", is_flag=True, help="Only the tensors taken from the model.")
 @click.option("--factors", is_flag=True, help="Only the named parts of its keys.")
 @click.option("--wide", is_flag=True, help="Show keys and digests in full.")
-@shared_options
-def inspect(
-    prefix: str,
-    code: bool,
-    pieces: bool,
-    bindings: bool,
-    factors: bool,
-    wide: bool,
-    as_json: bool,
-    root: str | None,
-) -> None:
+@out.shared_options
+def inspect(prefix: str, wide: bool, as_json: bool, root: str | None, **parts: bool) -> None:
     """Show what an entry holds; PREFIX is the beginning of its graph hash.
 
     Without an option: its header, what a call must bring, what it returns and the different pieces; the other
@@ -139,22 +98,23 @@ def inspect(
     """
     from stitchcache.report.entry import entry_record
 
-    entry = _read(open_cache(root), prefix)
-    width = 64 if wide else 12
+    entry = _read(out.open_cache(root), prefix)
+    digits = 64 if wide else 12
 
-    def view(record: Record) -> None:
-        if not (code or pieces or bindings or factors):
-            _print_overview(entry, width)
-        if pieces:
-            _print_pieces(record, width)
-        if bindings:
+    def view(record: out.Record) -> None:
+        if not any(parts.values()):
+            _print_overview(entry, record, digits)
+        if parts["pieces"]:
+            _print_pieces(record, digits)
+        if parts["bindings"]:
             _print_bindings(entry.artifact)
-        if factors:
-            _print_factors(record, wide)
-        if code:
+        if parts["factors"]:
+            digest = {"DIGEST": "digest"} if wide else {}
+            out.print_table({"FACTOR": "name", **digest, "VALUE": "value"}, record["factors"], digits)
+        if parts["code"]:
             _print_code(entry.artifact)
 
-    show(entry_record(entry), as_json, view)
+    out.show(entry_record(entry), as_json, view)
 
 
 def _read(cache: Cache, prefix: str) -> Entry:
@@ -168,87 +128,68 @@ def _read(cache: Cache, prefix: str) -> Entry:
         raise ambiguous(prefix, candidates, "graph hashes") from error
 
 
-def _print_overview(entry: Entry, width: int) -> None:
+def _print_overview(entry: Entry, record: out.Record, digits: int) -> None:
     from stitchcache.report.entry import input_lines, output_lines, piece_records
 
     artifact = entry.artifact
-    print_pairs(_header(entry))
-    print_heading("Input")
-    print_pairs(input_lines(artifact.input_spec), indent="  ")
-    print_heading("Output")
-    print_pairs(output_lines(artifact), indent="  ")
-    if artifact.pieces:
-        print_heading("Different pieces")
-        rows = [
-            [
-                len(piece["calls"]),
-                piece["key"][:width],
-                piece["backend"],
-                piece["blob"]["digest"][:width],
-                size_text(piece["blob"]["bytes"]),
-                names_text(piece["calls"]),
-            ]
-            for piece in piece_records(artifact)
-        ]
-        print_table(("CALLS", "KEY", "BACKEND", "BLOB", "SIZE", "CALLED AS"), rows)
+    distinct = piece_records(artifact)
+    factors = {factor["name"]: factor["value"] for factor in record["factors"]}
+    ranges = f" for {len(artifact.variants)} size ranges" if len(artifact.variants) > 1 else ""
+    consts = sum(variant["consts_bytes"] or 0 for variant in record["variants"])
+    blobs = out.size_text(record["blob_bytes"])
+    facts: out.Fields = {
+        "graph hash": "graph_hash",
+        "label": "label",
+        "created": lambda _: out.moment_text(artifact.created),
+        "compiled in": "compile_seconds",
+        "format": "format_version",
+        "backend": "backends",
+        "torch": lambda _: factors.get("env.torch"),
+        "pieces": lambda _: f"{out.count_text(len(artifact.pieces), 'call')} of {len(distinct)} different",
+        "submodules": lambda _: () if artifact.bindings else artifact.submod_names,
+        "bindings": lambda _: f"{out.count_text(len(artifact.bindings), 'tensor')} of the model",
+        "factors": lambda _: len(factors),
+        "code": lambda _: out.count_text(record["code_lines"], "line") + ranges,
+        "constants": lambda _: out.size_text(consts),
+        "size": lambda _: f"{out.size_text(entry.file_bytes)} and {blobs} of blobs",
+        "file": "path",
+    }
+    out.print_facts(facts, record)
+    for title, lines in (("Input", input_lines(artifact.input_spec)), ("Output", output_lines(artifact))):
+        out.print_heading(title)
+        out.print_pairs(lines, indent="  ")
+    if distinct:
+        out.print_heading("Different pieces")
+        columns: out.Fields = {
+            "CALLS": lambda piece: len(piece["calls"]),
+            "KEY": "key",
+            "BACKEND": "backend",
+            "BLOB": lambda piece: piece["blob"]["digest"],
+            "SIZE": lambda piece: out.size_text(piece["blob"]["bytes"]),
+            "CALLED AS": lambda piece: names_text(piece["calls"]),
+        }
+        out.print_table(columns, distinct, digits)
 
 
-def _header(entry: Entry) -> list[tuple[str, str]]:
-    artifact = entry.artifact
-    variants, pieces = artifact.variants, artifact.pieces
-    torch = next((factor.value for factor in artifact.factors if factor.name == "env.torch"), "unknown")
-    calls = f"{count_text(len(pieces), 'call')} of {len({piece.key for piece in pieces})} different"
-    lines = count_text(sum(variant.code.count("\n") for variant in variants), "line")
-    consts = [len(variant.consts) for variant in variants if variant.consts is not None]
-    blobs = size_text(sum(blob.size for blob in artifact.blobs))
-    return [
-        ("graph hash", artifact.graph_hash),
-        ("label", artifact.label or "-"),
-        ("created", moment_text(artifact.created)),
-        ("compiled in", seconds_text(artifact.compile_seconds) if artifact.compile_seconds else "unknown"),
-        ("format", str(artifact.format_version)),
-        ("backend", ", ".join(sorted({piece.backend for piece in pieces})) or "-"),
-        ("torch", torch),
-        ("pieces", calls if pieces else "0"),
-        *([] if artifact.bindings else [("submodules", ", ".join(artifact.submod_names) or "none")]),
-        ("bindings", count_text(len(artifact.bindings), "tensor") + " of the model"),
-        ("factors", str(len(artifact.factors))),
-        ("code", f"{lines} for {len(variants)} size ranges" if len(variants) > 1 else lines),
-        ("constants", size_text(sum(consts)) if consts else "none"),
-        ("size", f"{size_text(entry.file_bytes)} and {blobs} of blobs"),
-        ("file", entry.path),
-    ]
-
-
-def _print_pieces(record: Record, width: int) -> None:
-    ranged = len(record["variants"]) > 1
-    titles = ["NAME", *(["SIZES"] if ranged else []), "KEY", "BACKEND", "BLOB", "BYTES", "SHARED BY"]
-    rows = [
-        [
-            call["name"],
-            *([str(SizeRange(**call["size_range"]))] if ranged else []),
-            call["key"][:width],
-            call["backend"],
-            call["blob"][:width],
-            call["bytes"],
-            call["shared_by"],
-        ]
-        for call in record["pieces"]
-    ]
-    print_table(titles, rows)
+def _print_pieces(record: out.Record, digits: int) -> None:
+    sizes: out.Fields = {"SIZES": lambda call: SizeRange(**call["size_range"])}
+    columns: out.Fields = {
+        "NAME": "name",
+        **(sizes if len(record["variants"]) > 1 else {}),
+        "KEY": "key",
+        "BACKEND": "backend",
+        "BLOB": "blob",
+        "SIZE": "bytes",
+        "SHARED BY": "shared_by",
+    }
+    out.print_table(columns, record["pieces"], digits)
 
 
 def _print_bindings(artifact: Artifact) -> None:
     from stitchcache.report.entry import binding_text
 
-    rows = [[binding.kind, binding.name, binding_text(binding)] for binding in artifact.bindings]
-    print_table(("KIND", "NAME", "TENSOR"), rows)
-
-
-def _print_factors(record: Record, wide: bool) -> None:
-    names = ("name", "digest", "value") if wide else ("name", "value")
-    titles = ("FACTOR", "DIGEST", "VALUE") if wide else ("FACTOR", "VALUE")
-    print_table(titles, [[factor[name] for name in names] for factor in record["factors"]])
+    rows = [{"kind": b.kind, "name": b.name, "tensor": binding_text(b)} for b in artifact.bindings]
+    out.print_table({"KIND": "kind", "NAME": "name", "TENSOR": "tensor"}, rows)
 
 
 def _print_code(artifact: Artifact) -> None:
@@ -256,7 +197,7 @@ def _print_code(artifact: Artifact) -> None:
         if len(artifact.variants) > 1:
             click.echo(f"# sizes: {variant.size_range or 'all'}")
         code = "\n".join(printable(line.replace("\t", "    ")) for line in variant.code.splitlines())
-        if on_terminal():
+        if out.on_terminal():
             from rich.console import Console
             from rich.syntax import Syntax
 
@@ -271,55 +212,54 @@ def _print_code(artifact: Artifact) -> None:
 @click.command()
 @click.argument("a")
 @click.argument("b")
-@shared_options
+@out.shared_options
 def diff(a: str, b: str, as_json: bool, root: str | None) -> None:
     """Show what tells two entries apart; A and B are the beginnings of their graph hashes.
 
     Exit status 0 says that they are the same, 1 that they differ, 2 that they cannot be compared.
     """
-    from stitchcache.cli.app import Misuse
     from stitchcache.report.entry import compare, read_entry
 
-    cache = open_cache(root)
+    cache = out.open_cache(root)
     try:
-        one, two = read_entry(cache, a), read_entry(cache, b)
+        record = compare(read_entry(cache, a), read_entry(cache, b))
     except StitchCacheError as error:
         # As in diff(1): status 1 is kept for entries that were compared.
         raise Misuse(error.message) from error
-    record = compare(one, two)
-    show(record, as_json, _print_comparison, finding=not record["same"])
+    out.show(record, as_json, _print_comparison, finding=not record["same"])
 
 
-def _print_comparison(record: Record) -> None:
+def _print_comparison(record: out.Record) -> None:
     for name in ("a", "b"):
         side = record[name]
-        sizes = f"entry {size_text(side['entry_bytes'])}, blobs {size_text(side['blob_bytes'])}"
-        print_pairs([(name.upper(), f"{side['graph_hash']}  {side['label'] or '-'}  {sizes}")])
+        sizes = f"entry {out.size_text(side['entry_bytes'])}, blobs {out.size_text(side['blob_bytes'])}"
+        out.print_pairs([(name.upper(), f"{side['graph_hash']}  {side['label'] or '-'}  {sizes}")])
     if record["same"]:
         click.echo("They are the same entry.")
         return
-    pieces, parts = record["pieces"], ("factors", "contract", "code")
-    if not (any(record[part] for part in parts) or pieces["only_a"] or pieces["only_b"]):
+    pieces = record["pieces"]
+    parts = [record["factors"], record["contract"], record["code"], pieces["only_a"], pieces["only_b"]]
+    if not any(parts):
         click.echo("Nothing that is recorded in them differs.")
     for part in ("factors", "contract"):
         if record[part]:
-            print_heading(part.capitalize())
-            print_differences(record[part], ("NAME", "A", "B"))
+            out.print_heading(part.capitalize())
+            out.print_table({"NAME": "name", "A": "old", "B": "new"}, record[part])
     if record["code"]:
-        print_heading("Code")
+        out.print_heading("Code")
         for line in record["code"]:
             colour = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1])
             click.echo(click.style(printable(line.replace("\t", "    ")), fg=colour))
-    print_heading("Pieces")
-    rows = [
-        _pieces_row("in both", pieces["shared"]),
-        _pieces_row("only in A", pieces["only_a"]),
-        _pieces_row("only in B", pieces["only_b"]),
-    ]
-    print_table(("WHERE", "DIFFERENT", "CALLS", "SIZE"), rows)
+    out.print_heading("Pieces")
+    columns: out.Fields = {
+        "WHERE": "where",
+        "DIFFERENT": lambda found: len(found["pieces"]),
+        "CALLS": lambda found: sum(len(piece["calls"]) for piece in found["pieces"]),
+        "SIZE": lambda found: out.size_text(_blob_bytes(found["pieces"])),
+    }
+    places = {"in both": "shared", "only in A": "only_a", "only in B": "only_b"}
+    out.print_table(columns, [{"where": where, "pieces": pieces[name]} for where, name in places.items()])
 
 
-def _pieces_row(where: str, pieces: Sequence[Record]) -> list[object]:
-    blobs = {piece["blob"]["digest"]: piece["blob"]["bytes"] for piece in pieces}
-    calls = sum(len(piece["calls"]) for piece in pieces)
-    return [where, len(pieces), calls, size_text(sum(blobs.values()))]
+def _blob_bytes(pieces: list[out.Record]) -> int:
+    return sum({piece["blob"]["digest"]: piece["blob"]["bytes"] for piece in pieces}.values())

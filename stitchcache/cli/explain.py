@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
-from stitchcache.cli.output import (
-    Record,
-    age_text,
-    count_text,
-    moment_text,
-    open_cache,
-    print_differences,
-    print_heading,
-    print_pairs,
-    print_table,
-    say,
-    seconds_text,
-    shared_options,
-    show,
-)
+from stitchcache.cli import output as out
 from stitchcache.errors import StitchCacheError
 
 if TYPE_CHECKING:
@@ -37,7 +22,7 @@ _VERDICTS = {"direct": "direct hit", "miss": "miss", "off": "direct lookup is of
 @click.argument("what", metavar="TARGET|KEY")
 @click.option("--trace", is_flag=True, help="Trace the target too, and look its graph up.")
 @click.option("--factors", is_flag=True, help="Show all factors, and all that differ.")
-@shared_options
+@out.shared_options
 def explain(what: str, trace: bool, factors: bool, as_json: bool, root: str | None) -> None:
     """Say why a start is warm or cold, or what a key stands for.
 
@@ -49,14 +34,9 @@ def explain(what: str, trace: bool, factors: bool, as_json: bool, root: str | No
     """
     if ":" in what:
         # Read-only: what is looked at stays as it is, damaged files included.
-        record = _targets(what, trace, open_cache(root, read_only=True))
-        cold = any(target["verdict"] != "direct" for target in record["targets"])
-        show(
-            record,
-            as_json,
-            lambda found: _print_targets(found, factors),
-            finding=cold or bool(record["failed"]),
-        )
+        record = _explain_targets(what, trace, out.open_cache(root, read_only=True))
+        wrong = bool(record["failed"]) or any(found["verdict"] != "direct" for found in record["targets"])
+        out.show(record, as_json, lambda found: _print_targets(found, factors), finding=wrong)
         return
     from stitchcache.report.entry import explain_key, is_prefix
 
@@ -67,11 +47,11 @@ def explain(what: str, trace: bool, factors: bool, as_json: bool, root: str | No
         )
     if trace:
         raise click.UsageError("--trace needs a target; a key alone says nothing that could be traced")
-    record = explain_key(open_cache(root), what)
-    show(record, as_json, lambda found: _print_key(found, factors), finding=bool(record["problem"]))
+    record = explain_key(out.open_cache(root), what)
+    out.show(record, as_json, lambda found: _print_key(found, factors), finding=bool(record["problem"]))
 
 
-def _targets(reference: str, trace: bool, cache: Cache) -> Record:
+def _explain_targets(reference: str, trace: bool, cache: Cache) -> out.Record:
     # Not at the top: they import torch, which a key does without.
     from stitchcache.api.prewarm import find_targets
     from stitchcache.report.target import explain_target
@@ -86,114 +66,97 @@ def _targets(reference: str, trace: bool, cache: Cache) -> Record:
     return {"root": str(cache.root), "targets": reports, "failed": failed}
 
 
-def _print_targets(record: Record, everything: bool) -> None:
+def _print_targets(record: out.Record, everything: bool) -> None:
     for index, target in enumerate(record["targets"]):
         if index:
             click.echo("")
-        _print_target(target, everything, record["root"])
+        _print_target(target, everything)
     for failed in record["failed"]:
-        say(f"{failed['name']}: {failed['message']}")
+        out.say(f"{failed['name']}: {failed['message']}")
 
 
-def _print_target(target: Record, everything: bool, root: str) -> None:
-    looked_up = sum(target["seconds"].get(stage, 0.0) for stage in ("key", "sources"))
-    print_pairs(
-        [
-            ("target", target["name"]),
-            ("verdict", _VERDICTS[target["verdict"]]),
-            *([("reason", target["reason"])] if target["reason"] else []),
-            ("target key", target["target_key"] or "none"),
-            ("graph hash", target["graph_hash"] or "unknown without tracing"),
-            ("looked up in", seconds_text(looked_up)),
-            ("cache", root),
-        ]
-    )
+def _print_target(target: out.Record, everything: bool) -> None:
+    seconds, trace = target["seconds"], target["trace"]
+    facts: out.Fields = {
+        "target": "name",
+        "verdict": lambda found: _VERDICTS[found["verdict"]],
+        "reason": "reason",
+        "target key": "target_key",
+        "graph hash": "graph_hash",
+        "looked up in": lambda _: out.seconds_text(seconds.get("key", 0.0) + seconds.get("sources", 0.0)),
+    }
+    out.print_facts(facts, target)
     if target["changed"]:
-        print_heading("Changed sources")
-        rows = [[file["path"], file["old"][:12], file["new"][:12]] for file in target["changed"]]
-        print_table(("FILE", "WHEN CAPTURED", "NOW"), rows)
+        out.print_heading("Changed sources")
+        out.print_table({"FILE": "path", "WHEN CAPTURED": "old", "NOW": "new"}, target["changed"])
     _print_nearest(target["nearest"], everything, "NOW")
-    trace = target["trace"]
     if trace is not None:
-        print_heading("Traced")
-        refused, compared = trace["refused"], trace["compared"]
-        print_pairs(
-            [
-                ("graph hash", trace["graph_hash"]),
-                ("in the cache", "yes" if trace["cached"] else "no"),
-                *([("direct lookup", f"off: {refused}")] if refused is not None else []),
-                *([("compared with", compared[:12])] if compared is not None else []),
-            ],
-            indent="  ",
-        )
+        out.print_heading("Traced")
+        facts = {
+            "graph hash": "graph_hash",
+            "in the cache": "cached",
+            "direct lookup is off": "refused",
+            "compared with": "compared",
+        }
+        out.print_facts(facts, trace, indent="  ")
         if trace["differences"]:
-            print_differences(trace["differences"], ("FACTOR", "THERE", "NOW"))
+            out.print_table({"FACTOR": "name", "THERE": "old", "NOW": "new"}, trace["differences"])
     _print_factors(target["factors"], everything)
 
 
-def _print_key(record: Record, everything: bool) -> None:
-    print_pairs(
-        [
-            *([("target key", record["key"])] if record["kind"] == "target" else []),
-            ("graph hash", record["graph_hash"]),
-            *(
-                [("entry", record["problem"])]
-                if record["problem"]
-                else [
-                    ("label", record["label"] or "-"),
-                    ("created", moment_text(record["created"])),
-                    ("file", record["path"]),
-                ]
-            ),
-        ]
-    )
-    if record["targets"]:
-        print_heading("Targets that lead here")
-        rows = [
-            [
-                target["target_key"][:12],
-                target["label"] or "-",
-                age_text(target["created"]),
-                "yes" if target["refused"] is None else f"no: {target['refused']}",
-            ]
-            for target in record["targets"]
-        ]
-        print_table(("KEY", "LABEL", "CREATED", "SERVED DIRECTLY"), rows)
-        newest = record["targets"][0]
-        print_heading(f"What the capture of {newest['target_key'][:12]} read")
-        sources = [[found["module"], found["bytes"], found["digest"][:12]] for found in newest["sources"]]
-        print_table(("MODULE", "BYTES", "DIGEST"), sources)
-        click.echo(f"and {count_text(len(newest['globals']), 'global')} and environment variables")
+def _print_key(record: out.Record, everything: bool) -> None:
+    facts: out.Fields = {
+        "target key": lambda found: found["key"] if found["kind"] == "target" else None,
+        "graph hash": "graph_hash",
+        "entry": "problem",
+        "label": "label",
+        "created": "created",
+        "file": "path",
+    }
+    out.print_facts(facts, record)
+    targets = record["targets"]
+    if targets:
+        out.print_heading("Targets that lead here")
+        columns: out.Fields = {
+            "KEY": "target_key",
+            "LABEL": "label",
+            "CREATED": "created",
+            "SERVED DIRECTLY": lambda found: f"no: {found['refused']}" if found["refused"] else "yes",
+        }
+        out.print_table(columns, targets)
+        out.print_heading(f"What the capture of {targets[0]['target_key'][:12]} read")
+        out.print_table({"MODULE": "module", "SIZE": "bytes", "DIGEST": "digest"}, targets[0]["sources"])
+        count = out.count_text(len(targets[0]["globals"]), "global")
+        click.echo(f"and {count} and environment variables")
     else:
         click.echo("\nNo target leads here: it is found by tracing, or by its graph hash.")
     _print_nearest(record["nearest"], everything, "HERE")
     _print_factors(record["factors"], everything)
 
 
-def _print_nearest(nearest: Sequence[Record], everything: bool, here: str) -> None:
+def _print_nearest(nearest: list[out.Record], everything: bool, here: str) -> None:
     for entry in nearest:
         differences = entry["differences"]
         # What all differs in a model of another class helps nobody.
         other = not everything and any(found["name"] == "model.class" for found in differences)
-        count = f"{count_text(len(differences), 'factor')} differ{'s' if len(differences) == 1 else ''}"
-        label = f"{entry['label'] or '-'} {entry['graph_hash'][:12]}"
-        print_heading(f"Near: {label}, {age_text(entry['created'])}, {'another class' if other else count}")
+        count = f"{out.count_text(len(differences), 'factor')} differ{'s' if len(differences) == 1 else ''}"
+        near = f"{entry['label'] or '-'} {entry['graph_hash'][:12]}, {out.age_text(entry['created'])}"
+        out.print_heading(f"Near: {near}, {'another class' if other else count}")
         if differences and not other:
-            shown = differences if everything else differences[:_MOST]
-            print_differences(shown, ("FACTOR", "THERE", here))
-            _print_rest(differences, shown)
+            fields = {"FACTOR": "name", "THERE": "old", here: "new"}
+            _print_some(fields, differences, differences if everything else differences[:_MOST])
 
 
-def _print_factors(factors: Sequence[Record], everything: bool) -> None:
-    shown = factors if everything else [f for f in factors if f["name"].startswith(_ASKED)]
-    print_heading("Factors")
-    if shown:
-        print_table(("FACTOR", "VALUE"), [[factor["name"], factor["value"]] for factor in shown])
-    elif not factors:
+def _print_factors(factors: list[out.Record], everything: bool) -> None:
+    out.print_heading("Factors")
+    asked = [factor for factor in factors if factor["name"].startswith(_ASKED)]
+    _print_some({"FACTOR": "name", "VALUE": "value"}, factors, factors if everything else asked)
+    if not factors:
         click.echo("none recorded")
-    _print_rest(factors, shown)
 
 
-def _print_rest(found: Sequence[Record], shown: Sequence[Record]) -> None:
+def _print_some(fields: out.Fields, found: list[out.Record], shown: list[out.Record]) -> None:
+    if shown:
+        out.print_table(fields, shown)
     if len(shown) < len(found):
         click.echo(f"and {len(found) - len(shown)} more; --factors shows all")

@@ -10,15 +10,7 @@ from dataclasses import asdict
 
 import click
 
-from stitchcache.cli.output import (
-    Record,
-    count_text,
-    open_cache,
-    print_table,
-    shared_options,
-    show,
-    size_text,
-)
+from stitchcache.cli import output as out
 from stitchcache.errors import OptionError
 from stitchcache.explanation import printable
 from stitchcache.store.layout import CHECKS, choice, default_root, flag, max_size, required
@@ -35,35 +27,44 @@ _MEANINGS = {
 }
 # Others' variables that change what is compiled, with what, or where.
 _FOREIGN = ("CXX", "ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
-_AVX512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+_VECTORS = {
+    "AVX-512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "AVX2": {"avx2", "fma"},
+    "SVE": {"asimd", "sve"},
+    "NEON": {"asimd"},
+}
 
 
 # -- config ----------------------------------------------------------------------------------------
 
 
 @click.command()
-@shared_options
+@out.shared_options
 def config(as_json: bool, root: str | None) -> None:
     """Show each setting, its value and where it came from."""
-    place = str(open_cache(root).root)
+    place = str(out.open_cache(root).root)
     source = "option" if root is not None else _source("STITCHCACHE_DIR")
-    settings: Record = {"root": {"value": place, "source": source, "variable": "STITCHCACHE_DIR"}}
+    settings: out.Record = {"root": {"value": place, "source": source, "variable": "STITCHCACHE_DIR"}}
     for name in _SETTINGS:
         variable = _variable(name)
         settings[name] = {"value": _value(name), "source": _source(variable), "variable": variable}
-    show({"settings": settings}, as_json, _print_settings)
+    out.show({"settings": settings}, as_json, _print_settings)
 
 
-def _print_settings(record: Record) -> None:
-    rows = []
-    for name, setting in record["settings"].items():
-        value = setting["value"]
-        if isinstance(value, bool):
-            value = "yes" if value else "no"
-        elif name == "max_size":
-            value = "no limit" if value is None else size_text(value)
-        rows.append([name, value, setting["source"], setting["variable"]])
-    print_table(("SETTING", "VALUE", "FROM", "VARIABLE"), rows)
+def _print_settings(record: out.Record) -> None:
+    columns: out.Fields = {
+        "SETTING": "name",
+        "VALUE": lambda found: (
+            out.size_text(found["value"]) if type(found["value"]) is int else found["value"]
+        ),
+        "FROM": "source",
+        "VARIABLE": "variable",
+    }
+    out.print_table(columns, [{"name": name, **found} for name, found in record["settings"].items()])
+
+
+def _value_text(value: str | int | bool | None) -> object:
+    return out.size_text(value) if type(value) is int else value
 
 
 def _variable(name: str) -> str:
@@ -93,7 +94,7 @@ def _source(variable: str) -> str:
 
 @click.command()
 @click.argument("path", required=False, type=click.Path())
-@shared_options
+@out.shared_options
 def doctor(path: str | None, as_json: bool, root: str | None) -> None:
     """Try what a cache needs of a directory and of this machine.
 
@@ -113,10 +114,10 @@ def doctor(path: str | None, as_json: bool, root: str | None) -> None:
         "problems": sum(trial.level == "problem" for trial in trials),
         "findings": [asdict(trial) for trial in trials],
     }
-    show(record, as_json, _print_trials, finding=record["problems"] != 0)
+    out.show(record, as_json, _print_trials, finding=record["problems"] != 0)
 
 
-def _print_trials(record: Record) -> None:
+def _print_trials(record: out.Record) -> None:
     click.echo(f"cache  {printable(record['root'])}")
     margin = " " * 24
     for trial in record["findings"]:
@@ -125,8 +126,8 @@ def _print_trials(record: Record) -> None:
             meaning = printable(trial["meaning"])
             click.echo(click.wrap_text(meaning, 100, initial_indent=margin, subsequent_indent=margin))
     notes = sum(trial["level"] == "note" for trial in record["findings"])
-    verdict = count_text(record["problems"], "problem") if record["problems"] else "no problems"
-    click.echo(f"{verdict}, {count_text(notes, 'note')}" if notes else verdict)
+    verdict = out.count_text(record["problems"], "problem") if record["problems"] else "no problems"
+    click.echo(f"{verdict}, {out.count_text(notes, 'note')}" if notes else verdict)
 
 
 def _torch() -> Trial:
@@ -164,13 +165,8 @@ def _processor() -> Trial:
     except OSError:
         # Not Linux.
         pass
-    if flags >= _AVX512:
-        level = "AVX-512"
-    elif flags >= {"avx2", "fma"}:
-        level = "AVX2"
-    elif flags & {"asimd", "neon"}:
-        level = "SVE" if "sve" in flags else "NEON"
-    else:
+    level = next((name for name, needed in _VECTORS.items() if flags >= needed), None)
+    if level is None:
         meaning = (
             "code is compiled for the least of its kind, or the flags cannot be read; entries that were "
             "compiled on a machine with more are not used here, so prewarm on one of this kind"
@@ -202,5 +198,5 @@ def _setting(name: str) -> tuple[Level, str]:
     except OptionError as error:
         return "problem", error.message
     if name == "max_size" and value is not None:
-        return "ok", f"a put evicts what is over {size_text(int(value))}"
+        return "ok", f"a put evicts what is over {out.size_text(int(value))}"
     return "ok", _MEANINGS.get((name, value), "")

@@ -1,16 +1,21 @@
-"""What commands share: options, the cache they name, JSON, tables, and numbers as a person reads them."""
+"""What commands share: options, the cache they name, JSON, tables, and numbers as a person reads them.
+
+A command makes a record, which ``--json`` prints as it is. Views for people are tables and facts of it:
+titles, each with the field that it shows, whose name says how the value is written, or with a function.
+"""
 
 from __future__ import annotations
 
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from stitchcache.explanation import printable
+from stitchcache.types import is_digest
 
 if TYPE_CHECKING:
     from stitchcache.cache import Cache
@@ -18,12 +23,10 @@ if TYPE_CHECKING:
 JSON_SCHEMA = 1
 F = TypeVar("F", bound=Callable[..., Any])
 Record = dict[str, Any]
-"""What a command found, as ``--json`` prints it; the views for people are made from it."""
+Fields = Mapping[str, str | Callable[[Record], object]]
 
-# Columns of numbers.
-_RIGHT = re.compile(
-    "BLOBS|BYTES|CALLS|COMPILED IN|DIFFERENT|FORMAT|ONE CALL|RUNS|SHARED BY|SIZE|TIME|.* TO FIRST OUTPUT"
-)
+_RIGHT = re.compile("BLOBS|CALLS|COMPILED IN|DIFFERENT|FORMAT|ONE CALL|RUNS|SHARED BY|SIZE|TIME|.* OUTPUT")
+"""Titles of columns of numbers."""
 
 
 def shared_options(function: F) -> F:
@@ -78,27 +81,45 @@ def on_terminal() -> bool:
 
 
 def say(text: str) -> None:
-    """Print a line that is no result on stderr."""
+    """Print lines that are no result on stderr."""
     click.echo("\n".join(map(printable, text.splitlines())), err=True)
 
 
-def print_table(titles: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print a table: plain text in full, or with bold headings and folded to the width of a terminal."""
-    cells = [[printable(str(cell)) for cell in row] for row in rows]
+def print_heading(text: str) -> None:
+    """Print a section's heading."""
+    click.echo("\n" + click.style(printable(text), bold=True))
+
+
+def print_facts(fields: Fields, record: Record, indent: str = "") -> None:
+    """Print facts of one record below each other; empty ones are left out."""
+    cells = ((title, cell(field, record, 64)) for title, field in fields.items())
+    print_pairs([(title, text) for title, text in cells if text != "-"], indent)
+
+
+def print_pairs(pairs: Sequence[tuple[str, str]], indent: str = "") -> None:
+    """Print names and values below each other."""
+    width = max((len(name) for name, _ in pairs), default=0)
+    for name, value in pairs:
+        click.echo(f"{indent}{printable(name):<{width}}  {printable(value)}")
+
+
+def print_table(fields: Fields, records: Iterable[Record], digits: int = 12) -> None:
+    """Print a line a record: plain text in full, or bold titles and lines that fit the terminal."""
+    lines = [[cell(field, record, digits) for field in fields.values()] for record in records]
     if on_terminal():
-        _print_rich(titles, cells)
+        _print_rich(list(fields), lines)
         return
-    lines = [list(titles), *cells]
+    lines.insert(0, list(fields))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         aligned = [
-            cell.rjust(width) if _RIGHT.fullmatch(title) else cell.ljust(width)
-            for title, cell, width in zip(titles, line, widths, strict=True)
+            text.rjust(width) if _RIGHT.fullmatch(title) else text.ljust(width)
+            for title, text, width in zip(fields, line, widths, strict=True)
         ]
         click.echo("  ".join(aligned).rstrip())
 
 
-def _print_rich(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_rich(titles: list[str], lines: list[list[str]]) -> None:
     # Not at the top: rich takes longer to import than most commands take to answer into a pipe.
     from rich.console import Console
     from rich.table import Table
@@ -107,28 +128,30 @@ def _print_rich(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for title in titles:
         table.add_column(title, justify="right" if _RIGHT.fullmatch(title) else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
+    for line in lines:
+        table.add_row(*map(Text, line))
     Console(highlight=False).print(table)
 
 
-def print_pairs(pairs: Iterable[tuple[str, object]], indent: str = "") -> None:
-    """Print names and values below each other."""
-    found = list(pairs)
-    width = max((len(name) for name, _ in found), default=0)
-    for name, value in found:
-        click.echo(f"{indent}{printable(name):<{width}}  {printable(str(value))}".rstrip())
-
-
-def print_heading(text: str) -> None:
-    """Print a section's heading."""
-    click.echo("")
-    click.echo(click.style(printable(text), bold=True))
-
-
-def print_differences(differences: Sequence[Record], titles: Sequence[str]) -> None:
-    """Print what differs between two things, as ``difference_records`` gives it."""
-    print_table(titles, [[found["name"], found["old"], found["new"]] for found in differences])
+def cell(field: str | Callable[[Record], object], record: Record, digits: int) -> str:
+    """A field of a record in words, with this many digits of a key; ``-`` for nothing."""
+    name = field if isinstance(field, str) else ""
+    value: Any = record[field] if isinstance(field, str) else field(record)
+    if value is None:
+        text = ""
+    elif name in ("created", "last_used"):
+        text = age_text(value)
+    elif isinstance(value, bool):
+        text = "yes" if value else "no"
+    elif name.endswith("seconds"):
+        text = seconds_text(value) if value else ""
+    elif name.endswith("bytes"):
+        text = size_text(value)
+    elif isinstance(value, (list, tuple)):
+        text = ", ".join(map(str, value))
+    else:
+        text = value[:digits] if is_digest(value) else str(value)
+    return printable(text) or "-"
 
 
 # -- words -----------------------------------------------------------------------------------------

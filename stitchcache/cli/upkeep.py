@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
-from stitchcache.cli.output import (
-    Record,
-    age_text,
-    count_text,
-    moment_text,
-    open_cache,
-    print_heading,
-    print_pairs,
-    print_table,
-    say,
-    seconds_text,
-    shared_options,
-    short_length,
-    show,
-    size_text,
-)
+from stitchcache.cli import output as out
 from stitchcache.errors import OptionError
 from stitchcache.store.layout import parse_size
 
@@ -41,28 +24,28 @@ _NOT_DONE = "Nothing was removed. Repeat with --yes to remove it."
 
 @click.command()
 @click.option("--repair", is_flag=True, help="Move damaged files to quarantine; remove what leads nowhere.")
-@shared_options
+@out.shared_options
 def verify(repair: bool, as_json: bool, root: str | None) -> None:
     """Check every byte of a cache.
 
     Exit status 1 says that something is wrong and was not repaired. What went to quarantine is compiled
     again when it is next asked for.
     """
-    cache = open_cache(root)
+    cache = out.open_cache(root)
     report = cache.verify(repair=repair)
     record = {"root": str(cache.root), "clean": report.clean, **asdict(report)}
-    show(record, as_json, _print_findings, finding=not report.clean)
+    out.show(record, as_json, _print_findings, finding=not report.clean)
 
 
-def _print_findings(record: Record) -> None:
+def _print_findings(record: out.Record) -> None:
     findings = record["findings"]
     if findings:
-        rows = [[f["problem"], "yes" if f["repaired"] else "no", f["path"], f["detail"]] for f in findings]
-        print_table(("PROBLEM", "REPAIRED", "FILE", "DETAIL"), rows)
+        columns = {"PROBLEM": "problem", "REPAIRED": "repaired", "FILE": "path", "DETAIL": "detail"}
+        out.print_table(columns, findings)
     kinds = {"entries": "entry", "blobs": "blob", "targets": "target", "pieces": "piece"}
-    seen = ", ".join(count_text(record[name], kind) for name, kind in kinds.items())
-    verdict = count_text(len(findings), "finding") if findings else "all sound"
-    click.echo(f"{seen}, {size_text(record['bytes'])} read: {verdict}")
+    seen = ", ".join(out.count_text(record[name], kind) for name, kind in kinds.items())
+    verdict = out.count_text(len(findings), "finding") if findings else "all sound"
+    click.echo(f"{seen}, {out.size_text(record['bytes'])} read: {verdict}")
 
 
 # -- prune and clear -------------------------------------------------------------------------------
@@ -96,7 +79,7 @@ def _age(_ctx: click.Context, _param: click.Parameter, value: str | None) -> flo
 @click.option("--max-files", type=click.IntRange(min=0), help="Files that may stay.")
 @click.option("--max-age", callback=_age, metavar="AGE", help="Entries unused for longer go, such as 30d.")
 @click.option("--yes", is_flag=True, help="Do it.")
-@shared_options
+@out.shared_options
 def prune(
     max_bytes: int | None,
     max_files: int | None,
@@ -109,14 +92,14 @@ def prune(
 
     Prints what would go; nothing is removed without --yes. Entries in use stay.
     """
-    cache = open_cache(root)
+    cache = out.open_cache(root)
     plan = cache.plan_prune(max_bytes=max_bytes, max_files=max_files, max_age=max_age)
-    record: Record = {"root": str(cache.root), "plan": _plan_record(plan)}
+    record: out.Record = {"root": str(cache.root), "plan": _plan_record(plan)}
     record["done"] = asdict(plan.execute()) if yes else None
-    show(record, as_json, _print_pruned, finding=_incomplete(record))
+    out.show(record, as_json, _print_pruned, finding=_incomplete(record))
 
 
-def _plan_record(plan: PrunePlan) -> Record:
+def _plan_record(plan: PrunePlan) -> out.Record:
     return {
         "entries": [
             {"graph_hash": item.key, "bytes": item.size, "last_used": item.modified / 1e9, "reason": reason}
@@ -126,33 +109,22 @@ def _plan_record(plan: PrunePlan) -> Record:
         "targets": [item.key for item in plan.targets],
         "pieces": [item.key for item in plan.pieces],
         "leftovers": [item.path for item in plan.leftovers],
-        "files": plan.files,
-        "bytes": plan.bytes,
-        "total_files": plan.total_files,
-        "total_bytes": plan.total_bytes,
         "unreadable": list(plan.unreadable),
+        **{name: getattr(plan, name) for name in ("files", "bytes", "total_files", "total_bytes")},
     }
 
 
-def _print_pruned(record: Record) -> None:
+def _print_pruned(record: out.Record) -> None:
     plan = record["plan"]
     if plan["entries"]:
-        length = short_length(entry["graph_hash"] for entry in plan["entries"])
-        rows = [
-            [
-                entry["graph_hash"][:length],
-                age_text(entry["last_used"]),
-                size_text(entry["bytes"]),
-                entry["reason"],
-            ]
-            for entry in plan["entries"]
-        ]
-        print_table(("GRAPH", "LAST USED", "SIZE", "WHY"), rows)
+        digits = out.short_length(entry["graph_hash"] for entry in plan["entries"])
+        columns = {"GRAPH": "graph_hash", "LAST USED": "last_used", "SIZE": "bytes", "WHY": "reason"}
+        out.print_table(columns, plan["entries"], digits)
     for path in plan["unreadable"]:
-        say(f"{path}: cannot be read here, so no entry and no blob goes")
-    held = f"{count_text(plan['total_files'], 'file')}, {size_text(plan['total_bytes'])}"
-    parts = f"{count_text(len(plan['entries']), 'entry')}, {count_text(len(plan['blobs']), 'blob')}"
-    whole = f"{count_text(plan['files'], 'file')} in all, {size_text(plan['bytes'])}"
+        out.say(f"{path}: cannot be read here, so no entry and no blob goes")
+    held = f"{out.count_text(plan['total_files'], 'file')}, {out.size_text(plan['total_bytes'])}"
+    parts = f"{out.count_text(len(plan['entries']), 'entry')}, {out.count_text(len(plan['blobs']), 'blob')}"
+    whole = f"{out.count_text(plan['files'], 'file')} in all, {out.size_text(plan['bytes'])}"
     click.echo(f"{record['root']} holds {held}; to remove: {parts}, {whole}")
     if record["done"] is not None:
         _print_removed(record)
@@ -162,57 +134,55 @@ def _print_pruned(record: Record) -> None:
 
 @click.command()
 @click.option("--yes", is_flag=True, help="Do it.")
-@shared_options
+@out.shared_options
 def clear(yes: bool, as_json: bool, root: str | None) -> None:
     """Remove everything from a cache but what is in use. Nothing is removed without --yes."""
-    cache = open_cache(root)
+    cache = out.open_cache(root)
     held = cache.stats()
     done = asdict(cache.clear()) if yes else None
     record = {"root": str(cache.root), "files": held.files, "bytes": held.bytes, "done": done}
 
-    def view(found: Record) -> None:
+    def view(found: out.Record) -> None:
         if done is not None:
             _print_removed(found)
             return
-        files = f"{count_text(held.files, 'file')} in all, {size_text(held.bytes)}"
-        click.echo(f"{cache.root} holds {count_text(held.entries, 'entry')}, {files}.")
+        files = f"{out.count_text(held.files, 'file')} in all, {out.size_text(held.bytes)}"
+        click.echo(f"{cache.root} holds {out.count_text(held.entries, 'entry')}, {files}.")
         click.echo(_NOT_DONE)
 
-    show(record, as_json, view, finding=_incomplete(record))
+    out.show(record, as_json, view, finding=_incomplete(record))
 
 
-def _incomplete(record: Record) -> bool:
+def _incomplete(record: out.Record) -> bool:
     done = record["done"]
     return done is not None and bool(done["failed"] or done["busy"])
 
 
-def _print_removed(record: Record) -> None:
+def _print_removed(record: out.Record) -> None:
     done = record["done"]
     if done["busy"]:
-        say("another process is pruning this cache; nothing was removed")
+        out.say("another process is pruning this cache; nothing was removed")
         return
     for path, reason in done["failed"]:
-        say(f"{path}: cannot be removed ({reason})")
-    in_use = f"; {count_text(len(done['in_use']), 'entry')} in use stayed" if done["in_use"] else ""
-    click.echo(
-        f"removed {count_text(len(done['entries']), 'entry')}, {count_text(done['files'], 'file')} in all, "
-        f"{size_text(done['bytes'])}{in_use}"
-    )
+        out.say(f"{path}: cannot be removed ({reason})")
+    in_use = f"; {out.count_text(len(done['in_use']), 'entry')} in use stayed" if done["in_use"] else ""
+    files = f"{out.count_text(done['files'], 'file')} in all, {out.size_text(done['bytes'])}"
+    click.echo(f"removed {out.count_text(len(done['entries']), 'entry')}, {files}{in_use}")
 
 
 @click.command()
-@shared_options
+@out.shared_options
 def migrate(as_json: bool, root: str | None) -> None:
     """Rewrite entries of older formats; each old file goes once its successor is stored."""
-    cache = open_cache(root)
+    cache = out.open_cache(root)
     done = cache.migrate()
 
-    def view(_record: Record) -> None:
+    def view(_record: out.Record) -> None:
         for graph_hash in done:
             click.echo(graph_hash)
-        say(f"rewrote {count_text(len(done), 'entry')} in {cache.root}")
+        out.say(f"rewrote {out.count_text(len(done), 'entry')} in {cache.root}")
 
-    show({"root": str(cache.root), "migrated": done}, as_json, view)
+    out.show({"root": str(cache.root), "migrated": done}, as_json, view)
 
 
 # -- stats -----------------------------------------------------------------------------------------
@@ -236,12 +206,6 @@ _WORDS = {
     "look.unchecked": "starts that could not be compared",
     "audit.right": "audits that found the direct hit right",
     "audit.wrong": "audits that found it wrong",
-    "piece.compiled.aoti": "pieces compiled by aoti",
-    "microseconds.piece.aoti": "time in them, one by one",
-    "piece.compiled.inductor": "pieces compiled by inductor",
-    "microseconds.piece.inductor": "time in them, one by one",
-    "piece.compiled.eager": "pieces stored as eager code",
-    "microseconds.piece.eager": "time in them, one by one",
     "put": "entries stored",
     "put.bytes": "bytes stored",
     "microseconds.spent": "time spent on starts",
@@ -252,62 +216,48 @@ _WORDS = {
 
 
 @click.command()
-@click.option(
-    "--prometheus",
-    metavar="[FILE]",
-    is_flag=False,
-    flag_value="-",
-    help="Print Prometheus' text format, or replace a file with it at once, as its text collector needs.",
-)
+@click.option("--prometheus", is_flag=True, help="Print Prometheus' text format.")
 @click.option("--zero", is_flag=True, help="Print, and then forget what was counted.")
-@shared_options
-def stats(prometheus: str | None, zero: bool, as_json: bool, root: str | None) -> None:
+@out.shared_options
+def stats(prometheus: bool, zero: bool, as_json: bool, root: str | None) -> None:
     """Show what a cache holds, and its hits and misses."""
     if prometheus and as_json:
         raise click.UsageError("--prometheus and --json are two formats; choose one")
-    cache = open_cache(root)
+    cache = out.open_cache(root)
     found = cache.stats()
-    if prometheus is not None:
-        _write(prometheus, found.prometheus())
+    if prometheus:
+        click.echo(found.prometheus(), nl=False)
     else:
-        show({"root": str(cache.root), **asdict(found)}, as_json, _print_stats)
+        out.show({"root": str(cache.root), **asdict(found)}, as_json, _print_stats)
     if zero:
         cache.zero_stats()
 
 
-def _print_stats(record: Record) -> None:
-    held = [("cache", record["root"])]
-    held += [(name, str(record[name])) for name in ("entries", "blobs", "targets", "pieces", "files")]
-    held.append(("size", size_text(record["bytes"])))
-    if record["quarantine_files"]:
-        size = size_text(record["quarantine_bytes"])
-        held.append(("quarantine", f"{count_text(record['quarantine_files'], 'file')}, {size}"))
-    print_pairs(held)
+def _print_stats(record: out.Record) -> None:
+    kept = record["quarantine_files"]
+    quarantine = f"{out.count_text(kept, 'file')}, {out.size_text(record['quarantine_bytes'])}"
+    fields: out.Fields = {
+        "cache": "root",
+        **{name: name for name in ("entries", "blobs", "targets", "pieces", "files")},
+        "size": "bytes",
+        "quarantine": lambda _: quarantine if kept else None,
+    }
+    out.print_facts(fields, record)
     counters = record["counters"]
     if counters:
-        print_heading(f"Counted since {moment_text(record['since'])}")
-        # Counters of a newer stitchcache are shown too, after those that are known here.
+        out.print_heading(f"Counted since {out.moment_text(record['since'])}")
+        # Those that are known here come first, in the order of their words.
         names = [name for name in [*_WORDS, *(counters.keys() - _WORDS.keys())] if name in counters]
-        print_pairs([(_WORDS.get(name, name), _value(name, counters[name])) for name in names], indent="  ")
+        out.print_pairs([(_word(name), _value(name, counters[name])) for name in names], indent="  ")
+
+
+def _word(name: str) -> str:
+    kind, _, backend = name.rpartition(".")
+    kinds = {"piece.compiled": "pieces compiled by", "microseconds.piece": "time in pieces of"}
+    return _WORDS.get(name) or (f"{kinds[kind]} {backend}" if kind in kinds else name)
 
 
 def _value(name: str, number: int) -> str:
     if name.startswith("microseconds."):
-        return seconds_text(number / 1e6)
-    return size_text(number) if name.endswith(".bytes") else str(number)
-
-
-def _write(path: str, text: str) -> None:
-    if path == "-":
-        click.echo(text, nl=False)
-        return
-    # Collectors read at any moment; a rename shows them the old file or the new one.
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise click.ClickException(f"{path}: cannot be written ({error.strerror})") from error
+        return out.seconds_text(number / 1e6)
+    return out.size_text(number) if name.endswith(".bytes") else str(number)

@@ -12,36 +12,30 @@ import statistics
 import sys
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from stitchcache.demo.decoder import Decoder, DecoderConfig
-    from stitchcache.pipeline.find import Progress
-    from stitchcache.runtime.model import CompiledModel
+from typing import Any
 
 _WARM_CALLS = 20
 _CALLS = 200
 _SHAPES = ((2, 16), (1, 2), (5, 33), (64, 3))
 
+Record = dict[str, Any]
 
-def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Do a job.
+
+def measure(job: Record) -> Record:
+    """Run the decoder eagerly or through the cache.
 
     Args:
         job: ``mode`` (``eager`` or ``cached``), ``spawned`` (when the parent started this process, in Unix
             seconds), ``config`` (fields of ``DecoderConfig``), ``backend`` and ``cache``.
 
     Returns:
-        Seconds from the start of the process and from the built model to the first output, the latter by
-        stage too; the median of later calls with one thread; the compiler packages that were imported until
-        then; of a cached run, the largest difference from eager and facts of the entry.
+        Times, the compiler packages that were imported for the first output, and of a cached run the largest
+        difference from eager and facts of the entry.
 
     Raises:
         StitchCacheError: The decoder cannot be compiled.
     """
-    # Not at the top: importing torch is a part of what is measured.
+    # Not at the top, here and below: what is imported is a part of what is measured.
     import torch
 
     from stitchcache.demo.decoder import DecoderConfig, build, token_ids
@@ -51,17 +45,14 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     built = time.time()
     stages: dict[str, float] = {}
     eager: Any = torch.no_grad()(model)
-    run: Any = eager
-    if job["mode"] == "cached":
-        run = _compiled(job, config, model, ids, stages)
+    run = eager if job["mode"] == "eager" else _compiled(job, config, model, ids, stages)
     began = time.time()
     run(ids)
     first = time.time()
     stages["call"] = first - began
-    # Not at the top: the times above are measured, and this imports a file.
     from stitchcache.torchside.state import imported_compilers
 
-    measured: dict[str, Any] = {
+    measured = {
         "process_seconds": first - job["spawned"],
         "model_seconds": first - built,
         "stages": stages,
@@ -74,29 +65,24 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         run(ids)
         times.append(time.perf_counter() - before)
     measured["call_microseconds"] = statistics.median(times[_WARM_CALLS:]) * 1e6
-    if job["mode"] == "cached":
-        inputs = [token_ids(config, rows, tokens) for rows, tokens in _SHAPES]
-        measured |= {
-            "difference": max(float((run(ids) - eager(ids)).abs().max()) for ids in inputs),
-            "hit": run.cache_hit,
-            "graph_hash": run.graph_hash,
-            "pieces": len(run.artifact.pieces),
-            "distinct": len({piece.key for piece in run.artifact.pieces}),
-        }
-    return measured
+    if job["mode"] == "eager":
+        return measured
+    inputs = [token_ids(config, rows, tokens) for rows, tokens in _SHAPES]
+    return measured | {
+        "difference": max(float((run(ids) - eager(ids)).abs().max()) for ids in inputs),
+        "hit": run.cache_hit,
+        "graph_hash": run.graph_hash,
+        "pieces": len(run.artifact.pieces),
+        "distinct": len({piece.key for piece in run.artifact.pieces}),
+    }
 
 
-def _compiled(
-    job: dict[str, Any], config: DecoderConfig, model: Decoder, ids: Tensor, stages: dict[str, float]
-) -> CompiledModel:
+def _compiled(job: Record, config: Any, model: Any, ids: Any, stages: dict[str, float]) -> Any:
     began = time.time()
     from stitchcache.api.compile import compile_request
     from stitchcache.cache import Cache
     from stitchcache.demo.decoder import decoder_target
     from stitchcache.pipeline.find import Request
-
-    def on_progress(progress: Progress) -> None:
-        _say({"progress": asdict(progress)})
 
     target = decoder_target(config, job["backend"])
     stages["import"] = time.time() - began
@@ -107,9 +93,15 @@ def _compiled(
         label=target.name,
     )
     began = time.time()
-    compiled = compile_request(model, (ids,), {}, request, Cache(job["cache"]), on_progress)
+    compiled = compile_request(
+        model, (ids,), {}, request, Cache(job["cache"]), lambda progress: _say(progress=asdict(progress))
+    )
     stages["compile"] = time.time() - began
     return compiled
+
+
+def _say(**record: Record) -> None:
+    print(json.dumps(record), flush=True)
 
 
 def main() -> None:
@@ -117,14 +109,10 @@ def main() -> None:
     from stitchcache.errors import StitchCacheError
 
     try:
-        _say({"result": measure(json.loads(sys.argv[1]))})
+        _say(result=measure(json.loads(sys.argv[1])))
     except StitchCacheError as error:
-        _say({"error": {"type": type(error).__name__, "message": error.message}})
+        _say(error={"type": type(error).__name__, "message": error.message})
         raise SystemExit(1) from None
-
-
-def _say(record: dict[str, Any]) -> None:
-    print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":

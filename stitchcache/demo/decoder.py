@@ -24,30 +24,19 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, layer: str) -> None:
     out.copy_(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
-def _attend_meta(q: Tensor, k: Tensor, v: Tensor, out: Tensor, layer: str) -> None:
-    # Shapes do not change: there is nothing to work out.
-    return
-
-
 # torch.library.custom_op would be shorter, but its ops import torch._dynamo when they are first called. The
 # library lives as long as this object.
 _library: Any = torch.library.Library("stitchdemo", "DEF")  # type: ignore[no-untyped-call]
 _library.define("attention(Tensor q, Tensor k, Tensor v, Tensor(a!) out, str layer) -> ()")
-_library.impl("attention", _attend, "CPU")
-_library.impl("attention", _attend, "CUDA")
-_library.impl("attention", _attend_meta, "Meta")
+for _key in ("CPU", "CUDA"):
+    _library.impl("attention", _attend, _key)
+# It returns nothing, so its fake has nothing to work out.
+_library.impl("attention", lambda *_: None, "Meta")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
-    """Sizes of a decoder.
-
-    Args:
-        layers: Blocks.
-        width: Size of a token's vector; a multiple of ``heads``.
-        heads: Attention heads.
-        vocabulary: Tokens that exist.
-    """
+    """Sizes of a decoder; ``width`` is that of a token's vector, and a multiple of ``heads``."""
 
     layers: int = 4
     width: int = 64

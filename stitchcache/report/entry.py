@@ -25,9 +25,9 @@ from stitchcache.types import (
     Artifact,
     BindingSpec,
     InputSpec,
-    LeafSpec,
+    OutputSpec,
     Size,
-    SymbolSpec,
+    SizeRange,
     TargetRecord,
     TensorSpec,
 )
@@ -41,13 +41,7 @@ _MOST_NEAR = 3
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An entry with the file it came from.
-
-    Args:
-        artifact: What the file holds.
-        path: The file.
-        file_bytes: Its length.
-    """
+    """An entry with the file it came from, and the file's length."""
 
     artifact: Artifact
     path: str
@@ -87,27 +81,32 @@ def read_entry(cache: Cache, prefix: str) -> Entry:
 # -- one entry ------------------------------------------------------------------------------------
 
 
+def summary(entry: Entry) -> Record:
+    """What an entry is, without its parts."""
+    artifact = entry.artifact
+    return {
+        **_fields(artifact, "graph_hash", "label", "created", "compile_seconds", "format_version"),
+        "path": entry.path,
+        "entry_bytes": entry.file_bytes,
+        "blob_bytes": sum(blob.size for blob in artifact.blobs),
+        "code_lines": sum(variant.code.count("\n") for variant in artifact.variants),
+    }
+
+
 def entry_record(entry: Entry) -> Record:
     """Everything that is known of an entry."""
     artifact = entry.artifact
     return {
-        "graph_hash": artifact.graph_hash,
-        "label": artifact.label,
-        "created": artifact.created,
-        "compile_seconds": artifact.compile_seconds,
-        "format_version": artifact.format_version,
-        "path": entry.path,
-        "entry_bytes": entry.file_bytes,
-        "blob_bytes": sum(blob.size for blob in artifact.blobs),
+        **summary(entry),
         "backends": sorted({piece.backend for piece in artifact.pieces}),
-        "input": None if artifact.input_spec is None else asdict(artifact.input_spec),
-        "output": None if artifact.output_spec is None else asdict(artifact.output_spec),
+        "input": _dict(artifact.input_spec),
+        "output": _dict(artifact.output_spec),
         "pieces": call_records(artifact),
         "bindings": [asdict(binding) for binding in artifact.bindings],
         "factors": [asdict(factor) for factor in artifact.factors],
         "variants": [
             {
-                "size_range": None if variant.size_range is None else asdict(variant.size_range),
+                "size_range": _dict(variant.size_range),
                 "code": variant.code,
                 "submod_names": list(variant.submod_names),
                 "consts_bytes": None if variant.consts is None else len(variant.consts),
@@ -115,6 +114,14 @@ def entry_record(entry: Entry) -> Record:
             for variant in artifact.variants
         ],
     }
+
+
+def _fields(record: object, *names: str) -> Record:
+    return {name: getattr(record, name) for name in names}
+
+
+def _dict(part: InputSpec | OutputSpec | SizeRange | None) -> Record | None:
+    return None if part is None else asdict(part)
 
 
 def call_records(artifact: Artifact) -> list[Record]:
@@ -127,7 +134,7 @@ def call_records(artifact: Artifact) -> list[Record]:
             "backend": piece.backend,
             "blob": piece.blob.digest,
             "bytes": piece.blob.size,
-            "size_range": None if variant.size_range is None else asdict(variant.size_range),
+            "size_range": _dict(variant.size_range),
             "shared_by": calls[piece.blob.digest],
         }
         for variant in artifact.variants
@@ -158,8 +165,8 @@ def compare(a: Entry, b: Entry) -> Record:
     names = (one.graph_hash[:12], two.graph_hash[:12])
     return {
         "same": one.graph_hash == two.graph_hash,
-        "a": _side(a),
-        "b": _side(b),
+        "a": summary(a),
+        "b": summary(b),
         "factors": difference_records(explain_differences(one.factors, two.factors)),
         "contract": difference_records({name: pair for name, pair in pairs.items() if pair[0] != pair[1]}),
         "code": list(difflib.unified_diff(_code(one), _code(two), *names, lineterm="")),
@@ -174,20 +181,6 @@ def compare(a: Entry, b: Entry) -> Record:
 def difference_records(differences: Mapping[str, tuple[str, str]]) -> list[Record]:
     """Differences as JSON has them."""
     return [{"name": name, "old": old, "new": new} for name, (old, new) in differences.items()]
-
-
-def _side(entry: Entry) -> Record:
-    artifact = entry.artifact
-    return {
-        "graph_hash": artifact.graph_hash,
-        "label": artifact.label,
-        "created": artifact.created,
-        "format_version": artifact.format_version,
-        "entry_bytes": entry.file_bytes,
-        "blob_bytes": sum(blob.size for blob in artifact.blobs),
-        "code_lines": sum(variant.code.count("\n") for variant in artifact.variants),
-        "path": entry.path,
-    }
 
 
 def _contract(artifact: Artifact) -> dict[str, str]:
@@ -249,14 +242,13 @@ def explain_key(cache: Cache, prefix: str) -> Record:
         factors = entry.artifact.factors
         compared = tuple(f for f in compared or factors if not f.name.startswith("graph."))
     label = entry.artifact.label if entry is not None else targets[0][2].label
+    facts = {} if entry is None else summary(entry)
     near = nearest_entries(cache.roots, compared, label=label, most=_MOST_NEAR, without={key})
     return {
         "kind": kind,
         "key": key,
         "graph_hash": key if kind == "entry" else targets[0][2].graph_hash,
-        "label": None if entry is None else entry.artifact.label,
-        "created": None if entry is None else entry.artifact.created,
-        "path": None if entry is None else entry.path,
+        **{name: facts.get(name) for name in ("label", "created", "path")},
         "problem": problem,
         "targets": [_target_record(*target) for target in targets],
         "factors": [asdict(factor) for factor in factors],
@@ -290,26 +282,16 @@ def ambiguous(prefix: str, labels: Mapping[str, str], kind: str) -> AmbiguousPre
 
 def near_records(nearest: Iterable[NearestEntry]) -> list[Record]:
     """The nearest entries as JSON has them."""
+    names = ("graph_hash", "target_key", "label", "created", "refused")
     return [
-        {
-            "graph_hash": entry.graph_hash,
-            "target_key": entry.target_key,
-            "label": entry.label,
-            "created": entry.created,
-            "refused": entry.refused,
-            "differences": difference_records(entry.differences),
-        }
-        for entry in nearest
+        {**_fields(entry, *names), "differences": difference_records(entry.differences)} for entry in nearest
     ]
 
 
 def _target_record(key: str, path: str, record: TargetRecord) -> Record:
     return {
         "target_key": key,
-        "graph_hash": record.graph_hash,
-        "label": record.label,
-        "created": record.created,
-        "refused": record.refused,
+        **_fields(record, "graph_hash", "label", "created", "refused"),
         "sources": [{"module": s.module, "bytes": s.size, "digest": s.digest} for s in record.sources],
         "globals": [{"name": name, "digest": digest} for name, digest in record.globals],
         "path": path,
@@ -331,42 +313,31 @@ def tensor_text(tensor: TensorSpec) -> str:
 def contiguous(shape: tuple[Size, ...]) -> tuple[Size, ...] | None:
     """Strides of a contiguous tensor; ``None`` where one is a product that can be spelled in several ways."""
     strides: list[Size] = []
-    factor, symbol = 1, ""
+    symbols: list[str] = []
+    factor = 1
     for size in reversed(shape):
-        if symbol and factor != 1 and not symbol.isidentifier():
+        if len(symbols) > 1 or (symbols and factor != 1 and not symbols[0].isidentifier()):
             return None
-        strides.append(factor if not symbol else symbol if factor == 1 else f"{factor}*{symbol}")
+        symbol = symbols[0] if symbols else ""
+        strides.append(f"{factor}*{symbol}" if symbol and factor != 1 else symbol or factor)
         if isinstance(size, int):
             factor *= size
-        elif len(strides) < len(shape):
-            if symbol:
-                return None
-            symbol = size
+        else:
+            symbols.append(size)
     return tuple(reversed(strides))
 
 
-def leaf_text(leaf: LeafSpec) -> str:
-    """What one argument must be."""
-    if leaf.tensor is not None:
-        return tensor_text(leaf.tensor)
-    if leaf.kind == "symbol":
-        return f"int {leaf.symbol}"
-    return f"must be {leaf.value!r}"
-
-
-def symbol_text(symbol: SymbolSpec) -> str:
-    """A symbol's range, such as ``1..64 (batch)``."""
-    most = "" if symbol.max is None else str(symbol.max)
-    label = f" ({symbol.label})" if symbol.label else ""
-    return f"{symbol.min}..{most}{label}" if most else f"{symbol.min} and more{label}"
-
-
 def input_lines(spec: InputSpec | None) -> list[tuple[str, str]]:
-    """The input contract as names and values."""
+    """The input contract as names and values: arguments, ranges of symbols, further constraints."""
     if spec is None:
         return [("", "not recorded: made through the engine API")]
-    lines = [(leaf.path, leaf_text(leaf)) for leaf in spec.leaves]
-    lines += [(symbol.name, symbol_text(symbol)) for symbol in spec.symbols]
+    lines = []
+    for leaf in spec.leaves:
+        text = f"int {leaf.symbol}" if leaf.kind == "symbol" else f"must be {leaf.value!r}"
+        lines.append((leaf.path, text if leaf.tensor is None else tensor_text(leaf.tensor)))
+    for symbol in spec.symbols:
+        text = f"{symbol.min} and more" if symbol.max is None else f"{symbol.min}..{symbol.max}"
+        lines.append((symbol.name, f"{text} ({symbol.label})" if symbol.label else text))
     lines += [("must hold", constraint) for constraint in spec.constraints]
     return lines or [("", "no arguments")]
 
@@ -392,29 +363,24 @@ def binding_text(binding: BindingSpec) -> str:
     return f"{text} (the same tensor as {', '.join(binding.aliases)})" if binding.aliases else text
 
 
-def tree_text(tree: str, leaves: list[str] | None = None) -> str:
-    """A structure such as ``(*, {'mask': *})``.
+def tree_text(tree: str) -> str:
+    """A structure, as ``stitchcache.tree.dumps`` writes it, such as ``(*, {'mask': *})``.
 
-    Args:
-        tree: As ``stitchcache.tree.dumps`` writes it.
-        leaves: What to write for each leaf; ``*`` if ``None``.
-
-    Returns:
-        The text; the serialized form itself where it is of a kind unknown here.
+    One of a kind unknown here is shown as it is.
     """
     try:
         _version, spec = json.loads(tree)
-        return _node(spec, iter(leaves) if leaves is not None else None)[:_MOST_TEXT]
-    except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError):
+        return _node(spec)[:_MOST_TEXT]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return tree[:_MOST_TEXT]
 
 
-def _node(spec: dict[str, Any], leaves: Any) -> str:
+def _node(spec: Record) -> str:
     kind = spec["type"]
     if kind is None:
-        return next(leaves) if leaves is not None else "*"
-    children = [_node(child, leaves) for child in spec["children_spec"]]
-    context = spec["context"]
+        return "*"
+    children = [_node(child) for child in spec["children_spec"]]
+    context, name = spec["context"], kind.rpartition(".")[2]
     if kind == "builtins.tuple":
         return f"({', '.join(children)}{',' if len(children) == 1 else ''})"
     if kind == "builtins.list":
@@ -424,6 +390,5 @@ def _node(spec: dict[str, Any], leaves: Any) -> str:
     keys = json.loads(context) if isinstance(context, str) else None
     if isinstance(keys, list) and len(keys) == len(children):
         fields = ", ".join(f"{key!r}: {child}" for key, child in zip(keys, children, strict=True))
-        braces = "{" + fields + "}"
-        return braces if kind == "builtins.dict" else f"{kind.rpartition('.')[2]}({braces})"
-    return f"{kind.rpartition('.')[2]}({', '.join(children)})"
+        return f"{{{fields}}}" if kind == "builtins.dict" else f"{name}({{{fields}}})"
+    return f"{name}({', '.join(children)})"

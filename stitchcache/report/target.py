@@ -21,12 +21,11 @@ def explain_target(target: Target, cache: Cache, *, trace: bool = False, most: i
         target: What to look up; its model is built.
         cache: Where; one that is opened read-only stays as it is, damage included.
         trace: Whether to trace it too, which takes seconds.
-        most: How many of the nearest entries to name.
+        most: How many of the nearest entries to name, where the key leads nowhere.
 
     Returns:
-        The verdict (``direct``, ``miss``, or ``off`` where direct lookup is off) with its reason, the target
-        key and what it leads to, factors, changed sources, the nearest entries where the key leads nowhere,
-        seconds by stage, and what tracing gave.
+        What ``explain --json`` prints of a target. Its verdict is ``direct``, ``miss``, or ``off`` where
+        direct lookup is off.
 
     Raises:
         TargetError: The model cannot be built.

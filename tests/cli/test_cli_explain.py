@@ -132,7 +132,7 @@ def test_an_entry_with_all_that_leads_to_it(run_cli, root):
     assert f"graph hash {key('a')}" in text
     assert any(line.startswith(key("t1")[:12]) and line.endswith("yes") for line in text)
     assert any(line.startswith(key("t2")[:12]) and "no: it reads a clock" in line for line in text)
-    assert f"mylib.model 321 {key('source')[:12]}" in text
+    assert f"mylib.model 321 B {key('source')[:12]}" in text
     record = run_cli("explain", key("a"), "--json", "--cache", root).json
     assert (record["kind"], record["key"]) == ("entry", key("a"))
     assert {target["target_key"] for target in record["targets"]} == {key("t1"), key("t2")}

@@ -46,14 +46,14 @@ def test_words():
     assert short_length(["a" * 64, "a" * 64]) == 12
 
 
-TITLES = ["KEY", "LABEL", "SIZE"]
-ROW = ["a" * 10, "some words that a narrow terminal has to fold", "12 B"]
+FIELDS = {"KEY": "key", "LABEL": "label", "SIZE": "size"}
+RECORD = {"key": "a" * 10, "label": "some words that a narrow terminal has to fold", "size": "12 B"}
 
 
 def test_a_table_in_a_pipe_is_not_cut(capsys):
-    print_table(TITLES, [ROW, ["b", "x", "1.5 MiB"]])
+    print_table(FIELDS, [RECORD, {"key": "b", "label": "x", "size": "1.5 MiB"}])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == f"{ROW[0]}  {ROW[1]}     12 B"
+    assert lines[1] == f"{RECORD['key']}  {RECORD['label']}     12 B"
     assert lines[2].split() == ["b", "x", "1.5", "MiB"]
     assert (
         len({line.rindex(end) + len(end) for line, end in zip(lines, ("SIZE", "B", "MiB"), strict=True)}) == 1
@@ -64,13 +64,28 @@ def test_a_table_in_a_pipe_is_not_cut(capsys):
 def test_a_table_fits_its_terminal_and_loses_no_word(width, capsys, monkeypatch):
     monkeypatch.setattr(output, "on_terminal", lambda: True)
     monkeypatch.setenv("COLUMNS", str(width))
-    print_table(TITLES, [ROW])
+    print_table(FIELDS, [RECORD])
     said = capsys.readouterr().out
     assert max(len(line) for line in said.splitlines()) <= width
-    assert set(ROW[1].split()) <= set(said.split())
-    assert ROW[0] in said
+    assert set(RECORD["label"].split()) <= set(said.split())
+    assert RECORD["key"] in said
 
 
 def test_text_from_outside_is_shown_and_not_obeyed(capsys):
-    print_table(TITLES, [["k", "\x1b[31mred[bold]", "1"]])
+    print_table(FIELDS, [{"key": "k", "label": "\x1b[31mred[bold]", "size": "1"}])
     assert "\\x1b[31mred[bold]" in capsys.readouterr().out
+
+
+def test_a_fields_name_says_how_it_is_written():
+    record = {"blob_bytes": 2048, "seconds": 0.012, "created": 0, "key": "ab" * 32, "repaired": True}
+    record |= {
+        "backends": ["aoti", "eager"],
+        "label": "",
+        "refused": None,
+        "pieces": 0,
+        "compile_seconds": 0.0,
+    }
+    cells = [output.cell(name, record, 12) for name in record]
+    assert cells[:5] == ["2.0 KiB", "12 ms", "unknown", "ab" * 6, "yes"]
+    assert cells[5:] == ["aoti, eager", "-", "-", "0", "-"]
+    assert output.cell(lambda found: found["pieces"] + 1, record, 12) == "1"

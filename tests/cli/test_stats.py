@@ -6,7 +6,6 @@ import gc
 
 import pytest
 import torch
-from cli_entries import key, put
 
 import stitchcache
 
@@ -52,16 +51,3 @@ def test_it_is_said_in_words(run_cli, used):
     for line in ("loaded without tracing 1", "loaded after tracing 1", "compiled 1", "entries stored 1"):
         assert line in lines
     assert "microseconds" not in out
-
-
-def test_a_prometheus_file_is_replaced_at_once(run_cli, tmp_path):
-    put(tmp_path / "cache", key("a"))
-    file = tmp_path / "stitchcache.prom"
-    file.write_text("old")
-    outcome = run_cli("stats", "--prometheus", file, "--cache", tmp_path / "cache")
-    assert (outcome.status, outcome.out) == (0, "")
-    assert 'stitchcache_events_total{event="put"} 1' in file.read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "stitchcache.prom"]
-    missing = run_cli("stats", "--prometheus", tmp_path / "no" / "file", "--cache", tmp_path / "cache")
-    assert missing.status == 1
-    assert "cannot be written" in missing.err
