@@ -34,11 +34,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("stitchcache")
 
 LASTING = ("buffer:", "parameter:", "attribute:")
-_REPORT = (
-    " A wrong direct hit that was caught is a bug of stitchcache (the look has found {caught} wrong in this "
-    "cache): please report it, with what 'stitchcache doctor --json' and 'stitchcache explain TARGET --trace "
-    "--json' print."
-)
 
 
 def looker(
@@ -127,7 +122,7 @@ def _look_later(wanted: Wanted, compiled: CompiledModel, on_end: Callable[[Check
     autocast = {d: torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
     # The function that is bound now: rebind() makes another one.
     model, subject, record = wanted.model, compiled.__call__, compiled.artifact.check
-    apart = Beside(model, args, kwargs, effects=wanted.request.effects, apart=True)
+    effects = wanted.request.effects
     compiled.check = Check(state="pending")
 
     def run() -> None:
@@ -138,7 +133,7 @@ def _look_later(wanted: Wanted, compiled: CompiledModel, on_end: Callable[[Check
             with ExitStack() as modes:
                 for device, dtype in autocast.items():
                     modes.enter_context(torch.autocast(device, dtype=dtype))
-                both = apart.run(subject)
+                both = Beside(model, args, kwargs, effects=effects, apart=True).run(subject)
             outcome = judged(both, record)
             if outcome.state == "mismatch" and _versions(state) != before:
                 outcome = Check(state="unchecked", reason="the model was changed while it was looked at")
@@ -158,11 +153,16 @@ def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
 
 def _stale(compiled: CompiledModel, outcome: Check, caught: int) -> StaleEntryError:
     """The error of a hit that disagreed with the model."""
+    said = f"the model itself gives another result than entry {compiled.graph_hash[:12]}: {outcome.reason}."
     # The graph of a graph hit was captured just now: whether it is the model, compiling it will tell.
-    report = _REPORT.format(caught=caught) if compiled.cache_hit == "direct" else ""
-    name = compiled.graph_hash[:12]
+    if compiled.cache_hit == "direct":
+        said += (
+            f" A wrong direct hit that was caught is a bug of stitchcache (the look has found {caught} wrong "
+            "in this cache): please report it, with what 'stitchcache doctor --json' and "
+            "'stitchcache explain TARGET --trace --json' print."
+        )
     return StaleEntryError(
-        f"the model itself gives another result than entry {name}: {outcome.reason}.{report}",
+        said,
         expected=compiled.graph_hash,
         output=outcome.output,
         difference=outcome.difference,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Interpreter, Node
@@ -188,22 +188,16 @@ def op_by_op(captured: Capture, graph: Interpreter | None = None) -> Callable[..
     return call
 
 
-class _Call(NamedTuple):
-    """Tensors of a module's first call."""
-
-    took: list[torch.Tensor]
-    gave: list[torch.Tensor]
-
-
 def _first_place(model: torch.nn.Module, captured: Capture, run: _Run) -> tuple[str, str]:
     """Where graph and model part, and ``file:line``; both empty where no module's result differs."""
-    calls: dict[str, _Call] = {}
+    took: dict[str, list[torch.Tensor]] = {}
+    gave: dict[str, list[torch.Tensor]] = {}
 
     def note(path: str) -> Callable[[Any, Any, Any, Any], None]:
         def hook(_module: Any, args: Any, kwargs: Any, result: Any) -> None:
             # Of a module that is called twice the first call counts: the graph knows it by this path.
-            if path not in calls:
-                calls[path] = _Call(_copies((args, kwargs)), _copies(result))
+            if path not in gave:
+                took[path], gave[path] = _copies((args, kwargs)), _copies(result)
 
         return hook
 
@@ -222,10 +216,10 @@ def _first_place(model: torch.nn.Module, captured: Capture, run: _Run) -> tuple[
     for path in sorted(ends, key=lambda path: (ends[path], -path.count("."))):
         inside = [node for node in within if path in within[node]]
         left = [node for node in inside if any(path not in within[user] for user in node.users)]
-        if path not in calls or _unlike(calls[path].gave, left, graph.values) is None:
+        if path not in gave or _unlike(gave[path], left, graph.values) is None:
             continue
         entered = [one for node in inside for one in node.all_input_nodes if path not in within[one]]
-        wrong = _unlike(calls[path].took, entered, graph.values)
+        wrong = _unlike(took[path], entered, graph.values)
         whole, _, name = (path, "", "") if wrong is None else path.rpartition(".")
         kind = type(model.get_submodule(whole)).__name__
         before = "" if wrong is None else f", before its {name}"
@@ -239,15 +233,12 @@ def _unlike(
     wanted: Sequence[torch.Tensor], nodes: Sequence[Node], values: Mapping[Node, torch.Tensor]
 ) -> Node | None:
     """The op that gave another value in place of one that is wanted; ``None`` where all are there."""
+    there = [node for node in nodes if node in values]
     for want in wanted:
-        there = [(node, values[node]) for node in nodes if node in values]
-        alike = [
-            (node, disagreement(measure("", want, got)))
-            for node, got in there
-            if got.shape == want.shape and got.dtype == want.dtype
-        ]
-        if alike and all(wrong for _, wrong in alike):
-            return alike[-1][0]
+        kind = (want.shape, want.dtype)
+        alike = [node for node in there if (values[node].shape, values[node].dtype) == kind]
+        if alike and all(disagreement(measure("", want, values[node])) for node in alike):
+            return alike[-1]
     return None
 
 

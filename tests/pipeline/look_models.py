@@ -89,6 +89,12 @@ class Fails(nn.Module):
         return x + 1
 
 
+class Turns(nn.Module):
+    def forward(self, x):
+        x.t_()
+        return x * 2
+
+
 class Noisy(nn.Module):
     def forward(self, x):
         return x + torch.rand(3)

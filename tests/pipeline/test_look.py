@@ -7,7 +7,20 @@ from dataclasses import replace
 import models
 import pytest
 import torch
-from look_models import GATE, REACHED, Asks, Caches, Fails, Misplaces, Noisy, Other, Plain, Scales, Slow
+from look_models import (
+    GATE,
+    REACHED,
+    Asks,
+    Caches,
+    Fails,
+    Misplaces,
+    Noisy,
+    Other,
+    Plain,
+    Scales,
+    Slow,
+    Turns,
+)
 
 import stitchcache
 from stitchcache.errors import (
@@ -198,6 +211,20 @@ def test_a_forward_that_asks_whether_it_is_traced(cache):
 def test_a_model_that_fails_on_its_example_is_not_what_was_captured(cache):
     with pytest.raises(ModelMismatchError, match="only when it is traced"):
         _compile(cache, Fails().eval(), torch.ones(2))
+
+
+@pytest.mark.parametrize("check", ["example", "none"])
+def test_an_example_of_another_dtype_is_named(cache, check):
+    with pytest.raises(CaptureError, match=r"Linear cannot run on its example.*same dtype"):
+        _compile(cache, torch.nn.Linear(4, 4).eval(), torch.ones(2, 4).double(), check=check)
+    assert not cache.entries()
+
+
+@pytest.mark.parametrize("check", ["example", "none"])
+def test_an_example_that_the_forward_turns_is_left_as_it_was(cache, check):
+    x = torch.arange(6.0).reshape(2, 3)
+    assert _compile(cache, Turns().eval(), x, check=check)(x.clone()).shape == (3, 2)
+    assert (x.shape, x.stride()) == ((2, 3), (3, 1))
 
 
 def test_pieces_that_disagree_together_are_told_from_the_graph(cache, monkeypatch):
