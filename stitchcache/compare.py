@@ -40,6 +40,8 @@ HIGH = 0.25
 _SLACK = 10.0
 # Below this a tensor counts as noise around zero, whose own size says nothing.
 _SMALL = 1e-2
+# What rounding may do to one piece: four times the floor, but no more than this.
+_PIECE = 6e-2
 
 _IMPORTED_BY = os.getpid()
 _LEFT = (
@@ -288,20 +290,25 @@ def unchanged(model: torch.nn.Module, *, registered: bool = True) -> Iterator[No
         memory.put_back()
 
 
-def measure(name: str, want: Any, got: Any) -> Compared:
-    """How far a result is from the model's own, which is the one that is wanted."""
+def unlike(want: Any, got: Any) -> str:
+    """What is wrong with a result beside the values of a tensor; ``""`` where nothing is."""
     if not isinstance(want, torch.Tensor) or not isinstance(got, torch.Tensor):
         same = type(want) is type(got) and (want is got or want == got or (want != want and got != got))
-        return Compared(name=name, fact="" if same else f"is {_shown(got)} instead of {_shown(want)}")
-    facts = (
-        ("dtype", want.dtype, got.dtype),
-        ("shape", tuple(want.shape), tuple(got.shape)),
-        ("device", want.device, got.device),
-        ("layout", want.layout, got.layout),
-    )
-    for fact, wanted, found in facts:
+        return "" if same else f"is {_shown(got)} instead of {_shown(want)}"
+    for fact in ("dtype", "shape", "device", "layout"):
+        wanted, found = getattr(want, fact), getattr(got, fact)
         if wanted != found:
-            return Compared(name=name, fact=f"has {fact} {found} instead of {wanted}")
+            # A shape is shown as the tuple that it is.
+            shown = [tuple(one) if fact == "shape" else one for one in (found, wanted)]
+            return f"has {fact} {shown[0]} instead of {shown[1]}"
+    return ""
+
+
+def measure(name: str, want: Any, got: Any) -> Compared:
+    """How far a result is from the model's own, which is the one that is wanted."""
+    fact = unlike(want, got)
+    if fact or not isinstance(want, torch.Tensor):
+        return Compared(name=name, fact=fact)
     if want.layout != torch.strided:
         want, got = want.to_dense(), got.to_dense()
     if want.numel() == 0:
@@ -372,16 +379,23 @@ def judged(both: Both, record: CheckRecord | None = None) -> Check:
     return Check(state="agreed")
 
 
-def disagreement(item: Compared, bound: OutputBound | None = None) -> str:
-    """What is wrong with a result, beyond rounding and what the cold compile measured; ``""``: nothing."""
-    if item.fact:
-        return item.fact
+def allowed(item: Compared, bound: OutputBound | None = None, *, piece: bool = False) -> float:
+    """The largest difference that rounding may make; see :func:`disagreement`."""
     measured = bound.difference / max(bound.magnitude, _SMALL) if bound is not None else 0.0
     if item.dtype is None:
-        allowed = min(0.5, 4 * measured)
-        return "" if item.difference <= allowed else f"differs in {item.difference:.2%} of its values"
-    most = max(_FLOOR.get(item.dtype, _COARSE), min(_SLACK * measured, max(HIGH, 2 * measured)))
-    allowed = most * max(item.magnitude, _SMALL)
-    if item.difference <= allowed:
-        return ""
-    return f"differs by {item.difference:.3g} (largest value {item.magnitude:.3g}, allowed {allowed:.2g})"
+        return min(0.5, 4 * measured)
+    floor = _FLOOR.get(item.dtype, _COARSE)
+    if piece:
+        # More of what a piece gives may be noise than of a whole model's results.
+        return max(floor, min(4 * floor, _PIECE)) * max(item.magnitude, 1.0)
+    return max(floor, min(_SLACK * measured, max(HIGH, 2 * measured))) * max(item.magnitude, _SMALL)
+
+
+def disagreement(item: Compared, bound: OutputBound | None = None, *, piece: bool = False) -> str:
+    """What is wrong with a result, beyond rounding and what the cold compile measured; ``""``: nothing."""
+    most = allowed(item, bound, piece=piece)
+    if item.fact or item.difference <= most:
+        return item.fact
+    if item.dtype is None:
+        return f"differs in {item.difference:.2%} of its values"
+    return f"differs by {item.difference:.3g} (largest value {item.magnitude:.3g}, allowed {most:.2g})"

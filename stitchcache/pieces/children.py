@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from stitchcache.errors import BackendError, PieceCrashError, StitchCacheError
+from stitchcache.pieces import FAILURES
 
 _PR_SET_PDEATHSIG = 1
 # Seconds that a child and its compilers get to clean up.
@@ -55,6 +56,16 @@ class Job:
     run: Callable[[], Any]
     log: Path
     backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A job under way, the one at ``index``."""
+
+    job: Job
+    index: int
+    process: BaseProcess
+    connection: Connection
 
 
 def available() -> bool:
@@ -91,9 +102,8 @@ def run_all(jobs: Sequence[Job], limit: int) -> Generator[tuple[int, Any], None,
         while todo or running:
             while todo and len(running) < max(1, limit):
                 index, job = todo.pop()
-                child = start(job)
+                child = start(job, index)
                 running[child.process.sentinel] = child
-                child.index = index
             # The pipe tells of a result, the sentinel of a death: another child forked at the same
             # moment may hold the pipe open, so its end alone would not do.
             ready = set(wait([*running, *(child.connection for child in running.values())]))
@@ -121,7 +131,7 @@ def run_here(jobs: Sequence[Job]) -> Generator[tuple[int, Any], None, None]:
             yield index, job.run()
         except StitchCacheError:
             raise
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
+        except FAILURES as error:
             raise _failed(job, str(error).splitlines()) from error
 
 
@@ -131,12 +141,6 @@ def load_elsewhere(backend: str, path: Path, device: str, piece: str) -> None:
     A library that was linked against the wrong C++ runtime dies in its constructor, and takes its process
     with it.
 
-    Args:
-        backend: The backend's name.
-        path: The piece.
-        device: Where it will run.
-        piece: Its name, for errors.
-
     Raises:
         PieceCrashError: The process died of it.
         BackendError: It cannot be loaded.
@@ -145,18 +149,16 @@ def load_elsewhere(backend: str, path: Path, device: str, piece: str) -> None:
         "import sys, pathlib; from stitchcache.pieces import get_backend; "
         "get_backend(sys.argv[1]).load(pathlib.Path(sys.argv[2]), sys.argv[3])"
     )
-    search = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", load, backend, str(path), device],
-        env={**os.environ, "PYTHONPATH": search},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])},
         capture_output=True,
         text=True,
         check=False,
     )
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    job = Job(name=piece, run=lambda: None, log=path, backend=backend)
     if done.returncode < 0:
-        raise _died(job, done.returncode, lines)
+        raise _crashed(piece, backend, -done.returncode, lines)
     if done.returncode != 0:
         last = lines[-1] if lines else "it said nothing"
         raise BackendError(
@@ -166,17 +168,7 @@ def load_elsewhere(backend: str, path: Path, device: str, piece: str) -> None:
         )
 
 
-@dataclass(slots=True)
-class Child:
-    """A job under way."""
-
-    job: Job
-    process: BaseProcess
-    connection: Connection
-    index: int = 0
-
-
-def start(job: Job) -> Child:
+def start(job: Job, index: int = 0) -> Child:
     """Start a job. Whoever does must :func:`end` it."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -188,7 +180,7 @@ def start(job: Job) -> Child:
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     sender.close()
-    return Child(job, process, receiver)
+    return Child(job, index, process, receiver)
 
 
 def _child(job: Job, sender: Connection, receiver: Connection, parent: int) -> None:
@@ -196,7 +188,10 @@ def _child(job: Job, sender: Connection, receiver: Connection, parent: int) -> N
     receiver.close()
     # A group of its own, so that compilers that it starts end with it.
     os.setpgid(0, 0)
-    _die_with(parent)
+    # Have the kernel end this process when its parent is killed.
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) == 0 and os.getppid() != parent:
+        os._exit(1)
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -226,13 +221,6 @@ def _in_new_thread(run: Callable[[], Any]) -> Any:
         return thread.submit(copy_context().run, run).result()
 
 
-def _die_with(parent: int) -> None:
-    """Have the kernel end this process when its parent is killed."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) == 0 and os.getppid() != parent:
-        os._exit(1)
-
-
 def end(child: Child) -> None:
     """End a child and what it started, if it has not ended by itself."""
     if child.process.is_alive():
@@ -253,45 +241,55 @@ def _signal(child: Child, number: signal.Signals) -> None:
 
 
 def _finish(child: Child) -> Any:
-    fine: bool | None = None
-    result: Any = None
+    """The result of a child that is done or dead."""
+    answer: tuple[bool, Any] | None = None
     try:
         if child.connection.poll():
-            fine, result = child.connection.recv()
+            answer = child.connection.recv()
     except (EOFError, ConnectionError):
-        fine = None
+        answer = None
     finally:
         child.connection.close()
     child.process.join()
-    if fine is None:
-        raise _died(child.job, int(child.process.exitcode or 0), _tail(child.job.log))
+    if answer is None:
+        job, lines, code = child.job, _lines_of(child.job.log), child.process.exitcode or 0
+        raise _failed(job, lines) if code >= 0 else _crashed(job.name, job.backend, -code, lines)
+    fine, result = answer
     if not fine:
         raise result
     return result
 
 
-def _died(job: Job, exit_code: int, lines: Sequence[str]) -> BackendError:
-    if exit_code >= 0:
-        return _failed(job, lines)
-    said = f" It said: {lines[-1].strip()[:300]}." if lines else ""
+def _lines_of(path: Path) -> list[str]:
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _crashed(piece: str, backend: str, number: int, lines: Sequence[str]) -> PieceCrashError:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    said = f" It said: {last[:300]}." if last else ""
     return PieceCrashError(
-        f"piece {job.name}, compiled by {job.backend}, killed the process that tried it with "
-        f"{_signal_name(-exit_code)}.{said} "
+        f"piece {piece}, compiled by {backend}, killed the process that tried it with {name}.{said} "
         "Nothing was stored. The C++ toolchain links something that torch was not built with "
         "(see 'stitchcache doctor'), or memory ran out; backend='eager' works without it.",
-        backend=job.backend,
-        piece=job.name,
-        exit_code=exit_code,
+        backend=backend,
+        piece=piece,
+        exit_code=-number,
     )
 
 
 def _failed(job: Job, lines: Sequence[str]) -> BackendError:
     """Say what the compiler said first, and how it ended."""
     useful = [line.strip() for line in lines if line.strip()]
-    said = next((line for line in useful if _COMPILER.search(line)), "")
-    if not said:
-        ends = [line for line in useful if _EXCEPTION.match(line)]
-        said = ends[-1] if ends else (useful[-1] if useful else "it said nothing")
+    complaints = [line for line in useful if _COMPILER.search(line)]
+    ends = [line for line in useful if _EXCEPTION.match(line)] or useful or ["it said nothing"]
+    said = complaints[0] if complaints else ends[-1]
     return BackendError(
         f"{job.backend} cannot compile piece {job.name}: {said[:500].rstrip('.')}. "
         "Split at the op that it stumbles over, or use backend='eager'. Last lines:\n"
@@ -299,17 +297,3 @@ def _failed(job: Job, lines: Sequence[str]) -> BackendError:
         backend=job.backend,
         piece=job.name,
     )
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def _tail(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text(errors="replace").splitlines() if line.strip()][-400:]
-    except OSError:
-        return []

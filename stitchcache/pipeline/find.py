@@ -78,9 +78,12 @@ class Request:
         check_kind("key_factors", self.key_factors, Mapping, "a dict")
         check_kind("options", self.options, Mapping, "a dict")
         for name, value in self.options.items():
-            if name.startswith("stitchcache.") and type(value) is not _OWN_OPTIONS.get(name):
+            # Inductor looks at its own options when it compiles; eager pieces have none.
+            ours = name.startswith("stitchcache.") or self.backend == "eager"
+            if ours and type(value) is not _OWN_OPTIONS.get(name):
                 known = ", ".join(f"{n} ({k.__name__})" for n, k in _OWN_OPTIONS.items())
-                raise _refused(f"options[{name!r}]", f"={value!r}: there is {known}.")
+                there = "backend 'eager' has only" if self.backend == "eager" else "there is"
+                raise _refused(f"options[{name!r}]", f"={value!r}: {there} {known}.")
         for op, writes in self.effects.items():
             if not isinstance(op, str) or "::" not in op or type(writes) is not bool:
                 raise _refused(

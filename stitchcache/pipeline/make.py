@@ -30,11 +30,10 @@ from stitchcache.errors import (
 )
 from stitchcache.graph.symbols import SymbolNames, without_guards
 from stitchcache.keys.walk import plain_bytes
-from stitchcache.pieces import FAILURES, get_backend
-from stitchcache.pieces.build import BuiltPiece, Examples, at_once, build
+from stitchcache.pieces import FAILURES, Piece, get_backend
+from stitchcache.pieces.build import at_once, build
 from stitchcache.pipeline.find import Hit, Request, Site
-from stitchcache.plan import Plan, plan
-from stitchcache.plan.plan import PlannedPiece, examples_for
+from stitchcache.plan import Plan, examples_for, plan
 from stitchcache.state import state_of
 from stitchcache.types import (
     Artifact,
@@ -147,7 +146,6 @@ def _plan(captured: Capture, source: Source) -> Plan:
         [name for name, leaf in leaves if leaf.kind == "constant"],
         source.request.splitting_ops,
         get_backend(source.request.backend),
-        get_backend("eager"),
         source.environment,
     )
 
@@ -202,11 +200,11 @@ def make(planned: EntryPlan) -> Hit:
     estimate = Estimate(cache, request.backend, rounds)
     tell("compile", done, len(distinct), estimate.left())
 
-    def on_built(built: BuiltPiece) -> None:
+    def on_built(piece: Piece, path: Path, seconds: float) -> None:
         nonlocal done
         done += 1
-        estimate.took(built.backend, built.seconds)
-        shelf.take(built)
+        estimate.took(piece.backend, seconds)
+        shelf.take(piece, path)
         tell("compile", done, len(distinct), estimate.left() if done < len(distinct) else None)
 
     for (_, one), (_, captured) in zip(planned.plans, planned.source.variants, strict=True):
@@ -233,7 +231,7 @@ def make(planned: EntryPlan) -> Hit:
     return Hit(artifact=artifact, way=None, loaded=(shelf.pieces, copies), store=shelf.put)
 
 
-def _examples(one: Plan, wanted: Sequence[PlannedPiece], captured: Capture, label: str) -> Examples:
+def _examples(one: Plan, wanted: Sequence[Piece], captured: Capture, label: str) -> dict[str, list[Any]]:
     """Inputs of pieces from a run of the graph on those leaves of the example that it takes."""
     specs = captured.input_spec.leaves
     leaves = [leaf for leaf, spec in zip(captured.example, specs, strict=True) if spec.kind != "constant"]
@@ -300,7 +298,7 @@ class _Shelf:
         self.blobs: dict[str, BlobRef] = {}
         self.pieces: dict[str, Any] = {}
 
-    def find(self, piece: PlannedPiece) -> bool:
+    def find(self, piece: Piece) -> bool:
         """Take a piece that another model, or an interrupted run, has stored."""
         record = self._cache.get_piece(piece.key)
         if record is None or record.backend != piece.backend:
@@ -316,12 +314,11 @@ class _Shelf:
         self.blobs[piece.key] = record.blob
         return True
 
-    def take(self, built: BuiltPiece) -> None:
+    def take(self, piece: Piece, path: Path) -> None:
         """Load and store a fresh piece."""
-        self.pieces[built.key] = get_backend(built.backend).load(built.path, self._device)
-        blob = self.blobs[built.key] = self.keep(built.path)
-        log.debug("piece %s: %s, %.1f s, %d bytes", built.key[:12], built.backend, built.seconds, blob.size)
-        self._try(lambda: self._cache.put_piece(built.key, built.backend, blob))
+        self.pieces[piece.key] = get_backend(piece.backend).load(path, self._device)
+        blob = self.blobs[piece.key] = self.keep(path)
+        self._try(lambda: self._cache.put_piece(piece.key, piece.backend, blob))
 
     def keep(self, source: bytes | Path) -> BlobRef:
         """Store bytes, or at least name them."""

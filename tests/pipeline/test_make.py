@@ -6,7 +6,6 @@ import pytest
 
 import stitchcache
 from stitchcache.cli.output import left_text
-from stitchcache.pieces import build
 from stitchcache.pipeline.make import Estimate
 
 
@@ -33,28 +32,6 @@ def test_what_takes_longer_than_expected_has_no_estimate(tmp_path):
     estimate = Estimate(stitchcache.Cache(tmp_path), "aoti", rounds=1)
     estimate.took("aoti", 0.0)
     assert estimate.left() is None
-
-
-@pytest.mark.parametrize(
-    ("pieces", "cores", "jobs", "expected"),
-    [
-        (0, 2, None, 1),
-        (1, 2, None, 1),
-        (2, 2, None, 2),
-        (3, 2, None, 3),
-        (4, 2, None, 2),
-        (5, 2, None, 3),
-        (9, 8, None, 9),
-        (15, 8, None, 12),
-        (3, 1, None, 1),
-        (3, 2, 2, 2),
-        (100, 2, 1, 1),
-    ],
-)
-def test_how_many_at_once(pieces, cores, jobs, expected, monkeypatch):
-    monkeypatch.setattr(build.os, "sched_getaffinity", lambda _: set(range(cores)))
-    monkeypatch.setattr(build.children, "available", lambda: True)
-    assert build.at_once(pieces, jobs) == expected
 
 
 @pytest.mark.parametrize(

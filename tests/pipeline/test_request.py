@@ -20,6 +20,10 @@ from stitchcache.pipeline.find import Request, Site
         ({"options": {"stitchcache.jobs": 0}}, "jobs=0.*at least one"),
         ({"options": {"stitchcache.jobs": -2}}, "jobs=-2"),
         ({"options": {"stitchcache.jobs": True}}, "stitchcache.jobs"),
+        (
+            {"backend": "eager", "options": {"max_autotun": 1}},
+            r"max_autotun.*'eager' has only stitchcache\.jobs",
+        ),
         ({"key_factors": 3}, "key_factors is a int"),
     ],
 )

@@ -92,7 +92,6 @@ def test_copies_instead_of_views_change_nothing(steps):
         [],
         [f"split_test::{op}" for op in ("twist", "scale_") if f"split_test.{op}.default" in present],
         get_backend("aoti"),
-        get_backend("eager"),
         [],
     )
     for _ in range(2):

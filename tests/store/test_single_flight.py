@@ -18,13 +18,13 @@ from stitchcache.pieces.eager import EagerBackend
 
 logging.basicConfig(level=logging.INFO, format="%(name)s %(message)s")
 place = pathlib.Path(sys.argv[1])
-build = EagerBackend.build
+compile_piece = EagerBackend.compile
 
 def slowly(self, *args, **kwargs):
     time.sleep(float(sys.argv[3]))
-    return build(self, *args, **kwargs)
+    return compile_piece(self, *args, **kwargs)
 
-EagerBackend.build = slowly
+EagerBackend.compile = slowly
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.GELU(), torch.nn.Linear(8, 3)).eval()
 x = torch.randn(4, 3)

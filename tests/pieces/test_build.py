@@ -1,4 +1,4 @@
-"""Compilers that are missing, fail, or make libraries that crash or lie: real ones, behind a wrapper."""
+"""How many pieces at a time; compilers that are missing, fail, or make libraries that crash or lie."""
 
 import json
 import os
@@ -12,6 +12,30 @@ from torch import nn
 
 import stitchcache
 from stitchcache.errors import CompilerMissingError
+from stitchcache.pieces import build
+
+
+@pytest.mark.parametrize(
+    ("pieces", "cores", "jobs", "expected"),
+    [
+        (0, 2, None, 1),
+        (1, 2, None, 1),
+        (2, 2, None, 2),
+        (3, 2, None, 3),
+        (4, 2, None, 2),
+        (5, 2, None, 3),
+        (9, 8, None, 9),
+        (15, 8, None, 12),
+        (3, 1, None, 1),
+        (3, 2, 2, 2),
+        (100, 2, 1, 1),
+    ],
+)
+def test_how_many_at_once(pieces, cores, jobs, expected, monkeypatch):
+    monkeypatch.setattr(build.os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(build.children, "available", lambda: True)
+    assert build.at_once(pieces, jobs) == expected
+
 
 SCRIPT = """
 import json, os, sys, torch
