@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import enum
 import gc
+import hashlib
 from collections.abc import Callable, Mapping
 from types import CodeType, MappingProxyType, SimpleNamespace
 from typing import Any
@@ -15,52 +16,34 @@ from typing import Any
 from stitchcache.encoding import SCALARS, Handler, Writer, data_bytes, explained_size
 
 
-def put_tuple(writer: Writer, value: tuple[Any, ...]) -> None:
-    """Write a tuple; it has no number, as equal tuples may or may not be one object."""
-    writer.head(b"tuple", tuple.__len__(value))
-    writer.put_items(tuple.__iter__(value))
+def once(write: Handler) -> Handler:
+    """Give a number to values that are written without one."""
+
+    def put(writer: Writer, value: Any) -> None:
+        if not writer.again(value):
+            write(writer, value)
+
+    return put
 
 
-def put_list(writer: Writer, value: list[Any]) -> None:
-    """Write a list."""
-    if not writer.again(value):
-        _put_list_items(writer, value)
+def _sequence(kind: bytes, base: Any) -> Handler:
+    """How to write what is in a builtin container, in its own order: code that walks over it sees that.
 
+    A set's order may move with the hash seed.
+    """
 
-def put_dict(writer: Writer, value: dict[Any, Any]) -> None:
-    """Write a dictionary in its own order, because code that iterates over it sees that."""
-    if not writer.again(value):
-        _put_dict_items(writer, value)
+    def put(writer: Writer, value: Any) -> None:
+        writer.head(kind, base.__len__(value))
+        writer.put_items(base.__iter__(value))
 
-
-def put_set(writer: Writer, value: set[Any]) -> None:
-    """Write a set in its own order: code that iterates over it sees that. It may move with the hash seed."""
-    if not writer.again(value):
-        _put_set_items(writer, value)
-
-
-def put_frozenset(writer: Writer, value: frozenset[Any]) -> None:
-    """Write a frozenset in its own order; like a tuple it has no number."""
-    writer.head(b"frozenset", frozenset.__len__(value))
-    writer.put_items(frozenset.__iter__(value))
-
-
-def _put_list_items(writer: Writer, value: list[Any]) -> None:
-    writer.head(b"list", list.__len__(value))
-    writer.put_items(list.__iter__(value))
+    return put
 
 
 def _put_dict_items(writer: Writer, value: dict[Any, Any]) -> None:
     # As stored, not as a subclass would have them.
-    ordered = isinstance(value, collections.OrderedDict)
-    items: Any = collections.OrderedDict.items if ordered else dict.items
+    base = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict
     writer.head(b"dict", 2 * dict.__len__(value))
-    writer.put_pairs(items(value))
-
-
-def _put_set_items(writer: Writer, value: set[Any]) -> None:
-    writer.head(b"set", set.__len__(value))
-    writer.put_items(set.__iter__(value))
+    writer.put_pairs(base.items(value))
 
 
 def _put_default_items(writer: Writer, value: collections.defaultdict[Any, Any]) -> None:
@@ -82,21 +65,21 @@ def _put_bytearray_items(writer: Writer, value: bytearray) -> None:
 
 def _put_proxy(writer: Writer, value: MappingProxyType[Any, Any]) -> None:
     # The mapping behind it may be shared and changed; asking the proxy for items would run a user's code.
-    if not writer.again(value):
-        writer.head(b"mappingproxy", 1)
-        writer.put_at("", gc.get_referents(value)[0])
+    writer.head(b"mappingproxy", 1)
+    writer.put_at("", gc.get_referents(value)[0])
 
 
 def _put_slice(writer: Writer, value: slice | range) -> None:
     writer.head(b"slice" if isinstance(value, slice) else b"range", 3)
-    for part in (value.start, value.stop, value.step):
-        writer.put_at(".start", part)
+    writer.put_items((value.start, value.stop, value.step))
 
 
 def _put_sentinel(writer: Writer, value: object) -> None:
     # It has no state; all it can be asked is whether it is the same one, and its number says that.
-    if not writer.again(value):
-        writer.head(b"sentinel", 0)
+    writer.head(b"sentinel", 0)
+
+
+_OF_EVERY_MEMBER = frozenset({"_name_", "_value_", "__objclass__", "_sort_order_"})
 
 
 def member_state(member: enum.Enum) -> dict[str, Any]:
@@ -105,28 +88,15 @@ def member_state(member: enum.Enum) -> dict[str, Any]:
 
 
 def _put_enum(writer: Writer, value: enum.Enum) -> None:
-    if writer.again(value):
-        return
     writer.head(b"member", 4)
     writer.put_class(type(value))
     # As stored: a subclass may say otherwise of its members' names and values.
-    own = value.__dict__
-    writer.put(own["_name_"])
-    writer.put_at(".value", own["_value_"])
+    writer.put(value.__dict__["_name_"])
+    writer.put_at(".value", value.__dict__["_value_"])
     writer.put_at(".__dict__", member_state(value))
 
 
-def once(write: Handler) -> Handler:
-    """Give a number to values that are written without one."""
-
-    def put(writer: Writer, value: Any) -> None:
-        if not writer.again(value):
-            write(writer, value)
-
-    return put
-
-
-def subclass_of(base: type, write: Handler) -> Handler:
+def _subclass_of(base: type, write: Handler) -> Handler:
     """How to write an instance of a subclass of a builtin: class, payload, attributes."""
 
     def put(writer: Writer, value: Any) -> None:
@@ -146,60 +116,60 @@ def subclass_of(base: type, write: Handler) -> Handler:
 
 def _exactly(base: type, exact: Callable[[Any], Any]) -> Handler:
     def put(writer: Writer, value: Any) -> None:
-        # The builtin's own conversion, so that an overridden __str__ or __index__ is not asked.
         writer.out += SCALARS[base](exact(value))
 
     return put
 
 
-_OF_EVERY_MEMBER = frozenset({"_name_", "_value_", "__objclass__", "_sort_order_"})
+# The builtin's own conversions, so that an overridden __str__ or __index__ is not asked.
+_EXACT: Mapping[type, Callable[[Any], Any]] = {
+    str: str.__str__,
+    bytes: lambda value: bytes.__getitem__(value, slice(None)),
+    int: int.__pos__,
+    float: float.__pos__,
+    complex: complex.__pos__,
+}
+_put_tuple, _put_frozenset = _sequence(b"tuple", tuple), _sequence(b"frozenset", frozenset)
+_NUMBERED: Mapping[type, Handler] = {
+    list: _sequence(b"list", list),
+    collections.defaultdict: _put_default_items,
+    dict: _put_dict_items,
+    set: _sequence(b"set", set),
+    collections.deque: _put_deque_items,
+    bytearray: _put_bytearray_items,
+}
+_put_ordered = _subclass_of(collections.OrderedDict, _put_dict_items)
+put_list, put_dict = once(_NUMBERED[list]), once(_NUMBERED[dict])
 
 HANDLERS: Mapping[type, Handler] = {
-    tuple: put_tuple,
-    list: put_list,
-    dict: put_dict,
-    set: put_set,
-    frozenset: put_frozenset,
-    bytearray: once(_put_bytearray_items),
-    collections.OrderedDict: subclass_of(collections.OrderedDict, _put_dict_items),
-    collections.defaultdict: once(_put_default_items),
-    collections.deque: once(_put_deque_items),
-    MappingProxyType: _put_proxy,
+    tuple: _put_tuple,
+    frozenset: _put_frozenset,
+    **{kind: once(write) for kind, write in _NUMBERED.items()},
+    collections.OrderedDict: _put_ordered,
+    MappingProxyType: once(_put_proxy),
     slice: _put_slice,
     range: _put_slice,
-    object: _put_sentinel,
+    object: once(_put_sentinel),
     SimpleNamespace: Writer.put_object,
 }
 
 FAMILIES: list[tuple[type, Handler]] = [
-    (enum.Enum, _put_enum),
-    (str, subclass_of(str, _exactly(str, lambda value: str.__str__(value)))),
-    (bytes, subclass_of(bytes, _exactly(bytes, lambda value: bytes.__getitem__(value, slice(None))))),
-    (int, subclass_of(int, _exactly(int, int.__pos__))),
-    (float, subclass_of(float, _exactly(float, float.__pos__))),
-    (complex, subclass_of(complex, _exactly(complex, complex.__pos__))),
-    (tuple, subclass_of(tuple, put_tuple)),
-    (list, subclass_of(list, _put_list_items)),
-    (collections.OrderedDict, subclass_of(collections.OrderedDict, _put_dict_items)),
-    (collections.defaultdict, subclass_of(collections.defaultdict, _put_default_items)),
-    (dict, subclass_of(dict, _put_dict_items)),
-    (set, subclass_of(set, _put_set_items)),
-    (frozenset, subclass_of(frozenset, put_frozenset)),
-    (collections.deque, subclass_of(collections.deque, _put_deque_items)),
-    (bytearray, subclass_of(bytearray, _put_bytearray_items)),
+    (enum.Enum, once(_put_enum)),
+    *((kind, _subclass_of(kind, _exactly(kind, exact))) for kind, exact in _EXACT.items()),
+    (tuple, _subclass_of(tuple, _put_tuple)),
+    (frozenset, _subclass_of(frozenset, _put_frozenset)),
+    (collections.OrderedDict, _put_ordered),
+    *((kind, _subclass_of(kind, write)) for kind, write in _NUMBERED.items()),
 ]
-"""Subclasses of what has handlers of its own. Sets and dictionaries come after their special kinds."""
+"""Subclasses of what has handlers of its own. Dictionaries come after their special kinds."""
 
 
 class PlainWriter(Writer):
     """Writes what stands in this file, and objects made in Python; nothing of torch or numpy."""
 
-    __slots__ = ()
-
     def __init__(self) -> None:
         super().__init__()
-        self.handlers = HANDLERS
-        self.families = FAMILIES
+        self.handlers, self.families = HANDLERS, FAMILIES
 
 
 def put_code(writer: Writer, code: CodeType, nested: Callable[[CodeType], None]) -> None:
@@ -226,6 +196,13 @@ def put_code(writer: Writer, code: CodeType, nested: Callable[[CodeType], None])
             writer.put_at(f" constant {index}", const)
 
 
+def code_digest(code: CodeType) -> bytes:
+    """Digest of what a code object does, with the code objects in it."""
+    writer = PlainWriter()
+    put_code(writer, code, lambda inner: writer.put(code_digest(inner)))
+    return hashlib.sha256(writer.out).digest()
+
+
 def put_members(writer: Writer, value: set[Any] | frozenset[Any]) -> None:
     """Write a set of plain values of which nobody sees the order."""
     writer.head(b"members", len(value))
@@ -240,7 +217,7 @@ def _alone(value: Any) -> bytes:
 
 def _only_contains(code: CodeType, index: int) -> bool:
     """Whether a constant is only asked what it contains."""
-    import dis
+    import dis  # few codes have such a constant
 
     found = [item for item in dis.get_instructions(code) if item.opname not in {"CACHE", "EXTENDED_ARG"}]
     uses = [at for at, item in enumerate(found) if item.opcode in dis.hasconst and item.arg == index]

@@ -22,13 +22,16 @@ import enum
 import hashlib
 import logging
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MemberDescriptorType
 from typing import Any
 
 from stitchcache.types import Factor
 
 MAX_DEPTH = 64
+SHORT = 120
+"""Characters of a factor's value that are kept for people."""
+
 _MANAGED_DICT = 1 << 4
 _POINTER = struct.calcsize("P")
 
@@ -61,6 +64,23 @@ def data_bytes(value: bytes | bytearray) -> bytes:
     return b"b%d:%b" % (len(value), bytes(value))
 
 
+def make_factor(name: str, value: str, payload: bytes | None = None) -> Factor:
+    """Build a factor.
+
+    Args:
+        name: Dotted name, see docs/keys.md.
+        value: What a person reads; shortened here.
+        payload: The whole value; the readable one where left out.
+    """
+    data = value.encode("utf-8", "surrogatepass") if payload is None else payload
+    return Factor(name=name, value=shorten(value), digest=hashlib.sha256(data).hexdigest())
+
+
+def shorten(text: str, limit: int = SHORT) -> str:
+    """Cut a text for display; what is cut off is still in the digest."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 _double = struct.Struct("<d").pack
 SCALARS: Mapping[type, Callable[[Any], bytes]] = {
     type(None): lambda value: b"N",
@@ -77,6 +97,8 @@ SCALARS: Mapping[type, Callable[[Any], bytes]] = {
 
 Layout = tuple[bool, list[tuple[str, MemberDescriptorType]]]
 Handler = Callable[[Any, Any], None]
+Step = str | int | tuple[Any]
+"""A step of a path: its text, an index, or a key of a mapping in a tuple; made a text for an error only."""
 
 
 class Numbers:
@@ -86,8 +108,6 @@ class Numbers:
         known: Where each was met first, by id: section, place in it, number.
         kept: The objects themselves: a temporary's id could be another object's a moment later.
     """
-
-    __slots__ = ("kept", "known")
 
     def __init__(self, parent: Numbers | None = None) -> None:
         self.known: dict[int, tuple[str, str, int]] = dict(parent.known) if parent else {}
@@ -104,16 +124,15 @@ class Numbers:
         return f"{section}:{where}:{number}"
 
     def reference(self, value: Any) -> bytes | None:
-        """How an object is referred to; ``None`` where it was not met. Most never are, so it is made here."""
+        """How an object is referred to; ``None`` where it was not met."""
         known = self.known.get(id(value))
         if known is None:
             return None
-        section, where, number = known
-        return b"@%b%b%d;" % (text_bytes(section), text_bytes(where), number)
+        return b"@%b%b%d;" % (text_bytes(known[0]), text_bytes(known[1]), known[2])
 
 
 class Writer:
-    """Writes values into one buffer.
+    """Writes values into one buffer: scalars, and objects made in Python. Subclasses know more kinds.
 
     Args:
         numbers: Objects that were met; writers of one key share them.
@@ -127,23 +146,15 @@ class Writer:
         found: What was chosen for a type that has no handler of its own, by the type's id.
     """
 
-    __slots__ = ("count", "families", "found", "handlers", "numbers", "out", "path", "section", "where")
-
     def __init__(
-        self, numbers: Numbers | None = None, section: str = "", where: str = "", path: Iterable[str] = ()
+        self, numbers: Numbers | None = None, section: str = "", where: str = "", path: Iterable[Step] = ()
     ) -> None:
         self.handlers: Mapping[type, Handler] = {}
-        self.families: Iterable[tuple[type, Handler]] = ()
+        self.families: Sequence[tuple[type, Handler]] = ()
         self.found: dict[int, tuple[type, Handler]] = {}
         self.numbers = numbers or Numbers()
         self.out = bytearray()
         self.path = list(path)
-        self.section, self.where, self.count = section, where, 0
-
-    def begin(self, section: str, where: str, path: list[str]) -> None:
-        """Empty the buffer for the next section."""
-        self.out.clear()
-        self.path = path
         self.section, self.where, self.count = section, where, 0
 
     def put(self, value: Any) -> None:
@@ -161,20 +172,19 @@ class Writer:
             raise self.error(f"nested more than {MAX_DEPTH} deep")
         handler = self.handlers.get(kind)
         if handler is None:
+            # By id: a metaclass may say that two classes are equal.
             found = self.found.get(id(kind))
             handler = found[1] if found is not None else self._choose(kind)
         handler(self, value)
 
     def _choose(self, kind: type) -> Handler:
-        """How values of a type without a handler of its own are written."""
         # By type: a class may claim to be another through a __class__ property.
         chosen = (write for family, write in self.families if issubclass(kind, family))
         handler = next(chosen, type(self).put_object)
-        # By id: a metaclass may say that two classes are equal.
         self.found[id(kind)] = (kind, handler)
         return handler
 
-    def put_at(self, step: str, value: Any) -> None:
+    def put_at(self, step: Step, value: Any) -> None:
         """Write a part of a value, one step further down the path."""
         scalar = SCALARS.get(type(value))
         if scalar is not None:
@@ -183,6 +193,17 @@ class Writer:
         self.path.append(step)
         self.put(value)
         self.path.pop()
+
+    def put_items(self, items: Iterable[Any]) -> None:
+        """Write the parts of a sequence."""
+        for index, item in enumerate(items):
+            self.put_at(index, item)
+
+    def put_pairs(self, items: Iterable[tuple[Any, Any]]) -> None:
+        """Write keys and values of a mapping."""
+        for key, item in items:
+            self.put_at(" key", key)
+            self.put_at((key,), item)
 
     def head(self, kind: bytes, count: int) -> None:
         """Begin a composite of so many values. Each kind belongs to one place in the code."""
@@ -206,14 +227,17 @@ class Writer:
 
     def error(self, why: str) -> UnkeyableError:
         """An error that names the present path."""
-        return UnkeyableError("".join(self.path).lstrip("."), why)
+        return UnkeyableError(self.at(), why)
+
+    def at(self) -> str:
+        """The present path, for people."""
+        return "".join(map(_step_text, self.path)).lstrip(".")
 
     def class_label(self, cls: type) -> str:
         """A class's name for people and keys, the same in every process."""
-        module = cls.__module__
-        if not isinstance(module, str):
+        if not isinstance(cls.__module__, str):
             raise self.error(f"class {cls.__qualname__} has no module")
-        return f"{module}.{cls.__qualname__}"
+        return f"{cls.__module__}.{cls.__qualname__}"
 
     def put_class(self, cls: type) -> None:
         """Write a class by name."""
@@ -228,39 +252,9 @@ class Writer:
         """Attributes of instances that are left out."""
         return frozenset()
 
-    def put_items(self, items: Iterable[Any]) -> None:
-        """Write the parts of a sequence."""
-        for index, item in enumerate(items):
-            scalar = SCALARS.get(type(item))
-            if scalar is not None:
-                self.out += scalar(item)
-            else:
-                self.put_at(f"[{index}]", item)
-
-    def put_pairs(self, items: Iterable[tuple[Any, Any]]) -> None:
-        """Write keys and values of a mapping."""
-        for key, item in items:
-            scalar = SCALARS.get(type(key))
-            if scalar is not None:
-                self.out += scalar(key)
-            else:
-                self.put_at(" key", key)
-            scalar = SCALARS.get(type(item))
-            if scalar is not None:
-                self.out += scalar(item)
-            else:
-                self.put_at(f"[{key!r}]" if isinstance(key, (str, int)) else "[...]", item)
-
     def put_state(self, value: Any, ignore: frozenset[str] = frozenset()) -> None:
         """Write an object's own attributes, in their order: its dictionary, then its slots."""
-        # Asked of its class first: a __getattr__ of the user's may answer for it, or raise.
-        state: dict[str, Any] = value.__dict__ if type(value).__dictoffset__ else {}
-        items = [(name, item) for name, item in state.items() if name not in ignore]
-        for name, descriptor in self.layout(type(value))[1]:
-            try:
-                items.append((name, descriptor.__get__(value)))
-            except AttributeError:
-                continue
+        items = state_of(value, ignore, self.layout(type(value))[1])
         self.head(b"state", 2 * len(items))
         for name, item in items:
             if not isinstance(name, str):
@@ -284,15 +278,31 @@ class Writer:
         self.put_state(value, self.ignored(cls))
 
 
+def _step_text(step: Step) -> str:
+    if isinstance(step, tuple):
+        return f"[{step[0]!r}]" if isinstance(step[0], (str, int)) else "[...]"
+    return step if isinstance(step, str) else f"[{step}]"
+
+
+def state_of(
+    value: Any, ignore: frozenset[str], slots: list[tuple[str, MemberDescriptorType]]
+) -> list[tuple[str, Any]]:
+    """An object's own attributes: its dictionary's, then those of its slots that are set."""
+    # Asked of its class first: a __getattr__ of the user's may answer for it, or raise.
+    state: dict[str, Any] = value.__dict__ if type(value).__dictoffset__ else {}
+    items = [item for item in state.items() if item[0] not in ignore]
+    for name, descriptor in slots:
+        try:
+            items.append((name, descriptor.__get__(value)))
+        except AttributeError:
+            continue
+    return items
+
+
 def slots_of(cls: type) -> list[tuple[str, MemberDescriptorType]]:
     """Slots that Python classes in the method resolution order declare, base classes first."""
-    found = []
-    for base in reversed(cls.__mro__):
-        if "__slots__" in base.__dict__:
-            found += [
-                (name, item) for name, item in base.__dict__.items() if isinstance(item, MemberDescriptorType)
-            ]
-    return found
+    declaring = [vars(base) for base in reversed(cls.__mro__) if "__slots__" in vars(base)]
+    return [item for body in declaring for item in body.items() if isinstance(item[1], MemberDescriptorType)]
 
 
 def explained_size(cls: type, base: type) -> int:
@@ -314,45 +324,6 @@ def layout_of(cls: type) -> Layout:
     slots = slots_of(cls)
     if isinstance(cls, enum.EnumMeta) or issubclass(cls, logging.Logger):
         return False, slots
-    made_in_python = any("__dict__" in base.__dict__ or "__slots__" in base.__dict__ for base in cls.__mro__)
+    made_in_python = any("__dict__" in vars(base) or "__slots__" in vars(base) for base in cls.__mro__)
     in_sight = cls.__itemsize__ == 0 and cls.__basicsize__ <= explained_size(cls, object)
     return made_in_python and in_sight, slots
-
-
-SHORT = 120
-"""Characters of a factor's value that are kept for people."""
-
-
-class Digest:
-    """A sha256 over tagged parts, each with its length in front: ``"ab" + "c"`` is not ``"a" + "bc"``."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def add(self, tag: str, payload: bytes) -> Digest:
-        """Add one part; gives itself back, so that calls can be chained."""
-        name = tag.encode()
-        self._hash.update(b"%d:%s%d:" % (len(name), name, len(payload)))
-        self._hash.update(payload)
-        return self
-
-    def hexdigest(self) -> str:
-        """64 hex digits over everything added so far."""
-        return self._hash.hexdigest()
-
-
-def shorten(text: str, limit: int = SHORT) -> str:
-    """Cut a text for display; what is cut off is still in the digest."""
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
-def make_factor(name: str, value: str, payload: bytes | None = None) -> Factor:
-    """Build a factor.
-
-    Args:
-        name: Dotted name, see docs/keys.md.
-        value: What a person reads; shortened here.
-        payload: The whole value; the readable one where left out.
-    """
-    data = value.encode("utf-8", "surrogatepass") if payload is None else payload
-    return Factor(name=name, value=shorten(value), digest=hashlib.sha256(data).hexdigest())

@@ -11,6 +11,7 @@ import torch
 
 from stitchcache import collection_paused
 from stitchcache.cache import Cache
+from stitchcache.encoding import UnkeyableError
 from stitchcache.errors import BindError, GraphHashError, OptionError, check_kind
 from stitchcache.keys.model import model_factors
 from stitchcache.pipeline.find import (
@@ -251,13 +252,14 @@ def load(
 
     def changed(other: torch.nn.Module) -> Change | None:
         """Without an example, the factors of the model alone tell."""
-        now = model_factors(other)
-        unknown = now.unsound
-        if unknown is None and not any(factor.name == "model.class" for factor in artifact.factors):
+        try:
+            now = model_factors(other)
+        except UnkeyableError as error:
+            return Change(name="model", was="", now=str(error), unknown=True)
+        if not any(factor.name == "model.class" for factor in artifact.factors):
             unknown = "the entry does not say what it was compiled from"
-        if unknown is not None:
             return Change(name="model", was="", now=unknown, unknown=True)
-        return first_change(artifact.factors, now.factors, ("model.",), other, artifact.bindings)
+        return first_change(artifact.factors, now, ("model.",), other, artifact.bindings)
 
     refuse_change(site.timed("key", lambda: changed(model)), artifact, model, trusted=trust_model)
     compiled = start(replace(found, way="load"), model, site)

@@ -1,6 +1,7 @@
 """What a capture read, as its record says it: how each entry is digested, and whether it is still the same.
 
-Recorder and lookup digest with the same functions.
+Recorder and lookup digest with the same functions. An entry begins with its kind and a colon: ``env``,
+``call``, ``import``, ``item``, ``class`` or ``global``; see docs/keys.md.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import builtins
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -23,11 +24,19 @@ from stitchcache.keys.origins import (
     module_by_label,
     read_file,
 )
-from stitchcache.keys.scope import Scope, find_class
-from stitchcache.keys.walk import Walk
+from stitchcache.keys.walk import Walk, find_class
 from stitchcache.types import SourceRef, TargetRecord
 
-_ABSENT = b"absent"
+REGISTRIES = frozenset({"transformers.utils.output_capturing:_CAN_RECORD_REGISTRY"})
+"""Dictionaries to which each model of a library adds itself by name: recorded item by item.
+
+Otherwise a process that has imported one model more would not find what another one compiled. An item that is
+there at a lookup must be as it was; one that is not belongs to a model that is not in use.
+"""
+
+ROLL_CALLS = frozenset({"transformers.utils.generic:_registered_model_output_types"})
+"""Lists of classes for which something was done once; what is in them changes nothing a model computes."""
+
 _KEYED_OF_LIBRARY = (*SCALARS, FunctionType, BuiltinFunctionType, type)
 """Kinds of values that are keyed even where they belong to torch or the library: they may be replaced."""
 
@@ -65,16 +74,11 @@ def lookup(
             what they are now.
     """
     patched = patched or {}
-    name = chain[0]
-    own = patched.get(id(namespace), namespace)
-    common = patched.get(id(vars(builtins)), vars(builtins))
-    if name in own:
-        value = own[name]
-    elif name in common:
-        value = common[name]
-    else:
+    spaces = [patched.get(id(space), space) for space in (namespace, vars(builtins))]
+    space = next((space for space in spaces if chain[0] in space), None)
+    if space is None:
         return Found(None, False, chain[:1])
-    owner = ""
+    value, owner = space[chain[0]], ""
     for index, step in enumerate(chain[1:], 1):
         if not isinstance(value, ModuleType):
             return Found(value, True, chain[:index], owner)
@@ -90,56 +94,56 @@ def lookup(
     return Found(value, True, chain, owner)
 
 
-def title(entry: str) -> str:
-    """An entry's name for people: ``module.name``."""
-    return entry.removeprefix("?").replace(":", ".").rstrip(".")
+def title(name: str) -> str:
+    """What an entry names, for people: ``module.name``."""
+    return name.removeprefix("?").replace(":", ".").rstrip(".")
 
 
-def global_digest(shared: Scope, entry: str, found: Found) -> str:
+def global_digest(walk: Walk, name: str, found: Found) -> str:
     """Digest of what a global's name leads to.
 
     Args:
-        shared: What this record's encoders have in common; classes that the value names are noted there.
-        entry: Its name in the record. It ends in a dot where the code goes on to read from the value;
+        walk: What this record's writers have in common; classes that the value names are noted there.
+        name: Its name in the record. It ends in a dot where the code goes on to read from the value;
             elsewhere the code holds the value itself, which for a module says nothing of what it reads.
         found: Where its chain leads.
 
     Raises:
         UnkeyableError: No digest stands for it soundly.
     """
-    payload = _ABSENT
-    value, exists = found.value, found.exists
-    library = found.owner != "" and shared.is_versioned(found.owner)
+    value = found.value
+    where = f"global {title(name)}"
     if value is _NAMESPACE:
         why = f"the namespace of module {found.owner} is used as a whole; name what is read from it"
-        raise UnkeyableError(f"global {title(entry)}", why)
+        raise UnkeyableError(where, why)
     if found.owner.startswith("numpy.random"):
-        raise UnkeyableError(f"global {title(entry)}", "gives other numbers each time; draw them beforehand")
-    if value is sys.modules and not _of_package(shared, entry):
-        raise UnkeyableError(
-            f"global {title(entry)}", "what is loaded depends on the process; import it by name"
-        )
+        raise UnkeyableError(where, "gives other numbers each time; draw them beforehand")
+    if value is sys.modules and not _is_of_package(name, walk):
+        raise UnkeyableError(where, "what is loaded depends on the process; import it by name")
     if isinstance(value, ModuleType):
-        if exists and not entry.endswith(".") and not _may_be_held(shared, entry, value):
+        if found.exists and not name.endswith(".") and not _may_be_held(walk, name, value):
             why = f"the module {value.__name__} is used as a value; name what is read from it"
-            raise UnkeyableError(f"global {title(entry)}", why)
+            raise UnkeyableError(where, why)
         # torch and others load parts of themselves late; that a part is not there yet means nothing.
-        payload = b"module " + value.__name__.encode()
-    elif exists:
-        encoder = shared.writer("global", entry, [f"global {title(entry)}"])
-        if library and not isinstance(value, _KEYED_OF_LIBRARY) and not _is_plain_of_library(found):
-            # An object of torch's or the library's own; what torch's settings say are factors.
-            payload = b"object " + type(value).__qualname__.encode()
-        else:
-            encoder.put(value)
-            payload = bytes(encoder.out)
-    return hashlib.sha256(payload).hexdigest()
+        return bytes_digest(b"module " + value.__name__.encode())
+    if not found.exists:
+        return bytes_digest(b"absent")
+    library = found.owner != "" and walk.is_versioned(found.owner)
+    if library and not isinstance(value, _KEYED_OF_LIBRARY) and not _is_plain_of_library(found):
+        # An object of torch's or the library's own; what torch's settings say are factors.
+        return bytes_digest(b"object " + type(value).__qualname__.encode())
+    return _digest(walk, "global", name, value, where)
 
 
-def _of_package(shared: Scope, entry: str) -> bool:
-    """Whether it is an installed package's code that reads an entry."""
-    label = entry.removeprefix("?").partition(":")[0]
-    file = getattr(module_by_label(label, shared.main), "__file__", None)
+def _digest(walk: Walk, section: str, name: str, value: Any, where: str) -> str:
+    writer = walk.writer(section, name, [where])
+    writer.put(value)
+    return bytes_digest(writer.out)
+
+
+def _is_of_package(name: str, walk: Walk) -> bool:
+    """Whether it is an installed package's code that reads a global."""
+    file = getattr(_module_of(name, walk), "__file__", None)
     return installed_path(file or "") != ""
 
 
@@ -151,89 +155,68 @@ def _is_plain_of_library(found: Found) -> bool:
     return plain and found.owner.partition(".")[0] in sys.stdlib_module_names
 
 
-def _may_be_held(shared: Scope, entry: str, module: ModuleType) -> bool:
+def _may_be_held(walk: Walk, name: str, module: ModuleType) -> bool:
     """Whether code may use a module as a value: one of torch's, or of its own package, as lazy imports do."""
     installed = installed_path(getattr(module, "__file__", None) or "") != ""
-    return shared.is_versioned(module.__name__) or (installed and _of_package(shared, entry))
+    return walk.is_versioned(module.__name__) or (installed and _is_of_package(name, walk))
 
 
-def class_digest(shared: Scope, cls: type) -> str:
+def class_digest(walk: Walk, cls: type) -> str:
     """Digest of a class's contents.
 
     Raises:
         UnkeyableError: One of its attributes cannot be written soundly.
     """
-    return hashlib.sha256(shared.contents(cls)).hexdigest()
+    return bytes_digest(walk.contents(cls))
 
 
-REGISTRIES = frozenset({"transformers.utils.output_capturing:_CAN_RECORD_REGISTRY"})
-"""Dictionaries to which each model of a library adds itself by name: recorded item by item.
-
-Otherwise a process that has imported one model more would not find what another one compiled. An item that is
-there at a lookup must be as it was; one that is not belongs to a model that is not in use.
-"""
-
-ROLL_CALLS = frozenset({"transformers.utils.generic:_registered_model_output_types"})
-"""Lists of classes for which something was done once; what is in them changes nothing a model computes."""
-
-
-def item_digest(main: str, item: Any) -> str:
-    """Digest of an item of a registry. The classes that it names are the key's where they are in use.
+def item_digest(walk: Walk, item: Any) -> str:
+    """Digest of an item of a registry, alone. The classes that it names are the key's where they are in use.
 
     Raises:
         UnkeyableError: No digest stands for it soundly.
     """
-    walk = Walk()
-    walk.main = main
-    encoder = walk.writer("item", path=["item of a registry"])
-    encoder.put(item)
-    return hashlib.sha256(encoder.out).hexdigest()
+    alone = Walk()
+    alone.main = walk.main
+    return _digest(alone, "item", "", item, "item of a registry")
 
 
-KINDS = frozenset({"env", "call", "item", "class", "global", "import"})
-"""What an entry may begin with, before a colon, when it is no global of a module of another name."""
-
-
-def answer_digest(entry: str) -> str:
+def answer_digest(walk: Walk, name: str) -> str:
     """Digest of what a function of torch answers here and now; that it raises is an answer too.
 
     Args:
-        entry: ``call:torch.distributed:get_rank``.
+        walk: What this record's writers have in common.
+        name: ``torch.distributed:get_rank``.
+
+    Raises:
+        UnkeyableError: No digest stands for the answer soundly.
     """
-    if entry.count(":") != 2:
-        return ""
-    _, module, name = entry.split(":")
+    module, _, function = name.partition(":")
+    answer: tuple[Any, ...]
     try:
-        answer = repr(getattr(sys.modules.get(module), name)())
+        answer = (getattr(sys.modules.get(module), function)(),)
     except (ValueError, RuntimeError, AttributeError, AssertionError) as error:
-        answer = f"raises {type(error).__name__}"
-    return hashlib.sha256(answer.encode()).hexdigest()
+        answer = ("raises", type(error).__name__)
+    return _digest(walk, "call", name, answer, f"what {title(name)}() answers")
 
 
 def text_digest(value: str | None) -> str:
     """Digest of an environment variable; ``None`` where it is not set."""
-    data = b"unset" if value is None else b"=" + value.encode("utf-8", "surrogatepass")
-    return hashlib.sha256(data).hexdigest()
+    return bytes_digest(b"unset" if value is None else b"=" + value.encode("utf-8", "surrogatepass"))
 
 
-def import_digest(name: str, main: str) -> str:
+def import_digest(walk: Walk, name: str) -> str:
     """Digest of whether there is a module of this name to import; nothing is imported for it."""
-    there = sys.modules.get(name) is not None or find_file(name, main)[0] is not None
+    there = sys.modules.get(name) is not None or find_file(name, walk.main)[0] is not None
     return text_digest("there" if there else None)
 
 
-def is_module_namespace(namespace: dict[str, Any]) -> bool:
-    """Whether a function's globals are those of a module that is imported under its name."""
-    module = sys.modules.get(str(namespace.get("__name__")))
-    return module is not None and vars(module) is namespace
-
-
-def bytes_digest(data: bytes) -> str:
-    """sha256 of a file's bytes."""
+def bytes_digest(data: bytes | bytearray) -> str:
+    """sha256 of bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
-def check_sources(record: TargetRecord, keyed: Scope | None = None, *, looked: bool = False) -> str | None:
+def check_sources(record: TargetRecord, keyed: Walk | None = None, *, looked: bool = False) -> str | None:
     """Check every source file and every value from outside of the model that a capture depended on.
 
     Files are read and digested each time: nothing cheaper is sure, and a model's few dozen files take about
@@ -248,17 +231,17 @@ def check_sources(record: TargetRecord, keyed: Scope | None = None, *, looked: b
     Returns:
         ``None`` if nothing changed, else the reason, naming the file, global or variable.
     """
-    shared = Walk(keyed)
-    reason = _check_files(record.sources, shared) or _check_globals(record.globals, shared)
-    return reason or (None if looked else shared.warm_cache())
+    walk = (keyed or Walk()).child()
+    reason = _check_files(record.sources, walk) or _check_entries(record.globals, walk)
+    return reason or (None if looked else walk.warm_cache())
 
 
-def _check_files(sources: Iterable[SourceRef], shared: Scope) -> str | None:
+def _check_files(sources: Iterable[SourceRef], walk: Walk) -> str | None:
     for source in sources:
         # Records of one target name mostly the same files: each is read once for all of them.
-        known = shared.files.get(source.module)
+        known = walk.files.get(source.module)
         if known is None:
-            known = shared.files[source.module] = _look_at_file(source.module, shared)
+            known = walk.files[source.module] = _look_at_file(source.module, walk)
         file, size, digest, reason = known
         if size >= 0 and (size != source.size or digest != source.digest):
             return f"{file} ({source.module}) is not the file that was captured"
@@ -267,92 +250,78 @@ def _check_files(sources: Iterable[SourceRef], shared: Scope) -> str | None:
     return None
 
 
-def _look_at_file(name: str, shared: Scope) -> tuple[str, int, str, str | None]:
+def _look_at_file(name: str, walk: Walk) -> tuple[str, int, str, str | None]:
     """A module's file, its size and digest, and why it does not say what runs; ``None`` where it does."""
-    file, module = find_file(name, shared.main)
+    file, module = find_file(name, walk.main)
     if file is None:
         return "", -1, "", f"the source of {name} cannot be found; it ran during the capture"
     try:
         data = read_file(file, module)
     except OSError as error:
         return file, -1, "", f"the source of {name} cannot be read: {error}"
-    reason = None if module is None else changed_since_import(module, data, shared.started())
+    reason = None if module is None else changed_since_import(module, data, walk.started)
     return file, len(data), bytes_digest(data), reason
 
 
-def _check_globals(entries: Iterable[tuple[str, str]], shared: Scope) -> str | None:
+def _check_entries(entries: Iterable[tuple[str, str]], walk: Walk) -> str | None:
     for entry, digest in entries:
-        kind, _, rest = entry.partition(":")
+        kind, _, name = entry.partition(":")
+        subject, digest_now = _KINDS.get(kind, ("entry {}", _unknown))
         try:
-            now = _digest_now(entry, kind, rest, shared)
+            now = digest_now(walk, name)
         except UnkeyableError as error:
             return f"{error} (it could be digested when the model was captured)"
         if now == digest:
             continue
-        if now is None and (kind == "item" or entry.removeprefix(f"{kind}:").startswith("?")):
+        if now is None and (kind == "item" or name.startswith("?")):
             # Loaded during the capture, and not loaded yet here: its file, checked above, speaks for it.
             continue
         how = "is not there" if now is None else "changed"
-        return f"{_subject(entry, kind, rest)} {how} since the capture"
+        return f"{subject.format(title(name))} {how} since the capture"
     return None
 
 
-def _digest_now(entry: str, kind: str, rest: str, shared: Scope) -> str | None:
-    if kind == "env":
-        return text_digest(os.environ.get(rest))
-    if kind == "call":
-        return answer_digest(entry)
-    if kind == "import":
-        return import_digest(rest, shared.main)
-    if kind == "item":
-        return _item_now(rest, shared)
-    if kind == "class":
-        return _class_now(rest, shared)
-    return _global_now(rest if kind == "global" else entry, shared)
+def _module_of(name: str, walk: Walk) -> ModuleType | None:
+    return module_by_label(name.removeprefix("?").partition(":")[0], walk.main)
 
 
-def _subject(entry: str, kind: str, rest: str) -> str:
-    """What an entry is about, for people."""
-    subjects = {
-        "env": f"environment variable {rest}",
-        "call": f"what {title(rest)}() answers",
-        "import": f"whether {rest} can be imported",
-        "item": f"item {rest}",
-        "class": f"class {title(rest)}",
-        "global": f"global {title(rest)}",
-    }
-    return subjects.get(kind) or f"global {title(entry)}"
+def _variable_now(walk: Walk, name: str) -> str:
+    return text_digest(os.environ.get(name))
 
 
-def _module(label: str, shared: Scope) -> ModuleType | None:
-    return module_by_label(label.removeprefix("?"), shared.main)
+def _class_now(walk: Walk, name: str) -> str | None:
+    module = _module_of(name, walk)
+    cls = None if module is None else find_class(module.__name__, name.partition(":")[2])
+    return class_digest(walk, cls) if isinstance(cls, type) else None
 
 
-def _class_now(entry: str, shared: Scope) -> str | None:
-    label, _, qualname = entry.partition(":")
-    module = _module(label, shared)
-    cls = None if module is None else find_class(module.__name__, qualname)
-    return class_digest(shared, cls) if isinstance(cls, type) else None
+def _item_now(walk: Walk, name: str) -> str | None:
+    _, _, rest = name.partition(":")
+    attribute, _, key = rest.partition(":")
+    registry = getattr(_module_of(name, walk), attribute, None)
+    return item_digest(walk, registry[key]) if isinstance(registry, dict) and key in registry else None
 
 
-def _item_now(entry: str, shared: Scope) -> str | None:
-    if entry.count(":") < 2:
-        return ""
-    label, name, key = entry.split(":", 2)
-    registry = getattr(_module(label, shared), name, None)
-    if not isinstance(registry, dict) or key not in registry:
-        return None
-    return item_digest(shared.main, registry[key])
-
-
-def _global_now(entry: str, shared: Scope) -> str | None:
-    label, _, dotted = entry.partition(":")
-    module = _module(label, shared)
+def _global_now(walk: Walk, name: str) -> str | None:
+    module = _module_of(name, walk)
     if module is None:
         return None
-    chain = tuple(dotted.rstrip(".").split("."))
+    chain = tuple(name.partition(":")[2].rstrip(".").split("."))
     found = lookup(vars(module), chain)
-    if found.used != chain:
-        # What was a module on the way is something else now.
-        return ""
-    return global_digest(shared, entry, found)
+    # Else what was a module on the way is something else now.
+    return global_digest(walk, name, found) if found.used == chain else ""
+
+
+def _unknown(walk: Walk, name: str) -> str:
+    return ""
+
+
+_KINDS: Mapping[str, tuple[str, Callable[[Walk, str], str | None]]] = {
+    "env": ("environment variable {}", _variable_now),
+    "call": ("what {}() answers", answer_digest),
+    "import": ("whether {} can be imported", import_digest),
+    "item": ("item {}", _item_now),
+    "class": ("class {}", _class_now),
+    "global": ("global {}", _global_now),
+}
+"""For each kind of entry what it is about, and its digest here and now; ``None`` if it is not there."""

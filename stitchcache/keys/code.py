@@ -12,11 +12,10 @@ import contextlib
 import dataclasses
 import enum
 import functools
-import hashlib
 import os
 import sys
 from _abc import _get_dump  # type: ignore[import-not-found]
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import (
     BuiltinFunctionType,
     CellType,
@@ -31,16 +30,24 @@ from types import (
     ModuleType,
     WrapperDescriptorType,
 )
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stitchcache.containers import PlainWriter, member_state, put_code
-from stitchcache.encoding import SCALARS, Handler, UnkeyableError, data_bytes, text_bytes
-from stitchcache.keys.scope import KeyWriter, Scope
+from stitchcache.containers import code_digest, member_state, once
+from stitchcache.encoding import SCALARS, Handler, data_bytes, text_bytes
+from stitchcache.torchside.state import DYNAMO
+
+if TYPE_CHECKING:
+    from stitchcache.keys.walk import KeyWriter, Walk
 
 _NOT_STATE = frozenset({"__wrapped__", "__signature__", "__doc__", "__annotations__"})
 """Attributes of a function that follow from its closure, or that no call reads."""
 
-BY_NAME = frozenset(
+_OF_WRAPPERS = _NOT_STATE | frozenset(
+    "__module__ __name__ __qualname__ func attrname lock args kwds gen".split()  # noqa: SIM905
+)
+"""What wrappers copy from their functions, what is written as a part, and what a library keeps for itself."""
+
+_BY_NAME = frozenset(
     {
         MemberDescriptorType,
         GetSetDescriptorType,
@@ -51,74 +58,70 @@ BY_NAME = frozenset(
 )
 
 
-def code_bytes(walk: Scope, code: CodeType) -> bytes:
+def code_bytes(walk: Walk, code: CodeType) -> bytes:
     """What a code object does, in a few bytes; for an installed file's, its place instead."""
     known = walk.codes.get(id(code))
-    # An empty entry says that a class's contents speak for this code.
+    # An empty entry says that what holds this code speaks for it.
     if known is not None and known[1]:
         return known[1]
     installed = walk.origin(code.co_filename)[1]
     # A line may hold several lambdas, so their place does not say which of them it is.
     if installed and not code.co_name.startswith("<"):
         # The record of a target holds this file's digest if any of it ran, so the place says it all.
-        place = b"[place 1:" + text_bytes(f"{installed} {code.co_qualname} {code.co_firstlineno}")
-        walk.codes[id(code)] = (code, place)
-        return place
-    writer = PlainWriter()
-
-    def nested(inner: CodeType) -> None:
-        writer.out += code_bytes(walk, inner)
-
-    put_code(writer, code, nested)
-    digest = b"[code digest 1:" + data_bytes(hashlib.sha256(writer.out).digest())
-    walk.codes[id(code)] = (code, digest)
-    return digest
+        written = b"[place 1:" + text_bytes(f"{installed} {code.co_qualname} {code.co_firstlineno}")
+    else:
+        written = b"[code digest 1:" + data_bytes(code_digest(code))
+    walk.codes[id(code)] = (code, written)
+    return written
 
 
-def _function_label(walk: Scope, function: FunctionType) -> str:
-    module = function.__module__ or ""
-    return f"{walk.main if module == '__main__' else module}.{function.__qualname__}"
-
-
-def put_function(writer: KeyWriter, function: FunctionType) -> None:
+def _put_function(writer: KeyWriter, function: FunctionType) -> None:
     """Write a function: its code, defaults, attributes and what it closes over."""
     if writer.again(function):
         return
-    walk, code = writer.walk, function.__code__
-    label = _function_label(walk, function)
-    if walk.origin(code.co_filename)[0]:
-        writer.head(b"library function", 3)
-        writer.text(label)
-        writer.text(f"{code.co_qualname} {code.co_firstlineno}")
-        _put_cells(writer, function, label)
+    walk, code, qualname = writer.walk, function.__code__, function.__qualname__
+    module = walk.label(function.__module__ or "")
+    versioned, installed = walk.origin(code.co_filename)
+    if versioned:
+        writer.head(b"library function", 4)
+        writer.text(f"{module}.{qualname}")
+        writer.text(code.co_qualname)
+        writer.out += b"i%d;" % code.co_firstlineno
+        _put_cells(writer, function)
+        return
+    named = qualname == code.co_qualname and function.__name__ == code.co_name and code.co_name[0] != "<"
+    plain = _plain_defaults(function)
+    if installed and named and plain is not None:
+        # Most methods of most classes are of this kind, and there are hundreds of them in a model.
+        walk.codes.setdefault(id(code), (code, b""))
+        writer.head(b"shipped", 6)
+        writer.text(installed)
+        writer.text(module)
+        writer.text(qualname)
+        writer.out += b"i%d;" % code.co_firstlineno + plain
+        _put_cells(writer, function)
         return
     writer.head(b"function", 6)
-    writer.text(label)
+    writer.text(f"{module}.{qualname}")
     writer.out += code_bytes(walk, code)
-    plain = plain_defaults(function)
     if plain is not None:
-        writer.out += b"[plain 1:" + plain
+        writer.out += plain
     else:
         writer.head(b"defaults", 3)
-        where = f" default of {function.__qualname__}"
-        for part in (function.__defaults__, function.__kwdefaults__):
-            writer.put_at(where, part)
+        writer.put_at(f" default of {qualname}", function.__defaults__)
+        writer.put_at(f" default of {qualname}", function.__kwdefaults__)
         writer.put_state(function, _NOT_STATE)
-    _put_notes(writer, function)
-    _put_cells(writer, function, label)
+    _put_notes(writer, function, installed)
+    _put_cells(writer, function)
     # It follows from the closure where functools.wraps set it, and there alone.
-    inner = function.__dict__.get("__wrapped__") if function.__dict__ else None
-    if inner is None or closes_over(function, inner):
-        writer.out += b"N"
-    else:
-        writer.put_at(".__wrapped__", inner)
+    inner = function.__dict__.get("__wrapped__")
+    writer.put_at(".__wrapped__", None if closes_over(function, inner) else inner)
 
 
-def _put_notes(writer: KeyWriter, function: FunctionType) -> None:
+def _put_notes(writer: KeyWriter, function: FunctionType, installed: str) -> None:
     """Write what code may ask a function about itself, where it does not follow from its code."""
     code = function.__code__
     doc = code.co_consts[0] if code.co_consts and isinstance(code.co_consts[0], str) else None
-    installed = writer.walk.origin(code.co_filename)[1]
     # Packages write texts of their own there: transformers makes them from sets, so they move with the seed.
     declared, text = ({}, doc) if installed else (function.__annotations__, function.__doc__)
     if not declared and function.__name__ == code.co_name and text in (doc, None):
@@ -134,23 +137,24 @@ def _put_notes(writer: KeyWriter, function: FunctionType) -> None:
 
 def closes_over(function: FunctionType, inner: object) -> bool:
     """Whether one of a function's cells holds an object."""
+    return any(cell is inner for cell in filled_cells(function))
+
+
+def filled_cells(function: FunctionType) -> Iterator[Any]:
+    """What a function's cells hold; a cell may be empty."""
     for cell in function.__closure__ or ():
-        try:
-            if cell.cell_contents is inner:
-                return True
-        except ValueError:
-            continue
-    return False
+        with contextlib.suppress(ValueError):
+            yield cell.cell_contents
 
 
-def plain_defaults(function: FunctionType) -> bytes | None:
+def _plain_defaults(function: FunctionType) -> bytes | None:
     """Defaults of a function in short, where they are scalars and it has no other state."""
     if function.__kwdefaults__ or function.__dict__:
         return None
     defaults = function.__defaults__
     if not defaults:
-        return b"N"
-    parts = [b"[tuple %d:" % len(defaults)]
+        return b"[plain 0:"
+    parts = [b"[plain %d:" % len(defaults)]
     for value in defaults:
         scalar = SCALARS.get(type(value))
         if scalar is None:
@@ -159,7 +163,7 @@ def plain_defaults(function: FunctionType) -> bytes | None:
     return b"".join(parts)
 
 
-def _put_cells(writer: KeyWriter, function: FunctionType, label: str) -> None:
+def _put_cells(writer: KeyWriter, function: FunctionType) -> None:
     cells = function.__closure__
     if not cells:
         writer.out += b"[cells 0:"
@@ -167,10 +171,10 @@ def _put_cells(writer: KeyWriter, function: FunctionType, label: str) -> None:
     writer.head(b"cells", 2 * len(cells))
     for name, cell in zip(function.__code__.co_freevars, cells, strict=True):
         writer.text(name)
-        _put_cell(writer, cell, name, label)
+        _put_cell(writer, cell, name, f" of {function.__qualname__}")
 
 
-def _put_cell(writer: KeyWriter, cell: CellType, name: str, label: str) -> None:
+def _put_cell(writer: KeyWriter, cell: CellType, name: str = "", of: str = "") -> None:
     try:
         content = cell.cell_contents
     except ValueError:
@@ -184,11 +188,7 @@ def _put_cell(writer: KeyWriter, cell: CellType, name: str, label: str) -> None:
     # Two functions may share a cell, and one of them set what the other reads.
     if not writer.again(cell):
         writer.head(b"cell", 1)
-        writer.put_at(f" closure cell {name!r} of {label}", content)
-
-
-def _put_bare_cell(writer: KeyWriter, cell: CellType) -> None:
-    _put_cell(writer, cell, "cell", "a value")
+        writer.put_at(f" closure cell {name!r}{of}", content)
 
 
 def _put_method(writer: KeyWriter, method: MethodType) -> None:
@@ -213,27 +213,23 @@ def _put_descriptor(writer: KeyWriter, descriptor: Any) -> None:
 
 
 def _put_cached(writer: KeyWriter, wrapper: Any) -> None:
-    if writer.again(wrapper):
-        return
-    writer.walk.caches.append(("".join(writer.path).lstrip(".") or wrapper.__name__, wrapper))
+    writer.walk.caches.append((writer.at() or wrapper.__name__, wrapper))
     writer.head(b"lru_cache", 1)
     writer.put_at(".__wrapped__", wrapper.__wrapped__)
 
 
-def _put_parts(kind: bytes, *names: str) -> Handler:
+def _by_attributes(kind: bytes, *names: str) -> Handler:
     """How to write what wraps a function: its parts by name, then whatever was set on it."""
     steps = [(name, f".{name}") for name in names]
 
     def put(writer: KeyWriter, item: Any) -> None:
-        if writer.again(item):
-            return
         writer.head(kind, 2 + len(steps))
         writer.put_class(type(item))
         for name, step in steps:
             writer.put_at(step, getattr(item, name))
         writer.put_state(item, _OF_WRAPPERS)
 
-    return put
+    return once(put)
 
 
 @contextlib.contextmanager
@@ -241,38 +237,31 @@ def _sample() -> Iterator[None]:
     yield
 
 
-_OF_WRAPPERS = _NOT_STATE | frozenset(
-    "__module__ __name__ __qualname__ func attrname lock args kwds gen".split()  # noqa: SIM905
-)
-"""What wrappers copy from their functions, what is written as a part, and what a library keeps for itself."""
+CACHE = type(functools.lru_cache(lambda: None))
+WRAPPED: Mapping[type, tuple[str, ...]] = {
+    property: ("fget", "fset", "fdel"),
+    functools.cached_property: ("func", "attrname"),
+    staticmethod: ("__func__",),
+    classmethod: ("__func__",),
+    functools.partial: ("func", "args", "keywords"),
+    functools.partialmethod: ("func", "args", "keywords"),
+    # Used as a decorator it starts its generator anew from these at each call.
+    type(_sample()): ("func", "args", "kwds"),
+}
+"""What wraps functions, with the attributes that say how."""
 
-_put_property = _put_parts(b"property", "fget", "fset", "fdel")
-_put_cached_property = _put_parts(b"cached property", "func", "attrname")
-_put_static = _put_parts(b"static", "__func__")
-_put_partial = _put_parts(b"partial", "func", "args", "keywords")
-# Used as a decorator it starts its generator anew from these at each call.
-_put_context_manager = _put_parts(b"context manager", "func", "args", "kwds")
-
+_WRAPPERS = {kind: _by_attributes(kind.__name__.encode(), *names) for kind, names in WRAPPED.items()}
 HANDLERS: Mapping[type, Handler] = {
-    CellType: _put_bare_cell,
-    FunctionType: put_function,
+    CellType: _put_cell,
+    FunctionType: _put_function,
     MethodType: _put_method,
     BuiltinFunctionType: _put_builtin,
     MethodWrapperType: _put_builtin,
-    **dict.fromkeys(BY_NAME, _put_descriptor),
-    type(functools.lru_cache(lambda: None)): _put_cached,
-    type(_sample()): _put_context_manager,
-    functools.partialmethod: _put_partial,
+    **dict.fromkeys(_BY_NAME, _put_descriptor),
+    **_WRAPPERS,
+    CACHE: once(_put_cached),
 }
-
-FAMILIES: list[tuple[type, Handler]] = [
-    (property, _put_property),
-    (functools.cached_property, _put_cached_property),
-    (staticmethod, _put_static),
-    (classmethod, _put_static),
-    (functools.partial, _put_partial),
-]
-"""What wraps functions, and its subclasses."""
+FAMILIES = list(_WRAPPERS.items())
 
 _NOT_CONTENT = frozenset(
     """__module__ __dict__ __weakref__ __doc__ __annotations__ __abstractmethods__ _abc_impl __orig_bases__
@@ -301,14 +290,13 @@ def put_class_contents(writer: KeyWriter, cls: type) -> None:
         UnkeyableError: An attribute cannot be written soundly.
     """
     skipped = _NOT_CONTENT | writer.ignored(cls)
-    members: Mapping[str, Any] = {}
+    members: dict[str, Any] | None = None
     if isinstance(cls, enum.EnumMeta):
-        members = cls.__members__
+        found: Mapping[str, Any] = cls.__members__
+        members = {name: (item.__dict__["_value_"], member_state(item)) for name, item in found.items()}
         skipped = skipped | _ENUM_INTERNALS | members.keys()
     items = [
-        (name, value)
-        for name, value in cls.__dict__.items()
-        if name not in skipped and type(value) not in BY_NAME
+        item for item in cls.__dict__.items() if item[0] not in skipped and type(item[1]) not in _BY_NAME
     ]
     writer.head(b"contents", 6 + 2 * len(items))
     writer.text(writer.class_label(cls))
@@ -316,133 +304,119 @@ def put_class_contents(writer: KeyWriter, cls: type) -> None:
     writer.head(b"bases", len(cls.__bases__))
     for base in cls.__bases__:
         writer.put_class(base)
-    if isinstance(cls, abc.ABCMeta):
-        registered = [reference() for reference in _get_dump(cls)[0]]
-        writer.put(tuple(sorted(writer.class_label(item) for item in registered if item is not None)))
+    registered = [reference() for reference in _get_dump(cls)[0]] if isinstance(cls, abc.ABCMeta) else []
+    writer.put(tuple(sorted(writer.class_label(item) for item in registered if item is not None)))
+    writer.put_at(".__members__", members)
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None) or ""
+    installed = writer.walk.origin(file)[1] != ""
+    if installed:
+        writer.head(b"installed", 0)
     else:
-        writer.out += b"N"
-    if isinstance(cls, enum.EnumMeta):
-        states = {name: (item.__dict__["_value_"], member_state(item)) for name, item in members.items()}
-        writer.put_at(".__members__", states)
-    else:
-        writer.out += b"N"
-    _put_declarations(writer, cls)
-    prefix = f"{cls.__qualname__}."
+        _put_declarations(writer, cls)
+    generated = installed and "__dataclass_params__" in cls.__dict__
     for name, value in items:
         writer.text(name)
-        kind = type(value)
-        scalar = SCALARS.get(kind)
-        if scalar is not None:
-            writer.out += scalar(value)
-            continue
-        short = None
-        if kind is FunctionType:
-            short = _as_shipped(writer.walk, cls, prefix + name, value)
-        elif kind in _SHORT_WRAPPERS:
-            short = _wrapped_as_shipped(writer, cls, prefix + name, value)
-        if short is not None:
-            writer.out += short
-            continue
-        before = writer.path
-        writer.path = []
-        try:
-            writer.put(value)
-        except UnkeyableError as error:
-            raise UnkeyableError(f"class {writer.class_label(cls)}, attribute {name}", str(error)) from error
-        writer.path = before
+        if generated and type(value) is FunctionType and _is_generated(writer.walk, value):
+            writer.head(b"generated", 0)
+        else:
+            writer.put_at(f", attribute {name}", value)
 
 
 def _put_declarations(writer: KeyWriter, cls: type) -> None:
     """Write what a class declares of its attributes, for a class whose file nobody may have recorded."""
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None) or ""
-    if writer.walk.origin(file)[1]:
-        writer.head(b"installed", 0)
-        return
     declared = cls.__dict__.get("__annotations__")  # noqa: RUF063 - its own, and as they stand
+    slots = cls.__dict__.get("__slots__")
     fields = cls.__dict__.get("__dataclass_fields__", {})
     writer.head(b"declared", 2 + len(fields))
     writer.put_at(".__annotations__", dict(declared) if isinstance(declared, dict) else None)
-    writer.put_at(".__slots__", _slots_text(cls))
+    names = (slots,) if isinstance(slots, str) else tuple(map(str, slots or ()))
+    writer.put(None if slots is None else names)
     for name, item in fields.items():
-        where = f".{name}"
-        missing = dataclasses.MISSING
         writer.head(b"field", 5)
         writer.text(name)
         writer.put((bool(item.init), bool(item.kw_only), bool(item.compare)))
-        writer.put_at(where, None if item.default is missing else (item.default,))
-        writer.put_at(where, None if item.default_factory is missing else (item.default_factory,))
-        writer.put_at(f"{where}.metadata", item.metadata)
+        for part in (item.default, item.default_factory):
+            writer.put_at(f".{name}", None if part is dataclasses.MISSING else (part,))
+        writer.put_at(f".{name}.metadata", item.metadata)
 
 
-def _slots_text(cls: type) -> tuple[str, ...] | None:
-    slots = cls.__dict__.get("__slots__")
-    return None if slots is None else (slots,) if isinstance(slots, str) else tuple(map(str, slots))
-
-
-def _is_of_dataclass(walk: Scope, cls: type, code: CodeType) -> bool:
-    """Whether ``dataclass`` generated this code for a class in an installed file, from which it follows."""
-    made = code.co_qualname.startswith("__create_fn__.<locals>.") and "__dataclass_params__" in cls.__dict__
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return made and file is not None and walk.origin(file)[1] != ""
-
-
-def _as_shipped(walk: Scope, cls: type, qualname: str, function: FunctionType) -> bytes | None:
-    """A short form for a method that stands in an installed file where its class does; else ``None``.
-
-    Most methods of most classes are of this kind, and there are hundreds of them in a model.
-    """
+def _is_generated(walk: Walk, function: FunctionType) -> bool:
+    """Whether ``dataclass`` generated a method of a class in an installed file, from which it follows."""
     code = function.__code__
-    made = code
-    if code.co_filename in _REPR_FILES and qualname.endswith(".__repr__"):
+    if code.co_filename in _REPR_FILES:
         # A dataclass's __repr__ stands in a wrapper of the library's.
         inner = getattr(function, "__wrapped__", None)
-        made = inner.__code__ if type(inner) is FunctionType and closes_over(function, inner) else code
-    if made.co_filename == "<string>" and _is_of_dataclass(walk, cls, made):
-        walk.codes.setdefault(id(made), (made, b""))
-        return b"[generated 0:"
-    if code.co_qualname != qualname or function.__module__ != cls.__module__:
-        return None
-    if function.__closure__ is not None and code.co_freevars != ("__class__",):
-        return None
-    defaults = plain_defaults(function)
-    installed = walk.origin(code.co_filename)[1]
-    if defaults is None or not installed:
-        return None
-    walk.codes.setdefault(id(code), (code, b""))
-    # Hundreds of methods stand in the same few files.
-    place = walk.texts.get(installed)
-    if place is None:
-        place = walk.texts[installed] = text_bytes(installed)
-    return b"[shipped 3:i%d;%b%b" % (code.co_firstlineno, place, defaults)
+        code = inner.__code__ if type(inner) is FunctionType and closes_over(function, inner) else code
+    made = code.co_filename == "<string>" and code.co_qualname.startswith("__create_fn__.<locals>.")
+    if made:
+        walk.codes.setdefault(id(code), (code, b""))
+    return made
 
 
-_SHORT_WRAPPERS: Mapping[type, tuple[bytes, tuple[str, ...]]] = {
-    property: (b"[shipped property 3:", ("fget", "fset", "fdel")),
-    classmethod: (b"[shipped class method 1:", ("__func__",)),
-    staticmethod: (b"[shipped static method 1:", ("__func__",)),
-}
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
+_CALLABLES = (FunctionType, MethodType, functools.partial, functools.partialmethod)
+_LOOKED_INTO = frozenset({*_FUNCTIONS, *_CALLABLES, CACHE, property, staticmethod, classmethod})
+# transformers adds this to Module when it makes its first model, to initialise weights. If it were in keys,
+# every model would miss in a process that has made one from transformers before.
+_ADDED = ("Module.smart_apply", "PreTrainedModel.initialize_weights.<locals>.smart_apply")
 
 
-def _wrapped_as_shipped(writer: KeyWriter, cls: type, qualname: str, wrapper: Any) -> bytes | None:
-    """The same for a property, class method or static method around such methods."""
-    head, names = _SHORT_WRAPPERS[type(wrapper)]
-    known = writer.numbers.known
-    parts = [getattr(wrapper, name) for name in names]
-    functions = [part for part in parts if part is not None]
-    # Somebody may have set an attribute on the wrapper; and what was met before is written as a reference.
-    own = getattr(wrapper, "__dict__", None)
-    if (own and not own.keys() <= _OF_WRAPPERS) or any(id(item) in known for item in (wrapper, *functions)):
-        return None
-    shorts = [head]
-    for part in parts:
-        short = b"N"
-        if part is not None:
-            found = _as_shipped(writer.walk, cls, qualname, part) if type(part) is FunctionType else None
-            if found is None:
-                return None
-            short = found
-        shorts.append(short)
-    for item in (wrapper, *functions):
-        writer.numbers.add(item, writer.section, writer.where, writer.count)
-        writer.count += 1
-    return b"".join(shorts)
+def put_replaced(writer: KeyWriter, owners: Iterable[Any]) -> list[str]:
+    """Write functions, methods and plain attributes of torch's that were replaced, and give their names.
+
+    By somebody's code, or by another function of torch's, which shows in a name that is not its own. A few
+    have two names as torch ships them; those are the same in every process of one version.
+    """
+    walk, names = writer.walk, []
+    # Thousands of names are looked at: what is as usual is told by its kind, or by its name and file.
+    inert: set[type] = set()
+    shipped: set[str] = set()
+    for owner in owners:
+        in_class = isinstance(owner, type)
+        prefix = owner.__qualname__ + "." if in_class else ""
+        for name, value in vars(owner).items():
+            kind = type(value)
+            if kind in inert or (kind is BuiltinFunctionType and value.__name__ == name):
+                continue
+            if kind is FunctionType and value.__qualname__ == prefix + name:
+                file = value.__code__.co_filename
+                # dataclass generates methods without a file.
+                if file in shipped or (file == "<string>" and hasattr(owner, "__dataclass_params__")):
+                    continue
+                if walk.origin(file)[0]:
+                    shipped.add(file)
+                    continue
+            elif (scalar := SCALARS.get(kind)) is not None:
+                if in_class and name[:2] != "__":
+                    writer.text(f"{prefix}{name}")
+                    writer.out += scalar(value)
+                continue
+            elif kind not in _LOOKED_INTO and walk.is_versioned(kind.__module__):
+                inert.add(kind)
+                continue
+            if _put_other(writer, f"{owner.__name__}.{name}", value):
+                names.append(f"{owner.__name__}.{name}")
+    return names
+
+
+def _put_other(writer: KeyWriter, name: str, value: Any) -> bool:
+    """Write what stands in a namespace of torch under another name than its own, or wrapped, if it counts."""
+    walk, kind = writer.walk, type(value)
+    if kind is property or kind is staticmethod or kind is classmethod:
+        value = value.fget if kind is property else value.__func__
+    if type(value) is CACHE:
+        value = value.__wrapped__
+    kind = type(value)
+    if kind is FunctionType and (name, value.__qualname__) == _ADDED:
+        return False
+    if kind in _FUNCTIONS and (kind is not FunctionType or walk.origin(value.__code__.co_filename)[0]):
+        # Dynamo wraps Module.__init__ at its first trace, which torch.cond makes too; it only tags modules.
+        if not str(getattr(value, "__module__", "")).startswith(f"{DYNAMO}."):
+            writer.text(f"{name} {value.__qualname__}")
+        return False
+    users = callable(value) and not isinstance(value, type) and not walk.is_versioned(kind.__module__)
+    if kind in _CALLABLES or users:
+        writer.text(name)
+        writer.put_at(name, value)
+        return True
+    return False

@@ -9,18 +9,16 @@ autograd, whatever the caller's mode.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator
-from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
 
-from stitchcache.encoding import SCALARS, make_factor
-from stitchcache.keys.scope import KeyWriter, Scope
+from stitchcache.encoding import make_factor
+from stitchcache.keys.code import put_replaced
 from stitchcache.keys.walk import Walk
 from stitchcache.torchside import state
 from stitchcache.types import Factor
@@ -75,17 +73,13 @@ Whole names, read off torch 2.13's own configuration: a part of a name says noth
 """
 
 
-def environment_factors(backend: str, device_types: Collection[str]) -> tuple[Factor, ...]:
+def environment_factors(backend: str, device_types: Collection[str]) -> Iterator[Factor]:
     """Factors of the environment that a backend's pieces for these devices rely on.
 
     Args:
         backend: ``aoti``, ``inductor`` or ``eager``.
         device_types: Types of the devices used, such as ``{"cpu", "cuda"}``, without an index.
     """
-    return tuple(_factors(backend, device_types))
-
-
-def _factors(backend: str, device_types: Collection[str]) -> Iterator[Factor]:
     yield make_factor("env.schema", str(SCHEMA_VERSION))
     build = f"{torch.__version__} {torch.version.git_version or ''} debug={torch.version.debug}"
     yield make_factor("env.torch", build)
@@ -103,13 +97,6 @@ def _factors(backend: str, device_types: Collection[str]) -> Iterator[Factor]:
     if "cuda" in device_types:
         yield make_factor("env.cuda", f"cuda {torch.version.cuda} hip {torch.version.hip}")
         yield make_factor("env.gpu", _gpu())
-
-
-# What a thread begins with where nobody changed decimal.DefaultContext; that one may be changed.
-_USUAL_DECIMALS = (
-    "Context(prec=28, rounding=ROUND_HALF_EVEN, Emin=-999999, Emax=999999, capitals=1, clamp=0, flags=[], "
-    "traps=[InvalidOperation, DivisionByZero, Overflow])"
-)
 
 
 def python_version() -> str:
@@ -131,10 +118,12 @@ def decimal_context() -> str:
     """How this thread rounds decimal numbers: state of C code, which no recorder sees being read."""
     module: Any = sys.modules.get("decimal")
     if module is None:
-        return _USUAL_DECIMALS
-    now = module.getcontext().copy()
-    now.clear_flags()
-    return repr(now)
+        # What a thread begins with where nobody changed decimal.DefaultContext; that one may be changed.
+        return "28 ROUND_HALF_EVEN -999999 999999 1 0 DivisionByZero InvalidOperation Overflow"
+    now = module.getcontext()
+    traps = sorted(signal.__name__ for signal, on in now.traps.items() if on)
+    fields = (now.prec, now.rounding, now.Emin, now.Emax, now.capitals, now.clamp, *traps)
+    return " ".join(map(str, fields))
 
 
 def _libc() -> str:
@@ -227,25 +216,6 @@ _ATTENTION = (
     "cuda.fp16_bf16_reduction_math_sdp_allowed",
 )
 _FUNCTION_MODULES = (torch, torch.nn.functional, torch.linalg, torch.fft, torch.special)
-_FUNCTIONS = (FunctionType, BuiltinFunctionType)
-# transformers adds this to Module when it makes its first model, to initialise weights. If it were in keys,
-# every model would miss in a process that has made one from transformers before.
-_ADDED = ("Module.smart_apply", "PreTrainedModel.initialize_weights.<locals>.smart_apply")
-_WRAPPERS = (functools.partial, functools.partialmethod, MethodType)
-_CACHE = type(functools.lru_cache(lambda: None))
-_LOOKED_INTO = frozenset({*_FUNCTIONS, *_WRAPPERS, _CACHE, property, staticmethod, classmethod})
-
-
-def torch_state_factors(shared: Scope | None = None) -> tuple[Factor, ...]:
-    """Factors of torch's global state.
-
-    Args:
-        shared: What this lookup's steps have in common.
-
-    Raises:
-        UnkeyableError: A changed setting of Inductor, or a replaced function of torch, cannot be keyed.
-    """
-    return tuple(_state_factors(shared or Walk()))
 
 
 def tracing_obstacle() -> str | None:
@@ -261,7 +231,16 @@ def tracing_obstacle() -> str | None:
     return "another compiler is tracing" if tracing or torch.compiler.is_compiling() else None
 
 
-def _state_factors(shared: Scope) -> Iterator[Factor]:
+def torch_state_factors(walk: Walk | None = None) -> Iterator[Factor]:
+    """Factors of torch's global state.
+
+    Args:
+        walk: The walk over the whole key, after the model.
+
+    Raises:
+        UnkeyableError: A changed setting of Inductor, or a replaced function of torch, cannot be keyed.
+    """
+    walk = walk or Walk()
     yield make_factor("torch.default_dtype", str(torch.get_default_dtype()))
     yield make_factor("torch.default_device", torch.get_default_device().type)
     yield make_factor("torch.autocast", _autocast())
@@ -271,8 +250,8 @@ def _state_factors(shared: Scope) -> Iterator[Factor]:
     yield make_factor("torch.deterministic", _deterministic())
     yield make_factor("torch.backends", _read(_BACKENDS))
     yield make_factor("torch.attention", _read(_ATTENTION))
-    yield make_factor("torch.inductor", *_inductor())
-    yield make_factor("torch.patched", *_patched(shared))
+    yield make_factor("torch.inductor", *_inductor(walk))
+    yield make_factor("torch.patched", *_patched(walk))
 
 
 def _flushes_denormals() -> bool:
@@ -326,81 +305,17 @@ def _setting(name: str) -> Any:
     return ask() if ask is not None else value
 
 
-_DYNAMO = "_dynamo"
+def _inductor(walk: Walk) -> tuple[str, bytes]:
+    changed = sorted(state.changed_inductor_settings().items())
+    writer = walk.writer("torch.inductor", path=[state.INDUCTOR_SETTINGS])
+    for name, value in changed:
+        writer.text(name)
+        writer.put_at(f".{name}", value)
+    return ", ".join(f"{name}={value!r}"[:60] for name, value in changed), bytes(writer.out)
 
 
-def _inductor() -> tuple[str, bytes]:
-    changed = state.changed_inductor_settings()
-    encoder = Walk().writer("torch.inductor", path=[state.INDUCTOR_SETTINGS])
-    for name, value in sorted(changed.items()):
-        encoder.text(name)
-        encoder.put_at(f".{name}", value)
-    return ", ".join(f"{name}={value!r}"[:60] for name, value in sorted(changed.items())), bytes(encoder.out)
-
-
-def _patched(shared: Scope) -> tuple[str, bytes]:
-    """Functions and methods of torch that were replaced: captured code may call them.
-
-    By somebody's code, or by another function of torch's, which shows in a name that is not its own. A few
-    have two names as torch ships them; those are the same in every process of one version.
-    """
-    encoder = shared.writer("torch.patched")
-    classes = (item for item in vars(torch.nn.modules).values() if isinstance(item, type))
-    owners: list[Any] = [*_FUNCTION_MODULES, torch.Tensor, *dict.fromkeys(classes)]
-    names: list[str] = []
-    # Thousands of names are looked at: what is as usual is told by its kind, or by its name and file.
-    inert: set[type] = set()
-    shipped: set[str] = set()
-    for owner in owners:
-        in_class = isinstance(owner, type)
-        prefix = owner.__qualname__ + "." if in_class else ""
-        for name, value in vars(owner).items():
-            kind = type(value)
-            if kind in inert or (kind is BuiltinFunctionType and value.__name__ == name):
-                continue
-            if kind is FunctionType and value.__qualname__ == prefix + name:
-                file = value.__code__.co_filename
-                # dataclass generates methods without a file.
-                if file in shipped or (file == "<string>" and hasattr(owner, "__dataclass_params__")):
-                    continue
-                if shared.origin(file)[0]:
-                    shipped.add(file)
-                else:
-                    _put_patched(encoder, names, f"{owner.__name__}.{name}", value)
-            elif (scalar := SCALARS.get(kind)) is not None:
-                if in_class and name[:2] != "__":
-                    encoder.text(f"{prefix}{name}")
-                    encoder.out += scalar(value)
-            elif kind in _LOOKED_INTO or not shared.is_versioned(kind.__module__):
-                _put_other(encoder, names, f"{owner.__name__}.{name}", value)
-            else:
-                inert.add(kind)
-    return ", ".join(names) or "as shipped", bytes(encoder.out)
-
-
-def _put_patched(encoder: KeyWriter, names: list[str], name: str, value: Any) -> None:
-    names.append(name)
-    encoder.text(name)
-    encoder.put_at(name, value)
-
-
-def _put_other(encoder: KeyWriter, names: list[str], name: str, value: Any) -> None:
-    """Write what stands in a namespace of torch under another name than its own, or wrapped."""
-    kind = type(value)
-    if kind is property or kind is staticmethod or kind is classmethod:
-        value = value.fget if kind is property else value.__func__
-        kind = type(value)
-    if kind is _CACHE:
-        value, kind = value.__wrapped__, type(value.__wrapped__)
-    if kind is FunctionType and (name, value.__qualname__) == _ADDED:
-        return
-    if kind is FunctionType and not encoder.walk.origin(value.__code__.co_filename)[0]:
-        _put_patched(encoder, names, name, value)
-    elif kind in _FUNCTIONS:
-        # Dynamo wraps Module.__init__ at its first trace, which torch.cond makes too; it only tags modules.
-        if not str(getattr(value, "__module__", "")).startswith(f"torch.{_DYNAMO}."):
-            encoder.text(f"{name} {value.__qualname__}")
-    elif kind in _WRAPPERS or (
-        callable(value) and not isinstance(value, type) and not encoder.walk.is_versioned(kind.__module__)
-    ):
-        _put_patched(encoder, names, name, value)
+def _patched(walk: Walk) -> tuple[str, bytes]:
+    writer = walk.writer("torch.patched")
+    classes = [item for item in vars(torch.nn.modules).values() if isinstance(item, type)]
+    names = put_replaced(writer, [*_FUNCTION_MODULES, torch.Tensor, *dict.fromkeys(classes)])
+    return ", ".join(names) or "as shipped", bytes(writer.out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import field
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -17,20 +16,20 @@ from stitchcache.encoding import (
     make_factor,
     shorten,
     slots_of,
+    state_of,
     text_bytes,
 )
-from stitchcache.keys.origins import stands_by_version
-from stitchcache.keys.scope import Scope
-from stitchcache.keys.tensors import (
+from stitchcache.keys.code import put_replaced
+from stitchcache.keys.values import (
+    BOUND,
     HF_NOTES,
     HF_SETS,
     UNFINISHED,
-    check_bound,
     has_hooks,
     ignored_names,
-    is_plain_tensor,
     own_attributes,
     put_hooks,
+    stands_for_itself,
     tensor_span,
     tensor_text,
 )
@@ -43,42 +42,28 @@ _SHOWN = 3
 """Distinct values that an attribute's readable form lists."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelKey:
-    """What can be known of a model without tracing it.
-
-    Args:
-        factors: Its factors, see docs/keys.md.
-        unsound: Why no key stands for it, naming the attribute; ``None`` where one does.
-    """
-
-    factors: tuple[Factor, ...]
-    unsound: str | None = None
-
-
-@dataclass(slots=True)
 class _Column:
     """One attribute over all modules of a class: what it held, module by module."""
 
-    name: str
-    parts: list[bytes] = field(default_factory=list)
-    last: bytes = b""
-    counts: list[int] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.parts = bytearray()
+        self.runs: list[tuple[bytes, str]] = []
+        self.counts: list[int] = []
 
     def add(self, module: bytes, encoded: bytes, value: Any) -> None:
-        self.parts.append(module + encoded)
-        if encoded == self.last:
+        self.parts += module + encoded
+        if self.runs and self.runs[-1][0] == encoded:
             self.counts[-1] += 1
-        elif len(self.texts) <= _SHOWN:
-            self.last = encoded
+        elif len(self.runs) <= _SHOWN:
+            self.runs.append((encoded, readable(value)))
             self.counts.append(1)
-            self.texts.append(readable(value))
 
-    def text(self) -> str:
-        runs = zip(self.texts[:_SHOWN], self.counts, strict=False)
-        shown = [text if count == 1 else f"{text} x{count}" for text, count in runs]
-        return ", ".join(shown) + (", ..." if len(self.texts) > _SHOWN else "")
+    def factor(self) -> Factor:
+        runs = zip(self.runs[:_SHOWN], self.counts, strict=False)
+        shown = [text if count == 1 else f"{text} x{count}" for (_, text), count in runs]
+        more = ", ..." if len(self.runs) > _SHOWN else ""
+        return make_factor(self.name, ", ".join(shown) + more, bytes(self.parts))
 
 
 def readable(value: Any) -> str:
@@ -93,26 +78,27 @@ def readable(value: Any) -> str:
     return shorten(name if isinstance(name, str) else type(value).__qualname__, 60)
 
 
-def model_factors(model: torch.nn.Module, walk: Scope | None = None) -> ModelKey:
+def model_factors(model: torch.nn.Module, walk: Walk | None = None) -> tuple[Factor, ...]:
     """Everything about a model that a trace may depend on, as factors.
 
     Args:
         model: The model; not changed, and none of its code is run.
         walk: The walk over the whole key. The model comes first in it, so that its factors are the same
             whatever else the key covers.
+
+    Raises:
+        UnkeyableError: No key stands for the model; the reason names the attribute.
     """
     try:
-        return ModelKey(factors=tuple(_ModelWalk(model, walk or Walk()).factors()))
-    except UnkeyableError as error:
-        return ModelKey(factors=(), unsound=str(error))
-    except RecursionError:
-        return ModelKey(factors=(), unsound="the model's attributes are nested too deep")
+        return tuple(_ModelWalk(model, walk or Walk()).factors())
+    except RecursionError as error:
+        raise UnkeyableError("", "the model's attributes are nested too deep") from error
 
 
 class _ModelWalk:
     """The part of a walk that goes over a model's tree."""
 
-    def __init__(self, model: torch.nn.Module, walk: Scope) -> None:
+    def __init__(self, model: torch.nn.Module, walk: Walk) -> None:
         self.model = model
         self.walk = walk
         self.numbers = walk.numbers
@@ -133,9 +119,15 @@ class _ModelWalk:
         text = "all off" if not training else ", ".join(training[:8])
         yield make_factor("model.training", text, b"".join(map(text_bytes, training)))
         yield from self._tensors()
+        config = self.model.__dict__.get("config")
+        if config is not None and type(config) not in self.writer.handlers and layout_of(type(config))[0]:
+            yield from self._config(config)
         yield from self._attributes()
         yield self._hooks()
-        yield self._torch_classes()
+        bases = dict.fromkeys(base for cls in self.labels for base in cls.__mro__)
+        writer = self.walk.writer("model.torch_classes")
+        names = put_replaced(writer, [base for base in bases if self.walk.is_versioned(base.__module__)])
+        yield make_factor("model.torch_classes", ", ".join(names) or "as shipped", bytes(writer.out))
         yield from class_factors(self.walk, "model.code")
         yield memory_factor(self.walk, "model.aliases")
 
@@ -173,7 +165,6 @@ class _ModelWalk:
     def _tensors(self) -> Iterator[Factor]:
         lines = {"parameters": bytearray(), "buffers": bytearray()}
         counts = dict.fromkeys(lines, 0)
-        notes = self.walk.writer("model.tensor_attributes")
         noted: list[tuple[str, dict[str, Any]]] = []
         for path, module in self.modules:
             state = module.__dict__
@@ -186,45 +177,42 @@ class _ModelWalk:
                     found += text_bytes(full)
                     found += b"N" if value is None else self._tensor(full, value, noted)
                     found += b"T" if name in transient else b"F"
+        for kind, found in lines.items():
+            yield make_factor(f"model.{kind}", f"{counts[kind]} tensors", bytes(found))
+        notes = self.walk.writer("model.tensor_attributes")
         for name, own in noted:
             notes.text(name)
             notes.path = [name]
             notes.put(own)
-        for kind, found in lines.items():
-            yield make_factor(f"model.{kind}", f"{counts[kind]} tensors", bytes(found))
         yield make_factor("model.tensor_attributes", f"{len(notes.out)} bytes", bytes(notes.out))
 
     def _tensor(self, name: str, value: torch.Tensor, noted: list[tuple[str, dict[str, Any]]]) -> bytes:
         """A parameter or buffer; what it shares with others is kept for later."""
         if id(value) in self.numbers.known:
             return self.numbers.reference(value) or b""
-        self.numbers.add(value, "tensor", name, 0)
+        self.numbers.add(value, BOUND, name, 0)
         if value.__dict__ and (own := own_attributes(value)):
             noted.append((name, own))
-        # Layers repeat: the same few descriptions serve for all tensors of a deep model.
         if type(value) in UNFINISHED or value.is_nested:
             # These have no sizes to ask for.
-            self.writer.path = [name]
-            raise self.writer.error(f"a {type(value).__name__} that is nested or not initialized")
+            raise UnkeyableError(name, f"a {type(value).__name__} that is nested or not initialized")
+        # Layers repeat: the same few descriptions serve for all tensors of a deep model.
         strides = value.stride() if value.layout is torch.strided else value.layout
         flags = value.is_conj(), value.is_neg(), value.is_leaf and value.grad is not None
         what = (value.shape, strides, value.dtype, value.device, value.requires_grad, flags, type(value))
         described = self.described.get(what)
         if described is None:
-            self.writer.path = [name]
-            check_bound(self.writer, value)
+            if value.is_quantized or not stands_for_itself(value):
+                kind = type(value).__name__
+                raise UnkeyableError(name, f"a {kind}, whose metadata does not stand for it")
             text = f"{tensor_text(value)} {value.requires_grad} {flags}"
-            plain = is_plain_tensor(value) and value.layout is torch.strided and value.device.type != "meta"
-            described = self.described[what] = (text_bytes(text), tensor_span(value) if plain else 0)
+            described = self.described[what] = (text_bytes(text), tensor_span(value))
         if described[1]:
             start = value.data_ptr()
             self.walk.spans.append((start, start + described[1], name))
         return described[0]
 
     def _attributes(self) -> Iterator[Factor]:
-        config = self.model.__dict__.get("config")
-        if config is not None and type(config) not in self.writer.handlers and layout_of(type(config))[0]:
-            yield from self._config(config)
         known: dict[type, tuple[dict[str, _Column], frozenset[str], Any]] = {
             cls: ({}, INTERNALS | ignored_names(cls), slots_of(cls)) for cls in self.labels
         }
@@ -233,10 +221,8 @@ class _ModelWalk:
         for module_bytes, (path, module) in zip(self.paths, self.modules, strict=True):
             cls = type(module)
             columns, skipped, slots = known[cls]
-            items = [item for item in module.__dict__.items() if item[0] not in skipped]
+            items = state_of(module, skipped, slots)
             order += b"i%d;" % orders.setdefault(tuple([name for name, _ in items]), len(orders))
-            if slots:
-                items += [(name, slot.__get__(module)) for name, slot in slots if hasattr(module, name)]
             for name, value in items:
                 column = columns.get(name)
                 if column is None:
@@ -246,7 +232,7 @@ class _ModelWalk:
                 column.add(module_bytes, encoded, value)
         for columns, _, _ in known.values():
             for column in columns.values():
-                yield make_factor(column.name, column.text(), b"".join(column.parts))
+                yield column.factor()
         for names in orders:
             order += b"i%d;" % len(names) + b"".join(map(text_bytes, names))
         yield make_factor("model.attribute_order", f"{len(orders)} orders", bytes(order))
@@ -258,13 +244,12 @@ class _ModelWalk:
         if name == "_flat_weights" and isinstance(module, torch.nn.RNNBase) and _are_own(module, value):
             # Export puts its own tensors there as it does among the parameters.
             return b"[flat weights 0:"
-        if name in HF_SETS and type(value) is set and ignored_names(type(module)) is HF_NOTES:
-            self.writer.out.clear()
-            put_members(self.writer, value)
-            return bytes(self.writer.out)
         step = f".{name}"
         writer.begin(step, path, [path, step])
-        writer.put(value)
+        if name in HF_SETS and type(value) is set and ignored_names(type(module)) is HF_NOTES:
+            put_members(writer, value)
+        else:
+            writer.put(value)
         return bytes(writer.out)
 
     def _config(self, config: Any) -> Iterator[Factor]:
@@ -272,10 +257,7 @@ class _ModelWalk:
         self.numbers.add(config, "config", "", 0)
         kind = self.walk.writer("model.config", path=["config"])
         kind.put_class(type(config))
-        ignored = ignored_names(type(config))
-        items = [item for item in getattr(config, "__dict__", {}).items() if item[0] not in ignored]
-        slots = [(name, slot) for name, slot in slots_of(type(config)) if hasattr(config, name)]
-        items += [(name, slot.__get__(config)) for name, slot in slots]
+        items = state_of(config, ignored_names(type(config)), slots_of(type(config)))
         for name, value in items:
             data = self._encode("(config)", name, value)
             yield make_factor(f"model.config.{name}", readable(value), data)
@@ -292,27 +274,8 @@ class _ModelWalk:
         names = ", ".join(path or "(model)" for path, _ in hooked)
         return make_factor("model.hooks", names or "none", bytes(writer.out))
 
-    def _torch_classes(self) -> Factor:
-        """What somebody changed on torch's own module classes: methods from elsewhere, plain attributes."""
-        writer = self.walk.writer("model.torch_classes")
-        replaced = []
-        bases = dict.fromkeys(base for cls in self.labels for base in cls.__mro__)
-        for cls in bases:
-            if not self.walk.is_versioned(cls.__module__):
-                continue
-            for name, value in cls.__dict__.items():
-                if isinstance(value, FunctionType):
-                    if not stands_by_version(value.__code__.co_filename):
-                        replaced.append(f"{cls.__qualname__}.{name}")
-                        writer.text(replaced[-1])
-                        writer.put_at(replaced[-1], value)
-                elif name[:2] != "__" and (scalar := SCALARS.get(type(value))) is not None:
-                    writer.text(f"{cls.__qualname__}.{name}")
-                    writer.out += scalar(value)
-        return make_factor("model.torch_classes", ", ".join(replaced) or "as shipped", bytes(writer.out))
 
-
-def class_factors(walk: Scope, name: str) -> Iterator[Factor]:
+def class_factors(walk: Walk, name: str) -> Iterator[Factor]:
     """One factor for each Python module whose classes were met and not yet written: what their bodies hold.
 
     Raises:
@@ -324,15 +287,15 @@ def class_factors(walk: Scope, name: str) -> Iterator[Factor]:
         for identity, cls in list(walk.classes.items()):
             if identity not in walk.done:
                 walk.done[identity] = cls
-                module = walk.main if cls.__module__ == "__main__" else cls.__module__
-                modules.setdefault(module, []).append((cls.__qualname__, walk.contents(cls)))
+                written = (cls.__qualname__, walk.contents(cls))
+                modules.setdefault(walk.label(cls.__module__), []).append(written)
     for module, classes in sorted(modules.items()):
         classes.sort()
         names = ", ".join(label for label, _ in classes)
         yield make_factor(f"{name}.{module}", names, b"".join(contents for _, contents in classes))
 
 
-def memory_factor(walk: Scope, name: str) -> Factor:
+def memory_factor(walk: Walk, name: str) -> Factor:
     """Tensors and arrays that share memory without being one object: writing to one changes the other."""
     found = []
     end, owner, base = 0, "", 0

@@ -8,31 +8,23 @@ numpy, so its version is a factor. All other code is known by its bytes.
 
 from __future__ import annotations
 
-import functools
 import importlib.machinery
 import importlib.util
 import os
 import sys
 import time
 from collections.abc import Iterable
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 
+from stitchcache.containers import code_digest
+from stitchcache.keys.code import CACHE, WRAPPED, filled_cells
+
 _SITE = os.path.dirname(os.path.dirname(os.path.abspath(torch.__file__)))
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_REQUIRED_BY_TORCH = (
-    "sympy",
-    "mpmath",
-    "networkx",
-    "jinja2",
-    "markupsafe",
-    "fsspec",
-    "filelock",
-    "triton",
-    "numpy",
-)
+_REQUIRED_BY_TORCH = tuple("sympy mpmath networkx jinja2 markupsafe fsspec filelock triton numpy".split())  # noqa: SIM905
 _VERSIONED = (
     *(os.path.join(_SITE, name) + os.sep for name in ("torch", "torchgen", "functorch", *_REQUIRED_BY_TORCH)),
     os.path.join(_SITE, "typing_extensions.py"),
@@ -116,22 +108,15 @@ def main_label() -> str:
     spec = getattr(main, "__spec__", None)
     label = spec.name if spec is not None else _name_from_file(file)
     other = sys.modules.get(label)
-    if other is not None and other is not main and not _same_file(getattr(other, "__file__", None), file):
-        return "__main__"
+    if other is not None and other is not main:
+        its_file = getattr(other, "__file__", None)
+        if its_file is None or os.path.realpath(its_file) != os.path.realpath(file):
+            return "__main__"
     return str(label)
 
 
-def _same_file(one: str | None, two: str) -> bool:
-    return one is not None and os.path.realpath(one) == os.path.realpath(two)
-
-
 def module_by_label(label: str, main: str) -> ModuleType | None:
-    """The loaded module that goes by a label.
-
-    Args:
-        label: A module's name, or what :func:`main_label` called it where it was recorded.
-        main: This process's :func:`main_label`.
-    """
+    """The loaded module that goes by a label: its name, or what :func:`main_label` says of ``__main__``."""
     module = sys.modules.get(label)
     if module is None and label == main:
         module = sys.modules.get("__main__")
@@ -140,18 +125,6 @@ def module_by_label(label: str, main: str) -> ModuleType | None:
 
 _SLACK = 2.0
 """Seconds by which a file's time and the process's start may be off."""
-
-
-def read_source(module: ModuleType) -> bytes:
-    """The bytes of the file that a module came from.
-
-    Raises:
-        OSError: It has none, or it cannot be read.
-    """
-    file = getattr(module, "__file__", None)
-    if file is None:
-        raise FileNotFoundError(f"module {module.__name__} has no file")
-    return read_file(file, module)
 
 
 def read_file(file: str, module: ModuleType | None = None) -> bytes:
@@ -171,15 +144,7 @@ def read_file(file: str, module: ModuleType | None = None) -> bytes:
 
 
 def find_file(label: str, main: str) -> tuple[str | None, ModuleType | None]:
-    """Where a module's source is, without running any of its packages' code.
-
-    Args:
-        label: The module's name in a record.
-        main: This process's name for ``__main__``.
-
-    Returns:
-        Its file, or ``None`` where there is no such module; and the module if it is loaded.
-    """
+    """Where a module's source is, and the module if it is loaded; runs none of its packages' code."""
     module = module_by_label(label, main)
     if module is not None:
         return getattr(module, "__file__", None), module
@@ -208,9 +173,9 @@ def _find_top(name: str) -> Any:
 def changed_since_import(
     module: ModuleType, source: bytes, started: float, ran: Iterable[CodeType] = ()
 ) -> str | None:
-    """Whether what runs of a module is not what its file says, as the file was edited after its import.
+    """Why what runs of a module is not what its file says; ``None`` where it is.
 
-    Files that nobody touched since the process started cannot have been. For the others the source is
+    Files that nobody touched since the process started cannot have been edited. For the others the source is
     compiled again, and every function of the module must be found in the result, decorated or not.
 
     Args:
@@ -219,9 +184,6 @@ def changed_since_import(
         started: When this process started, see :func:`process_start`.
         ran: Code of this file that is known to have run. It is always looked for, however old the file is:
             bytecode that Python keeps beside a file may be that of an older text of the same size and time.
-
-    Returns:
-        A reason, or ``None`` where the module is what its file says.
     """
     file = getattr(module, "__file__", None) or ""
     suspicious = _touched(file, started) or _bytecode_is_older(module, file)
@@ -232,38 +194,20 @@ def changed_since_import(
         compiled = compile(source, file, "exec", dont_inherit=True)
     except (SyntaxError, ValueError):
         return f"{file} was changed since it was imported; start the process again"
-    known = {_fingerprint(code) for code in _nested(compiled)}
+    known = {(code.co_qualname, code_digest(code)) for code in _nested(compiled)}
     for code in found:
-        if _fingerprint(code) not in known:
+        if (code.co_qualname, code_digest(code)) not in known:
             why = f"{file} was changed since it was imported: {code.co_qualname} is not what runs"
             return f"{why}; start the process again"
     return None
 
 
-def _fingerprint(code: CodeType) -> tuple[Any, ...]:
-    """All of a code object but where it stands: two texts that differ in comments only are one."""
-    counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
-    names = (code.co_qualname, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
-    return (*counts, *names, code.co_code, code.co_exceptiontable, _constant(code.co_consts))
-
-
-def _constant(value: Any) -> Any:
-    # By type and text: equality would take -0.0 for 0.0, and True for 1.
-    if isinstance(value, CodeType):
-        return _fingerprint(value)
-    if isinstance(value, tuple):
-        return tuple(map(_constant, value))
-    if isinstance(value, frozenset):
-        return frozenset(map(_constant, value))
-    return type(value).__name__, repr(value)
-
-
 def _nested(code: CodeType) -> list[CodeType]:
-    found = [code]
-    for const in code.co_consts:
-        if isinstance(const, CodeType):
-            found += _nested(const)
-    return found
+    inner = [_nested(const) for const in code.co_consts if isinstance(const, CodeType)]
+    return [code, *(item for items in inner for item in items)]
+
+
+_PARTS: dict[type, tuple[str, ...]] = {**WRAPPED, MethodType: ("__func__",), CACHE: ("__wrapped__",)}
 
 
 def _codes_of(module: ModuleType) -> list[CodeType]:
@@ -284,22 +228,10 @@ def _codes_of(module: ModuleType) -> list[CodeType]:
             if item.__code__.co_filename == file:
                 found.append(item.__code__)
             # A decorator's own function closes over the one that it was given.
-            todo += [cell.cell_contents for cell in item.__closure__ or () if _is_filled(cell)]
+            todo += filled_cells(item)
         else:
             todo += _inner(item)
     return found
-
-
-_PARTS: dict[type, tuple[str, ...]] = {
-    property: ("fget", "fset", "fdel"),
-    functools.cached_property: ("func",),
-    functools.partial: ("func",),
-    functools.partialmethod: ("func",),
-    staticmethod: ("__func__",),
-    classmethod: ("__func__",),
-    MethodType: ("__func__",),
-    type(functools.lru_cache(lambda: None)): ("__wrapped__",),
-}
 
 
 def _inner(item: Any) -> list[Any]:
@@ -313,13 +245,6 @@ def _inner(item: Any) -> list[Any]:
     except AttributeError:
         return []
     return [value for value in held.values() if type(value) is FunctionType or type(value) in _PARTS]
-
-
-def _is_filled(cell: CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
 
 
 def _touched(file: str, started: float) -> bool:

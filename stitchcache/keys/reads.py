@@ -1,4 +1,9 @@
-"""What code reads from outside of itself, as its instructions say, and how that is noted while it runs."""
+"""What code reads from outside of the model, how that is noted, and what no key would stand for.
+
+Looked at only while capturing. A trace bakes in whatever the model's code learns while it runs. Values of
+globals and environment variables are recorded and checked at each lookup. The answers of the functions here
+are either recorded in the same way (:data:`_ASKED`), or turn direct lookup off.
+"""
 
 from __future__ import annotations
 
@@ -6,54 +11,113 @@ import builtins
 import contextlib
 import dis
 import importlib.util
+import inspect
+import io
 import math
+import os
 import sys
-from collections.abc import Iterator, Mapping
-from types import CodeType, ModuleType
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 
 from stitchcache.encoding import UnkeyableError
-from stitchcache.keys import check, outside
-from stitchcache.keys.origins import installed_path
-from stitchcache.keys.outside import place
-from stitchcache.keys.scope import WARM_CACHE, Scope
-from stitchcache.keys.walk import Walk
-from stitchcache.records import dataclass
+from stitchcache.keys import check
+from stitchcache.keys.origins import (
+    in_stdlib,
+    installed_path,
+    module_stands_by_version,
+    stands_by_version,
+)
+from stitchcache.keys.walk import WARM_CACHE, Walk
+from stitchcache.torchside.state import fx_globals
+
+FORBIDDEN_CODE = {
+    threading.Thread.start.__code__: "starts a thread, whose code is not seen",
+    importlib.import_module.__code__: "imports a module by a name that is computed",
+    type(os.environ).__iter__.__code__: "lists the environment variables; read the ones that matter by name",
+}
+"""Functions of the library that the model's code may not call, and why."""
+
+IMPORT_MODULE = importlib.import_module.__code__
+
+_MODULES = frozenset(
+    """time posix nt _random _socket _io io random _thread _datetime datetime gc _locale resource fcntl mmap
+    _uuid _posixsubprocess""".split()  # noqa: SIM905
+)
+_NAMES = {
+    "builtins": frozenset({"open", "eval", "exec", "globals", "hash", "input", "id", "__import__"}),
+    "sys": frozenset(
+        """_getframe _current_frames getrefcount getrecursionlimit getswitchinterval getallocatedblocks
+        gettrace getprofile""".split()  # noqa: SIM905
+    ),
+    "decimal": frozenset({"getcontext", "localcontext"}),
+    "numpy": frozenset({"fromfile"}),
+    "torch": frozenset({"from_file"}),
+}
+_HARMLESS_IN_PACKAGES = frozenset("id hash globals _getframe getrefcount gettrace getprofile".split())  # noqa: SIM905
+"""What installed packages call for warnings and debugging, not for numbers."""
+
+_PACKAGES = os.path.dirname(os.path.dirname(os.path.abspath(torch.__file__)))
+_LIBRARY = os.path.dirname(os.__file__)
+
+
+def _files(directory: str, names: str) -> frozenset[str]:
+    return frozenset(os.path.join(directory, *f"{name}.py".split("/")) for name in names.split())
+
+
+_WATCHED_IN_LIBRARY = "random secrets tempfile subprocess socket locale platform uuid getpass _pydecimal"
+_WATCHED_IN_PACKAGES = """torch/serialization torch/hub torch/random torch/cuda/memory torch/cuda/random
+    numpy/lib/npyio numpy/lib/_npyio_impl"""
+WATCHED_FILES = _files(_LIBRARY, _WATCHED_IN_LIBRARY) | _files(_PACKAGES, _WATCHED_IN_PACKAGES)
+"""Files of the library, torch and numpy whose functions give what is not the same each time."""
+
+_FX_TRACE = os.path.join(_PACKAGES, "torch", "fx", "_symbolic_trace.py")
+_ON_BEHALF = ("<frozen importlib", "<frozen zipimport")
+_BYSTANDING_FILES = _files(_LIBRARY, "linecache warnings traceback inspect tokenize logging/__init__")
+"""What these read is source text for people, or the code of modules, which is recorded elsewhere."""
+
+_HARMLESS_POSIX = frozenset({"fspath", "putenv", "unsetenv", "fsencode", "fsdecode"})
+_SYSTEM = [io.open, *(item for name, item in vars(os).items() if name in {*os.__all__} - _HARMLESS_POSIX)]
+SYSTEM = {id(function): function for function in _SYSTEM if isinstance(function, BuiltinFunctionType)}
+"""Functions made in C that ask the operating system, by id; held, so that an id stays its own."""
+
+_SEES_NAMESPACES = frozenset({"__globals__", "f_globals", "__builtins__"})
+
+OF_A_PROCESS = frozenset(
+    """RANK LOCAL_RANK GROUP_RANK ROLE_RANK NODE_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE
+    ROLE_WORLD_SIZE TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT""".split()  # noqa: SIM905
+)
+"""Variables that tell processes of one program apart: recorded also where torch reads them for a model."""
+
+_ASKED = {
+    "sys": "get_int_max_str_digits",
+    "numpy": "geterr geterrcall get_printoptions getbufsize",
+    "torch": """get_num_threads get_num_interop_threads initial_seed is_warn_always_enabled
+        is_anomaly_enabled is_anomaly_check_nan_enabled""",
+    "torch.cuda": "is_available device_count current_device get_device_capability get_device_name",
+    "torch.distributed": """is_available is_initialized is_torchelastic_launched get_rank get_world_size
+        get_backend get_node_local_rank""",
+}
+"""Functions of torch whose answers are recorded: module to names."""
 
 _GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
 _CELL = frozenset({"LOAD_DEREF", "LOAD_CLASSDEREF"})
 _ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 _BETWEEN = frozenset({"CACHE", "PUSH_NULL", "PRECALL", "EXTENDED_ARG"})
 
-
-@dataclass(frozen=True, slots=True)
-class Import:
-    """An import within a function.
-
-    Args:
-        module: The module's full name.
-        names: What is read from it: imported names, or every attribute name that the code mentions.
-        exact: These are imported names.
-    """
-
-    module: str
-    names: tuple[str, ...]
-    exact: bool
+Chain = tuple[str, ...]
 
 
-def global_chains(code: CodeType) -> list[tuple[str, ...]]:
+def global_chains(code: CodeType) -> list[Chain]:
     """Globals that a code object reads, each with the attributes that it takes from it at once."""
     return [chain for opname, chain in _chains(code) if opname in _GLOBAL]
 
 
-def cell_chains(code: CodeType) -> list[tuple[str, ...]]:
-    """The same for what a code object closes over: a module may be held in a cell, too."""
-    return [chain for opname, chain in _chains(code) if opname in _CELL]
-
-
-def _chains(code: CodeType) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _chains(code: CodeType) -> Iterator[tuple[str, Chain]]:
+    """The same for what it closes over too, each with the instruction that reads it."""
     opname, chain = "", [""]
     for instruction in dis.get_instructions(code):
         if instruction.opname in _BETWEEN:
@@ -63,15 +127,16 @@ def _chains(code: CodeType) -> Iterator[tuple[str, tuple[str, ...]]]:
             continue
         if opname:
             yield opname, tuple(chain)
-            opname = ""
-        if instruction.opname in _GLOBAL or instruction.opname in _CELL:
-            opname, chain = instruction.opname, [str(instruction.argval)]
-    if opname:
-        yield opname, tuple(chain)
+        opname = instruction.opname if instruction.opname in _GLOBAL | _CELL else ""
+        chain = [str(instruction.argval)]
 
 
-def imports_of(code: CodeType, package: str) -> Iterator[Import]:
-    """Imports within a code object."""
+def _imports_of(code: CodeType, package: str) -> Iterator[tuple[str, Chain, bool]]:
+    """Imports within a code object.
+
+    Each has the module's full name, what is read from it (imported names, or every attribute name that the
+    code mentions), and whether these are imported names.
+    """
     instructions = [item for item in dis.get_instructions(code) if item.opname not in _BETWEEN]
     for index, instruction in enumerate(instructions):
         if instruction.opname != "IMPORT_NAME":
@@ -81,8 +146,8 @@ def imports_of(code: CodeType, package: str) -> Iterator[Import]:
         if level:
             module = importlib.util.resolve_name("." * level + module, package)
         if not names and "." in module:
-            yield Import(module.partition(".")[0], code.co_names, False)
-        yield Import(module, tuple(names or code.co_names), bool(names))
+            yield module.partition(".")[0], code.co_names, False
+        yield module, tuple(names or code.co_names), bool(names)
 
 
 class Reads:
@@ -90,54 +155,49 @@ class Reads:
 
     Args:
         keyed: What the target key of the same compilation was computed with.
-        loaded: Names of the modules that were loaded before the capture.
 
     Attributes:
         found: Entries of the record, in the order in which they were met, with their digests.
         unsound: The first reason why a target key must not lead to this capture; ``None`` where it may.
         walk: What the digests of entries have in common; goes on from the key's walk.
+        loaded: Names of the modules that were loaded before the capture.
         patched: Namespaces as they were before torch patches them for the time of a trace, by id.
     """
 
-    def __init__(self, keyed: Scope, loaded: frozenset[str]) -> None:
+    def __init__(self, keyed: Walk) -> None:
         self.found: dict[str, str] = {}
         self.unsound: str | None = None
-        self.walk = Walk(keyed)
+        self.walk = keyed.child()
+        self.loaded = frozenset(sys.modules)
         # torch.export replaces builtin min and max and math.pow while it traces, for its own ends.
         self.patched = {id(space): dict(space) for space in (vars(builtins), vars(math))}
         self._keyed = keyed
-        self._loaded = loaded
-        self._imports: list[tuple[Import, str]] = []
+        self._imports: list[tuple[str, Chain, bool, str]] = []
         self._module_classes: dict[int, type] = {}
         self._library_state: list[tuple[str, check.Found, list[Any]]] = []
 
     def refuse(self, reason: str) -> None:
         """Turn direct lookup off; the first reason is kept."""
-        if self.unsound is None:
-            self.unsound = reason
+        self.unsound = self.unsound or reason
 
     def read_globals(self, code: CodeType, namespace: dict[str, Any], name: str) -> None:
         """Note the globals that code of a module reads, and what it imports."""
-        label = self.label(name)
         for chain in global_chains(code):
-            found = check.lookup(namespace, chain, self.patched)
-            self._note(label, found, whole=found.used == chain)
+            self._note(name, chain, check.lookup(namespace, chain, self.patched))
         package = str(namespace.get("__package__") or name.rpartition(".")[0])
-        for item in imports_of(code, package):
-            self._imports.append((item, code.co_qualname))
+        self._imports += [(*item, code.co_qualname) for item in _imports_of(code, package)]
 
     def read_cells(self, code: CodeType, cells: dict[str, Any]) -> None:
         """Note what code reads from modules that it closes over; the target key has their names only."""
-        for chain in cell_chains(code):
+        for opname, chain in _chains(code):
             module = cells.get(chain[0])
-            if len(chain) == 1 or not isinstance(module, ModuleType):
+            if opname not in _CELL or len(chain) == 1 or not isinstance(module, ModuleType):
                 continue
-            if sys.modules.get(module.__name__) is not module:
-                name = module.__name__
+            name = module.__name__
+            if sys.modules.get(name) is not module:
                 self.refuse(f"{place(code)} reads from module {name}; put that in sys.modules")
                 continue
-            found = check.lookup(vars(module), chain[1:], self.patched)
-            self._note(self.label(module.__name__), found, whole=found.used == chain[1:])
+            self._note(name, chain[1:], check.lookup(vars(module), chain[1:], self.patched))
 
     def run_for(self, receiver: type) -> None:
         """Note the class whose method runs; those of modules are part of the target key already."""
@@ -146,6 +206,10 @@ class Reads:
                 self._module_classes[id(cls)] = cls
             elif not self.walk.is_versioned(cls.__module__):
                 self.walk.note_class(cls)
+
+    def answer(self, entry: str) -> None:
+        """Note what a function answers."""
+        self._digest(entry, check.answer_digest, self.walk, entry.partition(":")[2])
 
     def finish(self, runs: Mapping[int, int]) -> None:
         """Note what shows at the end: imports, classes that were met, caches.
@@ -158,40 +222,41 @@ class Reads:
         self._check_caches(runs)
         self._check_library_state()
 
-    def _note(self, label: str, found: check.Found, *, whole: bool) -> None:
-        late = "" if label == self.walk.main or label in self._loaded else "?"
-        name = f"{late}{label}:{'.'.join(found.used)}{'' if whole else '.'}"
-        # A module may have the name of a kind of entry.
-        entry = f"global:{name}" if label in check.KINDS else name
-        if entry in self.found or entry.rstrip(".") in check.ROLL_CALLS:
-            return
-        if entry.rstrip(".") in check.REGISTRIES and isinstance(found.value, dict):
-            self._registry(entry.rstrip("."), found.value)
-            return
+    def _digest(self, entry: str, digest: Callable[..., str], *args: Any) -> None:
         try:
-            self.found[entry] = check.global_digest(self.walk, name, outside.as_before_trace(found))
+            self.found[entry] = digest(*args)
         except UnkeyableError as error:
             self.refuse(str(error))
+
+    def _label(self, module: str) -> str:
+        """A module's name in the record; marked where the capture loaded it."""
+        label = self.walk.label(module)
+        return label if label == self.walk.main or label in self.loaded else f"?{label}"
+
+    def _note(self, module: str, chain: Chain, found: check.Found, *, held: bool = True) -> None:
+        plain = f"{self._label(module)}:{'.'.join(found.used)}"
+        name = plain if held and found.used == chain else f"{plain}."
+        entry = f"global:{name}"
+        if entry in self.found or plain in check.ROLL_CALLS:
+            return
+        if plain in check.REGISTRIES and isinstance(found.value, dict):
+            for key, item in found.value.items():
+                self._digest(f"item:{plain}:{key}", check.item_digest, self.walk, item)
+            return
+        self._digest(entry, check.global_digest, self.walk, name, _as_before_trace(found))
         if found.owner in sys.stdlib_module_names and isinstance(found.value, (list, dict, set)):
-            self._library_state.append((entry, found, _parts(found.value)))
+            self._library_state.append((name, found, _parts(found.value)))
 
     def _check_library_state(self) -> None:
         """Refuse state of the library that torch changes meanwhile, such as the filters of warnings.
 
         Which of its values the model saw is not known then.
         """
-        for entry, found, parts in self._library_state:
+        for name, found, parts in self._library_state:
             now = getattr(sys.modules.get(found.owner), found.used[-1], None)
             new = _parts(now) if type(now) is type(found.value) else []
-            if len(new) != len(parts) or any(a is not b for a, b in zip(new, parts, strict=True)):
-                self.refuse(f"{check.title(entry)} changes while the model is captured; read it beforehand")
-
-    def _registry(self, entry: str, registry: dict[Any, Any]) -> None:
-        for key, item in registry.items():
-            try:
-                self.found[f"item:{entry}:{key}"] = check.item_digest(self.walk.main, item)
-            except UnkeyableError as error:
-                self.refuse(str(error))
+            if list(map(id, new)) != list(map(id, parts)):
+                self.refuse(f"{check.title(name)} changes while the model is captured; read it beforehand")
 
     def _check_caches(self, runs: Mapping[int, int]) -> None:
         """Refuse a function that may have answered from its cache, so that its reads were not seen.
@@ -207,44 +272,33 @@ class Reads:
             if code is None or info.misses > runs.get(id(code), 0):
                 self.refuse(f"{where} {WARM_CACHE}")
 
-    def label(self, name: str) -> str:
-        """A module under the name by which other processes would import it."""
-        return self.walk.main if name == "__main__" else name
-
     def _finish_imports(self) -> None:
-        for item, where in self._imports:
-            module = sys.modules.get(item.module)
-            if module is None and not self.walk.is_versioned(item.module):
-                digest = check.import_digest(item.module, self.walk.main)
-                if digest == check.text_digest(None):
-                    self.found[f"import:{item.module}"] = digest
-            if module is None or self.walk.is_versioned(item.module):
+        for name, names, exact, where in self._imports:
+            module = sys.modules.get(name)
+            if self.walk.is_versioned(name):
                 continue
-            for name in item.names:
-                if name == "*":
-                    self.refuse(f"{where} imports everything from {item.module}")
-                elif name not in vars(module):
-                    if item.exact and not installed_path(getattr(module, "__file__", None) or ""):
-                        self.refuse(f"{where} imports {name} from {item.module}, which computes it")
-                else:
-                    found = check.Found(vars(module)[name], True, (name,))
-                    self._note(self.label(item.module), found, whole=False)
+            if module is None:
+                digest = check.import_digest(self.walk, name)
+                if digest == check.text_digest(None):
+                    self.found[f"import:{name}"] = digest
+                continue
+            for attribute in names:
+                if attribute == "*":
+                    self.refuse(f"{where} imports everything from {name}")
+                elif attribute in vars(module):
+                    found = check.Found(vars(module)[attribute], True, (attribute,))
+                    self._note(name, (attribute,), found, held=False)
+                elif exact and not installed_path(getattr(module, "__file__", None) or ""):
+                    self.refuse(f"{where} imports {attribute} from {name}, which computes it")
 
     def _finish_classes(self) -> None:
         done: set[int] = set()
         while len(done) < len(self.walk.classes):
             for identity, cls in list(self.walk.classes.items()):
-                if identity in done:
-                    continue
-                done.add(identity)
-                label = self.label(cls.__module__)
-                late = "" if label == self.walk.main or label in self._loaded else "?"
-                try:
-                    digest = check.class_digest(self.walk, cls)
-                except UnkeyableError as error:
-                    self.refuse(str(error))
-                    continue
-                self.found[f"class:{late}{label}:{cls.__qualname__}"] = digest
+                if identity not in done:
+                    done.add(identity)
+                    entry = f"class:{self._label(cls.__module__)}:{cls.__qualname__}"
+                    self._digest(entry, check.class_digest, self.walk, cls)
         covered = Walk()
         covered.codes = self.walk.codes
         for cls in self._module_classes.values():
@@ -255,3 +309,134 @@ class Reads:
 
 def _parts(value: Any) -> list[Any]:
     return [*value, *value.values()] if isinstance(value, dict) else list(value)
+
+
+def _as_before_trace(found: check.Found) -> check.Found:
+    """A global as it is when nobody traces: torch.fx wraps functions under ``torch.fx.wrap`` meanwhile."""
+    code = getattr(found.value, "__code__", None)
+    if type(found.value) is FunctionType and code is not None and code.co_filename == _FX_TRACE:
+        return found._replace(value=getattr(found.value, "__wrapped__", found.value))
+    return found
+
+
+def asked_functions() -> dict[int, tuple[str, Any]]:
+    """By the id of its code, or its own where it is made in C: an entry's name, and what has that id."""
+    found: dict[int, tuple[str, Any]] = {}
+    for module, names in _ASKED.items():
+        for name in names.split():
+            function = inspect.unwrap(getattr(sys.modules.get(module), name, None))  # type: ignore[arg-type]
+            if function is not None:
+                thing = getattr(function, "__code__", function)
+                found[id(thing)] = (f"call:{module}:{name}", thing)
+    return found
+
+
+def forbidden_call(code: CodeType, function: Any) -> str | None:
+    """Why the model's code may not call a function made in C; ``None`` where it may."""
+    name = getattr(function, "__name__", "")
+    module = module_of(function) or ""
+    if name == "__subclasses__":
+        return "asks for the subclasses of a class, which depend on what is imported"
+    forbidden = module in _MODULES or name in _NAMES.get(module, ())
+    if not forbidden or isinstance(getattr(function, "__self__", None), str) or code.co_name == "<module>":
+        return None
+    if installed_path(code.co_filename) and name in _HARMLESS_IN_PACKAGES:
+        return None
+    return f"calls {module}.{name}, whose result is not the same each time"
+
+
+def module_of(function: Any) -> str | None:
+    """The module of a function made in C, or of the object that it is bound to."""
+    owner = getattr(function, "__self__", None)
+    module = getattr(function, "__module__", None)
+    if isinstance(owner, ModuleType):
+        return owner.__name__
+    if owner is not None and module is None:
+        module = (owner if isinstance(owner, type) else type(owner)).__module__
+    return module if isinstance(module, str) else None
+
+
+def on_behalf_of(frame: FrameType) -> FrameType | None:
+    """The model's frame that made the library ask the system; ``None`` where it was torch, or an import."""
+    for caller in _callers(frame):
+        filename = caller.f_code.co_filename
+        if filename.startswith(_ON_BEHALF) or filename in _BYSTANDING_FILES:
+            return None
+        if not in_stdlib(filename):
+            return None if stands_by_version(filename) else caller
+    return None
+
+
+def _callers(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def outside_stdlib(frame: FrameType) -> FrameType | None:
+    """The nearest caller that is not the library's."""
+    callers = _callers(frame.f_back)
+    return next((caller for caller in callers if not in_stdlib(caller.f_code.co_filename)), None)
+
+
+def is_search(frame: FrameType) -> bool:
+    """Whether the import machinery asks somebody's finder where a module is; that runs none of it."""
+    name = ""
+    for caller in _callers(frame):
+        if stands_by_version(caller.f_code.co_filename):
+            machinery = caller.f_code.co_filename.startswith("<frozen importlib")
+            return machinery and name in {"find_spec", "find_module", "path_hook"}
+        name = caller.f_code.co_name
+    return False
+
+
+def is_module_namespace(namespace: dict[str, Any]) -> bool:
+    """Whether a function's globals are those of a module that is imported under its name."""
+    module = sys.modules.get(str(namespace.get("__name__")))
+    return module is not None and vars(module) is namespace
+
+
+def is_given(code: CodeType, name: str, value: object) -> bool:
+    """Whether a global of code that no module holds means the same wherever it has this name.
+
+    So do torch itself and the library's modules under their own names, and what torch.fx puts beside the code
+    that it generates for a graph.
+    """
+    if isinstance(value, ModuleType) and value.__name__ == name and sys.modules.get(name) is value:
+        return module_stands_by_version(name)
+    if not code.co_filename.startswith("<eval_with_key>"):
+        return False
+    known = fx_globals().get(name)
+    same_float = isinstance(value, float) and isinstance(known, float) and str(value) == str(known)
+    return known is not None and (value is known or same_float)
+
+
+def forbidden_to_dynamo(code: CodeType, value: object) -> str | None:
+    """Why a function that torch._dynamo traces may not read a global whose calls nobody would see."""
+    if value is os.environ or value is getattr(os, "environb", None):
+        return "reads environment variables"
+    called = getattr(value, "__code__", None)
+    if called is not None:
+        watched = called in FORBIDDEN_CODE or called.co_filename in WATCHED_FILES
+        return f"calls {called.co_qualname}" if watched else None
+    if id(value) in SYSTEM:
+        return f"calls {getattr(value, '__name__', '')}, which asks the system"
+    return forbidden_call(code, value) if isinstance(value, BuiltinFunctionType) else None
+
+
+def sees_namespaces(code: CodeType) -> bool:
+    """Whether code reaches for a namespace as a whole, so that what it reads there has no name."""
+    return not _SEES_NAMESPACES.isdisjoint(code.co_names) and not installed_path(code.co_filename)
+
+
+def receiver_of(frame: FrameType, code: CodeType) -> type | None:
+    """The class that a method runs for; ``None`` for a plain function."""
+    if not code.co_argcount or not code.co_varnames or code.co_varnames[0] not in {"self", "cls"}:
+        return None
+    value = frame.f_locals.get(code.co_varnames[0])
+    return value if isinstance(value, type) else type(value)
+
+
+def place(code: CodeType) -> str:
+    """A function's name and where it is written, for messages."""
+    return f"{code.co_qualname} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"

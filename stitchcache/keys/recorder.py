@@ -3,7 +3,8 @@
 A profile function sees every call in the thread. ``sys.monitoring`` would be cheaper where it exists, but it
 gives code objects without their globals, and to switch off a place after its first call, which makes it
 cheap, would miss a second function with the same code and other globals, or a method with another class.
-Capture takes seconds; the profile function is paid only there.
+Capture takes seconds; the profile function is paid only there. It is taken away for calls of torch that were
+watched once: a capture makes torch run thousands of lines of Python for each op, none of them the model's.
 """
 
 from __future__ import annotations
@@ -15,22 +16,35 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from types import CodeType, FrameType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    EllipsisType,
+    FrameType,
+    FunctionType,
+    MethodDescriptorType,
+    MethodWrapperType,
+    ModuleType,
+    NoneType,
+    WrapperDescriptorType,
+)
 from typing import Any
 
-from stitchcache.keys import check, outside, reads
-from stitchcache.keys.familiar import FamiliarCalls
+import torch
+from torch.overrides import TorchFunctionMode
+
+from stitchcache.keys import check, reads
 from stitchcache.keys.origins import (
     changed_since_import,
     installed_path,
-    process_start,
-    read_source,
+    module_stands_by_version,
+    read_file,
     stands_by_version,
 )
-from stitchcache.keys.outside import is_search, place, receiver_of
-from stitchcache.keys.scope import Scope
+from stitchcache.keys.reads import place
 from stitchcache.keys.walk import Walk
-from stitchcache.torchside.state import active_modes
+from stitchcache.torchside.ops import OpOverload
+from stitchcache.torchside.state import active_modes, dispatch_modes
 from stitchcache.types import SourceRef
 
 _READ_VARIABLE = type(os.environ).__getitem__.__code__
@@ -52,39 +66,32 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         unsound: Why a target key must not lead to this capture; ``None`` where it may.
     """
 
-    def __init__(self, keyed: Scope | None = None) -> None:
+    def __init__(self, keyed: Walk | None = None) -> None:
         self._keyed = keyed or Walk()
         self.sources: tuple[SourceRef, ...] = ()
         self.globals: tuple[tuple[str, str], ...] = ()
         self.unsound: str | None = None
-        self._reads = reads.Reads(self._keyed, frozenset())
         self._seen: dict[int, CodeType] = {}
         self._met: dict[tuple[int, int, int], tuple[Any, type | None]] = {}
         self._user: dict[int, CodeType] = {}
         self._modules: dict[str, ModuleType] = {}
-        self._loaded: frozenset[str] = frozenset()
-        self._previous: Any = None
-        self._bystanders: dict[int, CodeType] = {}
-        self._watched: dict[int, CodeType] = {}
-        self._asked: dict[int, tuple[str, Any]] = {}
-        self._answers: set[str] = set()
+        self._answers: dict[str, None] = {}
         self._runs: dict[int, int] = {}
         self._generated: set[int] = set()
-        self._callback: Callable[[FrameType, str, Any], None] | None = None
         self._noticed = 0
         self._unwatched = contextlib.ExitStack()
 
     def __enter__(self) -> SourceRecorder:
-        self._loaded = frozenset(sys.modules)
-        self._reads = reads.Reads(self._keyed, self._loaded)
-        self._asked = outside.asked_functions()
-        watched = [*outside.FORBIDDEN_CODE, *(thing for _, thing in self._asked.values())]
+        self._reads = reads.Reads(self._keyed)
+        self._refuse = self._reads.refuse
+        self._asked = reads.asked_functions()
+        watched = [*reads.FORBIDDEN_CODE, *(thing for _, thing in self._asked.values())]
         self._watched = {id(code): code for code in watched}
         # What a program does with log records, or when memory is collected, is no part of its models.
         on_collect = (getattr(callback, "__code__", None) for callback in gc.callbacks)
         self._bystanders = {id(code): code for code in (_HANDLE_LOG, *on_collect) if code is not None}
-        self._previous = sys.getprofile()
-        self._callback = self._profiler()
+        self._previous: Any = sys.getprofile()
+        self._callback: Any = self._profiler()
         # Modes of somebody else's would see what is asked of a call's arguments.
         if not active_modes():
             self._unwatched.enter_context(FamiliarCalls(self._callback, lambda: self._noticed))
@@ -98,7 +105,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         if not intact:
             self._refuse("another profiler was installed while the model was captured")
         self._reads.finish(self._runs)
-        self._reads.found |= {entry: check.answer_digest(entry) for entry in self._answers}
+        for entry in self._answers:
+            self._reads.answer(entry)
         self._check_covered()
         self.sources = tuple(self._sources())
         # In the order in which they were read: an object that two of them share is written with the first.
@@ -110,9 +118,6 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         """Code that ran, but that of torch and of the standard library."""
         return list(self._user.values())
 
-    def _refuse(self, reason: str) -> None:
-        self._reads.refuse(reason)
-
     def _profiler(self) -> Callable[[FrameType, str, Any], None]:
         """What Python calls on every call and return: millions of times for a deep model.
 
@@ -120,7 +125,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         met before and that nobody needs to hear of again.
         """
         quiet: set[int] = set()
-        user, system, bystanders, watched = self._user, outside.SYSTEM, self._bystanders, self._watched
+        user, system, bystanders, watched = self._user, reads.SYSTEM, self._bystanders, self._watched
         runs = self._runs
         muted: FrameType | None = None
 
@@ -151,47 +156,50 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                     self._noticed += 1
                     runs[identity] = runs.get(identity, 0) + 1
                 if identity in watched:
-                    self._forbidden_code(frame, code)
+                    self._watched_code(frame, code)
                 elif identity not in user and code is not _READ_VARIABLE:
                     quiet.add(identity)
 
         return profile
 
-    def _call_in_c(self, frame: FrameType, function: Any) -> None:
-        if id(frame.f_code) in self._user:
-            self._noticed += 1
-            self._c_call(frame.f_code, function)
-        elif id(function) in outside.SYSTEM and (caller := outside.on_behalf_of(frame)) is not None:
-            self._noticed += 1
-            self._refuse(
-                f"{place(caller.f_code)} makes the library call {function.__name__}, which asks the system"
-            )
-
     def _first_call(self, frame: FrameType, code: CodeType) -> None:
         filename = code.co_filename
         if stands_by_version(filename):
-            if filename in outside.WATCHED_FILES or (code.co_name == "run" and filename.endswith(_DYNAMO)):
+            if filename in reads.WATCHED_FILES or (code.co_name == "run" and filename.endswith(_DYNAMO)):
                 self._watched[id(code)] = code
             return
         if filename.startswith("<") and (id(code) in self._generated or self._is_generated(frame)):
             self._generated |= {id(const) for const in code.co_consts if isinstance(const, CodeType)}
             return
-        if is_search(frame):
-            return
-        self._meet(code, frame.f_globals)
-        self._further_call(frame, code)
+        if not reads.is_search(frame):
+            self._meet(code, frame.f_globals)
+            self._further_call(frame, code)
+
+    def _is_generated(self, frame: FrameType) -> bool:
+        """Whether code without a file is made by torch or the library, such as a namedtuple's constructor.
+
+        A body that they execute only defines functions; those are looked at when they run.
+        """
+        module = str(frame.f_globals.get("__name__"))
+        if module.startswith("namedtuple_"):
+            return True
+        if reads.is_module_namespace(frame.f_globals) and self._keyed.is_versioned(module):
+            return True
+        caller = frame.f_back
+        body = frame.f_code.co_name == "<module>"
+        return body and caller is not None and stands_by_version(caller.f_code.co_filename)
 
     def _meet(self, code: CodeType, namespace: dict[str, Any]) -> bool:
         """Note code of the user's; ``False`` if its globals are not those of a module."""
         self._user[id(code)] = code
-        if outside.sees_namespaces(code):
+        if reads.sees_namespaces(code):
             self._refuse(f"{place(code)} looks into a namespace as a whole; name what is read from it")
-        if not check.is_module_namespace(namespace):
+        if not reads.is_module_namespace(namespace):
             self._foreign(code, namespace)
             return False
         name = str(namespace["__name__"])
         self._modules.setdefault(name, sys.modules[name])
-        if name not in self._loaded and not installed_path(code.co_filename):
+        if name not in self._reads.loaded and not installed_path(code.co_filename):
             self._refuse(f"module {name} is imported while the model runs; import it beforehand")
         return True
 
@@ -201,7 +209,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         Its bytecode may be part of a digest, which is looked at when everything was seen.
         """
         for chain in reads.global_chains(code):
-            if chain[0] in namespace and not outside.is_given(code, chain[0], namespace[chain[0]]):
+            if chain[0] in namespace and not reads.is_given(code, chain[0], namespace[chain[0]]):
                 self._refuse(
                     f"{place(code)} reads {chain[0]} from globals that belong to no imported module; "
                     "define it in a module, and put that in sys.modules"
@@ -209,14 +217,14 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
 
     def _further_call(self, frame: FrameType, code: CodeType) -> None:
         """Look again where a function has other globals than before, or a method another class."""
-        namespace, receiver = frame.f_globals, receiver_of(frame, code)
+        namespace, receiver = frame.f_globals, reads.receiver_of(frame, code)
         key = (id(code), id(namespace), id(receiver))
         if key in self._met:
             return
         self._met[key] = (namespace, receiver)
         if frame.f_builtins is not _BUILTINS:
             self._refuse(f"{place(code)} has builtins of its own; define it in a module that is imported")
-        if not check.is_module_namespace(namespace):
+        if not reads.is_module_namespace(namespace):
             self._foreign(code, namespace)
             return
         if code.co_name == "<module>":
@@ -229,65 +237,44 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         if receiver is not None:
             self._reads.run_for(receiver)
 
-    def _is_generated(self, frame: FrameType) -> bool:
-        """Whether code without a file is made by torch or the library, such as a namedtuple's constructor.
-
-        A body that they execute only defines functions; those are looked at when they run.
-        """
-        module = str(frame.f_globals.get("__name__"))
-        if module.startswith("namedtuple_"):
-            return True
-        if check.is_module_namespace(frame.f_globals) and self._reads.walk.is_versioned(module):
-            return True
-        caller = frame.f_back
-        body = frame.f_code.co_name == "<module>"
-        return body and caller is not None and stands_by_version(caller.f_code.co_filename)
-
     def _variable(self, frame: FrameType) -> None:
         """Note an environment variable that the model's code reads; torch's are factors where they count."""
-        caller = outside.outside_stdlib(frame)
+        caller = reads.outside_stdlib(frame)
         if caller is None:
             return
         key = frame.f_locals.get("key")
         if isinstance(key, bytes):
-            key = key.decode("utf-8", "surrogateescape")
-        if stands_by_version(caller.f_code.co_filename) and key not in outside.OF_A_PROCESS:
+            key = os.fsdecode(key)
+        if stands_by_version(caller.f_code.co_filename) and key not in reads.OF_A_PROCESS:
             return
         self._noticed += 1
         if isinstance(key, str):
-            data = key.encode("utf-8", "surrogateescape")
-            value = os.environ._data.get(data)  # type: ignore[attr-defined]
-            text = None if value is None else value.decode("utf-8", "surrogateescape")
+            # Not os.environ.get: that is the code that is being watched.
+            value = os.environ._data.get(os.fsencode(key))  # type: ignore[attr-defined]
+            text = None if value is None else os.fsdecode(value)
             self._reads.found.setdefault(f"env:{key}", check.text_digest(text))
 
-    def _forbidden_code(self, frame: FrameType, code: CodeType) -> None:
+    def _watched_code(self, frame: FrameType, code: CodeType) -> None:
         if code.co_filename.endswith(_DYNAMO):
             self._traced_by_dynamo(frame.f_locals.get("self"))
             return
-        caller = outside.outside_stdlib(frame)
-        filename = "" if caller is None else caller.f_code.co_filename
-        if caller is not None and stands_by_version(filename) and self._on_behalf(code):
-            # torch asks for the rank, say, for a module that the model is made of.
-            filename = ""
-        lazily = code is outside.IMPORT_MODULE and installed_path(filename)
-        if caller is None or stands_by_version(filename) or lazily:
+        caller = reads.outside_stdlib(frame)
+        if caller is None:
+            return
+        entry = self._asked.get(id(code), ("", None))[0]
+        filename = caller.f_code.co_filename
+        # torch asks for the rank, say, for a module that the model is made of: which process of many this is.
+        rank = entry.startswith("call:torch.distributed:") and not entry.endswith(":is_available")
+        lazily = code is reads.IMPORT_MODULE and installed_path(filename)
+        if lazily or (stands_by_version(filename) and not rank):
             return
         self._noticed += 1
-        asked = self._asked.get(id(code))
-        if asked is not None:
+        if entry:
             given = [value for value in frame.f_locals.values() if value is not None]
-            self._ask(asked[0], plain=not given, where=caller.f_code)
+            self._ask(entry, plain=not given, where=caller.f_code)
             return
-        why = (
-            outside.FORBIDDEN_CODE.get(code)
-            or f"calls {code.co_qualname}, whose result is not the same each time"
-        )
-        self._refuse(f"{place(caller.f_code)} {why}")
-
-    def _on_behalf(self, code: CodeType) -> bool:
-        """Whether it matters, also where torch itself asks it: which process of many this one is."""
-        entry = self._asked.get(id(code), ("", None))[0]
-        return entry.startswith("call:torch.distributed:") and not entry.endswith(":is_available")
+        calls = f"calls {code.co_qualname}, whose result is not the same each time"
+        self._refuse(f"{place(caller.f_code)} {reads.FORBIDDEN_CODE.get(code, calls)}")
 
     def _traced_by_dynamo(self, translator: Any) -> None:
         """Note a function whose bytecode torch._dynamo reads instead of running it: a branch of torch.cond.
@@ -305,11 +292,10 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._seen[id(code)] = code
         if not self._meet(code, namespace):
             return
-        name = str(namespace["__name__"])
-        self._reads.read_globals(code, namespace, name)
+        self._reads.read_globals(code, namespace, str(namespace["__name__"]))
         for chain in reads.global_chains(code):
             value = check.lookup(namespace, chain, self._reads.patched).value
-            why = outside.forbidden_to_dynamo(code, value)
+            why = reads.forbidden_to_dynamo(code, value)
             if why is None and id(getattr(value, "__code__", value)) in self._asked:
                 why = f"asks {chain[-1]}()"
             if why is not None:
@@ -318,19 +304,28 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
     def _ask(self, entry: str, *, plain: bool, where: CodeType) -> None:
         """Note a function of torch whose answer the model's code uses."""
         if plain:
-            self._answers.add(entry)
+            self._answers[entry] = None
         else:
-            self._refuse(f"{place(where)} calls {check.title(entry)[5:]} with arguments; call it beforehand")
+            name = check.title(entry.partition(":")[2])
+            self._refuse(f"{place(where)} calls {name} with arguments; call it beforehand")
 
-    def _c_call(self, code: CodeType, function: Any) -> None:
-        """Look at what the model's code calls in C: clocks, files and random numbers are in no key."""
+    def _call_in_c(self, frame: FrameType, function: Any) -> None:
+        """Look at what is called in C: clocks, files and random numbers are in no key."""
+        code = frame.f_code
+        if id(code) not in self._user:
+            caller = reads.on_behalf_of(frame)
+            if caller is not None:
+                self._noticed += 1
+                name = function.__name__
+                self._refuse(f"{place(caller.f_code)} makes the library call {name}, which asks the system")
+            return
+        self._noticed += 1
         asked = self._asked.get(id(function))
+        reason = reads.forbidden_call(code, function)
+        module = reads.module_of(function)
         if asked is not None:
             self._ask(asked[0], plain=True, where=code)
-            return
-        module = outside.module_of(function)
-        reason = outside.forbidden_call(code, function)
-        if reason is not None:
+        elif reason is not None:
             self._refuse(f"{place(code)} {reason}")
         elif module is not None and module not in self._modules:
             extension = sys.modules.get(module)
@@ -344,7 +339,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         nested = {id(const) for const in constants if isinstance(const, CodeType)}
         files = {getattr(module, "__file__", None) for module in self._modules.values()}
         for identity, code in self._user.items():
-            if identity in self._reads.walk.codes or identity in self._keyed.codes or identity in nested:
+            if identity in self._keyed.codes or identity in nested:
                 continue
             if os.path.abspath(code.co_filename) not in files:
                 self._refuse(f"{place(code)} has no source file that can be checked")
@@ -353,21 +348,115 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
 
     def _sources(self) -> list[SourceRef]:
         found = []
-        started = process_start()
         for name, module in sorted(self._modules.items()):
-            label = self._reads.label(name)
-            if label == "__main__" and getattr(module, "__file__", None) is None:
+            label, file = self._keyed.label(name), getattr(module, "__file__", None)
+            if label == "__main__" and file is None:
                 continue
             try:
-                data = read_source(module)
+                data = read_file(file or "", module)
             except OSError as error:
                 self._refuse(f"the source of {name} cannot be read: {error}")
                 continue
-            file = getattr(module, "__file__", None)
-            ran = [code for code in self._user.values() if code.co_filename == file]
             # Hundreds of functions of an installed package may have run; nobody edits those in place.
-            reason = changed_since_import(module, data, started, () if installed_path(file or "") else ran)
+            own = [code for code in self._user.values() if code.co_filename == file]
+            ran = [] if installed_path(file or "") else own
+            reason = changed_since_import(module, data, self._keyed.started, ran)
             if reason is not None:
                 self._refuse(reason)
             found.append(SourceRef(module=label, digest=check.bytes_digest(data), size=len(data)))
         return found
+
+
+# To hash one of these, or to look at a value of these kinds, runs nobody's code.
+_FUNCTIONS = frozenset(
+    {
+        BuiltinFunctionType,
+        FunctionType,
+        MethodDescriptorType,
+        MethodWrapperType,
+        WrapperDescriptorType,
+        OpOverload,
+    }
+)
+_OF_PYTHON = frozenset({bool, int, float, complex, str, slice, NoneType, EllipsisType})
+_OF_TORCH = frozenset({torch.SymInt, torch.SymFloat, torch.SymBool, torch.dtype, torch.device, torch.layout})
+_PLAIN = _OF_PYTHON | _OF_TORCH | {torch.Size, torch.memory_format}
+
+
+class FamiliarCalls(TorchFunctionMode):
+    """Takes the profile function away while torch does what it was seen doing.
+
+    A call is familiar when an earlier one of the same function, with arguments of the same kinds (texts and
+    truth values: the same) on the same kinds of devices and under the same kinds of dispatch modes, was
+    watched and nothing was noticed below it. Whether somebody else's code runs there, such as a kernel
+    registered for one of torch's ops, or a function of torch that was replaced, shows in the first call.
+    Calls that are given anything but tensors of torch's own classes and plain values, a function for
+    instance, never are, nor is any under a mode of the user's.
+
+    Args:
+        profile: The profile function.
+        noticed: How much it has noticed so far, in any unit that grows.
+    """
+
+    def __init__(self, profile: Callable[..., Any], noticed: Callable[[], int]) -> None:
+        super().__init__()
+        self._profile = profile
+        self._noticed = noticed
+        self._familiar: set[tuple[Any, ...]] = set()
+        self._own: dict[type, bool] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one call, watched or not."""
+        given = kwargs or {}
+        # Dynamo would trace what follows; another profile function is not ours to take away.
+        if torch.compiler.is_dynamo_compiling() or sys.getprofile() is not self._profile:
+            return func(*args, **given)
+        sys.setprofile(None)
+        try:
+            call = self._kind_of_call(func, args, given)
+            if call in self._familiar:
+                return func(*args, **given)
+        finally:
+            sys.setprofile(self._profile)
+        before = self._noticed()
+        result = func(*args, **given)
+        if call is not None and self._noticed() == before:
+            self._familiar.add(call)
+        return result
+
+    def _kind_of_call(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...] | None:
+        # What a user's op does may be known from an earlier capture, and run only for another size.
+        users = isinstance(func, OpOverload) and func.namespace not in {"aten", "prims"}
+        modes = [type(mode) for mode in dispatch_modes()]
+        if type(func) not in _FUNCTIONS or users or not all(map(self._is_torchs, modes)):
+            return None
+        kinds: list[Any] = [func, *modes, *kwargs]
+        known = all(self._add_kind(kinds, value) for value in (*args, *kwargs.values()))
+        return tuple(kinds) if known else None
+
+    def _add_kind(self, kinds: list[Any], value: Any) -> bool:
+        """Add what kind of argument a value is; ``False`` if that cannot be told without running code."""
+        kind = type(value)
+        kinds.append(kind)
+        if kind in _PLAIN:
+            # These choose between ways through torch's code; numbers are sizes.
+            if kind is bool or kind is str:
+                kinds.append(value)
+            return True
+        if kind is tuple or kind is list:
+            kinds.append(len(value))
+            return all(self._add_kind(kinds, item) for item in value)
+        own = issubclass(kind, torch.Tensor) and self._is_torchs(kind)
+        if own:
+            kinds.append(value.device.type)
+        return own
+
+    def _is_torchs(self, cls: type) -> bool:
+        known = self._own.get(cls)
+        if known is None:
+            known = self._own[cls] = module_stands_by_version(cls.__module__)
+        return known

@@ -1,13 +1,22 @@
-"""The target key: everything that can be known of a compilation without tracing."""
+"""The target key: everything that can be known of a compilation without tracing; factors of its inputs.
+
+A size of a dimension that is marked with a named ``Dim`` is left out: ``torch.export`` gives one graph for
+the whole range, or refuses. What it does look at stays in: whether the size is 0 or 1, and which of the
+named dimensions are equal. Everything else about a tensor counts, and all its strides do unless it is laid
+out row by row, where they follow from the sizes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from stitchcache.encoding import Digest, UnkeyableError, make_factor, text_bytes
+from stitchcache.encoding import UnkeyableError, make_factor, text_bytes
 from stitchcache.errors import OptionError
 from stitchcache.keys.environment import (
     decimal_context,
@@ -16,13 +25,16 @@ from stitchcache.keys.environment import (
     torch_state_factors,
     tracing_obstacle,
 )
-from stitchcache.keys.inputs import input_factors
-from stitchcache.keys.model import class_factors, model_factors, readable
-from stitchcache.keys.scope import Scope
+from stitchcache.keys.model import class_factors, memory_factor, model_factors, readable
+from stitchcache.keys.values import own_attributes, stands_for_itself, tensor_span
 from stitchcache.keys.walk import Walk
 from stitchcache.records import dataclass
 from stitchcache.state import devices_of
-from stitchcache.types import Factor, SizeRange
+from stitchcache.types import Dim, Factor, SizeRange
+
+# Compiled where one is needed: most paths are an argument's name, and compiling takes part of a warm start.
+_STEP = r"\[(?P<index>-?\d+)\]|\['(?P<key>[^']*)'\]|\.(?P<name>\w+)"
+_HEAD = r"args\[\d+\]|[^.\[]+"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +62,7 @@ def target_key(
     backend: str,
     options: Mapping[str, Any],
     key_factors: Mapping[str, Any] | None,
-    walk: Scope | None = None,
+    walk: Walk | None = None,
 ) -> TargetKey:
     """Compute the key under which a direct lookup finds a target.
 
@@ -75,16 +87,19 @@ def target_key(
     walk = walk or Walk()
     factors: list[Factor] = []
     reason = tracing_obstacle()
-    # The model comes first: its factors then do not depend on what else objects of its are used for.
-    parts = model_factors(model, walk)
+    model_part: tuple[Factor, ...] = ()
+    try:
+        # The model comes first: its factors then do not depend on what else objects of its are used for.
+        model_part = model_factors(model, walk)
+    except UnkeyableError as error:
+        reason = reason or str(error)
     try:
         factors += environment_factors(backend, devices_of(model, [value for _, value in leaves])[1])
         factors.append(make_factor("code.python", python_code()))
         factors.append(make_factor("code.decimal", decimal_context()))
         factors += torch_state_factors(walk)
         factors += input_factors(leaves, tree, dynamic_shapes, walk)
-        factors += parts.factors
-        reason = reason or parts.unsound
+        factors += model_part
     except UnkeyableError as error:
         reason = reason or str(error)
     # These come last, as what they need of classes comes with them; they are told of first.
@@ -97,38 +112,212 @@ def target_key(
         except UnkeyableError as error:
             reason = str(error)
     reason = reason or walk.warm_cache()
-    if reason is not None:
-        return TargetKey(key=None, reason=reason, factors=tuple(factors))
-    digest = Digest()
-    for factor in sorted(factors, key=lambda item: item.name):
-        digest.add(factor.name, factor.digest.encode())
-    return TargetKey(key=digest.hexdigest(), reason=None, factors=tuple(factors))
+    key = None
+    if reason is None:
+        writer = walk.writer("target")
+        writer.put(tuple(sorted((factor.name, factor.digest) for factor in factors)))
+        key = hashlib.sha256(writer.out).hexdigest()
+    return TargetKey(key=key, reason=reason, factors=tuple(factors))
 
 
 def _option_factors(
-    walk: Scope,
+    walk: Walk,
     splitting_ops: Iterable[str],
     size_ranges: Sequence[SizeRange] | None,
     backend: str,
     options: Mapping[str, Any],
     key_factors: Mapping[str, Any],
-) -> Iterable[Factor]:
+) -> Iterator[Factor]:
     ops = sorted(set(splitting_ops))
     yield make_factor("options.backend", backend)
     yield make_factor("options.splitting_ops", ", ".join(ops) or "none", b"".join(map(text_bytes, ops)))
     ranges = [f"{item.dim or ''}:{item.min}..{item.max}" for item in size_ranges or ()]
     yield make_factor("options.size_ranges", ", ".join(ranges) or "none")
-    for kind, mapping in (("options.backend", options), ("user", key_factors)):
+    given = (("options", "options.backend", options), ("key_factors", "user", key_factors))
+    for argument, kind, mapping in given:
         for name, value in mapping.items():
-            yield make_factor(f"{kind}.{name}", readable(value), _plain(walk, kind, name, value))
+            writer = walk.writer(kind, name)
+            try:
+                writer.put(value)
+            except UnkeyableError as error:
+                message = f"{argument}[{name!r}] must be a plain value, as it becomes part of a key: {error}"
+                raise OptionError(message, option=argument) from error
+            yield make_factor(f"{kind}.{name}", readable(value), bytes(writer.out))
 
 
-def _plain(walk: Scope, kind: str, name: str, value: Any) -> bytes:
-    writer = walk.writer(kind, name)
-    argument = "key_factors" if kind == "user" else "options"
-    try:
-        writer.put(value)
-    except UnkeyableError as error:
-        message = f"{argument}[{name!r}] must be a plain value, as it becomes part of a key: {error}"
-        raise OptionError(message, option=argument) from error
-    return bytes(writer.out)
+def input_factors(
+    leaves: Sequence[tuple[str, Any]], tree: str, dynamic_shapes: Any = None, walk: Walk | None = None
+) -> Iterator[Factor]:
+    """Factors of the inputs that a capture is made with.
+
+    Args:
+        leaves: Path and value of each leaf, in tree order.
+        tree: The input tree, written down.
+        dynamic_shapes: As for ``torch.export.export``.
+        walk: The walk over the whole key; the model comes before its inputs.
+
+    Raises:
+        UnkeyableError: A leaf or the dynamic shapes cannot be keyed soundly; the reason names it.
+    """
+    walk = walk or Walk()
+    yield make_factor("input.tree", f"{len(leaves)} leaves", tree.encode())
+    yield make_factor("input.dynamic_shapes", _shapes_text(dynamic_shapes))
+    heads = list(dict.fromkeys(split_path(path)[0] for path, _ in leaves))
+    sizes: dict[str, set[int]] = {}
+    aliases = []
+    for position, (path, value) in enumerate(leaves):
+        # Several leaves may have one path by odd keys; the position keeps their names apart.
+        name = f"input.{position}.{path}"
+        writer = walk.writer("input", f"{position} value", [path])
+        if not isinstance(value, torch.Tensor):
+            writer.put(value)
+            yield make_factor(name, readable(value), bytes(writer.out))
+            continue
+        dims = dims_of_leaf(dynamic_shapes, path, heads, value.dim())
+        text = _tensor_text(path, value, dims)
+        for index, dim in dims.items():
+            sizes.setdefault(dim, set()).add(value.shape[index])
+        if id(value) in walk.numbers.known:
+            aliases.append(f"{name} is {walk.numbers.place(value)}")
+        else:
+            walk.numbers.add(value, "input", str(position), 0)
+            if length := tensor_span(value):
+                start = value.data_ptr()
+                walk.spans.append((start, start + length, name))
+        writer.put_pairs(own_attributes(value).items())
+        yield make_factor(name, text, text_bytes(text) + writer.out)
+    yield make_factor("input.equal_sizes", _equal(sizes))
+    yield make_factor("input.aliases", ", ".join(aliases) or "none")
+    yield memory_factor(walk, "input.memory")
+
+
+def _tensor_text(path: str, value: torch.Tensor, dims: dict[int, str]) -> str:
+    if not stands_for_itself(value):
+        raise UnkeyableError(path, f"a {type(value).__qualname__}, whose metadata does not stand for it")
+    if value.layout is not torch.strided or value.is_quantized:
+        raise UnkeyableError(path, f"a {value.layout} tensor, whose metadata does not stand for it")
+    shape, strides = tuple(value.shape), value.stride()
+    step, by_rows = 1, True
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        by_rows = by_rows and stride == step
+        step *= max(size, 1)
+    parts = list(map(str, shape))
+    for index, dim in dims.items() if by_rows else ():
+        parts[index] = dim if shape[index] >= 2 else f"{shape[index]} as {dim}"
+    layout = "by rows" if by_rows else f"strides {strides}"
+    flags = f" offset {value.storage_offset()} conj {value.is_conj()} neg {value.is_neg()}"
+    if flags == " offset 0 conj False neg False":
+        flags = ""
+    return f"{str(value.dtype)[6:]} {value.device.type} ({', '.join(parts)}) {layout}{flags}"
+
+
+def _equal(sizes: dict[str, set[int]]) -> str:
+    """Which named dimensions have equal sizes in the example, without the sizes themselves.
+
+    A trace may compare two of them. One name with two sizes is an error that export will report.
+    """
+    groups: dict[int, list[str]] = {}
+    for dim, found in sizes.items():
+        for size in found:
+            groups.setdefault(size, []).append(dim)
+    equal = sorted(" = ".join(sorted(group)) for group in groups.values() if len(group) > 1)
+    uneven = sorted(f"{dim} is {sorted(found)}" for dim, found in sizes.items() if len(found) > 1)
+    return "; ".join(equal + uneven) or "none"
+
+
+def _is_dim(value: Any) -> bool:
+    # By name: torch.export is not imported for it.
+    return isinstance(value, Dim) or any(
+        base.__module__ == "torch.export.dynamic_shapes" and base.__name__ in {"Dim", "_DimHint"}
+        for base in type(value).__mro__
+    )
+
+
+def _dim_text(value: Any) -> str:
+    """A ``torch.export.Dim`` as text: name and range, or the kind of hint. A name is an identifier."""
+    hint = getattr(value, "type", None)
+    if hint is not None and hasattr(hint, "name"):
+        return f"Dim.{hint.name}(min={value.min}, max={value.max})"
+    root = getattr(value, "root", None)
+    of = f" of {_dim_text(root)}" if root is not None else ""
+    largest = "int_oo" if value.max is None else value.max
+    return f"Dim({value.__name__}, min={value.min}, max={largest}){of}"
+
+
+def _shapes_text(value: Any, path: str = "dynamic_shapes") -> str:
+    """Dynamic shapes as canonical text; keys and texts in JSON's form.
+
+    Raises:
+        UnkeyableError: They hold something other than containers, numbers and ``Dim`` objects.
+    """
+    if value is None or type(value) in {int, bool, str}:
+        return json.dumps(value)
+    if _is_dim(value):
+        return _dim_text(value)
+    if type(value) is dict:
+        for key in value:
+            if type(key) not in {int, str}:
+                kind = type(key).__qualname__
+                raise UnkeyableError(path, f"a {kind} as a key; use names and numbers of dimensions")
+        # Neither names nor numbers of dimensions have an order that export looks at.
+        items = sorted((json.dumps(key), _shapes_text(item, f"{path}[{key}]")) for key, item in value.items())
+        return "{" + ", ".join(f"{key}: {item}" for key, item in items) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_shapes_text(item, f'{path}[{index}]') for index, item in enumerate(value))}]"
+    raise UnkeyableError(path, f"a {type(value).__qualname__} cannot be keyed; use dicts, tuples and Dim")
+
+
+def dims_of_leaf(dynamic_shapes: Any, path: str, heads: Sequence[str], rank: int) -> dict[int, str]:
+    """Named dimensions of one tensor among the inputs, for which export promises one graph over their range.
+
+    Hints (``Dim.AUTO``, ``Dim.DYNAMIC``) let export narrow the range by the example, so they don't count.
+
+    Args:
+        dynamic_shapes: As the user gave them.
+        path: The leaf's path, such as ``batch['mask']``.
+        heads: First parts of all paths in order, each once: the arguments.
+        rank: The tensor's number of dimensions.
+
+    Returns:
+        Dimension to text. Empty where there are none, and where the shapes cannot be matched with the path
+        beyond doubt: the example's sizes then count as fixed, which is always right.
+    """
+    head, steps = split_path(path)
+    found: Any = dynamic_shapes
+    if steps is None or (isinstance(found, (list, tuple)) and len(found) != len(heads)):
+        return {}
+    for step in [head if isinstance(found, dict) else heads.index(head), *steps]:
+        in_dict = isinstance(found, dict) and step in found
+        in_list = isinstance(found, (list, tuple)) and isinstance(step, int) and 0 <= step < len(found)
+        if not in_dict and not in_list:
+            return {}
+        found = found[step]
+    if isinstance(found, (list, tuple)) and len(found) == rank:
+        found = dict(enumerate(found))
+    if not isinstance(found, dict) or any(type(at) is not int or not 0 <= at < rank for at in found):
+        return {}
+    return {index: _dim_text(dim) for index, dim in found.items() if _is_named(dim)}
+
+
+def _is_named(value: Any) -> bool:
+    return (
+        _is_dim(value) and isinstance(getattr(value, "__name__", None), str) and not hasattr(value, "value")
+    )
+
+
+def split_path(path: str) -> tuple[str, list[int | str] | None]:
+    """Split a leaf's path into the argument and the steps below it; ``None`` where it cannot be read."""
+    if path.isidentifier():
+        return path, []
+    match = re.match(_HEAD, path)
+    if match is None:
+        return path, None
+    position, steps = match.end(), []
+    while position < len(path):
+        step = re.compile(_STEP).match(path, position)
+        if step is None:
+            return match.group(), None
+        index, key, name = step.group("index", "key", "name")
+        steps.append(int(index) if index is not None else key if key is not None else name)
+        position = step.end()
+    return match.group(), steps

@@ -1,55 +1,224 @@
-"""One walk over the whole of what a key covers, with a handler for every type that can be keyed."""
+"""One walk over the whole of what a key covers, and the writer that it writes with."""
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Mapping, Sequence
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
 
-from stitchcache import containers
-from stitchcache.encoding import Handler
-from stitchcache.keys import code, library, tensors
-from stitchcache.keys.scope import KeyWriter, Scope
+from stitchcache import containers, encoding
+from stitchcache.encoding import Handler, Layout, Numbers, Step, Writer, text_bytes
+from stitchcache.keys import code, values
+from stitchcache.keys.origins import (
+    installed_path,
+    main_label,
+    module_stands_by_version,
+    process_start,
+    stands_by_version,
+)
 from stitchcache.torchside.ops import CustomOpDef, custom_op_parts
 
+_HEAP_TYPE = 1 << 9
+WARM_CACHE = (
+    "has results from before the capture in its lru_cache, and how they came about was not seen; "
+    "call its cache_clear() before compiling"
+)
+_VERSIONED, _REACHABLE, _UNREACHABLE = "versioned", "reachable", "unreachable"
 
-class Walk(Scope):
-    """One walk, with one numbering of all objects that it meets."""
 
-    def new_handlers(self) -> Mapping[type, Handler]:
-        """How values of exactly these types are written."""
-        return _HANDLERS
+def find_class(module: str, qualname: str) -> object:
+    """What a module's name and a qualified name lead to; ``None`` where they lead nowhere."""
+    found: object = sys.modules.get(module)
+    for step in qualname.split("."):
+        found = getattr(found, "__dict__", {}).get(step)
+    return found
 
-    def new_families(self) -> Sequence[tuple[type, Handler]]:
-        """How values of these types and their subclasses are written; the first match wins."""
-        return [
-            (type, _put_type),
-            *tensors.FAMILIES,
-            (type(torch.ops.aten.add.Tensor), _put_operator),
-            (type(torch.ops.aten.add), _put_operator),
-            (CustomOpDef, _put_custom_op),
-            (ModuleType, _put_module_reference),
-            *library.late_families(),
-            *code.FAMILIES,
-            *library.FAMILIES,
-            *containers.FAMILIES,
-            (object, _put_member_of_torch),
-        ]
 
-    def put_contents(self, writer: KeyWriter, cls: type) -> None:
-        """Write what a class's body holds."""
-        code.put_class_contents(writer, cls)
+class Walk:
+    """What one walk over a key has met. A key has one, with one numbering of objects over all of its factors.
+
+    Attributes:
+        numbers: Objects that were met.
+        classes: Classes that were met, by id; their contents are part of the key too.
+        done: Classes whose contents are written already.
+        spans: Memory of tensors and arrays, each with what it is called: first byte, end, name.
+        valued: Parameters and buffers that were also written by value, by id.
+        caches: Functions with an ``lru_cache`` that were met, each with its place.
+        main: What ``__main__`` is called.
+        started: When this process started.
+        codes: Digests of code objects, by id.
+        files: What is known of modules' files, by name: file, size, digest, and why it is not what runs.
+        texts: Texts that repeat, as they are written.
+    """
+
+    def __init__(self) -> None:
+        self.numbers = Numbers()
+        self.classes: dict[int, type] = {}
+        self.done: dict[int, type] = {}
+        self.spans: list[tuple[int, int, str]] = []
+        self.valued: set[int] = set()
+        self.caches: list[tuple[str, Any]] = []
+        self._contents: dict[int, bytes] = {}
+        # What follows from the process alone.
+        self.main = main_label()
+        self.started = process_start()
+        self.codes: dict[int, tuple[CodeType, bytes]] = {}
+        self.files: dict[str, tuple[str, int, str, str | None]] = {}
+        self.texts: dict[str, bytes] = {}
+        self.families = _families()
+        self.found: dict[int, tuple[type, Handler]] = {}
+        self._origins: dict[str, tuple[bool, str]] = {}
+        self._versioned: dict[str, bool] = {}
+        self._named: dict[int, tuple[type, bytes, str]] = {}
+        self._layouts: dict[type, Layout] = {}
+
+    def child(self) -> Walk:
+        """A walk that goes on from this one as it stands; this one is not changed.
+
+        A record's globals belong to the key under which the record lies, so they are digested in a child of
+        its walk: an object that the key has met is known there by its number.
+        """
+        child = copy.copy(self)
+        child.numbers = Numbers(self.numbers)
+        child.classes, child.done = {}, {**self.done, **self.classes}
+        child.spans, child.valued, child.caches = [], set(self.valued), []
+        child._contents = {}
+        return child
+
+    def writer(self, section: str, where: str = "", path: Sequence[Step] = ()) -> KeyWriter:
+        """A writer for one section of the key; no two sections have the same name and place."""
+        return KeyWriter(self, section, where, path)
+
+    def warm_cache(self) -> str | None:
+        """Why a function that was met may answer from its ``lru_cache``; ``None`` where all are empty.
+
+        What it read when it was called is in no key. Those of installed packages are left to the look.
+        """
+        for where, cached in self.caches:
+            code = getattr(cached.__wrapped__, "__code__", None)
+            known = code is not None and any(self.origin(code.co_filename))
+            if not known and cached.cache_info().currsize:
+                return f"{where} {WARM_CACHE}"
+        return None
+
+    def origin(self, filename: str) -> tuple[bool, str]:
+        """Whether a version stands for a file; and its path below the packages if it is installed."""
+        known = self._origins.get(filename)
+        if known is None:
+            known = self._origins[filename] = (stands_by_version(filename), installed_path(filename))
+        return known
+
+    def layout(self, cls: type) -> Layout:
+        """Whether instances of a class have plain state, and their slots; remembered."""
+        known = self._layouts.get(cls)
+        if known is None:
+            known = self._layouts[cls] = encoding.layout_of(cls)
+        return known
+
+    def is_versioned(self, module: str) -> bool:
+        """Whether a version stands for a module; remembered, as the answer needs a look at its file."""
+        known = self._versioned.get(module)
+        if known is None:
+            known = self._versioned[module] = module_stands_by_version(module)
+        return known
+
+    def label(self, module: str) -> str:
+        """A module under the name by which other processes would import it."""
+        return self.main if module == "__main__" else module
+
+    def named(self, cls: type) -> tuple[type, bytes, str]:
+        """A class with its name as it is written, and whether that name leads to it."""
+        known = self._named.get(id(cls))
+        if known is None:
+            found = find_class(cls.__module__, cls.__qualname__) is cls
+            # ``make_dataclass`` says that its classes are the library's. Some of torch's, made in C, have no
+            # name that leads to them, either; those are torch's all the same.
+            library = cls.__module__.partition(".")[0] in sys.stdlib_module_names
+            made_here = not found and library and cls.__flags__ & _HEAP_TYPE and "__module__" in cls.__dict__
+            how = _REACHABLE if found else _UNREACHABLE
+            if self.is_versioned(cls.__module__) and not made_here:
+                how = _VERSIONED
+            name = text_bytes(f"{self.label(cls.__module__)}.{cls.__qualname__}")
+            known = self._named[id(cls)] = (cls, b"[class 1:" + name, how)
+        return known
+
+    def note_class(self, cls: type) -> None:
+        """Note that a class's contents matter."""
+        if id(cls) not in self.done:
+            self.classes.setdefault(id(cls), cls)
+
+    def contents(self, cls: type) -> bytes:
+        """The bytes of a class's contents; each class is looked at once in a walk.
+
+        Raises:
+            UnkeyableError: One of its attributes cannot be written soundly.
+        """
+        known = self._contents.get(id(cls))
+        if known is None:
+            self.numbers.kept.append(cls)
+            label = f"{self.label(cls.__module__)}.{cls.__qualname__}"
+            writer = self.writer("class", label, [f"class {label}"])
+            code.put_class_contents(writer, cls)
+            known = self._contents[id(cls)] = bytes(writer.out)
+        return known
+
+
+class KeyWriter(Writer):
+    """Writes anything that can be keyed: plain values, code, torch, numpy, operators."""
+
+    def __init__(self, walk: Walk, section: str, where: str, path: Sequence[Step]) -> None:
+        super().__init__(walk.numbers, section, where, path)
+        self.walk = walk
+        self.handlers, self.families, self.found = _HANDLERS, walk.families, walk.found
+
+    def begin(self, section: str, where: str, path: list[Step]) -> None:
+        """Empty the buffer for the next section."""
+        self.out.clear()
+        self.path = path
+        self.section, self.where, self.count = section, where, 0
+
+    def text(self, value: str) -> None:
+        """Write a string that is part of an encoding: names of attributes repeat from class to class."""
+        known = self.walk.texts.get(value)
+        if known is None:
+            known = self.walk.texts[value] = text_bytes(value)
+        self.out += known
+
+    def class_label(self, cls: type) -> str:
+        """A class's name for people and keys, the same in every process."""
+        if cls.__module__ == "__main__":
+            return f"{self.walk.main}.{cls.__qualname__}"
+        return super().class_label(cls)
+
+    def layout(self, cls: type) -> Layout:
+        """Whether instances of a class have plain state, and their slots."""
+        return self.walk.layout(cls)
 
     def ignored(self, cls: type) -> frozenset[str]:
         """Attributes that say where a class or its instances came from, not what they compute."""
-        return tensors.ignored_names(cls)
+        return values.ignored_names(cls)
 
+    def put_class(self, cls: type) -> None:
+        """Write a class by name, and note that its contents matter.
 
-def _put_type(writer: KeyWriter, cls: type) -> None:
-    """Write a class that is a value."""
-    writer.put_class(cls)
+        The contents of a class that its name does not lead to, such as one made in a function, are
+        written here and now.
+        """
+        if not isinstance(cls.__module__, str):
+            raise self.error(f"class {cls.__qualname__} has no module")
+        _, name, how = self.walk.named(cls)
+        if how == _UNREACHABLE:
+            if not self.again(cls):
+                self.head(b"local class", 1)
+                code.put_class_contents(self, cls)
+            return
+        self.out += name
+        if how == _REACHABLE:
+            self.walk.note_class(cls)
 
 
 def _put_module_reference(writer: KeyWriter, module: ModuleType) -> None:
@@ -64,15 +233,8 @@ def _put_module_reference(writer: KeyWriter, module: ModuleType) -> None:
     writer.text(module.__name__)
 
 
-def _put_operator(writer: KeyWriter, value: Any) -> None:
-    writer.head(b"operator", 1)
-    writer.text(str(value))
-
-
 def _put_custom_op(writer: KeyWriter, value: Any) -> None:
     """Write an op made with ``torch.library.custom_op``, which a model may call by its object."""
-    if writer.again(value):
-        return
     parts = custom_op_parts(value)
     writer.head(b"custom op", 2 * len(parts))
     writer.put_pairs(parts.items())
@@ -88,12 +250,24 @@ def _put_member_of_torch(writer: KeyWriter, value: Any) -> None:
     writer.put_object(value)
 
 
-_HANDLERS: Mapping[type, Handler] = {
-    **containers.HANDLERS,
-    **library.HANDLERS,
-    **code.HANDLERS,
-    **tensors.HANDLERS,
-}
+_HANDLERS: Mapping[type, Handler] = {**containers.HANDLERS, **values.HANDLERS, **code.HANDLERS}
+
+
+def _families() -> Sequence[tuple[type, Handler]]:
+    """How values of these types and their subclasses are written; the first match wins."""
+    return [
+        (type, KeyWriter.put_class),
+        *values.TORCH_FAMILIES,
+        (type(torch.ops.aten.add.Tensor), values.by_text(b"operator")),
+        (type(torch.ops.aten.add), values.by_text(b"operator")),
+        (CustomOpDef, containers.once(_put_custom_op)),
+        (ModuleType, _put_module_reference),
+        *values.late_families(),
+        *code.FAMILIES,
+        *values.LIBRARY_FAMILIES,
+        *containers.FAMILIES,
+        (object, _put_member_of_torch),
+    ]
 
 
 def plain_bytes(value: Any) -> bytes:

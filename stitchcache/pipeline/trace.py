@@ -111,7 +111,7 @@ def dynamo_source(gm: GraphModule, example_inputs: Sequence[Any], request: Reque
 def _environment(request: Request, devices: Sequence[str], label: str) -> tuple[Factor, ...]:
     """All that compiled pieces depend on beside their graph."""
     try:
-        state = torch_state_factors()
+        state = tuple(torch_state_factors())
     except UnkeyableError as error:
         # Nothing may be found under this state, and nothing that it leaves may be found again.
         log.warning("%s: %s: nothing is taken from the cache", label, error)

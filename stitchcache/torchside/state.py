@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 SEEN = ("2.11", "2.13")
 
 INDUCTOR_SETTINGS = "torch._inductor.config"
+DYNAMO = "torch._dynamo"
 
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 """Set this thread's grad mode. ``torch.no_grad`` calls it too, and takes seven times as long."""

@@ -55,7 +55,9 @@ def key_of(model, args, shared):
 def run_edit(folder, edit, stored):
     """In the child: import the edited project, look its key up, and capture it to see what is true."""
     from stitchcache.explanation import explain_differences
-    from stitchcache.keys import SourceRecorder, Walk, check_sources
+    from stitchcache.keys.check import check_sources
+    from stitchcache.keys.recorder import SourceRecorder
+    from stitchcache.keys.walk import Walk
     from stitchcache.types import TargetRecord
 
     sys.path.insert(0, str(folder))

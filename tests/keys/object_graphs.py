@@ -17,7 +17,7 @@ import types
 import numpy as np
 import torch
 
-from stitchcache.keys import Walk
+from stitchcache.keys.walk import Walk
 
 
 class Plain:

@@ -14,7 +14,7 @@ from torch.export import Dim
 
 from stitchcache.explanation import explain_differences
 from stitchcache.keys import environment as environment_module
-from stitchcache.keys import target_key
+from stitchcache.keys.target import target_key
 from stitchcache.torchside import state
 from stitchcache.types import SizeRange
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from stitchcache.demo import decoder
-from stitchcache.keys import SourceRecorder, recorder
-from stitchcache.keys.familiar import FamiliarCalls
+from stitchcache.keys import recorder
+from stitchcache.keys.recorder import FamiliarCalls, SourceRecorder
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_a_kernel_of_the_users_for_an_op_of_torch_is_recorded(module):
     finally:
         library._destroy()
     assert "familiar_model" in {source.module for source in recorded.sources}
-    assert "familiar_model:SHIFT" in dict(recorded.globals)
+    assert "global:familiar_model:SHIFT" in dict(recorded.globals)
 
 
 def test_a_capture_is_recorded_as_if_all_was_watched(monkeypatch):
@@ -270,7 +270,7 @@ CONDITIONAL = """
 import warnings
 warnings.simplefilter("error")
 import torch
-from stitchcache.keys import SourceRecorder
+from stitchcache.keys.recorder import SourceRecorder
 
 class Net(torch.nn.Module):
     def forward(self, x):

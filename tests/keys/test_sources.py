@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from stitchcache.keys import SourceRecorder, Walk, check_sources
+from stitchcache.keys.check import check_sources
+from stitchcache.keys.recorder import SourceRecorder
+from stitchcache.keys.walk import Walk
 from stitchcache.types import SourceRef, TargetRecord
 
 ROOT = Path(__file__).parent.parent.parent
@@ -23,7 +25,9 @@ import json, pickle, sys
 import torch
 from stitchcache.torchside import tree
 from stitchcache.explanation import explain_differences
-from stitchcache.keys import SourceRecorder, check_sources, target_key
+from stitchcache.keys.check import check_sources
+from stitchcache.keys.recorder import SourceRecorder
+from stitchcache.keys.target import target_key
 from stitchcache.types import TargetRecord
 import part
 
