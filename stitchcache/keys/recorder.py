@@ -109,7 +109,6 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             self._reads.answer(entry)
         self._check_covered()
         self.sources = tuple(self._sources())
-        # In the order in which they were read: an object that two of them share is written with the first.
         self.globals, self.unsound = tuple(self._reads.found.items()), self._reads.unsound
         self._callback = self._previous = None
 
@@ -176,15 +175,13 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             self._further_call(frame, code)
 
     def _is_generated(self, frame: FrameType) -> bool:
-        """Whether code without a file is made by torch or the library, such as a namedtuple's constructor.
-
-        A body that they execute only defines functions; those are looked at when they run.
-        """
+        """Whether code without a file is made by torch or the library, such as a namedtuple's constructor."""
         module = str(frame.f_globals.get("__name__"))
         if module.startswith("namedtuple_"):
             return True
         if reads.is_module_namespace(frame.f_globals) and self._keyed.is_versioned(module):
             return True
+        # A body that they execute only defines functions; those are looked at when they run.
         caller = frame.f_back
         body = frame.f_code.co_name == "<module>"
         return body and caller is not None and stands_by_version(caller.f_code.co_filename)
@@ -204,10 +201,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         return True
 
     def _foreign(self, code: CodeType, namespace: dict[str, Any]) -> None:
-        """Refuse code that reads globals of no module: no name leads to them in another process.
-
-        Its bytecode may be part of a digest, which is looked at when everything was seen.
-        """
+        """Refuse code that reads globals of no module: no name leads to them in another process."""
         for chain in reads.global_chains(code):
             if chain[0] in namespace and not reads.is_given(code, chain[0], namespace[chain[0]]):
                 self._refuse(
@@ -216,9 +210,9 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                 )
 
     def _further_call(self, frame: FrameType, code: CodeType) -> None:
-        """Look again where a function has other globals than before, or a method another class."""
         namespace, receiver = frame.f_globals, reads.receiver_of(frame, code)
         key = (id(code), id(namespace), id(receiver))
+        # A function may have other globals than before, or a method another class.
         if key in self._met:
             return
         self._met[key] = (namespace, receiver)
@@ -368,16 +362,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
 
 
 # To hash one of these, or to look at a value of these kinds, runs nobody's code.
-_FUNCTIONS = frozenset(
-    {
-        BuiltinFunctionType,
-        FunctionType,
-        MethodDescriptorType,
-        MethodWrapperType,
-        WrapperDescriptorType,
-        OpOverload,
-    }
-)
+_DESCRIPTORS = {MethodDescriptorType, MethodWrapperType, WrapperDescriptorType}
+_FUNCTIONS = frozenset({BuiltinFunctionType, FunctionType, OpOverload, *_DESCRIPTORS})
 _OF_PYTHON = frozenset({bool, int, float, complex, str, slice, NoneType, EllipsisType})
 _OF_TORCH = frozenset({torch.SymInt, torch.SymFloat, torch.SymBool, torch.dtype, torch.device, torch.layout})
 _PLAIN = _OF_PYTHON | _OF_TORCH | {torch.Size, torch.memory_format}
