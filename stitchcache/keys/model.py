@@ -34,7 +34,6 @@ from stitchcache.keys.values import (
     tensor_text,
 )
 from stitchcache.keys.walk import Walk
-from stitchcache.records import dataclass
 from stitchcache.torchside.state import COMPILED_CALL, INTERNALS, TRANSIENT_BUFFERS
 from stitchcache.types import Factor
 
