@@ -315,7 +315,8 @@ def _as_before_trace(found: check.Found) -> check.Found:
     """A global as it is when nobody traces: torch.fx wraps functions under ``torch.fx.wrap`` meanwhile."""
     code = getattr(found.value, "__code__", None)
     if type(found.value) is FunctionType and code is not None and code.co_filename == _FX_TRACE:
-        return found._replace(value=getattr(found.value, "__wrapped__", found.value))
+        original = getattr(found.value, "__wrapped__", found.value)
+        return check.Found(original, found.exists, found.used, found.owner)
     return found
 
 
