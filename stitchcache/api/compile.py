@@ -123,11 +123,7 @@ def compile(
 
 
 def request_of(**options: Any) -> Request:
-    """Options as users give them, in one record.
-
-    Raises:
-        OptionError: One makes no sense.
-    """
+    """Options as users give them, in one record."""
     for name, kinds, empty, give in (
         ("splitting_ops", (list, tuple, set, frozenset), (), "a list of names"),
         ("size_ranges", (list, tuple), (), "a list of SizeRange objects"),

@@ -60,13 +60,7 @@ class Target:
         check_kind("build", self.build, Callable, "a function that returns (model, args)")
 
     def made(self, *, fake: bool = False) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """Build the model and its example arguments.
-
-        Args:
-            fake: Build them without data: no weight takes any memory.
-
-        Returns:
-            Model, positional arguments, keyword arguments.
+        """Build the model and its example arguments; with ``fake`` no weight takes any memory.
 
         Raises:
             TargetError: ``build`` failed, or returned something else.
@@ -218,11 +212,7 @@ def _one(
 
 
 def request_for(target: Target, jobs: int | None = None, on_miss: str = "compile") -> Request:
-    """A target's options in one record.
-
-    Raises:
-        OptionError: One makes no sense.
-    """
+    """A target's options in one record."""
     request = request_of(
         dynamic_shapes=target.dynamic_shapes,
         splitting_ops=target.splitting_ops,
@@ -239,14 +229,9 @@ def request_for(target: Target, jobs: int | None = None, on_miss: str = "compile
 
 
 def find_targets(reference: str) -> list[Target]:
-    """Find the targets that a reference means.
+    """Find the targets that ``pkg.module:name`` or ``path/to/file.py:name`` means.
 
-    Args:
-        reference: ``pkg.module:name`` or ``path/to/file.py:name``, where name is a :class:`Target`, a
-            list of them, or a function that returns either.
-
-    Returns:
-        One or more targets.
+    The name is that of a :class:`Target`, a list of them, or a function that returns either.
 
     Raises:
         TargetNotFoundError: There is no such module, file or name.
@@ -298,11 +283,7 @@ def find_targets(reference: str) -> list[Target]:
 
 
 def check_names(targets: Sequence[Target]) -> None:
-    """Refuse two targets of one name.
-
-    Raises:
-        DuplicateTargetError: Names it.
-    """
+    """Refuse two targets of one name."""
     seen: set[str] = set()
     for target in targets:
         if target.name in seen:

@@ -27,19 +27,10 @@ def build_call(
     objects: CodeObjects,
     fakes: Collection[type] = (),
 ) -> Callable[..., Any]:
-    """Write and compile the code around a stitching function.
+    """The function behind :class:`CompiledModel`: source around a stitching function, compiled and bound.
 
-    Args:
-        function: Takes the leaves that are tensors or symbols; returns flat results. Without one a call is
-            only checked.
-        artifact: Has the contract.
-        tensors: Bound tensors by name, for buffers that are written back.
-        forward: The model's own, for the order of its parameters.
-        objects: Code objects of generated source; new ones are added.
-        fakes: Further types that are taken for tensors.
-
-    Returns:
-        The function behind :class:`CompiledModel`.
+    Without a stitching function a call is only checked. Code objects of the source are taken from
+    ``objects``, and new ones are added. ``fakes`` are further types that count as tensors.
 
     Raises:
         EntryFormatError: The contract cannot be what a capture wrote.

@@ -24,9 +24,6 @@ _WORDS = frozenset({"distinct", "plain", "apart"})  # of constraints; InputSpec 
 class CallSource:
     """Source under construction.
 
-    Args:
-        spec: The contract.
-
     Attributes:
         lines: Body lines of ``call``; ``args`` and ``kwargs`` are in scope.
         names: Values that the source refers to by name.
@@ -72,13 +69,9 @@ class CallSource:
         self.lines.append(f"if {condition}: raise mismatch({argument!r}, {expected}, {actual}, {advice!r})")
 
     def open(self, collected: Sequence[str]) -> list[str]:
-        """Take a call apart.
+        """Take a call apart; returns local names of the leaves in order.
 
-        Args:
-            collected: Keywords that the model's ``**kwargs`` collects, in the order of the example.
-
-        Returns:
-            Local names of the leaves in order.
+        ``collected`` are keywords that the model's ``**kwargs`` collects, in the order of the example.
         """
         leaves: list[str] = []
         if len(collected) > 1:
@@ -304,15 +297,7 @@ class CallSource:
             conflict_if(f"not state.isdisjoint([*map(storage_id, {every})])", "apart")
 
     def result(self, spec: OutputSpec, results: Sequence[str]) -> str | None:
-        """Write how results are put into the model's own containers.
-
-        Args:
-            spec: The result's tree.
-            results: Local names of the results, one a leaf.
-
-        Returns:
-            An expression; ``None`` when only torch can build the containers.
-        """
+        """Write how results become the model's own containers; ``None`` when only torch can build those."""
         remaining = iter(results)
 
         def build(node: Any) -> str | None:
@@ -404,11 +389,7 @@ def conflict(
 ) -> InputMismatchError:
     """An error about the first tensor that has in common what it may not.
 
-    Args:
-        word: One of the words of ``InputSpec.constraints``, or ``inout``.
-        leaves: Their specifications.
-        tensors: The tensors.
-        state: Memory of the model's tensors.
+    ``word`` is one of ``InputSpec.constraints``, or ``inout``; ``state`` is the memory of the model.
     """
     for index, (leaf, tensor) in enumerate(zip(leaves, tensors, strict=True)):
         others = [(leaves[i].path, other) for i, other in enumerate(tensors) if i != index]

@@ -19,15 +19,7 @@ _SIZE_BITS = 64
 
 
 def check_expression(text: str, symbols: Collection[str], where: str) -> str:
-    """Let only arithmetic over known symbols through.
-
-    Args:
-        text: An expression from an entry.
-        symbols: Names that it may use.
-        where: The field it stands in, for the error.
-
-    Returns:
-        The expression.
+    """Let only arithmetic over known symbols through; ``where`` is the field that an error names.
 
     Raises:
         EntryFormatError: It is anything else.
@@ -92,12 +84,10 @@ def _refused(text: str, where: str, reason: str) -> EntryFormatError:
 
 
 def _bits(node: ast.AST, depth: int) -> int:
-    """At most how many bits the value of a node has.
-
-    Before anything is evaluated: one power of a power fills the memory.
+    """At most how many bits the value of a node has, before one power of a power fills the memory.
 
     Raises:
-        ValueError: A node is of no kind that is let through, or too many bits.
+        ValueError: A node is of no kind that is let through, or has too many bits.
     """
     if depth > _DEEPEST:
         raise ValueError("is nested too deeply")

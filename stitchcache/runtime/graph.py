@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +71,10 @@ class CompiledGraph(SerializableCallable):
         self.artifact, self.graph_hash, self.cache_hit = artifact, artifact.graph_hash, cache_hit
         self._held, self._read_blob = held, read_blob
         function = link(artifact, pieces, bind_tensors(artifact.bindings, held, {}), CodeObjects())
-        self._call = _build_call(artifact, function, held, eager)
+        self._call = _build_call(artifact, function, list(held.buffers()), eager)
 
     def __call__(self, *args: Any) -> Any:
-        """Run the graph.
-
-        Args:
-            *args: One value a placeholder.
-
-        Returns:
-            The graph's flat results.
-        """
+        """Run the graph: one value a placeholder to the graph's flat results."""
         return self._call(*args)
 
     def __repr__(self) -> str:
@@ -91,16 +84,14 @@ class CompiledGraph(SerializableCallable):
     def serialize_compile_artifacts(cls, fn: Any) -> bytes:
         """Write a compiled graph down, pieces and all; for ``torch.compile(...).aot_compile``.
 
-        Args:
-            fn: A compiled graph.
-
         Raises:
-            BackendError: A piece is not in the cache any more.
+            BackendError: ``fn`` is no compiled graph, or a piece is not in the cache any more.
+            UnserializableConstError: A tensor cannot be stored.
         """
         if not isinstance(fn, CompiledGraph):
             raise BackendError(f"{fn!r} is no graph that stitchcache compiled.", backend="stitchcache")
         blobs = {blob.digest: fn._read_blob(blob) for blob in fn.artifact.blobs}
-        return dump_graph(SavedGraph(fn.artifact, blobs, list(fn._held.buffers())))
+        return dump_graph(fn.artifact, blobs, list(fn._held.buffers()))
 
     @classmethod
     def deserialize_compile_artifacts(cls, data: bytes) -> CompiledGraph:
@@ -113,22 +104,14 @@ class CompiledGraph(SerializableCallable):
             EntryFormatError: They are something else, or damaged.
             BackendError: They were made for another machine or another torch.
         """
-        saved = load_graph(data)
-        return cls(
-            saved.artifact,
-            load_blobs(saved),
-            held_tensors(saved.held),
-            cache_hit="graph",
-            read_blob=lambda blob: saved.blobs[blob.digest],
-        )
+        artifact, blobs, held = load_graph(data)
+        pieces = load_blobs(artifact, blobs)
+        tensors = held_tensors(held)
+        return cls(artifact, pieces, tensors, cache_hit="graph", read_blob=lambda blob: blobs[blob.digest])
 
 
-def held_tensors(tensors: Any) -> torch.nn.Module:
-    """Tensors that a graph holds itself, under the names that stitching code knows them by.
-
-    Args:
-        tensors: In the order of the capture.
-    """
+def held_tensors(tensors: Iterable[torch.Tensor]) -> torch.nn.Module:
+    """Tensors that a graph holds itself, in the order of the capture, as stitching code knows them."""
     root = torch.nn.Module()
     root.held = torch.nn.Module()
     for index, tensor in enumerate(tensors):
@@ -139,23 +122,17 @@ def held_tensors(tensors: Any) -> torch.nn.Module:
 def _build_call(
     artifact: Artifact,
     function: Callable[..., Any],
-    held: torch.nn.Module,
+    held: Sequence[torch.Tensor],
     eager: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
-    spec = artifact.input_spec
-    if spec is None:
-        raise EntryFormatError(
-            f"entry {artifact.graph_hash[:12]} says nothing about inputs.",
-            field="input_spec",
-            reason="missing",
-        )
-    passed = [i for i, leaf in enumerate(spec.leaves) if leaf.kind != "constant"]
-    tensors = [i for i, leaf in enumerate(spec.leaves) if leaf.tensor is not None]
-    written = [i for i, leaf in enumerate(spec.leaves) if leaf.kind == "inout"]
-    devices = [spec.leaves[i].tensor.device for i in tensors]  # type: ignore[union-attr]
+    leaves = artifact.input_spec.leaves if artifact.input_spec is not None else ()
+    passed = [i for i, leaf in enumerate(leaves) if leaf.kind != "constant"]
+    tensors = [i for i, leaf in enumerate(leaves) if leaf.tensor is not None]
+    written = [i for i, leaf in enumerate(leaves) if leaf.kind == "inout"]
+    devices = [leaf.tensor.device for leaf in leaves if leaf.tensor is not None]
     device = next((device for device in devices if device != "cpu"), "cpu")
     grad_enabled, autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enabled
-    every = len(passed) == len(spec.leaves)
+    every = len(passed) == len(leaves)
 
     def call(*args: Any) -> Any:
         taken = args if every else tuple(args[i] for i in passed)
@@ -163,16 +140,12 @@ def _build_call(
             return run_quietly(function, device, taken)
         return function(*taken)
 
-    if not written:
-        return call
-    more = list(held.buffers())
-
     def call_carefully(*args: Any) -> Any:
         """Compiled pieces take what they write to for memory of its own."""
         targets = [args[i] for i in written]
         # A write that autograd does not see would leave it with wrong gradients.
         unseen = grad_enabled() and any(target.requires_grad for target in targets)
-        if not unseen and not share_memory(targets, [*(args[i] for i in tensors), *more]):
+        if not unseen and not share_memory(targets, [*(args[i] for i in tensors), *held]):
             return call(*args)
         if eager is not None:
             return eager(*args)
@@ -185,41 +158,22 @@ def _build_call(
             actual=what,
         )
 
-    return call_carefully
+    return call_carefully if written else call
 
 
-@dataclass(frozen=True, slots=True)
-class SavedGraph:
-    """What a saved graph consists of.
-
-    Args:
-        artifact: Its entry.
-        blobs: Digest to bytes, for each of the entry's blobs.
-        held: Tensors that the graph holds itself, in order.
-    """
-
-    artifact: Artifact
-    blobs: Mapping[str, bytes]
-    held: Sequence[torch.Tensor]
-
-
-def dump_graph(graph: SavedGraph) -> bytes:
-    """Write a graph down.
-
-    Raises:
-        UnserializableConstError: A tensor cannot be stored.
-    """
+def dump_graph(artifact: Artifact, blobs: Mapping[str, bytes], held: Sequence[torch.Tensor]) -> bytes:
+    """Write a graph down: its entry, each of its blobs by digest, and the tensors that it holds itself."""
     record = {
         "magic": _MAGIC,
-        "graph_hash": graph.artifact.graph_hash,
-        "entry": encode(graph.artifact),
-        "blobs": dict(graph.blobs),
-        "held": dump_consts(list(graph.held)),
+        "graph_hash": artifact.graph_hash,
+        "entry": encode(artifact),
+        "blobs": dict(blobs),
+        "held": dump_consts(list(held)),
     }
     return bytes(msgpack.packb(record))
 
 
-def load_graph(data: bytes) -> SavedGraph:
+def load_graph(data: bytes) -> tuple[Artifact, Mapping[str, bytes], Sequence[torch.Tensor]]:
     """Read what :func:`dump_graph` wrote.
 
     Raises:
@@ -242,35 +196,27 @@ def load_graph(data: bytes) -> SavedGraph:
     for blob in artifact.blobs:
         found = record["blobs"].get(blob.digest)
         if not isinstance(found, bytes) or hashlib.sha256(found).hexdigest() != blob.digest:
-            raise EntryDamagedError(
-                f"{_WHERE}: piece {blob.digest[:12]} is missing or damaged. Compile and save it again.",
-                field=f"blobs[{blob.digest[:12]}]",
-                reason="missing or damaged",
-            )
-    return SavedGraph(artifact, record["blobs"], load_consts(record["held"]))
+            raise _malformed(f"blobs[{blob.digest[:12]}]", "missing or damaged", EntryDamagedError)
+    return artifact, record["blobs"], load_consts(record["held"])
 
 
-def load_blobs(graph: SavedGraph) -> dict[str, Any]:
-    """Load the pieces of a saved graph.
-
-    Returns:
-        Piece key to callable.
+def load_blobs(artifact: Artifact, blobs: Mapping[str, bytes]) -> dict[str, Any]:
+    """Load the pieces of a saved graph: piece key to callable.
 
     Raises:
         BackendError: A piece cannot be loaded here.
     """
-    device = next((device for device in devices_in(graph.artifact) if device != "cpu"), "cpu")
+    device = next((device for device in devices_in(artifact) if device != "cpu"), "cpu")
     pieces: dict[str, Any] = {}
     # A library that is mapped outlives its file.
     with tempfile.TemporaryDirectory(prefix="stitchcache-") as directory:
-        for piece in graph.artifact.pieces:
-            if piece.key not in pieces:
-                path = Path(directory, piece.blob.digest)
-                path.write_bytes(graph.blobs[piece.blob.digest])
-                pieces[piece.key] = get_backend(piece.backend).load(path, device)
+        for piece in {piece.key: piece for piece in artifact.pieces}.values():
+            path = Path(directory, piece.blob.digest)
+            path.write_bytes(blobs[piece.blob.digest])
+            pieces[piece.key] = get_backend(piece.backend).load(path, device)
     return pieces
 
 
-def _malformed(field: str, reason: str) -> EntryFormatError:
+def _malformed(field: str, reason: str, kind: type[EntryFormatError] = EntryFormatError) -> EntryFormatError:
     where = f"{_WHERE}: {field}" if field else _WHERE
-    return EntryFormatError(f"{where}: {reason}. Compile and save it again.", field=field, reason=reason)
+    return kind(f"{where}: {reason}. Compile and save it again.", field=field, reason=reason)

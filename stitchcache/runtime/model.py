@@ -184,11 +184,7 @@ def refuse_change(
 ) -> None:
     """Refuse a model that is another one than was compiled.
 
-    Args:
-        change: What tells them apart; ``None`` where nothing does.
-        artifact: What was compiled.
-        model: The model.
-        trusted: Whether one that nothing can be told of is taken.
+    One that nothing can be told of is taken where it is ``trusted``.
 
     Raises:
         BindError: It is another one, or nothing can be told of it.
@@ -210,10 +206,6 @@ def check_environment(artifact: Artifact, where: str) -> None:
 
     A library with instructions that this processor lacks kills the process, so nothing of it is mapped before
     this. Target keys and graph hashes cover the same factors; this is for roads that compute neither.
-
-    Args:
-        artifact: What is to be loaded.
-        where: What to call it in the error.
 
     Raises:
         EnvironmentMismatchError: A factor of the environment is another one now; names it and both values.
@@ -244,16 +236,9 @@ def devices_in(artifact: Artifact) -> set[str]:
 def link(
     artifact: Artifact, pieces: Mapping[str, Any], tensors: Mapping[str, Any], objects: CodeObjects
 ) -> Callable[..., Any]:
-    """Make an artifact callable. Does no I/O.
+    """Make an artifact callable over the leaves that its stitching function takes; returns flat results.
 
-    Args:
-        artifact: A decoded entry; not changed.
-        pieces: A loaded piece for each piece key.
-        tensors: A tensor for each binding's name.
-        objects: Code objects of its stitching functions; new ones are added.
-
-    Returns:
-        A callable over the leaves that the stitching function takes, in order; returns flat results.
+    Takes a loaded piece for each piece key, and a tensor for each binding's name. Does no I/O.
 
     Raises:
         LinkError: A piece or a tensor is missing; ``missing`` lists the names.
@@ -319,17 +304,8 @@ def dispatch_over_ranges(
 ) -> Callable[..., Any]:
     """Make one function of several, each of which serves a range of sizes.
 
-    The size is looked at once a call.
-
-    Args:
-        functions: Each range with its function. Order does not matter; ranges do not overlap.
-        argument: Position of the tensor that has the size.
-        dim: The tensor's dimension.
-        name: What the user calls that dimension, such as ``ids.size(1)``; for messages.
-
-    Returns:
-        A function over the same positional arguments. It raises `InputMismatchError` for a size in
-        no range.
+    The size of dimension ``dim`` of a positional argument is looked at once a call; ``name`` is what the user
+    calls it. A size in no range is an InputMismatchError.
     """
     table = sorted(functions, key=lambda entry: (entry[0].min, entry[0].max))
     # The first range that does not end below the size; one past the last, where no size may be.
@@ -357,15 +333,7 @@ def dispatch_over_ranges(
 def bind_tensors(
     bindings: tuple[BindingSpec, ...], model: torch.nn.Module, constants: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Look up the tensors that stitching code uses.
-
-    Args:
-        bindings: What is needed.
-        model: Whose parameters and buffers to use; by reference.
-        constants: Tensors that the artifact itself carries.
-
-    Returns:
-        Binding name to tensor.
+    """Look up the tensors that stitching code uses, by reference.
 
     Raises:
         BindError: One is missing, or differs in shape, strides, dtype or device type.

@@ -69,9 +69,6 @@ def fix_own_floats(gm: torch.fx.GraphModule) -> None:
     Inductor does the same to floats that it cannot turn into tensors. Floats among the caller's arguments are
     left as they are.
 
-    Args:
-        gm: As a backend gets it.
-
     Raises:
         TensorifyScalarRestartAnalysis: Dynamo's sign to trace again; guards hold the values from then on.
     """
@@ -107,14 +104,8 @@ def fake_mode() -> Any:
 def fake_inputs(mode: Any, example_inputs: Sequence[Any]) -> list[Any]:
     """Fake tensors for a backend's example inputs, with the symbols that Dynamo gave their sizes.
 
-    Those in the graph's metadata will not do: the forward may have changed their shapes and strides.
-
-    Args:
-        mode: From :func:`fake_mode`.
-        example_inputs: As a backend gets them: tensors, ``SymInt`` objects, plain values.
-
-    Returns:
-        One fake an input; anything that is no tensor stays as it is.
+    Those in the graph's metadata will not do: the forward may have changed their shapes and strides. Anything
+    that is no tensor stays as it is.
     """
     known = TracingContext.get().tensor_to_context
     found: list[Any] = []

@@ -42,11 +42,7 @@ def settings() -> Any:
 
 
 def compile_library(piece: torch.fx.GraphModule, fakes: Sequence[Any], options: Mapping[str, Any]) -> Any:
-    """Compile a piece with AOTInductor.
-
-    Returns:
-        The path of a shared library, or whatever options that change the product make of it.
-    """
+    """Compile a piece with AOTInductor; returns a library's path, or another product that options ask for."""
     import torch._inductor
 
     with torch.no_grad():
@@ -54,11 +50,7 @@ def compile_library(piece: torch.fx.GraphModule, fakes: Sequence[Any], options: 
 
 
 def load_library(path: str, device: str) -> Callable[[list[Any]], Sequence[Any]]:
-    """Map a library and make one instance of its model.
-
-    Args:
-        path: The library.
-        device: Where it runs: ``cpu``, or ``cuda:1``.
+    """Map a library and make one instance of its model, on a device such as ``cuda:1``.
 
     Returns:
         Its ``run``: one list of tensors to one list of tensors.
@@ -116,10 +108,7 @@ def probe_best(options: Mapping[str, Any]) -> None:
 def few_probes(options: Mapping[str, Any], cpu: bool) -> Iterator[None]:
     """Keep Inductor from probing what cannot matter; afterwards it probes anew.
 
-    Args:
-        options: The user's options.
-        cpu: Whether pieces run on the CPU, with the best set. If not, no set is looked for: the C++ of a
-            GPU's piece only starts kernels.
+    Where pieces do not run on the CPU no set is looked for: the C++ of a GPU's piece only starts kernels.
     """
     from torch._inductor import config, cpu_vec_isa
 

@@ -74,12 +74,7 @@ def custom_op_parts(op: CustomOpDef) -> dict[str, Any]:
 
 
 def autocast_has_rule(op: OpOverload, device: str) -> bool:
-    """Whether autocast knows an op by itself, rather than the ops that it is made of.
-
-    Args:
-        op: An op.
-        device: A device type.
-    """
+    """Whether autocast knows an op by itself on a type of device, rather than the ops that it is made of."""
     key = _AUTOCAST_KEYS.get(device)
     name = f"{op._schema.name}.{op._schema.overload_name}".rstrip(".")
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)

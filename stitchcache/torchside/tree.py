@@ -25,14 +25,7 @@ _NAMED = "torch.return_types"
 
 
 def flatten(value: Any) -> tuple[list[Any], TreeSpec]:
-    """Take nested containers apart.
-
-    Args:
-        value: Any pytree: containers that torch knows, leaves of any kind.
-
-    Returns:
-        The leaves in order, and the structure.
-    """
+    """Take nested containers apart: the leaves in order, and the structure."""
     return pytree.tree_flatten(value)
 
 
@@ -78,8 +71,7 @@ def loads(text: str) -> TreeSpec:
     """Read what :func:`dumps` wrote.
 
     Raises:
-        EntryFormatError: Not such a text, or it names a container type that this process
-            has not registered.
+        EntryFormatError: Not such a text, or it names a container type that this process has not registered.
     """
     try:
         if _NAMED not in text:
@@ -121,15 +113,7 @@ def _as_named(spec: TreeSpec, node: dict[str, Any]) -> TreeSpec:
 
 
 def leaf_paths(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """Name every leaf as the caller would write it.
-
-    Args:
-        forward: The function that gets the arguments; its parameter names are used.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-
-    Returns:
-        One path a leaf of ``(args, kwargs)``, such as ``ids``, ``batch['mask']`` or ``args[2]``.
+    """Name every leaf of a call as the caller would write it, such as ``batch['mask']`` or ``args[2]``.
 
     Raises:
         OptionError: A container was registered without names for what is in it.

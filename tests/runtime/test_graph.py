@@ -8,7 +8,7 @@ import torch
 
 import stitchcache
 from stitchcache import errors
-from stitchcache.runtime.graph import SavedGraph, dump_graph, load_blobs, load_graph
+from stitchcache.runtime.graph import dump_graph, load_blobs, load_graph
 
 
 @pytest.fixture(scope="module")
@@ -17,19 +17,18 @@ def saved(tmp_path_factory):
     model = torch.nn.Linear(4, 4).eval()
     artifact = stitchcache.compile(model, (torch.randn(2, 4),), cache=cache, backend="eager").artifact
     blobs = {blob.digest: cache.blob_path(blob).read_bytes() for blob in artifact.blobs}
-    return SavedGraph(artifact, blobs, [torch.arange(3)])
+    return artifact, blobs, [torch.arange(3)]
 
 
 def test_comes_back_whole(saved):
-    again = load_graph(dump_graph(saved))
-    assert again.artifact == saved.artifact
-    assert again.blobs == saved.blobs
-    assert torch.equal(again.held[0], torch.arange(3))
-    assert load_blobs(again).keys() == {piece.key for piece in saved.artifact.pieces}
+    artifact, blobs, held = load_graph(dump_graph(*saved))
+    assert (artifact, blobs) == saved[:2]
+    assert torch.equal(held[0], torch.arange(3))
+    assert load_blobs(artifact, blobs).keys() == {piece.key for piece in artifact.pieces}
 
 
 def changed(saved, **fields):
-    return msgpack.packb({**msgpack.unpackb(dump_graph(saved)), **fields})
+    return msgpack.packb({**msgpack.unpackb(dump_graph(*saved)), **fields})
 
 
 def test_bytes_of_another_kind_are_refused(saved):
@@ -39,18 +38,18 @@ def test_bytes_of_another_kind_are_refused(saved):
 
 
 def test_damage_is_noticed(saved):
-    digest, data = next(iter(saved.blobs.items()))
+    digest, data = next(iter(saved[1].items()))
     for blobs in ({}, {digest: data[:-1] + b"?"}):
         with pytest.raises(errors.EntryDamagedError, match="missing or damaged"):
             load_graph(changed(saved, blobs=blobs))
-    entry = bytearray(msgpack.unpackb(dump_graph(saved))["entry"])
+    entry = bytearray(msgpack.unpackb(dump_graph(*saved))["entry"])
     entry[len(entry) // 2] ^= 1
     with pytest.raises(errors.EntryFormatError):
         load_graph(changed(saved, entry=bytes(entry)))
 
 
 def test_every_truncation_is_refused(saved):
-    whole = dump_graph(saved)
+    whole = dump_graph(*saved)
     for length in range(0, len(whole), 97):
         with pytest.raises(errors.EntryFormatError):
             load_graph(whole[:length])
@@ -74,4 +73,4 @@ def test_pieces_that_run_op_by_op_are_of_the_environment_they_were_made_in(tmp_p
     artifact = cache.get(header.graph_hash)
     assert {piece.backend for piece in artifact.pieces} == {"eager"}
     blobs = {blob.digest: cache.blob_path(blob).read_bytes() for blob in artifact.blobs}
-    assert load_graph(dump_graph(SavedGraph(artifact, blobs, []))).artifact == artifact
+    assert load_graph(dump_graph(artifact, blobs, []))[0] == artifact
