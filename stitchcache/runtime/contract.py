@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from stitchcache.errors import EntryFormatError, InputMismatchError
-from stitchcache.runtime.expressions import check_expression, evaluator, names_in
 from stitchcache.torchside.tensors import storage_id
 from stitchcache.types import InputSpec, LeafSpec, OutputSpec, Size, TensorSpec
 
@@ -203,8 +202,7 @@ class CallSource:
             self._known[size] = (actual, where, "a size")
             self.lines.append(f"{size} = {actual}")
         else:
-            expr = check_expression(size, self._symbols, "input_spec.leaves")
-            self._derived.append((expr, actual, where))
+            self._derived.append((_arithmetic(size, self._symbols, "leaves"), actual, where))
 
     def _check_constant(self, leaf: LeafSpec, name: str) -> None:
         value, kind = leaf.value, type(leaf.value).__name__
@@ -233,20 +231,22 @@ class CallSource:
                     f"not {int(symbol.min)} <= {symbol.name}{high}", where, repr(expected), actual, advice
                 )
         for expr, actual, where in self._derived:
-            check_expression(expr, self._known, "input_spec.leaves")
+            _arithmetic(expr, self._known, "leaves")
             self.refuse_if(f"{actual} != {expr}", where, repr(f"a size of the form {expr}"), actual)
         for leaf, name in tensors:
             self._check_strides(leaf.path, leaf.tensor, name)  # type: ignore[arg-type]
         for expr in self.spec.constraints:
             if expr not in _WORDS:
-                check_expression(expr, self._known, "input_spec.constraints")
-                sizes = ", ".join(f"{symbol}={{{symbol}}}" for symbol in sorted(names_in(expr)))
+                _arithmetic(expr, self._known, "constraints")
+                sizes = ", ".join(f"{name}={{{name}}}" for name in self._known if name in expr)
                 advice = "The capture relied on this relation between sizes."
                 self.refuse_if(f"not {expr}", "sizes", repr(expr), f"f'{sizes}'", advice)
 
     def _solve(self) -> None:
         """Get symbols that occur only in linear expressions, such as ``(4 * s0)``."""
         for expr, actual, where in self._derived:
+            from stitchcache.runtime.expressions import evaluator, names_in
+
             names = names_in(expr)
             if len(names) != 1 or names <= self._known.keys():
                 continue
@@ -267,7 +267,7 @@ class CallSource:
             return
         for part in tensor.stride:
             if isinstance(part, str):
-                check_expression(part, self._known, "input_spec.leaves")
+                _arithmetic(part, self._known, "leaves")
         strides = f"({', '.join(str(stride) for stride in tensor.stride)},)"
         wrong = f"{name}.stride() != {strides} and not same_strides({name}, {strides})"
         if is_contiguous(tensor):
@@ -319,13 +319,28 @@ class CallSource:
         return build(json.loads(spec.tree)[1])
 
 
+def _arithmetic(text: str, symbols: Collection[str], field: str) -> str:
+    """Let only arithmetic over symbols through."""
+    # Most expressions are one symbol, for which a warm start need not import what parses.
+    if text not in symbols:
+        from stitchcache.runtime.expressions import check_expression
+
+        check_expression(text, symbols, f"input_spec.{field}")
+    return text
+
+
 def is_contiguous(tensor: TensorSpec) -> bool:
     """Whether a specification describes a contiguous tensor, judged at three sets of sizes."""
     texts = {part for part in (*tensor.shape, *tensor.stride) if isinstance(part, str)}
-    names = sorted(set().union(*(names_in(part) for part in texts)))
-    evaluators = {text: evaluator(text) for text in texts.difference(names)}
+    longer = [text for text in texts if not text.isidentifier()]
+    names, evaluators = texts.difference(longer), {}
+    if longer:
+        from stitchcache.runtime.expressions import evaluator, names_in
+
+        evaluators = {text: evaluator(text) for text in longer}
+        names = names.union(*map(names_in, longer))
     for base in (3, 5, 11):
-        values: dict[Size, int] = {name: base + 2 * i for i, name in enumerate(names)}
+        values: dict[Size, int] = {name: base + 2 * i for i, name in enumerate(sorted(names))}
         values |= {text: value(values) for text, value in evaluators.items()}  # type: ignore[arg-type]
         step = 1
         for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride), strict=True):
