@@ -21,7 +21,6 @@ from stitchcache.artifact.entry import CURRENT_SUFFIX, decode_named, encode
 from stitchcache.codegen.execution import CodeObjects
 from stitchcache.errors import BackendError, EntryDamagedError, EntryFormatError, InputMismatchError
 from stitchcache.pieces import get_backend
-from stitchcache.records import dataclass
 from stitchcache.runtime.call import run_quietly
 from stitchcache.runtime.contract import share_memory
 from stitchcache.runtime.model import bind_tensors, check_environment, devices_in, link
