@@ -12,8 +12,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from stitchcache.errors import SplitError
 from stitchcache.graph.canonical import graph_hash
 from stitchcache.graph.effects import alias_hazards, attribute_of, called, mutates, target_name
-from stitchcache.graph.split import check_splitting_ops, split_graph, submodule
-from stitchcache.graph.stitching import bind_placeholders, drop_placeholders, lower_sizes, pin_strides
+from stitchcache.graph.split import split_graph
+from stitchcache.graph.stitching import bind_placeholders, lower_sizes, pin_strides
 from stitchcache.pieces import Backend, Piece
 from stitchcache.pieces.check import clone_all
 from stitchcache.state import drawn_back
@@ -65,7 +65,6 @@ def plan(
         SplittingOpNotFoundError: A splitting op is not in the graph.
         SplitError: The graph cannot be split so that pieces are self-contained.
     """
-    check_splitting_ops(gm, splitting_ops)
     split_gm, items = split_graph(gm, (*splitting_ops, *sorted(backend.foreign_ops(gm))))
     for item in items:
         if item.is_splitting_graph:
@@ -74,18 +73,12 @@ def plan(
     # Allocating and making views is not worth a compiled call.
     passive = [item.submod_name for item in compute if all(map(_is_free, item.graph.graph.nodes))]
     names = [item.submod_name for item in compute if item.submod_name not in passive]
-    attributes = bind_placeholders(split_gm, bound)
-    used = drop_placeholders(split_gm, list(constants))
-    if used:
-        raise SplitError(
-            f"the graph computes with {', '.join(used)}, which the capture should have baked in. "
-            "Give these arguments as part of dynamic_shapes, or as tensors."
-        )
+    attributes = bind_placeholders(split_gm, bound, constants)
     uncompiled = {*alias_hazards(split_gm, names), *lower_sizes(split_gm, names)}
     pin_strides(split_gm, names, passive, [name for name in names if name in uncompiled])
     pieces = []
     for name in names:
-        graph, chosen = submodule(split_gm, name), _FALLBACK if name in uncompiled else backend.name
+        graph, chosen = attribute_of(split_gm, name), _FALLBACK if name in uncompiled else backend.name
         key = graph_hash(graph, [*factors, Factor(name="piece.backend", value=chosen, digest=chosen)])
         pieces.append(Piece(name=name, key=key, gm=graph, backend=chosen))
     return Plan(split_gm, tuple(pieces), attributes, graph_hash(split_gm))

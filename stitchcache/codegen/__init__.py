@@ -1,4 +1,1 @@
-"""Source code for stitching graphs (``generate``), and callables from source code (``execution``, ``gate``).
-
-Imports nothing by itself: a warm start needs ``execution`` alone.
-"""
+"""Source for stitching graphs, and callables from it. Imports nothing: a warm start needs little of it."""

@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple, NoReturn
 from stitchcache.codegen.reach import (
     BUILTINS,
     OPERATOR_METHODS,
-    NoSuchOpError,
     NotAllowedError,
     Path,
     is_attribute,
@@ -20,7 +19,7 @@ from stitchcache.codegen.reach import (
     is_method,
     resolve,
 )
-from stitchcache.errors import EntryFormatError, LinkError
+from stitchcache.errors import EntryFormatError
 
 _ROOTS = ("torch", "operator", "_operator")
 # What an expression may be made of beside expressions.
@@ -116,8 +115,6 @@ class _Gate:
         # What each name stands for at this point, with the number of a submodule.
         self._names: dict[str, tuple[_Kind, int]] = {}
         self.used: set[int] = set()
-
-    # -- functions and statements
 
     def bind(self, bind: ast.FunctionDef) -> None:
         """``bind``: slots and ops get names, then ``execution_fn`` is defined and returned."""
@@ -229,8 +226,6 @@ class _Gate:
         name = node.id if isinstance(node, ast.Name) and node.id not in BUILTINS else ""
         self._assign(node, name, kind, index)
 
-    # -- expressions
-
     def _value(self, node: ast.expr) -> None:
         """An expression that is computed."""
         if self._stands_for(node) is not None:
@@ -325,17 +320,10 @@ class _Gate:
         path = _dotted_path(node)
         if path is None:
             _refuse(node, f"{_shown(node)} for an op")
-        name = ".".join(path)
         try:
             resolve(path)
         except NotAllowedError as error:
-            _refuse(node, f"the name {name}, which {error}")
-        except NoSuchOpError as error:
-            raise LinkError(
-                f"The code needs {name}, which does not exist in this process. "
-                "Import the library that registers it before loading.",
-                missing=[name],
-            ) from error
+            _refuse(node, f"the name {'.'.join(path)}, which {error}")
 
 
 def _shown(node: ast.expr) -> str:

@@ -185,9 +185,7 @@ class Lowering:
     def _call_method(self, node: Node) -> None:
         name = str(node.target)
         if not is_method(name):
-            reason = (
-                "cannot be called from generated code. Call it in a function at the top level of a module."
-            )
+            reason = "cannot be called from generated code. Call a module's function that calls it."
             raise refusal(node, f"a method named {name!r}", reason)
         if not node.args:
             raise refusal(node, "args", "is empty: a method needs the value that it belongs to.")
@@ -203,7 +201,7 @@ class Lowering:
         try:
             module = self._root.get_submodule(target)
         except AttributeError as error:
-            raise refusal(node, "target", f"is {target!r}, and there is no such submodule.") from error
+            raise refusal(node, "target", f"is {target!r}, which is no submodule.") from error
         boxed = target in self._boxed
         if not boxed and isinstance(module, GraphModule):
             # A graph exported with a pytree signature flattens its arguments first: it is called instead.
@@ -256,9 +254,7 @@ class Lowering:
             for step in qualified_name.split("."):
                 owner, value = value, getattr(value, step)
         except AttributeError as error:
-            raise refusal(
-                node, "target", f"is {qualified_name!r}, and there is no such attribute."
-            ) from error
+            raise refusal(node, "target", f"is {qualified_name!r}, which is no attribute.") from error
         is_buffer = isinstance(owner, torch.nn.Module) and owner._buffers.get(name) is not None
         if is_buffer or isinstance(value, (torch.nn.Parameter, torch.nn.Module)):
             text = self._scope.slot(qualified_name)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from stitchcache.errors import LinkError
 from stitchcache.torchside import ops
 
 Path = tuple[str, ...]
@@ -92,10 +93,6 @@ class NotAllowedError(Exception):
     """A path leads to something that generated code may not reach."""
 
 
-class NoSuchOpError(Exception):
-    """A path would be allowed, but no library of this process registers such an op."""
-
-
 def is_method(name: str) -> bool:
     """Whether code may call a method of this name on any value."""
     if not name.startswith("_"):
@@ -116,7 +113,7 @@ def resolve(path: Path) -> Any:
 
     Raises:
         NotAllowedError: It leads elsewhere: to a module, a class, a loader, a private name.
-        NoSuchOpError: No library of this process registers that op.
+        LinkError: No library of this process registers that op.
     """
     root = path[0]
     if len(path) == 1 and root in BUILTINS:
@@ -150,7 +147,12 @@ def _resolve_op(path: Path) -> Any:
             found = getattr(found, step)
         except AttributeError as error:
             if not is_dunder(step):
-                raise NoSuchOpError(".".join(path)) from error
+                name = ".".join(path)
+                raise LinkError(
+                    f"The code needs {name}, which does not exist in this process. "
+                    "Import the library that registers it before loading.",
+                    missing=[name],
+                ) from error
             found = None
         if not isinstance(found, kind):
             raise NotAllowedError("is no op")
@@ -181,7 +183,7 @@ def path_of(target: Any) -> Path | None:
         try:
             if resolve(path) is target:
                 return path
-        except (NotAllowedError, NoSuchOpError):
+        except (NotAllowedError, LinkError):
             continue
     return None
 

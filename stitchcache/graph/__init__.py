@@ -1,4 +1,1 @@
-"""Graphs: split at chosen ops, read symbolic sizes, hash canonically.
-
-Imports nothing by itself: reading symbolic sizes needs sympy, which a warm start has no use for.
-"""
+"""Graphs: split, read symbolic sizes, hash. Imports nothing: a warm start has no use for sympy."""

@@ -1,13 +1,11 @@
 """The graph hash: equal for equal graphs in any process, different for anything that matters.
 
-A graph is written with the encoder that keys use (`stitchcache.encoding`) and hashed. Nodes are numbered by
-position, symbols and devices of one type by first appearance, so the names of nodes, placeholders and symbols
-do not count; neither do stack traces, device indices, or anything about the process. What counts: node kinds,
-targets, arguments (values and their exact types), the dtype, shape, strides and device of every value, ranges
-of symbols and relations between them, and the values of constant tensors.
-
-Two rules differ from keys. Equal values are one value, whichever objects are shared: a fresh trace makes new
-ones. And sets are written sorted: the op that gets one is named, so their order is not looked at.
+Written with the encoder that keys use. Nodes are numbered by position, symbols and devices of one type by
+first appearance, so names, stack traces, device indices and the process do not count. What counts: node
+kinds, targets, arguments with their exact types, the dtype, shape, strides and device of every value, ranges
+of symbols and relations between them, and the values of constant tensors. Two rules differ from keys. Equal
+values are one value, whichever objects are shared: a fresh trace makes new ones. And sets are written
+sorted.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from stitchcache.containers import FAMILIES, HANDLERS, put_code, put_dict, put_list, put_members
-from stitchcache.encoding import SCALARS, Handler, UnkeyableError, Writer
+from stitchcache.encoding import SCALARS, Handler, Writer
 from stitchcache.errors import SplitError
 from stitchcache.graph import symbols
 from stitchcache.graph.effects import attribute_of, target_name
@@ -54,9 +52,11 @@ def graph_hash(split_gm: GraphModule, factors: Iterable[Factor] = ()) -> str:
         writer.text(SCHEMA)
         writer.graph_module(split_gm)
         writer.pairs(b"factors", sorted((factor.name, factor.digest) for factor in factors))
-    except UnkeyableError as error:
+    except (ValueError, TypeError, RuntimeError) as error:
+        # What a value answers that is asked for its parts is told with the place, as our own refusals are.
+        told = writer.error(getattr(error, "why", str(error)))
         raise SplitError(
-            f"the graph cannot be hashed: {error}. Pass plain values, tensors or Python objects to the op."
+            f"the graph cannot be hashed: {told}. Pass plain values, tensors or Python objects."
         ) from error
     return hashlib.sha256(writer.out).hexdigest()
 
@@ -88,8 +88,6 @@ class GraphWriter(Writer):
         listed = list(items)
         self.head(kind, 2 * len(listed))
         self.put_pairs(listed)
-
-    # -- graphs ------------------------------------------------------------------------------------
 
     def graph_module(self, gm: GraphModule) -> None:
         """Write the graph of a module, and those that it calls."""
@@ -150,8 +148,6 @@ class GraphWriter(Writer):
         self.graph_module(gm)
         self._passed -= 1
 
-    # -- values ------------------------------------------------------------------------------------
-
     def metadata(self, value: Any) -> None:
         """Write what is known of a value before it exists: never a tensor's contents."""
         if isinstance(value, torch.Tensor):
@@ -194,12 +190,7 @@ class GraphWriter(Writer):
         self._code(function.__code__)
         self.put_at(".__defaults__", function.__defaults__)
         self.put_at(".__kwdefaults__", function.__kwdefaults__)
-        try:
-            self.parts(b"closure", *(cell.cell_contents for cell in function.__closure__ or ()))
-        except ValueError as error:
-            if isinstance(error, UnkeyableError):
-                raise
-            raise self.error("reads a variable that is not set yet") from error
+        self.parts(b"closure", *(cell.cell_contents for cell in function.__closure__ or ()))
         read = sorted(_names(function.__code__) & function.__globals__.keys())
         self.pairs(b"globals", ((name, function.__globals__[name]) for name in read))
         self._within.pop()
@@ -208,18 +199,11 @@ class GraphWriter(Writer):
         put_code(self, code, self._code)
 
     def put_object(self, value: Any) -> None:
-        """Write an object by its attributes (one of torch's made in C as it pickles), and its ``__call__``.
-
-        Raises:
-            UnkeyableError: Part of its state is out of sight.
-        """
+        """Write an object by its attributes (one of torch's own made in C as it pickles), and its calls."""
         kind = type(value)
         self.head(b"instance", 2)
         if kind.__module__.startswith("torch.") and not self.layout(kind)[0]:
-            try:
-                self.parts(b"reduced", self.class_label(kind), value.__reduce_ex__(4))
-            except TypeError as error:
-                raise self.error(f"a {kind.__qualname__} has no canonical form: {error}") from error
+            self.parts(b"reduced", self.class_label(kind), value.__reduce_ex__(4))
         else:
             super().put_object(value)
         call: Any = getattr(kind, "__call__", None)  # noqa: B004 - its code is wanted
@@ -258,12 +242,8 @@ def _put_tensor(writer: GraphWriter, value: torch.Tensor) -> None:
     """A constant tensor, contents included."""
     writer.head(b"tensor", 2)
     writer.metadata(value)
-    try:
-        plain = value.detach().resolve_conj().resolve_neg().cpu().contiguous().flatten()
-        data = plain.view(torch.uint8).numpy().data if plain.numel() else b""
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise writer.error(f"a {type(value).__qualname__} has no canonical form: {reason}") from error
+    plain = value.detach().resolve_conj().resolve_neg().cpu().contiguous().flatten()
+    data = plain.view(torch.uint8).numpy().data if plain.numel() else b""
     writer.put(hashlib.sha256(data).digest())
 
 
@@ -273,18 +253,12 @@ def _put_module(writer: GraphWriter, module: torch.nn.Module) -> None:
     writer.head(b"module", 5)
     writer.put_class(type(module))
     writer.python(forward)
-    tensors = [*module._parameters.items(), *module._buffers.items()]
-    writer.head(b"tensors", 2 * len(tensors))
-    for name, tensor in tensors:
-        writer.text(name)
-        writer.metadata(tensor)
-    attributes = sorted(vars(module).items())
-    writer.pairs(b"attributes", [(k, v) for k, v in attributes if k not in TABLES and not _is_empty(v)])
+    tensors = {**module._parameters, **module._buffers}
+    writer.head(b"tensors", 2)
+    writer.put(list(tensors))
+    writer.metadata(list(tensors.values()))
+    writer.pairs(b"attributes", (item for item in sorted(vars(module).items()) if item[0] not in TABLES))
     writer.pairs(b"children", module._modules.items())
-
-
-def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, (dict, list, set, tuple)) and not value)
 
 
 def _put_named(writer: GraphWriter, value: torch.dtype | torch.layout | torch.memory_format) -> None:

@@ -26,10 +26,7 @@ _QUIET = ("dropout_p", "p", "dropout", "train", "training")
 
 
 def target_name(target: Any) -> str:
-    """A name for the target of a ``call_function`` node that is the same in every process.
-
-    ``aten::add.Tensor`` for ops, ``module.qualname`` for functions.
-    """
+    """What a node calls, the same in every process: ``aten::add.Tensor``, or a function's module and name."""
     if isinstance(target, OpOverload):
         return f"{target.namespace}::{str(target).removeprefix(target.namespace + '.')}"
     if isinstance(target, OpOverloadPacket):
@@ -112,6 +109,19 @@ def attribute_of(root: torch.nn.Module, path: str) -> Any:
     return value
 
 
+def place_attribute(root: torch.nn.Module, path: str, value: Any, *, is_buffer: bool) -> None:
+    """Set what stands under a dotted path, making the modules on the way."""
+    *parents, name = path.split(".")
+    for part in parents:
+        if part not in root._modules:
+            root.add_module(part, torch.nn.Module())
+        root = root.get_submodule(part)
+    if is_buffer:
+        root.register_buffer(name, value)
+    else:
+        setattr(root, name, value)
+
+
 def is_random(node: Node) -> bool:
     """Whether a node's result depends on the random number generator."""
     if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
@@ -122,18 +132,11 @@ def is_random(node: Node) -> bool:
 
 
 def alias_hazards(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:
-    """Find pieces that see, or return, memory that is shared and written to.
+    """Find those of these pieces of a split graph that see, or return, memory that is shared and written to.
 
     A compiler may return a copy where eager returns a view, and takes two inputs for distinct memory.
     Nobody can tell, unless something writes into memory that is seen twice. Where that could happen the
-    piece is run op by op instead.
-
-    Args:
-        split_gm: A split graph whose values carry fake tensors.
-        pieces: Submodules that would be compiled.
-
-    Returns:
-        Names of the pieces that must keep eager's aliasing.
+    piece must keep eager's aliasing: it is run op by op instead.
     """
     groups: dict[int | None, set[Node]] = defaultdict(set)
     for node in split_gm.graph.nodes:

@@ -1,8 +1,6 @@
-"""Split a graph at chosen ops into pieces.
+"""Split a graph at chosen ops into pieces: one submodule each, in the graph's own order.
 
-The result calls one submodule a piece, in the graph's own order, so that mutation is safe. Written
-here instead of using ``torch.fx.passes.split_module``, because that one returns single results bare
-before torch 2.13, may reorder, and lets symbolic sizes leave a piece, which AOTInductor cannot do.
+``torch.fx.passes.split_module`` would not do (docs/design.md says why).
 """
 
 from __future__ import annotations
@@ -10,13 +8,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from stitchcache.errors import SplitError, SplittingOpNotFoundError
-from stitchcache.graph.effects import matches, ops_in
+from stitchcache.graph.effects import attribute_of, matches, ops_in, place_attribute
 from stitchcache.graph.symbols import SYMBOLIC
 
 
@@ -58,15 +56,8 @@ def split_graph(
         SplittingOpNotFoundError: An op does not occur and ``missing`` is ``"error"``.
         SplitError: The graph has no output.
     """
-    if missing == "error":
-        check_splitting_ops(gm, splitting_ops)
-    return _Stitcher(gm).build(splitting_ops)
-
-
-def check_splitting_ops(gm: GraphModule, splitting_ops: Sequence[str]) -> None:
-    """Refuse splitting ops that do not occur in a graph, naming what there is instead."""
     targets = {node.target for node in gm.graph.nodes if node.op == "call_function"}
-    for wanted in splitting_ops:
+    for wanted in splitting_ops if missing == "error" else ():
         if not any(matches(target, wanted) for target in targets):
             present = ops_in(gm)
             raise SplittingOpNotFoundError(
@@ -75,6 +66,7 @@ def check_splitting_ops(gm: GraphModule, splitting_ops: Sequence[str]) -> None:
                 op=wanted,
                 present=present,
             )
+    return _Stitcher(gm).build(splitting_ops)
 
 
 @dataclass(slots=True)
@@ -93,14 +85,6 @@ class _Partition:
         for source in node.all_input_nodes:
             if source in self.nodes:
                 self.leave(source)
-
-
-def submodule(gm: GraphModule, name: str) -> GraphModule:
-    """A submodule that is a graph; another one is refused."""
-    found = gm.get_submodule(name)
-    if not isinstance(found, GraphModule):
-        raise SplitError(f"submodule {name!r} is a {type(found).__qualname__}, not a graph.")
-    return found
 
 
 def drop_unused_sizes(graph: Graph) -> None:
@@ -164,7 +148,7 @@ class _Stitcher:
         split.meta.update(self._gm.meta)
         names = [f"submod_{index}" for index in range(len(partitions))]
         return split, [
-            SplitItem(name, index, partitions[index].splitting, submodule(split, name))
+            SplitItem(name, index, partitions[index].splitting, attribute_of(split, name))
             for index, name in enumerate(names)
         ]
 
@@ -223,16 +207,3 @@ def _copy_attribute(gm: GraphModule, root: torch.nn.Module, path: str) -> None:
     source = gm.get_submodule(owner)
     value = getattr(source, name)
     place_attribute(root, path, value, is_buffer=isinstance(value, torch.Tensor) and name in source._buffers)
-
-
-def place_attribute(root: torch.nn.Module, path: str, value: Any, *, is_buffer: bool) -> None:
-    """Set what stands under a dotted path, making the modules on the way."""
-    *parents, name = path.split(".")
-    for part in parents:
-        if part not in root._modules:
-            root.add_module(part, torch.nn.Module())
-        root = root.get_submodule(part)
-    if is_buffer:
-        root.register_buffer(name, value)
-    else:
-        setattr(root, name, value)

@@ -1,14 +1,8 @@
 """Rewrite the stitching graph so that what crosses into a piece is what the piece was compiled for.
 
-- Tensors of the model become attributes that are bound once, in place of placeholders.
-- Symbolic sizes go: AOTInductor turns a ``SymInt`` input into ``None``. A piece can read the size itself,
-  from any tensor input that has it as a dimension; where none has, it gets one more tensor, if need be an
-  empty one that carries the size in its shape.
-- Strides are pinned. A compiled piece relies on the strides of its inputs and does not check them: given
-  others, it returns wrong numbers without an error. Results of our own compiled pieces have the promised
-  strides (each is compared before it is committed), and the caller's inputs are checked on every call.
-  What a splitting op returns, or a piece that is not compiled, is neither. The stitching code brings it
-  into the promised order: one ``contiguous`` call, which does nothing when the strides are right already.
+Tensors of the model become attributes. Symbolic sizes go, as AOTInductor turns a ``SymInt`` input into None:
+a piece reads them from a tensor that has them as a dimension. Strides that nobody promised are pinned,
+because a compiled piece that is given others returns wrong numbers without an error (docs/design.md).
 """
 
 from __future__ import annotations
@@ -21,7 +15,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from stitchcache.errors import SplitError
 from stitchcache.graph import symbols
-from stitchcache.graph.split import drop_unused_sizes, place_attribute, submodule
+from stitchcache.graph.effects import attribute_of, place_attribute
+from stitchcache.graph.split import drop_unused_sizes
 from stitchcache.torchside.ops import known_range
 from stitchcache.torchside.tensors import fake_mode_of
 from stitchcache.types import BOUND
@@ -30,16 +25,20 @@ _EMPTY = torch.ops.aten.empty.memory_format
 
 
 def bind_placeholders(
-    split_gm: GraphModule, tensors: Mapping[str, tuple[str, torch.Tensor]]
+    split_gm: GraphModule, tensors: Mapping[str, tuple[str, torch.Tensor]], constants: Collection[str] = ()
 ) -> dict[str, str]:
     """Replace placeholders by ``get_attr`` nodes under ``bound.``.
 
     Args:
         split_gm: A split graph; changed in place.
         tensors: Placeholder name to qualified name in the model, and tensor.
+        constants: Further placeholders to remove, which nothing should use.
 
     Returns:
         Attribute path to qualified name, for the placeholders that are used.
+
+    Raises:
+        SplitError: One of ``constants`` is used.
     """
     attributes: dict[str, str] = {}
     graph = split_gm.graph
@@ -47,8 +46,13 @@ def bind_placeholders(
     # fx wants placeholders before everything else.
     first = next((node for node in graph.nodes if node.op != "placeholder"), None)
     for node in placeholders:
-        if node.name not in tensors:
+        if node.name not in tensors and node.name not in constants:
             continue
+        if node.users and node.name in constants:
+            raise SplitError(
+                f"the graph computes with {node.name}, which the capture should have baked in. "
+                "Give this argument as part of dynamic_shapes, or as a tensor."
+            )
         if node.users:
             name, tensor = tensors[node.name]
             path = f"{BOUND}.{name}"
@@ -64,19 +68,6 @@ def bind_placeholders(
     return attributes
 
 
-def drop_placeholders(split_gm: GraphModule, names: list[str]) -> list[str]:
-    """Remove those of these placeholders that nothing uses; gives the others."""
-    kept = []
-    for node in list(split_gm.graph.nodes):
-        if node.op == "placeholder" and node.name in names:
-            if node.users:
-                kept.append(node.name)
-            else:
-                split_gm.graph.erase_node(node)
-    split_gm.recompile()
-    return kept
-
-
 def lower_sizes(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:
     """Rewrite these submodules of a split graph, and their calls, so that they take tensors only.
 
@@ -87,7 +78,7 @@ def lower_sizes(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:
     left = set()
     for call in list(split_gm.graph.nodes):
         if call.op == "call_module" and call.target in pieces:
-            piece = submodule(split_gm, str(call.target))
+            piece: GraphModule = attribute_of(split_gm, str(call.target))
             placeholders = [node for node in piece.graph.nodes if node.op == "placeholder"]
             sizes = [node for node in placeholders if isinstance(node.meta.get("val"), symbols.SYMBOLIC)]
             if not all(_can_lower(node, placeholders) for node in sizes):

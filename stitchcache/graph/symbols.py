@@ -1,8 +1,7 @@
 """Symbolic sizes: read them off fake tensors and write them with canonical names.
 
-torch names symbols by where they came from (``s77``), so the same graph has other names in another
-capture. Here a symbol is called ``s0``, ``s1``, ... in order of first appearance, and every
-expression is rebuilt over those names before it is printed, because sympy orders terms by name.
+torch names symbols by where they came from (``s77``). Here they are ``s0``, ``s1``, ... in order of first
+appearance, and an expression is rebuilt over these names before it is printed: sympy orders terms by name.
 """
 
 from __future__ import annotations
@@ -32,11 +31,7 @@ _JOINTS: dict[type, str] = {
 
 
 def solve(pairs: Iterable[tuple[Any, Any]]) -> dict[sympy.Symbol, int]:
-    """Values of the symbols that stand alone as a size.
-
-    Args:
-        pairs: Fake tensors or sizes, each with the real one; pairs of other things are passed over.
-    """
+    """Values of the symbols that stand alone as a size, from fake tensors or sizes and the real ones."""
     found: dict[sympy.Symbol, int] = {}
     for fake, real in pairs:
         sizes: Iterable[tuple[Any, int]] = ()
@@ -135,11 +130,7 @@ class SymbolNames:
 
 
 def text(expr: Any) -> str:
-    """Print an expression as Python that our call checks can run.
-
-    Raises:
-        SplitError: It holds a function that has no such form.
-    """
+    """Print an expression as Python that our call checks can run; refuse one that has no such form."""
     if expr.is_Integer or expr.is_Symbol:
         return str(expr)
     if isinstance(expr, sympy.Pow) and expr.args[1].is_Integer and int(expr.args[1]) > 0:
@@ -182,8 +173,7 @@ def guards(shape_env: Any, names: SymbolNames) -> list[str]:
 def relations(shape_env: Any, names: SymbolNames) -> list[str]:
     """Everything that torch knows about the symbols met so far, in no order.
 
-    More than :func:`guards`: also what it asserts of sizes that data decides. A compiler may use any
-    of it, so it belongs in a hash; not all of it can be checked on a call.
+    Also what it asserts of sizes that data decides: a compiler may use any of it, so it belongs in a hash.
     """
     facts = ops.guarded_facts(shape_env) + ops.asserted_facts(shape_env)
     return [structure(fact) for fact in _about(names, facts)]

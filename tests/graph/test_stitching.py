@@ -11,7 +11,6 @@ from stitchcache.graph import symbols
 from stitchcache.graph.stitching import (
     bind_placeholders,
     dense_order,
-    drop_placeholders,
     lower_sizes,
     pin_strides,
 )
@@ -203,7 +202,9 @@ def test_a_bound_tensor_that_is_not_used_leaves_nothing_behind():
     assert not list(gm.named_buffers())
 
 
-def test_placeholders_go_where_nothing_uses_them():
+def test_placeholders_of_constants_go_and_nothing_may_use_them():
     gm = added()
-    assert drop_placeholders(gm, ["x", "y"]) == ["x"]
+    assert bind_placeholders(gm, {}, ["y"]) == {}
     assert [node.name for node in gm.graph.nodes if node.op == "placeholder"] == ["w", "x"]
+    with pytest.raises(SplitError, match="computes with x"):
+        bind_placeholders(gm, {}, ["x"])
