@@ -26,7 +26,7 @@ Each carries its facts as attributes and survives pickling.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 
 class StitchCacheError(Exception):
@@ -187,6 +187,12 @@ class EntryFormatError(StitchCacheError, ValueError):
     field: str = ""  # within it, such as ``pieces[3].blob.digest``
     reason: str = ""
     advice: str = ""  # what follows the reason in every message of the class
+
+    @classmethod
+    def at(cls, path: str, field: str, reason: str, **facts: Any) -> Self:
+        """The error for a field of a file, or of bytes in memory if ``path`` is empty."""
+        message = f"{path or 'entry'}: {field}: {reason}{cls.advice}"
+        return cls(message, path=path, field=field, reason=reason, **facts)
 
 
 class EntryDamagedError(EntryFormatError):

@@ -14,7 +14,6 @@ import sys
 import types
 from typing import Any
 
-from stitchcache.artifact.frame import malformed
 from stitchcache.artifact.unpickle import (
     PLACEMENTS,
     READS_FILES,
@@ -27,7 +26,7 @@ from stitchcache.artifact.unpickle import (
     resolve,
     torch_value,
 )
-from stitchcache.errors import ForbiddenGlobalError, UnserializableConstError
+from stitchcache.errors import EntryFormatError, ForbiddenGlobalError, UnserializableConstError
 from stitchcache.types import span
 
 _MOST_DIMENSIONS = 64
@@ -61,11 +60,12 @@ def load_consts(data: bytes | None, *, path: str = "") -> list[Any]:
         consts = _Reader().load(data)
     except Refused as error:
         if not error.module:
-            raise malformed(path, "consts", str(error)) from error
-        facts = {"module": error.module, "name": error.name}
-        raise malformed(path, "consts", str(error), ForbiddenGlobalError, **facts) from None
+            raise EntryFormatError.at(path, "consts", str(error)) from error
+        raise ForbiddenGlobalError.at(
+            path, "consts", str(error), module=error.module, name=error.name
+        ) from None
     if type(consts) is not list:
-        raise malformed(path, "consts", f"{type(consts).__name__} where a list is expected")
+        raise EntryFormatError.at(path, "consts", f"{type(consts).__name__} where a list is expected")
     return consts
 
 

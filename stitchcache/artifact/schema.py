@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import msgpack
 
-from stitchcache.artifact.frame import malformed
+from stitchcache.errors import EntryFormatError
 from stitchcache.records import fill
 from stitchcache.types import is_digest
 
@@ -59,7 +59,7 @@ def pack(value: Any, *, skip: Collection[str] = ()) -> bytes:
     try:
         return bytes(msgpack.packb(plain, use_bin_type=True, strict_types=True, unicode_errors=_SURROGATES))
     except (TypeError, ValueError, OverflowError) as error:
-        raise malformed("", "payload", f"cannot be encoded: {error}") from error
+        raise EntryFormatError.at("", "payload", f"cannot be encoded: {error}") from error
 
 
 def _plain(value: Any, skip: Collection[str] = ()) -> Any:
@@ -88,7 +88,7 @@ def read_packed(read: Callable[[Any], T], data: bytes, path: str, root: str = ""
         )
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         reason = f"not valid msgpack: {error or type(error).__name__}"
-        raise malformed(path, root or "payload", reason) from error
+        raise EntryFormatError.at(path, root or "payload", reason) from error
     return read_value(read, value, path, root)
 
 
@@ -98,7 +98,7 @@ def read_value(read: Callable[[Any], T], value: Any, path: str, root: str = "") 
         return read(value)
     except FieldError as error:
         where = error.within(root) if root else error
-        raise malformed(path, where.field or "payload", where.reason) from None
+        raise EntryFormatError.at(path, where.field or "payload", where.reason) from None
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

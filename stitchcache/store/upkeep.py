@@ -11,8 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from stitchcache.artifact.entry import Header, decode_header, decode_named, decode_piece, decode_target
-from stitchcache.artifact.frame import header_end
+from stitchcache.artifact.entry import (
+    Header,
+    decode_header,
+    decode_named,
+    decode_piece,
+    decode_target,
+    header_end,
+)
 from stitchcache.errors import EntryFormatError, FutureFormatError
 from stitchcache.store.files import Files, opened, read_exactly, try_lock, words
 from stitchcache.store.layout import CAP, KEYED, LEGACY_SUFFIXES, Area, key_of, possible_paths

@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 from stitchcache import types
 from stitchcache.artifact import schema
 from stitchcache.artifact.entry import (
+    MAGIC,
     MOST_RECORDS,
+    PRELUDE,
+    Kind,
     PieceRecord,
     decode,
     decode_piece,
@@ -27,10 +30,11 @@ from stitchcache.artifact.entry import (
     encode_piece,
     encode_target,
     header_of,
+    open_frame,
     pack_factors,
+    seal,
     unpack_factors,
 )
-from stitchcache.artifact.frame import MAGIC, PRELUDE, Kind, open_frame, seal
 from stitchcache.errors import EntryDamagedError, EntryFormatError, FutureFormatError
 from stitchcache.store import upkeep
 from stitchcache.store.files import Files
