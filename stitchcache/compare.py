@@ -105,9 +105,6 @@ class Beside:
     that ops write, attributes of the model's modules, and random number generators.
 
     Args:
-        model: Runs first, as it is.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
         writes: Tensors that the other may write, and what to call them; of the model's writes each is seen.
         effects: As for :class:`~stitchcache.torchside.watch.Watch`.
         apart: It runs beside the user's own calls, on arguments of its own: no shared state may be written

@@ -43,14 +43,9 @@ def looker(
 ) -> Callable[[CompiledModel], None]:
     """What compares a callable with the model before anybody gets it, as far as the request asks for it.
 
-    A hit that disagrees raises ``StaleEntryError`` and becomes a miss, and its target record is refused until
-    a trace has replaced it. A fresh compilation that does raises ``ModelMismatchError``. What was seen goes
-    into ``check``, and with a new artifact.
-
-    Args:
-        wanted: The model, its example and the request.
-        cold: Looks at a fresh compilation, given why nothing is to be compared (``""`` compares).
-        record: The target record that led to a hit.
+    A hit that disagrees raises ``StaleEntryError`` and becomes a miss, and ``record``, which led to it, is
+    refused until a trace has replaced it. A fresh compilation is looked at by ``cold``, which is given why
+    nothing is to be compared (``""`` compares). What was seen goes into ``check``, and with a new artifact.
     """
     cache = wanted.site.cache
 

@@ -87,10 +87,9 @@ class EntryPlan:
 
     Args:
         plans: What has to be compiled, for each of its variants.
-        graph_hash: Names the entry.
         factors: What went into the graph hash beside pieces and environment.
-        bindings: Tensors that the stitching code uses, by name.
-        constants: Tensors that the artifact carries.
+        bindings: Tensors that the stitching code uses.
+        constants: Tensors that the artifact carries, by name.
     """
 
     source: Source

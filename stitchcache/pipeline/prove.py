@@ -1,9 +1,8 @@
 """Sizes below what torch assumed: allow them only where the graph is right at them.
 
-``torch.export`` traces with sizes of at least 2 and decides on the way what is different at 1:
-whether ``squeeze`` removes a dimension, whether operands broadcast, which branch a comparison takes.
-The user may allow 1 all the same (``Dim(min=1)``). So the graph and the model are both run there, on
-the example's own arguments cut down, before a call may bring such a size.
+``torch.export`` traces with sizes of at least 2 and decides what is different at 1: what ``squeeze`` removes,
+what broadcasts, which branch a comparison takes. The user may allow 1 all the same (``Dim(min=1)``). So graph
+and model are both run there, on the example's arguments cut down, before a call may bring such a size.
 """
 
 from __future__ import annotations
@@ -42,16 +41,9 @@ log = logging.getLogger("stitchcache")
 def prove_ranges(
     wanted: Wanted, whole: Capture, variants: Variants, codes: Iterable[CodeType]
 ) -> tuple[Capture, Variants]:
-    """Let only sizes through at which every graph was shown right.
+    """Captures that let only sizes through at which every graph was shown right.
 
-    Args:
-        wanted: The model, and the example's leaves as they were given.
-        whole: The capture that has the contract.
-        variants: Captures of ranges, or ``whole`` alone.
-        codes: Code that ran while they were captured.
-
-    Returns:
-        The same captures, with bounds that hold, and with what that code asks of the arguments.
+    Their contract also has what ``codes``, which ran while they were captured, ask of the arguments.
 
     Raises:
         OptionError: A range begins below what its own graph can be shown right at.
@@ -150,10 +142,9 @@ def _run_made_up(captured: Capture, leaves: Sequence[Any]) -> dict[str, Any]:
 
 
 class _MadeUp(Interpreter):
-    """Makes parameters and buffers up when an op reads them, and drops them after.
+    """Makes parameters and buffers up by their names when an op reads them, and drops them after.
 
-    So a model runs in the memory of its activations. Two graphs of one model see the same numbers, because a
-    name decides them.
+    So a model runs in the memory of its activations.
     """
 
     def __init__(self, captured: Capture) -> None:

@@ -59,9 +59,6 @@ def start(
         miss: Why it is no direct hit; ``None`` where it is one, or none was asked for.
         target: The target key; ``None`` where none was computed.
         look: Compares it with the model before anybody gets it, and raises where they disagree.
-
-    Raises:
-        StitchCacheError: It cannot be used here; :func:`started_or_miss` knows the kinds.
     """
 
     def link(pieces: Mapping[str, Any], constants: Mapping[str, torch.Tensor]) -> CompiledModel:

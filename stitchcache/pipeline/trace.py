@@ -187,11 +187,7 @@ def compile_planned(
 ) -> T:
     """Start what a planned entry's hash leads to, or make it; of several processes one makes it.
 
-    Args:
-        planned: The entry.
-        miss: Why there was no direct hit.
-        begin: Starts what was found or made.
-        refuse: Makes the error where a miss is one.
+    ``begin`` starts what was found or made, and ``refuse`` makes the error where a miss is one.
     """
 
     site = planned.source.site
