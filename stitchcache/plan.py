@@ -105,19 +105,10 @@ def _refuse_control_flow(item: GraphModule) -> None:
 
 
 def examples_for(planned: Plan, missing: Sequence[Piece], leaves: Sequence[Any]) -> dict[str, list[Any]]:
-    """Record real inputs for pieces, where there are any.
+    """Record real inputs for pieces: by key, those of the piece's call, before that call.
 
-    The model's own tensors are left as they were: where anything in the graph writes, it runs on
-    copies.
-
-    Args:
-        planned: What was split.
-        missing: One piece for each key.
-        leaves: Arguments of the stitching graph, in order.
-
-    Returns:
-        By key, the inputs of each piece's first call, before that call. Nothing where the arguments or the
-        model's tensors have no data.
+    Nothing where the arguments or the model's tensors have no data. The model's own tensors are left as they
+    were: where anything in the graph writes, it runs on copies.
     """
     split_gm = planned.split_gm
     nodes = [node for node in split_gm.graph.nodes if node.op == "get_attr"]

@@ -40,7 +40,7 @@ def input_spec(
         paths: What the user calls each leaf.
         leaves: The example's leaves.
         tree: The input tree, written down.
-        names: Canonical names; filled in the order of the leaves.
+        names: Filled in the order of the leaves.
         ranges: What ``torch.export`` found symbols may be. Without, there are no relations either: Dynamo
             checks the calls of its graphs itself.
 
@@ -119,8 +119,7 @@ def more_constraints(codes: Iterable[CodeType], example: Sequence[Any]) -> tuple
 
     Args:
         codes: Code that ran during the capture, torch's own left out: what it asks changes no result.
-        example: The example's leaves as they were given. Where one tensor was given twice, two were traced,
-            and the look compares that with the model: so calls may do either.
+        example: The example's leaves as they were given.
 
     Raises:
         CaptureError: Code asks for the kind of a tensor, and the example has other ones than plain tensors.
@@ -139,6 +138,7 @@ def more_constraints(codes: Iterable[CodeType], example: Sequence[Any]) -> tuple
             "are for inference.",
             reason="an argument with gradients that the code asks about",
         )
+    # Given twice, a tensor was traced as two; the look compares that with the model, so calls may do either.
     if len({id(tensor) for tensor in tensors}) < len(tensors):
         words.pop("distinct", None)
     return tuple(sorted(words))

@@ -34,11 +34,8 @@ def capture_graph(gm: GraphModule, example_inputs: Sequence[Any]) -> Capture:
     """Bring a graph of Dynamo's into the form that is planned and compiled.
 
     Args:
-        gm: As a backend of ``torch.compile`` gets it; not changed.
+        gm: As a backend of ``torch.compile`` gets it; not changed. Tensors that it holds are bound.
         example_inputs: One a placeholder.
-
-    Returns:
-        The flat graph: tensors that Dynamo's graph holds itself first, then one placeholder an input.
 
     Raises:
         CaptureError: The graph cannot be traced.
@@ -48,23 +45,18 @@ def capture_graph(gm: GraphModule, example_inputs: Sequence[Any]) -> Capture:
     mode = fake_mode()
     autocast = any(map(torch.is_autocast_enabled, {tensor.device.type for tensor in tensors}))
     traced = _trace(gm, example_inputs, mode, autocast)
-    inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    inputs, values = [node.name for node in placeholders], [node.meta.get("val") for node in placeholders]
     _bake_numbers(traced)
-    names, values = SymbolNames(), [symbols.value_of(node) for node in inputs]
     bound = _lift_tensors(traced, mode)
     results = next(node for node in traced.graph.nodes if node.op == "output").args[0]
+    names, paths = SymbolNames(), [f"args[{index}]" for index in range(len(inputs))]
+    call = tree.dumps(tree.flatten((tuple(example_inputs), {}))[1])
     return Capture(
         gm=traced,
         bound=tuple(bound),
-        user_inputs=tuple(node.name for node in inputs),
-        input_spec=input_spec(
-            traced,
-            [node.name for node in inputs],
-            [f"args[{index}]" for index in range(len(inputs))],
-            values,
-            tree.dumps(tree.flatten((tuple(example_inputs), {}))[1]),
-            names,
-        ),
+        user_inputs=tuple(inputs),
+        input_spec=input_spec(traced, inputs, paths, values, call, names),
         output_spec=OutputSpec(tree=tree.dumps(tree.flatten(tuple(results))[1]), count=len(results)),
         example=tuple(symbols.example_of(value) for value in example_inputs),
         names=names,
@@ -189,11 +181,7 @@ def _lift_tensors(gm: GraphModule, mode: Any) -> list[BoundTensor]:
 
 
 def drop_modes(gm: GraphModule, autocast: bool) -> tuple[GraphModule, bool]:
-    """Take out calls that switch modes which the graph is not in when it runs.
-
-    Args:
-        gm: Dynamo's graph; not changed.
-        autocast: Whether the caller's autocast is on.
+    """Take out calls that switch modes which the graph is not in when it runs; ``autocast`` is the caller's.
 
     Returns:
         A copy, and whether it must be traced below autocast and the transforms of ``torch.func``, because a

@@ -175,13 +175,13 @@ def _refuse_unfinished(values: Sequence[Any]) -> None:
 
 def _refuse_new_buffers(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     """torch.export pairs buffers before the call with those after it, and would write into wrong tensors."""
-    made = [name for name in after if name not in before]
-    if made:
-        raise CaptureError(
-            f"the forward registers the buffer {made[0]!r} when it runs first, which torch.export captures "
-            "wrongly. Register it when the model is built, or call the model once before it is compiled.",
-            reason=f"buffer {made[0]} registered by the forward",
-        )
+    for name in after:
+        if name not in before:
+            raise CaptureError(
+                f"the forward registers the buffer {name!r} when it runs first, which torch.export captures "
+                "wrongly. Register it when the model is built, or call the model once before it is compiled.",
+                reason=f"buffer {name} registered by the forward",
+            )
 
 
 def _named_by_memory(
@@ -335,15 +335,12 @@ def _capture_error(model: torch.nn.Module, error: BaseException) -> CaptureError
 def _user_line(error: BaseException) -> str:
     """The deepest frame that is neither torch's nor ours."""
     skipped = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
-    chain: BaseException | None = error
-    while chain is not None:
-        for frame in reversed(traceback.extract_tb(chain.__traceback__)):
-            if not frame.filename.startswith((*skipped, "<")):
-                if frame.name != "<module>":
-                    return f"{frame.filename}:{frame.lineno}"
-                break
-        chain = chain.__cause__ or chain.__context__
-    return ""
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    found = next((frame for frame in frames if not frame.filename.startswith((*skipped, "<"))), None)
+    if found is not None and found.name != "<module>":
+        return f"{found.filename}:{found.lineno}"
+    before = error.__cause__ or error.__context__
+    return _user_line(before) if before is not None else ""
 
 
 def _separate(leaves: Sequence[Any], state: Sequence[torch.Tensor]) -> list[Any]:

@@ -33,14 +33,7 @@ def capture_ranges(
     dynamic_shapes: Any,
     size_ranges: Sequence[SizeRange],
 ) -> tuple[Capture, Variants]:
-    """Capture a model once for its contract, and once for each range.
-
-    Args:
-        model: In evaluation mode.
-        args: Example positional arguments.
-        kwargs: Example keyword arguments.
-        dynamic_shapes: As for ``torch.export.export``.
-        size_ranges: Ranges of one named ``torch.export.Dim``; none for a single capture.
+    """Capture a model once for its contract, and once for each range of one named dimension.
 
     Returns:
         The capture that has the contract, and a capture for each range.
@@ -57,8 +50,7 @@ def capture_ranges(
         if high.min <= low.max:
             raise refuse(f"{low} and {high} overlap; give every size to one range.")
     label = _label(dynamic_shapes, size_ranges)
-    paths = [leaf.path for leaf in whole.input_spec.leaves]
-    size = _size(whole.input_spec, paths, dynamic_shapes, label)
+    size = _size(whole.input_spec, dynamic_shapes, label)
     labelled = tuple(replace(s, label=label) if s.name == size else s for s in whole.input_spec.symbols)
     whole = replace(whole, input_spec=replace(whole.input_spec, symbols=labelled))
     variants: list[tuple[SizeRange | None, Capture]] = []
@@ -119,14 +111,14 @@ def _label(dynamic_shapes: Any, size_ranges: Sequence[SizeRange]) -> str:
     return label
 
 
-def _size(spec: InputSpec, paths: Sequence[str], dynamic_shapes: Any, label: str) -> str:
+def _size(spec: InputSpec, dynamic_shapes: Any, label: str) -> str:
     """The symbol that the contract has for the dimension."""
-    heads = list(dict.fromkeys(split_path(path)[0] for path in paths))
-    for path, leaf in zip(paths, spec.leaves, strict=True):
-        rank = len(leaf.tensor.shape) if leaf.tensor is not None else 0
-        for dim, text in dims_of_leaf(dynamic_shapes, path, heads, rank).items():
-            if leaf.tensor is not None and text.startswith(f"Dim({label!r},"):
-                size = leaf.tensor.shape[dim]
+    heads = list(dict.fromkeys(split_path(leaf.path)[0] for leaf in spec.leaves))
+    for leaf in spec.leaves:
+        shape = leaf.tensor.shape if leaf.tensor is not None else ()
+        for dim, text in dims_of_leaf(dynamic_shapes, leaf.path, heads, len(shape)).items():
+            if text.startswith(f"Dim({label!r},"):
+                size = shape[dim]
                 if isinstance(size, str) and size.isidentifier():
                     return size
                 raise refuse(f"the capture made {label!r} static; it cannot be cut into ranges.")

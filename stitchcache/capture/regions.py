@@ -37,11 +37,7 @@ def ambient_modes(devices: set[str]) -> Modes:
 
 
 def inline_regions(gm: GraphModule, modes: Modes) -> None:
-    """Inline blocks under changed modes, and write out what autocast does in them.
-
-    Args:
-        gm: A graph as exported; changed in place.
-        modes: Autocast that was on around the whole of it.
+    """Inline blocks under changed modes in place, and write out what autocast does, within and around them.
 
     Raises:
         CaptureError: What autocast does to an op cannot be written out.

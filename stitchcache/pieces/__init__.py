@@ -22,16 +22,11 @@ COMPILER_OPTIONS = {"fallback_random": True}
 """Options that compiled pieces get unless the user says otherwise. Random ops draw eager's numbers under
 eager's seed; Inductor's own generator is quicker and draws others."""
 
-FAILURES = (
-    RuntimeError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    LookupError,
-    AssertionError,
-    ArithmeticError,
-)
+FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, ArithmeticError)
 """What code that is not ours may raise on values that it was never meant for."""
+
+Options = Mapping[str, Any]
+"""Options of a backend, as ``torch.compile(options=...)`` takes them."""
 
 BoxedPiece = Callable[[list[Any]], Sequence[Any]]
 """A loaded piece: takes one list of tensors, returns a sequence of tensors."""
@@ -65,7 +60,7 @@ class Backend:
 
     name: str
 
-    def compile(self, piece: GraphModule, directory: Path, options: Mapping[str, Any]) -> Path:
+    def compile(self, piece: GraphModule, directory: Path, options: Options) -> Path:
         """Compile a piece.
 
         Args:
@@ -97,16 +92,16 @@ class Backend:
         """Ops that this backend cannot compile and that must be called between pieces instead."""
         return set()
 
-    def warmth(self, devices: Collection[str], options: Mapping[str, Any]) -> Callable[[], object] | None:
+    def warmth(self, devices: Collection[str], options: Options) -> Callable[[], object] | None:
         """What fills caches on disk that compiling reads; it is called in a process of its own."""
         return None
 
-    def prepare(self, devices: Collection[str], options: Mapping[str, Any], pieces: int) -> Mapping[str, Any]:
+    def prepare(self, devices: Collection[str], options: Options, pieces: int) -> Options:
         """Do once what every compile would do again; forked children inherit it.
 
         Args:
             devices: Device types in use.
-            options: Backend options, as ``torch.compile(options=...)`` takes them; what they say stays.
+            options: The user's; what they say stays.
             pieces: Pieces about to be compiled.
 
         Returns:
@@ -117,22 +112,13 @@ class Backend:
         """
         return options
 
-    def around_compiling(
-        self, devices: Collection[str], options: Mapping[str, Any]
-    ) -> AbstractContextManager[None]:
+    def around_compiling(self, devices: Collection[str], options: Options) -> AbstractContextManager[None]:
         """A block that compiles, after :meth:`prepare`: what cannot change anything is skipped in it."""
         return nullcontext()
 
 
 def get_backend(name: str) -> Backend:
-    """Find a backend by name.
-
-    Args:
-        name: ``aoti``, ``inductor`` or ``eager``.
-
-    Raises:
-        OptionError: No such backend.
-    """
+    """Find a backend by name; an OptionError if there is no such."""
     # Imported one by one: a warm start loads pieces of one backend only.
     if name == "eager":
         from stitchcache.pieces.eager import EagerBackend

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from stitchcache.pieces import Piece, children, get_backend
+from stitchcache.pieces import Options, Piece, children, get_backend
 from stitchcache.pieces.check import compare_on_stand_ins, compare_with_eager
 
 log = logging.getLogger("stitchcache")
@@ -29,7 +29,7 @@ def build(
     missing: Sequence[Piece],
     examples: Mapping[str, list[Any]] | None,
     scratch: Path,
-    options: Mapping[str, Any],
+    options: Options,
     *,
     jobs: int | None,
     devices: Sequence[str],
@@ -90,7 +90,7 @@ def build(
 def _compile(
     piece: Piece,
     directory: Path,
-    options: Mapping[str, Any],
+    options: Options,
     examples: Mapping[str, list[Any]] | None,
     devices: Sequence[str],
     forked: bool,
@@ -120,14 +120,10 @@ def _copy(gm: GraphModule) -> GraphModule:
 
 
 def at_once(pieces: int, jobs: int | None) -> int:
-    """How many pieces to compile at a time, so that no core idles while the last few compile.
+    """How many pieces to compile at a time, unless the user says it: so that no core idles at the end.
 
     Three pieces on two cores are done sooner side by side than two first and one after. The price is the
     memory of a compiler more for every second core, at the most.
-
-    Args:
-        pieces: How many there are.
-        jobs: What the user wants; ``None`` leaves it open.
     """
     if not children.available():
         return 1
@@ -139,19 +135,11 @@ def at_once(pieces: int, jobs: int | None) -> int:
 
 
 @contextmanager
-def warming(
-    name: str, devices: Collection[str], options: Mapping[str, Any], needless: bool = False
-) -> Iterator[None]:
+def warming(name: str, devices: Collection[str], options: Options, needless: bool = False) -> Iterator[None]:
     """Warm a backend up beside a block of code; what is not done at its end is given up.
 
     Nothing depends on its outcome: what it did not do in time, or could not do, the pieces do themselves,
-    waiting for each other at torch's own file locks.
-
-    Args:
-        name: The backend.
-        devices: Device types in use.
-        options: Backend options.
-        needless: Nothing will be compiled: only run the block.
+    waiting for each other at torch's own file locks. Where it is needless, only the block runs.
     """
     warm = None if needless or not children.available() else get_backend(name).warmth(devices, options)
     with ExitStack() as stack:

@@ -29,12 +29,8 @@ _SEED = 20
 def compare_with_eager(piece: Piece, compiled: BoxedPiece, inputs: Sequence[Any]) -> None:
     """Run a piece both ways and compare results and side effects.
 
-    Random numbers are drawn under the same seed both times, and compared like any other.
-
-    Args:
-        piece: The piece.
-        compiled: The same, compiled.
-        inputs: Tensors that a real run fed to the piece; not changed.
+    Random numbers are drawn under the same seed both times, and compared like any other. Inputs are left as
+    they were.
 
     Raises:
         PieceMismatchError: They differ in number, dtype, shape, device or value, or a result does not have
@@ -156,13 +152,9 @@ def undefined_outputs(gm: GraphModule) -> set[int]:
 
 
 def stand_in(like: torch.Tensor, label: str, *, positive: bool = False, zero: bool = False) -> torch.Tensor:
-    """A tensor with the metadata of another and random values.
+    """A tensor with the metadata of another, and with random values that the label decides.
 
-    Args:
-        like: The tensor; its symbolic sizes are taken as in the example.
-        label: Decides the values.
-        positive: No negative floats.
-        zero: All integers are 0.
+    Symbolic sizes are the example's. ``positive`` makes no negative floats, ``zero`` no integers but 0.
 
     Raises:
         ValueError: Its sizes are not known.
@@ -185,10 +177,6 @@ def stand_in(like: torch.Tensor, label: str, *, positive: bool = False, zero: bo
 
 def compare_on_stand_ins(piece: Piece, compiled: BoxedPiece) -> str:
     """Compare a compiled piece with eager execution where there is no real data to feed it.
-
-    Args:
-        piece: The piece.
-        compiled: The same, compiled.
 
     Returns:
         Why it was not compared, because eager execution refuses all that was tried; empty if it was.

@@ -43,13 +43,13 @@ _EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception|Refused)\b")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Something to do in a child.
+    """Something to do in a child; names of piece and backend are for errors.
 
     Args:
-        name: For errors: the piece.
+        name: The piece's.
         run: Called in the child; its result must survive pickling.
         log: File that gets what the child prints.
-        backend: What compiles it; for errors.
+        backend: The backend's name.
     """
 
     name: str
@@ -80,13 +80,9 @@ def available() -> bool:
 
 
 def run_all(jobs: Sequence[Job], limit: int) -> Generator[tuple[int, Any], None, None]:
-    """Run jobs, at most ``limit`` at a time.
+    """Run jobs in children, at most ``limit`` at a time.
 
     Close the iterator when you leave it early: that ends the children.
-
-    Args:
-        jobs: What to run; order is kept for starting.
-        limit: How many children at once, at least 1.
 
     Yields:
         A job's index and result, as they finish.
@@ -117,15 +113,7 @@ def run_all(jobs: Sequence[Job], limit: int) -> Generator[tuple[int, Any], None,
 
 
 def run_here(jobs: Sequence[Job]) -> Generator[tuple[int, Any], None, None]:
-    """Run jobs one after the other in this process, where no children can be had.
-
-    Yields:
-        A job's index and result.
-
-    Raises:
-        StitchCacheError: What a job raised.
-        BackendError: A job failed otherwise. A crash cannot be caught here.
-    """
+    """As :func:`run_all`, one after the other in this process: a crash cannot be caught here."""
     for index, job in enumerate(jobs):
         try:
             yield index, job.run()
@@ -139,11 +127,7 @@ def load_elsewhere(backend: str, path: Path, device: str, piece: str) -> None:
     """Load a fresh piece in a new process, where children cannot be forked.
 
     A library that was linked against the wrong C++ runtime dies in its constructor, and takes its process
-    with it.
-
-    Raises:
-        PieceCrashError: The process died of it.
-        BackendError: It cannot be loaded.
+    with it: a PieceCrashError, or another BackendError where it only cannot be loaded.
     """
     load = (
         "import sys, pathlib; from stitchcache.pieces import get_backend; "

@@ -18,7 +18,7 @@ from stitchcache.codegen.execution import compile_execution_fn
 from stitchcache.codegen.generate import generate_execution_code
 from stitchcache.errors import EntryFormatError
 from stitchcache.graph.effects import attribute_of
-from stitchcache.pieces import Backend, BoxedPiece
+from stitchcache.pieces import Backend, BoxedPiece, Options
 
 _MAGIC = "stitchcache eager piece 2"
 
@@ -28,7 +28,7 @@ class EagerBackend(Backend):
 
     name = "eager"
 
-    def compile(self, piece: GraphModule, directory: Path, options: Mapping[str, Any]) -> Path:
+    def compile(self, piece: GraphModule, directory: Path, options: Options) -> Path:
         """Write the piece's graph as source."""
         path = directory / "piece.eager"
         path.write_bytes(msgpack.packb({"magic": _MAGIC, **_source_of(piece)}))

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from stitchcache.errors import BackendError, CompilerMissingError
-from stitchcache.pieces import Backend, BoxedPiece
+from stitchcache.pieces import Backend, BoxedPiece, Options
 from stitchcache.torchside import inductor
 from stitchcache.torchside.ops import OpOverload, is_view, known_range
 
@@ -52,7 +52,7 @@ class InductorBackend(Backend):
 
     name = "inductor"
 
-    def compile(self, piece: GraphModule, directory: Path, options: Mapping[str, Any]) -> Path:
+    def compile(self, piece: GraphModule, directory: Path, options: Options) -> Path:
         """Compile a piece to what ``CompiledArtifact.save`` writes."""
         path = directory / "piece.inductor"
         inductor.compile_artifact(piece, _fakes(piece), {**thread_options(piece, options), **options}, path)
@@ -64,12 +64,12 @@ class InductorBackend(Backend):
         # It takes its inputs one by one, not as a list.
         return lambda inputs: artifact(*inputs)
 
-    def warmth(self, devices: Collection[str], options: Mapping[str, Any]) -> Callable[[], object] | None:
+    def warmth(self, devices: Collection[str], options: Options) -> Callable[[], object] | None:
         """Leave the probes of the CPU on disk, which takes half of Inductor's imports only."""
         usable = "cpu" in devices and find_compiler() is not None
         return partial(inductor.probe_best, options) if usable else None
 
-    def prepare(self, devices: Collection[str], options: Mapping[str, Any], pieces: int) -> Mapping[str, Any]:
+    def prepare(self, devices: Collection[str], options: Options, pieces: int) -> Options:
         """Check for a C++ compiler, import Inductor and probe the CPU."""
         if find_compiler() is None:
             raise CompilerMissingError(
@@ -85,9 +85,7 @@ class InductorBackend(Backend):
             probe()
         return options
 
-    def around_compiling(
-        self, devices: Collection[str], options: Mapping[str, Any]
-    ) -> AbstractContextManager[None]:
+    def around_compiling(self, devices: Collection[str], options: Options) -> AbstractContextManager[None]:
         """Skip probes of the CPU that could not change anything."""
         return inductor.few_probes(options, "cpu" in devices)
 
@@ -97,7 +95,7 @@ class AotiBackend(InductorBackend):
 
     name = "aoti"
 
-    def prepare(self, devices: Collection[str], options: Mapping[str, Any], pieces: int) -> Mapping[str, Any]:
+    def prepare(self, devices: Collection[str], options: Options, pieces: int) -> Options:
         """As for Inductor; and do without precompiled headers where they cost more than they save."""
         super().prepare(devices, options, pieces)
         known = hasattr(inductor.settings().aot_inductor, "precompile_headers")
@@ -120,7 +118,7 @@ class AotiBackend(InductorBackend):
             )
         }
 
-    def compile(self, piece: GraphModule, directory: Path, options: Mapping[str, Any]) -> Path:
+    def compile(self, piece: GraphModule, directory: Path, options: Options) -> Path:
         """Compile a piece to a library."""
         # Debug sections are two thirds of a small library, all of which a warm start reads and digests.
         asked = "AOT_INDUCTOR_ENABLE_LINE_TABLES" in os.environ
@@ -187,7 +185,7 @@ def _proxies(directory: Path) -> list[str]:
     return list(found)
 
 
-def thread_options(piece: GraphModule, options: Mapping[str, Any]) -> dict[str, Any]:
+def thread_options(piece: GraphModule, options: Options) -> dict[str, Any]:
     """Inductor's options for the threads of a piece: as many as torch has in the process that calls it.
 
     Inductor writes the number of threads of the compiling process into its C++, and leaves parallel loops out
@@ -196,10 +194,7 @@ def thread_options(piece: GraphModule, options: Mapping[str, Any]) -> dict[str, 
     runs on a single thread. What it can be given is what its sizes' ranges allow. The example does not count:
     it is in no key, so whoever compiled first would decide for all others.
 
-    Args:
-        piece: Its nodes carry fake tensors in ``meta["val"]``; a size that may vary counts as the largest
-            that the capture allows.
-        options: The user's own; what they say of threads is left alone.
+    What the user's own options say of threads is left alone.
     """
     if {"cpp.threads", "cpp.dynamic_threads"} & options.keys() or inductor.settings().cpp.threads > 0:
         return {}

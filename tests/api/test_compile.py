@@ -75,7 +75,6 @@ def test_layers_share_pieces(cache):
 @pytest.mark.parametrize(
     "change",
     [
-        {"backend": "eager", "options": {"max_autotune": True}},
         {"key_factors": {"release": 2}},
         {"splitting_ops": []},
         {"dynamic_shapes": ({0: stitchcache.Dim("batch", 1, 8), 1: stitchcache.Dim("length", 2, 64)},)},
