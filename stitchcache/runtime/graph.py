@@ -128,8 +128,7 @@ def _build_call(
     passed = [i for i, leaf in enumerate(leaves) if leaf.kind != "constant"]
     tensors = [i for i, leaf in enumerate(leaves) if leaf.tensor is not None]
     written = [i for i, leaf in enumerate(leaves) if leaf.kind == "inout"]
-    devices = [leaf.tensor.device for leaf in leaves if leaf.tensor is not None]
-    device = next((device for device in devices if device != "cpu"), "cpu")
+    device = _device_of(artifact)
     grad_enabled, autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enabled
     every = len(passed) == len(leaves)
 
@@ -205,7 +204,7 @@ def load_blobs(artifact: Artifact, blobs: Mapping[str, bytes]) -> dict[str, Any]
     Raises:
         BackendError: A piece cannot be loaded here.
     """
-    device = next((device for device in devices_in(artifact) if device != "cpu"), "cpu")
+    device = _device_of(artifact)
     pieces: dict[str, Any] = {}
     # A library that is mapped outlives its file.
     with tempfile.TemporaryDirectory(prefix="stitchcache-") as directory:
@@ -214,6 +213,10 @@ def load_blobs(artifact: Artifact, blobs: Mapping[str, bytes]) -> dict[str, Any]
             path.write_bytes(blobs[piece.blob.digest])
             pieces[piece.key] = get_backend(piece.backend).load(path, device)
     return pieces
+
+
+def _device_of(artifact: Artifact) -> str:
+    return next((device for device in devices_in(artifact) if device != "cpu"), "cpu")
 
 
 def _malformed(field: str, reason: str, kind: type[EntryFormatError] = EntryFormatError) -> EntryFormatError:

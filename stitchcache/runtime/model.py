@@ -347,13 +347,8 @@ def bind_tensors(
         else:
             tensor = (constants if binding.kind == "constant" else state).get(binding.name)
         if tensor is None:
-            raise BindError(
-                f"the model has no {binding.kind} {binding.name!r}, which the artifact uses. "
-                "Load it with the model that it was compiled from, or compile this one.",
-                name=binding.name,
-                expected=binding.kind,
-                actual="nothing",
-            )
+            what = f"the model has no {binding.kind} {binding.name!r}, which the artifact uses"
+            raise _unfit(what, binding.name, binding.kind, "nothing")
         for alias in binding.aliases:
             other = state.get(alias)
             if other is None:
@@ -395,10 +390,14 @@ def _check(binding: BindingSpec, tensor: torch.Tensor) -> None:
     )
     for fact, wanted, actual in facts:
         if wanted != actual:
-            raise BindError(
-                f"{binding.kind} {binding.name!r} has {fact} {actual}, the artifact needs {wanted}. "
-                "Load it with the model that it was compiled from, or compile this one.",
-                name=binding.name,
-                expected=f"{fact} {wanted}",
-                actual=str(actual),
-            )
+            what = f"{binding.kind} {binding.name!r} has {fact} {actual}, the artifact needs {wanted}"
+            raise _unfit(what, binding.name, f"{fact} {wanted}", str(actual))
+
+
+def _unfit(what: str, name: str, expected: str, actual: str) -> BindError:
+    return BindError(
+        f"{what}. Load it with the model that it was compiled from, or compile this one.",
+        name=name,
+        expected=expected,
+        actual=actual,
+    )

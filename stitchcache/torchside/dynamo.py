@@ -15,34 +15,18 @@ import torch
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import TracingContext, tracing
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import make_fx as make_fx
 
 from stitchcache.errors import BackendError
 from stitchcache.torchside.tensors import is_fake
 
 try:
-    from torch._dynamo.aot_compile_types import SerializableCallable
+    from torch._dynamo.aot_compile_types import SerializableCallable as SerializableCallable
 except ImportError:  # torch without aot_compile
 
     class SerializableCallable:  # type: ignore[no-redef]
         """Stands in where torch cannot save compiled functions."""
 
-
-__all__ = [
-    "AUTOCAST_CALLS",
-    "CHECKPOINT_CALL",
-    "DATA_CALL",
-    "ENTER_AUTOCAST",
-    "GRAD_CALLS",
-    "INFERENCE_CALLS",
-    "SerializableCallable",
-    "fake_inputs",
-    "fake_mode",
-    "fix_own_floats",
-    "is_transform",
-    "make_fx",
-    "outside_tracing",
-]
 
 SEEN = ("2.11", "2.13")
 
