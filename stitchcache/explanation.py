@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from stitchcache.artifact.entry import decode, decode_target, unpack_factors
 from stitchcache.errors import EntryFormatError
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ABSENT = "(absent)"
 """Stands for the value of a factor that a key does not have."""
 
+T = TypeVar("T")
 Roots = Sequence[str | os.PathLike[str]]
 Differences = Mapping[str, tuple[str, str]]
 
@@ -244,7 +245,7 @@ def stored_targets(
         for _, _, path, key in _newest([root], Area.TARGETS):
             if key.startswith(prefix) and key not in found:
                 with suppress(EntryFormatError, OSError):
-                    record = _read_target(key, path)
+                    record = _read(decode_target, path, key)[0]
                     if graph_hash in (None, record.graph_hash):
                         found[key] = (key, path, record)
     return sorted(found.values(), key=lambda target: -target[2].created)
@@ -261,35 +262,26 @@ def _stored(roots: Roots) -> Iterator[tuple[NearestEntry, Sequence[Factor]]]:
             if left < 0 or key in met:
                 continue
             with suppress(EntryFormatError, OSError):
-                entry, factors = (_target if area is Area.TARGETS else _entry)(key, path)
+                found, factors = _found(area, path, key)
                 if factors:
-                    met |= {key, entry.graph_hash}
-                    yield entry, factors
+                    met |= {key, found.graph_hash}
+                    yield found, factors
 
 
-def _target(key: str, path: str) -> tuple[NearestEntry, Sequence[Factor]]:
-    record = _read_target(key, path)
-    entry = NearestEntry(
-        graph_hash=record.graph_hash,
-        target_key=key,
-        label=record.label,
-        created=record.created,
-        refused=record.refused,
-        record=record,
-    )
-    return entry, unpack_factors(record.factors, path=path)
+def _found(area: Area, path: str, key: str) -> tuple[NearestEntry, Sequence[Factor]]:
+    if area is Area.ENTRIES:
+        entry = _read(decode, path)
+        found = NearestEntry(graph_hash=key, target_key=None, label=entry.label, created=entry.created)
+        return found, entry.factors
+    record = _read(decode_target, path, key)[0]
+    names = ("graph_hash", "label", "created", "refused")
+    found = NearestEntry(target_key=key, record=record, **{name: getattr(record, name) for name in names})
+    return found, unpack_factors(record.factors, path=path)
 
 
-def _entry(key: str, path: str) -> tuple[NearestEntry, Sequence[Factor]]:
+def _read(decoded: Callable[..., T], path: str, *key: str) -> T:
     with open(path, "rb") as file:
-        found = decode(file.read(), path=path)
-    entry = NearestEntry(graph_hash=key, target_key=None, label=found.label, created=found.created)
-    return entry, found.factors
-
-
-def _read_target(key: str, path: str) -> TargetRecord:
-    with open(path, "rb") as file:
-        return decode_target(file.read(), key, path=path)[0]
+        return decoded(file.read(), *key, path=path)
 
 
 def _newest(roots: Roots, area: Area) -> list[tuple[float, int, str, str]]:
@@ -298,10 +290,10 @@ def _newest(roots: Roots, area: Area) -> list[tuple[float, int, str, str]]:
     for root in roots:
         for directory, _, names in os.walk(os.path.join(root, area)):
             for name in names:
-                path, key = os.path.join(directory, name), key_of(area, name)
+                key = key_of(area, name)
                 # What is gone by now cannot be near.
                 with suppress(OSError):
-                    facts = os.stat(path)
+                    facts = os.stat(path := os.path.join(directory, name))
                     # Opening a pipe would wait for somebody to write into it.
                     if key is not None and stat.S_ISREG(facts.st_mode):
                         found.append((facts.st_mtime, facts.st_size, path, key))

@@ -137,8 +137,8 @@ def test_a_huge_store_costs_no_more_than_a_large_one(cache, monkeypatch, tmp_pat
         path = tmp_path / "targets" / digest(number)[:2] / digest(number)
         os.utime(path, (number, number))
     read = []
-    real = explanation._read_target
-    monkeypatch.setattr(explanation, "_read_target", lambda *words: read.append(words) or real(*words))
+    real = explanation._read
+    monkeypatch.setattr(explanation, "_read", lambda *words: read.append(words) or real(*words))
     monkeypatch.setattr(explanation, "MOST_TARGETS", 10)
     found = nearest_entries(cache.roots, factors(a=0), most=99)
     assert len(read) == len(found) == 10

@@ -19,6 +19,7 @@ from stitchcache.cli.prewarm import Update, progress_shown
 # Float32 sums in another order; far above what a right piece shows, far below what a wrong one does.
 TOLERANCE = 1e-4
 _NAME = "decoder"
+_HEADS = 4
 
 
 @click.command()
@@ -40,9 +41,12 @@ def demo(backend: str, runs: int, as_json: bool, root: str | None, **config: int
     is left there to be looked at. All rows are whole processes that do the same but for where the compiled
     model comes from.
     """
-    if config["width"] % 4:
-        raise click.UsageError(f"--width {config['width']} is not a multiple of 4, the number of heads")
+    if config["width"] % _HEADS:
+        raise click.UsageError(
+            f"--width {config['width']} is not a multiple of {_HEADS}, the number of heads"
+        )
     cache = out.open_cache(root if root is not None else tempfile.mkdtemp(prefix="stitchcache-demo-"))
+    config |= {"heads": _HEADS, "vocabulary": 128}
     job: out.Record = {"config": config, "backend": backend, "cache": str(cache.root)}
     with progress_shown() as update:
         # Files that no process has read for a while cost the first one extra, whichever it is: not measured.
@@ -102,8 +106,10 @@ def _row(name: str, runs: list[out.Record]) -> out.Record:
     times = ("process_seconds", "model_seconds", "call_microseconds")
     row: out.Record = {"name": name, "runs": len(runs)}
     row |= {what: statistics.median(run[what] for run in runs) for what in times}
-    stages = runs[0]["stages"]
-    row["stages"] = {stage: statistics.median(run["stages"][stage] for run in runs) for stage in stages}
+    stages = runs[0].get("stages", {})
+    row["stages"] = {
+        stage: statistics.median(run["stages"].get(stage, 0.0) for run in runs) for stage in stages
+    }
     return row
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import click
@@ -38,9 +39,9 @@ def explain(what: str, trace: bool, factors: bool, as_json: bool, root: str | No
         wrong = bool(record["failed"]) or any(found["verdict"] != "direct" for found in record["targets"])
         out.show(record, as_json, lambda found: _print_targets(found, factors), finding=wrong)
         return
-    from stitchcache.report.entry import explain_key, is_prefix
+    from stitchcache.report.entry import explain_key
 
-    if not is_prefix(what):
+    if not re.fullmatch("[0-9a-fA-F]{1,64}", what):
         raise click.UsageError(
             f"{what!r} is neither a target, 'pkg.module:name' or 'path/to/file.py:name', nor the beginning "
             "of a key: 1 to 64 hex digits"

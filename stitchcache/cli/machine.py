@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 
 import click
@@ -107,7 +108,7 @@ def doctor(path: str | None, as_json: bool, root: str | None) -> None:
         raise click.UsageError("PATH and --cache name the same thing; give one of them")
     # Not through a Cache: one that cannot be opened is what this command is for.
     place = os.path.abspath(os.path.expanduser(path or root or default_root()))
-    python = Trial(name="python", level="ok", found=sys.version.split()[0], meaning="")
+    python = Trial(name="python", level="ok", found=sys.version.split()[0])
     trials = [*probe(place), python, _torch(), _compiler(), _processor(), *_environment()]
     record = {
         "root": place,
@@ -135,7 +136,7 @@ def _torch() -> Trial:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        return Trial(name="torch", level="ok", found=version("torch"), meaning="")
+        return Trial(name="torch", level="ok", found=version("torch"))
     except PackageNotFoundError:
         meaning = "models can be neither compiled nor loaded by this Python: 'pip install torch'"
         return Trial(name="torch", level="problem", found="not installed", meaning=meaning)
@@ -146,7 +147,7 @@ def _compiler() -> Trial:
     wanted = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     found = shutil.which(wanted)
     if found is not None:
-        return Trial(name="compiler", level="ok", found=found, meaning="")
+        return Trial(name="compiler", level="ok", found=found)
     meaning = (
         "what is cached can be loaded, and nothing new compiled but with backend='eager': install a C++ "
         "compiler (Debian, Ubuntu: 'apt install g++'; Fedora: 'dnf install gcc-c++'; conda: "
@@ -157,46 +158,37 @@ def _compiler() -> Trial:
 
 def _processor() -> Trial:
     flags: set[str] = set()
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            lines = (line.partition(":") for line in file)
-            named = (value for name, _, value in lines if name.strip() in ("flags", "Features"))
-            flags = set(next(named, "").split())
-    except OSError:
-        # Not Linux.
-        pass
-    level = next((name for name, needed in _VECTORS.items() if flags >= needed), None)
-    if level is None:
-        meaning = (
-            "code is compiled for the least of its kind, or the flags cannot be read; entries that were "
-            "compiled on a machine with more are not used here, so prewarm on one of this kind"
-        )
-        return Trial(name="processor", level="note", found="no vector extensions seen", meaning=meaning)
+    # Not Linux: nothing is known.
+    with suppress(OSError), open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+        lines = (line.partition(":") for line in file)
+        named = (value for name, _, value in lines if name.strip() in ("flags", "Features"))
+        flags = set(next(named, "").split())
+    level = next((name for name, needed in _VECTORS.items() if flags >= needed), "no vector extensions seen")
     meaning = "an entry serves only machines whose processor has the same flags: prewarm on one of their kind"
     return Trial(name="processor", level="ok", found=level, meaning=meaning)
 
 
 def _environment() -> Iterator[Trial]:
-    known = {"STITCHCACHE_DIR": "root"} | {_variable(name): name for name in _SETTINGS}
+    known = {_variable(name): name for name in ("dir", *_SETTINGS)}
     for variable in sorted(os.environ):
-        found = f"{variable}={os.environ[variable]}"
+        if variable not in _FOREIGN and not variable.startswith("STITCHCACHE_"):
+            continue
         level: Level = "ok"
-        meaning = ""
-        if variable in known:
-            level, meaning = _setting(known[variable])
-        elif variable.startswith("STITCHCACHE_"):
+        meaning, name = "", known.get(variable)
+        if name is None and variable not in _FOREIGN:
             level = "note"
             meaning = f"there is no such setting; 'stitchcache config' lists all of them. Unset {variable}"
-        elif variable not in _FOREIGN:
-            continue
-        yield Trial(name="environment", level=level, found=found, meaning=meaning)
+        elif name in _SETTINGS:
+            try:
+                meaning = _meaning(name, _value(name))
+            except OptionError as error:
+                level, meaning = "problem", error.message
+        yield Trial(
+            name="environment", level=level, found=f"{variable}={os.environ[variable]}", meaning=meaning
+        )
 
 
-def _setting(name: str) -> tuple[Level, str]:
-    try:
-        value = None if name == "root" else _value(name)
-    except OptionError as error:
-        return "problem", error.message
+def _meaning(name: str, value: str | int | bool | None) -> str:
     if name == "max_size" and value is not None:
-        return "ok", f"a put evicts what is over {out.size_text(int(value))}"
-    return "ok", _MEANINGS.get((name, value), "")
+        return f"a put evicts what is over {out.size_text(int(value))}"
+    return _MEANINGS.get((name, value), "")

@@ -41,12 +41,7 @@ def shared_options(function: F) -> F:
 
 
 def open_cache(root: str | None, *, read_only: bool = False) -> Cache:
-    """The cache that ``--cache`` names.
-
-    Raises:
-        OptionError: An environment variable makes no sense.
-        StoreError: The directory is something else.
-    """
+    """The cache that ``--cache`` names."""
     # Not at the top: the help pages answer without it.
     from stitchcache.cache import Cache
 
@@ -54,14 +49,7 @@ def open_cache(root: str | None, *, read_only: bool = False) -> Cache:
 
 
 def show(record: Record, as_json: bool, view: Callable[[Record], None], *, finding: bool = False) -> None:
-    """Print what a command found, and end with exit status 1 if it is a finding.
-
-    Args:
-        record: What was found.
-        as_json: Whether to print the record itself, with the version of the schema first.
-        view: Prints it for people.
-        finding: Whether something is wrong.
-    """
+    """Print what a command found, as JSON or by a view for people; exit status 1 if it is a finding."""
     if as_json:
         import json
 

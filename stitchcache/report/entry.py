@@ -207,17 +207,8 @@ def _code(artifact: Artifact) -> list[str]:
 # -- a key ----------------------------------------------------------------------------------------
 
 
-def is_prefix(text: str) -> bool:
-    """Whether a text could be the beginning of a key."""
-    return 0 < len(text) <= 64 and set(text.lower()) <= set("0123456789abcdef")
-
-
 def explain_key(cache: Cache, prefix: str) -> Record:
-    """What the beginning of a graph hash or target key stands for.
-
-    Returns:
-        The entry, or under ``problem`` why a target leads to none; the targets that lead to it, or the one
-        that was asked for; the factors; what comes nearest in the cache.
+    """What the beginning of a graph hash or target key stands for, as ``explain --json`` prints it.
 
     Raises:
         GraphHashError: It names neither.
