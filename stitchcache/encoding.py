@@ -102,14 +102,10 @@ Step = str | int | tuple[Any]
 
 
 class Numbers:
-    """Which objects were met, and where each was met first.
-
-    Attributes:
-        known: Where each was met first, by id: section, place in it, number.
-        kept: The objects themselves: a temporary's id could be another object's a moment later.
-    """
+    """Which objects were met, and where each was met first, by id: section, place in it, number."""
 
     def __init__(self, parent: Numbers | None = None) -> None:
+        # The objects are kept: a temporary's id could be another object's a moment later.
         self.known: dict[int, tuple[str, str, int]] = dict(parent.known) if parent else {}
         self.kept: list[Any] = [parent] if parent else []
 
@@ -140,10 +136,8 @@ class Writer:
         where: Which of several.
         path: Where the first value stands, for reasons.
 
-    Attributes:
-        handlers: How to write a value of exactly this type.
-        families: How to write an instance of this type or a subclass; the first match wins.
-        found: What was chosen for a type that has no handler of its own, by the type's id.
+    ``handlers`` say how to write a value of exactly a type, ``families`` an instance of a type or a subclass
+    (the first match wins), and ``found`` which of them was chosen, by the type's id.
     """
 
     def __init__(

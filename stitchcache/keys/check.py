@@ -47,13 +47,9 @@ _OPS = (type(torch.ops), type(torch.ops.aten))
 
 
 class Found(NamedTuple):
-    """Where a chain leads.
+    """Where a chain leads: a value, by ``used`` of its steps, with the last module on the way as ``owner``.
 
-    Args:
-        value: What it leads to.
-        exists: Whether there is such a thing.
-        used: The part of the chain that leads there; the rest is within the value, which is keyed whole.
-        owner: The last module on the way, or ``""``.
+    The rest of the chain is within the value, which is keyed whole.
     """
 
     value: Any
@@ -65,13 +61,10 @@ class Found(NamedTuple):
 def lookup(
     namespace: dict[str, Any], chain: tuple[str, ...], patched: Mapping[int, dict[str, Any]] | None = None
 ) -> Found:
-    """Follow a chain through modules.
+    """Follow a global's name, and attributes, through modules.
 
-    Args:
-        namespace: The globals that the first name is looked up in.
-        chain: A global's name, and attributes.
-        patched: Namespaces as they were before torch patched them for the time of a trace, by the id of
-            what they are now.
+    ``patched`` has namespaces as they were before torch patched them for the time of a trace, by the id of
+    what they are now.
     """
     patched = patched or {}
     spaces = [patched.get(id(space), space) for space in (namespace, vars(builtins))]
@@ -100,16 +93,10 @@ def title(name: str) -> str:
 
 
 def global_digest(walk: Walk, name: str, found: Found) -> str:
-    """Digest of what a global's name leads to.
+    """Digest of what a global's name leads to; an UnkeyableError where none stands for it soundly.
 
-    Args:
-        walk: What this record's writers have in common; classes that the value names are noted there.
-        name: Its name in the record. It ends in a dot where the code goes on to read from the value;
-            elsewhere the code holds the value itself, which for a module says nothing of what it reads.
-        found: Where its chain leads.
-
-    Raises:
-        UnkeyableError: No digest stands for it soundly.
+    The name in the record ends in a dot where the code goes on to read from the value; elsewhere the code
+    holds the value itself, which for a module says nothing of what it reads.
     """
     value = found.value
     where = f"global {title(name)}"
@@ -162,35 +149,19 @@ def _may_be_held(walk: Walk, name: str, module: ModuleType) -> bool:
 
 
 def class_digest(walk: Walk, cls: type) -> str:
-    """Digest of a class's contents.
-
-    Raises:
-        UnkeyableError: One of its attributes cannot be written soundly.
-    """
+    """Digest of a class's contents."""
     return bytes_digest(walk.contents(cls))
 
 
 def item_digest(walk: Walk, item: Any) -> str:
-    """Digest of an item of a registry, alone. The classes that it names are the key's where they are in use.
-
-    Raises:
-        UnkeyableError: No digest stands for it soundly.
-    """
+    """Digest of an item of a registry, alone: the classes that it names are the key's where they are used."""
     alone = Walk()
     alone.main = walk.main
     return _digest(alone, "item", "", item, "item of a registry")
 
 
 def answer_digest(walk: Walk, name: str) -> str:
-    """Digest of what a function of torch answers here and now; that it raises is an answer too.
-
-    Args:
-        walk: What this record's writers have in common.
-        name: ``torch.distributed:get_rank``.
-
-    Raises:
-        UnkeyableError: No digest stands for the answer soundly.
-    """
+    """Digest of what a function such as ``torch.distributed:get_rank`` answers; an error is an answer too."""
     module, _, function = name.partition(":")
     answer: tuple[Any, ...]
     try:

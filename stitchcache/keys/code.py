@@ -33,8 +33,9 @@ from types import (
 from typing import TYPE_CHECKING, Any
 
 from stitchcache.containers import code_digest, member_state, once
-from stitchcache.encoding import SCALARS, Handler, data_bytes, text_bytes
+from stitchcache.encoding import SCALARS, Handler, data_bytes, make_factor, text_bytes
 from stitchcache.torchside.state import DYNAMO
+from stitchcache.types import Factor
 
 if TYPE_CHECKING:
     from stitchcache.keys.walk import KeyWriter, Walk
@@ -47,15 +48,8 @@ _OF_WRAPPERS = _NOT_STATE | frozenset(
 )
 """What wrappers copy from their functions, what is written as a part, and what a library keeps for itself."""
 
-_BY_NAME = frozenset(
-    {
-        MemberDescriptorType,
-        GetSetDescriptorType,
-        WrapperDescriptorType,
-        MethodDescriptorType,
-        ClassMethodDescriptorType,
-    }
-)
+_OF_C = {WrapperDescriptorType, MethodDescriptorType, ClassMethodDescriptorType}
+_BY_NAME = frozenset({MemberDescriptorType, GetSetDescriptorType, *_OF_C})
 
 
 def code_bytes(walk: Walk, code: CodeType) -> bytes:
@@ -361,13 +355,13 @@ _LOOKED_INTO = frozenset({*_FUNCTIONS, *_CALLABLES, CACHE, property, staticmetho
 _ADDED = ("Module.smart_apply", "PreTrainedModel.initialize_weights.<locals>.smart_apply")
 
 
-def put_replaced(writer: KeyWriter, owners: Iterable[Any]) -> list[str]:
-    """Write functions, methods and plain attributes of torch's that were replaced, and give their names.
+def replaced_factor(walk: Walk, factor: str, owners: Iterable[Any]) -> Factor:
+    """A factor of functions, methods and plain attributes of torch's that were replaced.
 
     By somebody's code, or by another function of torch's, which shows in a name that is not its own. A few
     have two names as torch ships them; those are the same in every process of one version.
     """
-    walk, names = writer.walk, []
+    writer, names = walk.writer(factor), []
     # Thousands of names are looked at: what is as usual is told by its kind, or by its name and file.
     inert: set[type] = set()
     shipped: set[str] = set()
@@ -396,7 +390,7 @@ def put_replaced(writer: KeyWriter, owners: Iterable[Any]) -> list[str]:
                 continue
             if _put_other(writer, f"{owner.__name__}.{name}", value):
                 names.append(f"{owner.__name__}.{name}")
-    return names
+    return make_factor(factor, ", ".join(names) or "as shipped", bytes(writer.out))
 
 
 def _put_other(writer: KeyWriter, name: str, value: Any) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from stitchcache.encoding import make_factor
-from stitchcache.keys.code import put_replaced
+from stitchcache.keys.code import replaced_factor
 from stitchcache.keys.walk import Walk
 from stitchcache.torchside import state
 from stitchcache.types import Factor
@@ -26,9 +26,6 @@ from stitchcache.types import Factor
 SCHEMA_VERSION = 4
 """Version of the key schema: raised whenever a key's factors or their encoding change, or the options that
 stitchcache itself chooses for a piece do, as backends/threads.py does. See docs/keys.md."""
-
-_NATIVE = frozenset({"aoti", "inductor"})
-_PICKLING = frozenset({"inductor", "eager"})
 
 _INSTRUCTION_SETS = tuple(
     """3dnowprefetch abm adx aes amx apx avx bmi cmpccxadd cx16 f16c fma gfni lahf_lm lzcnt mmx movbe movdir
@@ -88,9 +85,9 @@ def environment_factors(backend: str, device_types: Collection[str]) -> Iterator
     yield make_factor("env.numpy", str(getattr(sys.modules.get("numpy"), "__version__", "none")))
     yield make_factor("env.variables", *_variables())
     yield make_factor("env.op_libraries", *_op_libraries())
-    if backend in _PICKLING:
+    if backend in {"inductor", "eager"}:
         yield make_factor("env.python", python_version())
-    if backend in _NATIVE:
+    if backend in {"aoti", "inductor"}:
         yield make_factor("env.cxx_abi", str(torch.compiled_with_cxx11_abi()))
         yield make_factor("env.libc", _libc())
         yield make_factor("env.cpu", *_cpu())
@@ -191,30 +188,14 @@ def _gpu() -> str:
 
 
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
-
 _PRECISION = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
-_REDUCTION = (
-    "cuda.matmul.allow_fp16_reduced_precision_reduction",
-    "cuda.matmul.allow_bf16_reduced_precision_reduction",
-    "cuda.matmul.allow_fp16_accumulation",
-)
-_BACKENDS = (
-    "cudnn.enabled",
-    "cudnn.deterministic",
-    "mkldnn.enabled",
-    "mkldnn.deterministic",
-    "opt_einsum.enabled",
-    "opt_einsum.strategy",
-    "quantized.engine",
-    "mha.get_fastpath_enabled",
-)
-_ATTENTION = (
-    "cuda.flash_sdp_enabled",
-    "cuda.mem_efficient_sdp_enabled",
-    "cuda.math_sdp_enabled",
-    "cuda.cudnn_sdp_enabled",
-    "cuda.fp16_bf16_reduction_math_sdp_allowed",
-)
+# Settings below torch.backends.
+_REDUCTION = """cuda.matmul.allow_fp16_reduced_precision_reduction
+    cuda.matmul.allow_bf16_reduced_precision_reduction cuda.matmul.allow_fp16_accumulation"""
+_BACKENDS = """cudnn.enabled cudnn.deterministic mkldnn.enabled mkldnn.deterministic opt_einsum.enabled
+    opt_einsum.strategy quantized.engine mha.get_fastpath_enabled"""
+_ATTENTION = """cuda.flash_sdp_enabled cuda.mem_efficient_sdp_enabled cuda.math_sdp_enabled
+    cuda.cudnn_sdp_enabled cuda.fp16_bf16_reduction_math_sdp_allowed"""
 _FUNCTION_MODULES = (torch, torch.nn.functional, torch.linalg, torch.fft, torch.special)
 
 
@@ -232,10 +213,7 @@ def tracing_obstacle() -> str | None:
 
 
 def torch_state_factors(walk: Walk | None = None) -> Iterator[Factor]:
-    """Factors of torch's global state.
-
-    Args:
-        walk: The walk over the whole key, after the model.
+    """Factors of torch's global state; ``walk`` is that over the whole key, after the model.
 
     Raises:
         UnkeyableError: A changed setting of Inductor, or a replaced function of torch, cannot be keyed.
@@ -243,29 +221,33 @@ def torch_state_factors(walk: Walk | None = None) -> Iterator[Factor]:
     walk = walk or Walk()
     yield make_factor("torch.default_dtype", str(torch.get_default_dtype()))
     yield make_factor("torch.default_device", torch.get_default_device().type)
-    yield make_factor("torch.autocast", _autocast())
+    autocast = [
+        f"{device} {'on' if torch.is_autocast_enabled(device) else 'off'} {torch.get_autocast_dtype(device)}"
+        for device in _AUTOCAST_DEVICES
+    ]
+    yield make_factor("torch.autocast", ", ".join(autocast))
     yield make_factor("torch.float32_precision", _float32_precision())
     yield make_factor("torch.denormals", "flushed" if _flushes_denormals() else "kept")
     yield make_factor("torch.reduced_precision", _read(_REDUCTION))
-    yield make_factor("torch.deterministic", _deterministic())
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    mode = torch.get_deterministic_debug_mode()
+    yield make_factor("torch.deterministic", f"mode {mode}, fill {fill}")
     yield make_factor("torch.backends", _read(_BACKENDS))
     yield make_factor("torch.attention", _read(_ATTENTION))
-    yield make_factor("torch.inductor", *_inductor(walk))
-    yield make_factor("torch.patched", *_patched(walk))
+    changed = sorted(state.changed_inductor_settings().items())
+    writer = walk.writer("torch.inductor", path=[state.INDUCTOR_SETTINGS])
+    writer.put_pairs(changed)
+    shown = ", ".join(f"{name}={value!r}"[:60] for name, value in changed)
+    yield make_factor("torch.inductor", shown, bytes(writer.out))
+    classes = [item for item in vars(torch.nn.modules).values() if isinstance(item, type)]
+    owners = [*_FUNCTION_MODULES, torch.Tensor, *dict.fromkeys(classes)]
+    yield replaced_factor(walk, "torch.patched", owners)
 
 
 def _flushes_denormals() -> bool:
     """What ``torch.set_flush_denormal`` set in this thread; nothing says so but a calculation."""
     smallest, two = sys.float_info.min, float(len("ab"))
     return smallest / two == 0.0
-
-
-def _autocast() -> str:
-    parts = []
-    for device in _AUTOCAST_DEVICES:
-        state = "on" if torch.is_autocast_enabled(device) else "off"
-        parts.append(f"{device} {state} {torch.get_autocast_dtype(device)}")
-    return ", ".join(parts)
 
 
 def _float32_precision() -> str:
@@ -286,14 +268,8 @@ def _legacy_precision() -> str:
         return "mixed"
 
 
-def _deterministic() -> str:
-    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    return f"mode {torch.get_deterministic_debug_mode()}, fill {fill}"
-
-
-def _read(names: tuple[str, ...]) -> str:
-    """Settings below ``torch.backends`` as text."""
-    return ", ".join(f"{name}={_setting(name)}" for name in names)
+def _read(names: str) -> str:
+    return ", ".join(f"{name}={_setting(name)}" for name in names.split())
 
 
 def _setting(name: str) -> Any:
@@ -303,19 +279,3 @@ def _setting(name: str) -> Any:
         value = getattr(value, step, None)
     ask: Callable[[], Any] | None = value if callable(value) else None
     return ask() if ask is not None else value
-
-
-def _inductor(walk: Walk) -> tuple[str, bytes]:
-    changed = sorted(state.changed_inductor_settings().items())
-    writer = walk.writer("torch.inductor", path=[state.INDUCTOR_SETTINGS])
-    for name, value in changed:
-        writer.text(name)
-        writer.put_at(f".{name}", value)
-    return ", ".join(f"{name}={value!r}"[:60] for name, value in changed), bytes(writer.out)
-
-
-def _patched(walk: Walk) -> tuple[str, bytes]:
-    writer = walk.writer("torch.patched")
-    classes = [item for item in vars(torch.nn.modules).values() if isinstance(item, type)]
-    names = put_replaced(writer, [*_FUNCTION_MODULES, torch.Tensor, *dict.fromkeys(classes)])
-    return ", ".join(names) or "as shipped", bytes(writer.out)

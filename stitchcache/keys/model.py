@@ -19,7 +19,7 @@ from stitchcache.encoding import (
     state_of,
     text_bytes,
 )
-from stitchcache.keys.code import put_replaced
+from stitchcache.keys.code import replaced_factor
 from stitchcache.keys.values import (
     BOUND,
     HF_NOTES,
@@ -78,12 +78,11 @@ def readable(value: Any) -> str:
 
 
 def model_factors(model: torch.nn.Module, walk: Walk | None = None) -> tuple[Factor, ...]:
-    """Everything about a model that a trace may depend on, as factors.
+    """Everything about a model that a trace may depend on, as factors. None of its code is run.
 
     Args:
-        model: The model; not changed, and none of its code is run.
-        walk: The walk over the whole key. The model comes first in it, so that its factors are the same
-            whatever else the key covers.
+        model: The model.
+        walk: The walk over the whole key. The model comes first, so that its factors depend on nothing else.
 
     Raises:
         UnkeyableError: No key stands for the model; the reason names the attribute.
@@ -115,8 +114,8 @@ class _ModelWalk:
         yield make_factor("model.class", self.labels[type(self.model)][0])
         yield make_factor("model.tree", f"{len(self.modules)} modules", bytes(self.tree + self.kinds.out))
         training = [path or "(model)" for path, module in self.modules if module.training]
-        text = "all off" if not training else ", ".join(training[:8])
-        yield make_factor("model.training", text, b"".join(map(text_bytes, training)))
+        shown = ", ".join(training[:8]) or "all off"
+        yield make_factor("model.training", shown, b"".join(map(text_bytes, training)))
         yield from self._tensors()
         config = self.model.__dict__.get("config")
         if config is not None and type(config) not in self.writer.handlers and layout_of(type(config))[0]:
@@ -124,9 +123,8 @@ class _ModelWalk:
         yield from self._attributes()
         yield self._hooks()
         bases = dict.fromkeys(base for cls in self.labels for base in cls.__mro__)
-        writer = self.walk.writer("model.torch_classes")
-        names = put_replaced(writer, [base for base in bases if self.walk.is_versioned(base.__module__)])
-        yield make_factor("model.torch_classes", ", ".join(names) or "as shipped", bytes(writer.out))
+        of_torch = [base for base in bases if self.walk.is_versioned(base.__module__)]
+        yield replaced_factor(self.walk, "model.torch_classes", of_torch)
         yield from class_factors(self.walk, "model.code")
         yield memory_factor(self.walk, "model.aliases")
 

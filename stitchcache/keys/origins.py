@@ -128,11 +128,7 @@ _SLACK = 2.0
 
 
 def read_file(file: str, module: ModuleType | None = None) -> bytes:
-    """The bytes of a module's file; through its loader where it lies in an archive.
-
-    Raises:
-        OSError: It cannot be read.
-    """
+    """The bytes of a module's file, or an OSError; through its loader where it lies in an archive."""
     try:
         with open(file, "rb") as stream:
             return stream.read()

@@ -31,7 +31,7 @@ from stitchcache.keys.origins import (
     module_stands_by_version,
     stands_by_version,
 )
-from stitchcache.keys.walk import WARM_CACHE, Walk
+from stitchcache.keys.walk import Walk
 from stitchcache.torchside.state import fx_globals
 
 FORBIDDEN_CODE = {
@@ -132,10 +132,9 @@ def _chains(code: CodeType) -> Iterator[tuple[str, Chain]]:
 
 
 def _imports_of(code: CodeType, package: str) -> Iterator[tuple[str, Chain, bool]]:
-    """Imports within a code object.
+    """Imports within a code object: module, what is read from it, and whether that are the imported names.
 
-    Each has the module's full name, what is read from it (imported names, or every attribute name that the
-    code mentions), and whether these are imported names.
+    Else it is every attribute name that the code mentions.
     """
     instructions = [item for item in dis.get_instructions(code) if item.opname not in _BETWEEN]
     for index, instruction in enumerate(instructions):
@@ -152,9 +151,6 @@ def _imports_of(code: CodeType, package: str) -> Iterator[tuple[str, Chain, bool
 
 class Reads:
     """What the model's code reads, noted while it runs. An entry is digested when it is met first.
-
-    Args:
-        keyed: What the target key of the same compilation was computed with.
 
     Attributes:
         found: Entries of the record, in the order in which they were met, with their digests.
@@ -212,14 +208,12 @@ class Reads:
         self._digest(entry, check.answer_digest, self.walk, entry.partition(":")[2])
 
     def finish(self, runs: Mapping[int, int]) -> None:
-        """Note what shows at the end: imports, classes that were met, caches.
-
-        Args:
-            runs: How often code of the user's ran, by its id.
-        """
+        """Note what shows at the end; ``runs`` says how often code of the user's ran, by its id."""
         self._finish_imports()
         self._finish_classes()
-        self._check_caches(runs)
+        for walk in (self._keyed, self.walk):
+            if reason := walk.warm_cache(runs):
+                self.refuse(reason)
         self._check_library_state()
 
     def _digest(self, entry: str, digest: Callable[..., str], *args: Any) -> None:
@@ -257,20 +251,6 @@ class Reads:
             new = _parts(now) if type(now) is type(found.value) else []
             if list(map(id, new)) != list(map(id, parts)):
                 self.refuse(f"{check.title(name)} changes while the model is captured; read it beforehand")
-
-    def _check_caches(self, runs: Mapping[int, int]) -> None:
-        """Refuse a function that may have answered from its cache, so that its reads were not seen.
-
-        Every call that a cache does not answer is a miss, so more misses than calls that were seen were made
-        before the capture. Those of installed packages are left to the look.
-        """
-        for where, cached in (*self._keyed.caches, *self.walk.caches):
-            code = getattr(cached.__wrapped__, "__code__", None)
-            info = cached.cache_info()
-            if info.currsize == 0 or (code is not None and any(self.walk.origin(code.co_filename))):
-                continue
-            if code is None or info.misses > runs.get(id(code), 0):
-                self.refuse(f"{where} {WARM_CACHE}")
 
     def _finish_imports(self) -> None:
         for name, names, exact, where in self._imports:
@@ -398,11 +378,9 @@ def is_module_namespace(namespace: dict[str, Any]) -> bool:
 
 
 def is_given(code: CodeType, name: str, value: object) -> bool:
-    """Whether a global of code that no module holds means the same wherever it has this name.
-
-    So do torch itself and the library's modules under their own names, and what torch.fx puts beside the code
-    that it generates for a graph.
-    """
+    """Whether a global of code that no module holds means the same wherever it has this name."""
+    # So do torch itself and the library's modules under their own names, and what torch.fx puts beside the
+    # code that it generates for a graph.
     if isinstance(value, ModuleType) and value.__name__ == name and sys.modules.get(name) is value:
         return module_stands_by_version(name)
     if not code.co_filename.startswith("<eval_with_key>"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -389,7 +390,7 @@ class FamiliarCalls(TorchFunctionMode):
         self._profile = profile
         self._noticed = noticed
         self._familiar: set[tuple[Any, ...]] = set()
-        self._own: dict[type, bool] = {}
+        self._versioned = functools.cache(module_stands_by_version)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -418,7 +419,11 @@ class FamiliarCalls(TorchFunctionMode):
         # What a user's op does may be known from an earlier capture, and run only for another size.
         users = isinstance(func, OpOverload) and func.namespace not in {"aten", "prims"}
         modes = [type(mode) for mode in dispatch_modes()]
-        if type(func) not in _FUNCTIONS or users or not all(map(self._is_torchs, modes)):
+        if (
+            type(func) not in _FUNCTIONS
+            or users
+            or not all(self._versioned(mode.__module__) for mode in modes)
+        ):
             return None
         kinds: list[Any] = [func, *modes, *kwargs]
         known = all(self._add_kind(kinds, value) for value in (*args, *kwargs.values()))
@@ -436,13 +441,7 @@ class FamiliarCalls(TorchFunctionMode):
         if kind is tuple or kind is list:
             kinds.append(len(value))
             return all(self._add_kind(kinds, item) for item in value)
-        own = issubclass(kind, torch.Tensor) and self._is_torchs(kind)
+        own = issubclass(kind, torch.Tensor) and self._versioned(kind.__module__)
         if own:
             kinds.append(value.device.type)
         return own
-
-    def _is_torchs(self, cls: type) -> bool:
-        known = self._own.get(cls)
-        if known is None:
-            known = self._own[cls] = module_stands_by_version(cls.__module__)
-        return known

@@ -212,15 +212,13 @@ def _tensor_text(path: str, value: torch.Tensor, dims: dict[int, str]) -> str:
 
 
 def _equal(sizes: dict[str, set[int]]) -> str:
-    """Which named dimensions have equal sizes in the example, without the sizes themselves.
-
-    A trace may compare two of them. One name with two sizes is an error that export will report.
-    """
+    """Which named dimensions have equal sizes in the example: a trace may compare two of them."""
     groups: dict[int, list[str]] = {}
     for dim, found in sizes.items():
         for size in found:
             groups.setdefault(size, []).append(dim)
     equal = sorted(" = ".join(sorted(group)) for group in groups.values() if len(group) > 1)
+    # One name with two sizes is an error that export will report.
     uneven = sorted(f"{dim} is {sorted(found)}" for dim, found in sizes.items() if len(found) > 1)
     return "; ".join(equal + uneven) or "none"
 
@@ -245,11 +243,7 @@ def _dim_text(value: Any) -> str:
 
 
 def _shapes_text(value: Any, path: str = "dynamic_shapes") -> str:
-    """Dynamic shapes as canonical text; keys and texts in JSON's form.
-
-    Raises:
-        UnkeyableError: They hold something other than containers, numbers and ``Dim`` objects.
-    """
+    """Dynamic shapes as canonical text; keys and texts in JSON's form."""
     if value is None or type(value) in {int, bool, str}:
         return json.dumps(value)
     if _is_dim(value):

@@ -73,7 +73,7 @@ def is_plain_tensor(value: torch.Tensor) -> bool:
 
 
 def stands_for_itself(value: torch.Tensor) -> bool:
-    """Whether metadata stands for a bound or given tensor: torch's own kind, or a fake of one."""
+    """Whether metadata may stand for a tensor: it is of torch's own kind, or a fake."""
     return is_plain_tensor(value) or _is_fake(value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from types import CodeType, ModuleType
@@ -23,7 +24,7 @@ from stitchcache.keys.origins import (
 from stitchcache.torchside.ops import CustomOpDef, custom_op_parts
 
 _HEAP_TYPE = 1 << 9
-WARM_CACHE = (
+_WARM_CACHE = (
     "has results from before the capture in its lru_cache, and how they came about was not seen; "
     "call its cache_clear() before compiling"
 )
@@ -38,21 +39,23 @@ def find_class(module: str, qualname: str) -> object:
     return found
 
 
+def _origin(filename: str) -> tuple[bool, str]:
+    return stands_by_version(filename), installed_path(filename)
+
+
 class Walk:
     """What one walk over a key has met. A key has one, with one numbering of objects over all of its factors.
 
     Attributes:
-        numbers: Objects that were met.
         classes: Classes that were met, by id; their contents are part of the key too.
         done: Classes whose contents are written already.
         spans: Memory of tensors and arrays, each with what it is called: first byte, end, name.
         valued: Parameters and buffers that were also written by value, by id.
         caches: Functions with an ``lru_cache`` that were met, each with its place.
         main: What ``__main__`` is called.
-        started: When this process started.
         codes: Digests of code objects, by id.
+        origin: Whether a version stands for a file; and its path below the packages if it is installed.
         files: What is known of modules' files, by name: file, size, digest, and why it is not what runs.
-        texts: Texts that repeat, as they are written.
     """
 
     def __init__(self) -> None:
@@ -68,13 +71,13 @@ class Walk:
         self.started = process_start()
         self.codes: dict[int, tuple[CodeType, bytes]] = {}
         self.files: dict[str, tuple[str, int, str, str | None]] = {}
-        self.texts: dict[str, bytes] = {}
+        self.text_bytes = functools.cache(text_bytes)
+        self.is_versioned = functools.cache(module_stands_by_version)
+        self.layout = functools.cache(encoding.layout_of)
+        self.origin = functools.cache(_origin)
         self.families = _families()
         self.found: dict[int, tuple[type, Handler]] = {}
-        self._origins: dict[str, tuple[bool, str]] = {}
-        self._versioned: dict[str, bool] = {}
         self._named: dict[int, tuple[type, bytes, str]] = {}
-        self._layouts: dict[type, Layout] = {}
 
     def child(self) -> Walk:
         """A walk that goes on from this one as it stands; this one is not changed.
@@ -93,38 +96,23 @@ class Walk:
         """A writer for one section of the key; no two sections have the same name and place."""
         return KeyWriter(self, section, where, path)
 
-    def warm_cache(self) -> str | None:
-        """Why a function that was met may answer from its ``lru_cache``; ``None`` where all are empty.
+    def warm_cache(self, runs: Mapping[int, int] | None = None) -> str | None:
+        """Why a function that was met may answer from its ``lru_cache``; ``None`` where none does.
 
         What it read when it was called is in no key. Those of installed packages are left to the look.
+
+        Args:
+            runs: How often code ran while it was watched, by its id; left out, no cache may have results.
+                Every call that a cache does not answer is a miss, so more misses than that were made before.
         """
         for where, cached in self.caches:
             code = getattr(cached.__wrapped__, "__code__", None)
-            known = code is not None and any(self.origin(code.co_filename))
-            if not known and cached.cache_info().currsize:
-                return f"{where} {WARM_CACHE}"
+            info = cached.cache_info()
+            if info.currsize == 0 or (code is not None and any(self.origin(code.co_filename))):
+                continue
+            if runs is None or code is None or info.misses > runs.get(id(code), 0):
+                return f"{where} {_WARM_CACHE}"
         return None
-
-    def origin(self, filename: str) -> tuple[bool, str]:
-        """Whether a version stands for a file; and its path below the packages if it is installed."""
-        known = self._origins.get(filename)
-        if known is None:
-            known = self._origins[filename] = (stands_by_version(filename), installed_path(filename))
-        return known
-
-    def layout(self, cls: type) -> Layout:
-        """Whether instances of a class have plain state, and their slots; remembered."""
-        known = self._layouts.get(cls)
-        if known is None:
-            known = self._layouts[cls] = encoding.layout_of(cls)
-        return known
-
-    def is_versioned(self, module: str) -> bool:
-        """Whether a version stands for a module; remembered, as the answer needs a look at its file."""
-        known = self._versioned.get(module)
-        if known is None:
-            known = self._versioned[module] = module_stands_by_version(module)
-        return known
 
     def label(self, module: str) -> str:
         """A module under the name by which other processes would import it."""
@@ -183,10 +171,7 @@ class KeyWriter(Writer):
 
     def text(self, value: str) -> None:
         """Write a string that is part of an encoding: names of attributes repeat from class to class."""
-        known = self.walk.texts.get(value)
-        if known is None:
-            known = self.walk.texts[value] = text_bytes(value)
-        self.out += known
+        self.out += self.walk.text_bytes(value)
 
     def class_label(self, cls: type) -> str:
         """A class's name for people and keys, the same in every process."""
@@ -222,11 +207,7 @@ class KeyWriter(Writer):
 
 
 def _put_module_reference(writer: KeyWriter, module: ModuleType) -> None:
-    """Write a Python module that is a value, by name.
-
-    Raises:
-        UnkeyableError: It is a module that its user may edit or set attributes of.
-    """
+    """Write a Python module that is a value, by name; its user must not edit it or set attributes of it."""
     if not writer.walk.is_versioned(module.__name__):
         raise writer.error(f"the module {module.__name__} is held as a value; import it where it is used")
     writer.head(b"module", 1)
@@ -271,11 +252,7 @@ def _families() -> Sequence[tuple[type, Handler]]:
 
 
 def plain_bytes(value: Any) -> bytes:
-    """Bytes of one value that stands alone, such as an option.
-
-    Raises:
-        UnkeyableError: It cannot be written soundly.
-    """
+    """Bytes of one value that stands alone, such as an option, or an UnkeyableError."""
     writer = Walk().writer("value")
     writer.put(value)
     return bytes(writer.out)
