@@ -27,9 +27,7 @@ Size = int | str  # a Count, or an Expression
 Shape = tuple[Size, ...]  # one size a dimension; at most 64
 Scalar = bool | int | float | str | None
 
-ENTRY_VERSION = 4
-"""Format version of the entries that are written."""
-
+ENTRY_VERSION = 4  # of the entries that are written
 BOUND = "bound"
 """Stitching code knows tensors of the model as ``bound.<qualified name>``."""
 

@@ -29,8 +29,6 @@ from stitchcache.artifact.unpickle import (
 from stitchcache.errors import EntryFormatError, ForbiddenGlobalError, UnserializableConstError
 from stitchcache.types import span
 
-_MOST_DIMENSIONS = 64
-
 
 def dump_consts(consts: list[Any]) -> bytes | None:
     """The bytes of a consts table; ``None`` for an empty one.
@@ -61,9 +59,8 @@ def load_consts(data: bytes | None, *, path: str = "") -> list[Any]:
     except Refused as error:
         if not error.module:
             raise EntryFormatError.at(path, "consts", str(error)) from error
-        raise ForbiddenGlobalError.at(
-            path, "consts", str(error), module=error.module, name=error.name
-        ) from None
+        facts = {"module": error.module, "name": error.name}
+        raise ForbiddenGlobalError.at(path, "consts", str(error), **facts) from None
     if type(consts) is not list:
         raise EntryFormatError.at(path, "consts", f"{type(consts).__name__} where a list is expected")
     return consts
@@ -207,10 +204,32 @@ class _Reader(Unpickler):
                 target, arguments = operands
                 if type(arguments) is not tuple:
                     raise Refused("a call whose arguments are no tuple")
-                return _call(target, *arguments, by_new=opcode == "NEWOBJ")
+                return self._call(target, *arguments, by_new=opcode == "NEWOBJ")
             case "BUILD":
                 return _with_state(*operands)
         return self._persistent(*operands)
+
+    def _call(self, target: Any, *arguments: Any, by_new: bool) -> Any:
+        called = _called_with(target) if isinstance(target, type) else None
+        if called is not None:
+            self.spend(arguments)
+            most, kinds = called
+            fit = len(arguments) <= most and all(isinstance(each, kinds) for each in arguments)
+            items = [item for each in arguments if isinstance(each, (list, tuple)) for item in each]
+            if not fit or not all(map(is_small, items)):
+                raise Refused(f"a call of {target.__name__} with arguments that it does not need")
+            return target(*arguments)
+        if not isinstance(target, type) or not is_registered(target):
+            name = getattr(target, "__qualname__", type(target).__name__)
+            raise forbidden(getattr(target, "__module__", None), name, "is not allowed to be called")
+        if issubclass(target, enum.Enum):
+            return _member(target, None, *arguments)
+        if issubclass(target, tuple) and hasattr(target, "_fields"):
+            return tuple.__new__(target, arguments)
+        made: Any = target.__new__(target, *arguments) if by_new else target(*arguments)
+        if type(made) is not target:
+            raise Refused(f"{target.__module__}.{target.__qualname__} made a {type(made).__name__}")
+        return made
 
     def _persistent(self, pid: Any) -> Any:
         # The types are part of the patterns: what else stood there might take for ever to hash or to show.
@@ -228,31 +247,10 @@ class _Reader(Unpickler):
             case ("same", int(serial)):
                 return self._tensors[serial]
             case ("tensor", int(serial), str(), str(), tuple(), tuple(), bytes(), str()):
+                self.spend(pid)
                 self._tensors[serial] = _tensor(*pid[2:])
                 return self._tensors[serial]
         raise Refused("a persistent id of no kind that is known here")
-
-
-def _call(target: Any, *arguments: Any, by_new: bool) -> Any:
-    called = _called_with(target) if isinstance(target, type) else None
-    if called is not None:
-        most, kinds = called
-        fit = len(arguments) <= most and all(isinstance(each, kinds) for each in arguments)
-        items = [item for each in arguments if isinstance(each, (list, tuple)) for item in each]
-        if not fit or not all(map(is_small, items)):
-            raise Refused(f"a call of {target.__name__} with arguments that it does not need")
-        return target(*arguments)
-    if not isinstance(target, type) or not is_registered(target):
-        name = getattr(target, "__qualname__", type(target).__name__)
-        raise forbidden(getattr(target, "__module__", None), name, "is not allowed to be called")
-    if issubclass(target, enum.Enum):
-        return _member(target, None, *arguments)
-    if issubclass(target, tuple) and hasattr(target, "_fields"):
-        return tuple.__new__(target, arguments)
-    made: Any = target.__new__(target, *arguments) if by_new else target(*arguments)
-    if type(made) is not target:
-        raise Refused(f"{target.__module__}.{target.__qualname__} made a {type(made).__name__}")
-    return made
 
 
 def _with_state(target: Any, state: Any) -> Any:
@@ -309,7 +307,7 @@ def _tensor(dtype: str, device: str, shape: Any, stride: Any, data: bytes, flags
     import torch
 
     kind = resolve("torch", dtype)
-    fit = len(shape) == len(stride) <= _MOST_DIMENSIONS
+    fit = len(shape) == len(stride) <= 64
     if not fit or any(type(size) is not int or size < 0 for size in (*shape, *stride)):
         raise Refused("a tensor whose shape and strides do not fit together")
     count = span(shape, stride)

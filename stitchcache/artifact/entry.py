@@ -137,9 +137,7 @@ def _prelude(data: bytes, path: str) -> tuple[Any, ...]:
 # -- what stands in which file --------------------------------------------------------------------
 
 CURRENT_SUFFIX = ".stitch"
-
-MOST_RECORDS = 8
-"""Records of a target."""
+MOST_RECORDS = 8  # of a target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,6 @@ Reader = Callable[[Any], Any]
 
 _MOST_ITEMS = 1 << 20
 _MOST_COUNT = (1 << 63) - 1
-_MOST_SECONDS = 250e9
 
 # The largest size has 19 digits. Arithmetic with a number of a million digits takes seconds.
 _LONG_NUMBER = re.compile(r"\d{21}")
@@ -267,7 +266,7 @@ _READERS: Mapping[str, Reader] = {
     "Expression": _expression,
     "Count": _count,
     "Length": _number(int, 0, _MOST_ITEMS),
-    "Seconds": _number(float, -_MOST_SECONDS, _MOST_SECONDS),
+    "Seconds": _number(float, -250e9, 250e9),
     "Amount": _number(float, 0.0, sys.float_info.max),
     "Shape": _array(_size, 64),
     "Scalar": _scalar,

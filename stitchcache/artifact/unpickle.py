@@ -87,12 +87,13 @@ class Unpickler:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
+        self._left = 0
 
     def load(self, data: bytes) -> Any:
         """What a pickle holds, if it is one and has nothing that it may not have."""
         if len(data) > _MOST_BYTES:
             raise Refused(f"{len(data)} bytes are more than the {_MOST_BYTES} that are read")
-        end = 0
+        self._left, end = len(data), 0
         try:
             for number, (opcode, argument, position) in enumerate(pickletools.genops(data)):
                 if number >= _MOST_OPCODES:
@@ -112,6 +113,12 @@ class Unpickler:
     def outside(self, opcode: str, *operands: Any) -> Any:
         """What an opcode makes that is about more than plain values: for a subclass to judge."""
         raise Refused(f"opcode {opcode}, which plain values do not need")
+
+    def spend(self, values: tuple[Any, ...]) -> None:
+        """Count values that are copied: all must have stood in the pickle, or few bytes would cost much."""
+        self._left -= sum(len(each) for each in values if isinstance(each, (bytes, list, tuple)))
+        if self._left < 0:
+            raise Refused("calls that copy more than the pickle holds")
 
     def _run(self, opcode: str, argument: Any) -> None:
         stack = self._stack

@@ -496,6 +496,14 @@ COSTLY = {
     "hash a bomb, serial": b"(\x8c\x04same" + BOMB + b"tQ.",
     "hash a bomb, name": b"(\x8c\x06global" + BOMB + b"\x8c\x01xtQ.",
     "show a bomb": b"(" + BOMB + b"tQ.",
+    "one list, many sets": opcodes(
+        b"\x80\x04](K\x01e\x94(", *[b"N"] * 1000, b"eh\x00", *[b"cbuiltins\nset\nh\x00\x85R"] * 1000, "STOP"
+    ),
+    "one text, many bytearrays": opcodes(
+        b"\x80\x04B" + (1 << 20).to_bytes(4, "little") + bytes(1 << 20) + b"\x94",
+        b"cbuiltins\nbytearray\nh\x00\x85R" * 9,
+        "STOP",
+    ),
     "a deep key": opcodes("EMPTY_DICT", "EMPTY_TUPLE", b"\x85" * 200_000, "NONE", "SETITEM", "STOP"),
     "a large bytearray": b"cbuiltins\nbytearray\n(I1000000000000\ntR.",
     "a large range, listed": b"cbuiltins\nset\n(cbuiltins\nrange\n(I1000000000000\ntRtR.",
