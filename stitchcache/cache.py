@@ -8,7 +8,7 @@ written, and the caller goes on without having stored anything.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,14 +23,15 @@ from stitchcache.errors import (
     UntrustedEntryError,
 )
 from stitchcache.store.files import close_quietly, hold_shared, words
-from stitchcache.store.layout import CAP, LEGACY_SUFFIXES, Area, check_key, keyed_path
+from stitchcache.store.layout import LEGACY_SUFFIXES, Area, check_key, keyed_path
 from stitchcache.store.store import Store, log
 from stitchcache.types import BlobRef, TargetRecord, is_digest
 
 if TYPE_CHECKING:
     from stitchcache.artifact.entry import Header, PieceRecord
     from stitchcache.store.evict import PrunePlan, PruneResult
-    from stitchcache.store.upkeep import CacheStats, Item, VerifyReport
+    from stitchcache.store.root import Item
+    from stitchcache.store.upkeep import CacheStats, VerifyReport
     from stitchcache.types import Artifact
 
 T = TypeVar("T")
@@ -111,7 +112,7 @@ class Cache(Store):
         """What the top layer's file of a key holds; ``None`` where it is missing or damaged."""
         path = keyed_path(self._top.path, area, key)
         try:
-            found = self._top.read(path, CAP[area])
+            found = self._top.read(path, area)
             return None if found is None else decode(found[0], key, path=path)
         except FutureFormatError as error:
             # One directory may serve several versions.
@@ -126,25 +127,21 @@ class Cache(Store):
         On local file systems a loaded library outlives its file: there it matters until all are loaded. On
         network file systems it matters for as long as the library is used.
         """
-        held: list[int] = []
         entry = keyed_path(self._top.path, Area.ENTRIES, artifact.graph_hash)
         paths: dict[str, BlobRef | None] = {entry: None}
         paths |= {keyed_path(self._top.path, Area.BLOBS, blob.digest): blob for blob in artifact.blobs}
         complete = True
-        try:
+        with ExitStack() as held:
             try:
                 for path, blob in paths.items():
                     fd = hold_shared(self._files, path)
                     if fd is not None:
-                        held.append(fd)
+                        held.callback(close_quietly, self._files, fd)
                     elif blob is not None and not any(root.has_blob(blob) for root in self._roots[1:]):
                         complete = False
             except OSError:
                 complete = False
             yield complete
-        finally:
-            for fd in held:
-                close_quietly(self._files, fd)
 
     def find(self, prefix: str) -> str:
         """The full graph hash that a prefix means.
@@ -175,7 +172,7 @@ class Cache(Store):
             return name
         used = sorted(self._items(), key=lambda item: item.modified, reverse=True)
         for item in used[:_LOOKED_AT]:
-            header = self._header(item, warn=False)
+            header = self._header(item)
             if header is not None and header.label == name:
                 return item.key
         return next((item.key for item in used if item.key.startswith(name)), None)
@@ -187,33 +184,27 @@ class Cache(Store):
         """
         headers: dict[str, Header] = {}
         for item in self._items():
-            header = self._header(item, warn=True)
+            header = self._header(item)
             if header is not None:
                 headers.setdefault(item.key, header)
         return list(headers.values())
 
     def _items(self, prefix: str = "") -> Iterator[Item]:
         """Entries of all layers; a layer that cannot be listed has none, and is warned of."""
-        from stitchcache.store.upkeep import items
-
         for root in self._roots:
             try:
-                yield from items(root, Area.ENTRIES, prefix)
+                yield from root.items(Area.ENTRIES, prefix)
             except OSError as error:
                 self._warn(root.path, f"{root.path}: cannot be listed ({words(error)})")
 
-    def _header(self, item: Item, *, warn: bool) -> Header | None:
+    def _header(self, item: Item) -> Header | None:
         from stitchcache.store.upkeep import read_header
 
         try:
             return read_header(self._top, item.path)
-        except EntryFormatError as error:
-            message = error.message
-        except OSError as error:
-            message = f"{item.path}: cannot be read ({words(error)})"
-        if warn:
-            self._warn(item.path, message)
-        return None
+        except (EntryFormatError, OSError) as error:
+            self._warn(item.path, f"{item.path}: cannot be read ({error})")
+            return None
 
     # -- pieces, targets ---------------------------------------------------------------------------
 
@@ -357,15 +348,14 @@ class Cache(Store):
         Returns:
             Graph hashes of the entries that were rewritten. One that cannot be read is left, and warned of.
         """
-        from stitchcache.store.upkeep import items
         from stitchcache.types import ENTRY_VERSION
 
         with self._listing():
-            legacy = [each for each in items(self._top, Area.ENTRIES) if each.path.endswith(LEGACY_SUFFIXES)]
+            legacy = [each for each in self._top.items(Area.ENTRIES) if each.path.endswith(LEGACY_SUFFIXES)]
         done = []
         for item in legacy:
             try:
-                found = self._top.read(item.path, CAP[Area.ENTRIES])
+                found = self._top.read(item.path, Area.ENTRIES)
                 if found is None:
                     continue
                 old = decode_named(found[0], item.key, item.path)

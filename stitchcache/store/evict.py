@@ -21,10 +21,10 @@ from typing import TypeVar
 from stitchcache.artifact.entry import decode_piece
 from stitchcache.errors import EntryFormatError, FutureFormatError, LockTimeoutError
 from stitchcache.store.files import opened, same_file, try_lock
-from stitchcache.store.layout import CAP, Area
+from stitchcache.store.layout import Area
 from stitchcache.store.publish import excess, exclusive
-from stitchcache.store.root import Root
-from stitchcache.store.upkeep import Item, has_entry, items, led_to, leftovers, open_to_lock, read_header
+from stitchcache.store.root import Item, Root
+from stitchcache.store.upkeep import has_entry, led_to, leftovers, open_to_lock, read_header
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ GRACE_SECONDS = 3600.0
 _PATIENCE = 10.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class PruneResult:
     """What a prune did.
 
@@ -42,14 +42,14 @@ class PruneResult:
         bytes: Their bytes.
         in_use: Graph hashes that were to go and were in use.
         failed: Paths that could not be removed, with the system's words.
-        busy: Whether another process was pruning, so that nothing was done.
+        busy: Whether another process was pruning, and nothing was done.
     """
 
-    entries: tuple[str, ...] = ()
+    entries: list[str] = field(default_factory=list)
     files: int = 0
     bytes: int = 0
-    in_use: tuple[str, ...] = ()
-    failed: tuple[tuple[str, str], ...] = ()
+    in_use: list[str] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
     busy: bool = False
 
 
@@ -135,16 +135,12 @@ def plan_prune(
     reasons = [f"not used for {look.age(item) / 86400:.1f} days" for item in entries[:aged]]
     reasons += [over] * (count - aged)
     targets, blobs, pieces = look.with_oldest(count)
-    surplus = excess(root)
     return PrunePlan(
         entries=tuple(zip(entries[:count], reasons, strict=True)),
         blobs=tuple(blobs),
         targets=tuple(targets),
         pieces=tuple(pieces),
-        leftovers=(
-            *leftovers(root),
-            *(item for item in items(root, Area.QUARANTINE) if item.path in surplus),
-        ),
+        leftovers=(*leftovers(root), *excess(root)),
         total_bytes=total_bytes,
         total_files=total_files,
         unreadable=look.unreadable,
@@ -171,12 +167,12 @@ class _Look:
         self._now = time.time()
         # Blobs before entries: an entry published in between names blobs whose times change then, and a blob
         # published in between is not on the list.
-        self._blobs = {item.key: item for item in items(root, Area.BLOBS)}
+        self._blobs = {item.key: item for item in root.items(Area.BLOBS)}
         self.targets = {
-            item: self._read(item, Area.TARGETS, led_to) or [] for item in items(root, Area.TARGETS)
+            item: self._read(item, Area.TARGETS, led_to) or [] for item in root.items(Area.TARGETS)
         }
-        self.pieces = {item: self._read(item, Area.PIECES, _blob_of) for item in items(root, Area.PIECES)}
-        self.entries = sorted(items(root, Area.ENTRIES), key=lambda item: (item.modified, item.path))
+        self.pieces = {item: self._read(item, Area.PIECES, _blob_of) for item in root.items(Area.PIECES)}
+        self.entries = sorted(root.items(Area.ENTRIES), key=lambda item: (item.modified, item.path))
         found = {item: _named_by(root, item) for item in self.entries}
         self.named = {item: names or () for item, names in found.items()}
         self.unreadable = tuple(item.path for item, names in found.items() if names is None)
@@ -219,7 +215,7 @@ class _Look:
     def _read(self, item: Item, area: Area, decode: Callable[[bytes, Item], T]) -> T | None:
         """What a file names; nothing for one that cannot be read, which is left for ``verify``."""
         try:
-            found = self.root.read(item.path, CAP[area])
+            found = self.root.read(item.path, area)
             return None if found is None else decode(found[0], item)
         except (EntryFormatError, OSError):
             return None
@@ -241,7 +237,8 @@ def _named_by(root: Root, item: Item) -> Sequence[str] | None:
 
 
 def _remove_planned(plan: PrunePlan) -> PruneResult:
-    look, removal = plan._look, _Removal(plan._look)
+    look, result = plan._look, PruneResult()
+    removal = _Removal(look, result)
     leading: dict[str, list[Item]] = {}
     evicted = {item.key for item, _ in plan.entries}
     for target in plan.targets:
@@ -250,35 +247,30 @@ def _remove_planned(plan: PrunePlan) -> PruneResult:
             leading.setdefault(key, []).append(target)
         if not keys:
             removal.remove(target)
-    gone, in_use, kept = [], [], set[str]()
+    kept: set[str] = set()
     for item, _ in plan.entries:
-        failed = len(removal.failed)
+        failures = len(result.failed)
         if removal.remove(item, leading.get(item.key, ())):
-            gone.append(item.key)
+            result.entries.append(item.key)
             continue
         kept.update(look.named[item])
-        if len(removal.failed) == failed:
-            in_use.append(item.key)
-    kept.update(item.key for item in plan.blobs if item.key in kept or not removal.remove(item))
+        if len(result.failed) == failures:
+            result.in_use.append(item.key)
+    for item in plan.blobs:
+        if item.key in kept or not removal.remove(item):
+            kept.add(item.key)
     for item in (*(each for each in plan.pieces if look.pieces[each] not in kept), *plan.leftovers):
         removal.remove(item)
-    return PruneResult(
-        entries=tuple(gone),
-        files=len(removal.removed),
-        bytes=sum(item.size for item in removal.removed),
-        in_use=tuple(in_use),
-        failed=tuple(removal.failed),
-    )
+    return result
 
 
 class _Removal:
     """Removing, one checked file at a time."""
 
-    def __init__(self, look: _Look) -> None:
+    def __init__(self, look: _Look, result: PruneResult) -> None:
         self._look = look
         self._root = look.root
-        self.removed: list[Item] = []
-        self.failed: list[tuple[str, str]] = []
+        self._result = result
 
     def remove(self, item: Item, first: Iterable[Item] = ()) -> bool:
         """Remove a file that is unused since the look, after those that lead to it; whether it is gone."""
@@ -291,9 +283,10 @@ class _Removal:
         except FileNotFoundError:
             return True
         except OSError as error:
-            self.failed.append((item.path, error.strerror or str(error)))
+            self._result.failed.append((item.path, error.strerror or str(error)))
             return False
-        self.removed.append(item)
+        self._result.files += 1
+        self._result.bytes += item.size
         return True
 
     def _is_unused(self, fd: int, item: Item) -> bool:

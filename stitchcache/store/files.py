@@ -10,7 +10,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from stitchcache.errors import StoreWriteError
 
@@ -85,19 +85,11 @@ class Files:
 
         return lock_descriptor(fd, blocking=False)
 
-    def unlock(self, fd: int) -> None:
-        """Give an exclusive lock back."""
-        from filelock import unlock_descriptor
-
-        unlock_descriptor(fd)
-
 
 def close_quietly(files: Files, fd: int) -> None:
     """Close a descriptor where a failure of that loses nothing."""
-    try:
+    with suppress(OSError):
         files.close(fd)
-    except OSError:
-        pass
 
 
 @contextmanager
@@ -134,11 +126,9 @@ _BUSY = frozenset({errno.EWOULDBLOCK, errno.EAGAIN})
 
 
 def try_lock(files: Files, fd: int, *, plain: bool = False) -> bool | None:
-    """Take an exclusive lock without waiting: whether it was had; ``None`` where locks do not work.
-
-    ``plain`` does without filelock, which takes a while to import.
-    """
+    """Take an exclusive lock without waiting: whether it was had; ``None`` where locks do not work."""
     try:
+        # filelock takes a while to import: what every process does is done without it.
         if not plain and files.lock(fd):
             return True
         # filelock takes EACCES for another's lock; where it means that locking is forbidden, waiting would
@@ -160,14 +150,12 @@ def same_file(files: Files, fd: int, path: str) -> bool:
 
 
 def lock_shared(files: Files, fd: int, path: str) -> bool:
-    """Keep an open file from being evicted for as long as it is open; whether it still has its name.
-
-    Where locks do not work nothing is kept, and the grace period has to protect the file.
-    """
+    """Keep an open file from being evicted for as long as it is open; whether it still has its name."""
     try:
         # Eviction holds its exclusive lock for one unlink, so waiting is short.
         files.flock(fd, fcntl.LOCK_SH)
     except OSError:
+        # Where locks do not work, the grace period has to protect the file.
         return True
     return same_file(files, fd, path)
 
@@ -196,7 +184,7 @@ _ADVICE = {
     errno.EDQUOT: f"the quota is used up: free space (`stitchcache prune`), {_ELSEWHERE}",
     errno.EROFS: f"the file system is read-only: use it as a lower layer, {_ELSEWHERE}",
     errno.EACCES: f"permission is denied: check who owns it, {_ELSEWHERE}",
-    errno.EPERM: f"permission is denied: check who owns it, {_ELSEWHERE}",
+    errno.EPERM: f"it is not permitted: check who owns it, {_ELSEWHERE}",
     errno.EMFILE: "this process has too many open files: raise `ulimit -n`",
     errno.ENFILE: "the system has too many open files: raise fs.file-max",
     errno.ENOTDIR: f"a file stands where a directory should be: move it away, {_ELSEWHERE}",

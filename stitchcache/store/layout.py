@@ -36,11 +36,10 @@ class Area(StrEnum):
     TMP = "tmp"
 
 
-CAP = {Area.ENTRIES: 2 << 30, Area.TARGETS: 64 << 20, Area.PIECES: 64 << 20}
-"""Most bytes that a file can have; asked before it is read."""
-
+# Most bytes that a file can have; asked before it is read.
+CAP = {Area.ENTRIES: 2 << 30, Area.TARGETS: 64 << 20, Area.PIECES: 64 << 20, Area.STATS: 1 << 20}
 KEYED = (Area.ENTRIES, Area.TARGETS, Area.PIECES, Area.BLOBS)
-ENTRY_SUFFIX = ".stitch"
+_SUFFIX = {Area.ENTRIES: ".stitch"}
 LEGACY_SUFFIXES = (".msgpack", ".pkl")
 
 
@@ -54,20 +53,19 @@ def check_key(key: str) -> str:
 def keyed_path(root: str, area: Area, key: str) -> str:
     """The file of a key."""
     check_key(key)
-    return f"{root}{os.sep}{area}{os.sep}{key[:2]}{os.sep}{key}{ENTRY_SUFFIX if area is Area.ENTRIES else ''}"
+    return f"{root}/{area}/{key[:2]}/{key}{_SUFFIX.get(area, '')}"
 
 
 def possible_paths(root: str, area: Area, key: str) -> list[str]:
     """Files that may hold what a key names: for an entry those of older formats too."""
     suffixes = LEGACY_SUFFIXES if area is Area.ENTRIES else ()
-    return [keyed_path(root, area, key), *(os.path.join(root, key + suffix) for suffix in suffixes)]
+    return [keyed_path(root, area, key), *(f"{root}/{key}{suffix}" for suffix in suffixes)]
 
 
 def key_of(area: Area, name: str) -> str | None:
     """The key in a file's name; ``None`` for a foreign file."""
-    suffix = ENTRY_SUFFIX if area is Area.ENTRIES else ""
-    key = name.removesuffix(suffix)
-    return key if is_digest(key) and name == key + suffix else None
+    key = name.removesuffix(_SUFFIX.get(area, ""))
+    return key if is_digest(key) and name == key + _SUFFIX.get(area, "") else None
 
 
 # -- settings ------------------------------------------------------------------------------------

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import mmap
 import os
+import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
-from stitchcache.store.files import Files, distrust, opened, try_lock, words, write_all
+from stitchcache.store.files import Files, distrust, opened, try_lock, words
 from stitchcache.store.layout import Area
+from stitchcache.store.root import Root
 
 Level = Literal["ok", "note", "problem"]
 
@@ -22,7 +25,7 @@ class Trial:
     """One thing that was tried.
 
     Args:
-        name: What: ``directory``, ``trust``, ``space``, or one of the store's calls.
+        name: What: ``directory``, ``trust``, ``space``, ``write``, ``lock`` or ``exec``.
         level: ``ok``; ``note`` where the store works around it; ``problem`` where something is lost.
         found: What was seen, in the system's words where it has some.
         meaning: What it means for the user, and what to do.
@@ -50,28 +53,23 @@ def probe(path: str, *, files: Files | None = None) -> list[Trial]:
         place = os.path.dirname(place)
     if not os.path.isdir(place):
         meaning = "nothing can be stored: move that file away, or set STITCHCACHE_DIR to another directory"
-        return [
-            Trial(name="directory", level="problem", found=f"{place} is not a directory", meaning=meaning)
-        ]
+        found = f"{place} is not a directory"
+        return [Trial(name="directory", level="problem", found=found, meaning=meaning)]
     found = "exists" if place == asked else f"missing; tried {place} in its place"
     trials = [Trial(name="directory", level="ok", found=found), _trust(files, place), _room(files, place)]
-    stem = os.path.join(place, f".stitchcache-probe-{os.urandom(8).hex()}")
+    made = os.path.join(place, f".stitchcache-probe-{os.urandom(8).hex()}")
     try:
         for name, level, act, meaning in _ACTS:
             try:
-                act(files, stem)
+                act(files, made)
                 trials.append(Trial(name=name, level="ok", found="works"))
             except OSError as error:
                 trials.append(Trial(name=name, level=level, found=words(error), meaning=meaning))
-                if name == "create":
-                    # Everything else is tried on the file that it makes.
+                if act is _write:
+                    # The others are tried on the file that it makes.
                     break
     finally:
-        for suffix in ("", ".renamed", ".linked"):
-            try:
-                files.unlink(stem + suffix)
-            except OSError:
-                pass
+        shutil.rmtree(made, ignore_errors=True)
     return trials
 
 
@@ -106,36 +104,21 @@ def _room(files: Files, place: str) -> Trial:
     return Trial(name="space", level="problem", found=found, meaning=meaning)
 
 
-def _create(files: Files, stem: str) -> None:
-    with opened(files, files.create(stem)) as fd:
-        write_all(files, fd, b"probe" * 1000)
+def _write(files: Files, made: str) -> None:
+    Root(made, files=files, durable=True, read_only=False).publish(f"{made}/file", b"probe" * 1000)
 
 
-def _rename(files: Files, stem: str) -> None:
-    files.rename(stem, stem + ".renamed")
-    files.rename(stem + ".renamed", stem)
-
-
-def _link(files: Files, stem: str) -> None:
-    files.link(stem, stem + ".linked")
-
-
-def _fsync(files: Files, stem: str) -> None:
-    with opened(files, files.open_write(stem)) as fd:
-        files.fsync(fd)
-    files.fsync_dir(os.path.dirname(stem))
-
-
-def _lock(files: Files, stem: str) -> None:
-    with opened(files, files.open_write(stem)) as first, opened(files, files.open_write(stem)) as second:
-        had, clashed = try_lock(files, first), try_lock(files, second)
+def _lock(files: Files, made: str) -> None:
+    with ExitStack() as stack:
+        fds = [stack.enter_context(opened(files, files.open_write(f"{made}/file"))) for _ in range(2)]
+        had, clashed = (try_lock(files, fd) for fd in fds)
     if not had or clashed is not False:
         raise OSError("locks do not exclude" if had and clashed else "locks are not supported")
 
 
-def _exec(files: Files, stem: str) -> None:
+def _exec(files: Files, made: str) -> None:
     # What dlopen does first; a noexec mount refuses it.
-    with opened(files, files.open_read(stem)) as fd:
+    with opened(files, files.open_read(f"{made}/file")) as fd:
         mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_EXEC).close()
 
 
@@ -152,10 +135,7 @@ _NO_EXEC = (
     "to another directory"
 )
 _ACTS: tuple[tuple[str, Level, Callable[[Files, str], None], str], ...] = (
-    ("create", "problem", _create, _NOTHING_STORED),
-    ("rename", "problem", _rename, "nothing can be stored: publishing needs an atomic rename"),
-    ("link", "note", _link, "no hard links: blobs are published by rename, which is as safe"),
-    ("fsync", "problem", _fsync, "a put is not known to survive a crash: use durability='fast' here"),
+    ("write", "problem", _write, _NOTHING_STORED),
     ("lock", "note", _lock, _NO_LOCKS),
     ("exec", "problem", _exec, _NO_EXEC),
 )

@@ -8,6 +8,7 @@ eviction remove a blob of an entry that it did not see.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -30,7 +31,7 @@ from stitchcache.store.files import (
     write_all,
 )
 from stitchcache.store.layout import Area, keyed_path
-from stitchcache.store.root import Root
+from stitchcache.store.root import Item, Root
 from stitchcache.types import BlobRef
 
 _CHUNK = 1 << 20
@@ -142,7 +143,7 @@ def exclusive(
         root.discard(path)
         with suppress(OSError):
             # Closing would not do where a child that was forked meanwhile has the descriptor too.
-            root.files.unlock(fd)
+            root.files.flock(fd, fcntl.LOCK_UN)
         close_quietly(root.files, fd)
 
 
@@ -236,16 +237,9 @@ _NOTE = ".reason"
 
 
 def quarantine(root: Root, path: str, inode: int | None, reason: str) -> bool:
-    """Move a damaged file aside, with a note saying why.
+    """Move a damaged file aside, with a note saying why; whether the name is free now, or has a newer file.
 
-    Args:
-        root: Whose it is.
-        path: The file.
-        inode: Which file was found damaged; one that took its place since is left alone.
-        reason: What is wrong with it.
-
-    Returns:
-        Whether the name is free now, or has a newer file.
+    ``inode`` tells which file was found damaged: one that took its place since is left alone.
     """
     if root.read_only:
         return False
@@ -265,27 +259,24 @@ def quarantine(root: Root, path: str, inode: int | None, reason: str) -> bool:
     except OSError:
         return False
     text = f"{os.path.relpath(path, root.path)}\n{reason}\n".encode("utf-8", "backslashreplace")
+    # From now on its time says when it came here.
+    root.touch(aside)
     # The file itself is aside, which is what matters; a full disk may leave no room for the note.
     with suppress(OSError):
         with opened(files, files.create(aside + _NOTE)) as fd:
             write_all(files, fd, text)
         for surplus in excess(root):
-            root.discard(surplus)
+            root.discard(surplus.path)
     return True
 
 
-def excess(root: Root) -> list[str]:
+def excess(root: Root) -> list[Item]:
     """The oldest quarantined files beyond what may stay."""
-    found = []
-    for entry in root.scan(root.area(Area.QUARANTINE)):
-        facts = root.facts(entry.path)
-        if facts is not None:
-            # Moving a file changes this time and no other.
-            found.append((facts.st_ctime_ns, entry.path, facts.st_size))
+    newest_first = sorted(root.items(Area.QUARANTINE), key=lambda item: item.modified, reverse=True)
     surplus, total, count = [], 0, 0
-    for _, path, size in sorted(found, reverse=True):
-        total += size
-        count += not path.endswith(_NOTE)
+    for item in newest_first:
+        total += item.size
+        count += not item.path.endswith(_NOTE)
         if count > MAX_FILES or total > MAX_BYTES:
-            surplus.append(path)
+            surplus.append(item)
     return surplus

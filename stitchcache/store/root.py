@@ -19,9 +19,10 @@ import stat
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from stitchcache.errors import EntryDamagedError, StitchCacheError, StoreWriteError, UntrustedEntryError
+from stitchcache.records import dataclass
 from stitchcache.store.files import (
     Files,
     close_quietly,
@@ -32,12 +33,29 @@ from stitchcache.store.files import (
     write_all,
     write_error,
 )
-from stitchcache.store.layout import TAG_NAME, TAG_TEXT, Area, keyed_path
-from stitchcache.types import BlobRef
+from stitchcache.store.layout import CAP, KEYED, LEGACY_SUFFIXES, TAG_NAME, TAG_TEXT, Area, key_of, keyed_path
+from stitchcache.types import BlobRef, is_digest
 
 # Small enough to stay in the processor's cache, and not to be mapped and unmapped each time.
 _DIGESTED_AT_ONCE = 256 << 10
 _HELD_AT_MOST = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A file as a scan saw it.
+
+    Args:
+        path: Where it lies.
+        key: The key in its name; the whole name for files without one.
+        size: Bytes.
+        modified: mtime in nanoseconds: the last noted use.
+    """
+
+    path: str
+    key: str
+    size: int
+    modified: int
 
 
 class Root:
@@ -64,6 +82,26 @@ class Root:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def items(self, area: Area, prefix: str = "") -> Iterator[Item]:
+        """Files of an area whose key begins so, older entries among them; foreign files are passed over."""
+        named: list[tuple[str, str | None]]
+        if area in KEYED:
+            shards = [each for each in self.scan(self.area(area)) if len(each.name) == 2]
+            shards = [each for each in shards if each.name[: len(prefix)] == prefix[:2]]
+            found = [each for shard in shards for each in self.scan(shard.path)]
+            named = [(each.path, key_of(area, each.name)) for each in found]
+        else:
+            named = [(each.path, each.name) for each in self.scan(self.area(area))]
+        if area is Area.ENTRIES:
+            old = [(each.path, *os.path.splitext(each.name)) for each in self.scan(self.path)]
+            named += [(path, key) for path, key, kind in old if kind in LEGACY_SUFFIXES and is_digest(key)]
+        for path, key in named:
+            if key is None or not key.startswith(prefix):
+                continue
+            facts = self.facts(path)
+            if facts is not None:
+                yield Item(path, key, facts.st_size, facts.st_mtime_ns)
+
     def facts(self, path: str) -> os.stat_result | None:
         """Facts about a file; ``None`` where there is none."""
         try:
@@ -83,12 +121,13 @@ class Root:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def read(self, path: str, cap: int) -> tuple[bytes, os.stat_result] | None:
+    def read(self, path: str, area: Area) -> tuple[bytes, os.stat_result] | None:
         """A whole file and its facts; ``None`` where there is none.
 
         Raises:
-            EntryDamagedError: It is no regular file, or larger than ``cap`` bytes.
+            EntryDamagedError: It is no regular file, or larger than files of its area can be.
         """
+        cap = CAP[area]
         fd = self.open(path)
         if fd is None:
             return None
@@ -98,12 +137,6 @@ class Root:
                 return read_exactly(self.files, fd, facts.st_size), facts
         reason = f"not a regular file of at most {cap} bytes"
         raise EntryDamagedError(f"{path}: {reason}", path=path, field="size", reason=reason)
-
-    def require_trust(self, path: str) -> None:
-        """Raise ``UntrustedEntryError`` where others can write a file, or a directory on the way to it."""
-        reason = self.distrust(path)
-        if reason is not None:
-            raise UntrustedEntryError(reason, path=path)
 
     def distrust(self, path: str) -> str | None:
         """Why a file of this root, or a directory on the way to it, is not trusted; ``None`` when all are."""
@@ -115,6 +148,12 @@ class Root:
             at = os.path.join(at, part)
             reason = distrust(at, self.files.lstat(at))
         return reason
+
+    def require_trust(self, path: str) -> None:
+        """Raise ``UntrustedEntryError`` where others can write a file, or a directory on the way to it."""
+        reason = self.distrust(path)
+        if reason is not None:
+            raise UntrustedEntryError(reason, path=path)
 
     def blob_state(self, path: str, ref: BlobRef) -> os.stat_result | str | None:
         """Check a blob: the facts of a good one, what is wrong with it, or ``None`` where there is none."""
@@ -157,8 +196,7 @@ class Root:
     def publish(self, path: str, data: bytes, *, last: bool = True) -> None:
         """Put a file in place, replacing what had its name; ``last`` is whether it must survive a power loss.
 
-        Raises:
-            StoreWriteError: It cannot be written; nothing changed, or it is not known whether it will last.
+        After a ``StoreWriteError`` nothing changed, or it is not known whether it will last.
         """
         with self.writing(path):
             if last:
@@ -173,18 +211,14 @@ class Root:
 
     def touch(self, path: str, nanoseconds: int | None = None) -> None:
         """Record a use, by default of now; where that is not allowed, it is not recorded."""
-        try:
+        with suppress(OSError):
             # Never the same time twice, so that a changed time always shows.
             self.files.utime(path, time.time_ns() if nanoseconds is None else nanoseconds)
-        except OSError:
-            pass
 
     def discard(self, path: str) -> None:
         """Remove a file that nobody needs; what is left is found by the next prune."""
-        try:
+        with suppress(OSError):
             self.files.unlink(path)
-        except OSError:
-            pass
 
     def sync(self, fd: int) -> None:
         """Wait for a file to be on the disk, where durability is asked for."""
@@ -244,7 +278,9 @@ class Root:
             self.make_dir(os.path.dirname(path))
         self._mkdir(path)
         if path == self.path:
-            self._write_tag()
+            # A courtesy to backup programs.
+            with suppress(OSError), opened(self.files, self.files.create(f"{path}/{TAG_NAME}")) as fd:
+                write_all(self.files, fd, TAG_TEXT)
         # Whoever made it may not have come to this yet, so each process does it once for itself.
         self.sync_dir(os.path.dirname(path))
         self._known.add(path)
@@ -258,14 +294,6 @@ class Root:
         except FileNotFoundError:
             self._mkdir(os.path.dirname(path))
             self.files.mkdir(path)
-
-    def _write_tag(self) -> None:
-        try:
-            with opened(self.files, self.files.create(os.path.join(self.path, TAG_NAME))) as fd:
-                write_all(self.files, fd, TAG_TEXT)
-        except OSError:
-            # It is a courtesy to backup programs.
-            pass
 
 
 def host_name() -> str:
@@ -282,8 +310,7 @@ class Holds:
         self._held: dict[str, int] = {}
 
     def __contains__(self, digest: str) -> bool:
-        with self._mutex:
-            return digest in self._held
+        return digest in self._held
 
     def __del__(self) -> None:
         self.release(list(self._held))

@@ -12,14 +12,13 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from stitchcache.errors import EntryFormatError, FutureFormatError, OptionError, UntrustedEntryError
 from stitchcache.store.files import Files, opened, try_lock, words
 from stitchcache.store.layout import (
-    CAP,
     Area,
     Roots,
     check_key,
@@ -86,11 +85,7 @@ class Store:
     # -- reading ---------------------------------------------------------------------------------
 
     def _search(self, area: Area, key: str, look: Callable[[Root, str], T | None]) -> T | None:
-        """What the first good file of a key gives; one that cannot be read is warned of.
-
-        Raises:
-            UntrustedEntryError: There is one, but others can write it.
-        """
+        """What the first good file of a key gives; one that cannot be read is warned of."""
         check_key(key)
         untrusted: UntrustedEntryError | None = None
         for root in self._roots:
@@ -114,7 +109,7 @@ class Store:
         def load(root: Root, path: str) -> T | None:
             inode = None
             try:
-                found = root.read(path, CAP[area])
+                found = root.read(path, area)
                 if found is None:
                     return None
                 inode = found[1].st_ino
@@ -182,10 +177,7 @@ class Store:
     # -- writing ---------------------------------------------------------------------------------
 
     def put_blob(self, source: bytes | str | os.PathLike[str]) -> BlobRef:
-        """Store bytes under their digest; they are kept until the artifact that names them is put.
-
-        Args:
-            source: The bytes, or the file that has them.
+        """Store bytes, or those of a file; they are kept until the artifact that names them is put.
 
         Raises:
             StoreWriteError: The store cannot be written.
@@ -208,16 +200,15 @@ class Store:
         timeout: float | None = None,
         on_wait: Callable[[float, str], None] | None = None,
     ) -> AbstractContextManager[bool]:
-        """Let one process at a time work on a key.
+        """Let one process at a time work on a key, for the length of a block.
+
+        The block gets True when the lock is held, and False where locks do not work (a read-only root, some
+        network file systems): then the work may be done twice, and that is all.
 
         Args:
             key: 64 hex digits.
             timeout: Seconds to wait for another process; ``None`` waits as long as it takes.
             on_wait: Called now and then while waiting, with the seconds waited and who holds the lock.
-
-        Returns:
-            A context: True when held; False where locks do not work (a read-only root, some network file
-            systems): then the work may be done twice, and that is all.
 
         Raises:
             LockTimeoutError: Another process held it for all that time.
@@ -253,7 +244,6 @@ def _identity(facts: os.stat_result) -> tuple[int, ...]:
 
 
 _SINCE = "since"
-_LARGEST = 1 << 20
 _MOST_TRIES, _PAUSE = 200, 0.005
 
 
@@ -282,27 +272,25 @@ class Counters:
         since = counts.pop(_SINCE, 0)
         return dict(sorted(counts.items())), float(since)
 
+    def zero(self) -> None:
+        """Forget all counts."""
+        with self._mutex:
+            self._pending.clear()
+        with self._root.writing(self._path), suppress(FileNotFoundError):
+            self._root.files.unlink(self._path)
+
     def flush(self) -> None:
         """Write what was counted. Where that cannot be kept, it is lost."""
         with self._mutex:
             pending, self._pending = self._pending, Counter()
         if pending and not self._root.read_only:
-            try:
-                self._change(lambda counts: counts + pending)
-            except OSError:
-                pass
-
-    def zero(self) -> None:
-        """Forget all counts; ``StoreWriteError`` where the store cannot be written."""
-        with self._mutex:
-            self._pending.clear()
-        with self._root.writing(self._path):
-            self._change(lambda counts: Counter())
+            with suppress(OSError):
+                self._write(pending)
 
     def _stored(self) -> Counter[str]:
         counts: Counter[str] = Counter()
         try:
-            found = self._root.read(self._path, _LARGEST)
+            found = self._root.read(self._path, Area.STATS)
         except (OSError, EntryFormatError):
             found = None
         for line in found[0].decode("ascii", "replace").splitlines() if found else ():
@@ -312,7 +300,7 @@ class Counters:
                 counts[name] = int(value)
         return counts
 
-    def _change(self, change: Callable[[Counter[str]], Counter[str]]) -> None:
+    def _write(self, pending: Counter[str]) -> None:
         files = self._root.files
         try:
             fd = files.open_or_create(f"{self._path}.lock")
@@ -325,7 +313,7 @@ class Counters:
                 if try_lock(files, fd, plain=True) is not False:
                     break
                 time.sleep(_PAUSE)
-            counts = change(self._stored())
+            counts = self._stored() + pending
             counts[_SINCE] = counts[_SINCE] or int(time.time())
             text = "".join(f"{name}={number}\n" for name, number in sorted(counts.items()))
             self._root.publish(self._path, text.encode(), last=False)

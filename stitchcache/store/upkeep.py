@@ -5,9 +5,8 @@ Functions raise ``OSError`` where the system refuses.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -21,10 +20,10 @@ from stitchcache.artifact.entry import (
 )
 from stitchcache.errors import EntryFormatError, FutureFormatError
 from stitchcache.store.files import Files, opened, read_exactly, try_lock, words
-from stitchcache.store.layout import CAP, KEYED, LEGACY_SUFFIXES, Area, key_of, possible_paths
+from stitchcache.store.layout import CAP, KEYED, LEGACY_SUFFIXES, Area, possible_paths
 from stitchcache.store.publish import quarantine
-from stitchcache.store.root import Root, host_name
-from stitchcache.types import BlobRef, is_digest
+from stitchcache.store.root import Item, Root, host_name
+from stitchcache.types import BlobRef
 
 T = TypeVar("T")
 
@@ -33,53 +32,26 @@ _OLD_SECONDS = 86400.0
 _HEAD_READ = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A file as a scan saw it.
-
-    Args:
-        path: Where it lies.
-        key: The key in its name; the whole name for files without one.
-        size: Bytes.
-        modified: mtime in nanoseconds: the last noted use.
-    """
-
-    path: str
-    key: str
-    size: int
-    modified: int
-
-
-def items(root: Root, area: Area, prefix: str = "") -> Iterator[Item]:
-    """Files of an area whose key begins so, older entries among them; foreign files are passed over."""
-    named: list[tuple[str, str | None]]
-    if area in KEYED:
-        shards = [each for each in root.scan(root.area(area)) if len(each.name) == 2]
-        shards = [each for each in shards if each.name[: len(prefix)] == prefix[:2]]
-        named = [(each.path, key_of(area, each.name)) for shard in shards for each in root.scan(shard.path)]
-    else:
-        named = [(each.path, each.name) for each in root.scan(root.area(area))]
-    if area is Area.ENTRIES:
-        split = [(each.path, *os.path.splitext(each.name)) for each in root.scan(root.path)]
-        named += [(path, key) for path, key, suffix in split if suffix in LEGACY_SUFFIXES and is_digest(key)]
-    for path, key in named:
-        if key is None or not key.startswith(prefix):
-            continue
-        facts = root.facts(path)
-        if facts is not None:
-            yield Item(path, key, facts.st_size, facts.st_mtime_ns)
-
-
 def leftovers(root: Root) -> list[Item]:
     """What processes that died left in ``tmp``, and locks that nobody holds."""
-    found = []
-    for item in items(root, Area.TMP):
-        own = item.key.startswith(f"{host_name()}.")
-        # Of another host, and where locks do not work, only the age tells.
-        if (own and _is_free(root, item)) or time.time() - item.modified / 1e9 > _OLD_SECONDS:
-            found.append(item)
-    locks = (item for item in items(root, Area.LOCKS) if item.key.endswith(".lock"))
+    own = f"{host_name()}."
+    # Of another host, and where locks do not work, only the age tells.
+    newest = (time.time() - _OLD_SECONDS) * 1e9
+    found = [
+        item
+        for item in root.items(Area.TMP)
+        if item.modified < newest or (item.key.startswith(own) and _is_free(root, item))
+    ]
+    locks = [item for item in root.items(Area.LOCKS) if item.key.endswith(".lock")]
     return found + [item for item in locks if _is_free(root, item)]
+
+
+def _is_free(root: Root, item: Item) -> bool:
+    try:
+        with opened(root.files, open_to_lock(root.files, item.path)) as fd:
+            return try_lock(root.files, fd) is True
+    except OSError:
+        return False
 
 
 def open_to_lock(files: Files, path: str) -> int:
@@ -88,15 +60,6 @@ def open_to_lock(files: Files, path: str) -> int:
         return files.open_write(path)
     except IsADirectoryError:
         return files.open_read(path)
-
-
-def _is_free(root: Root, item: Item) -> bool:
-    try:
-        fd = open_to_lock(root.files, item.path)
-    except OSError:
-        return False
-    with opened(root.files, fd):
-        return try_lock(root.files, fd) is True
 
 
 def read_header(root: Root, path: str) -> Header | None:
@@ -169,7 +132,7 @@ class CacheStats:
 
 def take_stock(root: Root, counters: Mapping[str, int], since: float) -> CacheStats:
     """Statistics of a root."""
-    sizes = {area: [item.size for item in items(root, area)] for area in (*KEYED, Area.QUARANTINE)}
+    sizes = {area: [item.size for item in root.items(area)] for area in (*KEYED, Area.QUARANTINE)}
     quarantined = sizes.pop(Area.QUARANTINE)
     return CacheStats(
         counters=counters,
@@ -240,7 +203,7 @@ def verify(roots: Sequence[Root], *, repair: bool) -> VerifyReport:
     checks = {Area.BLOBS: walk.blob, Area.ENTRIES: walk.entry}
     checks |= {Area.TARGETS: walk.target, Area.PIECES: walk.piece}
     for area, check in checks.items():
-        found = list(items(root, area))
+        found = list(root.items(area))
         for item in found:
             walk.check(item, check)
         setattr(report, area, len(found))
@@ -311,7 +274,7 @@ class _Walk:
         """What a file says, and its inode; ``None`` where it is gone, newer or damaged."""
         inode = None
         try:
-            found = self._root.read(item.path, CAP[area])
+            found = self._root.read(item.path, area)
             if found is None:
                 return None
             inode = found[1].st_ino

@@ -23,7 +23,6 @@ from stitchcache.codegen.execution import CodeObjects, bind_execution_fn, compil
 from stitchcache.codegen.generate import generate_execution_code
 from stitchcache.errors import EntryFormatError, LinkError
 from stitchcache.store.layout import Area
-from stitchcache.store.upkeep import items
 
 BOUND = """import torch
 import operator
@@ -167,7 +166,7 @@ def compiled(cache):
 
 
 def records(cache):
-    return {item.key: cache.get_target(item.key)[0] for item in items(cache._top, Area.TARGETS)}
+    return {item.key: cache.get_target(item.key)[0] for item in cache._top.items(Area.TARGETS)}
 
 
 def test_a_miss_keeps_what_a_direct_hit_takes(tmp_path, monkeypatch):

@@ -204,7 +204,7 @@ def test_an_adopted_piece_survives_the_eviction_of_its_entry(tmp_path):
     other = Cache(tmp_path)
     record = other.get_piece(key("p"))
     result = cache.plan_prune(max_bytes=0, grace_seconds=0).execute()
-    assert result.entries == (made.graph_hash,)
+    assert result.entries == [made.graph_hash]
     other.put(artifact("b", [record.blob]))
     assert read_back(cache, key("b")) == [b"one"]
 
@@ -225,9 +225,9 @@ def test_an_entry_in_use_stays(tmp_path):
     with Cache(tmp_path).hold(made) as held:
         assert held
         result = cache.plan_prune(max_bytes=0, grace_seconds=0).execute()
-        assert result.in_use == (made.graph_hash,)
+        assert result.in_use == [made.graph_hash]
         assert read_back(cache, made.graph_hash) == [b"one"]
-    assert cache.plan_prune(max_bytes=0, grace_seconds=0).execute().entries == (made.graph_hash,)
+    assert cache.plan_prune(max_bytes=0, grace_seconds=0).execute().entries == [made.graph_hash]
     with cache.hold(made) as held:
         assert not held
 
