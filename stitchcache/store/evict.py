@@ -237,8 +237,8 @@ def _named_by(root: Root, item: Item) -> Sequence[str] | None:
 
 
 def _remove_planned(plan: PrunePlan) -> PruneResult:
-    look, result = plan._look, PruneResult()
-    removal = _Removal(look, result)
+    look, removal = plan._look, _Removal(plan._look)
+    result = removal.result
     leading: dict[str, list[Item]] = {}
     evicted = {item.key for item, _ in plan.entries}
     for target in plan.targets:
@@ -267,34 +267,32 @@ def _remove_planned(plan: PrunePlan) -> PruneResult:
 class _Removal:
     """Removing, one checked file at a time."""
 
-    def __init__(self, look: _Look, result: PruneResult) -> None:
+    def __init__(self, look: _Look) -> None:
         self._look = look
         self._root = look.root
-        self._result = result
+        self.result = PruneResult()
 
     def remove(self, item: Item, first: Iterable[Item] = ()) -> bool:
         """Remove a file that is unused since the look, after those that lead to it; whether it is gone."""
         files = self._root.files
         try:
             with opened(files, open_to_lock(files, item.path)) as fd:
-                if not self._is_unused(fd, item) or not all(map(self.remove, first)):
+                had = try_lock(files, fd)
+                if had is False or (had is None and not self._look.is_old(item)):
+                    return False
+                if files.fstat(fd).st_mtime_ns != item.modified or not same_file(files, fd, item.path):
+                    return False
+                if not all(map(self.remove, first)):
                     return False
                 self._unlink(item.path)
         except FileNotFoundError:
             return True
         except OSError as error:
-            self._result.failed.append((item.path, error.strerror or str(error)))
+            self.result.failed.append((item.path, error.strerror or str(error)))
             return False
-        self._result.files += 1
-        self._result.bytes += item.size
+        self.result.files += 1
+        self.result.bytes += item.size
         return True
-
-    def _is_unused(self, fd: int, item: Item) -> bool:
-        files = self._root.files
-        had = try_lock(files, fd)
-        if had is False or (had is None and not self._look.is_old(item)):
-            return False
-        return files.fstat(fd).st_mtime_ns == item.modified and same_file(files, fd, item.path)
 
     def _unlink(self, path: str) -> None:
         try:

@@ -43,7 +43,12 @@ _CHUNK = 1 << 20
 def publish_blob(root: Root, source: bytes | str) -> BlobRef:
     """Put a blob in place under its digest, and hold it; ``source`` is its bytes, or a file that has them."""
     with root.writing(root.area(Area.BLOBS)), root.temporary() as (temp, fd):
-        ref = _fill(root.files, fd, source)
+        found, size = hashlib.sha256(), 0
+        for chunk in _chunks(root.files, source):
+            found.update(chunk)
+            size += len(chunk)
+            write_all(root.files, fd, chunk)
+        ref = BlobRef(digest=found.hexdigest(), size=size)
         target = keyed_path(root.path, Area.BLOBS, ref.digest)
         root.make_dir(os.path.dirname(target))
         root.sync(fd)
@@ -66,11 +71,10 @@ def publish_blob(root: Root, source: bytes | str) -> BlobRef:
     return ref
 
 
-def _fill(files: Files, fd: int, source: bytes | str) -> BlobRef:
+def _chunks(files: Files, source: bytes | str) -> Iterator[bytes]:
     if isinstance(source, bytes):
-        write_all(files, fd, source)
-        return BlobRef(digest=hashlib.sha256(source).hexdigest(), size=len(source))
-    digest, size = hashlib.sha256(), 0
+        yield source
+        return
     try:
         reader = files.open_read(source, follow=True)
     except OSError as error:
@@ -78,10 +82,7 @@ def _fill(files: Files, fd: int, source: bytes | str) -> BlobRef:
         raise StoreWriteError(message, path=source, reason=words(error)) from error
     with opened(files, reader):
         while chunk := files.read(reader, _CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-            write_all(files, fd, chunk)
-    return BlobRef(digest=digest.hexdigest(), size=size)
+            yield chunk
 
 
 def hold_blob(root: Root, ref: BlobRef) -> bool:

@@ -45,11 +45,7 @@ _HELD_AT_MOST = 512
 class Item:
     """A file as a scan saw it.
 
-    Args:
-        path: Where it lies.
-        key: The key in its name; the whole name for files without one.
-        size: Bytes.
-        modified: mtime in nanoseconds: the last noted use.
+    The key is the one in its name, or the whole name. ``modified`` is its mtime in nanoseconds: its last use.
     """
 
     path: str

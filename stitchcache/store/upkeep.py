@@ -196,9 +196,7 @@ class VerifyReport:
 
 def verify(roots: Sequence[Root], *, repair: bool) -> VerifyReport:
     """Read everything in the first of some roots; its files may name what the others have."""
-    root = roots[0]
-    walk = _Walk(root, roots[1:], repair and not root.read_only)
-    report = VerifyReport()
+    root, walk = roots[0], _Walk(roots, repair)
     # What is named comes before what names it.
     checks = {Area.BLOBS: walk.blob, Area.ENTRIES: walk.entry}
     checks |= {Area.TARGETS: walk.target, Area.PIECES: walk.piece}
@@ -206,26 +204,26 @@ def verify(roots: Sequence[Root], *, repair: bool) -> VerifyReport:
         found = list(root.items(area))
         for item in found:
             walk.check(item, check)
-        setattr(report, area, len(found))
-        report.bytes += sum(item.size for item in found)
+        setattr(walk.report, area, len(found))
+        walk.report.bytes += sum(item.size for item in found)
     for item in leftovers(root):
         walk.found(item, "leftover", "left by a process that ended; the next prune removes it")
-    report.findings = tuple(walk.findings)
-    return report
+    return walk.report
 
 
 class _Walk:
-    def __init__(self, root: Root, beneath: Sequence[Root], repair: bool) -> None:
-        self._root = root
-        self._beneath = beneath
-        self._repair = repair
-        self.findings: list[Finding] = []
+    def __init__(self, roots: Sequence[Root], repair: bool) -> None:
+        self.report = VerifyReport()
+        self._root = roots[0]
+        self._beneath = roots[1:]
+        self._repair = repair and not self._root.read_only
         self._blobs: dict[str, int] = {}
         # Entries that are good, and what could not be read and may be good: nothing goes for its sake.
         self._sound: set[str] = set()
 
     def found(self, item: Item, problem: Problem, detail: str, repaired: bool = False) -> None:
-        self.findings.append(Finding(path=item.path, problem=problem, detail=detail, repaired=repaired))
+        finding = Finding(path=item.path, problem=problem, detail=detail, repaired=repaired)
+        self.report.findings += (finding,)
 
     def check(self, item: Item, check: Callable[[Item], None]) -> None:
         try:
