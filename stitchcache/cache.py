@@ -22,7 +22,7 @@ from stitchcache.errors import (
     StoreWriteError,
     UntrustedEntryError,
 )
-from stitchcache.store.files import close_quietly, hold_shared, words
+from stitchcache.store.files import words
 from stitchcache.store.layout import LEGACY_SUFFIXES, Area, check_key, keyed_path
 from stitchcache.store.store import Store, log
 from stitchcache.types import BlobRef, TargetRecord, is_digest
@@ -134,9 +134,9 @@ class Cache(Store):
         with ExitStack() as held:
             try:
                 for path, blob in paths.items():
-                    fd = hold_shared(self._files, path)
+                    fd = self._files.hold_shared(path)
                     if fd is not None:
-                        held.callback(close_quietly, self._files, fd)
+                        held.callback(self._files.close_quietly, fd)
                     elif blob is not None and not any(root.has_blob(blob) for root in self._roots[1:]):
                         complete = False
             except OSError:

@@ -217,9 +217,8 @@ _WORDS = {
 
 @click.command()
 @click.option("--prometheus", is_flag=True, help="Print Prometheus' text format.")
-@click.option("--zero", is_flag=True, help="Print, and then forget what was counted.")
 @out.shared_options
-def stats(prometheus: bool, zero: bool, as_json: bool, root: str | None) -> None:
+def stats(prometheus: bool, as_json: bool, root: str | None) -> None:
     """Show what a cache holds, and its hits and misses."""
     if prometheus and as_json:
         raise click.UsageError("--prometheus and --json are two formats; choose one")
@@ -229,8 +228,6 @@ def stats(prometheus: bool, zero: bool, as_json: bool, root: str | None) -> None
         click.echo(found.prometheus(), nl=False)
     else:
         out.show({"root": str(cache.root), **asdict(found)}, as_json, _print_stats)
-    if zero:
-        cache.zero_stats()
 
 
 def _print_stats(record: out.Record) -> None:

@@ -20,7 +20,6 @@ from typing import TypeVar
 
 from stitchcache.artifact.entry import decode_piece
 from stitchcache.errors import EntryFormatError, FutureFormatError, LockTimeoutError
-from stitchcache.store.files import opened, same_file, try_lock
 from stitchcache.store.layout import Area
 from stitchcache.store.publish import excess, exclusive
 from stitchcache.store.root import Item, Root
@@ -276,11 +275,11 @@ class _Removal:
         """Remove a file that is unused since the look, after those that lead to it; whether it is gone."""
         files = self._root.files
         try:
-            with opened(files, open_to_lock(files, item.path)) as fd:
-                had = try_lock(files, fd)
+            with files.opened(open_to_lock(files, item.path)) as fd:
+                had = files.try_lock(fd)
                 if had is False or (had is None and not self._look.is_old(item)):
                     return False
-                if files.fstat(fd).st_mtime_ns != item.modified or not same_file(files, fd, item.path):
+                if files.fstat(fd).st_mtime_ns != item.modified or not files.same_file(fd, item.path):
                     return False
                 if not all(map(self.remove, first)):
                     return False

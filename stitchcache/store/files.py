@@ -1,6 +1,6 @@
 """The store's file-system calls, and what is made of their answers: shared locks, errors, trust.
 
-All calls go through :class:`Files`, so that a test can fail, delay or record any of them.
+All calls go through :class:`Calls`, so that a test can fail, delay or record any of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from stitchcache.errors import StoreWriteError
 
 
-class Files:
+class Calls:
     """The operating system's calls. They raise ``OSError``."""
 
     close = staticmethod(os.close)
@@ -86,94 +86,86 @@ class Files:
         return lock_descriptor(fd, blocking=False)
 
 
-def close_quietly(files: Files, fd: int) -> None:
-    """Close a descriptor where a failure of that loses nothing."""
-    with suppress(OSError):
-        files.close(fd)
+class Files(Calls):
+    """The calls, and what is made of them."""
 
+    def close_quietly(self, fd: int) -> None:
+        """Close a descriptor where a failure of that loses nothing."""
+        with suppress(OSError):
+            self.close(fd)
 
-@contextmanager
-def opened(files: Files, fd: int) -> Iterator[int]:
-    """Close a descriptor at the end of the block, quietly."""
-    try:
-        yield fd
-    finally:
-        close_quietly(files, fd)
+    @contextmanager
+    def opened(self, fd: int) -> Iterator[int]:
+        """Close a descriptor at the end of the block, quietly."""
+        try:
+            yield fd
+        finally:
+            self.close_quietly(fd)
 
+    def read_exactly(self, fd: int, size: int) -> bytes:
+        """Up to ``size`` bytes; fewer only at the file's end."""
+        parts = []
+        while size > 0 and (part := self.read(fd, size)):
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
 
-def read_exactly(files: Files, fd: int, size: int) -> bytes:
-    """Up to ``size`` bytes; fewer only at the file's end."""
-    parts = []
-    while size > 0 and (part := files.read(fd, size)):
-        parts.append(part)
-        size -= len(part)
-    return b"".join(parts)
+    def write_all(self, fd: int, data: bytes) -> None:
+        """Write every byte, however few the system takes at a time."""
+        view = memoryview(data)
+        while view:
+            view = view[self.write(fd, view) :]
 
+    # Locks are plain flock, and filelock's native ones, which are flock too: the two exclude each other. The
+    # kernel frees them when their holder dies, and Linux maps them to byte-range locks on NFS. A file under a
+    # lock is removed only by the lock's holder, and whoever gets a lock checks that the file has its name.
 
-def write_all(files: Files, fd: int, data: bytes) -> None:
-    """Write every byte, however few the system takes at a time."""
-    view = memoryview(data)
-    while view:
-        view = view[files.write(fd, view) :]
-
-
-# -- locks ---------------------------------------------------------------------------------------
-# Plain flock, and filelock's native locks, which are flock too: the two exclude each other. The kernel frees
-# them when their holder dies, and Linux maps them to byte-range locks on NFS. A file under a lock is removed
-# only by the lock's holder, and whoever gets a lock checks that the file still has its name.
-
-_BUSY = frozenset({errno.EWOULDBLOCK, errno.EAGAIN})
-
-
-def try_lock(files: Files, fd: int, *, plain: bool = False) -> bool | None:
-    """Take an exclusive lock without waiting: whether it was had; ``None`` where locks do not work."""
-    try:
-        # filelock takes a while to import: what every process does is done without it.
-        if not plain and files.lock(fd):
-            return True
-        # filelock takes EACCES for another's lock; where it means that locking is forbidden, waiting would
-        # never end. So the kernel is asked once more, and says which it is.
-        files.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return False if error.errno in _BUSY else None
-    return True
-
-
-def same_file(files: Files, fd: int, path: str) -> bool:
-    """Whether a path still leads to an open file."""
-    try:
-        named = files.lstat(path)
-    except FileNotFoundError:
-        return False
-    held = files.fstat(fd)
-    return (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino)
-
-
-def lock_shared(files: Files, fd: int, path: str) -> bool:
-    """Keep an open file from being evicted for as long as it is open; whether it still has its name."""
-    try:
-        # Eviction holds its exclusive lock for one unlink, so waiting is short.
-        files.flock(fd, fcntl.LOCK_SH)
-    except OSError:
-        # Where locks do not work, the grace period has to protect the file.
+    def try_lock(self, fd: int, *, plain: bool = False) -> bool | None:
+        """Take an exclusive lock without waiting: whether it was had; ``None`` where locks do not work."""
+        try:
+            # filelock takes a while to import: what every process does is done without it.
+            if not plain and self.lock(fd):
+                return True
+            # filelock takes EACCES for another's lock; where it means that locking is forbidden, waiting
+            # would never end. So the kernel is asked once more, and says which it is.
+            self.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return False if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN) else None
         return True
-    return same_file(files, fd, path)
 
-
-def hold_shared(files: Files, path: str) -> int | None:
-    """Open a file under a shared lock; ``None`` where it is gone."""
-    while True:
+    def same_file(self, fd: int, path: str) -> bool:
+        """Whether a path still leads to an open file."""
         try:
-            fd = files.open_read(path)
+            named = self.lstat(path)
         except FileNotFoundError:
-            return None
+            return False
+        held = self.fstat(fd)
+        return (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino)
+
+    def lock_shared(self, fd: int, path: str) -> bool:
+        """Keep an open file from being evicted for as long as it is open; whether it still has its name."""
         try:
-            if lock_shared(files, fd, path):
-                return fd
-        except BaseException:
-            close_quietly(files, fd)
-            raise
-        close_quietly(files, fd)
+            # Eviction holds its exclusive lock for one unlink, so waiting is short.
+            self.flock(fd, fcntl.LOCK_SH)
+        except OSError:
+            # Where locks do not work, the grace period has to protect the file.
+            return True
+        return self.same_file(fd, path)
+
+    def hold_shared(self, path: str) -> int | None:
+        """Open a file under a shared lock; ``None`` where it is gone."""
+        while True:
+            try:
+                fd = self.open_read(path)
+            except FileNotFoundError:
+                return None
+            try:
+                if self.lock_shared(fd, path):
+                    return fd
+            except BaseException:
+                self.close_quietly(fd)
+                raise
+            self.close_quietly(fd)
 
 
 # -- failures ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
-from stitchcache.store.files import Files, distrust, opened, try_lock, words
+from stitchcache.store.files import Files, distrust, words
 from stitchcache.store.layout import Area
 from stitchcache.store.root import Root
 
@@ -110,15 +110,15 @@ def _write(files: Files, made: str) -> None:
 
 def _lock(files: Files, made: str) -> None:
     with ExitStack() as stack:
-        fds = [stack.enter_context(opened(files, files.open_write(f"{made}/file"))) for _ in range(2)]
-        had, clashed = (try_lock(files, fd) for fd in fds)
+        fds = [stack.enter_context(files.opened(files.open_write(f"{made}/file"))) for _ in range(2)]
+        had, clashed = (files.try_lock(fd) for fd in fds)
     if not had or clashed is not False:
         raise OSError("locks do not exclude" if had and clashed else "locks are not supported")
 
 
 def _exec(files: Files, made: str) -> None:
     # What dlopen does first; a noexec mount refuses it.
-    with opened(files, files.open_read(f"{made}/file")) as fd:
+    with files.opened(files.open_read(f"{made}/file")) as fd:
         mmap.mmap(fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_EXEC).close()
 
 

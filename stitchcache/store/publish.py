@@ -19,17 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stitchcache.errors import LockTimeoutError, StoreWriteError
-from stitchcache.store.files import (
-    Files,
-    close_quietly,
-    hold_shared,
-    opened,
-    read_exactly,
-    same_file,
-    try_lock,
-    words,
-    write_all,
-)
+from stitchcache.store.files import Files, words
 from stitchcache.store.layout import Area, keyed_path
 from stitchcache.store.root import Item, Root
 from stitchcache.types import BlobRef
@@ -47,7 +37,7 @@ def publish_blob(root: Root, source: bytes | str) -> BlobRef:
         for chunk in _chunks(root.files, source):
             found.update(chunk)
             size += len(chunk)
-            write_all(root.files, fd, chunk)
+            root.files.write_all(fd, chunk)
         ref = BlobRef(digest=found.hexdigest(), size=size)
         target = keyed_path(root.path, Area.BLOBS, ref.digest)
         root.make_dir(os.path.dirname(target))
@@ -65,7 +55,7 @@ def publish_blob(root: Root, source: bytes | str) -> BlobRef:
             root.rename(temp, target)
         root.sync_dir(os.path.dirname(target))
         # The lock of ``fd`` keeps it until this one does.
-        held = hold_shared(root.files, target)
+        held = root.files.hold_shared(target)
         if held is not None:
             root.holds.keep(ref.digest, held)
     return ref
@@ -80,7 +70,7 @@ def _chunks(files: Files, source: bytes | str) -> Iterator[bytes]:
     except OSError as error:
         message = f"{source}: cannot be read ({words(error)}), so it is not stored"
         raise StoreWriteError(message, path=source, reason=words(error)) from error
-    with opened(files, reader):
+    with files.opened(reader):
         while chunk := files.read(reader, _CHUNK):
             yield chunk
 
@@ -98,7 +88,7 @@ def hold_blob(root: Root, ref: BlobRef) -> bool:
 
 def _hold(root: Root, path: str, ref: BlobRef, *, read: bool) -> bool:
     """Keep the blob that is there already, if it is good; ``read`` is whether its digest is asked too."""
-    fd = hold_shared(root.files, path)
+    fd = root.files.hold_shared(path)
     if fd is None:
         return False
     kept = False
@@ -112,7 +102,7 @@ def _hold(root: Root, path: str, ref: BlobRef, *, read: bool) -> bool:
             kept = True
     finally:
         if not kept:
-            close_quietly(root.files, fd)
+            root.files.close_quietly(fd)
     return kept
 
 
@@ -145,7 +135,7 @@ def exclusive(
         with suppress(OSError):
             # Closing would not do where a child that was forked meanwhile has the descriptor too.
             root.files.flock(fd, fcntl.LOCK_UN)
-        close_quietly(root.files, fd)
+        root.files.close_quietly(fd)
 
 
 def _acquire(
@@ -162,18 +152,18 @@ def _acquire(
             return None
         holder = ""
         try:
-            had = try_lock(files, fd)
-            if had and same_file(files, fd, path):
+            had = files.try_lock(fd)
+            if had and files.same_file(fd, path):
                 # Who it is, for messages; a full disk must not stop anyone from compiling.
                 with suppress(OSError):
-                    write_all(files, fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
+                    files.write_all(fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
                 return fd
             if had is False:
-                holder = read_exactly(files, fd, 256).partition(b"\n")[0].decode("utf-8", "replace")
+                holder = files.read_exactly(fd, 256).partition(b"\n")[0].decode("utf-8", "replace")
         except OSError:
             # As good as no locks.
             had = None
-        close_quietly(files, fd)
+        files.close_quietly(fd)
         if had is None:
             return None
         if had:
@@ -209,7 +199,7 @@ def scratch(root: Root) -> Iterator[Path]:
     finally:
         shutil.rmtree(path, ignore_errors=True)
         if fd is not None:
-            close_quietly(root.files, fd)
+            root.files.close_quietly(fd)
 
 
 def _scratch_within(root: Root) -> tuple[str, int] | None:
@@ -223,7 +213,7 @@ def _scratch_within(root: Root) -> tuple[str, int] | None:
             return None
         root.files.mkdir(path, 0o700)
         # As with other temporary files: what has no lock was left by a process that died.
-        fd = hold_shared(root.files, path)
+        fd = root.files.hold_shared(path)
     except OSError:
         return None
     return None if fd is None else (path, fd)
@@ -264,8 +254,8 @@ def quarantine(root: Root, path: str, inode: int | None, reason: str) -> bool:
     root.touch(aside)
     # The file itself is aside, which is what matters; a full disk may leave no room for the note.
     with suppress(OSError):
-        with opened(files, files.create(aside + _NOTE)) as fd:
-            write_all(files, fd, text)
+        with files.opened(files.create(aside + _NOTE)) as fd:
+            files.write_all(fd, text)
         for surplus in excess(root):
             root.discard(surplus.path)
     return True

@@ -23,16 +23,7 @@ from contextlib import contextmanager, suppress
 
 from stitchcache.errors import EntryDamagedError, StitchCacheError, StoreWriteError, UntrustedEntryError
 from stitchcache.records import dataclass
-from stitchcache.store.files import (
-    Files,
-    close_quietly,
-    distrust,
-    lock_shared,
-    opened,
-    read_exactly,
-    write_all,
-    write_error,
-)
+from stitchcache.store.files import Files, distrust, write_error
 from stitchcache.store.layout import CAP, KEYED, LEGACY_SUFFIXES, TAG_NAME, TAG_TEXT, Area, key_of, keyed_path
 from stitchcache.types import BlobRef, is_digest
 
@@ -127,10 +118,10 @@ class Root:
         fd = self.open(path)
         if fd is None:
             return None
-        with opened(self.files, fd):
+        with self.files.opened(fd):
             facts = self.files.fstat(fd)
             if stat.S_ISREG(facts.st_mode) and facts.st_size <= cap:
-                return read_exactly(self.files, fd, facts.st_size), facts
+                return self.files.read_exactly(fd, facts.st_size), facts
         reason = f"not a regular file of at most {cap} bytes"
         raise EntryDamagedError(f"{path}: {reason}", path=path, field="size", reason=reason)
 
@@ -156,7 +147,7 @@ class Root:
         fd = self.open(path)
         if fd is None:
             return None
-        with opened(self.files, fd):
+        with self.files.opened(fd):
             return self.blob_problem(fd, ref) or self.files.fstat(fd)
 
     def blob_problem(self, fd: int, ref: BlobRef) -> str | None:
@@ -198,7 +189,7 @@ class Root:
             if last:
                 self.make_dir(os.path.dirname(path))
             with self.temporary() as (temp, fd):
-                write_all(self.files, fd, data)
+                self.files.write_all(fd, data)
                 if last:
                     self.sync(fd)
                 self.rename(temp, path)
@@ -244,10 +235,10 @@ class Root:
                 # The first write, or somebody removed the cache under us.
                 self._make_again(os.path.dirname(path))
                 fd = self.files.create(path)
-            with opened(self.files, fd):
+            with self.files.opened(fd):
                 try:
                     # A prune may come in between, and take the file for one that was left.
-                    if lock_shared(self.files, fd, path):
+                    if self.files.lock_shared(fd, path):
                         yield path, fd
                         return
                 finally:
@@ -275,8 +266,8 @@ class Root:
         self._mkdir(path)
         if path == self.path:
             # A courtesy to backup programs.
-            with suppress(OSError), opened(self.files, self.files.create(f"{path}/{TAG_NAME}")) as fd:
-                write_all(self.files, fd, TAG_TEXT)
+            with suppress(OSError), self.files.opened(self.files.create(f"{path}/{TAG_NAME}")) as fd:
+                self.files.write_all(fd, TAG_TEXT)
         # Whoever made it may not have come to this yet, so each process does it once for itself.
         self.sync_dir(os.path.dirname(path))
         self._known.add(path)
@@ -321,7 +312,7 @@ class Holds:
                 surplus.append(self._held.pop(next(iter(self._held))))
         for each in surplus:
             if each is not None:
-                close_quietly(self._files, each)
+                self._files.close_quietly(each)
 
     def release(self, digests: Iterable[str]) -> None:
         """Let go of blobs: an entry names them now, or nobody will."""
@@ -329,4 +320,4 @@ class Holds:
             with self._mutex:
                 fd = self._held.pop(digest, None)
             if fd is not None:
-                close_quietly(self._files, fd)
+                self._files.close_quietly(fd)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from stitchcache.errors import EntryFormatError, FutureFormatError, OptionError, UntrustedEntryError
-from stitchcache.store.files import Files, opened, try_lock, words
+from stitchcache.store.files import Files, words
 from stitchcache.store.layout import (
     Area,
     Roots,
@@ -233,10 +233,6 @@ class Store:
         """What was counted, this process's own included; looks at no entry."""
         return self._counters.read()[0]
 
-    def zero_stats(self) -> None:
-        """Forget what was counted."""
-        self._counters.zero()
-
 
 def _identity(facts: os.stat_result) -> tuple[int, ...]:
     """What tells a file, and its state, from every other."""
@@ -266,18 +262,13 @@ class Counters:
 
     def read(self) -> tuple[dict[str, int], float]:
         """All counts so far, this process's included, and since when."""
-        counts = self._stored()
+        counts: Counter[str] = Counter()
+        with suppress(OSError):
+            counts = self._stored()
         with self._mutex:
             counts.update(self._pending)
         since = counts.pop(_SINCE, 0)
         return dict(sorted(counts.items())), float(since)
-
-    def zero(self) -> None:
-        """Forget all counts."""
-        with self._mutex:
-            self._pending.clear()
-        with self._root.writing(self._path), suppress(FileNotFoundError):
-            self._root.files.unlink(self._path)
 
     def flush(self) -> None:
         """Write what was counted. Where that cannot be kept, it is lost."""
@@ -291,7 +282,7 @@ class Counters:
         counts: Counter[str] = Counter()
         try:
             found = self._root.read(self._path, Area.STATS)
-        except (OSError, EntryFormatError):
+        except EntryFormatError:
             found = None
         for line in found[0].decode("ascii", "replace").splitlines() if found else ():
             name, _, value = line.partition("=")
@@ -307,10 +298,10 @@ class Counters:
         except FileNotFoundError:
             self._root.make_dir(os.path.dirname(self._path))
             fd = files.open_or_create(f"{self._path}.lock")
-        with opened(files, fd):
+        with files.opened(fd):
             # Without the lock another process's counts may be lost, and that is all.
             for _ in range(_MOST_TRIES):
-                if try_lock(files, fd, plain=True) is not False:
+                if files.try_lock(fd, plain=True) is not False:
                     break
                 time.sleep(_PAUSE)
             counts = self._stored() + pending

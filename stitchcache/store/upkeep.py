@@ -19,7 +19,7 @@ from stitchcache.artifact.entry import (
     header_end,
 )
 from stitchcache.errors import EntryFormatError, FutureFormatError
-from stitchcache.store.files import Files, opened, read_exactly, try_lock, words
+from stitchcache.store.files import Files, words
 from stitchcache.store.layout import CAP, KEYED, LEGACY_SUFFIXES, Area, possible_paths
 from stitchcache.store.publish import quarantine
 from stitchcache.store.root import Item, Root, host_name
@@ -48,8 +48,8 @@ def leftovers(root: Root) -> list[Item]:
 
 def _is_free(root: Root, item: Item) -> bool:
     try:
-        with opened(root.files, open_to_lock(root.files, item.path)) as fd:
-            return try_lock(root.files, fd) is True
+        with root.files.opened(open_to_lock(root.files, item.path)) as fd:
+            return root.files.try_lock(fd) is True
     except OSError:
         return False
 
@@ -67,13 +67,13 @@ def read_header(root: Root, path: str) -> Header | None:
     fd = root.open(path)
     if fd is None:
         return None
-    with opened(root.files, fd):
+    with root.files.opened(fd):
         size = root.files.fstat(fd).st_size
         # Older formats have no header: all of the file is read.
         most = CAP[Area.ENTRIES] if path.endswith(LEGACY_SUFFIXES) else _HEAD_READ
-        prefix = read_exactly(root.files, fd, min(size, most))
+        prefix = root.files.read_exactly(fd, min(size, most))
         if most == _HEAD_READ:
-            prefix += read_exactly(root.files, fd, header_end(prefix, path=path) - len(prefix))
+            prefix += root.files.read_exactly(fd, header_end(prefix, path=path) - len(prefix))
     return decode_header(prefix, size, path=path)
 
 
@@ -119,7 +119,7 @@ class CacheStats:
     def prometheus(self) -> str:
         """The same in Prometheus' text format."""
         lines = [
-            "# HELP stitchcache_events_total Events since the statistics were zeroed.",
+            "# HELP stitchcache_events_total Events since the first was counted.",
             "# TYPE stitchcache_events_total counter",
         ]
         for name, value in sorted(self.counters.items()):

@@ -6,9 +6,9 @@ import os
 import signal
 from typing import Any
 
-from stitchcache.store.files import Files
+from stitchcache.store.files import Calls, Files
 
-CALLS = [name for name in vars(Files) if not name.startswith("_")]
+CALLS = [name for name in vars(Calls) if not name.startswith("_")]
 
 
 class Intercepted(Files):

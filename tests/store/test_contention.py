@@ -273,13 +273,13 @@ def test_exclusive_and_shared_locks_are_of_one_kind(tmp_path):
     """filelock's and our own: eviction must see what a put under way holds."""
     import fcntl
 
-    from stitchcache.store.files import Files, try_lock
+    from stitchcache.store.files import Files
 
     files = Files()
     (tmp_path / "file").touch()
     first, second = files.open_write(str(tmp_path / "file")), files.open_write(str(tmp_path / "file"))
     files.flock(first, fcntl.LOCK_SH)
-    assert try_lock(files, second) is False
+    assert files.try_lock(second) is False
     files.close(first)
     assert files.lock(second)
     with pytest.raises(BlockingIOError):

@@ -280,14 +280,11 @@ def test_torn_counts_are_left_out_and_odd_files_are_none(cache):
     assert Cache(cache.root).stats().counters == {}
 
 
-def test_zero_and_prometheus(cache):
+def test_prometheus(cache):
     put(cache, "a", [b"one"])
     text = cache.stats().prometheus()
     assert 'stitchcache_events_total{event="put"} 1\n' in text
     assert "stitchcache_entries 1\n" in text
-    cache.zero_stats()
-    assert cache.stats().counters == {}
-    assert cache.stats().entries == 1
 
 
 # -- the doctor ------------------------------------------------------------------------------------
