@@ -120,16 +120,16 @@ def bind_execution_fn(
         # Imported where it is needed: most warm starts find the code object.
         from stitchcache.codegen.gate import check_code
 
-        checked = check_code(code, len(submods), len(table))
-        absent = [submod_names[index] for index in sorted(missing & checked.used)]
+        tree, is_bound, used = check_code(code, len(submods), len(table))
+        absent = [submod_names[index] for index in sorted(missing & used)]
         if absent:
             raise LinkError(
                 f"The execution code uses {', '.join(absent)}, and nothing was supplied for it. "
                 "Pass a callable (or a tensor, for a parameter or buffer) under each name.",
                 missing=absent,
             )
-        compiled = compile(checked.tree, filename, "exec", dont_inherit=True)
-        if checked.is_bound:  # the list ABI looks its ops up on each call, so a lack would show too late
+        compiled = compile(tree, filename, "exec", dont_inherit=True)
+        if is_bound:  # the list ABI looks its ops up on each call, so a lack would show too late
             objects.add(filename, checked_as, compiled)
         function = _run(compiled, submods, table)
     show_source(function, filename, code)

@@ -7,7 +7,7 @@ What no rule names is refused: there is no list of what is dangerous. Nothing is
 from __future__ import annotations
 
 import ast
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NoReturn
 
 from stitchcache.codegen.reach import (
     BUILTINS,
@@ -37,21 +37,16 @@ _UNPACKED: dict[str, _Kind] = {"__submods__": "submod", "__consts__": "const"}
 _INDEXED: dict[str, _Kind] = {"__vllm_submods__": "submod", "__vllm_consts__": "const"}
 
 
-class CheckedCode(NamedTuple):
-    """Code that passed the gate: its functions, which shape it has, and the submodules that it uses."""
-
-    tree: ast.Module
-    is_bound: bool
-    used: set[int]
-
-
-def check_code(code: str, submods: int, consts: int) -> CheckedCode:
+def check_code(code: str, submods: int, consts: int) -> tuple[ast.Module, bool, set[int]]:
     """Check that source text is nothing but a stitching function.
 
     Args:
         code: The source.
         submods: How many submodules it will be given.
         consts: How many constants it will be given.
+
+    Returns:
+        Its functions, whether it is in the bound ABI, and the numbers of the submodules that it uses.
 
     Raises:
         EntryFormatError: It holds anything that the generators do not write, or uses a slot that it
@@ -73,7 +68,7 @@ def check_code(code: str, submods: int, consts: int) -> CheckedCode:
         raise EntryFormatError(
             f"line {line} of the code cannot be read: {error}", field=f"code, line {line}", reason=str(error)
         ) from error
-    return CheckedCode(tree, is_bound, gate.used)
+    return tree, is_bound, gate.used
 
 
 def _refuse(node: ast.AST, construct: str) -> NoReturn:

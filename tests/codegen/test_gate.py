@@ -81,7 +81,7 @@ def test_bodies_that_pass(body: str) -> None:
 
 def test_items_of_a_call_pass() -> None:
     code = bound("y = submod_0([x])[0]\n        z, = submod_0([y])\n        x = z[0:1, ...]")
-    assert check_code(code, 1, 1).used == {0}
+    assert check_code(code, 1, 1)[2] == {0}
 
 
 @pytest.mark.parametrize("op", GOOD_OPS)
