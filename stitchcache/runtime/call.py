@@ -61,6 +61,9 @@ def build_call(
         run_quietly=run_quietly,
         unflatten=_unflattener(outputs),
     )
+    if fakes:
+        # Tensors without data have no memory that could be shared.
+        source.names["share_memory"] = lambda *_: False
     return _compile(source, arguments, artifact.graph_hash, objects)
 
 

@@ -302,3 +302,18 @@ def test_weights_take_no_memory(fresh_process):
     assert (told["status"], told["distinct"]) == ("compiled", 1)
     assert told["weights"] > 400e6
     assert told["grown"] < told["weights"] / 2
+
+
+class Accumulates(torch.nn.Module):
+    def forward(self, total, x):
+        total.add_(x)
+        return x * total
+
+
+def test_an_argument_that_is_written_is_found_again(tmp_path):
+    def build():
+        return Accumulates().eval(), (torch.ones(3), torch.ones(3))
+
+    target, cache = stitchcache.Target("sum", build, backend="eager"), stitchcache.Cache(tmp_path)
+    found = [stitchcache.prewarm(target, cache=cache, fake=fake).results[0] for fake in (True, True, False)]
+    assert [result.status for result in found] == ["compiled", "direct", "direct"]
