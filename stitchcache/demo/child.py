@@ -27,13 +27,6 @@ def measure(job: Record) -> Record:
     Args:
         job: ``mode`` (``eager`` or ``cached``), ``spawned`` (when the parent started this process, in Unix
             seconds), ``config`` (fields of ``DecoderConfig``), ``backend`` and ``cache``.
-
-    Returns:
-        Times, the compiler packages that were imported for the first output, and of a cached run the largest
-        difference from eager and facts of the entry.
-
-    Raises:
-        StitchCacheError: The decoder cannot be compiled.
     """
     # Not at the top, here and below: what is imported is a part of what is measured.
     import torch
@@ -76,17 +69,11 @@ def measure(job: Record) -> Record:
 
 def _compiled(job: Record, config: Any, model: Any, ids: Any) -> Any:
     from stitchcache.api.compile import compile_request
+    from stitchcache.api.prewarm import request_for
     from stitchcache.cache import Cache
     from stitchcache.demo.decoder import decoder_target
-    from stitchcache.pipeline.find import Request
 
-    target = decoder_target(config, job["backend"])
-    request = Request(
-        dynamic_shapes=target.dynamic_shapes,
-        splitting_ops=tuple(target.splitting_ops),
-        backend=target.backend,
-        label=target.name,
-    )
+    request = request_for(decoder_target(config, job["backend"]))
     return compile_request(
         model, (ids,), {}, request, Cache(job["cache"]), lambda progress: _say(progress=asdict(progress))
     )

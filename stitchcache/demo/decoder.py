@@ -28,8 +28,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor, layer: str) -> None:
 # library lives as long as this object.
 _library: Any = torch.library.Library("stitchdemo", "DEF")  # type: ignore[no-untyped-call]
 _library.define("attention(Tensor q, Tensor k, Tensor v, Tensor(a!) out, str layer) -> ()")
-for _key in ("CPU", "CUDA"):
-    _library.impl("attention", _attend, _key)
+_library.impl("attention", _attend, "CPU")
+_library.impl("attention", _attend, "CUDA")
 # It returns nothing, so its fake has nothing to work out.
 _library.impl("attention", lambda *_: None, "Meta")
 
