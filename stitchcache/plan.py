@@ -18,7 +18,7 @@ from stitchcache.pieces import Backend, Piece
 from stitchcache.pieces.check import clone_all
 from stitchcache.state import drawn_back
 from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, is_view
-from stitchcache.torchside.tensors import has_fakes
+from stitchcache.torchside.state import has_fakes
 from stitchcache.types import Factor
 
 # What runs a piece op by op.

@@ -26,7 +26,7 @@ from stitchcache.graph.symbols import SymbolNames
 from stitchcache.pieces import FAILURES
 from stitchcache.torchside import dynamo, tree
 from stitchcache.torchside.dynamo import fake_inputs, fake_mode, make_fx
-from stitchcache.torchside.tensors import is_fake, is_transformed, is_wrapper
+from stitchcache.torchside.state import is_fake, is_transformed, is_wrapper
 from stitchcache.types import OutputSpec
 
 

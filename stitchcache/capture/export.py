@@ -30,7 +30,7 @@ from stitchcache.graph.symbols import SymbolNames
 from stitchcache.pieces.check import clone_all
 from stitchcache.state import drawn_back, memory_of, plain_tensors, state_of
 from stitchcache.torchside import tree
-from stitchcache.torchside.tensors import has_fakes, storage_id
+from stitchcache.torchside.state import has_fakes, storage_id
 from stitchcache.types import InputSpec, OutputSpec
 
 _VALUE_READS = frozenset(

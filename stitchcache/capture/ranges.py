@@ -19,7 +19,7 @@ from stitchcache.capture.export import Capture, capture
 from stitchcache.errors import OptionError
 from stitchcache.keys.target import dims_of_leaf, split_path
 from stitchcache.torchside import tree
-from stitchcache.torchside.tensors import has_fakes
+from stitchcache.torchside.state import has_fakes
 from stitchcache.types import Dim, InputSpec, SizeRange
 
 Variants = Sequence[tuple[SizeRange | None, Capture]]

@@ -18,7 +18,7 @@ from stitchcache.graph import symbols
 from stitchcache.graph.effects import attribute_of, place_attribute
 from stitchcache.graph.split import drop_unused_sizes
 from stitchcache.torchside.ops import known_range
-from stitchcache.torchside.tensors import fake_mode_of
+from stitchcache.torchside.state import fake_mode_of
 from stitchcache.types import BOUND
 
 _EMPTY = torch.ops.aten.empty.memory_format

@@ -30,8 +30,7 @@ import torch
 
 from stitchcache.containers import once
 from stitchcache.encoding import Handler, data_bytes
-from stitchcache.torchside.state import HOOKS, INTERNALS
-from stitchcache.torchside.tensors import FAKE_INTERNALS
+from stitchcache.torchside.state import FAKE_INTERNALS, HOOKS, INTERNALS
 from stitchcache.types import span
 
 if TYPE_CHECKING:

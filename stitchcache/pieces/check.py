@@ -20,7 +20,7 @@ from stitchcache.graph import effects, symbols
 from stitchcache.pieces import FAILURES, BoxedPiece, Piece
 from stitchcache.state import drawn_back
 from stitchcache.torchside.ops import OpOverload
-from stitchcache.torchside.tensors import negated, storage_id
+from stitchcache.torchside.state import negated, storage_id
 from stitchcache.types import span
 
 _SEED = 20

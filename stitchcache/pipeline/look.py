@@ -23,7 +23,7 @@ from stitchcache.pipeline.find import check_arguments
 from stitchcache.pipeline.start import store_target
 from stitchcache.state import plain_tensors, state_of, tensor_at
 from stitchcache.torchside import tree
-from stitchcache.torchside.tensors import has_fakes, version_of
+from stitchcache.torchside.state import has_fakes, version_of
 from stitchcache.types import Check, CheckRecord, OutputBound, TargetRecord
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from stitchcache.pipeline.look_cold import beside, op_by_op
 from stitchcache.state import drawn_back
 from stitchcache.torchside import tree
 from stitchcache.torchside.ops import guarded_facts
-from stitchcache.torchside.tensors import has_fakes
+from stitchcache.torchside.state import has_fakes
 from stitchcache.types import SizeRange
 
 log = logging.getLogger("stitchcache")

@@ -14,8 +14,7 @@ from stitchcache.codegen.execution import CodeObjects, show_source
 from stitchcache.errors import EntryFormatError, InputMismatchError
 from stitchcache.runtime.contract import CALLED, CallSource, mismatch
 from stitchcache.torchside import tree
-from stitchcache.torchside.state import set_grad_enabled
-from stitchcache.torchside.tensors import is_fake, storage_id
+from stitchcache.torchside.state import is_fake, set_grad_enabled, storage_id
 from stitchcache.types import Artifact, InputSpec, OutputSpec
 
 
