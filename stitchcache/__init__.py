@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stitchcache.api.prewarm import prewarm as prewarm
     from stitchcache.artifact.unpickle import register_const_type as register_const_type
     from stitchcache.cache import Cache as Cache
-    from stitchcache.codegen.execution import compile_execution_fn as compile_execution_fn
+    from stitchcache.codegen import compile_execution_fn as compile_execution_fn
     from stitchcache.codegen.generate import generate_execution_code as generate_execution_code
     from stitchcache.explanation import Explanation as Explanation
     from stitchcache.graph.canonical import graph_hash as graph_hash
@@ -43,7 +43,7 @@ _HOMES = {
     "api.prewarm": "PrewarmReport Target prewarm",
     "artifact.unpickle": "register_const_type",
     "cache": "Cache",
-    "codegen.execution": "compile_execution_fn",
+    "codegen": "compile_execution_fn",
     "codegen.generate": "generate_execution_code",
     "explanation": "Explanation",
     "graph.canonical": "graph_hash",

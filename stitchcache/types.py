@@ -334,7 +334,7 @@ class TargetRecord:
     refused: str | None = None  # why nothing may be served for this key without tracing
     # What the key is made of, packed (``artifact.entry.unpack_factors``): a direct hit has no use for it.
     factors: bytes = b""
-    # Code objects of the entry's source: what names one (``codegen.execution``), and its marshalled bytes.
+    # Code objects of the entry's source: what names one (``stitchcache.codegen``), and its marshalled bytes.
     code: tuple[tuple[Name, bytes], ...] = ()
 
 

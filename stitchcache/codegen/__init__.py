@@ -1,1 +1,184 @@
-"""Source for stitching graphs, and callables from it. Imports nothing: a warm start needs little of it."""
+"""From source to a callable, bound to its pieces. Writing source (``generate``) is imported by name only."""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+import marshal
+import operator
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.util import MAGIC_NUMBER
+from typing import Any
+
+import torch
+
+import stitchcache
+from stitchcache.errors import EntryFormatError, LinkError
+
+
+class CodeObjects:
+    """Code objects of generated source, kept so that a warm start neither parses nor compiles it.
+
+    One is named by a digest over everything that it comes from: the source, the name that tracebacks show,
+    Python's bytecode version, and this package's version, which decides what source is accepted. Where
+    anything differs none is found, and the source is read and checked as if nothing had been kept.
+
+    Args:
+        kept: Digest and marshalled code object, from bytes whose own digest was checked and that nobody else
+            could have written.
+    """
+
+    def __init__(self, kept: Iterable[tuple[str, bytes]] = ()) -> None:
+        self._kept = dict(kept)
+
+    def get(self, filename: str, source: str) -> types.CodeType | None:
+        """The code object of a source (with what else the gate held it against), if it is kept."""
+        try:
+            code = marshal.loads(self._kept.get(_digest(filename, source), b"N"))
+        except (ValueError, EOFError, TypeError):
+            return None
+        return code if isinstance(code, types.CodeType) else None
+
+    def add(self, filename: str, source: str, code: types.CodeType) -> None:
+        """Keep a code object that was compiled from checked source."""
+        self._kept[_digest(filename, source)] = marshal.dumps(code)
+
+    def __iter__(self) -> Iterator[tuple[str, bytes]]:
+        """Digests and marshalled code objects, to be stored."""
+        return iter(self._kept.items())
+
+
+def _digest(filename: str, source: str) -> str:
+    flags = f"{sys.flags.optimize} {sys.implementation.cache_tag} {MAGIC_NUMBER.hex()}"
+    return _sha256("\0".join((stitchcache.__version__, flags, filename, source)))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def compile_execution_fn(
+    code: str,
+    submod_callables: Mapping[str, Any],
+    submod_names: Sequence[str],
+    consts: Sequence[Any] | None = None,
+) -> Callable[..., Any]:
+    """Turn execution code into a function that is bound to its pieces.
+
+    Takes what `generate_execution_code` returns, in this process or another one, and likewise what
+    vLLM's generator returns. The code is checked before any of it runs. Its source is found by
+    tracebacks, ``inspect`` and ``pdb`` for as long as the function lives.
+
+    Args:
+        code: Source of the stitching function.
+        submod_callables: The callable of each submodule and the tensor of each parameter or buffer,
+            by name; names that the code does not use may be missing.
+        submod_names: Names in the order in which the code expects them.
+        consts: Constants in the order in which the code expects them.
+
+    Returns:
+        A function over the graph's placeholders, in graph order.
+
+    Raises:
+        EntryFormatError: The code is not of the shape that the generators write, or does not fit the
+            number of submodules or constants.
+        LinkError: The code uses a submodule that is not supplied, or an op that does not exist here.
+    """
+    return bind_execution_fn(code, submod_callables, submod_names, consts, CodeObjects())
+
+
+def bind_execution_fn(
+    code: str,
+    submod_callables: Mapping[str, Any],
+    submod_names: Sequence[str],
+    consts: Sequence[Any] | None,
+    objects: CodeObjects,
+) -> Callable[..., Any]:
+    """`compile_execution_fn`, with code objects that are kept.
+
+    Source whose code object is there was checked when that was made, against the same numbers of submodules
+    and constants, and is not parsed again. What is compiled here is added to ``objects``.
+    """
+    if not isinstance(code, str):
+        raise EntryFormatError("The code is not text.", field="code", reason=f"it is a {type(code).__name__}")
+    table = list(consts) if consts is not None else []
+    submods = [submod_callables.get(name) for name in submod_names]
+    missing = {index for index, submod in enumerate(submods) if submod is None}
+    filename = f"<stitchcache {_sha256(code)[:16]}>"
+    checked_as = f"{len(submods)} {len(table)}\0{code}"
+    compiled = objects.get(filename, checked_as) if not missing else None
+    function = None
+    if compiled is not None:
+        try:
+            function = _run(compiled, submods, table)
+        except AttributeError:
+            pass  # It needs an op that this process lacks: the gate says which.
+    if function is None:
+        # Imported where it is needed: most warm starts find the code object.
+        from stitchcache.codegen.gate import check_code
+
+        tree, is_bound, used = check_code(code, len(submods), len(table))
+        absent = [submod_names[index] for index in sorted(missing & used)]
+        if absent:
+            raise LinkError(
+                f"The execution code uses {', '.join(absent)}, and nothing was supplied for it. "
+                "Pass a callable (or a tensor, for a parameter or buffer) under each name.",
+                missing=absent,
+            )
+        compiled = compile(tree, filename, "exec", dont_inherit=True)
+        if is_bound:  # the list ABI looks its ops up on each call, so a lack would show too late
+            objects.add(filename, checked_as, compiled)
+        function = _run(compiled, submods, table)
+    show_source(function, filename, code)
+    return function
+
+
+def _run(compiled: types.CodeType, submods: list[Any], consts: list[Any]) -> types.FunctionType:
+    """Run source that passed the gate, which took its imports out: what they would bind is given here."""
+    scope: dict[str, Any] = {"__name__": "stitchcache.generated", "torch": torch, "__vllm_consts__": consts}
+    scope["operator"] = scope["_operator"] = operator
+    exec(compiled, scope)  # noqa: S102  (after the gate)
+    function: types.FunctionType
+    if "bind" in scope:
+        del scope["__vllm_consts__"]  # only the function holds them: `bind` and these names are a circle
+        function = scope["bind"](submods, consts)
+    else:
+        function = scope["execution_fn"]
+        function.__kwdefaults__ = {**(function.__kwdefaults__ or {}), "__vllm_submods__": submods}
+    return function
+
+
+class _Source(list[str]):
+    """Source lines in linecache, which all functions of equal code share, with those that still need them."""
+
+    users: set[object]
+
+
+def show_source(function: types.FunctionType, filename: str, code: str) -> None:
+    """Show a generated function's source in tracebacks while it, or another one of equal code, lives."""
+    source = _shown(filename)
+    if source is None:
+        source = _Source(code.splitlines(keepends=True))
+        source.users = set()
+    user = object()
+    source.users.add(user)
+    # No modification time: linecache then never compares it with a file.
+    linecache.cache[filename] = (len(code), None, source, filename)
+    weakref.finalize(function, _hide_source, filename, source, user).atexit = False
+
+
+def _shown(filename: str) -> _Source | None:
+    entry = linecache.cache.get(filename)
+    return entry[2] if entry is not None and len(entry) == 4 and isinstance(entry[2], _Source) else None
+
+
+def _hide_source(filename: str, source: _Source, user: object) -> None:
+    source.users.discard(user)
+    if source.users or _shown(filename) is not source:
+        return
+    entry = linecache.cache.pop(filename)
+    if source.users:  # another thread compiled equal code meanwhile
+        linecache.cache[filename] = entry

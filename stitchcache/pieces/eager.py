@@ -14,7 +14,7 @@ import msgpack
 from torch.fx import GraphModule
 
 from stitchcache.artifact.consts import dump_consts, load_consts
-from stitchcache.codegen.execution import compile_execution_fn
+from stitchcache.codegen import compile_execution_fn
 from stitchcache.codegen.generate import generate_execution_code
 from stitchcache.errors import EntryFormatError
 from stitchcache.graph.effects import attribute_of

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 import torch
 
 from stitchcache.cache import Cache
-from stitchcache.codegen.execution import CodeObjects
+from stitchcache.codegen import CodeObjects
 from stitchcache.errors import OptionError, UntrustedEntryError, check_kind
 from stitchcache.keys.check import check_sources
 from stitchcache.keys.target import TargetKey, target_key

@@ -17,7 +17,7 @@ from stitchcache.artifact.entry import pack_factors
 from stitchcache.cache import Cache
 from stitchcache.capture.dynamo import capture_graph
 from stitchcache.capture.ranges import capture_ranges
-from stitchcache.codegen.execution import CodeObjects
+from stitchcache.codegen import CodeObjects
 from stitchcache.encoding import UnkeyableError, make_factor
 from stitchcache.errors import CacheMissError, StaleEntryError
 from stitchcache.explanation import differences_text

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stitchcache.codegen.execution import CodeObjects, show_source
+from stitchcache.codegen import CodeObjects, show_source
 from stitchcache.errors import EntryFormatError, InputMismatchError
 from stitchcache.runtime.contract import CALLED, CallSource, mismatch
 from stitchcache.torchside import tree

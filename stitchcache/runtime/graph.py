@@ -18,7 +18,7 @@ import torch
 
 from stitchcache.artifact.consts import dump_consts, load_consts
 from stitchcache.artifact.entry import CURRENT_SUFFIX, decode_named, encode
-from stitchcache.codegen.execution import CodeObjects
+from stitchcache.codegen import CodeObjects
 from stitchcache.errors import BackendError, EntryDamagedError, EntryFormatError, InputMismatchError
 from stitchcache.pieces import get_backend
 from stitchcache.runtime.call import run_quietly

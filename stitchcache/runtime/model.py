@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stitchcache.codegen.execution import CodeObjects, bind_execution_fn
+from stitchcache.codegen import CodeObjects, bind_execution_fn
 from stitchcache.errors import (
     BindError,
     EntryFormatError,

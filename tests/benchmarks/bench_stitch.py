@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from stitchcache.codegen.execution import compile_execution_fn
+from stitchcache.codegen import compile_execution_fn
 from stitchcache.codegen.generate import generate_execution_code
 
 PIECES = (9, 65, 257)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stitchcache.codegen.execution import CodeObjects
+from stitchcache.codegen import CodeObjects
 from stitchcache.runtime.model import CompiledModel, bind_tensors, link
 from stitchcache.torchside import tree
 

@@ -15,7 +15,7 @@ from torch import fx
 from stitchcache.artifact.consts import dump_consts, load_consts
 from stitchcache.artifact.entry import decode, encode
 from stitchcache.artifact.unpickle import register_const_type
-from stitchcache.codegen.execution import compile_execution_fn
+from stitchcache.codegen import compile_execution_fn
 from stitchcache.codegen.generate import generate_execution_code
 from stitchcache.errors import UnserializableConstError
 from stitchcache.types import Artifact, Variant

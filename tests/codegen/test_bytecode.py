@@ -18,8 +18,8 @@ from codegen_cases import graph_module
 from torch import fx
 
 import stitchcache
-from stitchcache.codegen import execution
-from stitchcache.codegen.execution import CodeObjects, bind_execution_fn, compile_execution_fn
+import stitchcache.codegen as execution
+from stitchcache.codegen import CodeObjects, bind_execution_fn, compile_execution_fn
 from stitchcache.codegen.generate import generate_execution_code
 from stitchcache.errors import EntryFormatError, LinkError
 from stitchcache.store.layout import Area

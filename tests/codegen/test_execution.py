@@ -15,7 +15,7 @@ import torch
 from codegen_cases import Opaque, graph_module
 from torch import fx
 
-from stitchcache.codegen.execution import compile_execution_fn
+from stitchcache.codegen import compile_execution_fn
 from stitchcache.codegen.generate import generate_execution_code
 from stitchcache.errors import EntryFormatError, LinkError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stitchcache.codegen.execution import compile_execution_fn
+from stitchcache.codegen import compile_execution_fn
 from stitchcache.codegen.gate import check_code
 from stitchcache.errors import EntryFormatError
 

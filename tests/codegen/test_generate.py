@@ -16,7 +16,7 @@ import torch
 from codegen_cases import Methods, Opaque, assert_same, check, compiled, graph_module, record, slots_of
 from torch import fx
 
-from stitchcache.codegen.execution import compile_execution_fn
+from stitchcache.codegen import compile_execution_fn
 from stitchcache.codegen.generate import generate_execution_code
 from stitchcache.errors import CodegenError, OptionError, UnserializableConstError
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from stitchcache.codegen.execution import compile_execution_fn
+from stitchcache.codegen import compile_execution_fn
 from stitchcache.codegen.generate import generate_execution_code
 
 

@@ -11,7 +11,7 @@ import msgpack
 import pytest
 import torch
 
-from stitchcache.codegen.execution import compile_execution_fn
+from stitchcache.codegen import compile_execution_fn
 from stitchcache.errors import LinkError
 
 DATA = Path(__file__).parent.parent / "data"
