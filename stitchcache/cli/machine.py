@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict
 
 import click
@@ -18,22 +17,8 @@ from stitchcache.store.layout import CHECKS, choice, default_root, flag, max_siz
 from stitchcache.store.probe import Level, Trial, probe
 
 _SETTINGS = ("max_size", "require", "check", "read_only", "audit", "debug")
-# What a setting's value means for whoever did not set it.
-_MEANINGS = {
-    ("read_only", True): "nothing is stored: what misses is compiled in every process again",
-    ("require", True): "a miss is an error: prewarm what is to run here",
-    ("require", "direct"): "whatever is no direct hit is an error: prewarm what is to run here",
-    ("check", "none"): "no hit is compared with the model: a wrong one is served without a word",
-    ("audit", True): "every direct hit is traced too, which takes seconds",
-}
 # Others' variables that change what is compiled, with what, or where.
 _FOREIGN = ("CXX", "ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
-_VECTORS = {
-    "AVX-512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
-    "AVX2": {"avx2", "fma"},
-    "SVE": {"asimd", "sve"},
-    "NEON": {"asimd"},
-}
 
 
 # -- config ----------------------------------------------------------------------------------------
@@ -109,7 +94,7 @@ def doctor(path: str | None, as_json: bool, root: str | None) -> None:
     # Not through a Cache: one that cannot be opened is what this command is for.
     place = os.path.abspath(os.path.expanduser(path or root or default_root()))
     python = Trial(name="python", level="ok", found=sys.version.split()[0])
-    trials = [*probe(place), python, _torch(), _compiler(), _processor(), *_environment()]
+    trials = [*probe(place), python, _torch(), _compiler(), *_environment()]
     record = {
         "root": place,
         "problems": sum(trial.level == "problem" for trial in trials),
@@ -156,39 +141,20 @@ def _compiler() -> Trial:
     return Trial(name="compiler", level="note", found=f"no {wanted} on PATH", meaning=meaning)
 
 
-def _processor() -> Trial:
-    flags: set[str] = set()
-    # Not Linux: nothing is known.
-    with suppress(OSError), open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-        lines = (line.partition(":") for line in file)
-        named = (value for name, _, value in lines if name.strip() in ("flags", "Features"))
-        flags = set(next(named, "").split())
-    level = next((name for name, needed in _VECTORS.items() if flags >= needed), "no vector extensions seen")
-    meaning = "an entry serves only machines whose processor has the same flags: prewarm on one of their kind"
-    return Trial(name="processor", level="ok", found=level, meaning=meaning)
-
-
 def _environment() -> Iterator[Trial]:
     known = {_variable(name): name for name in ("dir", *_SETTINGS)}
     for variable in sorted(os.environ):
         if variable not in _FOREIGN and not variable.startswith("STITCHCACHE_"):
             continue
         level: Level = "ok"
-        meaning, name = "", known.get(variable)
-        if name is None and variable not in _FOREIGN:
+        meaning = ""
+        if variable not in known and variable not in _FOREIGN:
             level = "note"
             meaning = f"there is no such setting; 'stitchcache config' lists all of them. Unset {variable}"
-        elif name in _SETTINGS:
+        elif known.get(variable) in _SETTINGS:
             try:
-                meaning = _meaning(name, _value(name))
+                _value(known[variable])
             except OptionError as error:
                 level, meaning = "problem", error.message
-        yield Trial(
-            name="environment", level=level, found=f"{variable}={os.environ[variable]}", meaning=meaning
-        )
-
-
-def _meaning(name: str, value: str | int | bool | None) -> str:
-    if name == "max_size" and value is not None:
-        return f"a put evicts what is over {out.size_text(int(value))}"
-    return _MEANINGS.get((name, value), "")
+        shown = f"{variable}={os.environ[variable]}"
+        yield Trial(name="environment", level=level, found=shown, meaning=meaning)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -80,20 +80,13 @@ def _age(_ctx: click.Context, _param: click.Parameter, value: str | None) -> flo
 @click.option("--max-age", callback=_age, metavar="AGE", help="Entries unused for longer go, such as 30d.")
 @click.option("--yes", is_flag=True, help="Do it.")
 @out.shared_options
-def prune(
-    max_bytes: int | None,
-    max_files: int | None,
-    max_age: float | None,
-    yes: bool,
-    as_json: bool,
-    root: str | None,
-) -> None:
+def prune(yes: bool, as_json: bool, root: str | None, **limits: Any) -> None:
     """Remove what is over the limits, least recently used first, and what nothing needs any more.
 
     Prints what would go; nothing is removed without --yes. Entries in use stay.
     """
     cache = out.open_cache(root)
-    plan = cache.plan_prune(max_bytes=max_bytes, max_files=max_files, max_age=max_age)
+    plan = cache.plan_prune(**limits)
     record: out.Record = {"root": str(cache.root), "plan": _plan_record(plan)}
     record["done"] = asdict(plan.execute()) if yes else None
     out.show(record, as_json, _print_pruned, finding=_incomplete(record))
@@ -143,12 +136,11 @@ def clear(yes: bool, as_json: bool, root: str | None) -> None:
     record = {"root": str(cache.root), "files": held.files, "bytes": held.bytes, "done": done}
 
     def view(found: out.Record) -> None:
-        if done is not None:
+        if found["done"] is not None:
             _print_removed(found)
-            return
-        files = f"{out.count_text(held.files, 'file')} in all, {out.size_text(held.bytes)}"
-        click.echo(f"{cache.root} holds {out.count_text(held.entries, 'entry')}, {files}.")
-        click.echo(_NOT_DONE)
+        else:
+            files = f"{out.count_text(held.files, 'file')} in all, {out.size_text(held.bytes)}"
+            click.echo(f"{cache.root} holds {out.count_text(held.entries, 'entry')}, {files}.\n{_NOT_DONE}")
 
     out.show(record, as_json, view, finding=_incomplete(record))
 
@@ -187,33 +179,6 @@ def migrate(as_json: bool, root: str | None) -> None:
 
 # -- stats -----------------------------------------------------------------------------------------
 
-_WORDS = {
-    "hit.direct": "loaded without tracing",
-    "hit.graph": "loaded after tracing",
-    "hit.load": "loaded by graph hash",
-    "compiled": "compiled",
-    "hit.piece": "pieces found while compiling",
-    "miss.new": "traced: no entry for the target",
-    "miss.sources": "traced: a source file or global changed",
-    "miss.example": "traced: the example does not fit",
-    "miss.unkeyable": "traced: the model has no target key",
-    "miss.entry": "traced: the entry was gone or damaged",
-    "miss.piece": "traced: a piece was gone or damaged",
-    "miss.refused": "traced: the entry cannot be used here",
-    "miss.look": "traced: the look found that the hit was wrong",
-    "look.agreed": "looks that agreed with the model",
-    "look.mismatch": "looks that found something else: please report it",
-    "look.unchecked": "starts that could not be compared",
-    "audit.right": "audits that found the direct hit right",
-    "audit.wrong": "audits that found it wrong",
-    "put": "entries stored",
-    "put.bytes": "bytes stored",
-    "microseconds.spent": "time spent on starts",
-    "microseconds.saved": "time saved by loading",
-    "corrupt": "damaged files met",
-    "evicted": "entries evicted",
-}
-
 
 @click.command()
 @click.option("--prometheus", is_flag=True, help="Print Prometheus' text format.")
@@ -240,21 +205,13 @@ def _print_stats(record: out.Record) -> None:
         "quarantine": lambda _: quarantine if kept else None,
     }
     out.print_facts(fields, record)
-    counters = record["counters"]
-    if counters:
+    if record["counters"]:
         out.print_heading(f"Counted since {out.moment_text(record['since'])}")
-        # Those that are known here come first, in the order of their words.
-        names = [name for name in [*_WORDS, *(counters.keys() - _WORDS.keys())] if name in counters]
-        out.print_pairs([(_word(name), _value(name, counters[name])) for name in names], indent="  ")
+        pairs = [_counter(name, number) for name, number in sorted(record["counters"].items())]
+        out.print_pairs(pairs, indent="  ")
 
 
-def _word(name: str) -> str:
-    kind, _, backend = name.rpartition(".")
-    kinds = {"piece.compiled": "pieces compiled by", "microseconds.piece": "time in pieces of"}
-    return _WORDS.get(name) or (f"{kinds[kind]} {backend}" if kind in kinds else name)
-
-
-def _value(name: str, number: int) -> str:
+def _counter(name: str, number: int) -> tuple[str, str]:
     if name.startswith("microseconds."):
-        return out.seconds_text(number / 1e6)
-    return out.size_text(number) if name.endswith(".bytes") else str(number)
+        return name.removeprefix("micro"), out.seconds_text(number / 1e6)
+    return name, out.size_text(number) if name.endswith(".bytes") else str(number)
