@@ -22,8 +22,8 @@ from stitchcache.errors import (
     StoreWriteError,
     UntrustedEntryError,
 )
+from stitchcache.store import LEGACY_SUFFIXES, Area, check_key, keyed_path
 from stitchcache.store.files import words
-from stitchcache.store.layout import LEGACY_SUFFIXES, Area, check_key, keyed_path
 from stitchcache.store.store import Store, log
 from stitchcache.types import BlobRef, TargetRecord, is_digest
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from stitchcache.artifact.entry import decode, decode_target, unpack_factors
 from stitchcache.errors import EntryFormatError
-from stitchcache.store.layout import Area, key_of
+from stitchcache.store import Area, key_of
 from stitchcache.types import Check, Factor, TargetRecord
 
 if TYPE_CHECKING:

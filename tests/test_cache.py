@@ -29,7 +29,7 @@ from stitchcache.errors import (
     StoreWriteError,
     UntrustedEntryError,
 )
-from stitchcache.store.layout import parse_size
+from stitchcache.store import parse_size
 from stitchcache.types import BlobRef
 
 LEGACY = Path(__file__).parent / "data" / "legacy"

@@ -31,7 +31,7 @@ from stitchcache.pipeline.find import (
 from stitchcache.pipeline.start import changed_from, first_change, start, started_or_miss
 from stitchcache.runtime.model import CompiledModel, check_environment, refuse_change
 from stitchcache.state import devices_of
-from stitchcache.store.layout import flag
+from stitchcache.store import flag
 from stitchcache.types import Change, Check, SizeRange
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import click
 from stitchcache.cli import output as out
 from stitchcache.errors import OptionError
 from stitchcache.explanation import printable
-from stitchcache.store.layout import CHECKS, choice, default_root, flag, max_size, required
+from stitchcache.store import CHECKS, choice, default_root, flag, max_size, required
 from stitchcache.store.probe import Level, Trial, probe
 
 _SETTINGS = ("max_size", "require", "check", "read_only", "audit", "debug")

@@ -10,7 +10,7 @@ import click
 
 from stitchcache.cli import output as out
 from stitchcache.errors import OptionError
-from stitchcache.store.layout import parse_size
+from stitchcache.store import parse_size
 
 if TYPE_CHECKING:
     from stitchcache.store.evict import PrunePlan

@@ -22,7 +22,7 @@ from stitchcache.pieces import COMPILER_OPTIONS, NAMES
 from stitchcache.records import dataclass
 from stitchcache.runtime.call import misfit
 from stitchcache.state import devices_of
-from stitchcache.store.layout import CHECKS, choice, required
+from stitchcache.store import CHECKS, choice, required
 from stitchcache.torchside import tree
 from stitchcache.types import Artifact, SizeRange, TargetRecord
 

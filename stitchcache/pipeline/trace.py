@@ -36,7 +36,7 @@ from stitchcache.pipeline.start import changed_from, start, started_or_miss, sto
 from stitchcache.runtime.graph import held_tensors
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.state import devices_of
-from stitchcache.store.layout import Area, keyed_path
+from stitchcache.store import Area, keyed_path
 from stitchcache.types import Factor, TargetRecord
 
 log = logging.getLogger("stitchcache")

@@ -20,7 +20,7 @@ from stitchcache.explanation import (
     printable,
     stored_targets,
 )
-from stitchcache.store.layout import Area, possible_paths
+from stitchcache.store import Area, possible_paths
 from stitchcache.types import (
     Artifact,
     BindingSpec,

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from stitchcache.artifact.entry import decode_piece
 from stitchcache.errors import EntryFormatError, FutureFormatError, LockTimeoutError
-from stitchcache.store.layout import Area
+from stitchcache.store import Area
 from stitchcache.store.publish import excess, exclusive
 from stitchcache.store.root import Item, Root
 from stitchcache.store.upkeep import has_entry, led_to, leftovers, open_to_lock, read_header

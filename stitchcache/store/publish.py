@@ -19,8 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stitchcache.errors import LockTimeoutError, StoreWriteError
+from stitchcache.store import Area, keyed_path
 from stitchcache.store.files import Files, words
-from stitchcache.store.layout import Area, keyed_path
 from stitchcache.store.root import Item, Root
 from stitchcache.types import BlobRef
 

@@ -23,8 +23,8 @@ from contextlib import contextmanager, suppress
 
 from stitchcache.errors import EntryDamagedError, StitchCacheError, StoreWriteError, UntrustedEntryError
 from stitchcache.records import dataclass
+from stitchcache.store import CAP, KEYED, LEGACY_SUFFIXES, TAG_NAME, TAG_TEXT, Area, key_of, keyed_path
 from stitchcache.store.files import Files, distrust, write_error
-from stitchcache.store.layout import CAP, KEYED, LEGACY_SUFFIXES, TAG_NAME, TAG_TEXT, Area, key_of, keyed_path
 from stitchcache.types import BlobRef, is_digest
 
 # Small enough to stay in the processor's cache, and not to be mapped and unmapped each time.

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from stitchcache.errors import EntryFormatError, FutureFormatError, OptionError, UntrustedEntryError
-from stitchcache.store.files import Files, words
-from stitchcache.store.layout import (
+from stitchcache.store import (
     Area,
     Roots,
     check_key,
@@ -27,6 +26,7 @@ from stitchcache.store.layout import (
     possible_paths,
     root_paths,
 )
+from stitchcache.store.files import Files, words
 from stitchcache.store.root import Root
 from stitchcache.types import BlobRef
 

@@ -22,7 +22,7 @@ import stitchcache.codegen as execution
 from stitchcache.codegen import CodeObjects, bind_execution_fn, compile_execution_fn
 from stitchcache.codegen.generate import generate_execution_code
 from stitchcache.errors import EntryFormatError, LinkError
-from stitchcache.store.layout import Area
+from stitchcache.store import Area
 
 BOUND = """import torch
 import operator
