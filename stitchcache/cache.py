@@ -101,7 +101,7 @@ class Cache(Store):
             # What only the replaced entry named needs no grace period: it was not put by a worker just now.
             for blob in set(replaced.blobs if replaced else ()).difference(blobs):
                 self._top.touch(keyed_path(self._top.path, Area.BLOBS, blob.digest), 0)
-        self._top.holds.release(blob.digest for blob in blobs)
+        self._top.release(blob.digest for blob in blobs)
         self.count("put")
         self.count("put.bytes", len(data) + sum(blob.size for blob in blobs))
         self._keep_within_limits()

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from stitchcache.artifact.entry import decode_piece
 from stitchcache.errors import EntryFormatError, FutureFormatError, LockTimeoutError
@@ -24,8 +23,6 @@ from stitchcache.store import Area
 from stitchcache.store.publish import excess, exclusive
 from stitchcache.store.root import Item, Root
 from stitchcache.store.upkeep import has_entry, led_to, leftovers, open_to_lock, read_header
-
-T = TypeVar("T")
 
 GRACE_SECONDS = 3600.0
 _PATIENCE = 10.0
@@ -37,8 +34,7 @@ class PruneResult:
 
     Args:
         entries: Graph hashes of removed entries.
-        files: Files removed, of every kind.
-        bytes: Their bytes.
+        files: Files removed, of every kind; ``bytes`` are theirs.
         in_use: Graph hashes that were to go and were in use.
         failed: Paths that could not be removed, with the system's words.
         busy: Whether another process was pruning, and nothing was done.
@@ -58,12 +54,9 @@ class PrunePlan:
 
     Args:
         entries: Entries to evict, least recently used first, with the reason.
-        blobs: Blobs that no remaining entry names.
-        targets: Targets none of whose entries stays.
-        pieces: Piece files whose blob goes or is gone.
+        blobs: What no remaining entry names; ``targets`` and ``pieces`` that lead to nothing that stays.
         leftovers: What processes that died left in ``tmp``, and quarantined files beyond the cap.
-        total_bytes: Bytes of all files before.
-        total_files: Number of all files before.
+        total_bytes: Bytes of all files before; ``total_files`` is their number.
         unreadable: Entries that might be good and cannot be read here, such as those of a newer format.
             While there are any, no entry and no blob goes.
     """
@@ -167,22 +160,20 @@ class _Look:
         # Blobs before entries: an entry published in between names blobs whose times change then, and a blob
         # published in between is not on the list.
         self._blobs = {item.key: item for item in root.items(Area.BLOBS)}
-        self.targets = {
-            item: self._read(item, Area.TARGETS, led_to) or [] for item in root.items(Area.TARGETS)
-        }
-        self.pieces = {item: self._read(item, Area.PIECES, _blob_of) for item in root.items(Area.PIECES)}
+        targets, self._pieces = list(root.items(Area.TARGETS)), list(root.items(Area.PIECES))
         self.entries = sorted(root.items(Area.ENTRIES), key=lambda item: (item.modified, item.path))
-        found = {item: _named_by(root, item) for item in self.entries}
-        self.named = {item: names or () for item, names in found.items()}
-        self.unreadable = tuple(item.path for item, names in found.items() if names is None)
-        self.everything = [*self.entries, *self._blobs.values(), *self.targets, *self.pieces]
-        self._ever_named = {name for names in self.named.values() for name in names}
+        listed = {Area.TARGETS: targets, Area.PIECES: self._pieces, Area.ENTRIES: self.entries}
+        found = {item: self._names(item, area) for area, each in listed.items() for item in each}
+        self.named = {item: names or [] for item, names in found.items()}
+        self.unreadable = tuple(item.path for item in self.entries if found[item] is None)
+        self.everything = [*self._blobs.values(), *found]
+        self._ever_named = {name for item in self.entries for name in self.named[item]}
         # Whoever leads to an entry of a layer beneath stays.
-        self._leading = {
-            item: keys
-            for item, keys in self.targets.items()
-            if keys and not any(has_entry(roots[1:], key) for key in keys)
-        }
+        self._targets = [
+            item
+            for item in targets
+            if self.named[item] and not any(has_entry(roots[1:], key) for key in self.named[item])
+        ]
 
     def age(self, item: Item) -> float:
         """Seconds since a file's last use."""
@@ -197,7 +188,7 @@ class _Look:
         staying = self.entries[count:]
         keys = {item.key for item in staying}
         needed = {name for item in staying for name in self.named[item]}
-        targets = [item for item, led_to in self._leading.items() if keys.isdisjoint(led_to)]
+        targets = [item for item in self._targets if keys.isdisjoint(self.named[item])]
         blobs = [
             item
             for key, item in self._blobs.items()
@@ -206,33 +197,28 @@ class _Look:
         left = self._blobs.keys() - {item.key for item in blobs}
         pieces = [
             item
-            for item, blob in self.pieces.items()
-            if blob is not None and blob not in left and (blob in self._blobs or self.is_old(item))
+            for item in self._pieces
+            for blob in self.named[item]
+            if blob not in left and (blob in self._blobs or self.is_old(item))
         ]
         return targets, blobs, pieces
 
-    def _read(self, item: Item, area: Area, decode: Callable[[bytes, Item], T]) -> T | None:
-        """What a file names; nothing for one that cannot be read, which is left for ``verify``."""
+    def _names(self, item: Item, area: Area) -> list[str] | None:
+        """What a file names: nothing where it is damaged, ``None`` where it may be good."""
         try:
+            if area is Area.ENTRIES:
+                header = read_header(self.root, item.path)
+                return [] if header is None else [blob.digest for blob in header.blobs]
             found = self.root.read(item.path, area)
-            return None if found is None else decode(found[0], item)
-        except (EntryFormatError, OSError):
+            if found is None:
+                return []
+            if area is Area.TARGETS:
+                return led_to(found[0], item)
+            return [decode_piece(found[0], item.key, path=item.path).blob.digest]
+        except (FutureFormatError, OSError):
             return None
-
-
-def _blob_of(data: bytes, item: Item) -> str:
-    return decode_piece(data, item.key, path=item.path).blob.digest
-
-
-def _named_by(root: Root, item: Item) -> Sequence[str] | None:
-    """Blobs that an entry names: none for a damaged one, ``None`` for one that may be good."""
-    try:
-        header = read_header(root, item.path)
-    except (FutureFormatError, OSError):
-        return None
-    except EntryFormatError:
-        return ()
-    return () if header is None else [blob.digest for blob in header.blobs]
+        except EntryFormatError:
+            return []
 
 
 def _remove_planned(plan: PrunePlan) -> PruneResult:
@@ -241,7 +227,7 @@ def _remove_planned(plan: PrunePlan) -> PruneResult:
     leading: dict[str, list[Item]] = {}
     evicted = {item.key for item, _ in plan.entries}
     for target in plan.targets:
-        keys = evicted.intersection(look.targets[target])
+        keys = evicted.intersection(look.named[target])
         for key in keys:
             leading.setdefault(key, []).append(target)
         if not keys:
@@ -258,7 +244,7 @@ def _remove_planned(plan: PrunePlan) -> PruneResult:
     for item in plan.blobs:
         if item.key in kept or not removal.remove(item):
             kept.add(item.key)
-    for item in (*(each for each in plan.pieces if look.pieces[each] not in kept), *plan.leftovers):
+    for item in (*(each for each in plan.pieces if kept.isdisjoint(look.named[each])), *plan.leftovers):
         removal.remove(item)
     return result
 

@@ -57,7 +57,7 @@ def publish_blob(root: Root, source: bytes | str) -> BlobRef:
         # The lock of ``fd`` keeps it until this one does.
         held = root.files.hold_shared(target)
         if held is not None:
-            root.holds.keep(ref.digest, held)
+            root.keep(ref.digest, held)
     return ref
 
 
@@ -77,12 +77,12 @@ def _chunks(files: Files, source: bytes | str) -> Iterator[bytes]:
 
 def hold_blob(root: Root, ref: BlobRef) -> bool:
     """Keep a blob until it is released; whether it is there. Its size is checked, its digest is not."""
-    if ref.digest not in root.holds:
+    if not root.holds(ref.digest):
         return _hold(root, keyed_path(root.path, Area.BLOBS, ref.digest), ref, read=False)
     # Eviction cannot have taken it, but a reader that found it damaged can.
     there = root.has_blob(ref)
     if not there:
-        root.holds.release([ref.digest])
+        root.release([ref.digest])
     return there
 
 
@@ -98,7 +98,7 @@ def _hold(root: Root, path: str, ref: BlobRef, *, read: bool) -> bool:
             # Its writer may have died before it came to these, or not have come to them yet.
             root.sync(fd)
             root.sync_dir(os.path.dirname(path))
-            root.holds.keep(ref.digest, fd)
+            root.keep(ref.digest, fd)
             kept = True
     finally:
         if not kept:

@@ -18,14 +18,17 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 from stitchcache.errors import EntryDamagedError, StitchCacheError, StoreWriteError, UntrustedEntryError
 from stitchcache.records import dataclass
 from stitchcache.store import CAP, KEYED, LEGACY_SUFFIXES, TAG_NAME, TAG_TEXT, Area, key_of, keyed_path
 from stitchcache.store.files import Files, distrust, write_error
 from stitchcache.types import BlobRef, is_digest
+
+T = TypeVar("T")
 
 # Small enough to stay in the processor's cache, and not to be mapped and unmapped each time.
 _DIGESTED_AT_ONCE = 256 << 10
@@ -53,8 +56,13 @@ class Root:
         self.files = files
         self.durable = durable
         self.read_only = read_only
-        self.holds = Holds(files)
         self._known: set[str] = set()
+        # Open descriptors whose shared locks keep blobs from being evicted until an entry names them.
+        self._held: dict[str, int] = {}
+        self._mutex = threading.Lock()
+
+    def __del__(self) -> None:
+        self.release(list(self._held))
 
     def area(self, area: Area) -> str:
         """The directory of an area."""
@@ -125,20 +133,15 @@ class Root:
         reason = f"not a regular file of at most {cap} bytes"
         raise EntryDamagedError(f"{path}: {reason}", path=path, field="size", reason=reason)
 
-    def distrust(self, path: str) -> str | None:
-        """Why a file of this root, or a directory on the way to it, is not trusted; ``None`` when all are."""
+    def require_trust(self, path: str) -> None:
+        """Raise ``UntrustedEntryError`` where others can write a file, or a directory on the way to it."""
         at = self.path
         reason = distrust(at, self.files.stat(at))
         for part in path[len(self.path) :].strip(os.sep).split(os.sep):
             if reason is not None:
-                break
+                raise UntrustedEntryError(reason, path=path)
             at = os.path.join(at, part)
             reason = distrust(at, self.files.lstat(at))
-        return reason
-
-    def require_trust(self, path: str) -> None:
-        """Raise ``UntrustedEntryError`` where others can write a file, or a directory on the way to it."""
-        reason = self.distrust(path)
         if reason is not None:
             raise UntrustedEntryError(reason, path=path)
 
@@ -229,13 +232,7 @@ class Root:
         """
         while True:
             path = self.temporary_path("part")
-            try:
-                fd = self.files.create(path)
-            except FileNotFoundError:
-                # The first write, or somebody removed the cache under us.
-                self._make_again(os.path.dirname(path))
-                fd = self.files.create(path)
-            with self.files.opened(fd):
+            with self.files.opened(self.in_dir(path, self.files.create)) as fd:
                 try:
                     # A prune may come in between, and take the file for one that was left.
                     if self.files.lock_shared(fd, path):
@@ -246,16 +243,17 @@ class Root:
 
     def rename(self, temp: str, target: str) -> None:
         """Give a temporary file its name, replacing what had it."""
-        try:
-            self.files.rename(temp, target)
-        except FileNotFoundError:
-            # Somebody removed directories of the cache while it is in use; that is allowed.
-            self._make_again(os.path.dirname(target))
-            self.files.rename(temp, target)
+        self.in_dir(target, lambda path: self.files.rename(temp, path))
 
-    def _make_again(self, path: str) -> None:
-        self._known.clear()
-        self.make_dir(path)
+    def in_dir(self, path: str, act: Callable[[str], T]) -> T:
+        """Do something to a path, after making its directory where that is missing."""
+        try:
+            return act(path)
+        except FileNotFoundError:
+            # The first write, or somebody removed the cache while it is in use; that is allowed.
+            self._known.clear()
+            self.make_dir(os.path.dirname(path))
+            return act(path)
 
     def make_dir(self, path: str) -> None:
         """Make a directory of the root, and those above it, durably."""
@@ -282,28 +280,14 @@ class Root:
             self._mkdir(os.path.dirname(path))
             self.files.mkdir(path)
 
+    # -- blobs that no entry names yet -----------------------------------------------------------
 
-def host_name() -> str:
-    """This host's part of temporary names."""
-    return os.uname().nodename.replace(os.sep, "_")[:64]
-
-
-class Holds:
-    """Open descriptors whose shared locks keep blobs from being evicted."""
-
-    def __init__(self, files: Files) -> None:
-        self._files = files
-        self._mutex = threading.Lock()
-        self._held: dict[str, int] = {}
-
-    def __contains__(self, digest: str) -> bool:
+    def holds(self, digest: str) -> bool:
+        """Whether a blob is kept by this object."""
         return digest in self._held
 
-    def __del__(self) -> None:
-        self.release(list(self._held))
-
     def keep(self, digest: str, fd: int) -> None:
-        """Hold a blob through a descriptor that has its lock."""
+        """Keep a blob from being evicted through a descriptor that has its lock."""
         with self._mutex:
             surplus = [self._held.pop(digest, None)]
             self._held[digest] = fd
@@ -312,7 +296,7 @@ class Holds:
                 surplus.append(self._held.pop(next(iter(self._held))))
         for each in surplus:
             if each is not None:
-                self._files.close_quietly(each)
+                self.files.close_quietly(each)
 
     def release(self, digests: Iterable[str]) -> None:
         """Let go of blobs: an entry names them now, or nobody will."""
@@ -320,4 +304,9 @@ class Holds:
             with self._mutex:
                 fd = self._held.pop(digest, None)
             if fd is not None:
-                self._files.close_quietly(fd)
+                self.files.close_quietly(fd)
+
+
+def host_name() -> str:
+    """This host's part of temporary names."""
+    return os.uname().nodename.replace(os.sep, "_")[:64]

@@ -293,12 +293,7 @@ class Counters:
 
     def _write(self, pending: Counter[str]) -> None:
         files = self._root.files
-        try:
-            fd = files.open_or_create(f"{self._path}.lock")
-        except FileNotFoundError:
-            self._root.make_dir(os.path.dirname(self._path))
-            fd = files.open_or_create(f"{self._path}.lock")
-        with files.opened(fd):
+        with files.opened(self._root.in_dir(f"{self._path}.lock", files.open_or_create)) as fd:
             # Without the lock another process's counts may be lost, and that is all.
             for _ in range(_MOST_TRIES):
                 if files.try_lock(fd, plain=True) is not False:

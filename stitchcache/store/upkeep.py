@@ -18,7 +18,7 @@ from stitchcache.artifact.entry import (
     decode_target,
     header_end,
 )
-from stitchcache.errors import EntryFormatError, FutureFormatError
+from stitchcache.errors import EntryFormatError, FutureFormatError, UntrustedEntryError
 from stitchcache.store import CAP, KEYED, LEGACY_SUFFIXES, Area, possible_paths
 from stitchcache.store.files import Files, words
 from stitchcache.store.publish import quarantine
@@ -99,10 +99,8 @@ class CacheStats:
         counters: Name to number, such as ``hit.direct``, ``miss.<reason>``, ``put`` and ``evicted``.
         since: Unix seconds from which on they were counted; 0 where nothing was.
         entries: Files of this kind, older formats included; the same for ``blobs``, ``targets``, ``pieces``.
-        files: Files of these four kinds.
-        bytes: Their bytes.
-        quarantine_files: Damaged files kept.
-        quarantine_bytes: Their bytes.
+        files: Files of these four kinds; ``bytes`` are theirs.
+        quarantine_files: Damaged files kept; ``quarantine_bytes`` are theirs.
     """
 
     counters: Mapping[str, int]
@@ -159,8 +157,7 @@ class Finding:
 
     Args:
         path: The file.
-        problem: Its kind.
-        detail: What a person reads.
+        problem: Its kind; ``detail`` is what a person reads.
         repaired: Whether it was put right: damaged files and entries without their blobs go to quarantine,
             pointers that lead nowhere are removed.
     """
@@ -288,9 +285,10 @@ class _Walk:
         return value, inode
 
     def _check_trust(self, item: Item) -> None:
-        reason = self._root.distrust(item.path)
-        if reason is not None:
-            self.found(item, "untrusted", reason)
+        try:
+            self._root.require_trust(item.path)
+        except UntrustedEntryError as error:
+            self.found(item, "untrusted", error.message)
 
     def _set_aside(self, item: Item, problem: Problem, detail: str, inode: int | None) -> None:
         done = self._repair and quarantine(self._root, item.path, inode, detail)
