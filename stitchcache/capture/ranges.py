@@ -117,7 +117,7 @@ def _size(spec: InputSpec, dynamic_shapes: Any, label: str) -> str:
     for leaf in spec.leaves:
         shape = leaf.tensor.shape if leaf.tensor is not None else ()
         for dim, text in dims_of_leaf(dynamic_shapes, leaf.path, heads, len(shape)).items():
-            if text.startswith(f"Dim({label!r},"):
+            if text.startswith(f"Dim({label},"):
                 size = shape[dim]
                 if isinstance(size, str) and size.isidentifier():
                     return size
