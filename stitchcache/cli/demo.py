@@ -106,10 +106,7 @@ def _row(name: str, runs: list[out.Record]) -> out.Record:
     times = ("process_seconds", "model_seconds", "call_microseconds")
     row: out.Record = {"name": name, "runs": len(runs)}
     row |= {what: statistics.median(run[what] for run in runs) for what in times}
-    stages = runs[0].get("stages", {})
-    row["stages"] = {
-        stage: statistics.median(run["stages"].get(stage, 0.0) for run in runs) for stage in stages
-    }
+    row["stages"] = runs[-1].get("stages", {})
     return row
 
 

@@ -129,7 +129,7 @@ def test_failures_are_explained(run_cli, project, tmp_path):
         ("no_such_module:net", "no module 'no_such_module'"),
         ("nets.py:missing", "has no 'missing'"),
         ("nets.py", "is not a target"),
-        ("nets.py:number", "is a int"),
+        ("nets.py:number", "is or holds a int"),
         ("nets.py:twice", "two targets are called 'net'"),
     ],
 )
