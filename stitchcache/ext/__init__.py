@@ -1,0 +1,1 @@
+"""Optional roads, each behind an extra of its own and imported by name only."""
