@@ -8,8 +8,9 @@
     curl -d '{"sentences": ["A cat sits on the mat."]}' localhost:8000/embed
 
 ``/live`` answers as long as the event loop turns, ``/ready`` from the first good start on, ``/metrics`` for
-Prometheus (with several workers set PROMETHEUS_MULTIPROC_DIR to an empty directory). SIGTERM stops taking requests
-and answers those that wait. With ``STITCHCACHE_REQUIRE=direct`` a worker that would start cold ends with an error.
+Prometheus (with several workers set PROMETHEUS_MULTIPROC_DIR to an empty directory). SIGTERM stops taking
+requests and answers those that wait. With ``STITCHCACHE_REQUIRE=direct`` a worker that would start cold ends
+with an error.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Embedder:
             sentences, futures = [item[0] for item in batch], [item[1] for item in batch]
             try:
                 vectors = await loop.run_in_executor(self._pool, minilm.embed, self._model, sentences)
-            except Exception as error:  # whatever a batch raises is the answer to its requests
+            except Exception as error:  # noqa: BLE001 - whatever a batch raises is the answer to its requests
                 for future in futures:
                     future.cancelled() or future.set_exception(error)
                 continue

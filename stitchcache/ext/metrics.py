@@ -1,7 +1,7 @@
 """Prometheus metrics of compiled models (``pip install 'stitchcache[metrics]'``).
 
-What a dashboard of a service needs: how each start went, how long its stages took, calls, and calls that did not
-fit what was captured.
+What a dashboard of a service needs: how each start went, how long its stages took, calls, and calls that did
+not fit what was captured.
 """
 
 from __future__ import annotations
@@ -60,8 +60,7 @@ class Metrics:
             model: What the label ``model`` says.
 
         Returns:
-            To be called in place of the compiled model. It raises what the model raises, and costs two looks at
-            the clock and one lock.
+            To be called in place of the compiled model. It raises what the model raises.
         """
         self.starts.labels(model, compiled.cache_hit or "miss").inc()
         for stage, seconds in compiled.timings.items():

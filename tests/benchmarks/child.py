@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,11 @@ def serve(job: dict[str, Any]) -> None:
                 continue
             torch.set_num_threads(1 if asked["threads"] == "1 thread" else threads)
             args, kwargs = calls[asked["size"]]
+            if "callers" in asked:
+                _say(
+                    _at_once(subject, partial(function, *args, **kwargs), asked["callers"], asked["seconds"])
+                )
+                continue
             _say({"us": _one_call(subject, function, args, kwargs, asked["seconds"])})
 
 
@@ -169,6 +176,45 @@ def _one_call(
             wait()
         times.append(time.perf_counter() - began)
     return statistics.median(times) * 1e6
+
+
+def _at_once(subject: Subject, call: Callable[[], Any], callers: int, seconds: float) -> dict[str, Any]:
+    """Calls a second of so many threads at once, and how late a thread is that wakes every millisecond."""
+    import torch
+
+    counts = [0] * callers
+    gate, stop = threading.Barrier(callers + 1), threading.Event()
+
+    def work(number: int) -> None:
+        # The number of threads that a call uses is each thread's own.
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            call()
+            gate.wait()
+            while not stop.is_set():
+                call()
+                subject.wait()
+                counts[number] += 1
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(callers)]
+    for worker in workers:
+        worker.start()
+    gate.wait()
+    began, late = time.perf_counter(), []
+    while time.perf_counter() - began < seconds:
+        asked = time.perf_counter()
+        time.sleep(0.001)
+        late.append(time.perf_counter() - asked - 0.001)
+    stop.set()
+    lasted = time.perf_counter() - began
+    for worker in workers:
+        worker.join()
+    late.sort()
+    return {
+        "calls": sum(counts) / lasted,
+        "late_ms": late[-1] * 1e3,
+        "late_99_ms": late[int(len(late) * 0.99)] * 1e3,
+    }
 
 
 def _say(record: dict[str, Any]) -> None:

@@ -22,13 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import ways
-from subjects import DEVICES, SEED, Subject
+from subjects import DEVICES, ONE_CORE, SEED, Subject
 
 HERE = Path(__file__).resolve().parent
 VERSION = 1
 # Seconds of a process on two cores, for the estimate alone.
 COLD_SECONDS = {ways.EAGER: 2, ways.OURS: 40, ways.PACKAGE: 45}
 WARM_SECONDS = {ways.EAGER: 2, ways.IMPORTED: 2, ways.MEGA: 20} | dict.fromkeys(ways.IN_TURN, 2)
+
+
+DYNAMIC_THREADS = {"TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1"}
+"""Without it, a compiled loop takes as many threads as the machine had when it was compiled."""
 
 
 def facts(device: str = "cpu") -> dict[str, Any]:
@@ -161,6 +165,7 @@ def _environment(job: dict[str, Any], root: Path) -> Iterator[dict[str, str]]:
             "TORCHINDUCTOR_CACHE_DIR": str(inductor),
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths))),
+            **(DYNAMIC_THREADS if job["subject"].endswith(ONE_CORE) else {}),
         }
     finally:
         if empty:

@@ -6,7 +6,8 @@
     llama-16          a Llama from a config, 16 layers, random weights (needs transformers)
     gpt2-12           a GPT-2 from a config, 12 layers, random weights (needs transformers)
 
-A name that ends in ``@cuda`` means the same model on the first GPU.
+A name that ends in ``@cuda`` means the same model on the first GPU; one that ends in ``@1core``, the same compiled
+so that a call uses as many threads as ``torch.set_num_threads`` says, for several calls at once.
 
 Weights and inputs come from fixed seeds. Sizes are ``(rows, tokens)``, never 1: torch.compile keeps code
 of its own for a size of 1, and would compile in the middle of a measurement.
@@ -22,6 +23,7 @@ from typing import Any
 
 SEED = 0
 DEVICES = ("cpu", "cuda")
+ONE_CORE = "@1core"
 MOST_ROWS = 64
 MOST_TOKENS = 256
 EXAMPLE = (2, 16)
@@ -45,7 +47,7 @@ class Subject:
         if found is None or device not in ("", *DEVICES):
             raise SystemExit(f"no such model: {name!r}; say decoder-LAYERS[xWIDTH], llama-LAYERS, minilm ...")
         self.name = name
-        self.device = device or "cpu"
+        self.device = "cpu" if device in ("", ONE_CORE[1:]) else device
         self.kind = found[1] or "minilm"
         self.layers = int(found[2] or 6)
         self.width = int(found[3] or (384 if self.kind == "minilm" else 64))
