@@ -1,19 +1,17 @@
 // Calls the libraries that AOTInductor makes, without the GIL, from as many threads as come.
 //
 // torch's own runner holds the GIL while a piece runs, and lets one call at a time into a model instance. This does
-// the same through the library's C interface. It includes no header: a machine that has a compiler need not have
-// Python's headers, and torch's take ten seconds. What it calls is in Python's stable ABI, in torch's C shim, and in
-// one C++ function that wraps a tensor. Tried with torch 2.11 and 2.13.
+// the same through the library's C interface. It includes headers of C only: a machine that has a compiler need not
+// have Python's, torch's take ten seconds and C++'s one. What it calls is in Python's stable ABI, in torch's C shim,
+// and one C++ function that wraps a tensor. Tried with torch 2.11 and 2.13.
 
 #include <dlfcn.h>
+#include <pthread.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <time.h>
-
-#include <atomic>
-#include <cstddef>
-#include <cstdint>
-#include <mutex>
-#include <string>
-#include <vector>
 
 struct PyObject;
 struct PyThreadState;
@@ -56,38 +54,61 @@ namespace {
 using Container = void*;
 
 constexpr int kMethO = 8;
-constexpr ptrdiff_t kUsual = 64;
+constexpr size_t kUsual = 64;
 constexpr const char* kName = "stitchcache.piece";
 // Whoever lets go of the GIL may wait 5 ms for it where other threads run Python: a piece that was short keeps it.
 constexpr int64_t kShort = 20'000;
 
 struct Piece {
-  void* library = nullptr;
-  std::string device;
-  int32_t index = -1;
-  size_t offset = 0;
-  size_t outputs = 0;
-  int (*create)(Container*, size_t, const char*, const char*) = nullptr;
-  int (*destroy)(Container) = nullptr;
-  int (*run)(Container, void**, size_t, void**, size_t, void*, void*) = nullptr;
-  int (*count)(Container, size_t*) = nullptr;
-  int (*last_error)(const char**) = nullptr;
-  int (*stream)(int32_t, void**) = nullptr;
-  std::atomic<int64_t> nanoseconds{kShort};
-  std::mutex lock;
-  std::vector<Container> idle;  // model instances that no call uses; there are as many as there were calls at once
-
-  ~Piece() {
-    for (Container container : idle) destroy(container);
-    if (library) dlclose(library);
-  }
+  void* library;
+  char device[16];
+  int32_t index;
+  size_t offset;
+  size_t outputs;
+  int (*create)(Container*, size_t, const char*, const char*);
+  int (*destroy)(Container);
+  int (*run)(Container, void**, size_t, void**, size_t, void*, void*);
+  int (*count)(Container, size_t*);
+  int (*last_error)(const char**);
+  int (*stream)(int32_t, void**);
+  int64_t nanoseconds;  // of the last run
+  pthread_mutex_t lock;
+  // Model instances that no call uses. There are as many as there were calls at once.
+  Container* idle;
+  size_t count_idle, room;
 };
 
-PyObject* fail(const Piece& piece, const std::string& what) {
+PyObject* fail(const Piece& piece, const char* what) {
   const char* why = nullptr;
+  char text[1024];
   if (piece.last_error) piece.last_error(&why);
-  PyErr_SetString(PyExc_RuntimeError, (why && *why ? what + ": " + why : what).c_str());
+  snprintf(text, sizeof text, "%s%s%s", what, why && *why ? ": " : "", why ? why : "");
+  PyErr_SetString(PyExc_RuntimeError, text);
   return nullptr;
+}
+
+void discard(Piece* piece) {
+  while (piece->count_idle) piece->destroy(piece->idle[--piece->count_idle]);
+  if (piece->library) dlclose(piece->library);
+  pthread_mutex_destroy(&piece->lock);
+  free(piece->idle);
+  free(piece);
+}
+
+void put_back(Piece& piece, Container container) {
+  pthread_mutex_lock(&piece.lock);
+  if (piece.count_idle == piece.room) {
+    const size_t room = piece.room ? 2 * piece.room : 4;
+    auto* larger = static_cast<Container*>(realloc(piece.idle, room * sizeof(Container)));
+    if (larger) {
+      piece.idle = larger;
+      piece.room = room;
+    }
+  }
+  const bool kept = piece.count_idle < piece.room;
+  if (kept) piece.idle[piece.count_idle++] = container;
+  pthread_mutex_unlock(&piece.lock);
+  if (!kept) piece.destroy(container);
 }
 
 int64_t now() {
@@ -97,64 +118,37 @@ int64_t now() {
 }
 
 int run(Piece& piece, void** inputs, size_t count, void** outputs) {
-  Container container = nullptr;
-  {
-    std::lock_guard<std::mutex> held(piece.lock);
-    if (!piece.idle.empty()) {
-      container = piece.idle.back();
-      piece.idle.pop_back();
-    }
-  }
-  if (!container && piece.create(&container, 1, piece.device.c_str(), nullptr)) {
+  pthread_mutex_lock(&piece.lock);
+  Container container = piece.count_idle ? piece.idle[--piece.count_idle] : nullptr;
+  pthread_mutex_unlock(&piece.lock);
+  if (!container && piece.create(&container, 1, piece.device, nullptr)) {
     for (size_t i = 0; i < count; ++i) aoti_torch_delete_tensor_object(inputs[i]);
     return 1;
   }
   void* stream = nullptr;
   if (piece.stream) piece.stream(piece.index, &stream);
   // Takes the inputs over, also where it fails.
-  int status = piece.run(container, inputs, count, outputs, piece.outputs, stream, nullptr);
-  std::lock_guard<std::mutex> held(piece.lock);
-  piece.idle.push_back(container);
+  const int status = piece.run(container, inputs, count, outputs, piece.outputs, stream, nullptr);
+  put_back(piece, container);
   return status;
 }
 
-PyObject* call(PyObject* self, PyObject* inputs) {
-  auto& piece = *static_cast<Piece*>(PyCapsule_GetPointer(self, kName));
-  const ptrdiff_t count = PyList_Size(inputs);
-  if (count < 0) return nullptr;
-  void* usual[kUsual];
-  std::vector<void*> many;
-  void** handles = usual;
-  if (count + static_cast<ptrdiff_t>(piece.outputs) > kUsual) {
-    many.resize(count + piece.outputs);
-    handles = many.data();
-  }
+// Handles of the inputs, which own what they stand for; false where an error is set.
+bool take_inputs(const Piece& piece, PyObject* inputs, ptrdiff_t count, void** handles) {
   for (ptrdiff_t i = 0; i < count; ++i) {
     PyObject* tensor = PyList_GetItem(inputs, i);
     const int is_tensor = PyObject_IsInstance(tensor, THPVariableClass);
     char* inside = reinterpret_cast<char*>(tensor) + piece.offset;
-    if (is_tensor != 1 || aoti_torch_new_tensor_handle(inside, &handles[i])) {
-      while (i--) aoti_torch_delete_tensor_object(handles[i]);
-      if (is_tensor == 0) PyErr_SetString(PyExc_TypeError, "a piece takes tensors only");
-      return is_tensor == 1 ? fail(piece, "an input cannot be given to a piece") : nullptr;
-    }
+    if (is_tensor == 1 && !aoti_torch_new_tensor_handle(inside, &handles[i])) continue;
+    while (i--) aoti_torch_delete_tensor_object(handles[i]);
+    if (is_tensor == 0) PyErr_SetString(PyExc_TypeError, "a piece takes tensors only");
+    if (is_tensor == 1) fail(piece, "an input cannot be given to a piece");
+    return false;
   }
-  // The handles are owners too: emptied, the list keeps nothing alive that the piece is done with.
-  PyList_SetSlice(inputs, 0, count, nullptr);
-  void** results = handles + count;
-  const int64_t began = now();
-  int status;
-  if (piece.nanoseconds.load(std::memory_order_relaxed) < kShort) {
-    status = run(piece, handles, count, results);
-    piece.nanoseconds.store(now() - began, std::memory_order_relaxed);
-  } else {
-    PyThreadState* state = PyEval_SaveThread();
-    status = run(piece, handles, count, results);
-    // Before the GIL is waited for.
-    piece.nanoseconds.store(now() - began, std::memory_order_relaxed);
-    PyEval_RestoreThread(state);
-  }
-  if (status) return fail(piece, "a piece failed");
+  return true;
+}
+
+PyObject* give_outputs(const Piece& piece, void** results) {
   PyObject* list = PyList_New(piece.outputs);
   for (size_t i = 0; i < piece.outputs; ++i) {
     PyObject* tensor = list ? THPVariable_Wrap(*static_cast<const at::TensorBase*>(results[i])) : nullptr;
@@ -169,7 +163,33 @@ PyObject* call(PyObject* self, PyObject* inputs) {
   return list;
 }
 
-void finish(PyObject* capsule) { delete static_cast<Piece*>(PyCapsule_GetPointer(capsule, kName)); }
+PyObject* call_on(Piece& piece, PyObject* inputs, ptrdiff_t count, void** handles) {
+  if (!take_inputs(piece, inputs, count, handles)) return nullptr;
+  // The handles are owners too: emptied, the list keeps nothing alive that the piece is done with.
+  PyList_SetSlice(inputs, 0, count, nullptr);
+  const bool keeps = __atomic_load_n(&piece.nanoseconds, __ATOMIC_RELAXED) < kShort;
+  const int64_t began = now();
+  PyThreadState* state = keeps ? nullptr : PyEval_SaveThread();
+  const int status = run(piece, handles, count, handles + count);
+  // Before the GIL is waited for.
+  __atomic_store_n(&piece.nanoseconds, now() - began, __ATOMIC_RELAXED);
+  if (state) PyEval_RestoreThread(state);
+  return status ? fail(piece, "a piece failed") : give_outputs(piece, handles + count);
+}
+
+PyObject* call(PyObject* self, PyObject* inputs) {
+  auto& piece = *static_cast<Piece*>(PyCapsule_GetPointer(self, kName));
+  const ptrdiff_t count = PyList_Size(inputs);
+  if (count < 0) return nullptr;
+  void* usual[kUsual];
+  const size_t total = count + piece.outputs;
+  void** handles = total <= kUsual ? usual : static_cast<void**>(malloc(total * sizeof(void*)));
+  PyObject* results = handles ? call_on(piece, inputs, count, handles) : fail(piece, "out of memory");
+  if (handles != usual) free(handles);
+  return results;
+}
+
+void finish(PyObject* capsule) { discard(static_cast<Piece*>(PyCapsule_GetPointer(capsule, kName))); }
 
 PyMethodDef method = {"piece", call, kMethO, "Run a compiled piece: a list of tensors to a list of tensors."};
 
@@ -185,10 +205,13 @@ bool find(const Piece& piece, const char* name, Function& function) {
 // at::Tensor. Called with the GIL.
 extern "C" __attribute__((visibility("default"))) PyObject* stitchcache_load(
     const char* path, const char* device, int32_t index, size_t offset) {
-  auto* piece = new Piece;
-  piece->device = device;
+  auto* piece = static_cast<Piece*>(calloc(1, sizeof(Piece)));
+  if (!piece) abort();
+  pthread_mutex_init(&piece->lock, nullptr);
+  snprintf(piece->device, sizeof piece->device, "%s", device);
   piece->index = index;
   piece->offset = offset;
+  piece->nanoseconds = kShort;
   piece->library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   Container container = nullptr;
   if (!piece->library) {
@@ -203,7 +226,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* stitchcache_load(
   } else {
     find(*piece, "AOTInductorGetLastError", piece->last_error);
     if (!piece->create(&container, 1, device, nullptr) && !piece->count(container, &piece->outputs)) {
-      piece->idle.push_back(container);
+      put_back(*piece, container);
       PyObject* capsule = PyCapsule_New(piece, kName, finish);
       PyObject* function = capsule ? PyCFunction_NewEx(&method, capsule, nullptr) : nullptr;
       if (capsule) Py_DecRef(capsule);
@@ -211,6 +234,6 @@ extern "C" __attribute__((visibility("default"))) PyObject* stitchcache_load(
     }
     fail(*piece, "a model instance cannot be made");
   }
-  delete piece;
+  discard(piece);
   return nullptr;
 }

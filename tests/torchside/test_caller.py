@@ -1,0 +1,174 @@
+"""The caller runs a piece as torch's runner does, and lets others run meanwhile."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import stitchcache
+from stitchcache.pieces.compiling import find_compiler
+from stitchcache.torchside import inductor
+from stitchcache.torchside.caller import compile_caller, load_with
+
+pytestmark = pytest.mark.compile
+
+
+class Mixed(nn.Module):
+    """Several results, one an integer; takes long on many rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(96, 96), nn.Linear(96, 96)
+
+    def forward(self, x, shift):
+        y = torch.relu(self.first(x)) + shift
+        for _ in range(4):
+            y = torch.relu(self.second(y))
+        return y, y.sum(), y.argmax(-1)
+
+
+@pytest.fixture(scope="session")
+def caller(tmp_path_factory):
+    path = tmp_path_factory.mktemp("caller") / "caller.so"
+    compile_caller(find_compiler(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def library(compiled_root):
+    """A piece's library, and the tensors that it takes after the arguments."""
+    cache = stitchcache.Cache(compiled_root)
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    rows = stitchcache.Dim("rows", min=2, max=100_000)
+    compiled = stitchcache.compile(
+        model, (torch.randn(4, 96), torch.randn(96)), dynamic_shapes=({0: rows}, None), cache=cache
+    )
+    (piece,) = compiled.artifact.pieces
+    return str(cache.blob_path(piece.blob)), model
+
+
+def in_order(model, rows):
+    """Arguments, and inputs in the order in which the graph uses them."""
+    x, shift = torch.randn(rows, 96), torch.randn(96)
+    first, second = model.first, model.second
+    return x, shift, [x, first.weight, first.bias, shift, second.weight, second.bias]
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run_both(library, caller, rows):
+    path, model = library
+    ours, theirs = load_with(caller, path, "cpu"), inductor.load_library(path, "cpu")
+    _, _, inputs = in_order(model, rows)
+    with torch.no_grad():
+        return ours(list(inputs)), theirs(list(inputs))
+
+
+@pytest.mark.parametrize("rows", [2, 5, 1000])
+def test_results_are_those_of_torchs_runner(library, caller, rows):
+    ours, theirs = run_both(library, caller, rows)
+    assert [type(item) for item in ours] == [torch.Tensor] * len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.dtype, one.shape, one.stride(), one.requires_grad) == (
+            other.dtype,
+            other.shape,
+            other.stride(),
+            False,
+        )
+        assert torch.equal(one, other)
+
+
+def test_inputs_are_given_up(library, caller):
+    path, model = library
+    run = load_with(caller, path, "cpu")
+    inputs = in_order(model, 3)[2]
+    counts = [sys.getrefcount(item) for item in inputs]
+    given = list(inputs)
+    with torch.no_grad():
+        results = run(given)
+    assert given == []
+    assert [sys.getrefcount(item) for item in inputs] == counts
+    assert len(results) >= 3
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "text"])
+def test_what_is_no_tensor_is_refused(library, caller, wrong):
+    path, model = library
+    run = load_with(caller, path, "cpu")
+    inputs = in_order(model, 3)[2]
+    with pytest.raises(TypeError, match="tensors only"):
+        run([*inputs[:-1], wrong])
+    with torch.no_grad():
+        assert len(run(list(inputs))) >= 3
+
+
+def test_a_file_that_is_no_library(tmp_path, caller):
+    (tmp_path / "piece.so").write_bytes(b"no library")
+    with pytest.raises(RuntimeError, match=r"piece\.so"):
+        load_with(caller, str(tmp_path / "piece.so"), "cpu")
+    with pytest.raises(RuntimeError, match="no library of AOTInductor"):
+        load_with(caller, caller, "cpu")
+    with pytest.raises(OSError, match=r"piece\.so"):
+        load_with(str(tmp_path / "piece.so"), caller, "cpu")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_another_thread_runs_while_a_piece_does(library, caller):
+    """With torch's runner it would stand still for the whole call."""
+    path, model = library
+    run = load_with(caller, path, "cpu")
+    inputs = in_order(model, 60_000)[2]
+    woke: list[float] = []
+    stop = threading.Event()
+
+    def wake():
+        while not stop.is_set():
+            woke.append(time.perf_counter())
+            time.sleep(0.0005)
+
+    with torch.no_grad():
+        run(list(inputs))
+        other = threading.Thread(target=wake)
+        other.start()
+        began = time.perf_counter()
+        run(list(inputs))
+        ended = time.perf_counter()
+    stop.set()
+    other.join()
+    during = [at for at in woke if began < at < ended]
+    assert len(during) >= 3
+
+
+def test_many_calls_at_once_give_each_its_own(library, caller):
+    path, model = library
+    run = load_with(caller, path, "cpu")
+    wrong: list[int] = []
+
+    def work(number):
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for _ in range(20):
+                rows = int(torch.randint(2, 200, ()))
+                x, shift, inputs = in_order(model, rows)
+                found = next(item for item in run(inputs) if item.shape == (rows, 96))
+                if not torch.allclose(found, model(x, shift)[0], rtol=1e-4, atol=1e-4):
+                    wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
