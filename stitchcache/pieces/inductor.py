@@ -6,9 +6,11 @@ A warm start imports this file to load libraries: what only compiling needs is i
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
@@ -22,7 +24,10 @@ from torch.fx import GraphModule, Node
 from stitchcache.errors import BackendError, CompilerMissingError
 from stitchcache.pieces import Backend, BoxedPiece, Options
 from stitchcache.torchside import inductor
+from stitchcache.torchside.caller import append_caller, compile_caller, load_with_caller
 from stitchcache.torchside.ops import OpOverload, is_view, known_range
+
+log = logging.getLogger("stitchcache")
 
 ENOUGH = 32768
 """Elements that its largest tensor can have from which a piece's loops are shared among threads: ATen's own
@@ -146,12 +151,38 @@ class AotiBackend(InductorBackend):
                 "backend='inductor' or 'eager'.",
                 backend=self.name,
             )
+        caller = self._caller()
+        if caller is not None:
+            append_caller(Path(built), caller)
         return Path(built)
+
+    def warmth(self, devices: Collection[str], options: Options) -> Callable[[], object] | None:
+        """Compile the caller too."""
+        probe = super().warmth(devices, options)
+
+        def warm() -> None:
+            self._caller()
+            if probe is not None:
+                probe()
+
+        return warm if probe is not None else None
+
+    def _caller(self) -> Path | None:
+        """The caller's library, compiled now if it is not there; without it torch's runner will do."""
+        compiler = find_compiler()
+        try:
+            return compile_caller(compiler) if compiler else None
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = str(getattr(error, "stderr", "") or error)
+            log.debug("pieces will hold the GIL: %s", said.strip().partition("\n")[0])
+            return None
 
     def load(self, path: Path, device: str) -> BoxedPiece:
         """Map a library."""
         try:
-            return inductor.load_library(str(path), device)
+            # On GPUs torch's runner: the caller was not tried there.
+            ours = load_with_caller(str(path), device) if device == "cpu" else None
+            return ours or inductor.load_library(str(path), device)
         except RuntimeError as error:
             raise BackendError(
                 f"{path} cannot be loaded: {str(error).splitlines()[0]}. If it lies on a file system "

@@ -1,6 +1,6 @@
 """Several threads that call one model: calls a second, and how late other threads run meanwhile.
 
-    python tests/benchmarks/bench_threads.py [--subjects decoder-4x256] [--callers 1,2] [--rounds 7] [--dir DIR] ...
+    python tests/benchmarks/bench_threads.py [--subjects decoder-4x256] [--callers 1,2] [--rounds 7] ...
 
 Each way loads once into a process of its own. The parent asks one after the other, round by round, for a burst
 of calls from 1 thread, from 2 ..., each call on one core, while a thread of the same process sleeps a
@@ -107,9 +107,8 @@ def table(samples: dict[str, Any]) -> str:
                     statistics.median(each[key] for each in answers)
                     for key in ("calls", "late_ms", "late_99_ms")
                 )
-                lines.append(
-                    f"| {subject} | {callers} | {ways.LABELS[way]} | {calls:.0f} | {late:.1f} ms, {nearly:.1f} ms |"
-                )
+                late_text = f"{late:.1f} ms, {nearly:.1f} ms"
+                lines.append(f"| {subject} | {callers} | {ways.LABELS[way]} | {calls:.0f} | {late_text} |")
     return "\n".join(lines)
 
 

@@ -6,8 +6,8 @@
     llama-16          a Llama from a config, 16 layers, random weights (needs transformers)
     gpt2-12           a GPT-2 from a config, 12 layers, random weights (needs transformers)
 
-A name that ends in ``@cuda`` means the same model on the first GPU; one that ends in ``@1core``, the same compiled
-so that a call uses as many threads as ``torch.set_num_threads`` says, for several calls at once.
+A name that ends in ``@cuda`` means the same model on the first GPU; one that ends in ``@1core``, the same
+compiled so that a call uses as many threads as ``torch.set_num_threads`` says, for several calls at once.
 
 Weights and inputs come from fixed seeds. Sizes are ``(rows, tokens)``, never 1: torch.compile keeps code
 of its own for a size of 1, and would compile in the middle of a measurement.

@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import stitchcache
-from stitchcache.pieces.compiling import find_compiler
+from stitchcache.pieces.inductor import find_compiler
 from stitchcache.torchside import inductor
-from stitchcache.torchside.caller import compile_caller, load_with
+from stitchcache.torchside.caller import append_caller, compile_caller, load_with_caller
 
 pytestmark = pytest.mark.compile
 
@@ -30,13 +31,6 @@ class Mixed(nn.Module):
         for _ in range(4):
             y = torch.relu(self.second(y))
         return y, y.sum(), y.argmax(-1)
-
-
-@pytest.fixture(scope="session")
-def caller(tmp_path_factory):
-    path = tmp_path_factory.mktemp("caller") / "caller.so"
-    compile_caller(find_compiler(), path)
-    return str(path)
 
 
 @pytest.fixture(scope="session")
@@ -68,17 +62,17 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def run_both(library, caller, rows):
+def run_both(library, rows):
     path, model = library
-    ours, theirs = load_with(caller, path, "cpu"), inductor.load_library(path, "cpu")
+    ours, theirs = load_with_caller(path, "cpu"), inductor.load_library(path, "cpu")
     _, _, inputs = in_order(model, rows)
     with torch.no_grad():
         return ours(list(inputs)), theirs(list(inputs))
 
 
 @pytest.mark.parametrize("rows", [2, 5, 1000])
-def test_results_are_those_of_torchs_runner(library, caller, rows):
-    ours, theirs = run_both(library, caller, rows)
+def test_results_are_those_of_torchs_runner(library, rows):
+    ours, theirs = run_both(library, rows)
     assert [type(item) for item in ours] == [torch.Tensor] * len(theirs)
     for one, other in zip(ours, theirs, strict=True):
         assert (one.dtype, one.shape, one.stride(), one.requires_grad) == (
@@ -90,9 +84,9 @@ def test_results_are_those_of_torchs_runner(library, caller, rows):
         assert torch.equal(one, other)
 
 
-def test_inputs_are_given_up(library, caller):
+def test_inputs_are_given_up(library):
     path, model = library
-    run = load_with(caller, path, "cpu")
+    run = load_with_caller(path, "cpu")
     inputs = in_order(model, 3)[2]
     counts = [sys.getrefcount(item) for item in inputs]
     given = list(inputs)
@@ -104,9 +98,9 @@ def test_inputs_are_given_up(library, caller):
 
 
 @pytest.mark.parametrize("wrong", [None, 3, "text"])
-def test_what_is_no_tensor_is_refused(library, caller, wrong):
+def test_what_is_no_tensor_is_refused(library, wrong):
     path, model = library
-    run = load_with(caller, path, "cpu")
+    run = load_with_caller(path, "cpu")
     inputs = in_order(model, 3)[2]
     with pytest.raises(TypeError, match="tensors only"):
         run([*inputs[:-1], wrong])
@@ -114,21 +108,33 @@ def test_what_is_no_tensor_is_refused(library, caller, wrong):
         assert len(run(list(inputs))) >= 3
 
 
-def test_a_file_that_is_no_library(tmp_path, caller):
-    (tmp_path / "piece.so").write_bytes(b"no library")
+def test_only_a_library_with_a_caller_is_taken(tmp_path, library):
+    path = tmp_path / "piece.so"
+    path.write_bytes(b"no library")
+    assert load_with_caller(str(path), "cpu") is None
+    assert load_with_caller(str(tmp_path / "none.so"), "cpu") is None
+    caller = compile_caller(find_compiler())
+    append_caller(path, caller)
     with pytest.raises(RuntimeError, match=r"piece\.so"):
-        load_with(caller, str(tmp_path / "piece.so"), "cpu")
+        load_with_caller(str(path), "cpu")
+    path.write_bytes(caller.read_bytes())
+    append_caller(path, caller)
     with pytest.raises(RuntimeError, match="no library of AOTInductor"):
-        load_with(caller, caller, "cpu")
-    with pytest.raises(OSError, match=r"piece\.so"):
-        load_with(str(tmp_path / "piece.so"), caller, "cpu")
+        load_with_caller(str(path), "cpu")
+    # What is appended is no library.
+    (tmp_path / "text").write_bytes(b"text")
+    path = tmp_path / "other.so"
+    path.write_bytes(Path(library[0]).read_bytes())
+    append_caller(path, tmp_path / "text")
+    assert load_with_caller(str(path), "cpu") is None
+    assert inductor.load_library(str(path), "cpu") is not None
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_another_thread_runs_while_a_piece_does(library, caller):
+def test_another_thread_runs_while_a_piece_does(library):
     """With torch's runner it would stand still for the whole call."""
     path, model = library
-    run = load_with(caller, path, "cpu")
+    run = load_with_caller(path, "cpu")
     inputs = in_order(model, 60_000)[2]
     woke: list[float] = []
     stop = threading.Event()
@@ -151,9 +157,9 @@ def test_another_thread_runs_while_a_piece_does(library, caller):
     assert len(during) >= 3
 
 
-def test_many_calls_at_once_give_each_its_own(library, caller):
+def test_many_calls_at_once_give_each_its_own(library):
     path, model = library
-    run = load_with(caller, path, "cpu")
+    run = load_with_caller(path, "cpu")
     wrong: list[int] = []
 
     def work(number):
