@@ -72,8 +72,8 @@ def load_with_caller(path: str, device: str) -> Callable[[list[Any]], Sequence[A
         device: Where it runs: ``cpu``, or ``cuda:1``.
 
     Returns:
-        One list of tensors, which is emptied, to one list of tensors. ``None`` where the library has no caller,
-        or that cannot be mapped here.
+        One list of tensors, which is emptied, to one list of tensors. ``None`` where the library has no
+        caller, or that cannot be mapped here.
 
     Raises:
         RuntimeError: The library cannot be mapped, or was made for another torch.
@@ -98,7 +98,7 @@ def load_with_caller(path: str, device: str) -> Callable[[list[Any]], Sequence[A
 def _map(caller: bytes) -> ctypes.PyDLL:
     """Map a caller from memory, once a process: what the store's digest covered is what runs.
 
-    The file stays open: the loader knows libraries by path, and would take the next file of this number for it.
+    The file stays open: the loader knows libraries by path, and would take the next file of its number for it.
     """
     file = os.memfd_create("stitchcache-caller")
     with open(file, "wb", closefd=False) as memory:

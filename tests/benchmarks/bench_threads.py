@@ -1,6 +1,6 @@
 """Several threads that call one model: calls a second, and how late other threads run meanwhile.
 
-    python tests/benchmarks/bench_threads.py [--subjects decoder-4x256] [--callers 1,2] [--rounds 7] ...
+    python tests/benchmarks/bench_threads.py [--subjects decoder-4x256] [--callers 1,2] [--dir DIR] ...
 
 Each way loads once into a process of its own. The parent asks one after the other, round by round, for a burst
 of calls from 1 thread, from 2 ..., each call on one core, while a thread of the same process sleeps a
