@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_threads.py [--subjects decoder-4x256] [--callers 1,2] [--dir DIR] ...
 
-Each way loads once into a process of its own. The parent asks one after the other, round by round, for a burst
-of calls from 1 thread, from 2 ..., each call on one core, while a thread of the same process sleeps a
+Each way loads once into a process of its own. The parent asks one after the other, round by round, for a
+burst of calls from 1 thread, from 2 ..., each call on one core, while a thread of the same process sleeps a
 millisecond at a time and notes how much later it wakes. Ratios are medians over rounds. Prints goals; exits
 with 1 if one is missed.
 """
