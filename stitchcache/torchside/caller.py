@@ -98,7 +98,7 @@ def load_with_caller(path: str, device: str) -> Callable[[list[Any]], Sequence[A
 def _map(caller: bytes) -> ctypes.PyDLL:
     """Map a caller from memory, once a process: what the store's digest covered is what runs.
 
-    The file stays open: the loader knows libraries by path, and would take the next file of its number for this.
+    The file stays open: the loader knows libraries by path, and would take another file of its number for it.
     """
     file = os.memfd_create("stitchcache-caller")
     with open(file, "wb", closefd=False) as memory:
