@@ -54,7 +54,7 @@ def plan(
     """Plan the compilation of a captured graph.
 
     Args:
-        gm: Flat graph; not changed.
+        gm: The flat graph; not changed.
         bound: Placeholder to name and tensor, for what the model feeds.
         constants: Placeholders of leaves that the capture baked in.
         splitting_ops: As the user gave them.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("stitchcache")
 
 # In this order: what needs no torch comes first, for the caller may be importing that.
-_ROAD = ("stitchcache.cache", "stitchcache.pieces.inductor", "stitchcache.api.compile")
+_ROAD = ("stitchcache.cache", "stitchcache.pieces", "stitchcache.api.compile")
 
 Ready = dict[tuple[str, str], Any]
 """Loaded pieces, by backend and digest."""
@@ -117,7 +117,7 @@ class Preloaded:
 
     def _load(self, artifact: Artifact) -> None:
         """Digest all blobs and load those that any process on the CPU loads alike."""
-        from stitchcache.pieces.inductor import AotiBackend
+        from stitchcache.pieces import AotiBackend
         from stitchcache.runtime.model import check_environment, devices_in
 
         if self._cache is None:

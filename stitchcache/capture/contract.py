@@ -32,17 +32,16 @@ def input_spec(
     names: SymbolNames,
     ranges: Mapping[Any, Any] | None = None,
 ) -> InputSpec:
-    """Read off a captured graph what its callers must keep to.
+    """Read off a flat graph what its callers must keep to.
 
     Args:
-        gm: The flat graph.
-        inputs: Placeholder names, one a leaf.
+        gm: The graph.
+        inputs: Placeholder names, one a leaf, as are ``paths`` and ``leaves``.
         paths: What the user calls each leaf.
-        leaves: The example's leaves.
+        leaves: The example's.
         tree: The input tree, written down.
         names: Filled in the order of the leaves.
-        ranges: What ``torch.export`` found symbols may be. Without, there are no relations either: Dynamo
-            checks the calls of its graphs itself.
+        ranges: What ``torch.export`` lets symbols be; ``None`` for Dynamo, which checks relations itself.
 
     Raises:
         CaptureError: A leaf is neither a tensor nor a plain value.
@@ -115,11 +114,8 @@ def more_constraints(codes: Iterable[CodeType], example: Sequence[Any]) -> tuple
 
     From its bytecode: a trace does not see that two arguments were compared with ``is``, or what kind of
     tensor one was. Most models ask for neither, and their calls pay for neither. Tensors as keys of a dict,
-    and ``in`` for a list of them, compare identity unseen.
-
-    Args:
-        codes: Code that ran during the capture, torch's own left out: what it asks changes no result.
-        example: The example's leaves as they were given.
+    and ``in`` for a list of them, compare identity unseen. torch's own code is left out: what it asks changes
+    no result.
 
     Raises:
         CaptureError: Code asks for the kind of a tensor, and the example has other ones than plain tensors.

@@ -31,11 +31,7 @@ from stitchcache.types import OutputSpec
 
 
 def capture_graph(gm: GraphModule, example_inputs: Sequence[Any]) -> Capture:
-    """Bring a graph of Dynamo's into the form that is planned and compiled.
-
-    Args:
-        gm: As a backend of ``torch.compile`` gets it; not changed. Tensors that it holds are bound.
-        example_inputs: One a placeholder.
+    """Bring a graph, as a backend of ``torch.compile`` gets it, into the form that is planned and compiled.
 
     Raises:
         CaptureError: The graph cannot be traced.
@@ -181,11 +177,10 @@ def _lift_tensors(gm: GraphModule, mode: Any) -> list[BoundTensor]:
 
 
 def drop_modes(gm: GraphModule, autocast: bool) -> tuple[GraphModule, bool]:
-    """Take out calls that switch modes which the graph is not in when it runs; ``autocast`` is the caller's.
+    """A copy without calls that switch modes which the graph is not in when it runs.
 
-    Returns:
-        A copy, and whether it must be traced below autocast and the transforms of ``torch.func``, because a
-        part of it is in one of them.
+    And whether it must be traced below autocast (``autocast`` is the caller's own) and the transforms of
+    ``torch.func``, because a part of it is in one of them.
     """
     nodes = list(_nodes(gm))
     autocast = autocast or any(_name(node) == dynamo.ENTER_AUTOCAST and _enables(node) for node in nodes)

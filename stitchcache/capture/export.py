@@ -91,13 +91,7 @@ def capture(
     kwargs: Mapping[str, Any],
     dynamic_shapes: Any = None,
 ) -> Capture:
-    """Trace a model into one graph.
-
-    Args:
-        model: In evaluation mode.
-        args: Example positional arguments, any pytree.
-        kwargs: Example keyword arguments.
-        dynamic_shapes: As for ``torch.export.export``.
+    """Trace a model, in evaluation mode, into one graph; arguments are those of ``torch.export.export``.
 
     Raises:
         CaptureError: torch cannot export it; ``location`` is the user's line that stopped it.

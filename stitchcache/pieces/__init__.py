@@ -1,20 +1,33 @@
-"""Pieces: graphs that are compiled, each into a file, and loaded from it. A backend does both."""
+"""Pieces: graphs that are compiled, each into a file, and loaded from it. A backend does both.
+
+A warm start imports this file to load libraries: what only compiling needs is imported where it is used.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import math
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stitchcache.errors import OptionError
+import torch
+from torch.fx import GraphModule, Node
 
-if TYPE_CHECKING:
-    from dataclasses import dataclass
+from stitchcache.errors import BackendError, CompilerMissingError, OptionError
+from stitchcache.records import dataclass
+from stitchcache.torchside import inductor
+from stitchcache.torchside.caller import append_caller, compile_caller, load_with_caller
+from stitchcache.torchside.ops import OpOverload, is_view, known_range
 
-    from torch.fx import GraphModule
-else:
-    from stitchcache.records import dataclass
+log = logging.getLogger("stitchcache")
 
 NAMES = ("aoti", "inductor", "eager")
 
@@ -30,6 +43,24 @@ Options = Mapping[str, Any]
 
 BoxedPiece = Callable[[list[Any]], Sequence[Any]]
 """A loaded piece: takes one list of tensors, returns a sequence of tensors."""
+
+ENOUGH = 32768
+"""Elements that its largest tensor can have from which a piece's loops are shared among threads: ATen's own
+grain size. Waking a thread takes longer than the loops of a smaller piece do."""
+
+HEADERS = "aot_inductor.precompile_headers"
+HEADERS_PAY_FROM = 6
+"""Pieces from which precompiled headers pay: the first piece makes both, which takes one core 10 s once on a
+machine, and each piece compiles 2 s sooner."""
+
+_LINE_TABLES = "aot_inductor.enable_line_tables"
+# How deep Inductor cuts loops up; how many threads there are is asked when they run.
+_NOMINAL_THREADS = 8
+# Namespaces whose ops Inductor knows how to call from C++. Any other op would go through a proxy
+# that needs a second file beside the library and is slower than a call from the stitching code.
+_NATIVE = {"aten", "prims", "prim", "inductor", "_quantized", "quantized_decomposed"}
+# Random ops that AOTInductor leaves to eager's own kernels, so that they draw eager's numbers.
+_RANDOM = {"rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "bernoulli", "dropout"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +84,9 @@ class Backend:
     """Compiles pieces to files and loads files as callables: :meth:`compile` and :meth:`load` are its job.
 
     The other methods may stay as they are. All that compiles runs in forked children where there can be some.
-
-    Attributes:
-        name: As users write it, and as entries record it.
     """
 
+    # As users write it, and as entries record it.
     name: str
 
     def compile(self, piece: GraphModule, directory: Path, options: Options) -> Path:
@@ -77,11 +106,7 @@ class Backend:
         raise NotImplementedError
 
     def load(self, path: Path, device: str) -> BoxedPiece:
-        """Load a compiled piece in place.
-
-        Args:
-            path: The stored file.
-            device: Where it runs: ``cpu``, or ``cuda:1``.
+        """Load a stored file in place, for a device such as ``cpu`` or ``cuda:1``.
 
         Raises:
             BackendError: The file cannot be loaded here.
@@ -101,11 +126,11 @@ class Backend:
 
         Args:
             devices: Device types in use.
-            options: The user's; what they say stays.
-            pieces: Pieces about to be compiled.
+            options: The user's.
+            pieces: How many are about to be compiled.
 
         Returns:
-            Options that compile so many pieces soonest, to the same result.
+            Options that compile so many soonest, to the same result; what the user's say stays.
 
         Raises:
             CompilerMissingError: It needs a C++ compiler and there is none.
@@ -117,15 +142,217 @@ class Backend:
         return nullcontext()
 
 
+class InductorBackend(Backend):
+    """Inductor's standalone artifacts, for graphs that AOTInductor refuses.
+
+    Loading one imports Inductor and, on the CPU, compiles the C++ again where Inductor's own cache is empty:
+    seconds, and a compiler, where AOTInductor needs neither.
+    """
+
+    name = "inductor"
+
+    def compile(self, piece: GraphModule, directory: Path, options: Options) -> Path:
+        """Compile a piece to what ``CompiledArtifact.save`` writes."""
+        path = directory / "piece.inductor"
+        inductor.compile_artifact(piece, _fakes(piece), {**thread_options(piece, options), **options}, path)
+        return path
+
+    def load(self, path: Path, device: str) -> BoxedPiece:
+        """Load an artifact."""
+        artifact = inductor.load_artifact(path)
+        # It takes its inputs one by one, not as a list.
+        return lambda inputs: artifact(*inputs)
+
+    def warmth(self, devices: Collection[str], options: Options) -> Callable[[], object] | None:
+        """Leave the probes of the CPU on disk, which takes half of Inductor's imports only."""
+        usable = "cpu" in devices and find_compiler() is not None
+        return partial(inductor.probe_best, options) if usable else None
+
+    def prepare(self, devices: Collection[str], options: Options, pieces: int) -> Options:
+        """Check for a C++ compiler, import Inductor and probe the CPU."""
+        if find_compiler() is None:
+            raise CompilerMissingError(
+                f"backend={self.name!r} needs a C++ compiler and found no {_compiler()} on PATH. Install "
+                "one (Debian, Ubuntu: 'apt install g++'; Fedora: 'dnf install gcc-c++'; conda: "
+                "'cxx-compiler'), point CXX at it, or use backend='eager'. Loading what is cached needs no "
+                "compiler.",
+                backend=self.name,
+            )
+        inductor.import_compiler()
+        probe = self.warmth(devices, options)
+        if probe is not None:
+            probe()
+        return options
+
+    def around_compiling(self, devices: Collection[str], options: Options) -> AbstractContextManager[None]:
+        """Skip probes of the CPU that could not change anything."""
+        return inductor.few_probes(options, "cpu" in devices)
+
+
+class AotiBackend(InductorBackend):
+    """AOTInductor: one shared library a piece. Loading one imports neither Inductor nor Dynamo."""
+
+    name = "aoti"
+
+    def prepare(self, devices: Collection[str], options: Options, pieces: int) -> Options:
+        """As for Inductor; and do without precompiled headers where they cost more than they save."""
+        super().prepare(devices, options, pieces)
+        known = hasattr(inductor.settings().aot_inductor, "precompile_headers")
+        # What accelerators make of headers was not measured: they are left to torch, which makes them.
+        few = known and set(devices) == {"cpu"} and pieces < HEADERS_PAY_FROM
+        return {**({HEADERS: False} if few else {}), **options}
+
+    def foreign_ops(self, piece: GraphModule) -> set[str]:
+        """Custom ops, and random ops that would draw other numbers: they are called between pieces."""
+        # A warm start plans nothing.
+        from stitchcache.graph.effects import is_random
+
+        return {
+            str(node.target).replace(".", "::", 1)
+            for node in piece.graph.nodes
+            if isinstance(node.target, OpOverload)
+            and (
+                node.target.namespace not in _NATIVE
+                or (is_random(node) and str(node.target).split(".")[1] not in _RANDOM)
+            )
+        }
+
+    def compile(self, piece: GraphModule, directory: Path, options: Options) -> Path:
+        """Compile a piece to a library."""
+        # Debug sections are two thirds of a small library, all of which a warm start reads and digests.
+        asked = "AOT_INDUCTOR_ENABLE_LINE_TABLES" in os.environ
+        known = getattr(inductor.settings().aot_inductor, "enable_line_tables", False)
+        chosen = {
+            **thread_options(piece, options),
+            **({_LINE_TABLES: False} if known and not asked else {}),
+            **options,
+            # Beside the library a kernel would be lost: one file is stored.
+            "aot_inductor.embed_kernel_binary": True,
+            "aot_inductor.output_path": str(directory / "piece.so"),
+        }
+        built = inductor.compile_library(piece, _fakes(piece), chosen)
+        if not isinstance(built, str) or not Path(built).is_file():
+            raise BackendError(
+                f"AOTInductor returned {built!r} instead of the path of a library. "
+                "Remove options that change what it produces (aot_inductor.package*).",
+                backend=self.name,
+            )
+        proxies = _proxies(directory)
+        if proxies:
+            raise BackendError(
+                f"AOTInductor has no C++ entry for {', '.join(proxies)} and wants to call it through a "
+                "proxy, which stitchcache does not store. Name it in splitting_ops, or use "
+                "backend='inductor' or 'eager'.",
+                backend=self.name,
+            )
+        caller = self._caller()
+        if caller is not None:
+            append_caller(Path(built), caller)
+        return Path(built)
+
+    def warmth(self, devices: Collection[str], options: Options) -> Callable[[], object] | None:
+        """Compile the caller too."""
+        probe = super().warmth(devices, options)
+
+        def warm() -> None:
+            self._caller()
+            if probe is not None:
+                probe()
+
+        return warm if probe is not None else None
+
+    def _caller(self) -> Path | None:
+        """The caller's library, compiled now if it is not there; without it torch's runner will do."""
+        compiler = find_compiler()
+        try:
+            return compile_caller(compiler) if compiler else None
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = str(getattr(error, "stderr", "") or error)
+            log.debug("pieces will hold the GIL: %s", said.strip().partition("\n")[0])
+            return None
+
+    def load(self, path: Path, device: str) -> BoxedPiece:
+        """Map a library."""
+        try:
+            # On GPUs torch's runner: the caller was not tried there.
+            ours = load_with_caller(str(path), device) if device == "cpu" else None
+            return ours or inductor.load_library(str(path), device)
+        except RuntimeError as error:
+            raise BackendError(
+                f"{path} cannot be loaded: {str(error).splitlines()[0]}. If it lies on a file system "
+                "mounted noexec, set STITCHCACHE_DIR to another; else run 'stitchcache verify --repair'.",
+                backend=self.name,
+            ) from error
+
+
 def get_backend(name: str) -> Backend:
     """Find a backend by name; an OptionError if there is no such."""
-    # Imported one by one: a warm start loads pieces of one backend only.
+    if name == "aoti":
+        return AotiBackend()
+    if name == "inductor":
+        return InductorBackend()
     if name == "eager":
+        # A warm start seldom has such pieces.
         from stitchcache.pieces.eager import EagerBackend
 
         return EagerBackend()
-    if name not in NAMES:
-        raise OptionError(f"backend={name!r}: there is {', '.join(NAMES)}.", option="backend")
-    from stitchcache.pieces.inductor import AotiBackend, InductorBackend
+    raise OptionError(f"backend={name!r}: there is {', '.join(NAMES)}.", option="backend")
 
-    return AotiBackend() if name == "aoti" else InductorBackend()
+
+def _compiler() -> str:
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+
+
+def find_compiler() -> str | None:
+    """Path of the C++ compiler that Inductor takes: ``CXX`` if it is set, else the platform's."""
+    return shutil.which(_compiler())
+
+
+def _fakes(piece: GraphModule) -> Sequence[Any]:
+    return [node.meta["val"] for node in piece.graph.nodes if node.op == "placeholder"]
+
+
+def _proxies(directory: Path) -> list[str]:
+    """Ops that a freshly built library would look up in a file beside it."""
+    found: dict[str, None] = {}
+    for path in sorted(directory.rglob("*.json")):
+        record = json.loads(path.read_text())
+        # Of the other files of this kind that Inductor leaves, none lists nodes.
+        for entry in record.get("nodes", []) if isinstance(record, dict) else []:
+            target = str(entry.get("node", {}).get("target", entry.get("name", "an op")))
+            found[target.removeprefix("torch.ops.").replace(".", "::", 1)] = None
+    return list(found)
+
+
+def thread_options(piece: GraphModule, options: Options) -> dict[str, Any]:
+    """Inductor's options for the threads of a piece: as many as torch has in the process that calls it.
+
+    Inductor writes the number of threads of the compiling process into its C++, and leaves parallel loops out
+    where that is one. Our children compile on one thread each, and a prewarmed image runs on other machines.
+    So a piece that can be given enough work asks for the number when it runs, and one that is always small
+    runs on a single thread. What it can be given is what its sizes' ranges allow. The example does not count:
+    it is in no key, so whoever compiled first would decide for all others. The user's own word counts.
+    """
+    if {"cpp.threads", "cpp.dynamic_threads"} & options.keys() or inductor.settings().cpp.threads > 0:
+        return {}
+    # Neither weights nor views count: only what a piece computes.
+    computed = (node.meta.get("val") for node in piece.graph.nodes if _computes(node))
+    tensors = (t for value in computed for t in (value if isinstance(value, (list, tuple)) else [value]))
+    if any(isinstance(t, torch.Tensor) and math.prod(map(_most, t.shape)) >= ENOUGH for t in tensors):
+        return {"cpp.threads": _NOMINAL_THREADS, "cpp.dynamic_threads": True}
+    return {"cpp.threads": 1}
+
+
+def _computes(node: Node) -> bool:
+    return node.op == "call_function" and isinstance(node.target, OpOverload) and not is_view(node.target)
+
+
+def _most(size: int | torch.SymInt) -> int:
+    if not isinstance(size, torch.SymInt):
+        return size
+    # A warm start does without sympy.
+    from stitchcache.graph.symbols import finite
+
+    top = finite(known_range(size)[1])
+    # Without a bound, or where only data decides, it may be large.
+    return ENOUGH if top is None else top

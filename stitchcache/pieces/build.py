@@ -35,10 +35,10 @@ def build(
     devices: Sequence[str],
     on_built: Callable[[Piece, Path, float], None],
 ) -> None:
-    """Compile pieces.
+    """Compile pieces, one for each key.
 
     Args:
-        missing: One piece for each key to compile.
+        missing: What to compile.
         examples: By key, inputs of pieces as a real run fed them, to compare with eager on. A piece without
             is compared on made-up numbers; ``None`` skips the comparison.
         scratch: A directory to work in.

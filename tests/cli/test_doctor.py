@@ -76,7 +76,7 @@ def test_no_compiler_is_a_note(run_cli, tmp_path):
 
 
 def test_it_finds_the_compiler_that_compiling_finds(run_cli, tmp_path):
-    from stitchcache.pieces.inductor import find_compiler
+    from stitchcache.pieces import find_compiler
 
     found = findings(run_cli("doctor", "--json", tmp_path))["compiler"]
     assert (found["found"] if found["level"] == "ok" else None) == find_compiler()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import stitchcache
-from stitchcache.pieces.inductor import find_compiler
+from stitchcache.pieces import find_compiler
 from stitchcache.torchside import inductor
 from stitchcache.torchside.caller import append_caller, compile_caller, load_with_caller
 

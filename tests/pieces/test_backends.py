@@ -13,8 +13,14 @@ from torch import nn
 
 import stitchcache
 from stitchcache.capture import capture
-from stitchcache.pieces import COMPILER_OPTIONS, get_backend
-from stitchcache.pieces.inductor import ENOUGH, HEADERS, HEADERS_PAY_FROM, thread_options
+from stitchcache.pieces import (
+    COMPILER_OPTIONS,
+    ENOUGH,
+    HEADERS,
+    HEADERS_PAY_FROM,
+    get_backend,
+    thread_options,
+)
 from stitchcache.pipeline.find import Request
 
 cpu_vec_isa = pytest.importorskip("torch._inductor.cpu_vec_isa")
