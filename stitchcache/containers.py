@@ -27,10 +27,7 @@ def once(write: Handler) -> Handler:
 
 
 def _sequence(kind: bytes, base: Any) -> Handler:
-    """How to write what is in a builtin container, in its own order: code that walks over it sees that.
-
-    A set's order may move with the hash seed.
-    """
+    """How to write what is in a builtin container, in its own order, which code sees; sets included."""
 
     def put(writer: Writer, value: Any) -> None:
         writer.head(kind, base.__len__(value))
@@ -167,18 +164,14 @@ FAMILIES: list[tuple[type, Handler]] = [
 class PlainWriter(Writer):
     """Writes what stands in this file, and objects made in Python; nothing of torch or numpy."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.handlers, self.families = HANDLERS, FAMILIES
+    handlers, families = HANDLERS, FAMILIES
 
 
 def put_code(writer: Writer, code: CodeType, nested: Callable[[CodeType], None]) -> None:
-    """Write what a code object does. File names, line numbers and comments are left out.
+    """Write what a code object does; file names, line numbers and comments are left out.
 
-    Args:
-        writer: Where to.
-        code: The code object. Its bytecode belongs to one version of Python, which has to be a factor.
-        nested: Writes a code object among its constants.
+    Bytecode belongs to one version of Python, which has to be a factor. ``nested`` writes a code object in
+    it.
     """
     writer.head(b"code", 8 + len(code.co_consts))
     counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)

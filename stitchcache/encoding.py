@@ -37,12 +37,7 @@ _POINTER = struct.calcsize("P")
 
 
 class UnkeyableError(ValueError):
-    """A value that no digest stands for soundly; the reason names it, so that one can act on it.
-
-    Args:
-        path: Where the value was met, such as ``layers.3.lock``.
-        why: What is the matter with it.
-    """
+    """A value that no digest stands for soundly: where it was met, such as ``layers.3.lock``, and why."""
 
     def __init__(self, path: str, why: str) -> None:
         super().__init__(f"{path}: {why}" if path else why)
@@ -65,13 +60,7 @@ def data_bytes(value: bytes | bytearray) -> bytes:
 
 
 def make_factor(name: str, value: str, payload: bytes | None = None) -> Factor:
-    """Build a factor.
-
-    Args:
-        name: Dotted name, see docs/keys.md.
-        value: What a person reads; shortened here.
-        payload: The whole value; the readable one where left out.
-    """
+    """A factor: a dotted name, a value for people, and the digest of the whole value."""
     data = value.encode("utf-8", "surrogatepass") if payload is None else payload
     return Factor(name=name, value=shorten(value), digest=hashlib.sha256(data).hexdigest())
 
@@ -130,21 +119,17 @@ class Numbers:
 class Writer:
     """Writes values into one buffer: scalars, and objects made in Python. Subclasses know more kinds.
 
-    Args:
-        numbers: Objects that were met; writers of one key share them.
-        section: What is being written; with ``where`` it is given to one writer of a key only.
-        where: Which of several.
-        path: Where the first value stands, for reasons.
-
     ``handlers`` say how to write a value of exactly a type, ``families`` an instance of a type or a subclass
-    (the first match wins), and ``found`` which of them was chosen, by the type's id.
+    (the first match wins), and ``found`` which was chosen, by the type's id. Writers of one key share
+    ``numbers``, and each has a ``section`` and ``where`` of its own.
     """
+
+    handlers: Mapping[type, Handler] = {}
+    families: Sequence[tuple[type, Handler]] = ()
 
     def __init__(
         self, numbers: Numbers | None = None, section: str = "", where: str = "", path: Iterable[Step] = ()
     ) -> None:
-        self.handlers: Mapping[type, Handler] = {}
-        self.families: Sequence[tuple[type, Handler]] = ()
         self.found: dict[int, tuple[type, Handler]] = {}
         self.numbers = numbers or Numbers()
         self.out = bytearray()
@@ -152,11 +137,7 @@ class Writer:
         self.section, self.where, self.count = section, where, 0
 
     def put(self, value: Any) -> None:
-        """Write one value.
-
-        Raises:
-            UnkeyableError: It cannot be written soundly.
-        """
+        """Write one value, or raise an UnkeyableError."""
         kind = type(value)
         scalar = SCALARS.get(kind)
         if scalar is not None:
@@ -257,11 +238,7 @@ class Writer:
             self.put_at(f".{name}", item)
 
     def put_object(self, value: Any) -> None:
-        """Write an instance of a class made in Python: its class and its attributes.
-
-        Raises:
-            UnkeyableError: Part of its state is out of sight (made in C, or with identity semantics).
-        """
+        """Write an instance of a class made in Python: its class and its attributes."""
         cls = type(value)
         if not self.layout(cls)[0]:
             raise self.error(f"a {self.class_label(cls)} has state that cannot be read, or stands for itself")
@@ -310,11 +287,7 @@ def explained_size(cls: type, base: type) -> int:
 
 
 def layout_of(cls: type) -> Layout:
-    """Whether all state of an instance is in its dictionary and declared slots; and those slots.
-
-    The size of an instance tells: anything beyond the two was put there by C code. It is the test that
-    ``object.__reduce_ex__`` makes before it pickles an object that way.
-    """
+    """Whether all state of an instance is in its dictionary and declared slots; and those slots."""
     slots = slots_of(cls)
     if isinstance(cls, enum.EnumMeta) or issubclass(cls, logging.Logger):
         return False, slots

@@ -47,10 +47,7 @@ _OPS = (type(torch.ops), type(torch.ops.aten))
 
 
 class Found(NamedTuple):
-    """Where a chain leads: a value, by ``used`` of its steps, with the last module on the way as ``owner``.
-
-    The rest of the chain is within the value, which is keyed whole.
-    """
+    """Where a chain leads: a value, by ``used`` of its steps; the last module on the way is ``owner``."""
 
     value: Any
     exists: bool
@@ -61,11 +58,7 @@ class Found(NamedTuple):
 def lookup(
     namespace: dict[str, Any], chain: tuple[str, ...], patched: Mapping[int, dict[str, Any]] | None = None
 ) -> Found:
-    """Follow a global's name, and attributes, through modules.
-
-    ``patched`` has namespaces as they were before torch patched them for the time of a trace, by the id of
-    what they are now.
-    """
+    """Follow a global's name, and attributes, through modules; ``patched`` as in ``Reads``."""
     patched = patched or {}
     spaces = [patched.get(id(space), space) for space in (namespace, vars(builtins))]
     space = next((space for space in spaces if chain[0] in space), None)
@@ -95,8 +88,8 @@ def title(name: str) -> str:
 def global_digest(walk: Walk, name: str, found: Found) -> str:
     """Digest of what a global's name leads to; an UnkeyableError where none stands for it soundly.
 
-    The name in the record ends in a dot where the code goes on to read from the value; elsewhere the code
-    holds the value itself, which for a module says nothing of what it reads.
+    The name ends in a dot where the code goes on to read from the value; elsewhere it holds the value itself,
+    which for a module says nothing of what it reads.
     """
     value = found.value
     where = f"global {title(name)}"
@@ -129,13 +122,11 @@ def _digest(walk: Walk, section: str, name: str, value: Any, where: str) -> str:
 
 
 def _is_of_package(name: str, walk: Walk) -> bool:
-    """Whether it is an installed package's code that reads a global."""
     file = getattr(_module_of(name, walk), "__file__", None)
     return installed_path(file or "") != ""
 
 
 def _is_plain_of_library(found: Found) -> bool:
-    """Whether a value of torch or the library is known by what is in it, such as ``sys.argv``."""
     if hasattr(type(found.value), "__dataclass_fields__"):
         return True
     plain = isinstance(found.value, (list, dict, tuple, set, frozenset)) and found.value is not sys.modules
@@ -143,7 +134,7 @@ def _is_plain_of_library(found: Found) -> bool:
 
 
 def _may_be_held(walk: Walk, name: str, module: ModuleType) -> bool:
-    """Whether code may use a module as a value: one of torch's, or of its own package, as lazy imports do."""
+    """Whether code may use a module as a value: torch's, or its own package's, as lazy imports do."""
     installed = installed_path(getattr(module, "__file__", None) or "") != ""
     return walk.is_versioned(module.__name__) or (installed and _is_of_package(name, walk))
 
@@ -188,19 +179,12 @@ def bytes_digest(data: bytes | bytearray) -> str:
 
 
 def check_sources(record: TargetRecord, keyed: Walk | None = None, *, looked: bool = False) -> str | None:
-    """Check every source file and every value from outside of the model that a capture depended on.
+    """Why a record's files, or values from outside of the model, are not as captured; ``None`` if they are.
 
-    Files are read and digested each time: nothing cheaper is sure, and a model's few dozen files take about
-    a millisecond. No module is imported for it.
-
-    Args:
-        record: What the target key led to.
-        keyed: The walk that the target key was just computed with; it is not changed.
-        looked: Whether the model itself runs before a hit is served. It uses what its ``lru_cache``s hold, so
-            a cache that is warm by now is no reason to trace. When it was captured they were empty.
-
-    Returns:
-        ``None`` if nothing changed, else the reason, naming the file, global or variable.
+    Files are read and digested each time: nothing cheaper is sure, and dozens of files take a millisecond. No
+    module is imported. ``keyed`` is the walk of the target key; it is not changed. ``looked`` says that the
+    model runs before a hit is served: it uses what its ``lru_cache``s hold, so warm ones are no reason to
+    trace.
     """
     walk = (keyed or Walk()).child()
     reason = _check_files(record.sources, walk) or _check_entries(record.globals, walk)
@@ -237,7 +221,9 @@ def _look_at_file(name: str, walk: Walk) -> tuple[str, int, str, str | None]:
 def _check_entries(entries: Iterable[tuple[str, str]], walk: Walk) -> str | None:
     for entry, digest in entries:
         kind, _, name = entry.partition(":")
-        subject, digest_now = _KINDS.get(kind, ("entry {}", _unknown))
+        if kind not in _KINDS:
+            return f"entry {entry} of the record is of no known kind"
+        subject, digest_now = _KINDS[kind]
         try:
             now = digest_now(walk, name)
         except UnkeyableError as error:
@@ -281,10 +267,6 @@ def _global_now(walk: Walk, name: str) -> str | None:
     found = lookup(vars(module), chain)
     # Else what was a module on the way is something else now.
     return global_digest(walk, name, found) if found.used == chain else ""
-
-
-def _unknown(walk: Walk, name: str) -> str:
-    return ""
 
 
 _KINDS: Mapping[str, tuple[str, Callable[[Walk, str], str | None]]] = {

@@ -70,7 +70,6 @@ def code_bytes(walk: Walk, code: CodeType) -> bytes:
 
 
 def _put_function(writer: KeyWriter, function: FunctionType) -> None:
-    """Write a function: its code, defaults, attributes and what it closes over."""
     if writer.again(function):
         return
     walk, code, qualname = writer.walk, function.__code__, function.__qualname__
@@ -193,7 +192,6 @@ def _put_method(writer: KeyWriter, method: MethodType) -> None:
 
 
 def _put_builtin(writer: KeyWriter, function: Any) -> None:
-    """Write a function made in C: its name, and the object it is bound to where there is one."""
     owner = getattr(function, "__self__", None)
     writer.head(b"builtin", 2)
     writer.text(f"{getattr(function, '__module__', None) or ''}.{function.__qualname__}")
@@ -278,11 +276,7 @@ _REPR_FILES = frozenset(os.path.join(_LIBRARY, name) for name in ("dataclasses.p
 
 
 def put_class_contents(writer: KeyWriter, cls: type) -> None:
-    """Write what a class's own body holds: bases, declarations, methods and plain attributes, in their order.
-
-    Raises:
-        UnkeyableError: An attribute cannot be written soundly.
-    """
+    """Write what a class's own body holds: bases, declarations, methods and plain attributes, in order."""
     skipped = _NOT_CONTENT | writer.ignored(cls)
     members: dict[str, Any] | None = None
     if isinstance(cls, enum.EnumMeta):
@@ -358,8 +352,7 @@ _ADDED = ("Module.smart_apply", "PreTrainedModel.initialize_weights.<locals>.sma
 def replaced_factor(walk: Walk, factor: str, owners: Iterable[Any]) -> Factor:
     """A factor of functions, methods and plain attributes of torch's that were replaced.
 
-    By somebody's code, or by another function of torch's, which shows in a name that is not its own. A few
-    have two names as torch ships them; those are the same in every process of one version.
+    Also by another function of torch's, which shows in a name that is not its own.
     """
     writer, names = walk.writer(factor), []
     # Thousands of names are looked at: what is as usual is told by its kind, or by its name and file.
@@ -394,7 +387,7 @@ def replaced_factor(walk: Walk, factor: str, owners: Iterable[Any]) -> Factor:
 
 
 def _put_other(writer: KeyWriter, name: str, value: Any) -> bool:
-    """Write what stands in a namespace of torch under another name than its own, or wrapped, if it counts."""
+    """Write what stands in torch under another name than its own, or wrapped, if it counts."""
     walk, kind = writer.walk, type(value)
     if kind is property or kind is staticmethod or kind is classmethod:
         value = value.fget if kind is property else value.__func__

@@ -71,12 +71,7 @@ Whole names, read off torch 2.13's own configuration: a part of a name says noth
 
 
 def environment_factors(backend: str, device_types: Collection[str]) -> Iterator[Factor]:
-    """Factors of the environment that a backend's pieces for these devices rely on.
-
-    Args:
-        backend: ``aoti``, ``inductor`` or ``eager``.
-        device_types: Types of the devices used, such as ``{"cpu", "cuda"}``, without an index.
-    """
+    """Factors of the environment that a backend's pieces for these types of devices rely on."""
     yield make_factor("env.schema", str(SCHEMA_VERSION))
     build = f"{torch.__version__} {torch.version.git_version or ''} debug={torch.version.debug}"
     yield make_factor("env.torch", build)
@@ -102,10 +97,7 @@ def python_version() -> str:
 
 
 def python_code() -> str:
-    """What decides how this process runs Python code: the version, and options that change results.
-
-    ``-O`` takes asserts out. A warning that ``-W error`` raises may be caught by the code that caused it.
-    """
+    """What decides how Python code runs: the version, ``-O``, and warnings that are errors."""
     optimize = f" -{'O' * sys.flags.optimize}" if sys.flags.optimize else ""
     errors = [option for option in sys.warnoptions if option.startswith("error")]
     return python_version() + optimize + "".join(f" -W {option}" for option in errors)
@@ -175,11 +167,7 @@ def _op_libraries() -> tuple[str, bytes]:
 
 
 def _gpu() -> str:
-    """The visible GPUs, each kind once.
-
-    By name, as in Inductor's own cache: GPUs of one architecture differ in their multiprocessors, by which
-    kernels are tuned and some are sized. Where ROCm tells an architecture, that counts.
-    """
+    """The visible GPUs, each kind once: by name, as kernels are tuned to it, or by ROCm's architecture."""
     names = set()
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -213,11 +201,7 @@ def tracing_obstacle() -> str | None:
 
 
 def torch_state_factors(walk: Walk | None = None) -> Iterator[Factor]:
-    """Factors of torch's global state; ``walk`` is that over the whole key, after the model.
-
-    Raises:
-        UnkeyableError: A changed setting of Inductor, or a replaced function of torch, cannot be keyed.
-    """
+    """Factors of torch's global state; ``walk`` is that over the whole key, after the model."""
     walk = walk or Walk()
     yield make_factor("torch.default_dtype", str(torch.get_default_dtype()))
     yield make_factor("torch.default_device", torch.get_default_device().type)
@@ -273,7 +257,6 @@ def _read(names: str) -> str:
 
 
 def _setting(name: str) -> Any:
-    """A setting below ``torch.backends`` by dotted name; a function is asked."""
     value: Any = torch.backends
     for step in name.split("."):
         value = getattr(value, step, None)

@@ -41,30 +41,6 @@ _SHOWN = 3
 """Distinct values that an attribute's readable form lists."""
 
 
-class _Column:
-    """One attribute over all modules of a class: what it held, module by module."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.parts = bytearray()
-        self.runs: list[tuple[bytes, str]] = []
-        self.counts: list[int] = []
-
-    def add(self, module: bytes, encoded: bytes, value: Any) -> None:
-        self.parts += module + encoded
-        if self.runs and self.runs[-1][0] == encoded:
-            self.counts[-1] += 1
-        elif len(self.runs) <= _SHOWN:
-            self.runs.append((encoded, readable(value)))
-            self.counts.append(1)
-
-    def factor(self) -> Factor:
-        runs = zip(self.runs[:_SHOWN], self.counts, strict=False)
-        shown = [text if count == 1 else f"{text} x{count}" for (_, text), count in runs]
-        more = ", ..." if len(self.runs) > _SHOWN else ""
-        return make_factor(self.name, ", ".join(shown) + more, bytes(self.parts))
-
-
 def readable(value: Any) -> str:
     """A short form of a value that holds no address, for people."""
     if type(value) in SCALARS or isinstance(value, (torch.dtype, torch.device)):
@@ -78,11 +54,9 @@ def readable(value: Any) -> str:
 
 
 def model_factors(model: torch.nn.Module, walk: Walk | None = None) -> tuple[Factor, ...]:
-    """Everything about a model that a trace may depend on, as factors. None of its code is run.
+    """Everything about a model that a trace may depend on, as factors; none of its code is run.
 
-    Args:
-        model: The model.
-        walk: The walk over the whole key. The model comes first, so that its factors depend on nothing else.
+    In the walk over a key the model comes first, so that its factors depend on nothing else.
 
     Raises:
         UnkeyableError: No key stands for the model; the reason names the attribute.
@@ -94,8 +68,6 @@ def model_factors(model: torch.nn.Module, walk: Walk | None = None) -> tuple[Fac
 
 
 class _ModelWalk:
-    """The part of a walk that goes over a model's tree."""
-
     def __init__(self, model: torch.nn.Module, walk: Walk) -> None:
         self.model = model
         self.walk = walk
@@ -109,7 +81,7 @@ class _ModelWalk:
         self.described: dict[tuple[Any, ...], tuple[bytes, int]] = {}
 
     def factors(self) -> Iterator[Factor]:
-        """All factors of the model, most telling first."""
+        """All factors of the model."""
         self._visit("", self.model)
         yield make_factor("model.class", self.labels[type(self.model)][0])
         yield make_factor("model.tree", f"{len(self.modules)} modules", bytes(self.tree + self.kinds.out))
@@ -129,7 +101,6 @@ class _ModelWalk:
         yield memory_factor(self.walk, "model.aliases")
 
     def _label(self, cls: type) -> tuple[str, bytes]:
-        """A class's name, when it is met first."""
         name = self.writer.class_label(cls)
         label = self.labels[cls] = (name, text_bytes(name))
         # Once a class: what its body holds follows where its name does not lead to it.
@@ -210,26 +181,30 @@ class _ModelWalk:
         return described[0]
 
     def _attributes(self) -> Iterator[Factor]:
-        known: dict[type, tuple[dict[str, _Column], frozenset[str], Any]] = {
-            cls: ({}, INTERNALS | ignored_names(cls), slots_of(cls)) for cls in self.labels
-        }
+        # By attribute: its bytes, module by module, and some of its values for people.
+        attributes: dict[type, dict[str, tuple[bytearray, dict[bytes, str]]]] = {}
+        known = {cls: (INTERNALS | ignored_names(cls), slots_of(cls)) for cls in self.labels}
         orders: dict[tuple[str, ...], int] = {}
         order = bytearray()
         for module_bytes, (path, module) in zip(self.paths, self.modules, strict=True):
             cls = type(module)
-            columns, skipped, slots = known[cls]
-            items = state_of(module, skipped, slots)
+            columns = attributes.setdefault(cls, {})
+            items = state_of(module, *known[cls])
             order += b"i%d;" % orders.setdefault(tuple([name for name, _ in items]), len(orders))
             for name, value in items:
-                column = columns.get(name)
-                if column is None:
-                    column = columns[name] = _Column(f"model.attributes.{self.labels[cls][0]}.{name}")
+                if name not in columns:
+                    columns[name] = bytearray(), {}
+                parts, shown = columns[name]
                 scalar = SCALARS.get(type(value))
                 encoded = scalar(value) if scalar is not None else self._encode(path, name, value, module)
-                column.add(module_bytes, encoded, value)
-        for columns, _, _ in known.values():
-            for column in columns.values():
-                yield column.factor()
+                parts += module_bytes + encoded
+                if len(shown) <= _SHOWN and encoded not in shown:
+                    shown[encoded] = readable(value)
+        for cls, columns in attributes.items():
+            for name, (parts, shown) in columns.items():
+                texts = [*shown.values()][:_SHOWN] + ["..."] * (len(shown) > _SHOWN)
+                label = f"model.attributes.{self.labels[cls][0]}.{name}"
+                yield make_factor(label, ", ".join(texts), bytes(parts))
         for names in orders:
             order += b"i%d;" % len(names) + b"".join(map(text_bytes, names))
         yield make_factor("model.attribute_order", f"{len(orders)} orders", bytes(order))
@@ -273,11 +248,7 @@ class _ModelWalk:
 
 
 def class_factors(walk: Walk, name: str) -> Iterator[Factor]:
-    """One factor for each Python module whose classes were met and not yet written: what their bodies hold.
-
-    Raises:
-        UnkeyableError: A class attribute cannot be written soundly.
-    """
+    """For each Python module whose classes were met and not yet written: what their bodies hold."""
     modules: dict[str, list[tuple[str, bytes]]] = {}
     while walk.classes.keys() - walk.done.keys():
         # A class's contents may name further classes.

@@ -97,10 +97,7 @@ def _name_from_file(file: str) -> str:
 
 
 def main_label() -> str:
-    """The name under which other processes would import what runs here as ``__main__``.
-
-    ``__main__`` itself where there is no file, or where another file is imported under that name.
-    """
+    """The name under which other processes would import what runs here as ``__main__``."""
     main = sys.modules.get("__main__")
     file = getattr(main, "__file__", None)
     if main is None or file is None:
@@ -171,15 +168,10 @@ def changed_since_import(
 ) -> str | None:
     """Why what runs of a module is not what its file says; ``None`` where it is.
 
-    Files that nobody touched since the process started cannot have been edited. For the others the source is
-    compiled again, and every function of the module must be found in the result, decorated or not.
-
-    Args:
-        module: The module as it was imported.
-        source: What its file holds now.
-        started: When this process started, see :func:`process_start`.
-        ran: Code of this file that is known to have run. It is always looked for, however old the file is:
-            bytecode that Python keeps beside a file may be that of an older text of the same size and time.
+    Files that nobody touched since the process started cannot have been edited. For the others ``source``,
+    what the file holds now, is compiled, and every function of the module must be found in the result. Code
+    that ``ran`` is always looked for: bytecode that Python keeps may be that of an older text of the same
+    size and time.
     """
     file = getattr(module, "__file__", None) or ""
     suspicious = _touched(file, started) or _bytecode_is_older(module, file)
@@ -253,10 +245,7 @@ def _touched(file: str, started: float) -> bool:
 
 
 def _bytecode_is_older(module: ModuleType, file: str) -> bool:
-    """Whether a user's file was touched after its bytecode was written, which Python may have run.
-
-    Not asked for installed files: an image's layers give them any order of times.
-    """
+    """Whether a user's file was touched after its bytecode was written, which Python may have run."""
     cached = getattr(module, "__cached__", None)
     if cached is None or installed_path(file):
         return False

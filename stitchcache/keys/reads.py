@@ -132,10 +132,7 @@ def _chains(code: CodeType) -> Iterator[tuple[str, Chain]]:
 
 
 def _imports_of(code: CodeType, package: str) -> Iterator[tuple[str, Chain, bool]]:
-    """Imports within a code object: module, what is read from it, and whether that are the imported names.
-
-    Else it is every attribute name that the code mentions.
-    """
+    """Imports within code: module, attributes read from it, and whether the import names just those."""
     instructions = [item for item in dis.get_instructions(code) if item.opname not in _BETWEEN]
     for index, instruction in enumerate(instructions):
         if instruction.opname != "IMPORT_NAME":
@@ -150,18 +147,14 @@ def _imports_of(code: CodeType, package: str) -> Iterator[tuple[str, Chain, bool
 
 
 class Reads:
-    """What the model's code reads, noted while it runs. An entry is digested when it is met first.
+    """What the model's code reads, noted while it runs: ``found`` has the record's entries and their digests.
 
-    Attributes:
-        found: Entries of the record, in the order in which they were met, with their digests.
-        unsound: The first reason why a target key must not lead to this capture; ``None`` where it may.
-        walk: What the digests of entries have in common; goes on from the key's walk.
-        loaded: Names of the modules that were loaded before the capture.
-        patched: Namespaces as they were before torch patches them for the time of a trace, by id.
+    ``unsound`` is the first reason why a target key must not lead to this capture, if there is one.
     """
 
     def __init__(self, keyed: Walk) -> None:
         self.found: dict[str, str] = {}
+        self.answers: dict[str, None] = {}
         self.unsound: str | None = None
         self.walk = keyed.child()
         self.loaded = frozenset(sys.modules)
@@ -203,10 +196,6 @@ class Reads:
             elif not self.walk.is_versioned(cls.__module__):
                 self.walk.note_class(cls)
 
-    def answer(self, entry: str) -> None:
-        """Note what a function answers."""
-        self._digest(entry, check.answer_digest, self.walk, entry.partition(":")[2])
-
     def finish(self, runs: Mapping[int, int]) -> None:
         """Note what shows at the end; ``runs`` says how often code of the user's ran, by its id."""
         self._finish_imports()
@@ -215,6 +204,8 @@ class Reads:
             if reason := walk.warm_cache(runs):
                 self.refuse(reason)
         self._check_library_state()
+        for entry in self.answers:
+            self._digest(entry, check.answer_digest, self.walk, entry.partition(":")[2])
 
     def _digest(self, entry: str, digest: Callable[..., str], *args: Any) -> None:
         try:
@@ -223,7 +214,6 @@ class Reads:
             self.refuse(str(error))
 
     def _label(self, module: str) -> str:
-        """A module's name in the record; marked where the capture loaded it."""
         label = self.walk.label(module)
         return label if label == self.walk.main or label in self.loaded else f"?{label}"
 
@@ -242,10 +232,7 @@ class Reads:
             self._library_state.append((name, found, _parts(found.value)))
 
     def _check_library_state(self) -> None:
-        """Refuse state of the library that torch changes meanwhile, such as the filters of warnings.
-
-        Which of its values the model saw is not known then.
-        """
+        """Refuse state of the library that torch changes meanwhile, such as the filters of warnings."""
         for name, found, parts in self._library_state:
             now = getattr(sys.modules.get(found.owner), found.used[-1], None)
             new = _parts(now) if type(now) is type(found.value) else []

@@ -57,14 +57,9 @@ _BUILTINS = vars(builtins)
 class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
     """Records what a capture depends on beyond the model itself. Use it around the capture, in its thread.
 
-    Args:
-        keyed: What the target key of the same compilation was computed with: functions that it digested, with
-            what they close over, such as a model's hooks, need no digest here.
-
-    Attributes:
-        sources: Source files that ran, after the block.
-        globals: What the code read, after the block: name to digest. See docs/keys.md for the names.
-        unsound: Why a target key must not lead to this capture; ``None`` where it may.
+    ``keyed`` is the walk of the same compilation's target key: what it digested needs no digest here. After
+    the block, ``sources`` has the files that ran, ``globals`` what the code read, and ``unsound`` the reason
+    why a target key must not lead to this capture.
     """
 
     def __init__(self, keyed: Walk | None = None) -> None:
@@ -76,7 +71,6 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._met: dict[tuple[int, int, int], tuple[Any, type | None]] = {}
         self._user: dict[int, CodeType] = {}
         self._modules: dict[str, ModuleType] = {}
-        self._answers: dict[str, None] = {}
         self._runs: dict[int, int] = {}
         self._generated: set[int] = set()
         self._noticed = 0
@@ -106,8 +100,6 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         if not intact:
             self._refuse("another profiler was installed while the model was captured")
         self._reads.finish(self._runs)
-        for entry in self._answers:
-            self._reads.answer(entry)
         self._check_covered()
         self.sources = tuple(self._sources())
         self.globals, self.unsound = tuple(self._reads.found.items()), self._reads.unsound
@@ -119,11 +111,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         return list(self._user.values())
 
     def _profiler(self) -> Callable[[FrameType, str, Any], None]:
-        """What Python calls on every call and return: millions of times for a deep model.
-
-        A closure, because looking up attributes would take most of its time. ``quiet`` has the code that was
-        met before and that nobody needs to hear of again.
-        """
+        """What Python calls on every call and return: millions of times for a deep model, hence a closure."""
         quiet: set[int] = set()
         user, system, bystanders, watched = self._user, reads.SYSTEM, self._bystanders, self._watched
         runs = self._runs
@@ -187,28 +175,31 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         body = frame.f_code.co_name == "<module>"
         return body and caller is not None and stands_by_version(caller.f_code.co_filename)
 
-    def _meet(self, code: CodeType, namespace: dict[str, Any]) -> bool:
-        """Note code of the user's; ``False`` if its globals are not those of a module."""
+    def _meet(self, code: CodeType, namespace: dict[str, Any]) -> None:
+        """Note code of the user's that was not met before."""
         self._user[id(code)] = code
         if reads.sees_namespaces(code):
             self._refuse(f"{place(code)} looks into a namespace as a whole; name what is read from it")
-        if not reads.is_module_namespace(namespace):
-            self._foreign(code, namespace)
-            return False
-        name = str(namespace["__name__"])
-        self._modules.setdefault(name, sys.modules[name])
-        if name not in self._reads.loaded and not installed_path(code.co_filename):
+        name = str(namespace.get("__name__"))
+        known = name in self._reads.loaded or installed_path(code.co_filename)
+        if reads.is_module_namespace(namespace) and not known:
             self._refuse(f"module {name} is imported while the model runs; import it beforehand")
-        return True
 
-    def _foreign(self, code: CodeType, namespace: dict[str, Any]) -> None:
-        """Refuse code that reads globals of no module: no name leads to them in another process."""
+    def _read_globals(self, code: CodeType, namespace: dict[str, Any]) -> bool:
+        """Note what code reads; ``False`` if its globals are no module's: no name leads to them elsewhere."""
+        if reads.is_module_namespace(namespace):
+            name = str(namespace["__name__"])
+            self._modules.setdefault(name, sys.modules[name])
+            if code.co_name != "<module>":
+                self._reads.read_globals(code, namespace, name)
+            return True
         for chain in reads.global_chains(code):
             if chain[0] in namespace and not reads.is_given(code, chain[0], namespace[chain[0]]):
                 self._refuse(
                     f"{place(code)} reads {chain[0]} from globals that belong to no imported module; "
                     "define it in a module, and put that in sys.modules"
                 )
+        return False
 
     def _further_call(self, frame: FrameType, code: CodeType) -> None:
         namespace, receiver = frame.f_globals, reads.receiver_of(frame, code)
@@ -219,14 +210,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._met[key] = (namespace, receiver)
         if frame.f_builtins is not _BUILTINS:
             self._refuse(f"{place(code)} has builtins of its own; define it in a module that is imported")
-        if not reads.is_module_namespace(namespace):
-            self._foreign(code, namespace)
+        if not self._read_globals(code, namespace) or code.co_name == "<module>":
             return
-        if code.co_name == "<module>":
-            return
-        name = str(namespace["__name__"])
-        self._modules.setdefault(name, sys.modules[name])
-        self._reads.read_globals(code, namespace, name)
         if code.co_freevars:
             self._reads.read_cells(code, frame.f_locals)
         if receiver is not None:
@@ -244,10 +229,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             return
         self._noticed += 1
         if isinstance(key, str):
-            # Not os.environ.get: that is the code that is being watched.
-            value = os.environ._data.get(os.fsencode(key))  # type: ignore[attr-defined]
-            text = None if value is None else os.fsdecode(value)
-            self._reads.found.setdefault(f"env:{key}", check.text_digest(text))
+            # Nothing is watched within the profile function, so this is not seen as a read of the model's.
+            self._reads.found.setdefault(f"env:{key}", check.text_digest(os.environ.get(key)))
 
     def _watched_code(self, frame: FrameType, code: CodeType) -> None:
         if code.co_filename.endswith(_DYNAMO):
@@ -272,10 +255,9 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._refuse(f"{place(caller.f_code)} {reads.FORBIDDEN_CODE.get(code, calls)}")
 
     def _traced_by_dynamo(self, translator: Any) -> None:
-        """Note a function whose bytecode torch._dynamo reads instead of running it: a branch of torch.cond.
+        """Note a function that torch._dynamo reads instead of running it: a branch of torch.cond.
 
-        What it reads is known from its code as for any other. What it would call in C is not
-        seen, so that is looked for among its globals, too.
+        What it would call in C is not seen, so that is looked for among its globals.
         """
         code, namespace = getattr(translator, "f_code", None), getattr(translator, "f_globals", None)
         if not isinstance(code, CodeType) or not isinstance(namespace, dict):
@@ -285,9 +267,9 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             return
         self._noticed += 1
         self._seen[id(code)] = code
-        if not self._meet(code, namespace):
+        self._meet(code, namespace)
+        if not self._read_globals(code, namespace):
             return
-        self._reads.read_globals(code, namespace, str(namespace["__name__"]))
         for chain in reads.global_chains(code):
             value = check.lookup(namespace, chain, self._reads.patched).value
             why = reads.forbidden_to_dynamo(code, value)
@@ -297,9 +279,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                 self._refuse(f"{place(code)} {why} where torch._dynamo traces; do so outside of the branch")
 
     def _ask(self, entry: str, *, plain: bool, where: CodeType) -> None:
-        """Note a function of torch whose answer the model's code uses."""
         if plain:
-            self._answers[entry] = None
+            self._reads.answers[entry] = None
         else:
             name = check.title(entry.partition(":")[2])
             self._refuse(f"{place(where)} calls {name} with arguments; call it beforehand")
@@ -375,14 +356,9 @@ class FamiliarCalls(TorchFunctionMode):
 
     A call is familiar when an earlier one of the same function, with arguments of the same kinds (texts and
     truth values: the same) on the same kinds of devices and under the same kinds of dispatch modes, was
-    watched and nothing was noticed below it. Whether somebody else's code runs there, such as a kernel
-    registered for one of torch's ops, or a function of torch that was replaced, shows in the first call.
-    Calls that are given anything but tensors of torch's own classes and plain values, a function for
-    instance, never are, nor is any under a mode of the user's.
-
-    Args:
-        profile: The profile function.
-        noticed: How much it has noticed so far, in any unit that grows.
+    watched, and ``noticed``, which grows, did not grow below it: whether somebody else's code runs there,
+    such as a kernel for one of torch's ops, shows in the first call. Calls that are given anything but
+    torch's own tensors and plain values never are, nor is any under a mode of the user's.
     """
 
     def __init__(self, profile: Callable[..., Any], noticed: Callable[[], int]) -> None:

@@ -33,19 +33,13 @@ from stitchcache.state import devices_of
 from stitchcache.types import Dim, Factor, SizeRange
 
 # Compiled where one is needed: most paths are an argument's name, and compiling takes part of a warm start.
-_STEP = r"\[(?P<index>-?\d+)\]|\['(?P<key>[^']*)'\]|\.(?P<name>\w+)"
+_STEP = r"\[(-?\d+)\]|\['([^']*)'\]|\.(\w+)"
 _HEAD = r"args\[\d+\]|[^.\[]+"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetKey:
-    """A target key with what it is made of.
-
-    Args:
-        key: 64 hex digits; ``None`` where no key stands for this target soundly.
-        reason: Why there is no key; ``None`` where there is one.
-        factors: What the key is made of, as far as it got.
-    """
+    """A target key (64 hex digits), or the reason why there is none, with the factors it is made of."""
 
     key: str | None
     reason: str | None
@@ -64,22 +58,11 @@ def target_key(
     key_factors: Mapping[str, Any] | None,
     walk: Walk | None = None,
 ) -> TargetKey:
-    """Compute the key under which a direct lookup finds a target.
+    """Compute the key under which a direct lookup finds a target. No model code is run, nothing is traced.
 
-    None of the model's code is run, and nothing is traced.
-
-    Args:
-        model: The model.
-        leaves: Path and value of each input leaf, in tree order.
-        tree: The input tree, written down.
-        dynamic_shapes: As for ``torch.export.export``.
-        splitting_ops: Names of the ops to split at.
-        size_ranges: Sizes with code of their own.
-        backend: ``aoti``, ``inductor`` or ``eager``.
-        options: The backend's options.
-        key_factors: The caller's own factors, name to plain value.
-        walk: An empty walk. Give it to ``check_sources`` and ``SourceRecorder`` too: what a record says of a
-            value is said in terms of the objects that this key has met.
+    Arguments are those of a request; ``leaves`` are the inputs' paths and values, ``tree`` their tree as
+    text. Give ``check_sources`` and ``SourceRecorder`` the same ``walk``: a record is said in terms of what
+    this key has met.
 
     Raises:
         OptionError: One of ``options`` or ``key_factors`` is no plain value.
@@ -148,13 +131,7 @@ def _option_factors(
 def input_factors(
     leaves: Sequence[tuple[str, Any]], tree: str, dynamic_shapes: Any = None, walk: Walk | None = None
 ) -> Iterator[Factor]:
-    """Factors of the inputs that a capture is made with.
-
-    Args:
-        leaves: Path and value of each leaf, in tree order.
-        tree: The input tree, written down.
-        dynamic_shapes: As for ``torch.export.export``.
-        walk: The walk over the whole key; the model comes before its inputs.
+    """Factors of the inputs that a capture is made with; in the walk over a key they follow the model.
 
     Raises:
         UnkeyableError: A leaf or the dynamic shapes cannot be keyed soundly; the reason names it.
@@ -264,17 +241,9 @@ def _shapes_text(value: Any, path: str = "dynamic_shapes") -> str:
 def dims_of_leaf(dynamic_shapes: Any, path: str, heads: Sequence[str], rank: int) -> dict[int, str]:
     """Named dimensions of one tensor among the inputs, for which export promises one graph over their range.
 
-    Hints (``Dim.AUTO``, ``Dim.DYNAMIC``) let export narrow the range by the example, so they don't count.
-
-    Args:
-        dynamic_shapes: As the user gave them.
-        path: The leaf's path, such as ``batch['mask']``.
-        heads: First parts of all paths in order, each once: the arguments.
-        rank: The tensor's number of dimensions.
-
-    Returns:
-        Dimension to text. Empty where there are none, and where the shapes cannot be matched with the path
-        beyond doubt: the example's sizes then count as fixed, which is always right.
+    ``heads`` are the arguments: first parts of all paths, in order. Hints such as ``Dim.AUTO`` don't count,
+    as export may narrow those by the example. Where the shapes cannot be matched with the path beyond doubt
+    there are none: the example's sizes then count as fixed, which is always right.
     """
     head, steps = split_path(path)
     found: Any = dynamic_shapes
@@ -306,12 +275,7 @@ def split_path(path: str) -> tuple[str, list[int | str] | None]:
     match = re.match(_HEAD, path)
     if match is None:
         return path, None
-    position, steps = match.end(), []
-    while position < len(path):
-        step = re.compile(_STEP).match(path, position)
-        if step is None:
-            return match.group(), None
-        index, key, name = step.group("index", "key", "name")
-        steps.append(int(index) if index is not None else key if key is not None else name)
-        position = step.end()
-    return match.group(), steps
+    head, rest = match.group(), path[match.end() :]
+    if re.fullmatch(f"(?:{_STEP})*", rest) is None:
+        return head, None
+    return head, [int(index) if index else key or name for index, key, name in re.findall(_STEP, rest)]

@@ -113,11 +113,7 @@ def ignored_names(cls: type) -> frozenset[str]:
 
 
 def _put_tensor(writer: KeyWriter, value: torch.Tensor) -> None:
-    """Write a tensor by value; a parameter or buffer too, as it was not met as one here.
-
-    Raises:
-        UnkeyableError: Its value cannot be read: a subclass, a fake, a sparse or a huge one.
-    """
+    """Write a tensor by value; a parameter or buffer too, as it was not met as one here."""
     walk, known = writer.walk, writer.numbers.known.get(id(value))
     reference = writer.numbers.reference(value)
     if known is not None and (known[0] != BOUND or id(value) in walk.valued):
@@ -174,10 +170,7 @@ def put_hooks(writer: KeyWriter, module: torch.nn.Module) -> None:
 
 
 def _put_module(writer: KeyWriter, module: torch.nn.Module) -> None:
-    """Write a module that is a value: held in a list or a closure, out of the model's own tree.
-
-    Its parameters and buffers become constants of the artifact, so they are written by value.
-    """
+    """Write a module out of the model's own tree; its tensors become constants, so they go by value."""
     writer.head(b"nn module", 7)
     writer.put_class(type(module))
     state = module.__dict__
@@ -195,15 +188,6 @@ def _put_module(writer: KeyWriter, module: torch.nn.Module) -> None:
 def by_text(kind: bytes) -> Handler:
     """How to write a value that its text says all of."""
     return by_parts(kind, lambda value: (str(value),))
-
-
-def _by_nothing(kind: bytes) -> Handler:
-    """How to write a value of which nothing counts but its kind."""
-
-    def put(writer: KeyWriter, value: Any) -> None:
-        writer.head(kind, 0)
-
-    return put
 
 
 def by_parts(kind: bytes, parts: Callable[[Any], tuple[Any, ...]]) -> Handler:
@@ -227,11 +211,14 @@ def _refuse(why: str) -> Handler:
     return put
 
 
-def _exactly(kind: type, write: Handler) -> Handler:
+def _text_of_own(library: str) -> Handler:
+    """How to write a value that its text says all of, if its class is the library's own."""
+
     def put(writer: KeyWriter, value: Any) -> None:
-        if type(value) is not kind:
-            raise writer.error(f"a {type(value).__name__} has state that cannot be read")
-        write(writer, value)
+        cls = type(value)
+        if vars(sys.modules[library]).get(cls.__name__) is not cls:
+            raise writer.error(f"a {cls.__name__} has state that cannot be read; hold its text")
+        by_text(library.encode())(writer, value)
 
     return put
 
@@ -265,12 +252,6 @@ def _parts_of_variable(item: contextvars.ContextVar[Any]) -> tuple[Any, ...]:
         return item.name, item.get()
     except LookupError:
         return (item.name,)
-
-
-def _put_path(writer: KeyWriter, value: pathlib.PurePath) -> None:
-    if type(value).__module__.partition(".")[0] != "pathlib":
-        raise writer.error(f"a {type(value).__name__}, which is a kind of path of its own; hold its text")
-    by_text(b"path")(writer, value)
 
 
 def _put_weak(writer: KeyWriter, value: weakref.ref[Any]) -> None:
@@ -320,17 +301,18 @@ TORCH_FAMILIES: list[tuple[type, Handler]] = [
 ]
 
 _put_alias = by_parts(b"alias", _parts_of_alias)
+_put_nothing = by_parts(b"nothing", lambda value: ())
 LIBRARY_FAMILIES: list[tuple[type, Handler]] = [
     # What loggers do changes no graph, and their state is the process's own.
-    (logging.Logger, _by_nothing(b"logger")),
-    (logging.LoggerAdapter, _by_nothing(b"logger")),
+    (logging.Logger, _put_nothing),
+    (logging.LoggerAdapter, _put_nothing),
     # Which variables are read from it is recorded when they are.
-    (type(os.environ), _by_nothing(b"environment")),
+    (type(os.environ), _put_nothing),
     (weakref.ReferenceType, _refuse("points to an object without keeping it")),
     (random.Random, _refuse("gives other numbers each time")),
     (datetime.tzinfo, _refuse("is a time zone with rules of its own")),
     (re.Pattern, by_parts(b"pattern", lambda value: (value.pattern, value.flags))),
-    (pathlib.PurePath, _put_path),
+    (pathlib.PurePath, _text_of_own("pathlib")),
     (types.GenericAlias, _put_alias),
     (types.UnionType, _put_alias),
     # Nothing public is the class of these.
@@ -376,7 +358,6 @@ def _put_dtype(writer: KeyWriter, value: Any) -> None:
 
 
 def _put_universal(writer: KeyWriter, value: Any) -> None:
-    """Write one of numpy's own functions by name."""
     if getattr(sys.modules["numpy"], value.__name__, None) is not value:
         raise writer.error(f"the numpy function {value.__name__}, which is not numpy's own")
     by_parts(b"numpy function", lambda value: (value.__name__,))(writer, value)
@@ -407,5 +388,5 @@ def late_families() -> list[tuple[type, Handler]]:
         found.append((diffusers.FrozenDict, once(_put_diffusers_config)))
     decimal = sys.modules.get("decimal")
     if decimal is not None:
-        found.append((decimal.Decimal, _exactly(decimal.Decimal, by_text(b"decimal"))))
+        found.append((decimal.Decimal, _text_of_own("decimal")))
     return found

@@ -44,32 +44,21 @@ def _origin(filename: str) -> tuple[bool, str]:
 
 
 class Walk:
-    """What one walk over a key has met. A key has one, with one numbering of objects over all of its factors.
-
-    Attributes:
-        classes: Classes that were met, by id; their contents are part of the key too.
-        done: Classes whose contents are written already.
-        spans: Memory of tensors and arrays, each with what it is called: first byte, end, name.
-        valued: Parameters and buffers that were also written by value, by id.
-        caches: Functions with an ``lru_cache`` that were met, each with its place.
-        main: What ``__main__`` is called.
-        codes: Digests of code objects, by id.
-        origin: Whether a version stands for a file; and its path below the packages if it is installed.
-        files: What is known of modules' files, by name: file, size, digest, and why it is not what runs.
-    """
+    """What one walk over a key has met: a key has one walk, and one numbering of objects."""
 
     def __init__(self) -> None:
         self.numbers = Numbers()
-        self.classes: dict[int, type] = {}
-        self.done: dict[int, type] = {}
-        self.spans: list[tuple[int, int, str]] = []
-        self.valued: set[int] = set()
-        self.caches: list[tuple[str, Any]] = []
+        self.classes: dict[int, type] = {}  # met, by id; their contents are part of the key too
+        self.done: dict[int, type] = {}  # classes whose contents are written
+        self.spans: list[tuple[int, int, str]] = []  # memory of tensors: first byte, end, name
+        self.valued: set[int] = set()  # parameters and buffers also written by value, by id
+        self.caches: list[tuple[str, Any]] = []  # functions with an ``lru_cache``, each with its place
         self._contents: dict[int, bytes] = {}
         # What follows from the process alone.
         self.main = main_label()
         self.started = process_start()
         self.codes: dict[int, tuple[CodeType, bytes]] = {}
+        # By module's name: file, size, digest, and why it is not what runs.
         self.files: dict[str, tuple[str, int, str, str | None]] = {}
         self.text_bytes = functools.cache(text_bytes)
         self.is_versioned = functools.cache(module_stands_by_version)
@@ -80,11 +69,7 @@ class Walk:
         self._named: dict[int, tuple[type, bytes, str]] = {}
 
     def child(self) -> Walk:
-        """A walk that goes on from this one as it stands; this one is not changed.
-
-        A record's globals belong to the key under which the record lies, so they are digested in a child of
-        its walk: an object that the key has met is known there by its number.
-        """
+        """A walk that goes on from this one and does not change it: what the key has met is known there."""
         child = copy.copy(self)
         child.numbers = Numbers(self.numbers)
         child.classes, child.done = {}, {**self.done, **self.classes}
@@ -99,11 +84,8 @@ class Walk:
     def warm_cache(self, runs: Mapping[int, int] | None = None) -> str | None:
         """Why a function that was met may answer from its ``lru_cache``; ``None`` where none does.
 
-        What it read when it was called is in no key. Those of installed packages are left to the look.
-
-        Args:
-            runs: How often code ran while it was watched, by its id; left out, no cache may have results.
-                Every call that a cache does not answer is a miss, so more misses than that were made before.
+        ``runs`` says how often code ran while it was watched: more misses than that were made before. Without
+        it no cache may have results. Those of installed packages are left to the look.
         """
         for where, cached in self.caches:
             code = getattr(cached.__wrapped__, "__code__", None)
@@ -140,11 +122,7 @@ class Walk:
             self.classes.setdefault(id(cls), cls)
 
     def contents(self, cls: type) -> bytes:
-        """The bytes of a class's contents; each class is looked at once in a walk.
-
-        Raises:
-            UnkeyableError: One of its attributes cannot be written soundly.
-        """
+        """The bytes of a class's contents; each class is looked at once in a walk."""
         known = self._contents.get(id(cls))
         if known is None:
             self.numbers.kept.append(cls)
@@ -188,11 +166,7 @@ class KeyWriter(Writer):
         return values.ignored_names(cls)
 
     def put_class(self, cls: type) -> None:
-        """Write a class by name, and note that its contents matter.
-
-        The contents of a class that its name does not lead to, such as one made in a function, are
-        written here and now.
-        """
+        """Write a class by name and note it; one that its name does not lead to is written here and now."""
         if not isinstance(cls.__module__, str):
             raise self.error(f"class {cls.__qualname__} has no module")
         _, name, how = self.walk.named(cls)
@@ -215,7 +189,6 @@ def _put_module_reference(writer: KeyWriter, module: ModuleType) -> None:
 
 
 def _put_custom_op(writer: KeyWriter, value: Any) -> None:
-    """Write an op made with ``torch.library.custom_op``, which a model may call by its object."""
     parts = custom_op_parts(value)
     writer.head(b"custom op", 2 * len(parts))
     writer.put_pairs(parts.items())
