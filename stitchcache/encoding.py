@@ -7,13 +7,9 @@ The grammar is one for all kinds, so that no two of them can run into one anothe
     scalar    = N | T | F | E | I | "i" digits ";" | "d" 8 bytes | "c" 16 bytes | ("s" | "b") length ":" bytes
     reference = "@" text text number ";"
 
-An object that has identity (anything that can be changed, or told apart by ``is``) is written where it is met
-first and referred to from then on, by the section in which it was met and its number there. All sections of
-one key share one numbering, so sharing counts wherever it crosses them. Scalars, tuples and frozensets have
-no identity: Python may or may not make two equal ones one object.
-
-Only listed types are written. Anything else is refused with the place where it was met. How Python's own
-types are written stands in ``stitchcache.containers``.
+An object that has identity (it can be changed, or told apart by ``is``) is written where it is met first, and
+referred to from then on, across all sections of a key. Scalars, tuples and frozensets have none: Python may
+or may not make two equal ones one object. Only listed types are written; anything else is refused.
 """
 
 from __future__ import annotations
@@ -29,8 +25,7 @@ from typing import Any
 from stitchcache.types import Factor
 
 MAX_DEPTH = 64
-SHORT = 120
-"""Characters of a factor's value that are kept for people."""
+SHORT = 120  # characters of a factor's value that are kept for people
 
 _MANAGED_DICT = 1 << 4
 _POINTER = struct.calcsize("P")
@@ -95,17 +90,15 @@ class Numbers:
 
     def __init__(self, parent: Numbers | None = None) -> None:
         # The objects are kept: a temporary's id could be another object's a moment later.
-        self.known: dict[int, tuple[str, str, int]] = dict(parent.known) if parent else {}
-        self.kept: list[Any] = [parent] if parent else []
+        self.known: dict[int, tuple[str, str, int, Any]] = dict(parent.known) if parent else {}
 
     def add(self, value: Any, section: str, where: str, number: int) -> None:
         """Call an object by the place where it was met first."""
-        self.known[id(value)] = (section, where, number)
-        self.kept.append(value)
+        self.known[id(value)] = (section, where, number, value)
 
     def place(self, value: Any) -> str:
         """Where an object was met first, in one text."""
-        section, where, number = self.known[id(value)]
+        section, where, number, _ = self.known[id(value)]
         return f"{section}:{where}:{number}"
 
     def reference(self, value: Any) -> bytes | None:
@@ -195,8 +188,7 @@ class Writer:
             self.out += numbers.reference(value) or b""
             return True
         # As Numbers.add does: one call less for each object.
-        numbers.known[id(value)] = (self.section, self.where, self.count)
-        numbers.kept.append(value)
+        numbers.known[id(value)] = (self.section, self.where, self.count, value)
         self.count += 1
         return False
 

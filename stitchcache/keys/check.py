@@ -28,11 +28,8 @@ from stitchcache.keys.walk import Walk, find_class
 from stitchcache.types import SourceRef, TargetRecord
 
 REGISTRIES = frozenset({"transformers.utils.output_capturing:_CAN_RECORD_REGISTRY"})
-"""Dictionaries to which each model of a library adds itself by name: recorded item by item.
-
-Otherwise a process that has imported one model more would not find what another one compiled. An item that is
-there at a lookup must be as it was; one that is not belongs to a model that is not in use.
-"""
+"""Dictionaries to which each model of a library adds itself: recorded item by item, else a process that has
+imported one model more would miss. An item that is not there belongs to a model that is not in use."""
 
 ROLL_CALLS = frozenset({"transformers.utils.generic:_registered_model_output_types"})
 """Lists of classes for which something was done once; what is in them changes nothing a model computes."""
@@ -40,9 +37,7 @@ ROLL_CALLS = frozenset({"transformers.utils.generic:_registered_model_output_typ
 _KEYED_OF_LIBRARY = (*SCALARS, FunctionType, BuiltinFunctionType, type)
 """Kinds of values that are keyed even where they belong to torch or the library: they may be replaced."""
 
-_NAMESPACE = object()
-"""Stands for the namespace of a module as a whole."""
-
+_NAMESPACE = object()  # stands for the namespace of a module as a whole
 _OPS = (type(torch.ops), type(torch.ops.aten))
 
 

@@ -1,8 +1,7 @@
 """How code is written: functions with what they close over, what wraps them, and what classes hold.
 
-Code is known by its bytecode, constants and names. Bytecode belongs to one Python version, which is why that
-version is a factor. Code of an installed package is known by its place, for speed: a lookup checks the file's
-digest as well.
+Code is known by its bytecode, constants and names, and an installed package's by its place: a lookup checks
+its file's digest as well. Bytecode belongs to one Python version, so that version is a factor.
 """
 
 from __future__ import annotations
@@ -14,22 +13,9 @@ import enum
 import functools
 import os
 import sys
+import types
 from _abc import _get_dump  # type: ignore[import-not-found]
 from collections.abc import Iterable, Iterator, Mapping
-from types import (
-    BuiltinFunctionType,
-    CellType,
-    ClassMethodDescriptorType,
-    CodeType,
-    FunctionType,
-    GetSetDescriptorType,
-    MemberDescriptorType,
-    MethodDescriptorType,
-    MethodType,
-    MethodWrapperType,
-    ModuleType,
-    WrapperDescriptorType,
-)
 from typing import TYPE_CHECKING, Any
 
 from stitchcache.containers import code_digest, member_state, once
@@ -48,11 +34,11 @@ _OF_WRAPPERS = _NOT_STATE | frozenset(
 )
 """What wrappers copy from their functions, what is written as a part, and what a library keeps for itself."""
 
-_OF_C = {WrapperDescriptorType, MethodDescriptorType, ClassMethodDescriptorType}
-_BY_NAME = frozenset({MemberDescriptorType, GetSetDescriptorType, *_OF_C})
+_OF_C = {types.WrapperDescriptorType, types.MethodDescriptorType, types.ClassMethodDescriptorType}
+_BY_NAME = frozenset({types.MemberDescriptorType, types.GetSetDescriptorType, *_OF_C})
 
 
-def code_bytes(walk: Walk, code: CodeType) -> bytes:
+def code_bytes(walk: Walk, code: types.CodeType) -> bytes:
     """What a code object does, in a few bytes; for an installed file's, its place instead."""
     known = walk.codes.get(id(code))
     # An empty entry says that what holds this code speaks for it.
@@ -69,7 +55,7 @@ def code_bytes(walk: Walk, code: CodeType) -> bytes:
     return written
 
 
-def _put_function(writer: KeyWriter, function: FunctionType) -> None:
+def _put_function(writer: KeyWriter, function: types.FunctionType) -> None:
     if writer.again(function):
         return
     walk, code, qualname = writer.walk, function.__code__, function.__qualname__
@@ -111,7 +97,7 @@ def _put_function(writer: KeyWriter, function: FunctionType) -> None:
     writer.put_at(".__wrapped__", None if closes_over(function, inner) else inner)
 
 
-def _put_notes(writer: KeyWriter, function: FunctionType, installed: str) -> None:
+def _put_notes(writer: KeyWriter, function: types.FunctionType, installed: str) -> None:
     """Write what code may ask a function about itself, where it does not follow from its code."""
     code = function.__code__
     doc = code.co_consts[0] if code.co_consts and isinstance(code.co_consts[0], str) else None
@@ -128,19 +114,19 @@ def _put_notes(writer: KeyWriter, function: FunctionType, installed: str) -> Non
     writer.path.pop()
 
 
-def closes_over(function: FunctionType, inner: object) -> bool:
+def closes_over(function: types.FunctionType, inner: object) -> bool:
     """Whether one of a function's cells holds an object."""
     return any(cell is inner for cell in filled_cells(function))
 
 
-def filled_cells(function: FunctionType) -> Iterator[Any]:
+def filled_cells(function: types.FunctionType) -> Iterator[Any]:
     """What a function's cells hold; a cell may be empty."""
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):
             yield cell.cell_contents
 
 
-def _plain_defaults(function: FunctionType) -> bytes | None:
+def _plain_defaults(function: types.FunctionType) -> bytes | None:
     """Defaults of a function in short, where they are scalars and it has no other state."""
     if function.__kwdefaults__ or function.__dict__:
         return None
@@ -156,7 +142,7 @@ def _plain_defaults(function: FunctionType) -> bytes | None:
     return b"".join(parts)
 
 
-def _put_cells(writer: KeyWriter, function: FunctionType) -> None:
+def _put_cells(writer: KeyWriter, function: types.FunctionType) -> None:
     cells = function.__closure__
     if not cells:
         writer.out += b"[cells 0:"
@@ -167,7 +153,7 @@ def _put_cells(writer: KeyWriter, function: FunctionType) -> None:
         _put_cell(writer, cell, name, f" of {function.__qualname__}")
 
 
-def _put_cell(writer: KeyWriter, cell: CellType, name: str = "", of: str = "") -> None:
+def _put_cell(writer: KeyWriter, cell: types.CellType, name: str = "", of: str = "") -> None:
     try:
         content = cell.cell_contents
     except ValueError:
@@ -184,7 +170,7 @@ def _put_cell(writer: KeyWriter, cell: CellType, name: str = "", of: str = "") -
         writer.put_at(f" closure cell {name!r}{of}", content)
 
 
-def _put_method(writer: KeyWriter, method: MethodType) -> None:
+def _put_method(writer: KeyWriter, method: types.MethodType) -> None:
     # Asking for a bound method makes a new one, so it has no number.
     writer.head(b"method", 2)
     writer.put_at(".__func__", method.__func__)
@@ -195,7 +181,7 @@ def _put_builtin(writer: KeyWriter, function: Any) -> None:
     owner = getattr(function, "__self__", None)
     writer.head(b"builtin", 2)
     writer.text(f"{getattr(function, '__module__', None) or ''}.{function.__qualname__}")
-    writer.put_at(".__self__", None if isinstance(owner, ModuleType) else owner)
+    writer.put_at(".__self__", None if isinstance(owner, types.ModuleType) else owner)
 
 
 def _put_descriptor(writer: KeyWriter, descriptor: Any) -> None:
@@ -244,11 +230,11 @@ WRAPPED: Mapping[type, tuple[str, ...]] = {
 
 _WRAPPERS = {kind: _by_attributes(kind.__name__.encode(), *names) for kind, names in WRAPPED.items()}
 HANDLERS: Mapping[type, Handler] = {
-    CellType: _put_cell,
-    FunctionType: _put_function,
-    MethodType: _put_method,
-    BuiltinFunctionType: _put_builtin,
-    MethodWrapperType: _put_builtin,
+    types.CellType: _put_cell,
+    types.FunctionType: _put_function,
+    types.MethodType: _put_method,
+    types.BuiltinFunctionType: _put_builtin,
+    types.MethodWrapperType: _put_builtin,
     **dict.fromkeys(_BY_NAME, _put_descriptor),
     **_WRAPPERS,
     CACHE: once(_put_cached),
@@ -304,7 +290,7 @@ def put_class_contents(writer: KeyWriter, cls: type) -> None:
     generated = installed and "__dataclass_params__" in cls.__dict__
     for name, value in items:
         writer.text(name)
-        if generated and type(value) is FunctionType and _is_generated(writer.walk, value):
+        if generated and type(value) is types.FunctionType and _is_generated(writer.walk, value):
             writer.head(b"generated", 0)
         else:
             writer.put_at(f", attribute {name}", value)
@@ -328,21 +314,21 @@ def _put_declarations(writer: KeyWriter, cls: type) -> None:
         writer.put_at(f".{name}.metadata", item.metadata)
 
 
-def _is_generated(walk: Walk, function: FunctionType) -> bool:
+def _is_generated(walk: Walk, function: types.FunctionType) -> bool:
     """Whether ``dataclass`` generated a method of a class in an installed file, from which it follows."""
     code = function.__code__
     if code.co_filename in _REPR_FILES:
         # A dataclass's __repr__ stands in a wrapper of the library's.
         inner = getattr(function, "__wrapped__", None)
-        code = inner.__code__ if type(inner) is FunctionType and closes_over(function, inner) else code
+        code = inner.__code__ if type(inner) is types.FunctionType and closes_over(function, inner) else code
     made = code.co_filename == "<string>" and code.co_qualname.startswith("__create_fn__.<locals>.")
     if made:
         walk.codes.setdefault(id(code), (code, b""))
     return made
 
 
-_FUNCTIONS = (FunctionType, BuiltinFunctionType)
-_CALLABLES = (FunctionType, MethodType, functools.partial, functools.partialmethod)
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+_CALLABLES = (types.FunctionType, types.MethodType, functools.partial, functools.partialmethod)
 _LOOKED_INTO = frozenset({*_FUNCTIONS, *_CALLABLES, CACHE, property, staticmethod, classmethod})
 # transformers adds this to Module when it makes its first model, to initialise weights. If it were in keys,
 # every model would miss in a process that has made one from transformers before.
@@ -363,9 +349,9 @@ def replaced_factor(walk: Walk, factor: str, owners: Iterable[Any]) -> Factor:
         prefix = owner.__qualname__ + "." if in_class else ""
         for name, value in vars(owner).items():
             kind = type(value)
-            if kind in inert or (kind is BuiltinFunctionType and value.__name__ == name):
+            if kind in inert or (kind is types.BuiltinFunctionType and value.__name__ == name):
                 continue
-            if kind is FunctionType and value.__qualname__ == prefix + name:
+            if kind is types.FunctionType and value.__qualname__ == prefix + name:
                 file = value.__code__.co_filename
                 # dataclass generates methods without a file.
                 if file in shipped or (file == "<string>" and hasattr(owner, "__dataclass_params__")):
@@ -394,9 +380,9 @@ def _put_other(writer: KeyWriter, name: str, value: Any) -> bool:
     if type(value) is CACHE:
         value = value.__wrapped__
     kind = type(value)
-    if kind is FunctionType and (name, value.__qualname__) == _ADDED:
+    if kind is types.FunctionType and (name, value.__qualname__) == _ADDED:
         return False
-    if kind in _FUNCTIONS and (kind is not FunctionType or walk.origin(value.__code__.co_filename)[0]):
+    if kind in _FUNCTIONS and (kind is not types.FunctionType or walk.origin(value.__code__.co_filename)[0]):
         # Dynamo wraps Module.__init__ at its first trace, which torch.cond makes too; it only tags modules.
         if not str(getattr(value, "__module__", "")).startswith(f"{DYNAMO}."):
             writer.text(f"{name} {value.__qualname__}")

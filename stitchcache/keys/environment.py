@@ -1,10 +1,8 @@
 """Factors of the machine, the installation and torch's own settings: what a trace and a piece depend on.
 
-Left out on purpose: host, user, home, paths, process, time, number of threads and the index of a device.
-The C++ compiler is left out too: pieces that two compilers made from one graph are both right, and asking
-a compiler for its version costs a process on every start. Backends record it with what they compiled.
-Grad and inference mode are no factors: a capture runs with both switched off, and calls run without
-autograd, whatever the caller's mode.
+Left out on purpose: host, user, paths, process, time, threads, and the C++ compiler, as pieces that two
+compilers made from one graph are both right. Capture and calls run without autograd, so grad mode is no
+factor.
 """
 
 from __future__ import annotations
@@ -64,10 +62,8 @@ _HARMLESS_VARIABLES = frozenset(
     TRITON_KERNEL_DUMP ONEDNN_VERBOSE DNNL_VERBOSE ONEDNN_PRIMITIVE_CACHE_CAPACITY ONEDNN_JIT_PROFILE
     ONEDNN_JIT_DUMP DNNL_JIT_PROFILE DNNL_JIT_DUMP""".split()  # noqa: SIM905
 )
-"""Variables with these prefixes that say where, how loudly or with how many workers, not what is made.
-
-Whole names, read off torch 2.13's own configuration: a part of a name says nothing (``PROLOGUE_FUSION``).
-"""
+"""Variables with these prefixes that say where, how loudly or with how many workers, not what is made. Whole
+names, read off torch 2.13's own configuration: a part of a name says nothing (``PROLOGUE_FUSION``)."""
 
 
 def environment_factors(backend: str, device_types: Collection[str]) -> Iterator[Factor]:

@@ -37,8 +37,7 @@ from stitchcache.keys.walk import Walk
 from stitchcache.torchside.state import COMPILED_CALL, INTERNALS, TRANSIENT_BUFFERS
 from stitchcache.types import Factor
 
-_SHOWN = 3
-"""Distinct values that an attribute's readable form lists."""
+_SHOWN = 3  # distinct values that an attribute's readable form lists
 
 
 def readable(value: Any) -> str:

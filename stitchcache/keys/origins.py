@@ -1,9 +1,7 @@
 """Where code comes from: which files a version stands for, what a module is called, and what its file holds.
 
-torch, the standard library and stitchcache itself stand by their versions, which are factors of their
-own. So do the packages that torch itself requires and calls while it traces, such as sympy and networkx:
-they shape how it works, and what it traces is the same under any version that works at all. Models do call
-numpy, so its version is a factor. All other code is known by its bytes.
+torch, the standard library and stitchcache stand by their versions, which are factors. So do the packages
+that torch requires and traces with, such as sympy. All other code is known by its bytes.
 """
 
 from __future__ import annotations
@@ -120,8 +118,7 @@ def module_by_label(label: str, main: str) -> ModuleType | None:
     return module
 
 
-_SLACK = 2.0
-"""Seconds by which a file's time and the process's start may be off."""
+_SLACK = 2.0  # seconds by which a file's time and the process's start may be off
 
 
 def read_file(file: str, module: ModuleType | None = None) -> bytes:

@@ -1,8 +1,8 @@
 """What code reads from outside of the model, how that is noted, and what no key would stand for.
 
-Looked at only while capturing. A trace bakes in whatever the model's code learns while it runs. Values of
-globals and environment variables are recorded and checked at each lookup. The answers of the functions here
-are either recorded in the same way (:data:`_ASKED`), or turn direct lookup off.
+A trace bakes in whatever the model's code learns while it runs. Globals, environment variables and some
+answers (:data:`_ASKED`) are recorded and checked at each lookup; what else it may ask turns direct lookup
+off.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Watches a capture: which code runs, and what that code reads from outside of the model.
 
-A profile function sees every call in the thread. ``sys.monitoring`` would be cheaper where it exists, but it
-gives code objects without their globals, and to switch off a place after its first call, which makes it
-cheap, would miss a second function with the same code and other globals, or a method with another class.
-Capture takes seconds; the profile function is paid only there. It is taken away for calls of torch that were
-watched once: a capture makes torch run thousands of lines of Python for each op, none of them the model's.
+A profile function sees every call in the thread; ``sys.monitoring`` gives code without its globals. It is
+taken away for calls of torch that were watched once: a capture runs thousands of lines of torch's Python for
+each op.
 """
 
 from __future__ import annotations
@@ -16,19 +14,8 @@ import gc
 import logging
 import os
 import sys
+import types
 from collections.abc import Callable
-from types import (
-    BuiltinFunctionType,
-    CodeType,
-    EllipsisType,
-    FrameType,
-    FunctionType,
-    MethodDescriptorType,
-    MethodWrapperType,
-    ModuleType,
-    NoneType,
-    WrapperDescriptorType,
-)
 from typing import Any
 
 import torch
@@ -67,10 +54,10 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self.sources: tuple[SourceRef, ...] = ()
         self.globals: tuple[tuple[str, str], ...] = ()
         self.unsound: str | None = None
-        self._seen: dict[int, CodeType] = {}
+        self._seen: dict[int, types.CodeType] = {}
         self._met: dict[tuple[int, int, int], tuple[Any, type | None]] = {}
-        self._user: dict[int, CodeType] = {}
-        self._modules: dict[str, ModuleType] = {}
+        self._user: dict[int, types.CodeType] = {}
+        self._modules: dict[str, types.ModuleType] = {}
         self._runs: dict[int, int] = {}
         self._generated: set[int] = set()
         self._noticed = 0
@@ -106,18 +93,18 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._callback = self._previous = None
 
     @property
-    def codes(self) -> list[CodeType]:
+    def codes(self) -> list[types.CodeType]:
         """Code that ran, but that of torch and of the standard library."""
         return list(self._user.values())
 
-    def _profiler(self) -> Callable[[FrameType, str, Any], None]:
+    def _profiler(self) -> Callable[[types.FrameType, str, Any], None]:
         """What Python calls on every call and return: millions of times for a deep model, hence a closure."""
         quiet: set[int] = set()
         user, system, bystanders, watched = self._user, reads.SYSTEM, self._bystanders, self._watched
         runs = self._runs
-        muted: FrameType | None = None
+        muted: types.FrameType | None = None
 
-        def profile(frame: FrameType, event: str, arg: Any) -> None:
+        def profile(frame: types.FrameType, event: str, arg: Any) -> None:
             nonlocal muted
             if muted is not None:
                 if event == "return" and frame is muted:
@@ -150,20 +137,20 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
 
         return profile
 
-    def _first_call(self, frame: FrameType, code: CodeType) -> None:
+    def _first_call(self, frame: types.FrameType, code: types.CodeType) -> None:
         filename = code.co_filename
         if stands_by_version(filename):
             if filename in reads.WATCHED_FILES or (code.co_name == "run" and filename.endswith(_DYNAMO)):
                 self._watched[id(code)] = code
             return
         if filename.startswith("<") and (id(code) in self._generated or self._is_generated(frame)):
-            self._generated |= {id(const) for const in code.co_consts if isinstance(const, CodeType)}
+            self._generated |= {id(const) for const in code.co_consts if isinstance(const, types.CodeType)}
             return
         if not reads.is_search(frame):
             self._meet(code, frame.f_globals)
             self._further_call(frame, code)
 
-    def _is_generated(self, frame: FrameType) -> bool:
+    def _is_generated(self, frame: types.FrameType) -> bool:
         """Whether code without a file is made by torch or the library, such as a namedtuple's constructor."""
         module = str(frame.f_globals.get("__name__"))
         if module.startswith("namedtuple_"):
@@ -175,7 +162,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         body = frame.f_code.co_name == "<module>"
         return body and caller is not None and stands_by_version(caller.f_code.co_filename)
 
-    def _meet(self, code: CodeType, namespace: dict[str, Any]) -> None:
+    def _meet(self, code: types.CodeType, namespace: dict[str, Any]) -> None:
         """Note code of the user's that was not met before."""
         self._user[id(code)] = code
         if reads.sees_namespaces(code):
@@ -185,7 +172,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         if reads.is_module_namespace(namespace) and not known:
             self._refuse(f"module {name} is imported while the model runs; import it beforehand")
 
-    def _read_globals(self, code: CodeType, namespace: dict[str, Any]) -> bool:
+    def _read_globals(self, code: types.CodeType, namespace: dict[str, Any]) -> bool:
         """Note what code reads; ``False`` if its globals are no module's: no name leads to them elsewhere."""
         if reads.is_module_namespace(namespace):
             name = str(namespace["__name__"])
@@ -201,7 +188,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                 )
         return False
 
-    def _further_call(self, frame: FrameType, code: CodeType) -> None:
+    def _further_call(self, frame: types.FrameType, code: types.CodeType) -> None:
         namespace, receiver = frame.f_globals, reads.receiver_of(frame, code)
         key = (id(code), id(namespace), id(receiver))
         # A function may have other globals than before, or a method another class.
@@ -217,7 +204,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         if receiver is not None:
             self._reads.run_for(receiver)
 
-    def _variable(self, frame: FrameType) -> None:
+    def _variable(self, frame: types.FrameType) -> None:
         """Note an environment variable that the model's code reads; torch's are factors where they count."""
         caller = reads.outside_stdlib(frame)
         if caller is None:
@@ -232,7 +219,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             # Nothing is watched within the profile function, so this is not seen as a read of the model's.
             self._reads.found.setdefault(f"env:{key}", check.text_digest(os.environ.get(key)))
 
-    def _watched_code(self, frame: FrameType, code: CodeType) -> None:
+    def _watched_code(self, frame: types.FrameType, code: types.CodeType) -> None:
         if code.co_filename.endswith(_DYNAMO):
             self._traced_by_dynamo(frame.f_locals.get("self"))
             return
@@ -260,7 +247,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         What it would call in C is not seen, so that is looked for among its globals.
         """
         code, namespace = getattr(translator, "f_code", None), getattr(translator, "f_globals", None)
-        if not isinstance(code, CodeType) or not isinstance(namespace, dict):
+        if not isinstance(code, types.CodeType) or not isinstance(namespace, dict):
             self._refuse("part of the model is traced by torch._dynamo, whose reads are not seen")
             return
         if stands_by_version(code.co_filename):
@@ -278,14 +265,14 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             if why is not None:
                 self._refuse(f"{place(code)} {why} where torch._dynamo traces; do so outside of the branch")
 
-    def _ask(self, entry: str, *, plain: bool, where: CodeType) -> None:
+    def _ask(self, entry: str, *, plain: bool, where: types.CodeType) -> None:
         if plain:
             self._reads.answers[entry] = None
         else:
             name = check.title(entry.partition(":")[2])
             self._refuse(f"{place(where)} calls {name} with arguments; call it beforehand")
 
-    def _call_in_c(self, frame: FrameType, function: Any) -> None:
+    def _call_in_c(self, frame: types.FrameType, function: Any) -> None:
         """Look at what is called in C: clocks, files and random numbers are in no key."""
         code = frame.f_code
         if id(code) not in self._user:
@@ -312,7 +299,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
     def _check_covered(self) -> None:
         """Refuse code that no digest stands for: made by exec, or reached with cells nobody wrote down."""
         constants = (const for code in self._seen.values() for const in code.co_consts)
-        nested = {id(const) for const in constants if isinstance(const, CodeType)}
+        nested = {id(const) for const in constants if isinstance(const, types.CodeType)}
         files = {getattr(module, "__file__", None) for module in self._modules.values()}
         for identity, code in self._user.items():
             if identity in self._keyed.codes or identity in nested:
@@ -344,9 +331,9 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
 
 
 # To hash one of these, or to look at a value of these kinds, runs nobody's code.
-_DESCRIPTORS = {MethodDescriptorType, MethodWrapperType, WrapperDescriptorType}
-_FUNCTIONS = frozenset({BuiltinFunctionType, FunctionType, OpOverload, *_DESCRIPTORS})
-_OF_PYTHON = frozenset({bool, int, float, complex, str, slice, NoneType, EllipsisType})
+_DESCRIPTORS = {types.MethodDescriptorType, types.MethodWrapperType, types.WrapperDescriptorType}
+_FUNCTIONS = frozenset({types.BuiltinFunctionType, types.FunctionType, OpOverload, *_DESCRIPTORS})
+_OF_PYTHON = frozenset({bool, int, float, complex, str, slice, types.NoneType, types.EllipsisType})
 _OF_TORCH = frozenset({torch.SymInt, torch.SymFloat, torch.SymBool, torch.dtype, torch.device, torch.layout})
 _PLAIN = _OF_PYTHON | _OF_TORCH | {torch.Size, torch.memory_format}
 

@@ -1,9 +1,8 @@
 """The target key: everything that can be known of a compilation without tracing; factors of its inputs.
 
-A size of a dimension that is marked with a named ``Dim`` is left out: ``torch.export`` gives one graph for
-the whole range, or refuses. What it does look at stays in: whether the size is 0 or 1, and which of the
-named dimensions are equal. Everything else about a tensor counts, and all its strides do unless it is laid
-out row by row, where they follow from the sizes.
+A size of a dimension with a named ``Dim`` is left out: ``torch.export`` gives one graph for the whole range,
+or refuses. What it does look at stays in: whether a size is 0 or 1, and which named dimensions are equal. All
+else about a tensor counts, but strides of one that is laid out by rows follow from its sizes.
 """
 
 from __future__ import annotations

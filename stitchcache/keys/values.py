@@ -1,9 +1,7 @@
 """How values of torch, the standard library and numpy are written, and which attributes of them count.
 
-A parameter or buffer is known by its metadata, because artifacts take it from the model by name. Any other
-tensor that a model holds becomes a constant of the artifact, so its value is part of the key. So does a
-parameter that the model also reaches by another road, such as a plain list: export knows a parameter by the
-module that it belongs to, and takes the one in the list for a constant.
+Artifacts take parameters and buffers from the model by name, so metadata stands for those. Any other tensor,
+and a parameter that the model also reaches by another road, becomes a constant: its value is part of the key.
 """
 
 from __future__ import annotations
@@ -36,15 +34,9 @@ from stitchcache.types import span
 if TYPE_CHECKING:
     from stitchcache.keys.walk import KeyWriter
 
-MAX_BYTES = 64 << 20
-"""Largest tensor or array that is read for a key; reading more would cost longer than a trace saves."""
-
-BOUND = "tensor"
-"""The section in which parameters and buffers are met as such."""
-
+MAX_BYTES = 64 << 20  # of a tensor or array that is read; more would take longer than a trace saves
+BOUND = "tensor"  # the section in which parameters and buffers are met as such
 UNFINISHED = frozenset({torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer})
-"""What the modules of ``torch.nn`` that are called lazy have before their first call."""
-
 HF_NOTES = frozenset(
     """_is_hf_initialized name_or_path _name_or_path _commit_hash transformers_version _original_object_hash
     __validators__ __class_validators__""".split()  # noqa: SIM905
@@ -57,8 +49,6 @@ HF_SETS = frozenset({"_no_split_modules", "_keep_in_fp32_modules", "_keep_in_fp3
 Their order would move with the hash seed, and with it the key of most models."""
 
 _TENSOR_NOTES = frozenset({"_is_hf_initialized"})
-"""What it leaves on any module and tensor."""
-
 _DIFFUSERS_NOTES = frozenset({"_use_default_values", "_name_or_path", "_commit_hash", "_diffusers_version"})
 """What a configuration of diffusers says of its origin. The first is a list made from a set, in an order that
 moves with the hash seed; only ``from_config`` reads it, to build another model."""

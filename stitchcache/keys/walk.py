@@ -53,7 +53,7 @@ class Walk:
         self.spans: list[tuple[int, int, str]] = []  # memory of tensors: first byte, end, name
         self.valued: set[int] = set()  # parameters and buffers also written by value, by id
         self.caches: list[tuple[str, Any]] = []  # functions with an ``lru_cache``, each with its place
-        self._contents: dict[int, bytes] = {}
+        self._contents: dict[int, tuple[type, bytes]] = {}
         # What follows from the process alone.
         self.main = main_label()
         self.started = process_start()
@@ -125,12 +125,11 @@ class Walk:
         """The bytes of a class's contents; each class is looked at once in a walk."""
         known = self._contents.get(id(cls))
         if known is None:
-            self.numbers.kept.append(cls)
             label = f"{self.label(cls.__module__)}.{cls.__qualname__}"
             writer = self.writer("class", label, [f"class {label}"])
             code.put_class_contents(writer, cls)
-            known = self._contents[id(cls)] = bytes(writer.out)
-        return known
+            known = self._contents[id(cls)] = cls, bytes(writer.out)
+        return known[1]
 
 
 class KeyWriter(Writer):
