@@ -52,10 +52,9 @@ _LEFT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """One result on both sides, or one tensor that was written.
+    """One result on both sides, or one tensor that was written, such as ``buffer:cache``.
 
     Args:
-        name: ``output['logits']``, ``input:ids`` or ``buffer:cache``.
         fact: What is wrong beside values; ``""`` where nothing is.
         difference: Largest absolute difference; for whole numbers and truth values the share that differs.
         magnitude: Largest finite absolute value of the model's own; 1 for whole numbers.
@@ -76,7 +75,7 @@ class Both:
     """What came of running both sides.
 
     Args:
-        items: Every result and every tensor that either side wrote; empty where they could not be compared.
+        items: Every result and every tensor that either side wrote.
         unchecked: Why nothing was compared; ``""`` where it was.
         fails: What is wrong with the call as a whole, such as an error on one side; ``""`` where nothing is.
         drew: Whether the model drew random numbers.
@@ -101,12 +100,10 @@ class _Results(NamedTuple):
 class Beside:
     """A model and a call, to be compared with what should do the same, as often as one likes.
 
-    Both sides start from the same state. Put back are arguments, parameters, buffers and every other tensor
-    that ops write, attributes of the model's modules, and random number generators.
+    Put back are all tensors that ops write, attributes of the model's modules, and random number generators.
 
     Args:
         writes: Tensors that the other may write, and what to call them; of the model's writes each is seen.
-        effects: As for :class:`~stitchcache.torchside.watch.Watch`.
         apart: It runs beside the user's own calls, on arguments of its own: no shared state may be written
             and no random number drawn, not even for a moment.
         reads: Paths to tensors in plain attributes that the other reads. A model that puts another tensor
@@ -133,7 +130,8 @@ class Beside:
         own = [memory for leaf in tensors if (memory := memory_of(leaf)) is not None]
         self._new_watch = partial(watch, effects or {}, only=own if apart else None, draw=not apart)
         self._held, self._state = Held(model, deep=deep), state_of(model)
-        self._reads = {path: tensor_at(model, path) for path in reads}
+        there = {path: tensor_at(model, path) for path in reads}
+        self._reads = {path: tensor for path, tensor in there.items() if tensor is not None}
         self._generators = [] if apart else list(generators({leaf.device for leaf in tensors}))
 
     def run(self, subject: Callable[..., Any], times: int = 1) -> Both:
@@ -212,13 +210,10 @@ class Beside:
         returned = [(name, kept(leaf)) for name, leaf in zip(tree.result_paths(value), flat, strict=True)]
         # self.cache = torch.cat(...) makes another tensor; compiled code writes into the one it knows.
         state = state_of(self._model)
-        changed = [(n, was, state.get(n)) for n, was in self._state.items() if state.get(n) is not was]
-        places = [(f"{_kind(was)}:{name}", was, now) for name, was, now in changed]
-        for path, before in self._reads.items():
-            now = tensor_at(self._model, path)
-            if before is not None and now is not before:
-                places.append((f"attribute:{path}", before, now))
-        written = [(name, kept(now), was) for name, was, now in places if now is not None]
+        places = [(f"{_kind(was)}:{name}", was, state.get(name)) for name, was in self._state.items()]
+        reads = self._reads.items()
+        places += [(f"attribute:{path}", was, tensor_at(self._model, path)) for path, was in reads]
+        written = [(name, kept(now), was) for name, was, now in places if now is not None and now is not was]
         owners = self._owners() if saved else {}
         rebound = {name for name, _, _ in written}
         for memory, one in saved.items():
@@ -260,22 +255,19 @@ def _whole(tensor: torch.Tensor, storage: torch.UntypedStorage) -> tuple[str, to
 def _threads_of_a_fork() -> Iterator[None]:
     """One thread in a forked process: OpenMP's threads stay in the parent, and a loop would wait for them."""
     before = torch.get_num_threads()
-    forked = os.getpid() != _IMPORTED_BY and before != 1
-    if forked:
-        torch.set_num_threads(1)
+    if os.getpid() == _IMPORTED_BY or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        if forked:
-            torch.set_num_threads(before)
+        torch.set_num_threads(before)
 
 
 @contextmanager
 def unchanged(model: torch.nn.Module, *, registered: bool = True) -> Iterator[None]:
-    """Let a model run, and put back what its tensors contain, and what it and its plain objects hold.
-
-    Parameters and buffers may be written only if ``registered``.
-    """
+    """Let a model run, and put back what its tensors contain (``registered`` ones too) and what it holds."""
     memory, held = watch({}), Held(model, deep=True)
     for tensor in (*plain_tensors(model).values(), *(state_of(model).values() if registered else ())):
         if not has_fakes([tensor]):
@@ -296,8 +288,8 @@ def unlike(want: Any, got: Any) -> str:
         wanted, found = getattr(want, fact), getattr(got, fact)
         if wanted != found:
             # A shape is shown as the tuple that it is.
-            shown = [tuple(one) if fact == "shape" else one for one in (found, wanted)]
-            return f"has {fact} {shown[0]} instead of {shown[1]}"
+            wanted, found = (tuple(one) if fact == "shape" else one for one in (wanted, found))
+            return f"has {fact} {found} instead of {wanted}"
     return ""
 
 
@@ -313,10 +305,6 @@ def measure(name: str, want: Any, got: Any) -> Compared:
     if not (want.is_floating_point() or want.is_complex()):
         share = float((want != got).double().mean()) if not torch.equal(want, got) else 0.0
         return Compared(name=name, difference=share, magnitude=1.0, spread=share)
-    return _measure_numbers(name, want, got)
-
-
-def _measure_numbers(name: str, want: torch.Tensor, got: torch.Tensor) -> Compared:
     kind, precise = want.dtype, torch.complex128 if want.is_complex() else torch.float64
     a, b = want.to(precise), got.to(precise)
     known, apart = a, (a - b).abs()
@@ -327,9 +315,9 @@ def _measure_numbers(name: str, want: torch.Tensor, got: torch.Tensor) -> Compar
         odd = ~finite | ~b.isfinite()
         known = torch.where(finite, a, torch.zeros_like(a))
         # Compared as they are: what is infinite or no number on one side must be the same on the other.
-        unlike = odd & (a != b) & ~(a.isnan() & b.isnan())
-        if bool(unlike.any()):
-            fact = f"has {int(unlike.sum())} values that are infinite or NaN, and others on the other side"
+        wrong = odd & (a != b) & ~(a.isnan() & b.isnan())
+        if bool(wrong.any()):
+            fact = f"has {int(wrong.sum())} values that are infinite or NaN, and others on the other side"
             return Compared(name=name, fact=fact, magnitude=float(known.abs().max()), dtype=kind)
         apart = torch.where(odd, torch.zeros_like(a), a - b).abs()
         largest = float(apart.max())

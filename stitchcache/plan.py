@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +31,9 @@ class Plan:
     """A split graph, ready to be compiled.
 
     Args:
-        split_gm: The stitching graph with its pieces.
+        split_gm: The stitching graph with its pieces; ``structure`` is its hash.
         pieces: In order of first use; several may have one key.
         attributes: Attribute path in ``split_gm`` to the tensor's name in the model.
-        structure: Hash of the split graph alone.
     """
 
     split_gm: GraphModule
@@ -51,10 +50,10 @@ def plan(
     backend: Backend,
     factors: Sequence[Factor],
 ) -> Plan:
-    """Plan the compilation of a captured graph.
+    """Plan the compilation of a captured graph, which is not changed.
 
     Args:
-        gm: The flat graph; not changed.
+        gm: Flat graph.
         bound: Placeholder to name and tensor, for what the model feeds.
         constants: Placeholders of leaves that the capture baked in.
         splitting_ops: As the user gave them.
@@ -62,13 +61,16 @@ def plan(
         factors: What distinguishes compiled pieces beyond their graph.
 
     Raises:
-        SplittingOpNotFoundError: A splitting op is not in the graph.
-        SplitError: The graph cannot be split so that pieces are self-contained.
+        SplitError: The graph cannot be split so that pieces are self-contained, or lacks a splitting op.
     """
     split_gm, items = split_graph(gm, (*splitting_ops, *sorted(backend.foreign_ops(gm))))
-    for item in items:
-        if item.is_splitting_graph:
-            _refuse_control_flow(item.graph)
+    splitting = [node.target for item in items if item.is_splitting_graph for node in item.graph.graph.nodes]
+    for op in splitting:
+        if isinstance(op, HigherOrderOperator):
+            raise SplitError(
+                f"splitting op {target_name(op)!r} calls graphs of its own and can only run inside a piece. "
+                "Leave it out of splitting_ops."
+            )
     compute = [item for item in items if not item.is_splitting_graph]
     # Allocating and making views is not worth a compiled call.
     passive = [item.submod_name for item in compute if all(map(_is_free, item.graph.graph.nodes))]
@@ -95,20 +97,10 @@ def _is_free(node: Node) -> bool:
     return is_view(node.target) or str(node.target).split(".")[1].startswith(_FREE)
 
 
-def _refuse_control_flow(item: GraphModule) -> None:
-    for node in item.graph.nodes:
-        if isinstance(node.target, HigherOrderOperator):
-            raise SplitError(
-                f"splitting op {target_name(node.target)!r} calls graphs of its own and can only run "
-                "inside a piece. Leave it out of splitting_ops."
-            )
-
-
 def examples_for(planned: Plan, missing: Sequence[Piece], leaves: Sequence[Any]) -> dict[str, list[Any]]:
-    """Record real inputs for pieces: by key, those of the piece's call, before that call.
+    """Record real inputs for pieces: by key, those of the piece's call, before that call; none without data.
 
-    Nothing where the arguments or the model's tensors have no data. The model's own tensors are left as they
-    were: where anything in the graph writes, it runs on copies.
+    The model's own tensors are left as they were: where anything in the graph writes, it runs on copies.
     """
     split_gm = planned.split_gm
     nodes = [node for node in split_gm.graph.nodes if node.op == "get_attr"]
@@ -120,28 +112,21 @@ def examples_for(planned: Plan, missing: Sequence[Piece], leaves: Sequence[Any])
         # Together, so that what was shared stays shared.
         copies = clone_all([*tensors.values(), *leaves])
         tensors, leaves = dict(zip(tensors, copies, strict=False)), copies[len(tensors) :]
-    recorder = _Recorder(split_gm, {piece.name: piece.key for piece in missing}, tensors, writes)
+    inputs: dict[str, list[Any]] = {}
+    keys = {piece.name: piece.key for piece in missing}
+
+    class Recorder(Interpreter):
+        """Runs the split graph, and keeps what it gives to pieces."""
+
+        def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+            return tensors[str(target)]
+
+        def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target in keys:
+                inputs[keys[str(target)]] = clone_all(args) if writes else list(args)
+            return super().call_module(target, args, kwargs)
+
     devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}
     with torch.no_grad(), drawn_back(devices):
-        recorder.run(*leaves)
-    return recorder.inputs
-
-
-class _Recorder(Interpreter):
-    """Runs a split graph, and keeps what it gives to pieces."""
-
-    def __init__(
-        self, split_gm: GraphModule, wanted: Mapping[str, str], tensors: Mapping[str, Any], writes: bool
-    ) -> None:
-        super().__init__(split_gm)
-        self._wanted, self._tensors, self._writes = wanted, tensors, writes
-        self.inputs: dict[str, list[Any]] = {}
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self._tensors[str(target)]
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        key = self._wanted.get(str(target))
-        if key is not None:
-            self.inputs[key] = clone_all(args) if self._writes else list(args)
-        return super().call_module(target, args, kwargs)
+        Recorder(split_gm).run(*leaves)
+    return inputs

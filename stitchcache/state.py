@@ -30,7 +30,7 @@ _Slots = dict[type, list[tuple[str, MemberDescriptorType]]]
 
 
 def modules_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """A model's modules in their order, by each of their names, which end in a dot; the model's is empty."""
+    """A model's modules in order, by each of their names, which end in a dot; the model's is empty."""
     todo: list[tuple[str, torch.nn.Module]] = [("", model)]
     while todo:
         prefix, module = todo.pop()
@@ -46,12 +46,8 @@ def devices_of(model: torch.nn.Module, leaves: Sequence[Any] = ()) -> tuple[str,
 
     The first is that of the first accelerator among parameters, buffers and arguments, else the CPU.
     """
-    # Parameters first. By hand: asking for all parameters, or a tensor whether it is one, takes milliseconds.
-    modules = [module for _, module in modules_of(model)]
-    tensors: list[torch.Tensor | None] = [t for module in modules for t in module._parameters.values()]
-    tensors += [t for module in modules for t in module._buffers.values()]
-    tensors += [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    found = dict.fromkeys(tensor.device for tensor in tensors if tensor is not None)
+    given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    found = dict.fromkeys(tensor.device for tensor in (*state_of(model).values(), *given))
     first = next((str(device) for device in found if device.type != "cpu"), "cpu")
     return first, tuple(sorted({device.type for device in found} or {"cpu"}))
 
@@ -69,10 +65,7 @@ def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor that plain attributes, containers and objects lead to, by each of its paths.
-
-    An object is looked into once, by the first path to it; objects of torch's own classes are not.
-    """
+    """Every tensor that plain attributes, containers and objects but torch's own lead to, by its paths."""
     return {path: value for path, value in _reached(model) if isinstance(value, torch.Tensor)}
 
 
@@ -137,10 +130,9 @@ def _attributes(value: Any, slots: _Slots) -> Iterator[tuple[str, Any]]:
 
 
 def _written(key: int | str) -> str:
-    if isinstance(key, int):
-        return str(key)
     # torch keeps the tensors of a graph under dotted names, and writes such a name between double quotes.
-    return "'" + re.sub(r"[^\w -]", lambda found: f"%{ord(found[0]):x};", key) + "'"
+    escaped = re.sub(r"[^\w -]", lambda found: f"%{ord(found[0]):x};", str(key))
+    return escaped if isinstance(key, int) else f"'{escaped}'"
 
 
 def tensor_at(model: torch.nn.Module, path: str) -> torch.Tensor | None:
@@ -153,8 +145,11 @@ def tensor_at(model: torch.nn.Module, path: str) -> torch.Tensor | None:
         end = step.end()
         if step[1] is not None:
             value = _named(value, step[1])
+        elif isinstance(value, dict):
+            value = dict.get(value, int(step[2]) if step[2] is not None else _read(step[3]))
         else:
-            value = _item(value, int(step[2]) if step[2] is not None else _read(step[3]))
+            at = int(step[2] or -1) if isinstance(value, (list, tuple)) else -1
+            value = value[at] if 0 <= at < len(value) else None
     return value if end == len(path) and isinstance(value, torch.Tensor) else None
 
 
@@ -183,14 +178,6 @@ def _read(text: str) -> str:
     return re.sub(r"%([0-9a-f]{1,5});", lambda found: chr(int(found[1], 16)), text)
 
 
-def _item(value: Any, key: int | str) -> Any:
-    if isinstance(value, dict):
-        return dict.get(value, key)
-    if isinstance(value, (list, tuple)) and isinstance(key, int) and 0 <= key < len(value):
-        return value[key]
-    return None
-
-
 def memory_of(tensor: torch.Tensor) -> tuple[object, ...] | None:
     """What tells a tensor's elements from those of others; ``None`` for one without strides.
 
@@ -202,11 +189,9 @@ def memory_of(tensor: torch.Tensor) -> tuple[object, ...] | None:
 
 
 class Held:
-    """What a model's modules hold, and the containers right in their attributes; not what tensors contain.
+    """What a model's modules hold now, with containers right in their attributes; not what tensors contain.
 
-    Args:
-        model: The model, as it is now.
-        deep: Whether to look into all plain containers and objects too. Slots are left alone.
+    ``deep`` looks into all plain containers and objects too, but for slots.
     """
 
     def __init__(self, model: torch.nn.Module, *, deep: bool = False) -> None:
@@ -230,11 +215,10 @@ def _spaces(model: torch.nn.Module, deep: bool) -> Iterator[Any]:
     """Dictionaries, lists and sets that hold a part of a model."""
     for _, module in modules_of(model):
         own = vars(module)
-        yield from (own, *(own[registry] for registry in _REGISTERED))
-        if not deep:
-            yield from (
-                value for name, value in own.items() if type(value) in _CONTAINERS and name not in _REGISTERED
-            )
+        yield own
+        # A registry is a dictionary too.
+        plain = () if deep else _CONTAINERS
+        yield from (value for name, value in own.items() if name in _REGISTERED or type(value) in plain)
     for _, value in _reached(model) if deep else ():
         held = value if type(value) in _CONTAINERS else _own_space(value)
         if type(held) in _CONTAINERS:

@@ -38,19 +38,7 @@ _OWN_OPTIONS = {"stitchcache.jobs": int, "stitchcache.verify": bool, "stitchcach
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Options of one compilation, as :func:`stitchcache.compile` takes them.
-
-    Args:
-        dynamic_shapes: As for ``torch.export.export``.
-        splitting_ops: Names of ops to split at.
-        size_ranges: Ranges that get code of their own.
-        backend: Piece backend.
-        on_miss: ``compile`` or ``error``.
-        require: ``"direct"``: a graph hit is an error too, as it traces the model.
-        check: When a hit is compared with the model itself; ``None`` takes ``STITCHCACHE_CHECK``. In no key.
-        key_factors: The caller's own distinctions.
-        options: Inductor's options, and ours under ``stitchcache.``.
-        label: What to call the model in listings.
+    """Options of one compilation, as :func:`stitchcache.compile` takes them; ``label`` is for listings.
 
     Raises:
         OptionError: An option makes no sense.
@@ -86,11 +74,8 @@ class Request:
                 raise _refused(f"options[{name!r}]", f"={value!r}: {there} {known}.")
         for op, writes in self.effects.items():
             if not isinstance(op, str) or "::" not in op or type(writes) is not bool:
-                raise _refused(
-                    "options['stitchcache.effects']",
-                    f" has {op!r}: {writes!r}; it maps names of ops, such as 'mylib::attention', to True or "
-                    "False.",
-                )
+                said = f" has {op!r}: {writes!r}; it maps ops, such as 'mylib::attention', to True or False."
+                raise _refused("options['stitchcache.effects']", said)
         if self.jobs is not None and self.jobs < 1:
             said = "at least one process has to compile. Leave it out for about one a core."
             raise _refused("jobs", f"={self.jobs}: {said}")
@@ -104,8 +89,7 @@ class Request:
     @property
     def jobs(self) -> int | None:
         """Processes to compile with; ``None`` takes about one a core."""
-        jobs: int | None = self.options.get("stitchcache.jobs")
-        return jobs
+        return self.options.get("stitchcache.jobs")
 
     @property
     def verify(self) -> bool:
@@ -115,8 +99,8 @@ class Request:
     @property
     def effects(self) -> Mapping[str, bool]:
         """Ops that write what their schemas do not show (true), or that only seem to (false)."""
-        effects: Mapping[str, bool] = self.options.get("stitchcache.effects", {})
-        return effects
+        found: Mapping[str, bool] = self.options.get("stitchcache.effects", {})
+        return found
 
     @property
     def must_be_direct(self) -> bool:
@@ -212,12 +196,10 @@ class Site:
 
     Args:
         label: What to call the model in log lines and listings.
-        device: The device that pieces are loaded for.
-        devices: Types of all devices in use, sorted.
+        device: The device that pieces are loaded for; ``devices`` are types of all in use, sorted.
         ready: What a preload made ready; taken only where it is what was found.
         on_progress: Gets told what happens. Nothing is decided by it.
-        began: When the start began, by ``time.perf_counter``.
-        timings: Seconds by stage; added to.
+        began: When the start began, by ``time.perf_counter``; ``timings`` are its seconds by stage.
     """
 
     cache: Cache
@@ -252,7 +234,6 @@ class Wanted:
 
     Args:
         leaves: Those of ``args`` and ``kwargs``, in tree order.
-        target: The target key.
         walk: What computing the key has digested; checking sources need not digest it again.
         key_again: The key of another model under the same options, with other leaves and a walk of its own.
     """
@@ -273,7 +254,6 @@ class Hit:
     """An artifact that may be served: an entry that was found, or one that was made now.
 
     Args:
-        artifact: The entry.
         way: ``"direct"``, ``"graph"``, ``"load"``, or ``None`` where it was compiled now.
         record: The target record that led to it; ``None`` where the graph hash did.
         objects: Code objects of its generated source, as far as they are known; new ones are added.
@@ -295,10 +275,9 @@ class Miss:
 
     Args:
         reason: For people.
-        cause: The same in a word, for the statistics: ``new``, ``unkeyable``, ``sources``, ``entry``,
-            ``example``, ``piece``, ``refused`` or ``look``.
+        cause: For the statistics: ``new``, ``unkeyable``, ``sources``, ``entry``, ``example``, ``piece``,
+            ``refused`` or ``look``.
         record: The newest target record that the key leads to; ``None`` where it leads nowhere.
-        facts: What was found out beyond the reason.
     """
 
     reason: str
@@ -325,19 +304,11 @@ def want(
     leaves, spec = tree.flatten((args, dict(kwargs)))
     paths, text = tree.leaf_paths(model.forward, args, dict(kwargs)), tree.dumps(spec)
 
+    how = (request.dynamic_shapes, request.splitting_ops, request.size_ranges)
+    options = (request.backend, request.backend_options, request.key_factors)
+
     def key_of(model: torch.nn.Module, leaves: Sequence[Any], walk: Walk) -> TargetKey:
-        return target_key(
-            model,
-            list(zip(paths, leaves, strict=True)),
-            text,
-            request.dynamic_shapes,
-            request.splitting_ops,
-            request.size_ranges,
-            request.backend,
-            request.backend_options,
-            request.key_factors,
-            walk,
-        )
+        return target_key(model, list(zip(paths, leaves, strict=True)), text, *how, *options, walk)
 
     device, devices = devices_of(model, leaves)
     site = Site(
@@ -393,14 +364,14 @@ def _find_by_record(wanted: Wanted, record: TargetRecord, changed: str | None) -
         return Miss(reason=changed, cause="sources", record=record)
     found = find_by_graph(record.graph_hash, wanted.site)
     if isinstance(found, Miss) or found.artifact.input_spec is None:
-        reason = f"the entry {record.graph_hash[:12]} is gone or damaged"
-        return Miss(reason=reason, cause="entry", record=record)
+        gone = f"the entry {record.graph_hash[:12]} is gone or damaged"
+        return Miss(reason=gone, cause="entry", record=record)
     # torch.export may tie two sizes together by the example's; another example is another target.
     objects = CodeObjects(record.code)
     wrong = misfit(found.artifact, wanted.model.forward, wanted.args, wanted.kwargs, objects)
     if wrong is not None:
-        reason = f"the example does not fit what was captured: {wrong}"
-        return Miss(reason=reason, cause="example", record=record)
+        wrong = f"the example does not fit what was captured: {wrong}"
+        return Miss(reason=wrong, cause="example", record=record)
     return Hit(artifact=found.artifact, way="direct", record=record, objects=objects)
 
 

@@ -104,10 +104,7 @@ def record_of(items: Iterable[Compared]) -> CheckRecord:
 
 
 def _look_later(wanted: Wanted, compiled: CompiledModel, on_end: Callable[[Check], None]) -> None:
-    """Look in a thread, on copies of the arguments.
-
-    A model that turns out to write what outlives the call, or to draw random numbers, is not run on.
-    """
+    """Look in a thread, on copies of the arguments; a model that writes or draws beside them is stopped."""
     # The usual look makes no copies.
     from stitchcache.pieces.check import clone_all
 
@@ -147,7 +144,6 @@ def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
 
 
 def _stale(compiled: CompiledModel, outcome: Check, caught: int) -> StaleEntryError:
-    """The error of a hit that disagreed with the model."""
     said = f"the model itself gives another result than entry {compiled.graph_hash[:12]}: {outcome.reason}."
     # The graph of a graph hit was captured just now: whether it is the model, compiling it will tell.
     if compiled.cache_hit == "direct":
@@ -170,11 +166,8 @@ def _written_by(wanted: Wanted, artifact: Artifact) -> dict[str, torch.Tensor]:
     specs = artifact.input_spec.leaves if artifact.input_spec is not None else ()
     inputs = zip(specs, wanted.leaves, strict=False)
     found = {f"input:{spec.path}": leaf for spec, leaf in inputs if spec.kind == "inout"}
-    for name in _lasting_names(artifact):
-        tensor = tensor_at(wanted.model, name.partition(":")[2])
-        if tensor is not None:
-            found[name] = tensor
-    return found
+    lasting = {name: tensor_at(wanted.model, name.partition(":")[2]) for name in _lasting_names(artifact)}
+    return found | {name: tensor for name, tensor in lasting.items() if tensor is not None}
 
 
 def _lasting_names(artifact: Artifact) -> list[str]:
@@ -197,8 +190,8 @@ def verify(
 ) -> Check:
     """Compare any callable with the model that it stands for, as the look does.
 
-    For ``torch.compile(model, ...)``, whose backend sees only the graphs that Dynamo made, and for whatever
-    else should do what a model does. Both run once from the same state, and what they write is put back.
+    For ``torch.compile(model, ...)``, say, whose backend sees only the graphs that Dynamo made. Both run once
+    from the same state, and what they write is put back.
 
     Args:
         model: The model itself.
@@ -207,8 +200,7 @@ def verify(
         kwargs: Keyword arguments.
 
     Returns:
-        ``state`` is ``"agreed"``, ``"mismatch"`` or ``"unchecked"``; ``reason`` says which result differs and
-        by how much, or why nothing was compared.
+        ``state`` is ``"agreed"``, ``"mismatch"`` or ``"unchecked"``, with the ``reason``.
 
     Raises:
         OptionError: An argument is of a wrong type.

@@ -37,11 +37,7 @@ def look_cold(
 ) -> tuple[Check, CheckRecord]:
     """Compare what was compiled now with the model itself; what is seen becomes the measure for later starts.
 
-    Args:
-        wanted: The model and its example.
-        captured: The graph that was compiled.
-        compiled: Not stored yet.
-        skip: Why nothing is to be compared; ``""`` compares.
+    ``captured`` is the graph that was compiled. ``skip`` is why nothing is to be compared.
 
     Raises:
         ModelMismatchError: The captured graph does something else than the model.
@@ -61,7 +57,10 @@ def look_cold(
     both = run(compiled)
     if both.unchecked:
         return unchecked(both.unchecked)
-    skipped = frozenset() if both.drew else _undefined_results(captured, both.items)
+    # Values that nobody promises, such as those of torch.empty.
+    undefined = set() if both.drew else undefined_outputs(captured.gm)
+    results = enumerate(both.items[: captured.output_spec.count])
+    skipped = {item.name for position, item in results if position in undefined}
     items = [item for item in both.items if item.name not in skipped]
     wrong = _first_wrong(items)
     if both.fails or wrong is not None:
@@ -101,13 +100,6 @@ def _writes(captured: Capture, leaves: Sequence[Any]) -> dict[str, torch.Tensor]
     return found | {f"input:{spec.path}": leaf for spec, leaf in specs if spec.kind == "inout"}
 
 
-def _undefined_results(captured: Capture, items: Sequence[Compared]) -> frozenset[str]:
-    """Names of results whose values nobody promises, such as those of ``torch.empty``."""
-    positions = undefined_outputs(captured.gm)
-    results = items[: captured.output_spec.count]
-    return frozenset(item.name for position, item in enumerate(results) if position in positions)
-
-
 def _first_wrong(items: Iterable[Compared]) -> Compared | None:
     return next((item for item in items if disagreement(item)), None)
 
@@ -127,7 +119,7 @@ def _refuse_too_far(items: Sequence[Compared], fails: str) -> None:
         )
 
 
-def _look_twice(wanted: Wanted, captured: Capture, skipped: frozenset[str], run: _Run) -> None:
+def _look_twice(wanted: Wanted, captured: Capture, skipped: set[str], run: _Run) -> None:
     """Call model and graph twice in a row: what a forward counts in Python objects, a graph has as constants.
 
     The graph itself, and not what was compiled from it: op by op nothing is rounded.
@@ -149,8 +141,8 @@ def _not_the_model(
     wanted: Wanted, captured: Capture, fails: str, wrong: Compared | None, run: _Run
 ) -> ModelMismatchError:
     module, location = _first_place(wanted.model, captured, run)
-    where = f" The first place where they part is {module}" if module else ""
-    where += f" ({location})." if module and location else "." if module else ""
+    at = f" ({location})" if location else ""
+    where = f" The first place where they part is {module}{at}." if module else ""
     return _mismatch(
         f"{type(wanted.model).__qualname__}: what torch.export captured is not what the model does on the "
         "example: ",

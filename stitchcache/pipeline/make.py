@@ -48,8 +48,6 @@ from stitchcache.types import (
 
 log = logging.getLogger("stitchcache")
 
-_PIECES, _MICROSECONDS = "piece.compiled", "microseconds.piece"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
@@ -58,13 +56,11 @@ class Source:
     Args:
         model: Whose tensors stitching code binds.
         request: Options; of splitting ops those that the graph has.
-        whole: The capture that has the contract.
-        variants: A capture for each size range, or one for all sizes.
+        whole: The capture that has the contract; ``variants`` has one for each size range, or for all sizes.
         environment: Factors of what pieces depend on beside their graph: machine, torch, options.
         known: Further factors that a new entry keeps, to explain it.
         facts: Factors that distinguish entries, but not the pieces in them.
-        sources: Source files that ran during the capture.
-        globals: Values from outside of the model that it read.
+        sources: Source files that ran during the capture; ``globals``: values that it read beside the model.
         unsound: Why its target must not be looked up directly; ``None`` where it may.
     """
 
@@ -88,8 +84,7 @@ class EntryPlan:
     Args:
         plans: What has to be compiled, for each of its variants.
         factors: What went into the graph hash beside pieces and environment.
-        bindings: Tensors that the stitching code uses.
-        constants: Tensors that the artifact carries, by name.
+        bindings: Tensors that the stitching code uses; ``constants`` are those that the artifact carries.
     """
 
     source: Source
@@ -112,19 +107,20 @@ def plan_entry(source: Source) -> EntryPlan:
     carried = {b.name: tensors[b.name] for b in bindings if b.kind == "constant"}
     inputs, outputs = asdict(source.whole.input_spec), asdict(source.whole.output_spec)
     values = sorted((name, dump_consts([tensor]) or b"") for name, tensor in carried.items())
-    structure = [(_range(size_range), planned.structure) for size_range, planned in plans]
-    variants, leaves = f"{len(plans)} variants", f"{len(inputs['leaves'])} leaves"
+    # A range with its dimension, which its text leaves out.
+    ranges = [None if size is None else (size.dim, size.min, size.max) for size, _ in plans]
+    structure = [(size, planned.structure) for size, (_, planned) in zip(ranges, plans, strict=True)]
     facts = (
-        make_factor("graph.structure", variants, plain_bytes(structure)),
-        make_factor("graph.inputs", leaves, plain_bytes(inputs)),
+        make_factor("graph.structure", f"{len(plans)} variants", plain_bytes(structure)),
+        make_factor("graph.inputs", f"{len(inputs['leaves'])} leaves", plain_bytes(inputs)),
         make_factor("graph.outputs", f"{source.whole.output_spec.count} leaves", plain_bytes(outputs)),
         make_factor("graph.bindings", f"{len(bindings)} tensors", plain_bytes([asdict(b) for b in bindings])),
         make_factor("graph.constants", f"{len(carried)} tensors", plain_bytes(values)),
         *source.facts,
     )
     pieces = [
-        (_range(size_range), tuple((piece.name, piece.key) for piece in planned.pieces))
-        for size_range, planned in plans
+        (size, tuple((piece.name, piece.key) for piece in planned.pieces))
+        for size, (_, planned) in zip(ranges, plans, strict=True)
     ]
     factors = sorted((factor.name, factor.digest) for factor in [*facts, *source.environment])
     return EntryPlan(
@@ -173,11 +169,6 @@ def _bindings(source: Source, plans: Sequence[Plan]) -> tuple[BindingSpec, ...]:
     return tuple(found)
 
 
-def _range(size_range: SizeRange | None) -> tuple[str | None, int, int] | None:
-    """A range with its dimension, which its text leaves out."""
-    return None if size_range is None else (size_range.dim, size_range.min, size_range.max)
-
-
 def make(planned: EntryPlan) -> Hit:
     """Compile, load, and store the pieces, and write the stitching code.
 
@@ -191,20 +182,24 @@ def make(planned: EntryPlan) -> Hit:
     began = time.perf_counter()
     request, site = planned.source.request, planned.source.site
     cache, tell = site.cache, site.tell
+    seen: list[float] = []
     shelf = _Shelf(cache, site.label, site.device)
     distinct = {piece.key: piece for _, one in planned.plans for piece in one.pieces}
     missing = {key for key, piece in distinct.items() if not shelf.find(piece)}
     done = len(distinct) - len(missing)
     rounds = -(-len(missing) // max(1, at_once(len(missing), request.jobs)))
-    estimate = Estimate(cache, request.backend, rounds)
-    tell("compile", done, len(distinct), estimate.left())
+    tell("compile", done, len(distinct))
 
     def on_built(piece: Piece, path: Path, seconds: float) -> None:
         nonlocal done
         done += 1
-        estimate.took(piece.backend, seconds)
+        cache.count(f"piece.compiled.{piece.backend}")
+        cache.count(f"microseconds.piece.{piece.backend}", int(seconds * 1e6))
+        if piece.backend == request.backend:
+            seen.append(seconds)
         shelf.take(piece, path)
-        tell("compile", done, len(distinct), estimate.left() if done < len(distinct) else None)
+        left = seconds_left(rounds, seen, time.perf_counter() - began) if done < len(distinct) else None
+        tell("compile", done, len(distinct), left)
 
     for (_, one), (_, captured) in zip(planned.plans, planned.source.variants, strict=True):
         pieces = {piece.key: piece for piece in one.pieces if piece.key in missing - shelf.pieces.keys()}
@@ -228,6 +223,12 @@ def make(planned: EntryPlan) -> Hit:
     # Copies, as every later process has them: a change to the model's own must not show in one only.
     copies = {name: tensor.clone() for name, tensor in planned.constants.items()}
     return Hit(artifact=artifact, way=None, loaded=(shelf.pieces, copies), store=shelf.put)
+
+
+def seconds_left(rounds: int, seen: Sequence[float], spent: float) -> float | None:
+    """Seconds to go, by pieces that are done; ``None`` without any, or where it takes longer than that."""
+    left = rounds * fmean(seen) - spent if seen else 0.0
+    return left if left > 0 else None
 
 
 def _examples(one: Plan, wanted: Sequence[Piece], captured: Capture, label: str) -> dict[str, list[Any]]:
@@ -255,11 +256,25 @@ def _assemble(
     label: str,
     seconds: float,
 ) -> Artifact:
-    source = planned.source
+    source, variants = planned.source, []
+    for size_range, one in planned.plans:
+        code, names, consts = generate_execution_code(
+            one.split_gm, boxed=[piece.name for piece in one.pieces], graph_hash=planned.graph_hash
+        )
+        pieces = [PieceRef(name=p.name, key=p.key, backend=p.backend, blob=blobs[p.key]) for p in one.pieces]
+        variants.append(
+            Variant(
+                size_range=size_range,
+                code=code,
+                submod_names=tuple(names),
+                consts=dump_consts(consts),
+                pieces=tuple(pieces),
+            )
+        )
     bindings = [replace(b, blob=constants[b.name]) if b.kind == "constant" else b for b in planned.bindings]
     return Artifact(
         graph_hash=planned.graph_hash,
-        variants=tuple(_variant(ranged, one, planned.graph_hash, blobs) for ranged, one in planned.plans),
+        variants=tuple(variants),
         input_spec=source.whole.input_spec,
         output_spec=source.whole.output_spec,
         bindings=tuple(bindings),
@@ -268,23 +283,6 @@ def _assemble(
         created=time.time(),
         label=label,
         compile_seconds=seconds,
-    )
-
-
-def _variant(
-    size_range: SizeRange | None, planned: Plan, graph_hash: str, blobs: Mapping[str, BlobRef]
-) -> Variant:
-    code, names, consts = generate_execution_code(
-        planned.split_gm, boxed=[piece.name for piece in planned.pieces], graph_hash=graph_hash
-    )
-    return Variant(
-        size_range=size_range,
-        code=code,
-        submod_names=tuple(names),
-        consts=dump_consts(consts),
-        pieces=tuple(
-            PieceRef(name=p.name, key=p.key, backend=p.backend, blob=blobs[p.key]) for p in planned.pieces
-        ),
     )
 
 
@@ -298,7 +296,7 @@ class _Shelf:
         self.pieces: dict[str, Any] = {}
 
     def find(self, piece: Piece) -> bool:
-        """Take a piece that another model, or an interrupted run, has stored."""
+        """Take a piece that is stored already."""
         record = self._cache.get_piece(piece.key)
         if record is None or record.backend != piece.backend:
             return False
@@ -344,28 +342,3 @@ class _Shelf:
         except StoreWriteError as error:
             self._stored = False
             log.warning("%s: compiled, but not stored: %s", self._label, error)
-
-
-class Estimate:
-    """Seconds left of a run of pieces; the cache's statistics speak until the first of this run is done."""
-
-    def __init__(self, cache: Cache, backend: str, rounds: int) -> None:
-        self._cache, self._backend, self._rounds = cache, backend, rounds
-        self._began = time.perf_counter()
-        self._seen: list[float] = []
-        counters = cache.counted() if rounds else {}
-        pieces, spent = (counters.get(f"{name}.{backend}", 0) for name in (_PIECES, _MICROSECONDS))
-        self._before = spent / 1e6 / pieces if pieces > 0 else None
-
-    def took(self, backend: str, seconds: float) -> None:
-        """Learn from a piece; only those of one backend compare."""
-        self._cache.count(f"{_PIECES}.{backend}")
-        self._cache.count(f"{_MICROSECONDS}.{backend}", int(seconds * 1e6))
-        if backend == self._backend:
-            self._seen.append(seconds)
-
-    def left(self) -> float | None:
-        """Seconds to go; ``None`` where nothing like it was ever timed, or it takes longer than that."""
-        one = fmean(self._seen) if self._seen else self._before
-        left = self._rounds * one - (time.perf_counter() - self._began) if one is not None else 0.0
-        return left if left > 0 else None

@@ -26,38 +26,37 @@ _FEW = 3
 
 
 def miss_facts(wanted: Wanted, miss: Miss) -> MissFacts:
-    """Look at what there is, before anything is stored by this run; reads a few hundred files at most."""
-    if miss.record is not None:
-        return MissFacts(changed=changed_sources(miss.record) if miss.cause == "sources" else {})
-    site, target = wanted.site, wanted.target
-    found = nearest_entries(site.cache.roots, target.factors, label=site.label, partial=target.key is None)
-    if not found:
-        return MissFacts()
-    nearest, hint = found[0], ""
-    if "model.class" in nearest.differences:
+    """Look at what there is, before anything is stored by this run."""
+    changed, found = changed_and_nearest(wanted, miss.record, miss.cause)
+    hint = ""
+    if found and "model.class" in found[0].differences:
         hint = ", nor one of this model's class nearby"
-    elif nearest.differences:
-        differs = names_text(list(nearest.differences), _FEW)
-        hint = f"; nearest {nearest.graph_hash[:12]} differs in {differs}"
-    return MissFacts(changed=changed_beside(nearest), nearest=nearest, hint=hint)
+    elif found and found[0].differences:
+        differs = names_text(list(found[0].differences), _FEW)
+        hint = f"; nearest {found[0].graph_hash[:12]} differs in {differs}"
+    return MissFacts(changed=changed, nearest=found[0] if found else None, hint=hint)
 
 
-def changed_beside(nearest: NearestEntry) -> dict[str, tuple[str, str]]:
-    """Source files that are not what the nearest entry was captured from; none where it is another model's.
+def changed_and_nearest(
+    wanted: Wanted, record: TargetRecord | None, cause: str, most: int = 1
+) -> tuple[dict[str, tuple[str, str]], list[NearestEntry]]:
+    """Source files that changed and, where the key leads to no record, entries that come nearest.
 
-    The code of a model's classes is a factor of its key, so an edit of them shows as a factor that differs.
+    Reads a few hundred files at most.
     """
-    if nearest.record is None or "model.class" in nearest.differences:
-        return {}
-    return changed_sources(nearest.record)
+    if record is not None:
+        return changed_sources(record) if cause == "sources" else {}, []
+    site, target = wanted.site, wanted.target
+    found = nearest_entries(
+        site.cache.roots, target.factors, label=site.label, most=most, partial=target.key is None
+    )
+    # The code of a model's classes is a factor of its key: an edit of them shows as a factor that differs.
+    near = found[0].record if found and "model.class" not in found[0].differences else None
+    return {} if near is None else changed_sources(near), found
 
 
 def changed_sources(record: TargetRecord) -> dict[str, tuple[str, str]]:
-    """Every source file that is not what was captured.
-
-    Returns:
-        File, or the module's name where it has none now, to ``(digest when captured, digest now)``.
-    """
+    """Each source file, or module that has none now, to its digests when captured and now, if they differ."""
     main = main_label()
     found = {}
     for source in record.sources:
@@ -73,12 +72,7 @@ def changed_sources(record: TargetRecord) -> dict[str, tuple[str, str]]:
 
 
 def graph_differences(artifact: Artifact, traced: EntryPlan) -> dict[str, tuple[str, str]]:
-    """What tells a fresh trace from an entry.
-
-    Returns:
-        Name to ``(in the entry, in the trace)``: factors of the graph, and ``graph.pieces`` for the pieces
-        that are others.
-    """
+    """Factors of the graph and ``graph.pieces``: name to the value in the entry and in a fresh trace."""
     wanted = {factor.name for factor in traced.factors}
     old = [factor for factor in artifact.factors if factor.name in wanted]
     found = explain_differences(old, traced.factors)

@@ -51,20 +51,19 @@ def prove_ranges(
     model, effects = wanted.model, wanted.request.effects
     asked = more_constraints(codes, wanted.leaves)
     contract = replace(whole.input_spec, constraints=(*whole.input_spec.constraints, *asked))
-    if len(variants) == 1 and variants[0][1] is whole:
-        done = proved(model, replace(whole, input_spec=contract), effects)
-        return done, [(variants[0][0], done)]
+    alone = len(variants) == 1 and variants[0][1] is whole
+    whole = replace(whole, input_spec=contract)
     found: list[tuple[SizeRange | None, Capture]] = []
     for size_range, variant in variants:
-        done = proved(model, variant, effects)
+        done = proved(model, whole if alone else variant, effects)
         for before, after in zip(variant.input_spec.symbols, done.input_spec.symbols, strict=True):
-            if after.min > before.min:
+            if after.min > before.min and not alone:
                 raise refuse(
                     f"what was captured for {size_range} could not be shown right at size {before.min}; "
                     f"begin at {after.min}, or give that size a range of its own."
                 )
         found.append((size_range, done))
-    return replace(whole, input_spec=contract), found
+    return found[0][1] if alone else whole, found
 
 
 def proved(model: torch.nn.Module, captured: Capture, effects: Mapping[str, bool]) -> Capture:
@@ -77,7 +76,15 @@ def proved(model: torch.nn.Module, captured: Capture, effects: Mapping[str, bool
     wanted = {spec.name: spec.min for spec in contract.symbols if spec.min < assumed[spec.name]}
 
     def agrees(names: Iterable[str]) -> bool:
-        return _agrees(model, captured, {own[name]: wanted[name] for name in names}, effects)
+        """Whether graph and model return, and leave behind, the same at the sizes that are wanted."""
+        leaves = _narrowed(captured, {own[name]: wanted[name] for name in names})
+        if leaves is None:
+            return False
+        args, kwargs = tree.unflatten(leaves, tree.loads(contract.tree))
+        if has_fakes([*captured.example, *(item.tensor for item in captured.bound)]):
+            return _agrees_without_data(model, captured, args, kwargs)
+        both = beside(model, args, kwargs, captured, effects).run(op_by_op(captured))
+        return not both.unchecked and not both.fails and not any(map(disagreement, both.items))
 
     refused = {name for name in wanted if not agrees([name])}
     rest = wanted.keys() - refused
@@ -92,78 +99,55 @@ def proved(model: torch.nn.Module, captured: Capture, effects: Mapping[str, bool
             next((leaf.path for leaf in contract.leaves if leaf.tensor and name in leaf.tensor.shape), "?"),
             assumed[name],
         )
-    bounds = (
-        replace(spec, min=assumed[spec.name]) if spec.name in refused else spec for spec in contract.symbols
-    )
+    bounds = [replace(s, min=assumed[s.name]) if s.name in refused else s for s in contract.symbols]
     return replace(captured, input_spec=replace(contract, symbols=tuple(bounds)))
 
 
-def _agrees(
-    model: torch.nn.Module,
-    captured: Capture,
-    sizes: Mapping[sympy.Symbol, int],
-    effects: Mapping[str, bool],
-) -> bool:
-    """Whether graph and model return, and leave behind, the same at certain sizes."""
-    leaves = _narrowed(captured, sizes)
-    if leaves is None:
-        return False
-    args, kwargs = tree.unflatten(leaves, tree.loads(captured.input_spec.tree))
-    if has_fakes([*captured.example, *(item.tensor for item in captured.bound)]):
-        return _agrees_without_data(model, captured, args, kwargs)
-    both = beside(model, args, kwargs, captured, effects).run(op_by_op(captured))
-    return not both.unchecked and not both.fails and not any(map(disagreement, both.items))
-
-
 def _agrees_without_data(model: torch.nn.Module, captured: Capture, args: Any, kwargs: Any) -> bool:
-    """The same with random data, and the model's own graph at these very sizes instead of the model."""
+    """The same with made-up data, and the model's own graph at these very sizes instead of the model."""
     try:
         with torch.no_grad(), torch.inference_mode(False):
             fixed = capture(model, args, kwargs)
-            want, got = (_run_made_up(one, fixed.example) for one in (fixed, captured))
+            want, got = (_MadeUp(one).results(fixed.example) for one in (fixed, captured))
     except (*FAILURES, CaptureError):
         return False
     same = want.keys() == got.keys()
     return same and not any(disagreement(measure(name, want[name], got[name])) for name in want)
 
 
-def _run_made_up(captured: Capture, leaves: Sequence[Any]) -> dict[str, Any]:
-    """Results of a graph whose model has no data, and what it wrote, by name."""
-    runner = _MadeUp(captured)
-    given = clone_all(leaves)
-    devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}
-    with drawn_back(devices), no_autocast():
-        torch.manual_seed(0)
-        results = runner.run(*[None] * len(captured.bound), *given)
-    found = {f"output {index}": value for index, value in enumerate(results)}
-    found |= {runner.bound[placeholder].name: value for placeholder, value in runner.kept.items()}
-    inputs = enumerate(zip(captured.user_inputs, given, strict=True))
-    return found | {f"input {index}": leaf for index, (name, leaf) in inputs if name in runner.written}
-
-
 class _MadeUp(Interpreter):
-    """Makes parameters and buffers up by their names when an op reads them, and drops them after.
+    """Runs a graph, and makes each tensor of the model up by its name, only while an op reads it.
 
     So a model runs in the memory of its activations.
     """
 
     def __init__(self, captured: Capture) -> None:
         super().__init__(captured.gm)
+        self.inputs = captured.user_inputs
         self.bound: dict[str, BoundTensor] = {item.placeholder: item for item in captured.bound}
         self.written = written_placeholders(captured.gm)
         # What is written into must be there for the next reader.
         self.kept: dict[str, torch.Tensor] = {}
 
-    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of a node, with data."""
+    def results(self, leaves: Sequence[Any]) -> dict[str, Any]:
+        """What the graph returns and what it wrote, by name."""
+        given = clone_all(leaves)
+        with drawn_back({leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}), no_autocast():
+            torch.manual_seed(0)
+            results = self.run(*[None] * len(self.bound), *given)
+        found = {f"output {index}": value for index, value in enumerate(results)}
+        found |= {self.bound[placeholder].name: value for placeholder, value in self.kept.items()}
+        inputs = enumerate(zip(self.inputs, given, strict=True))
+        return found | {f"input {index}": leaf for index, (name, leaf) in inputs if name in self.written}
+
+    def run_node(self, n: Node) -> Any:
+        """Run an op on data."""
         made = {source: self._made(source.name) for source in n.all_input_nodes if source.name in self.bound}
-        held = {source: self.env[source] for source in made}
         self.env.update(made)
         try:
-            fetched: tuple[tuple[Any, ...], dict[str, Any]] = super().fetch_args_kwargs_from_env(n)
+            return super().run_node(n)
         finally:
-            self.env.update(held)
-        return fetched
+            self.env.update(dict.fromkeys(made))
 
     def _made(self, placeholder: str) -> torch.Tensor:
         if placeholder in self.kept:
@@ -180,11 +164,8 @@ def _narrowed(captured: Capture, sizes: Mapping[sympy.Symbol, int]) -> list[Any]
     nodes = captured.gm.graph.nodes
     known = {node.name: node.meta.get("val") for node in nodes if node.op == "placeholder"}
     fakes = [known[name] for name in captured.user_inputs]
-    values = {
-        symbol: sympy.Integer(size)
-        for symbol, size in symbols.solve(zip(fakes, captured.example, strict=True)).items()
-    }
-    values |= {symbol: sympy.Integer(size) for symbol, size in sizes.items()}
+    solved = symbols.solve(zip(fakes, captured.example, strict=True))
+    values = {symbol: sympy.Integer(size) for symbol, size in {**solved, **sizes}.items()}
     narrowed = []
     for fake, leaf in zip(fakes, captured.example, strict=True):
         if isinstance(fake, torch.SymInt):

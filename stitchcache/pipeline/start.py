@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,6 +38,7 @@ log = logging.getLogger("stitchcache")
 T = TypeVar("T")
 R = TypeVar("R", bound="CompiledModel | CompiledGraph")
 
+_UNUSABLE = (StaleEntryError, UntrustedEntryError, EntryFormatError, LinkError, BindError, BackendError)
 # What a start is called in the log, by the road that led to it.
 _SAID = {"direct": "direct hit", "graph": "graph hit", "load": "loaded", None: "compiled"}
 
@@ -50,15 +52,10 @@ def start(
     target: TargetKey | None = None,
     look: Callable[[CompiledModel], None] | None = None,
 ) -> CompiledModel:
-    """Make an artifact callable on a model.
+    """Make an artifact callable on a model, whose parameters and buffers are bound by reference.
 
-    Args:
-        found: What was found or made.
-        model: Its parameters and buffers are bound by reference.
-        site: Where.
-        miss: Why it is no direct hit; ``None`` where it is one, or none was asked for.
-        target: The target key; ``None`` where none was computed.
-        look: Compares it with the model before anybody gets it, and raises where they disagree.
+    ``miss`` is why it is no direct hit, ``target`` the key, if one was computed. ``look`` compares the
+    callable with the model before anybody gets it, and raises where they disagree.
     """
 
     def link(pieces: Mapping[str, Any], constants: Mapping[str, torch.Tensor]) -> CompiledModel:
@@ -82,18 +79,13 @@ def start_with(
 ) -> R:
     """:func:`start` for any callable: ``link`` binds loaded pieces and constants to stitching code."""
     artifact, cache = found.artifact, site.cache
-    if found.loaded is not None:
-        pieces, constants = found.loaded
-        compiled = site.timed("link", lambda: link(pieces, constants))
-    else:
-        # Held, so that no process evicts a blob between its check and its loading.
-        with cache.hold(artifact):
-            pieces, constants = site.timed("load", lambda: load_blobs(artifact, site))
-            compiled = site.timed("link", lambda: link(pieces, constants))
+    # Held, so that no process evicts a blob between its check and its loading.
+    with cache.hold(artifact) if found.loaded is None else nullcontext():
+        loaded = found.loaded or site.timed("load", lambda: load_blobs(artifact, site))
+        compiled = site.timed("link", lambda: link(*loaded))
     if look is not None:
         site.timed("look", lambda: look(compiled))
-    if found.store is not None:
-        store = found.store
+    if (store := found.store) is not None:
         site.timed("store", lambda: store(compiled.artifact))
     spent = site.timings["total"] = time.perf_counter() - site.began
     cache.count(f"hit.{found.way}" if found.way else "compiled")
@@ -116,10 +108,7 @@ def started_or_miss(artifact: Artifact, site: Site, begin: Callable[[], T]) -> T
     except EntryDamagedError:
         # The store has told of damage; a blob that was evicted is no news.
         return Miss(reason=f"a piece of entry {name} is missing or damaged", cause="piece")
-    except (
-        *(StaleEntryError, UntrustedEntryError, EntryFormatError),
-        *(LinkError, BindError, BackendError),
-    ) as error:
+    except _UNUSABLE as error:
         log.warning("%s: entry %s is not used: %s", site.label, name, error)
         return Miss(reason=error.message, cause="look" if isinstance(error, StaleEntryError) else "refused")
     except OSError as error:
@@ -144,15 +133,12 @@ def load_blobs(artifact: Artifact, site: Site) -> tuple[dict[str, Any], dict[str
             reason="missing or damaged",
         )
     pieces = {
-        piece.key: ready.get((piece.backend, piece.blob.digest))
+        key: ready.get((piece.backend, piece.blob.digest))
         or get_backend(piece.backend).load(path, site.device)
-        for piece, path in zip(distinct.values(), paths, strict=False)
+        for (key, piece), path in zip(distinct.items(), paths, strict=False)
     }
-    constants = {
-        binding.name: _constant(binding, path, site.device)
-        for (binding, _), path in zip(carried, paths[len(distinct) :], strict=True)
-    }
-    return pieces, constants
+    rest = zip(carried, paths[len(distinct) :], strict=True)
+    return pieces, {binding.name: _constant(binding, path, site.device) for (binding, _), path in rest}
 
 
 def _constant(binding: BindingSpec, path: Path, device: str) -> torch.Tensor:
@@ -177,11 +163,8 @@ def store_target(wanted: Wanted, record: TargetRecord) -> None:
         if key is not None:
             site.cache.put_target(key, record)
     except StoreWriteError as error:
-        log.warning(
-            "%s: the next start has to trace the model again, as its target record is not stored: %s",
-            site.label,
-            error,
-        )
+        said = "the next start has to trace the model again, as its target record is not stored"
+        log.warning("%s: %s: %s", site.label, said, error)
 
 
 def changed_from(
@@ -189,8 +172,7 @@ def changed_from(
 ) -> Callable[[torch.nn.Module], Change | None]:
     """What tells whether a trace of a model may be another one than the trace that was compiled.
 
-    The model's code and attributes count, torch's settings, and what the capture read beside them. Example
-    and options are those of then, and so is the machine. Neither model nor tensors of ``wanted`` are kept.
+    Neither model nor tensors of ``wanted`` are kept.
     """
     target, key_again = wanted.target, wanted.key_again
     unknown = target.reason or record.refused
@@ -232,8 +214,7 @@ def first_change(
     """The most telling factor that differs, of those whose names begin so; ``None`` where none does."""
     # Attributes that lead to bound tensors hold state, which calls change.
     state = state_attributes(model, [name for item in bindings for name in (item.name, *item.aliases)])
-    old = {factor.name: factor for factor in before if factor.name.startswith(prefixes)}
-    new = {factor.name: factor for factor in now if factor.name.startswith(prefixes)}
+    old, new = ({f.name: f for f in some if f.name.startswith(prefixes)} for some in (before, now))
     # An attribute more changes the order of attributes too, and its own factor names it.
     for name in sorted(dict.fromkeys([*old, *new]), key=lambda name: name.endswith("_order")):
         if name.startswith("model.attributes.") and name.rpartition(".")[2] in state:

@@ -45,24 +45,15 @@ T = TypeVar("T")
 
 
 def export_source(wanted: Wanted) -> Source:
-    """Trace a model with ``torch.export``, and record what that depended on.
-
-    Raises:
-        CaptureError: The model cannot be captured.
-        OptionError: Size ranges do not fit.
-    """
+    """Trace a model with ``torch.export``, and record what that depended on."""
     request, site = wanted.request, wanted.site
     site.tell("capture")
     environment = _environment(request, site.devices, site.label)
     site.timed("import", _import_exporter)
     # Calls run in neither mode, whatever the caller's: the capture must not depend on them.
     with torch.inference_mode(False), torch.no_grad(), SourceRecorder(wanted.walk) as recorder:
-        captured, variants = site.timed(
-            "capture",
-            lambda: capture_ranges(
-                wanted.model, wanted.args, wanted.kwargs, request.dynamic_shapes, request.size_ranges
-            ),
-        )
+        given = (wanted.model, wanted.args, wanted.kwargs, request.dynamic_shapes, request.size_ranges)
+        captured, variants = site.timed("capture", lambda: capture_ranges(*given))
     captured, variants = site.timed("prove", lambda: prove_ranges(wanted, captured, variants, recorder.codes))
     return Source(
         model=wanted.model,
@@ -79,11 +70,7 @@ def export_source(wanted: Wanted) -> Source:
 
 
 def dynamo_source(gm: GraphModule, example_inputs: Sequence[Any], request: Request, cache: Cache) -> Source:
-    """Take over a graph that Dynamo captured, with an input for each placeholder.
-
-    Raises:
-        CaptureError: The graph cannot be traced.
-    """
+    """Take over a graph that Dynamo captured, with an input for each placeholder."""
     began, label = time.perf_counter(), request.label
     captured = capture_graph(gm, example_inputs)
     nodes = [node for node in captured.gm.graph.nodes if node.op == "call_function"]

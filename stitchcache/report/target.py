@@ -7,9 +7,8 @@ from dataclasses import asdict
 from stitchcache.api.prewarm import Target, request_for
 from stitchcache.cache import Cache
 from stitchcache.errors import UntrustedEntryError
-from stitchcache.explanation import nearest_entries
 from stitchcache.pipeline.find import Hit, Wanted, check_model, find, find_by_graph, want
-from stitchcache.pipeline.miss import changed_beside, changed_sources, graph_differences
+from stitchcache.pipeline.miss import changed_and_nearest, graph_differences
 from stitchcache.report.entry import Record, difference_records, near_records
 from stitchcache.types import Artifact
 
@@ -36,7 +35,7 @@ def explain_target(target: Target, cache: Cache, *, trace: bool = False, most: i
     model, args, kwargs = target.made()
     check_model(model, args, kwargs)
     wanted = want(model, args, kwargs, request, cache)
-    site, key = wanted.site, wanted.target
+    key = wanted.target
     found = find(wanted)
     record = found.record
     if isinstance(found, Hit):
@@ -44,14 +43,7 @@ def explain_target(target: Target, cache: Cache, *, trace: bool = False, most: i
         cause = "piece" if reason else ""
     else:
         reason, cause = found.reason, found.cause
-    nearest = []
-    if record is not None:
-        changed = changed_sources(record) if cause == "sources" else {}
-    else:
-        nearest = nearest_entries(
-            cache.roots, key.factors, label=site.label, most=most, partial=key.key is None
-        )
-        changed = changed_beside(nearest[0]) if nearest else {}
+    changed, nearest = changed_and_nearest(wanted, record, cause, most)
     leads_to = None if record is None else record.graph_hash
     compared = leads_to or (nearest[0].graph_hash if nearest else None)
     return {
@@ -63,7 +55,7 @@ def explain_target(target: Target, cache: Cache, *, trace: bool = False, most: i
         "factors": [asdict(factor) for factor in key.factors],
         "changed": [{"path": path, "old": old, "new": new} for path, (old, new) in sorted(changed.items())],
         "nearest": near_records(nearest),
-        "seconds": dict(site.timings),
+        "seconds": dict(wanted.site.timings),
         "trace": _traced(wanted, compared) if trace else None,
     }
 

@@ -1,37 +1,18 @@
-"""Seconds left: from this run's pieces, else from what the store has seen, else unknown."""
+"""Seconds left: from this run's pieces, else unknown."""
 
 from __future__ import annotations
 
 import pytest
 
-import stitchcache
 from stitchcache.cli.output import left_text
-from stitchcache.pipeline.make import Estimate
+from stitchcache.pipeline.make import seconds_left
 
 
-def test_nothing_is_known_at_first_and_then_what_was_seen(tmp_path):
-    cache = stitchcache.Cache(tmp_path)
-    first = Estimate(cache, "aoti", rounds=2)
-    assert first.left() is None
-    first.took("eager", 500.0)
-    assert first.left() is None, "an eager piece says nothing about a compiled one"
-    first.took("aoti", 100.0)
-    assert first.left() == pytest.approx(200, abs=1), "two rounds of 100 s, just begun"
-    first.took("aoti", 300.0)
-    assert first.left() == pytest.approx(400, abs=1)
-    assert [cache.counted().get(f"piece.compiled.{name}", 0) for name in ("aoti", "eager", "inductor")] == [
-        2,
-        1,
-        0,
-    ]
-    assert Estimate(cache, "aoti", rounds=1).left() == pytest.approx(200, abs=1)
-    assert Estimate(cache, "inductor", rounds=1).left() is None
-
-
-def test_what_takes_longer_than_expected_has_no_estimate(tmp_path):
-    estimate = Estimate(stitchcache.Cache(tmp_path), "aoti", rounds=1)
-    estimate.took("aoti", 0.0)
-    assert estimate.left() is None
+def test_seconds_left_come_from_the_pieces_of_this_run():
+    assert seconds_left(2, [], 0.0) is None
+    assert seconds_left(2, [100.0], 0.0) == 200
+    assert seconds_left(2, [100.0, 300.0], 50.0) == 350
+    assert seconds_left(1, [1.0], 2.0) is None, "it takes longer than expected"
 
 
 @pytest.mark.parametrize(
