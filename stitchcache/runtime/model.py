@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from inspect import Parameter, Signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -162,6 +162,13 @@ class CompiledModel:
         hit = self.cache_hit or "compiled"
         name = self.artifact.label or type(self.model).__name__
         return f"<CompiledModel {name} {self.graph_hash[:12]} {hit}>"
+
+    def __reduce__(self) -> NoReturn:
+        """Refused: what is mapped into this process means nothing to another one."""
+        raise TypeError(
+            "a CompiledModel cannot be pickled or copied. Send the model and the graph hash, and call "
+            f"stitchcache.load({self.graph_hash[:12]!r}, model) there: it maps the same files."
+        )
 
     def _bind(self, model: torch.nn.Module) -> None:
         call, self._tensors = self._bound_to(model) if self._refusal is None else (self.raise_refusal, {})

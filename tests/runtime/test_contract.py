@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -99,15 +101,14 @@ def test_variadic_arguments(build):
 
 
 def test_errors_survive_pickling(build):
-    import pickle
 
     compiled = build(torch.nn.Linear(4, 4), (torch.randn(2, 4),))
     with pytest.raises(errors.InputMismatchError) as caught:
         compiled(torch.randn(3, 4))
-    copy = pickle.loads(pickle.dumps(caught.value))
-    assert type(copy) is errors.InputMismatchError
-    assert (copy.argument, copy.expected, copy.actual) == ("input.shape[0]", "2", "3")
-    assert str(copy) == str(caught.value)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert type(again) is errors.InputMismatchError
+    assert (again.argument, again.expected, again.actual) == ("input.shape[0]", "2", "3")
+    assert str(again) == str(caught.value)
 
 
 def test_the_call_shows_in_tracebacks(build):
@@ -227,3 +228,10 @@ def test_an_entry_that_divides_by_zero(build):
     compiled.rebind(compiled.model)
     with pytest.raises(errors.InputMismatchError, match="division by zero"):
         compiled(torch.ones(4, 3), torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("how", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_compiled_model_says_what_to_send_instead(build, how):
+    compiled = build(torch.nn.Linear(4, 4), (torch.randn(2, 4),))
+    with pytest.raises(TypeError, match=rf"stitchcache\.load\('{compiled.graph_hash[:12]}', model\)"):
+        how(compiled)
