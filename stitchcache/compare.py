@@ -106,8 +106,7 @@ class Beside:
         writes: Tensors that the other may write, and what to call them; of the model's writes each is seen.
         apart: It runs beside the user's own calls, on arguments of its own: no shared state may be written
             and no random number drawn, not even for a moment.
-        reads: Paths to tensors in plain attributes that the other reads. A model that puts another tensor
-            in such a place has written it.
+        reads: Paths to tensors in plain attributes that the other reads; a model that replaces one writes it.
         deep: Whether to put back what plain objects hold, too.
     """
 
@@ -333,8 +332,7 @@ def measure(name: str, want: Any, got: Any) -> Compared:
 
 
 def _said(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
 def _shown(value: Any) -> str:

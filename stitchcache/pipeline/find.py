@@ -157,7 +157,7 @@ class Ready(Protocol):
     """What a preload may have made ready. It decides nothing."""
 
     def artifact(self, graph_hash: str) -> Artifact | None:
-        """The entry of a graph hash, read and verified; ``None`` where it is not ready."""
+        """A verified entry; ``None`` where it is not ready."""
 
     def take(self, graph_hash: str) -> Mapping[tuple[str, str], Any]:
         """Its loaded CPU pieces, by backend and digest of their bytes."""
@@ -173,8 +173,7 @@ class Progress:
     Args:
         target: The target's name or the model's class.
         stage: ``lookup``, ``capture``, ``wait``, ``compile``, ``store``, ``load`` or ``done``.
-        done: Pieces that are ready.
-        total: Distinct pieces.
+        done: Pieces that are ready, of ``total`` distinct ones.
         seconds: Since the target was begun.
         left: Seconds that compiling will still take; ``None`` where that is not known.
     """
@@ -258,7 +257,7 @@ class Hit:
         record: The target record that led to it; ``None`` where the graph hash did.
         objects: Code objects of its generated source, as far as they are known; new ones are added.
         loaded: Its pieces by key and its constants by name, where they are loaded already.
-        store: Puts a new artifact, after the look at it; one that cannot be stored is a warning.
+        store: Puts a new artifact after the look.
     """
 
     artifact: Artifact
@@ -295,11 +294,7 @@ def want(
     on_progress: OnProgress | None = None,
     ready: Ready | None = None,
 ) -> Wanted:
-    """Compute the target key of a model with an example call; none of the model's code is run.
-
-    Raises:
-        OptionError: One of the options or key factors is no plain value.
-    """
+    """Compute the target key of a model with an example call; none of the model's code is run."""
     began, walk = time.perf_counter(), Walk()
     leaves, spec = tree.flatten((args, dict(kwargs)))
     paths, text = tree.leaf_paths(model.forward, args, dict(kwargs)), tree.dumps(spec)

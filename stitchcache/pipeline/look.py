@@ -44,8 +44,7 @@ def looker(
     """What compares a callable with the model before anybody gets it, as far as the request asks for it.
 
     A hit that disagrees raises ``StaleEntryError`` and becomes a miss, and ``record``, which led to it, is
-    refused until a trace has replaced it. A fresh compilation is looked at by ``cold``, which is given why
-    nothing is to be compared (``""`` compares). What was seen goes into ``check``, and with a new artifact.
+    refused until a trace has replaced it. ``cold`` looks at a fresh compilation, unless told why not.
     """
     cache = wanted.site.cache
 
@@ -69,9 +68,8 @@ def looker(
         elif wanted.request.checked == "background" and not _lasting_names(artifact):
             _look_later(wanted, compiled, lambda outcome: note(compiled, outcome, began))
         else:
-            where = (wanted.model, wanted.args, wanted.kwargs)
-            writes, effects = _written_by(wanted, artifact), wanted.request.effects
-            both = Beside(*where, writes=writes, effects=effects).run(compiled)
+            where, writes = (wanted.model, wanted.args, wanted.kwargs), _written_by(wanted, artifact)
+            both = Beside(*where, writes=writes, effects=wanted.request.effects).run(compiled)
             note(compiled, judged(both, artifact.check), began)
             compiled.raise_refusal()
             unmeasured = artifact.check is not None and artifact.check.state == "unchecked"

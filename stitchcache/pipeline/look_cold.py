@@ -127,14 +127,13 @@ def _look_twice(wanted: Wanted, captured: Capture, skipped: set[str], run: _Run)
     both = run(op_by_op(captured), times=2)
     wrong = _first_wrong(item for item in both.items if item.name not in skipped)
     if both.fails or wrong is not None:
-        raise _mismatch(
-            f"{type(wanted.model).__qualname__}: a second call gives another result than the first (",
+        head = f"{type(wanted.model).__qualname__}: a second call gives another result than the first ("
+        tail = (
             "): the forward changes numbers, lists or other objects that it also reads. A compiled model "
             "repeats the first call. Nothing was stored. Keep what changes in buffers, written in place, or "
-            "pass it as an argument; or pass check='none' if the first call is what you want.",
-            both.fails,
-            wrong,
+            "pass it as an argument; or pass check='none' if the first call is what you want."
         )
+        raise _mismatch(head, tail, both.fails, wrong)
 
 
 def _not_the_model(
@@ -157,14 +156,12 @@ def _not_the_model(
 
 
 def _mismatch(head: str, tail: str, fails: str, wrong: Compared | None, **place: str) -> ModelMismatchError:
-    reason = fails or (f"{wrong.name} {disagreement(wrong)}" if wrong is not None else "")
-    return ModelMismatchError(
-        f"{head}{reason}{tail}",
-        reason=reason,
-        output=wrong.name if wrong is not None else "",
-        difference=wrong.difference if wrong is not None else 0.0,
-        **place,
-    )
+    reason, output, difference = fails, "", 0.0
+    if wrong is not None:
+        output, difference = wrong.name, wrong.difference
+        reason = fails or f"{output} {disagreement(wrong)}"
+    said = f"{head}{reason}{tail}"
+    return ModelMismatchError(said, reason=reason, output=output, difference=difference, **place)
 
 
 def op_by_op(captured: Capture, graph: Interpreter | None = None) -> Callable[..., Any]:
@@ -202,7 +199,9 @@ def _first_place(model: torch.nn.Module, captured: Capture, run: _Run) -> tuple[
             hook.remove()
     graph = _Noting(captured.gm)
     run(op_by_op(captured, graph))
-    within = {node: _modules_of(node) for node in captured.gm.graph.nodes}
+    # Paths of the modules that each op stands in, the outermost first; second calls, with an @, are left out.
+    stacks = {node: (node.meta.get("nn_module_stack") or {}).values() for node in captured.gm.graph.nodes}
+    within = {node: [str(p) for p, _ in stack if "@" not in str(p)] for node, stack in stacks.items()}
     ends = {path: index for index, paths in enumerate(within.values()) for path in paths}
     # In the order in which they end; the innermost of several is the more exact place.
     for path in sorted(ends, key=lambda path: (ends[path], -path.count("."))):
@@ -251,10 +250,3 @@ class _Noting(Interpreter):
 
 def _copies(values: Any) -> list[torch.Tensor]:
     return [leaf.detach().clone() for leaf in tree.flatten(values)[0] if isinstance(leaf, torch.Tensor)]
-
-
-def _modules_of(node: Node) -> list[str]:
-    """Paths of the modules that an op stands in, the outermost first; those of second calls are left out."""
-    return [
-        str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values() if "@" not in str(path)
-    ]

@@ -43,10 +43,8 @@ def prove_ranges(
 ) -> tuple[Capture, Variants]:
     """Captures that let only sizes through at which every graph was shown right.
 
-    Their contract also has what ``codes``, which ran while they were captured, ask of the arguments.
-
-    Raises:
-        OptionError: A range begins below what its own graph can be shown right at.
+    Their contract also has what ``codes``, which ran while they were captured, ask of the arguments. A range
+    that begins below what its own graph can be shown right at is an ``OptionError``.
     """
     model, effects = wanted.model, wanted.request.effects
     asked = more_constraints(codes, wanted.leaves)

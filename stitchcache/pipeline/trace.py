@@ -49,7 +49,9 @@ def export_source(wanted: Wanted) -> Source:
     request, site = wanted.request, wanted.site
     site.tell("capture")
     environment = _environment(request, site.devices, site.label)
-    site.timed("import", _import_exporter)
+    # Torch imports what it imports at the first export before a recorder slows imports down.
+    first = partial(torch.export.export, torch.nn.Flatten(0), (torch.zeros(2, 3),), strict=False)
+    site.timed("import", partial(first, dynamic_shapes=({0: torch.export.Dim.AUTO},)))
     # Calls run in neither mode, whatever the caller's: the capture must not depend on them.
     with torch.inference_mode(False), torch.no_grad(), SourceRecorder(wanted.walk) as recorder:
         given = (wanted.model, wanted.args, wanted.kwargs, request.dynamic_shapes, request.size_ranges)
@@ -113,19 +115,8 @@ def _environment(request: Request, devices: Sequence[str], label: str) -> tuple[
     )
 
 
-def _import_exporter() -> None:
-    """Make torch import what it imports at the first export, before a recorder slows imports down."""
-    shapes = ({0: torch.export.Dim.AUTO},)
-    torch.export.export(torch.nn.Flatten(0), (torch.zeros(2, 3),), dynamic_shapes=shapes, strict=False)
-
-
 def compile_traced(wanted: Wanted, miss: Miss) -> CompiledModel:
-    """Trace a model that has no direct hit; load what its graph leads to, or compile it.
-
-    Raises:
-        CaptureError: The model cannot be captured, or what was captured does something else.
-        CacheMissError: A miss, and misses are errors here.
-    """
+    """Trace a model that has no direct hit; load what its graph leads to, or compile it."""
     request, site = wanted.request, wanted.site
     miss = replace(miss, facts=site.timed("explain", lambda: miss_facts(wanted, miss)))
     known, edited = miss.record, miss.cause == "sources"
@@ -176,7 +167,6 @@ def compile_planned(
 
     ``begin`` starts what was found or made, and ``refuse`` makes the error where a miss is one.
     """
-
     site = planned.source.site
 
     def by_graph() -> T | Miss:
@@ -210,11 +200,7 @@ def compile_planned(
 
 
 def audit(wanted: Wanted, hit: Hit) -> None:
-    """Trace a model that has a direct hit, and compare: ``STITCHCACHE_AUDIT``.
-
-    Raises:
-        StaleEntryError: The model's graph is another one.
-    """
+    """Trace a model that has a direct hit: a ``StaleEntryError`` if it is another (``STITCHCACHE_AUDIT``)."""
     site, expected = wanted.site, hit.artifact.graph_hash
     source = export_source(wanted)
     planned = site.timed("plan", lambda: plan_entry(source))

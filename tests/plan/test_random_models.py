@@ -16,7 +16,7 @@ from torch import nn
 
 from stitchcache.capture import capture
 from stitchcache.pieces import get_backend
-from stitchcache.plan import plan
+from stitchcache.pipeline.make import plan
 
 FULL = os.environ.get("STITCHCACHE_FULL") == "1"
 STEPS = {
