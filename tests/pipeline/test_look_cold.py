@@ -8,7 +8,7 @@ from torch import nn
 from torch.export import Dim
 
 from stitchcache.capture import capture
-from stitchcache.pipeline.prove import proved
+from stitchcache.pipeline.look_cold import proved
 
 
 def lowest(model, args, dynamic_shapes, **kwargs):
