@@ -97,7 +97,7 @@ def _trace(gm: GraphModule, example_inputs: Sequence[Any], mode: Any, autocast: 
     for body in traced.modules():
         if any(map(is_fake, [*vars(body).values(), *body.buffers(recurse=False)])):
             raise CaptureError(
-                "a graph that torch.compile captured computes with a tensor that tracing lost sight of.",
+                "a graph of torch.compile uses a tensor that is neither an input nor made in the graph.",
                 reason="untraced tensor",
             )
     for value in _values(traced):

@@ -222,8 +222,8 @@ def _inputs(
             bound.append(found)
         else:
             raise CaptureError(
-                f"the model uses {item.target or name!r}, which torch.export lifts as {item.kind.name}; "
-                "only parameters, buffers and constant tensors can be stored. "
+                f"the model uses {item.target or name!r}, which torch.export turns into an input of kind "
+                f"{item.kind.name}; only parameters, buffers and constant tensors can be stored. "
                 "Move it out of the forward, or make its op a splitting op.",
                 reason=f"input of kind {item.kind.name}",
             )

@@ -94,7 +94,8 @@ def _inline(gm: GraphModule, call: Node, modes: Modes) -> None:
     for user in list(call.users):
         if user.target is not operator.getitem:
             raise CaptureError(
-                f"{user.name} uses the results of {call.name} as one.", reason=str(call.target)
+                f"{user.name} uses all results of {call.name} together; take them one by one.",
+                reason=str(call.target),
             )
         replace_by_value(user, results[user.args[1]])
         gm.graph.erase_node(user)

@@ -47,7 +47,7 @@ def explain(what: str, trace: bool, factors: bool, as_json: bool, root: str | No
             "of a key: 1 to 64 hex digits"
         )
     if trace:
-        raise click.UsageError("--trace needs a target; a key alone says nothing that could be traced")
+        raise click.UsageError("--trace needs a target: a key cannot be traced")
     record = explain_key(out.open_cache(root), what)
     out.show(record, as_json, lambda found: _print_key(found, factors), finding=bool(record["problem"]))
 

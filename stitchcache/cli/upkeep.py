@@ -114,7 +114,7 @@ def _print_pruned(record: out.Record) -> None:
         columns = {"GRAPH": "graph_hash", "LAST USED": "last_used", "SIZE": "bytes", "WHY": "reason"}
         out.print_table(columns, plan["entries"], digits)
     for path in plan["unreadable"]:
-        out.say(f"{path}: cannot be read here, so no entry and no blob goes")
+        out.say(f"{path}: cannot be read here, so no entry and no blob is removed")
     held = f"{out.count_text(plan['total_files'], 'file')}, {out.size_text(plan['total_bytes'])}"
     parts = f"{out.count_text(len(plan['entries']), 'entry')}, {out.count_text(len(plan['blobs']), 'blob')}"
     whole = f"{out.count_text(plan['files'], 'file')} in all, {out.size_text(plan['bytes'])}"

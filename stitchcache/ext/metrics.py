@@ -27,7 +27,7 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         self.starts = Counter(
             "stitchcache_starts",
-            "Starts by kind: direct, graph, loaded, or miss where the model was compiled.",
+            "Starts by kind: direct, graph, or miss if the model was compiled.",
             ["model", "hit"],
             registry=registry,
         )

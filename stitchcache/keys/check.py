@@ -222,7 +222,7 @@ def _check_entries(entries: Iterable[tuple[str, str]], walk: Walk) -> str | None
         try:
             now = digest_now(walk, name)
         except UnkeyableError as error:
-            return f"{error} (it could be digested when the model was captured)"
+            return f"{error} (this worked at the capture)"
         if now == digest:
             continue
         if now is None and (kind == "item" or name.startswith("?")):

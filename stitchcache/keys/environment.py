@@ -23,7 +23,7 @@ from stitchcache.types import Factor
 
 SCHEMA_VERSION = 4
 """Version of the key schema: raised whenever a key's factors or their encoding change, or the options that
-stitchcache itself chooses for a piece do, as backends/threads.py does. See docs/keys.md."""
+stitchcache itself chooses for a piece do, as ``pieces.thread_options`` does. See docs/keys.md."""
 
 _INSTRUCTION_SETS = tuple(
     """3dnowprefetch abm adx aes amx apx avx bmi cmpccxadd cx16 f16c fma gfni lahf_lm lzcnt mmx movbe movdir

@@ -171,7 +171,7 @@ class _ModelWalk:
         if described is None:
             if value.is_quantized or not stands_for_itself(value):
                 kind = type(value).__name__
-                raise UnkeyableError(name, f"a {kind}, whose metadata does not stand for it")
+                raise UnkeyableError(name, f"a {kind}, whose content a key cannot describe")
             text = f"{tensor_text(value)} {value.requires_grad} {flags}"
             described = self.described[what] = (text_bytes(text), tensor_span(value))
         if described[1]:

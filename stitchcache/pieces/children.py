@@ -276,7 +276,7 @@ def _failed(job: Job, lines: Sequence[str]) -> BackendError:
     said = complaints[0] if complaints else ends[-1]
     return BackendError(
         f"{job.backend} cannot compile piece {job.name}: {said[:500].rstrip('.')}. "
-        "Split at the op that it stumbles over, or use backend='eager'. Last lines:\n"
+        "Split at the op that fails, or use backend='eager'. Last lines:\n"
         + "\n".join(line[:300] for line in useful[-12:]),
         backend=job.backend,
         piece=job.name,

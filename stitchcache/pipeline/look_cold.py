@@ -130,7 +130,7 @@ def _refuse_too_far(items: Sequence[Compared], fails: str) -> None:
             fails = fails or f"{item.name} {disagreement(item)}"
     if fails:
         raise PieceMismatchError(
-            f"the compiled model disagrees with the model, and the graph between them does not: {fails}. "
+            f"the compiled model differs from the model ({fails}), but its graph, run op by op, does not. "
             "Nothing was stored. Use backend='eager', or split at an op that keeps the pieces smaller.",
             backend="",
             piece="",
@@ -159,7 +159,7 @@ def _not_the_model(
 ) -> ModelMismatchError:
     module, location = _first_place(wanted.model, captured, run)
     at = f" ({location})" if location else ""
-    where = f" The first place where they part is {module}{at}." if module else ""
+    where = f" The first place where they differ is {module}{at}." if module else ""
     return _mismatch(
         f"{type(wanted.model).__qualname__}: what torch.export captured is not what the model does on the "
         "example: ",

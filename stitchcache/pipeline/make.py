@@ -405,7 +405,7 @@ class _Shelf:
                 return False
             self.pieces[piece.key] = get_backend(record.backend).load(path, self._device)
         except (UntrustedEntryError, BackendError, EntryFormatError, OSError) as error:
-            log.warning("%s: compiling again: %s", self._label, error)
+            log.warning("%s: a stored piece cannot be used and is compiled again: %s", self._label, error)
             return False
         self.blobs[piece.key] = record.blob
         return True

@@ -30,7 +30,7 @@ def miss_facts(wanted: Wanted, miss: Miss) -> MissFacts:
     changed, found = changed_and_nearest(wanted, miss.record, miss.cause)
     hint = ""
     if found and "model.class" in found[0].differences:
-        hint = ", nor one of this model's class nearby"
+        hint = "; the newest entries are all of other model classes"
     elif found and found[0].differences:
         differs = names_text(list(found[0].differences), _FEW)
         hint = f"; nearest {found[0].graph_hash[:12]} differs in {differs}"
@@ -92,7 +92,7 @@ def miss_error(wanted: Wanted, miss: Miss, graph_hash: str | None = None) -> Cac
     detail = ""
     if facts.nearest is not None and differences:
         near = f"{facts.nearest.label or 'entry'} {facts.nearest.graph_hash[:12]}"
-        detail = f" From the nearest, {near}, it differs in {differences_text(differences, _FEW)}."
+        detail = f" It differs from the nearest entry, {near}, in {differences_text(differences, _FEW)}."
     if facts.changed:
         changed = {path: (old[:12], new[:12]) for path, (old, new) in facts.changed.items()}
         detail += f" Changed: {differences_text(changed, _FEW)}."

@@ -102,7 +102,7 @@ def _environment(request: Request, devices: Sequence[str], label: str) -> tuple[
         state = tuple(torch_state_factors())
     except UnkeyableError as error:
         # Nothing may be found under this state, and nothing that it leaves may be found again.
-        log.warning("%s: %s: nothing is taken from the cache", label, error)
+        log.warning("%s: the cache is not used: %s", label, error)
         state = (make_factor("torch.unkeyable", str(error), uuid.uuid4().bytes),)
     options, caller = sorted(request.backend_options.items()), sorted(request.key_factors.items())
     return (
@@ -209,7 +209,7 @@ def audit(wanted: Wanted, hit: Hit) -> None:
         return
     site.cache.count("audit.wrong")
     differences = graph_differences(hit.artifact, planned)
-    differs = differences_text(differences, len(differences)) or "what pieces depend on beside the graph"
+    differs = differences_text(differences, len(differences)) or "machine, torch or options"
     key = wanted.target.key or ""
     raise StaleEntryError(
         f"{site.label}: target key {key[:12]} led to entry {expected[:12]}, and the model's graph is "

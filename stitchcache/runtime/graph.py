@@ -147,7 +147,7 @@ def _build_call(
             return call(*args)
         if eager is not None:
             return eager(*args)
-        what = "wants gradients" if unseen else "shares memory with another one"
+        what = "requires gradients" if unseen else "shares memory with another one"
         raise InputMismatchError(
             f"an argument that the model writes to {what}. "
             + ("Call it under torch.no_grad()." if unseen else "Pass a clone."),

@@ -279,7 +279,7 @@ def _link_variant(
     missing = [name for name, found in callables.items() if found is None]
     if missing:
         raise LinkError(
-            f"the stitching code needs {', '.join(missing)}, which the artifact does not bring. "
+            f"the stitching code needs {', '.join(missing)}, which this entry does not have. "
             "Run 'stitchcache verify --repair' and compile again.",
             missing=missing,
         )

@@ -81,7 +81,7 @@ def test_a_miss_names_what_differs_from_the_nearest(cache, caplog):
 def test_another_class_is_not_compared_in_the_log(cache, caplog):
     with caplog.at_level(logging.INFO, logger="stitchcache"):
         compiled(cache, Cached())
-    assert "nor one of this model's class nearby" in caplog.text
+    assert "the newest entries are all of other model classes" in caplog.text
 
 
 def test_loaded_by_its_graph_hash(cache):
