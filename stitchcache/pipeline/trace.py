@@ -48,9 +48,7 @@ def export_source(wanted: Wanted) -> Source:
     request, site = wanted.request, wanted.site
     site.tell("capture")
     environment = _environment(request, site.devices, site.label)
-    # Torch imports what it imports at the first export before a recorder slows imports down.
-    first = partial(torch.export.export, torch.nn.Flatten(0), (torch.zeros(2, 3),), strict=False)
-    site.timed("import", partial(first, dynamic_shapes=({0: torch.export.Dim.AUTO},)))
+    site.timed("import", _import_exporter)
     # Calls run in neither mode, whatever the caller's: the capture must not depend on them.
     with torch.inference_mode(False), torch.no_grad(), SourceRecorder(wanted.walk) as recorder:
         given = (wanted.model, wanted.args, wanted.kwargs, request.dynamic_shapes, request.size_ranges)
@@ -112,6 +110,12 @@ def _environment(request: Request, devices: Sequence[str], label: str) -> tuple[
         make_factor("request.options", f"{len(options)} set", plain_bytes(options)),
         make_factor("request.caller", f"{len(caller)} set", plain_bytes(caller)),
     )
+
+
+def _import_exporter() -> None:
+    """Make torch import what it imports at the first export, before a recorder slows imports down."""
+    shapes = ({0: torch.export.Dim.AUTO},)
+    torch.export.export(torch.nn.Flatten(0), (torch.zeros(2, 3),), dynamic_shapes=shapes, strict=False)
 
 
 def compile_traced(wanted: Wanted, miss: Miss) -> CompiledModel:
