@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -10,6 +11,15 @@ import textwrap
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def own_log_level():
+    """What a test makes quieter or louder is so for it alone."""
+    logger = logging.getLogger("stitchcache")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
