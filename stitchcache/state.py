@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from stitchcache.torchside.state import INTERNALS, storage_id
+from stitchcache.torchside.state import INTERNALS, negated, storage_id
 
 # What holds no tensors of the model's own, however much can be reached through it.
 _PLAIN = (str, bytes, int, float, complex, type(None), torch.Size, torch.dtype, torch.device)
@@ -254,3 +254,25 @@ def generators(devices: Iterable[torch.device]) -> Iterator[tuple[Callable[[Any]
     for device in devices:
         if device.type == "cuda":
             yield functools.partial(torch.cuda.set_rng_state, device=device), torch.cuda.get_rng_state(device)
+
+
+def clone_all(values: Sequence[Any]) -> list[Any]:
+    """Copies of tensors with the same strides; what shares storage shares it in the copies too.
+
+    Anything that is not a tensor is passed through.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}
+    copies: list[Any] = []
+    for value in values:
+        if not isinstance(value, torch.Tensor):
+            copies.append(value)
+            continue
+        key = storage_id(value)
+        if key not in storages:
+            storages[key] = value.untyped_storage().clone()  # type: ignore[no-untyped-call]
+        copy = torch.empty(0, dtype=value.dtype, device=value.device)
+        copy.set_(storages[key], value.storage_offset(), value.size(), value.stride())
+        # Views that conjugate or negate lazily do so by a bit of theirs, not in memory.
+        copy = copy.conj() if value.is_conj() else copy
+        copies.append(negated(copy) if value.is_neg() else copy)
+    return copies

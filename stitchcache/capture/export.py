@@ -27,8 +27,7 @@ from stitchcache.compare import unchanged
 from stitchcache.errors import CaptureError, StitchCacheError
 from stitchcache.graph.effects import written_placeholders
 from stitchcache.graph.symbols import SymbolNames
-from stitchcache.pieces.check import clone_all
-from stitchcache.state import drawn_back, memory_of, plain_tensors, state_of
+from stitchcache.state import clone_all, drawn_back, memory_of, plain_tensors, state_of
 from stitchcache.torchside import tree
 from stitchcache.torchside.state import has_fakes, storage_id
 from stitchcache.types import InputSpec, OutputSpec

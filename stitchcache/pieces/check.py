@@ -18,9 +18,8 @@ from stitchcache.compare import allowed, disagreement, measure, unlike
 from stitchcache.errors import PieceMismatchError
 from stitchcache.graph import effects, symbols
 from stitchcache.pieces import FAILURES, BoxedPiece, Piece
-from stitchcache.state import drawn_back
+from stitchcache.state import clone_all, drawn_back
 from stitchcache.torchside.ops import OpOverload
-from stitchcache.torchside.state import negated, storage_id
 from stitchcache.types import span
 
 _SEED = 20
@@ -114,28 +113,6 @@ def _other_strides(want: Any, got: Any, strides: tuple[int, ...] | None) -> str:
     used = [dim for dim, size in enumerate(want.shape) if size > 1]
     wanted, found = (tuple(s[dim] for dim in used) for s in (strides or want.stride(), got.stride()))
     return f"has strides {found} instead of {wanted}" if wanted != found else ""
-
-
-def clone_all(values: Sequence[Any]) -> list[Any]:
-    """Copies of tensors with the same strides; what shares storage shares it in the copies too.
-
-    Anything that is not a tensor is passed through.
-    """
-    storages: dict[int, torch.UntypedStorage] = {}
-    copies: list[Any] = []
-    for value in values:
-        if not isinstance(value, torch.Tensor):
-            copies.append(value)
-            continue
-        key = storage_id(value)
-        if key not in storages:
-            storages[key] = value.untyped_storage().clone()  # type: ignore[no-untyped-call]
-        copy = torch.empty(0, dtype=value.dtype, device=value.device)
-        copy.set_(storages[key], value.storage_offset(), value.size(), value.stride())
-        # Views that conjugate or negate lazily do so by a bit of theirs, not in memory.
-        copy = copy.conj() if value.is_conj() else copy
-        copies.append(negated(copy) if value.is_neg() else copy)
-    return copies
 
 
 def undefined_outputs(gm: GraphModule) -> set[int]:

@@ -21,7 +21,7 @@ from stitchcache.compare import Beside, Compared, judged
 from stitchcache.errors import StaleEntryError, StoreWriteError, check_kind
 from stitchcache.pipeline.find import check_arguments
 from stitchcache.pipeline.start import store_target
-from stitchcache.state import plain_tensors, state_of, tensor_at
+from stitchcache.state import clone_all, plain_tensors, state_of, tensor_at
 from stitchcache.torchside import tree
 from stitchcache.torchside.state import has_fakes, version_of
 from stitchcache.types import Check, CheckRecord, OutputBound, TargetRecord
@@ -103,9 +103,6 @@ def record_of(items: Iterable[Compared]) -> CheckRecord:
 
 def _look_later(wanted: Wanted, compiled: CompiledModel, on_end: Callable[[Check], None]) -> None:
     """Look in a thread, on copies of the arguments; a model that writes or draws beside them is stopped."""
-    # The usual look makes no copies.
-    from stitchcache.pieces.check import clone_all
-
     _, spec = tree.flatten((wanted.args, dict(wanted.kwargs)))
     args, kwargs = tree.unflatten(clone_all(wanted.leaves), spec)
     devices = {leaf.device.type for leaf in wanted.leaves if isinstance(leaf, torch.Tensor)}

@@ -27,9 +27,9 @@ from stitchcache.errors import CaptureError, ModelMismatchError, PieceMismatchEr
 from stitchcache.graph import symbols
 from stitchcache.graph.effects import written_placeholders
 from stitchcache.pieces import FAILURES
-from stitchcache.pieces.check import clone_all, stand_in, undefined_outputs
+from stitchcache.pieces.check import stand_in, undefined_outputs
 from stitchcache.pipeline.look import LASTING, record_of
-from stitchcache.state import drawn_back
+from stitchcache.state import clone_all, drawn_back
 from stitchcache.torchside import tree
 from stitchcache.torchside.ops import guarded_facts
 from stitchcache.torchside.state import has_fakes

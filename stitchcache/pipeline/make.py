@@ -38,9 +38,8 @@ from stitchcache.graph.symbols import SymbolNames, without_guards
 from stitchcache.keys.walk import plain_bytes
 from stitchcache.pieces import FAILURES, Backend, Piece, get_backend
 from stitchcache.pieces.build import at_once, build
-from stitchcache.pieces.check import clone_all
 from stitchcache.pipeline.find import Hit, Request, Site
-from stitchcache.state import drawn_back, state_of
+from stitchcache.state import clone_all, drawn_back, state_of
 from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, is_view
 from stitchcache.torchside.state import has_fakes
 from stitchcache.types import (

@@ -334,3 +334,16 @@ def _wait(compiled):
         if thread.name == "stitchcache look":
             thread.join(20)
     assert compiled.check.state != "pending"
+
+
+def test_a_look_in_the_background_imports_no_more_than_the_usual_one(tmp_path, fresh_process):
+    """A start with it took half a second while it imported sympy."""
+    source = f"""
+        import json, sys, torch, stitchcache
+        model = torch.nn.Linear(3, 2).eval()
+        cache = stitchcache.Cache({str(tmp_path)!r})
+        made = stitchcache.compile(model, (torch.ones(3),), backend="eager", cache=cache, check="background")
+        print(json.dumps([made.cache_hit, "sympy" in sys.modules]))
+    """
+    assert fresh_process(source)[0] is None
+    assert fresh_process(source) == ["direct", False]
