@@ -43,7 +43,7 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
     options.subjects = options.subjects[:1] if options.quick else options.subjects
     options.rounds = options.rounds or (1 if options.quick else 7)
     options.ways = options.ways or list(WAYS)
-    options.json = options.json or measure.result_path(options, "threads")
+    options.json = options.json or Path(options.dir) / "threads.json"
     return options
 
 
@@ -79,7 +79,7 @@ def goals_of(samples: dict[str, Any]) -> list[Goal]:
     ours = ways.UNCHECKED
     for subject, found in samples.items():
         callers = list(found)
-        if ours not in found[callers[0]] or len(callers) < 2:
+        if len(callers) < 2 or ours not in found[callers[0]]:
             continue
         one, most = found[callers[0]][ours], found[callers[-1]][ours]
         if subject != "decoder-4":

@@ -44,7 +44,7 @@ class Subject:
     def __init__(self, name: str) -> None:
         model, _, device = name.partition("@")
         found = re.fullmatch(r"(decoder|llama|gpt2)-(\d+)(?:x(\d+))?|minilm", model)
-        if found is None or device not in ("", *DEVICES):
+        if found is None or device not in ("", ONE_CORE[1:], *DEVICES):
             raise SystemExit(f"no such model: {name!r}; say decoder-LAYERS[xWIDTH], llama-LAYERS, minilm ...")
         self.name = name
         self.device = "cpu" if device in ("", ONE_CORE[1:]) else device
