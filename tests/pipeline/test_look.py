@@ -237,7 +237,7 @@ def test_pieces_that_disagree_together_are_told_from_the_graph(cache, monkeypatc
         return lambda *args, **kwargs: {k: v + 1 for k, v in call(*args, **kwargs).items()}, tensors
 
     monkeypatch.setattr(CompiledModel, "_bound_to", off)
-    with pytest.raises(PieceMismatchError, match="the graph between them does not"):
+    with pytest.raises(PieceMismatchError, match="but its graph, run op by op, does not"):
         _compile(cache, Plain().eval(), torch.randn(2, 4))
     assert not cache.entries()
 
