@@ -149,7 +149,7 @@ def test_the_error_names_factors_and_files_in_a_second_process(tmp_path, fresh_p
     name = "model.attributes.edited.Net.rate"
     assert error["differences"] == {name: ["1.0", "7.0"]}
     assert error["changed"] == {}
-    assert f"differs in {name} (1.0 -> 7.0)" in error["message"]
+    assert f", in {name} (1.0 -> 7.0)" in error["message"]
     old = hashlib.sha256(file.read_bytes()).hexdigest()
     file.write_text(EDITED.format(3))
     new = hashlib.sha256(file.read_bytes()).hexdigest()
