@@ -22,8 +22,7 @@ from stitchcache.errors import (
     StoreWriteError,
     UntrustedEntryError,
 )
-from stitchcache.store import LEGACY_SUFFIXES, Area, check_key, keyed_path
-from stitchcache.store.files import words
+from stitchcache.store import LEGACY_SUFFIXES, Area, check_key, keyed_path, words
 from stitchcache.store.store import Store, log
 from stitchcache.types import BlobRef, TargetRecord, is_digest
 

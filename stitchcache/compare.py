@@ -18,8 +18,7 @@ import torch
 from stitchcache.errors import InputMismatchError
 from stitchcache.records import dataclass
 from stitchcache.state import Held, generators, plain_tensors, state_of, tensor_at
-from stitchcache.torchside import tree
-from stitchcache.torchside.state import has_fakes
+from stitchcache.torchside import has_fakes, tree
 from stitchcache.torchside.watch import memory_of, watch
 from stitchcache.types import Check, CheckRecord, OutputBound
 

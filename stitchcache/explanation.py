@@ -19,7 +19,7 @@ from stitchcache.store import Area, key_of
 from stitchcache.types import Check, Factor, TargetRecord
 
 if TYPE_CHECKING:
-    from stitchcache.keys.target import TargetKey
+    from stitchcache.keys import TargetKey
     from stitchcache.types import Artifact
 
 ABSENT = "(absent)"

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from stitchcache.torchside.state import INTERNALS, negated, storage_id
+from stitchcache.torchside import INTERNALS, negated, storage_id
 
 # What holds no tensors of the model's own, however much can be reached through it.
 _PLAIN = (str, bytes, int, float, complex, type(None), torch.Size, torch.dtype, torch.device)

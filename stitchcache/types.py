@@ -31,6 +31,11 @@ ENTRY_VERSION = 4  # of the entries that are written
 BOUND = "bound"
 """Stitching code knows tensors of the model as ``bound.<qualified name>``."""
 
+BACKENDS = ("aoti", "inductor", "eager")
+COMPILER_OPTIONS = {"fallback_random": True}
+"""Options that compiled pieces get unless the user says otherwise. Random ops draw eager's numbers under
+eager's seed; Inductor's own generator is quicker and draws others."""
+
 _HEX = frozenset("0123456789abcdef")
 
 

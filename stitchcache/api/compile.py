@@ -14,6 +14,7 @@ from stitchcache.cache import Cache
 from stitchcache.encoding import UnkeyableError
 from stitchcache.errors import BindError, GraphHashError, OptionError, check_kind
 from stitchcache.keys.model import model_factors
+from stitchcache.pipeline import changed_from, first_change, start, started_or_miss
 from stitchcache.pipeline.find import (
     Hit,
     Miss,
@@ -28,7 +29,6 @@ from stitchcache.pipeline.find import (
     find_by_graph,
     want,
 )
-from stitchcache.pipeline.start import changed_from, first_change, start, started_or_miss
 from stitchcache.runtime.model import CompiledModel, check_environment, refuse_change
 from stitchcache.state import devices_of
 from stitchcache.store import flag

@@ -29,9 +29,9 @@ from stitchcache.errors import (
     SplitError,
     check_kind,
 )
+from stitchcache.pipeline import start_with
 from stitchcache.pipeline.find import Hit, Miss, Request
 from stitchcache.pipeline.make import plan_entry
-from stitchcache.pipeline.start import start_with
 from stitchcache.pipeline.trace import compile_planned, dynamo_source
 from stitchcache.runtime.graph import CompiledGraph
 from stitchcache.torchside.dynamo import fix_own_floats, outside_tracing

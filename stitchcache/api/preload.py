@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("stitchcache")
 
 # In this order: what needs no torch comes first, for the caller may be importing that.
-_ROAD = ("stitchcache.cache", "stitchcache.pieces", "stitchcache.api.compile")
+_ROAD = ("stitchcache.cache", "stitchcache.api.compile")
 
 Ready = dict[tuple[str, str], Any]
 """Loaded pieces, by backend and digest."""
@@ -117,24 +117,23 @@ class Preloaded:
 
     def _load(self, artifact: Artifact) -> None:
         """Digest all blobs and load those that any process on the CPU loads alike."""
-        from stitchcache.pieces import AotiBackend
         from stitchcache.runtime.model import check_environment, devices_in
+        from stitchcache.torchside import load_library
 
         if self._cache is None:
             return
         check_environment(artifact, f"entry {artifact.graph_hash[:12]}")
-        backend = AotiBackend()
         # Pieces of other backends may need ops that the model's modules register.
-        alike = {p.blob.digest for p in artifact.pieces if p.backend == backend.name}
+        alike = {p.blob.digest for p in artifact.pieces if p.backend == "aoti"}
         on_cpu = devices_in(artifact) == {"cpu"}
         with self._cache.hold(artifact):
             for blob in artifact.blobs:
                 path = self._cache.blob_path(blob)
                 if path is None or not on_cpu or blob.digest not in alike:
                     continue
-                piece = backend.load(path, "cpu")
+                piece = load_library(path, "cpu")
                 with self._mutex:
-                    self._ready[backend.name, blob.digest] = piece
+                    self._ready["aoti", blob.digest] = piece
 
 
 def preload(target: Target | str | None = None, *, cache: Cache | None = None) -> Preloaded:

@@ -24,7 +24,7 @@ from stitchcache.errors import (
     check_kind,
 )
 from stitchcache.pipeline.find import OnProgress, Request, chosen_cache
-from stitchcache.torchside.state import without_data
+from stitchcache.torchside import without_data
 from stitchcache.types import SizeRange
 
 

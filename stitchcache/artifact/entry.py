@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
-from stitchcache.artifact.schema import FieldError, pack, read_packed, read_value, reader, record
+from stitchcache.artifact import FieldError, pack, read_packed, read_value, reader, record
 from stitchcache.errors import EntryDamagedError, EntryFormatError, FutureFormatError
 from stitchcache.records import dataclass
 from stitchcache.types import (

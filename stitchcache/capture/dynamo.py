@@ -24,9 +24,8 @@ from stitchcache.graph import symbols
 from stitchcache.graph.effects import attribute_of
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.pieces import FAILURES
-from stitchcache.torchside import dynamo, tree
+from stitchcache.torchside import dynamo, is_fake, is_transformed, is_wrapper, tree
 from stitchcache.torchside.dynamo import fake_inputs, fake_mode, make_fx
-from stitchcache.torchside.state import is_fake, is_transformed, is_wrapper
 from stitchcache.types import OutputSpec
 
 

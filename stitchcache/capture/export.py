@@ -28,8 +28,7 @@ from stitchcache.errors import CaptureError, StitchCacheError
 from stitchcache.graph.effects import written_placeholders
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.state import clone_all, drawn_back, memory_of, plain_tensors, state_of
-from stitchcache.torchside import tree
-from stitchcache.torchside.state import has_fakes, storage_id
+from stitchcache.torchside import has_fakes, storage_id, tree
 from stitchcache.types import InputSpec, OutputSpec
 
 _VALUE_READS = frozenset(

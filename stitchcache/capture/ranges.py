@@ -17,9 +17,8 @@ import torch
 
 from stitchcache.capture.export import Capture, capture
 from stitchcache.errors import OptionError
-from stitchcache.keys.target import dims_of_leaf, split_path
-from stitchcache.torchside import tree
-from stitchcache.torchside.state import has_fakes
+from stitchcache.keys import dims_of_leaf, split_path
+from stitchcache.torchside import has_fakes, tree
 from stitchcache.types import Dim, InputSpec, SizeRange
 
 Variants = Sequence[tuple[SizeRange | None, Capture]]

@@ -19,8 +19,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from stitchcache.errors import CaptureError
 from stitchcache.graph.effects import attribute_of, called, target_name
+from stitchcache.torchside import fake_mode_of
 from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, autocast_has_rule, schema_of
-from stitchcache.torchside.state import fake_mode_of
 
 Modes = Mapping[str, torch.dtype]
 """Device type to the dtype that autocast lowers to there; devices without autocast are absent."""

@@ -40,7 +40,7 @@ def measure(job: Record) -> Record:
     run = eager if job["mode"] == "eager" else _compiled(job, config, model, ids)
     run(ids)
     first = time.time()
-    from stitchcache.torchside.state import imported_compilers
+    from stitchcache.torchside import imported_compilers
 
     measured = {
         "process_seconds": first - job["spawned"],

@@ -26,8 +26,8 @@ from stitchcache.encoding import SCALARS, Handler, Writer
 from stitchcache.errors import SplitError
 from stitchcache.graph import symbols
 from stitchcache.graph.effects import attribute_of, target_name
+from stitchcache.torchside import TABLES
 from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, OpOverloadPacket, schema_of
-from stitchcache.torchside.state import TABLES
 from stitchcache.types import Factor
 
 SCHEMA = "stitchcache graph 4"

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from stitchcache.torchside import storage_id
 from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, OpOverloadPacket, schema_of
-from stitchcache.torchside.state import storage_id
 
 # Ops that update running_mean and running_var although their schemas deny it, and the flag that makes them.
 _SILENT_WRITERS = {

@@ -17,8 +17,8 @@ from stitchcache.errors import SplitError
 from stitchcache.graph import symbols
 from stitchcache.graph.effects import attribute_of, place_attribute
 from stitchcache.graph.split import drop_unused_sizes
+from stitchcache.torchside import fake_mode_of
 from stitchcache.torchside.ops import known_range
-from stitchcache.torchside.state import fake_mode_of
 from stitchcache.types import BOUND
 
 _EMPTY = torch.ops.aten.empty.memory_format

@@ -1,4 +1,4 @@
-"""What a capture read, as its record says it: how each entry is digested, and whether it is still the same.
+"""What a capture read, as its record says it: files and values, and whether each is still the same.
 
 Recorder and lookup digest with the same functions. An entry begins with its kind and a colon: ``env``,
 ``call``, ``import``, ``item``, ``class`` or ``global``; see docs/keys.md.
@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import builtins
 import hashlib
+import importlib.machinery
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
+from stitchcache.containers import code_digest
 from stitchcache.encoding import SCALARS, UnkeyableError
-from stitchcache.keys.origins import (
-    changed_since_import,
-    find_file,
-    installed_path,
-    module_by_label,
-    read_file,
-)
-from stitchcache.keys.walk import Walk, find_class
+from stitchcache.keys.code import CACHE, WRAPPED, filled_cells
+from stitchcache.keys.walk import Walk, find_class, installed_path, module_by_label
 from stitchcache.types import SourceRef, TargetRecord
 
 REGISTRIES = frozenset({"transformers.utils.output_capturing:_CAN_RECORD_REGISTRY"})
@@ -273,3 +270,139 @@ _KINDS: Mapping[str, tuple[str, Callable[[Walk, str], str | None]]] = {
     "global": ("global {}", _global_now),
 }
 """For each kind of entry what it is about, and its digest here and now; ``None`` if it is not there."""
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+_SLACK = 2.0  # seconds by which a file's time and the process's start may be off
+
+
+def read_file(file: str, module: ModuleType | None = None) -> bytes:
+    """The bytes of a module's file, or an OSError; through its loader where it lies in an archive."""
+    try:
+        with open(file, "rb") as stream:
+            return stream.read()
+    except NotADirectoryError:
+        get_data = getattr(getattr(module, "__loader__", None), "get_data", None)
+        if get_data is None:
+            raise
+        return bytes(get_data(file))
+
+
+def find_file(label: str, main: str) -> tuple[str | None, ModuleType | None]:
+    """Where a module's source is, and the module if it is loaded; runs none of its packages' code."""
+    module = module_by_label(label, main)
+    if module is not None:
+        return getattr(module, "__file__", None), module
+    top, *rest = label.split(".")
+    loaded = sys.modules.get(top)
+    spec: Any = loaded.__spec__ if loaded is not None else _find_top(top)
+    name = top
+    for step in rest:
+        name = f"{name}.{step}"
+        parent = sys.modules.get(name.rpartition(".")[0])
+        found = getattr(spec, "submodule_search_locations", None)
+        path = getattr(parent, "__path__", None) if parent else found
+        if path is None:
+            return None, None
+        spec = importlib.machinery.PathFinder.find_spec(name, list(path))
+    return getattr(spec, "origin", None), None
+
+
+def _find_top(name: str) -> Any:
+    try:
+        return importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+
+
+def changed_since_import(
+    module: ModuleType, source: bytes, started: float, ran: Iterable[CodeType] = ()
+) -> str | None:
+    """Why what runs of a module is not what its file says; ``None`` where it is.
+
+    Files that nobody touched since the process started cannot have been edited. For the others ``source``,
+    what the file holds now, is compiled, and every function of the module must be found in the result. Code
+    that ``ran`` is always looked for: bytecode that Python keeps may be that of an older text of the same
+    size and time.
+    """
+    file = getattr(module, "__file__", None) or ""
+    suspicious = _touched(file, started) or _bytecode_is_older(module, file)
+    found = [*ran, *(_codes_of(module) if suspicious else ())]
+    if not file.endswith(".py") or not found:
+        return None
+    try:
+        compiled = compile(source, file, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return f"{file} was changed since it was imported; start the process again"
+    known = {(code.co_qualname, code_digest(code)) for code in _nested(compiled)}
+    for code in found:
+        if (code.co_qualname, code_digest(code)) not in known:
+            why = f"{file} was changed since it was imported: {code.co_qualname} is not what runs"
+            return f"{why}; start the process again"
+    return None
+
+
+def _nested(code: CodeType) -> list[CodeType]:
+    inner = [_nested(const) for const in code.co_consts if isinstance(const, CodeType)]
+    return [code, *(item for items in inner for item in items)]
+
+
+_PARTS: dict[type, tuple[str, ...]] = {**WRAPPED, MethodType: ("__func__",), CACHE: ("__wrapped__",)}
+
+
+def _codes_of(module: ModuleType) -> list[CodeType]:
+    """The code of functions that a module's names and its classes' attributes lead to, also when wrapped."""
+    file = module.__file__
+    found: list[CodeType] = []
+    todo: list[Any] = list(vars(module).values())
+    met: set[int] = set()
+    while todo:
+        item = todo.pop()
+        if id(item) in met:
+            continue
+        met.add(id(item))
+        if isinstance(item, type):
+            if item.__module__ == module.__name__:
+                todo += vars(item).values()
+        elif isinstance(item, FunctionType):
+            if item.__code__.co_filename == file:
+                found.append(item.__code__)
+            # A decorator's own function closes over the one that it was given.
+            todo += filled_cells(item)
+        else:
+            todo += _inner(item)
+    return found
+
+
+def _inner(item: Any) -> list[Any]:
+    """What a wrapper wraps; for an object of a class made in Python, the functions among its attributes."""
+    parts = _PARTS.get(type(item))
+    if parts is not None:
+        return [getattr(item, name, None) for name in parts]
+    try:
+        # Not getattr: a proxy would run code, or import what it stands for.
+        held = object.__getattribute__(item, "__dict__")
+    except AttributeError:
+        return []
+    return [value for value in held.values() if type(value) is FunctionType or type(value) in _PARTS]
+
+
+def _touched(file: str, started: float) -> bool:
+    """Whether a file may have been written since the process started; a copy may keep its old mtime."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return True
+    return max(found.st_mtime, found.st_ctime) > started - _SLACK
+
+
+def _bytecode_is_older(module: ModuleType, file: str) -> bool:
+    """Whether a user's file was touched after its bytecode was written, which Python may have run."""
+    cached = getattr(module, "__cached__", None)
+    if cached is None or installed_path(file):
+        return False
+    try:
+        return os.stat(file).st_ctime > os.stat(cached).st_mtime + _SLACK
+    except OSError:
+        return False

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from stitchcache.containers import code_digest, member_state, once
 from stitchcache.encoding import SCALARS, Handler, data_bytes, make_factor, text_bytes
-from stitchcache.torchside.state import DYNAMO
+from stitchcache.torchside import DYNAMO
 from stitchcache.types import Factor
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from stitchcache.keys.values import (
     tensor_text,
 )
 from stitchcache.keys.walk import Walk
-from stitchcache.torchside.state import COMPILED_CALL, INTERNALS, TRANSIENT_BUFFERS
+from stitchcache.torchside import COMPILED_CALL, INTERNALS, TRANSIENT_BUFFERS
 from stitchcache.types import Factor
 
 _SHOWN = 3  # distinct values that an attribute's readable form lists

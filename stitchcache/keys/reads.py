@@ -25,14 +25,14 @@ import torch
 
 from stitchcache.encoding import UnkeyableError
 from stitchcache.keys import check
-from stitchcache.keys.origins import (
+from stitchcache.keys.walk import (
+    Walk,
     in_stdlib,
     installed_path,
     module_stands_by_version,
     stands_by_version,
 )
-from stitchcache.keys.walk import Walk
-from stitchcache.torchside.state import fx_globals
+from stitchcache.torchside import fx_globals
 
 FORBIDDEN_CODE = {
     threading.Thread.start.__code__: "starts a thread, whose code is not seen",

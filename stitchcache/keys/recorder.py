@@ -22,17 +22,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from stitchcache.keys import check, reads
-from stitchcache.keys.origins import (
-    changed_since_import,
-    installed_path,
-    module_stands_by_version,
-    read_file,
-    stands_by_version,
-)
+from stitchcache.keys.check import changed_since_import, read_file
 from stitchcache.keys.reads import place
-from stitchcache.keys.walk import Walk
+from stitchcache.keys.walk import Walk, installed_path, module_stands_by_version, stands_by_version
+from stitchcache.torchside import active_modes, dispatch_modes
 from stitchcache.torchside.ops import OpOverload
-from stitchcache.torchside.state import active_modes, dispatch_modes
 from stitchcache.types import SourceRef
 
 _READ_VARIABLE = type(os.environ).__getitem__.__code__

@@ -28,7 +28,7 @@ import torch
 
 from stitchcache.containers import once
 from stitchcache.encoding import Handler, data_bytes
-from stitchcache.torchside.state import FAKE_INTERNALS, HOOKS, INTERNALS
+from stitchcache.torchside import FAKE_INTERNALS, HOOKS, INTERNALS
 from stitchcache.types import span
 
 if TYPE_CHECKING:

@@ -1,10 +1,16 @@
-"""One walk over the whole of what a key covers, and the writer that it writes with."""
+"""One walk over the whole of what a key covers, the writer that it writes with, and where code comes from.
+
+torch, the standard library and stitchcache stand by their versions, which are factors. So do the packages
+that torch requires and traces with, such as sympy. All other code is known by its bytes.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
+import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from types import CodeType, ModuleType
 from typing import Any
@@ -14,14 +20,121 @@ import torch
 from stitchcache import containers, encoding
 from stitchcache.encoding import Handler, Layout, Numbers, Step, Writer, text_bytes
 from stitchcache.keys import code, values
-from stitchcache.keys.origins import (
-    installed_path,
-    main_label,
-    module_stands_by_version,
-    process_start,
-    stands_by_version,
+from stitchcache.torchside import CustomOpDef, custom_op_parts
+
+# -- where code comes from -----------------------------------------------------------------------
+
+_SITE = os.path.dirname(os.path.dirname(os.path.abspath(torch.__file__)))
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_REQUIRED_BY_TORCH = tuple("sympy mpmath networkx jinja2 markupsafe fsspec filelock triton numpy".split())  # noqa: SIM905
+_VERSIONED = (
+    *(os.path.join(_SITE, name) + os.sep for name in ("torch", "torchgen", "functorch", *_REQUIRED_BY_TORCH)),
+    os.path.join(_SITE, "typing_extensions.py"),
+    _PACKAGE + os.sep,
+    "<frozen ",
 )
-from stitchcache.torchside.ops import CustomOpDef, custom_op_parts
+# The demo's models are models like anybody's, and are edited like anybody's.
+_DEMO = os.path.join(_PACKAGE, "demo") + os.sep
+_VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
+# What sysconfig would say, without the milliseconds that asking it takes.
+_STDLIB = tuple(
+    {
+        os.path.dirname(os.__file__) + os.sep,
+        os.path.join(sys.base_exec_prefix, sys.platlibdir, _VERSION) + os.sep,
+    }
+)
+_SITE_NAMES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
+
+VERSIONED_PACKAGES = frozenset(
+    {"torch", "torchgen", "functorch", "stitchcache", "builtins", "typing_extensions", *_REQUIRED_BY_TORCH}
+)
+"""Top-level packages whose classes and functions are known by name alone."""
+
+
+def in_stdlib(filename: str) -> bool:
+    """Whether a file belongs to the standard library."""
+    if filename.startswith(_STDLIB):
+        return not any(name in filename for name in _SITE_NAMES)
+    return filename.startswith("<frozen ")
+
+
+def stands_by_version(filename: str) -> bool:
+    """Whether a version stands for this file, so that its bytes are not looked at."""
+    if filename.startswith(_DEMO):
+        return False
+    return filename.startswith(_VERSIONED) or in_stdlib(filename)
+
+
+def installed_path(filename: str) -> str:
+    """An installed file's path below the directory of packages; ``""`` for any other file."""
+    for name in _SITE_NAMES:
+        _, found, rest = filename.rpartition(name)
+        if found:
+            return rest
+    return ""
+
+
+def module_stands_by_version(name: str) -> bool:
+    """The same for a module by name; a user's module that shadows one of the library's does not."""
+    top = name.partition(".")[0]
+    if name.startswith("stitchcache.demo."):
+        return False
+    if top in VERSIONED_PACKAGES:
+        return True
+    if top not in sys.stdlib_module_names:
+        return False
+    module = sys.modules.get(name) or sys.modules.get(top)
+    file = getattr(module, "__file__", None)
+    return file is None or in_stdlib(file)
+
+
+def _name_from_file(file: str) -> str:
+    """The dotted name under which a script would be imported: its stem, with the packages around it."""
+    directory, base = os.path.split(os.path.abspath(file))
+    parts = [os.path.splitext(base)[0]]
+    while os.path.exists(os.path.join(directory, "__init__.py")):
+        directory, package = os.path.split(directory)
+        parts.insert(0, package)
+    return ".".join(parts)
+
+
+def main_label() -> str:
+    """The name under which other processes would import what runs here as ``__main__``."""
+    main = sys.modules.get("__main__")
+    file = getattr(main, "__file__", None)
+    if main is None or file is None:
+        return "__main__"
+    spec = getattr(main, "__spec__", None)
+    label = spec.name if spec is not None else _name_from_file(file)
+    other = sys.modules.get(label)
+    if other is not None and other is not main:
+        its_file = getattr(other, "__file__", None)
+        if its_file is None or os.path.realpath(its_file) != os.path.realpath(file):
+            return "__main__"
+    return str(label)
+
+
+def module_by_label(label: str, main: str) -> ModuleType | None:
+    """The loaded module that goes by a label: its name, or what :func:`main_label` says of ``__main__``."""
+    module = sys.modules.get(label)
+    if module is None and label == main:
+        module = sys.modules.get("__main__")
+    return module
+
+
+def process_start() -> float:
+    """When this process started, in Unix seconds; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            ticks = int(file.read().rpartition(b")")[2].split()[19])
+        # Not btime from /proc/stat: it is in whole seconds, and drifts from the clock that stamps files.
+        boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    except (OSError, AttributeError, ValueError, IndexError):
+        return 0.0
+    return boot + ticks / os.sysconf("SC_CLK_TCK")
+
+
+# -- the walk -------------------------------------------------------------------------------------
 
 _HEAP_TYPE = 1 << 9
 _WARM_CACHE = (

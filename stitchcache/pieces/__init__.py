@@ -1,6 +1,6 @@
 """Pieces: graphs that are compiled, each into a file, and loaded from it. A backend does both.
 
-A warm start imports this file to load libraries: what only compiling needs is imported where it is used.
+A warm start loads AOTInductor's libraries without this file (``torchside.load_library``).
 """
 
 from __future__ import annotations
@@ -23,17 +23,12 @@ from torch.fx import GraphModule, Node
 
 from stitchcache.errors import BackendError, CompilerMissingError, OptionError
 from stitchcache.records import dataclass
-from stitchcache.torchside import inductor
-from stitchcache.torchside.caller import append_caller, compile_caller, load_with_caller
+from stitchcache.torchside import inductor, load_library
+from stitchcache.torchside.caller import append_caller, compile_caller
 from stitchcache.torchside.ops import OpOverload, is_view, known_range
+from stitchcache.types import BACKENDS
 
 log = logging.getLogger("stitchcache")
-
-NAMES = ("aoti", "inductor", "eager")
-
-COMPILER_OPTIONS = {"fallback_random": True}
-"""Options that compiled pieces get unless the user says otherwise. Random ops draw eager's numbers under
-eager's seed; Inductor's own generator is quicker and draws others."""
 
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, ArithmeticError)
 """What code that is not ours may raise on values that it was never meant for."""
@@ -273,16 +268,7 @@ class AotiBackend(InductorBackend):
 
     def load(self, path: Path, device: str) -> BoxedPiece:
         """Map a library."""
-        try:
-            # On GPUs torch's runner: the caller was not tried there.
-            ours = load_with_caller(str(path), device) if device == "cpu" else None
-            return ours or inductor.load_library(str(path), device)
-        except RuntimeError as error:
-            raise BackendError(
-                f"{path} cannot be loaded: {str(error).splitlines()[0]}. If it lies on a file system "
-                "mounted noexec, set STITCHCACHE_DIR to another; else run 'stitchcache verify --repair'.",
-                backend=self.name,
-            ) from error
+        return load_library(path, device)
 
 
 def get_backend(name: str) -> Backend:
@@ -296,7 +282,7 @@ def get_backend(name: str) -> Backend:
         from stitchcache.pieces.eager import EagerBackend
 
         return EagerBackend()
-    raise OptionError(f"backend={name!r}: there is {', '.join(NAMES)}.", option="backend")
+    raise OptionError(f"backend={name!r}: there is {', '.join(BACKENDS)}.", option="backend")
 
 
 def _compiler() -> str:

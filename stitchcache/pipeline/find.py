@@ -15,16 +15,15 @@ import torch
 from stitchcache.cache import Cache
 from stitchcache.codegen import CodeObjects
 from stitchcache.errors import OptionError, UntrustedEntryError, check_kind
+from stitchcache.keys import TargetKey, target_key
 from stitchcache.keys.check import check_sources
-from stitchcache.keys.target import TargetKey, target_key
 from stitchcache.keys.walk import Walk
-from stitchcache.pieces import COMPILER_OPTIONS, NAMES
 from stitchcache.records import dataclass
-from stitchcache.runtime.call import misfit
+from stitchcache.runtime import misfit
 from stitchcache.state import devices_of
 from stitchcache.store import CHECKS, choice, required
 from stitchcache.torchside import tree
-from stitchcache.types import Artifact, SizeRange, TargetRecord
+from stitchcache.types import BACKENDS, COMPILER_OPTIONS, Artifact, SizeRange, TargetRecord
 
 if TYPE_CHECKING:
     from stitchcache.explanation import MissFacts
@@ -56,7 +55,7 @@ class Request:
     label: str = ""
 
     def __post_init__(self) -> None:
-        _one_of("backend", self.backend, NAMES)
+        _one_of("backend", self.backend, BACKENDS)
         _one_of("on_miss", self.on_miss, ("compile", "error"))
         _one_of("require", self.require, (None, "direct"))
         _one_of("check", self.check, (None, *CHECKS))

@@ -19,11 +19,10 @@ import torch
 
 from stitchcache.compare import Beside, Compared, judged
 from stitchcache.errors import StaleEntryError, StoreWriteError, check_kind
+from stitchcache.pipeline import store_target
 from stitchcache.pipeline.find import check_arguments
-from stitchcache.pipeline.start import store_target
 from stitchcache.state import clone_all, plain_tensors, state_of, tensor_at
-from stitchcache.torchside import tree
-from stitchcache.torchside.state import has_fakes, version_of
+from stitchcache.torchside import has_fakes, tree, version_of
 from stitchcache.types import Check, CheckRecord, OutputBound, TargetRecord
 
 if TYPE_CHECKING:

@@ -30,9 +30,8 @@ from stitchcache.pieces import FAILURES
 from stitchcache.pieces.check import stand_in, undefined_outputs
 from stitchcache.pipeline.look import LASTING, record_of
 from stitchcache.state import clone_all, drawn_back
-from stitchcache.torchside import tree
+from stitchcache.torchside import has_fakes, tree
 from stitchcache.torchside.ops import guarded_facts
-from stitchcache.torchside.state import has_fakes
 from stitchcache.types import Check, CheckRecord, OutputBound, SizeRange
 
 if TYPE_CHECKING:

@@ -40,8 +40,8 @@ from stitchcache.pieces import FAILURES, Backend, Piece, get_backend
 from stitchcache.pieces.build import at_once, build
 from stitchcache.pipeline.find import Hit, Request, Site
 from stitchcache.state import clone_all, drawn_back, state_of
+from stitchcache.torchside import has_fakes
 from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, is_view
-from stitchcache.torchside.state import has_fakes
 from stitchcache.types import (
     Artifact,
     BindingSpec,

@@ -15,7 +15,8 @@ from stitchcache.explanation import (
     nearest_entries,
 )
 from stitchcache.keys import check
-from stitchcache.keys.origins import find_file, main_label, read_file
+from stitchcache.keys.check import find_file, read_file
+from stitchcache.keys.walk import main_label
 from stitchcache.pipeline.find import Miss, Wanted
 from stitchcache.types import Artifact, TargetRecord
 

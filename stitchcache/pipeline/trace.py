@@ -26,12 +26,12 @@ from stitchcache.keys.environment import environment_factors, torch_state_factor
 from stitchcache.keys.recorder import SourceRecorder
 from stitchcache.keys.walk import plain_bytes
 from stitchcache.pieces.build import warming
+from stitchcache.pipeline import changed_from, start, started_or_miss, store_target
 from stitchcache.pipeline.find import Hit, Miss, Request, Site, Wanted, find_by_graph
 from stitchcache.pipeline.look import looker
 from stitchcache.pipeline.look_cold import look_cold, prove_ranges
 from stitchcache.pipeline.make import EntryPlan, Source, make, plan_entry
 from stitchcache.pipeline.miss import graph_differences, miss_error, miss_facts
-from stitchcache.pipeline.start import changed_from, start, started_or_miss, store_target
 from stitchcache.runtime.graph import held_tensors
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.state import devices_of

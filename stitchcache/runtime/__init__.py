@@ -1,1 +1,258 @@
-"""From an artifact to a callable."""
+"""From an artifact to a callable.
+
+Here is the function behind a compiled model: written out, compiled, and bound.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+
+from stitchcache.codegen import CodeObjects, show_source
+from stitchcache.errors import EntryFormatError, InputMismatchError
+from stitchcache.runtime.contract import CALLED, CallSource, mismatch
+from stitchcache.torchside import is_fake, set_grad_enabled, storage_id, tree
+from stitchcache.types import Artifact, InputSpec, OutputSpec
+
+
+def build_call(
+    function: Callable[..., Any] | None,
+    artifact: Artifact,
+    tensors: Mapping[str, torch.Tensor],
+    forward: Callable[..., Any],
+    objects: CodeObjects,
+    fakes: Collection[type] = (),
+) -> Callable[..., Any]:
+    """The function behind :class:`CompiledModel`: source around a stitching function, compiled and bound.
+
+    Without a stitching function a call is only checked. Code objects of the source are taken from
+    ``objects``, and new ones are added. ``fakes`` are further types that count as tensors.
+
+    Raises:
+        EntryFormatError: The contract cannot be what a capture wrote.
+    """
+    inputs, outputs = artifact.input_spec, artifact.output_spec
+    if inputs is None or outputs is None:
+        raise EntryFormatError(
+            f"entry {artifact.graph_hash[:12]} was made through the engine API and says nothing about "
+            "arguments; link it with compile_execution_fn.",
+            field="input_spec",
+            reason="missing",
+        )
+    source, arguments = CallSource(inputs), _Arguments(inputs, forward)
+    leaves = source.open(arguments.collected)
+    source.check(leaves)
+    source.lines.append("if function is None: return None")
+    _write_body(source, outputs, leaves, tensors)
+    source.names.update(
+        CALLED,
+        fakes=fakes,
+        function=function,
+        refuse=None,
+        take_apart=arguments.take_apart,
+        state=frozenset(map(storage_id, tensors.values())) if "apart" in inputs.constraints else frozenset(),
+        grad_enabled=torch.is_grad_enabled,
+        set_grad_enabled=set_grad_enabled,
+        autocast_enabled=torch.is_autocast_enabled,
+        run_quietly=run_quietly,
+        unflatten=_unflattener(outputs),
+    )
+    if fakes:
+        # Tensors without data have no memory that could be shared.
+        source.names["share_memory"] = lambda *_: False
+    return _compile(source, arguments, artifact.graph_hash, objects)
+
+
+def misfit(
+    artifact: Artifact,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    objects: CodeObjects,
+) -> str | None:
+    """Why a call does not fit an artifact's contract; ``None`` where it does. Tensors may be without data."""
+    fakes = {type(leaf) for leaf in tree.flatten((args, dict(kwargs)))[0] if is_fake(leaf)}
+    try:
+        build_call(None, artifact, {}, forward, objects, fakes)(*args, **kwargs)
+    except (EntryFormatError, InputMismatchError) as error:
+        return str(error)
+    return None
+
+
+def _write_body(
+    source: CallSource, outputs: OutputSpec, leaves: list[str], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Call the stitching function, write mutations back, build the result."""
+    specs = source.spec.leaves
+    taken = [name for name, leaf in zip(leaves, specs, strict=True) if leaf.kind != "constant"]
+    arguments = ", ".join(taken)
+    device = source.constant(next((t.device.type for t in tensors.values()), "cpu"))
+    source.lines += [
+        f"if autocast_enabled({device}):",
+        f"    results = run_quietly(function, {device}, ({arguments}{',' if taken else ''}))",
+        "elif grad_enabled():",
+        "    set_grad_enabled(False)",
+        f"    try: results = function({arguments})",
+        "    finally: set_grad_enabled(True)",
+        f"else: results = function({arguments})",
+    ]
+    names = [source.fresh() for _ in range(len(outputs.mutations) + outputs.count)]
+    expression = source.result(outputs, names[len(outputs.mutations) :])
+    if outputs.mutations or expression is not None:
+        source.lines.append(f"{', '.join(names)}, = results" if names else "results")
+    for name, mutation in zip(names, outputs.mutations, strict=False):
+        kind, _, where = mutation.partition(":")
+        target = leaves[int(where)] if kind == "input" else source.constant(tensors.get(where))
+        source.lines.append(f"{target}.detach().copy_({name})")
+    rest = f"unflatten(results[{len(outputs.mutations)}:])"
+    source.lines.append(f"return {rest if expression is None else expression}")
+
+
+def _unflattener(outputs: OutputSpec) -> Callable[[Sequence[Any]], Any]:
+    """Rebuild containers that need torch's registry; looked up at the first call that needs them."""
+    spec = None
+
+    def unflatten(results: Sequence[Any]) -> Any:
+        nonlocal spec
+        if spec is None:
+            spec = tree.loads(outputs.tree)
+        return tree.unflatten(list(results), spec)
+
+    return unflatten
+
+
+def run_quietly(function: Callable[..., Any], device: str, arguments: tuple[Any, ...]) -> Any:
+    """Call a function without autograd and autocast."""
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        return function(*arguments)
+
+
+def _compile(
+    source: CallSource, arguments: _Arguments, graph_hash: str, objects: CodeObjects
+) -> Callable[..., Any]:
+    body = "\n".join(f"        {line}" for line in source.lines)
+    parameters = ", ".join(source.names)
+    text = f"def bind({parameters}):\n    def call(*args, **kwargs):\n{body}\n    return call\n"
+    filename = f"<stitchcache call {graph_hash[:12]}>"
+    namespace: dict[str, Any] = {}
+    code = objects.get(filename, text)
+    if code is None:
+        code = compile(text, filename, "exec", dont_inherit=True)
+        objects.add(filename, text, code)
+    exec(code, namespace)  # noqa: S102 - written above, from checked parts
+
+    def refuse(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arranged, named = arguments.arrange(args, kwargs)
+        arguments.take_apart(arranged, named)
+        if len(arranged) == len(args) and named.keys() == kwargs.keys():
+            raise mismatch("arguments", "those of the capture", "others")
+        return call(*arranged, **named)
+
+    source.names["refuse"] = refuse
+    call: FunctionType = namespace["bind"](**source.names)
+    show_source(call, filename, text)
+    return call
+
+
+class _Arguments:
+    """The arguments of a call, apart from what is in them: brought into the form of the capture.
+
+    Args:
+        spec: The contract.
+        forward: The model's own, whose parameters arguments are named by.
+    """
+
+    def __init__(self, spec: InputSpec, forward: Callable[..., Any]) -> None:
+        self._tree, self._forward = spec.tree, forward
+        positional, keyword = json.loads(spec.tree)[1]["children_spec"]
+        self._wanted = [*positional["children_spec"], *keyword["children_spec"]]
+        self._count = len(positional["children_spec"])
+        self._keys: list[str] = json.loads(keyword["context"] or "[]")
+
+    @property
+    def collected(self) -> list[str]:
+        """Keywords of the example that the model's ``**kwargs`` collects, in their order."""
+        if len(self._keys) < 2:
+            return []
+        try:
+            parameters = inspect.signature(self._forward).parameters.values()
+        except (TypeError, ValueError):
+            return self._keys
+        by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        return [key for key in self._keys if key not in by_name]
+
+    def take_apart(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Flatten a call whose containers only torch knows."""
+        for attempt in range(2):
+            leaves, structure = tree.flatten((args, kwargs))
+            if tree.dumps(structure) == self._tree:
+                return leaves
+            if attempt == 0:
+                args, kwargs = self.arrange(args, kwargs)
+        raise self._other_structure(args, kwargs)
+
+    def _other_structure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> InputMismatchError:
+        """Name the first argument that is nested in another way than the example was."""
+        names = [*tree.positional_names(self._forward, len(args)), *kwargs]
+        for name, want, value in zip(names, self._wanted, [*args, *kwargs.values()], strict=False):
+            got = json.loads(tree.dumps(tree.flatten(value)[1]))[1]
+            if got == want:
+                continue
+            if isinstance(value, dict) and want["type"] == got["type"]:
+                keys, given = json.loads(want["context"]), [*value]
+                if keys != given and sorted(map(repr, keys)) == sorted(map(repr, given)):
+                    return _other_order(name, keys, given)
+            expected = (
+                "a tensor or plain value" if want["type"] is None else f"a {want['type']} as in the example"
+            )
+            found = type(value).__qualname__ if got["type"] != want["type"] else "other contents"
+            return mismatch(name, expected, found, "Pass it nested as it was when the model was compiled.")
+        given_by = f"{len(args)} positional, {sorted(kwargs)} by keyword"
+        return mismatch("arguments", "those of the example", given_by)
+
+    def arrange(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Move arguments between positions and keywords, and fill in defaults, as the capture had them."""
+        try:
+            signature = inspect.signature(self._forward)
+            given = signature.bind(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise mismatch("arguments", "those of the model's forward", str(error)) from error
+        ordered = self.collected
+        found = [key for key in kwargs if key in ordered]
+        if len(found) == len(ordered) and found != ordered:
+            raise _other_order("keywords", ordered, found)
+        given.apply_defaults()
+        parameters = signature.parameters
+        plain = [
+            p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        first = given.args[: min(self._count, len(plain))]
+        left = dict(zip(plain, given.args, strict=False)) | given.kwargs
+        for name in plain[: len(first)]:
+            del left[name]
+        named = {key: left.pop(key) for key in self._keys if key in left}
+        for name, value in left.items():
+            if name not in parameters or value is not parameters[name].default:
+                raise mismatch(
+                    name,
+                    "nothing: the capture's example did not pass it",
+                    type(value).__qualname__,
+                    "Compile with an example that passes it.",
+                )
+        return (*first, *given.args[len(plain) :]), named
+
+
+def _other_order(argument: str, wanted: Sequence[Any], given: Sequence[Any]) -> InputMismatchError:
+    return mismatch(
+        argument,
+        f"keys in the order {', '.join(map(str, wanted))}",
+        ", ".join(map(str, given)),
+        "The model may go through them in their order.",
+    )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from stitchcache.errors import EntryFormatError, InputMismatchError
-from stitchcache.torchside.state import storage_id
+from stitchcache.torchside import storage_id
 from stitchcache.types import InputSpec, LeafSpec, OutputSpec, Size, TensorSpec
 
 _WORDS = frozenset({"distinct", "plain", "apart"})  # of constraints; InputSpec says what they mean

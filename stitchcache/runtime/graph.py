@@ -21,7 +21,7 @@ from stitchcache.artifact.entry import CURRENT_SUFFIX, decode_named, encode
 from stitchcache.codegen import CodeObjects
 from stitchcache.errors import BackendError, EntryDamagedError, EntryFormatError, InputMismatchError
 from stitchcache.pieces import get_backend
-from stitchcache.runtime.call import run_quietly
+from stitchcache.runtime import run_quietly
 from stitchcache.runtime.contract import share_memory
 from stitchcache.runtime.model import bind_tensors, check_environment, devices_in, link
 from stitchcache.torchside.dynamo import SerializableCallable

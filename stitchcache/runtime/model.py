@@ -25,13 +25,13 @@ from stitchcache.errors import (
     check_kind,
 )
 from stitchcache.keys.environment import environment_factors
-from stitchcache.runtime.call import build_call
+from stitchcache.runtime import build_call
 from stitchcache.state import memory_of, state_of, tensor_at
 from stitchcache.types import BOUND, Artifact, BindingSpec, Change, Check, SizeRange, Variant
 
 if TYPE_CHECKING:
     from stitchcache.explanation import Explanation, MissFacts
-    from stitchcache.keys.target import TargetKey
+    from stitchcache.keys import TargetKey
 
 _ANY = Signature([Parameter("args", Parameter.VAR_POSITIONAL), Parameter("kwargs", Parameter.VAR_KEYWORD)])
 

@@ -10,8 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
-from stitchcache.store import Area
-from stitchcache.store.files import Files, distrust, words
+from stitchcache.store import Area, Files, distrust, words
 from stitchcache.store.root import Root
 
 Level = Literal["ok", "note", "problem"]

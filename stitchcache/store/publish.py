@@ -19,8 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stitchcache.errors import LockTimeoutError, StoreWriteError
-from stitchcache.store import Area, keyed_path
-from stitchcache.store.files import Files, words
+from stitchcache.store import Area, Files, keyed_path, words
 from stitchcache.store.root import Item, Root
 from stitchcache.types import BlobRef
 

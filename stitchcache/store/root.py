@@ -24,8 +24,19 @@ from typing import TypeVar
 
 from stitchcache.errors import EntryDamagedError, StitchCacheError, StoreWriteError, UntrustedEntryError
 from stitchcache.records import dataclass
-from stitchcache.store import CAP, KEYED, LEGACY_SUFFIXES, TAG_NAME, TAG_TEXT, Area, key_of, keyed_path
-from stitchcache.store.files import Files, distrust, write_error
+from stitchcache.store import (
+    CAP,
+    KEYED,
+    LEGACY_SUFFIXES,
+    TAG_NAME,
+    TAG_TEXT,
+    Area,
+    Files,
+    distrust,
+    key_of,
+    keyed_path,
+    write_error,
+)
 from stitchcache.types import BlobRef, is_digest
 
 T = TypeVar("T")

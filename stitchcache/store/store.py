@@ -19,14 +19,15 @@ from typing import Literal, TypeVar
 from stitchcache.errors import EntryFormatError, FutureFormatError, OptionError, UntrustedEntryError
 from stitchcache.store import (
     Area,
+    Files,
     Roots,
     check_key,
     flag,
     max_size,
     possible_paths,
     root_paths,
+    words,
 )
-from stitchcache.store.files import Files, words
 from stitchcache.store.root import Root
 from stitchcache.types import BlobRef
 

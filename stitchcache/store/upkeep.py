@@ -19,8 +19,7 @@ from stitchcache.artifact.entry import (
     header_end,
 )
 from stitchcache.errors import EntryFormatError, FutureFormatError, UntrustedEntryError
-from stitchcache.store import CAP, KEYED, LEGACY_SUFFIXES, Area, possible_paths
-from stitchcache.store.files import Files, words
+from stitchcache.store import CAP, KEYED, LEGACY_SUFFIXES, Area, Files, possible_paths, words
 from stitchcache.store.publish import quarantine
 from stitchcache.store.root import Item, Root, host_name
 from stitchcache.types import BlobRef

@@ -18,7 +18,7 @@ from torch._guards import TracingContext, tracing
 from torch.fx.experimental.proxy_tensor import make_fx as make_fx
 
 from stitchcache.errors import BackendError
-from stitchcache.torchside.state import is_fake
+from stitchcache.torchside import is_fake
 
 try:
     from torch._dynamo.aot_compile_types import SerializableCallable as SerializableCallable

@@ -1,8 +1,7 @@
-"""Inductor: two ways to compile a piece into a file, how such files are loaded, and probes of the CPU.
+"""Inductor: two ways to compile a piece into a file, and probes of the CPU.
 
 Uses ``torch._inductor`` (``aot_compile``, ``standalone_compile``, ``config``, ``cpu_vec_isa``, the modules in
-``_MODULES``) and the runners in ``torch._C._aoti``. Importing this file imports only ``torch``, and loading a
-library imports nothing: a warm start goes through here.
+``_MODULES``). Importing this file imports only ``torch``. Libraries are loaded by ``torchside.load_library``.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +46,6 @@ def compile_library(piece: torch.fx.GraphModule, fakes: Sequence[Any], options: 
 
     with torch.no_grad():
         return torch._inductor.aot_compile(piece, tuple(fakes), options=dict(options))
-
-
-def load_library(path: str, device: str) -> Callable[[list[Any]], Sequence[Any]]:
-    """Map a library and make one instance of its model, on a device such as ``cuda:1``.
-
-    Returns:
-        Its ``run``: one list of tensors to one list of tensors.
-
-    Raises:
-        RuntimeError: It cannot be mapped, or was made for another torch.
-    """
-    if device.startswith("cuda"):
-        runner: Any = torch._C._aoti.AOTIModelContainerRunnerCuda(path, 1, device)
-    else:
-        runner = torch._C._aoti.AOTIModelContainerRunnerCpu(path, 1)
-    run: Callable[[list[Any]], Sequence[Any]] = runner.run
-    return run
 
 
 def compile_artifact(

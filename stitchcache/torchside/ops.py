@@ -1,7 +1,7 @@
 """Operators and symbolic sizes: what nodes of a graph hold.
 
 Uses ``torch._ops``, ``OpOverload._schema``, ``_overloadname``, ``_qualified_op_name``,
-``torch._C._dispatch_has_kernel_for_dispatch_key``, ``torch._library.custom_ops.CustomOpDef``, fields of
+``torch._C._dispatch_has_kernel_for_dispatch_key``, fields of
 ``SymNode`` and ``ShapeEnv`` that torch documents for writers of backends, and ``torch.utils._sympy``.
 """
 
@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch._library.custom_ops import CustomOpDef as CustomOpDef
 from torch._ops import HigherOrderOperator as HigherOrderOperator
 from torch._ops import OpOverload as OpOverload
 from torch._ops import OpOverloadPacket as OpOverloadPacket
@@ -61,16 +60,6 @@ def qualified_name(op: OpOverload | OpOverloadPacket | HigherOrderOperator) -> t
     if isinstance(op, OpOverloadPacket):
         return op._qualified_op_name, None
     return f"higher_order::{op.name()}", None  # type: ignore[no-untyped-call]
-
-
-def custom_op_parts(op: CustomOpDef) -> dict[str, Any]:
-    """What a trace may see of an op made with ``torch.library.custom_op``: its signature and its functions.
-
-    What else the object holds is about autograd, or about how a call finds the kernel.
-    """
-    names = ("_schema", "_tags", "_init_fn", "_abstract_fn", "_torch_dispatch_fns", "_autocast_dtype")
-    parts = {name: getattr(op, name, None) for name in names}
-    return {**parts, "_tags": sorted(map(str, parts["_tags"] or ())), "_name": op._qualname}
 
 
 def autocast_has_rule(op: OpOverload, device: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
-from stitchcache.torchside.state import storage_id
+from stitchcache.torchside import storage_id
 
 SEEN = ("2.11", "2.13")
 

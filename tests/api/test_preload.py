@@ -146,9 +146,9 @@ def test_before_torch_is_imported(cache, fresh_process):
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()).eval()
         preloaded.wait()
         taken = []
-        from stitchcache.pipeline import start as opening
-        get_backend = opening.get_backend
-        opening.get_backend = lambda name: taken.append(name) or get_backend(name)
+        from stitchcache import pipeline
+        load_piece = pipeline.load_piece
+        pipeline.load_piece = lambda name, *rest: taken.append(name) or load_piece(name, *rest)
         compiled = stitchcache.compile(model, (torch.ones(2, 4),), preloaded=preloaded)
         x = torch.randn(2, 4)
         print(json.dumps(dict(hit=compiled.cache_hit, loaded=taken,

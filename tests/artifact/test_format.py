@@ -36,8 +36,7 @@ from stitchcache.artifact.entry import (
     unpack_factors,
 )
 from stitchcache.errors import EntryDamagedError, EntryFormatError, FutureFormatError
-from stitchcache.store import upkeep
-from stitchcache.store.files import Files
+from stitchcache.store import Files, upkeep
 from stitchcache.store.root import Root
 from stitchcache.types import Artifact, Variant
 

@@ -58,8 +58,8 @@ def look_up(name: str, stored: Path) -> dict[str, Any]:
     """In the child: key and check, timed, once; writes key and record first where there are none."""
     model, args, kwargs, shapes, ops = build(name)
     # As api/run.py has imported them by the time it computes a key.
+    from stitchcache.keys import target_key
     from stitchcache.keys.check import check_sources
-    from stitchcache.keys.target import target_key
     from stitchcache.keys.walk import Walk
     from stitchcache.torchside import tree
 

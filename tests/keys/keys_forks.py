@@ -33,7 +33,7 @@ def graph_text(model, args):
 
 
 def key_of(model, args, shared):
-    from stitchcache.keys.target import target_key
+    from stitchcache.keys import target_key
     from stitchcache.torchside import tree
 
     leaves, spec = tree.flatten((args, {}))

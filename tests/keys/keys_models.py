@@ -12,9 +12,9 @@ import transformers
 from torch.export import Dim
 
 from stitchcache.explanation import explain_differences
+from stitchcache.keys import target_key
 from stitchcache.keys.check import check_sources
 from stitchcache.keys.recorder import SourceRecorder
-from stitchcache.keys.target import target_key
 from stitchcache.keys.walk import Walk
 from stitchcache.torchside import tree
 from stitchcache.types import TargetRecord

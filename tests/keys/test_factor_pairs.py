@@ -14,7 +14,7 @@ from torch.export import Dim
 
 from stitchcache.explanation import explain_differences
 from stitchcache.keys import environment as environment_module
-from stitchcache.keys.target import target_key
+from stitchcache.keys import target_key
 from stitchcache.torchside import state
 from stitchcache.types import SizeRange
 
@@ -132,9 +132,7 @@ def gpu(mp, found="sm_90", cuda="12.8"):
     """A machine with GPUs, as far as keys look."""
     mp.setattr(environment_module, "_gpu", lambda: found)
     mp.setattr(torch.version, "cuda", cuda)
-    mp.setattr(
-        "stitchcache.keys.target.devices_of", lambda model, leaves: (torch.device("cpu"), ("cpu", "cuda"))
-    )
+    mp.setattr("stitchcache.keys.devices_of", lambda model, leaves: (torch.device("cpu"), ("cpu", "cuda")))
     return {}
 
 
@@ -214,7 +212,7 @@ PAIRS = {
     "env.cxx_abi": ("env.cxx_abi", patched(torch, "compiled_with_cxx11_abi", lambda: "other"), elsewhere),
     "env.python": ("env.python", patched(environment_module, "python_version", lambda: "other"), elsewhere),
     "code.decimal": ("code.decimal", rounded, elsewhere),
-    "code.python": ("code.python", patched(sys.modules["stitchcache.keys.target"], "python_code", str), elsewhere),
+    "code.python": ("code.python", patched(sys.modules["stitchcache.keys"], "python_code", str), elsewhere),
     "env.cuda": ("env.cuda", lambda mp: gpu(mp, cuda="13.0"), gpu),
     "env.gpu": ("env.gpu", lambda mp: gpu(mp, found="sm_100"), gpu),
     "torch.default_dtype": (

@@ -19,9 +19,9 @@ from torch.export import Dim
 from stitchcache.encoding import UnkeyableError
 from stitchcache.errors import OptionError
 from stitchcache.explanation import explain_differences
+from stitchcache.keys import input_factors, target_key
 from stitchcache.keys.environment import environment_factors, torch_state_factors
 from stitchcache.keys.model import model_factors
-from stitchcache.keys.target import input_factors, target_key
 from stitchcache.torchside import tree
 from stitchcache.types import SizeRange
 

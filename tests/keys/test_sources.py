@@ -27,7 +27,7 @@ from stitchcache.torchside import tree
 from stitchcache.explanation import explain_differences
 from stitchcache.keys.check import check_sources
 from stitchcache.keys.recorder import SourceRecorder
-from stitchcache.keys.target import target_key
+from stitchcache.keys import target_key
 from stitchcache.types import TargetRecord
 import part
 

@@ -14,7 +14,6 @@ from torch import nn
 import stitchcache
 from stitchcache.capture import capture
 from stitchcache.pieces import (
-    COMPILER_OPTIONS,
     ENOUGH,
     HEADERS,
     HEADERS_PAY_FROM,
@@ -22,6 +21,7 @@ from stitchcache.pieces import (
     thread_options,
 )
 from stitchcache.pipeline.find import Request
+from stitchcache.types import COMPILER_OPTIONS
 
 cpu_vec_isa = pytest.importorskip("torch._inductor.cpu_vec_isa")
 

@@ -12,7 +12,7 @@ from stitchcache import errors
 from stitchcache.capture import capture
 from stitchcache.pieces import Piece
 from stitchcache.pieces.check import compare_on_stand_ins, compare_with_eager, stand_in
-from stitchcache.torchside.state import has_fakes, without_data
+from stitchcache.torchside import has_fakes, without_data
 
 
 class Of(nn.Module):

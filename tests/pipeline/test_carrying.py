@@ -23,7 +23,7 @@ from torch import nn
 
 import stitchcache
 from stitchcache.errors import CaptureError, ModelMismatchError, StitchCacheError
-from stitchcache.torchside.state import has_fakes
+from stitchcache.torchside import has_fakes
 
 X = torch.arange(8.0).reshape(2, 4)
 

@@ -11,7 +11,7 @@ import torch
 
 import stitchcache
 from stitchcache import errors
-from stitchcache.pipeline.start import without_data
+from stitchcache.pipeline import without_data
 
 
 class Net(torch.nn.Module):

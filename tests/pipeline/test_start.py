@@ -66,7 +66,7 @@ def test_another_environment_is_refused_before_anything_is_mapped(cache, entry, 
 def test_a_preload_maps_nothing_of_another_environment(cache, entry, monkeypatch):
     name = put_changed(cache, entry.artifact, **{"env.torch": "something else"})
     mapped = []
-    monkeypatch.setattr("stitchcache.pieces.AotiBackend.load", lambda *args: mapped.append(args))
+    monkeypatch.setattr("stitchcache.torchside.load_library", lambda *args: mapped.append(args))
     preloaded = stitchcache.preload(name, cache=cache)
     assert preloaded.wait(60)
     assert mapped == []

@@ -11,8 +11,8 @@ import torch
 from explain_models import Cached, Scaled, cached_three
 
 import stitchcache
+from stitchcache.artifact import pack
 from stitchcache.artifact.entry import PRELUDE, unpack_factors
-from stitchcache.artifact.schema import pack
 from stitchcache.report.target import explain_target
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 from typing import Any
 
-from stitchcache.store.files import Calls, Files
+from stitchcache.store import Calls, Files
 
 CALLS = [name for name in vars(Calls) if not name.startswith("_")]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stitchcache.store.files import Files
+from stitchcache.store import Files
 
 
 @dataclass

@@ -273,7 +273,7 @@ def test_exclusive_and_shared_locks_are_of_one_kind(tmp_path):
     """filelock's and our own: eviction must see what a put under way holds."""
     import fcntl
 
-    from stitchcache.store.files import Files
+    from stitchcache.store import Files
 
     files = Files()
     (tmp_path / "file").touch()

@@ -13,8 +13,8 @@ from torch import nn
 
 import stitchcache
 from stitchcache.pieces import find_compiler
-from stitchcache.torchside import inductor
-from stitchcache.torchside.caller import append_caller, compile_caller, load_with_caller
+from stitchcache.torchside import load_with_caller, load_with_runner
+from stitchcache.torchside.caller import append_caller, compile_caller
 
 pytestmark = pytest.mark.compile
 
@@ -64,7 +64,7 @@ def one_thread():
 
 def run_both(library, rows):
     path, model = library
-    ours, theirs = load_with_caller(path, "cpu"), inductor.load_library(path, "cpu")
+    ours, theirs = load_with_caller(path, "cpu"), load_with_runner(path, "cpu")
     _, _, inputs = in_order(model, rows)
     with torch.no_grad():
         return ours(list(inputs)), theirs(list(inputs))
@@ -127,7 +127,7 @@ def test_only_a_library_with_a_caller_is_taken(tmp_path, library):
     path.write_bytes(Path(library[0]).read_bytes())
     append_caller(path, tmp_path / "text")
     assert load_with_caller(str(path), "cpu") is None
-    assert inductor.load_library(str(path), "cpu") is not None
+    assert load_with_runner(str(path), "cpu") is not None
 
 
 @pytest.mark.usefixtures("one_thread")
