@@ -8,7 +8,9 @@ sizes and fake tensors. Three names are taken as public, because ``nn.Module`` d
 and every tool that walks over modules reads them: ``_parameters``, ``_buffers`` and ``_modules``.
 
 In this file, as every start needs it: what is switched on in this process, what modules, tensors and custom
-ops do not tell in public, and AOTInductor's libraries, mapped into the process. Uses ``torch.overrides._get_current_function_mode_stack``,
+ops do not tell in public, and AOTInductor's libraries, mapped into the process.
+
+Uses ``torch.overrides._get_current_function_mode_stack``,
 ``torch.utils._python_dispatch._get_current_dispatch_mode_stack``, ``torch._C._functorch``,
 ``torch._C._set_grad_enabled``, the entries of ``torch._inductor.config`` (``torch.utils._config_module``),
 the names of ``nn.Module``'s hook tables and other attributes, ``torch.nn.modules.module._global_*``,

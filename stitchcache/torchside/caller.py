@@ -1,7 +1,7 @@
 """The caller: a small library behind each of AOTInductor's, which runs that without the GIL.
 
-Its source is ``caller.cpp``, which needs torch's C shim and ``THPVariable_Wrap``. It is compiled once, in half
-a second, into Inductor's own cache of builds, and appended to every library that is built: a loader of
+Its source is ``caller.cpp``, which needs torch's C shim and ``THPVariable_Wrap``. It is compiled once, in
+half a second, into Inductor's own cache of builds, and appended to every library that is built: a loader of
 libraries does not look behind their end, one digest covers both, and a warm start needs no second file.
 """
 
