@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from stitchcache import torchside
 from stitchcache.encoding import make_factor
 from stitchcache.keys.code import replaced_factor
 from stitchcache.keys.walk import Walk
-from stitchcache.torchside import state
 from stitchcache.types import Factor
 
 SCHEMA_VERSION = 4
@@ -185,12 +185,12 @@ _FUNCTION_MODULES = (torch, torch.nn.functional, torch.linalg, torch.fft, torch.
 
 def tracing_obstacle() -> str | None:
     """Why no key can stand for a trace made now: a mode, transform or hook would change what it sees."""
-    modes = state.active_modes()
+    modes = torchside.active_modes()
     if modes:
         return f"the mode {modes[-1]} is active; compile outside of it"
-    if state.in_function_transform():
+    if torchside.in_function_transform():
         return "a torch.func transform is active; compile outside of it"
-    if state.has_global_hooks():
+    if torchside.has_global_hooks():
         return "hooks are registered for all modules; remove them or register them on the model"
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return "another compiler is tracing" if tracing or torch.compiler.is_compiling() else None
@@ -214,8 +214,8 @@ def torch_state_factors(walk: Walk | None = None) -> Iterator[Factor]:
     yield make_factor("torch.deterministic", f"mode {mode}, fill {fill}")
     yield make_factor("torch.backends", _read(_BACKENDS))
     yield make_factor("torch.attention", _read(_ATTENTION))
-    changed = sorted(state.changed_inductor_settings().items())
-    writer = walk.writer("torch.inductor", path=[state.INDUCTOR_SETTINGS])
+    changed = sorted(torchside.changed_inductor_settings().items())
+    writer = walk.writer("torch.inductor", path=[torchside.INDUCTOR_SETTINGS])
     writer.put_pairs(changed)
     shown = ", ".join(f"{name}={value!r}"[:60] for name, value in changed)
     yield make_factor("torch.inductor", shown, bytes(writer.out))

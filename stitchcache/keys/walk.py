@@ -27,7 +27,7 @@ from stitchcache.torchside import CustomOpDef, custom_op_parts
 _SITE = os.path.dirname(os.path.dirname(os.path.abspath(torch.__file__)))
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _REQUIRED_BY_TORCH = tuple("sympy mpmath networkx jinja2 markupsafe fsspec filelock triton numpy".split())  # noqa: SIM905
-_VERSIONED = (
+_VERSIONED_FILES = (
     *(os.path.join(_SITE, name) + os.sep for name in ("torch", "torchgen", "functorch", *_REQUIRED_BY_TORCH)),
     os.path.join(_SITE, "typing_extensions.py"),
     _PACKAGE + os.sep,
@@ -62,7 +62,7 @@ def stands_by_version(filename: str) -> bool:
     """Whether a version stands for this file, so that its bytes are not looked at."""
     if filename.startswith(_DEMO):
         return False
-    return filename.startswith(_VERSIONED) or in_stdlib(filename)
+    return filename.startswith(_VERSIONED_FILES) or in_stdlib(filename)
 
 
 def installed_path(filename: str) -> str:

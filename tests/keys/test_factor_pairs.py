@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from stitchcache import torchside
 from stitchcache.explanation import explain_differences
 from stitchcache.keys import environment as environment_module
 from stitchcache.keys import target_key
-from stitchcache.torchside import state
 from stitchcache.types import SizeRange
 
 DOCS = Path(__file__).parents[2] / "docs" / "keys.md"
@@ -236,7 +236,7 @@ PAIRS = {
     "torch.attention": ("torch.attention", called(torch.backends.cuda.enable_flash_sdp, False, True), elsewhere),
     "torch.inductor": (
         "torch.inductor",
-        patched(state, "changed_inductor_settings", lambda: {"cpp.simdlen": 8}),
+        patched(torchside, "changed_inductor_settings", lambda: {"cpp.simdlen": 8}),
         elsewhere,
     ),
     "torch.patched": (
