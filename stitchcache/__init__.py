@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from stitchcache import errors as errors
     from stitchcache.api.compile import compile as compile
     from stitchcache.api.compile import load as load
+    from stitchcache.api.engine import load_execution as load_execution
+    from stitchcache.api.engine import save_execution as save_execution
     from stitchcache.api.preload import Preloaded as Preloaded
     from stitchcache.api.preload import preload as preload
     from stitchcache.api.prewarm import PrewarmReport as PrewarmReport
@@ -39,6 +41,7 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "api.compile": "compile load",
+    "api.engine": "load_execution save_execution",
     "api.preload": "Preloaded preload",
     "api.prewarm": "PrewarmReport Target prewarm",
     "artifact.unpickle": "register_const_type",

@@ -28,6 +28,8 @@ Shape = tuple[Size, ...]  # one size a dimension; at most 64
 Scalar = bool | int | float | str | None
 
 ENTRY_VERSION = 4  # of the entries that are written
+ENGINE = "engine"
+"""Backend of pieces that an engine compiled itself: nothing here can load them."""
 BOUND = "bound"
 """Stitching code knows tensors of the model as ``bound.<qualified name>``."""
 

@@ -235,6 +235,14 @@ def load(
         )
     artifact = found.artifact
     name = f"entry {artifact.graph_hash[:12]}"
+    if artifact.input_spec is None:
+        raise BindError(
+            f"{name} was stored by an engine, or is a legacy entry, and belongs to no model. Load it with "
+            f"stitchcache.load_execution({artifact.graph_hash[:12]!r}, submod_callables).",
+            name="input_spec",
+            expected="an entry of stitchcache.compile",
+            actual=f"format {artifact.format_version}, no contract",
+        )
     captured = next((factor.value for factor in artifact.factors if factor.name == "graph.capture"), None)
     if captured is not None:
         raise BindError(

@@ -64,7 +64,7 @@ def compile_execution_fn(
     code: str,
     submod_callables: Mapping[str, Any],
     submod_names: Sequence[str],
-    consts: Sequence[Any] | None = None,
+    consts: Sequence[Any] | bytes | None = None,
 ) -> Callable[..., Any]:
     """Turn execution code into a function that is bound to its pieces.
 
@@ -77,16 +77,22 @@ def compile_execution_fn(
         submod_callables: The callable of each submodule and the tensor of each parameter or buffer,
             by name; names that the code does not use may be missing.
         submod_names: Names in the order in which the code expects them.
-        consts: Constants in the order in which the code expects them.
+        consts: Constants in the order in which the code expects them: a list, or the pickled list that
+            `Artifact.consts` is.
 
     Returns:
         A function over the graph's placeholders, in graph order.
 
     Raises:
         EntryFormatError: The code is not of the shape that the generators write, or does not fit the
-            number of submodules or constants.
+            number of submodules or constants; or ``consts`` are bytes that are no table of constants.
         LinkError: The code uses a submodule that is not supplied, or an op that does not exist here.
     """
+    if isinstance(consts, bytes):
+        # Most callers have the list, and what reads a table is one of the larger modules.
+        from stitchcache.artifact.consts import load_consts
+
+        consts = load_consts(consts)
     return bind_execution_fn(code, submod_callables, submod_names, consts, CodeObjects())
 
 

@@ -19,7 +19,7 @@ from stitchcache import torchside
 from stitchcache.encoding import make_factor
 from stitchcache.keys.code import replaced_factor
 from stitchcache.keys.walk import Walk
-from stitchcache.types import Factor
+from stitchcache.types import ENGINE, Factor
 
 SCHEMA_VERSION = 4
 """Version of the key schema: raised whenever a key's factors or their encoding change, or the options that
@@ -76,9 +76,10 @@ def environment_factors(backend: str, device_types: Collection[str]) -> Iterator
     yield make_factor("env.numpy", str(getattr(sys.modules.get("numpy"), "__version__", "none")))
     yield make_factor("env.variables", *_variables())
     yield make_factor("env.op_libraries", *_op_libraries())
-    if backend in {"inductor", "eager"}:
+    # What an engine compiled may depend on all of it.
+    if backend in {"inductor", "eager", ENGINE}:
         yield make_factor("env.python", python_version())
-    if backend in {"aoti", "inductor"}:
+    if backend in {"aoti", "inductor", ENGINE}:
         yield make_factor("env.cxx_abi", str(torch.compiled_with_cxx11_abi()))
         yield make_factor("env.libc", _libc())
         yield make_factor("env.cpu", *_cpu())

@@ -40,7 +40,7 @@ def build_call(
     if inputs is None or outputs is None:
         raise EntryFormatError(
             f"entry {artifact.graph_hash[:12]} was made through the engine API and says nothing about "
-            "arguments; link it with compile_execution_fn.",
+            "arguments; load it with stitchcache.load_execution.",
             field="input_spec",
             reason="missing",
         )

@@ -237,7 +237,9 @@ def devices_in(artifact: Artifact) -> set[str]:
     """Device types of the tensors that an artifact takes."""
     leaves = artifact.input_spec.leaves if artifact.input_spec is not None else ()
     tensors = [leaf.tensor for leaf in leaves] + [binding.tensor for binding in artifact.bindings]
-    return {tensor.device for tensor in tensors if tensor is not None} or {"cpu"}
+    # An engine's entry says nothing about tensors, and whether a GPU was in use by a factor.
+    used = {"cuda"} if any(factor.name == "env.gpu" for factor in artifact.factors) else set()
+    return {tensor.device for tensor in tensors if tensor is not None} | used or {"cpu"}
 
 
 def link(
@@ -254,7 +256,7 @@ def link(
     if artifact.input_spec is None or artifact.output_spec is None:
         raise EntryFormatError(
             f"entry {artifact.graph_hash[:12]} was made through the engine API and says nothing about "
-            "arguments; link it with compile_execution_fn.",
+            "arguments; load it with stitchcache.load_execution.",
             field="input_spec",
             reason="missing",
         )
