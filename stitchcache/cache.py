@@ -10,9 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from stitchcache.artifact.entry import decode, decode_named, decode_piece, decode_target
+from stitchcache.artifact.entry import (
+    DIGEST_SIZE,
+    OUTSIDE,
+    Kind,
+    SignedRecords,
+    decode,
+    decode_named,
+    decode_piece,
+    decode_signed,
+    packed_digest,
+    with_signature,
+)
 from stitchcache.errors import (
     AmbiguousPrefixError,
     EntryFormatError,
@@ -23,13 +34,13 @@ from stitchcache.errors import (
     UntrustedEntryError,
 )
 from stitchcache.store import LEGACY_SUFFIXES, Area, check_key, keyed_path, words
-from stitchcache.store.store import Store, log
+from stitchcache.store.store import Store, log, needs_signature
 from stitchcache.types import BlobRef, TargetRecord, is_digest
 
 if TYPE_CHECKING:
     from stitchcache.artifact.entry import Header, PieceRecord
     from stitchcache.store.evict import PrunePlan, PruneResult
-    from stitchcache.store.root import Item
+    from stitchcache.store.root import Item, Root
     from stitchcache.store.upkeep import CacheStats, VerifyReport
     from stitchcache.types import Artifact
 
@@ -51,6 +62,10 @@ class Cache(Store):
         read_only: Write nothing; also set by ``STITCHCACHE_READONLY``.
         max_bytes: Evict down to this after a put; default ``STITCHCACHE_MAX_SIZE``, or no limit.
         max_files: Likewise for the number of files.
+        trust: Who vouches for files, for all roots or for each: ``"owner"``, if nobody but the user or root
+            can write them; ``"signed"``, if a key that the user trusts has signed them; ``"any"``, nobody
+            has to. Default ``STITCHCACHE_TRUST``, or ``"owner"``. What was imported needs a signature under
+            ``"owner"`` too.
         durability: ``"full"`` makes an acknowledged put survive a power loss; ``"fast"`` leaves that to the
             system (what was torn is noticed by its digest, and is a miss).
 
@@ -65,12 +80,16 @@ class Cache(Store):
         """The artifact of a graph hash; ``None``, a miss, where there is no entry, or a damaged or newer one.
 
         Raises:
-            UntrustedEntryError: There is an entry, but others can write it.
+            UntrustedEntryError: There is an entry, but others can write it, or its signature is not good.
         """
         return self._first(Area.ENTRIES, graph_hash, decode_named)
 
-    def put(self, artifact: Artifact) -> str:
+    def put(self, artifact: Artifact, *, signature: bytes | None = None) -> str:
         """Store an artifact whose blobs are stored; its graph hash. After this the entry survives a crash.
+
+        Args:
+            artifact: What to store.
+            signature: One that was made before; default our own, where a key is configured.
 
         Raises:
             StoreWriteError: The store cannot be written, lacks a blob, or has a newer stitchcache's entry.
@@ -79,7 +98,7 @@ class Cache(Store):
         from stitchcache.artifact.entry import encode
 
         key, blobs = check_key(artifact.graph_hash), artifact.blobs
-        data = encode(artifact)
+        data = self._signed(Kind.ENTRY, key, encode(artifact), signature)
         # What is written can be read: a mistyped field is the writer's error, not the next process's.
         decode(data)
         path = keyed_path(self._top.path, Area.ENTRIES, key)
@@ -106,6 +125,11 @@ class Cache(Store):
         self._keep_within_limits()
         self._counters.flush()
         return key
+
+    def _signed(self, kind: Kind, key: str, data: bytes, signature: bytes | None = None) -> bytes:
+        if signature is None:
+            signature = self._signature(kind.name.lower(), key, data[-DIGEST_SIZE:].hex())
+        return with_signature(data, kind, signature) if signature else data
 
     def _standing(self, area: Area, key: str, decode: Callable[..., T]) -> T | None:
         """What the top layer's file of a key holds; ``None`` where it is missing or damaged."""
@@ -213,9 +237,43 @@ class Cache(Store):
         Two processes that differ only in a global or an environment variable that the model reads have one
         key and a record each.
         """
-        return self._record(Area.TARGETS, key, decode_target) or ()
+        return tuple(record for record, _ in self.signed_records(key))
 
-    def put_target(self, key: str, record: TargetRecord) -> None:
+    def signed_records(self, key: str) -> SignedRecords:
+        """The same records with their signatures."""
+
+        def vouched(root: Root, path: str, found: SignedRecords) -> SignedRecords | None:
+            good = []
+            for each in found:
+                try:
+                    self._vouch(root, path, key, *each)
+                    good.append(each)
+                except UntrustedEntryError as error:
+                    self._warn(path, f"{error.message} (taken as missing)")
+            if root.trust == "signed" and root is not self._top:
+                # Copied to the top layer, it is from outside.
+                good = [(record, OUTSIDE + its.removeprefix(OUTSIDE)) for record, its in good]
+            return tuple(good) or None
+
+        return self._record(Area.TARGETS, key, decode_signed, vouched) or ()
+
+    def _vouch(
+        self,
+        root: Root,
+        path: str,
+        key: str,
+        record: TargetRecord,
+        signature: bytes,
+        trust: str | None = None,
+    ) -> None:
+        """Raise ``UntrustedEntryError`` for a record that needs a good signature and has none."""
+        if not needs_signature(trust or root.trust, signature):
+            return
+        # Configurations of one key have their own histories.
+        about, digest = packed_digest((record.sources, record.globals)), packed_digest(record)
+        self.verify_signature(root, "target", key, digest, signature, path=path, about=about)
+
+    def put_target(self, key: str, record: TargetRecord, *, signature: bytes | None = None) -> None:
         """Let a target key lead to an entry; the entry comes first.
 
         The record replaces the one with the same sources and globals, else it is added. Of more than eight
@@ -229,16 +287,19 @@ class Cache(Store):
         from stitchcache.artifact.entry import MOST_RECORDS, encode_target, unpack_factors
 
         others = [
-            known
-            for known in self.get_target(key)
-            if (known.sources, known.globals) != (record.sources, record.globals)
+            each
+            for each in self.signed_records(key)
+            if (each[0].sources, each[0].globals) != (record.sources, record.globals)
         ]
-        data = encode_target(key, [record, *others][:MOST_RECORDS])
-        decode_target(data, key)
+        if signature is None:
+            signature = self._signature("target", key, packed_digest(record))
+        records, signatures = zip(*[(record, signature), *others][:MOST_RECORDS], strict=True)
+        data = encode_target(key, records, signatures)
+        decode_signed(data, key)
         unpack_factors(record.factors)
         path = keyed_path(self._top.path, Area.TARGETS, key)
         with self._top.writing(path):
-            self._standing(Area.TARGETS, key, decode_target)
+            self._standing(Area.TARGETS, key, decode_signed)
         self._top.publish(path, data)
 
     def get_piece(self, key: str) -> PieceRecord | None:
@@ -261,11 +322,12 @@ class Cache(Store):
 
         data = encode_piece(PieceRecord(key=check_key(key), backend=backend, blob=blob))
         decode_piece(data, key)
+        data = self._signed(Kind.PIECE, key, data)
         self._top.publish(keyed_path(self._top.path, Area.PIECES, key), data)
 
-    def _record(self, area: Area, key: str, decode: Callable[..., T]) -> T | None:
+    def _record(self, area: Area, key: str, decode: Callable[..., T], *vouched: Any) -> T | None:
         try:
-            return self._first(area, key, decode)
+            return self._first(area, key, decode, *vouched)
         except UntrustedEntryError as error:
             self._warn(error.path, f"{error.message} (taken as missing)")
             return None
@@ -330,16 +392,24 @@ class Cache(Store):
             evicted = (len(result.entries), result.files, result.bytes)
             log.info("%s: evicted %d entries, %d files, %d bytes", self.root, *evicted)
 
-    def verify(self, repair: bool = False) -> VerifyReport:
+    def verify(self, repair: bool = False, *, require_signature: bool = False) -> VerifyReport:
         """Read and check every file of the first root.
 
         Args:
             repair: Move what is damaged to quarantine, and remove pointers that lead nowhere.
+            require_signature: Also report what is not signed by a key that is trusted.
         """
         from stitchcache.store.upkeep import verify
 
+        trust = "signed" if require_signature else None
+
+        def admit(path: str, area: Area, key: str, data: bytes) -> None:
+            self._admit(self._top, path, area, key, data, trust)
+            for record, signature in decode_signed(data, key, path=path) if area is Area.TARGETS else ():
+                self._vouch(self._top, path, key, record, signature, trust)
+
         with self._listing():
-            return verify(self._roots, repair=repair)
+            return verify(self._roots, repair=repair, admit=admit)
 
     def migrate(self) -> list[str]:
         """Rewrite the first root's legacy entries in the current format; each old file goes only after.

@@ -29,6 +29,7 @@ def own_environment(tmp_path_factory, monkeypatch):
         if name.startswith("STITCHCACHE_") and name != "STITCHCACHE_FULL":
             monkeypatch.delenv(name)
     monkeypatch.setenv("STITCHCACHE_DIR", str(tmp_path_factory.mktemp("default-cache")))
+    monkeypatch.setenv("STITCHCACHE_KEYS", str(tmp_path_factory.getbasetemp() / "no-keys"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 

@@ -268,7 +268,7 @@ def test_a_future_target_is_left_alone_and_not_overwritten(cache):
     cache.put_target(key("t"), target(made.graph_hash))
     path = cache.root / "targets" / key("t")[:2] / key("t")
     body = bytearray(path.read_bytes()[:-32])
-    body[8] = 7
+    body[8] = 8
     future = bytes(body) + hashlib.sha256(body).digest()
     path.write_bytes(future)
     assert cache.get_target(key("t")) == ()

@@ -13,7 +13,7 @@ from enum import IntEnum
 from typing import Any
 
 from stitchcache.artifact import FieldError, pack, read_packed, read_value, reader, record
-from stitchcache.errors import EntryDamagedError, EntryFormatError, FutureFormatError
+from stitchcache.errors import EntryDamagedError, EntryFormatError, FutureFormatError, UntrustedEntryError
 from stitchcache.records import dataclass
 from stitchcache.types import (
     ENTRY_VERSION,
@@ -33,14 +33,16 @@ from stitchcache.types import (
 # the length of the file.
 
 MAGIC = b"STITCH\r\n"
-# Magic, version, kind, sizes of header, payload and reserved bytes (room for a signature), zero.
+# Magic, version, kind, sizes of header, payload and signature, zero.
 PRELUDE = struct.Struct("<8sHHIQII")
 DIGEST_SIZE = 32
 HEADER_OFFSET = PRELUDE.size + DIGEST_SIZE
 
 MAX_HEADER = 16 << 20
 MAX_PAYLOAD = 1 << 30
-MAX_RESERVED = 4096
+MAX_SIGNATURE = 4096
+OUTSIDE = b"outside\n"
+"""Begins the signature of what was imported: whoever owns the file now, its signature has to be good."""
 
 
 class Kind(IntEnum):
@@ -52,19 +54,48 @@ class Kind(IntEnum):
 
 
 FIRST_VERSION = 3
-NEWEST = {Kind.ENTRY: ENTRY_VERSION, Kind.TARGET: 6, Kind.PIECE: 3}
+NEWEST = {Kind.ENTRY: ENTRY_VERSION, Kind.TARGET: 7, Kind.PIECE: 3}
 """The version that is written. The frame is the same in all of them; what lies in it has changed."""
 
 
-def seal(kind: Kind, header: bytes, payload: bytes) -> bytes:
+def seal(kind: Kind, header: bytes, payload: bytes, signature: bytes = b"") -> bytes:
     """Put a frame around encoded bytes."""
-    for name, part, cap in (("header", header, MAX_HEADER), ("payload", payload, MAX_PAYLOAD)):
+    caps = (
+        ("header", header, MAX_HEADER),
+        ("payload", payload, MAX_PAYLOAD),
+        ("signature", signature, MAX_SIGNATURE),
+    )
+    for name, part, cap in caps:
         if len(part) > cap:
             reason = f"{len(part)} bytes are more than the format's {cap}; keep large tensors in blobs"
             raise EntryFormatError.at("", name, reason)
-    prelude = PRELUDE.pack(MAGIC, NEWEST[kind], kind, len(header), len(payload), 0, 0)
-    body = b"".join((prelude, hashlib.sha256(prelude + header).digest(), header, payload))
+    prelude = PRELUDE.pack(MAGIC, NEWEST[kind], kind, len(header), len(payload), len(signature), 0)
+    body = b"".join((prelude, hashlib.sha256(prelude + header).digest(), header, payload, signature))
     return body + hashlib.sha256(body).digest()
+
+
+def signature_in(data: bytes) -> bytes:
+    """The signature in a file, empty where there is none; nothing of it, or of the file, is checked."""
+    size: int = _prelude(data, "")[5] if len(data) > HEADER_OFFSET and data.startswith(MAGIC) else 0
+    return data[-DIGEST_SIZE - size : -DIGEST_SIZE] if size else b""
+
+
+def with_signature(data: bytes, kind: Kind, signature: bytes) -> bytes:
+    """A file of the current version with another signature, or with none; all of it is checked.
+
+    Raises:
+        UntrustedEntryError: It is of an older version, which cannot be signed.
+    """
+    version, header, payload = open_frame(data, kind) if data.startswith(MAGIC) else (0, b"", b"")
+    if version != NEWEST[kind]:
+        said = f"format version {version} has no signatures: 'stitchcache sign' writes it anew"
+        raise UntrustedEntryError(said, path="")
+    return seal(kind, header, payload, signature)
+
+
+def signed_digest(data: bytes, kind: Kind) -> str:
+    """What a signature on a file is over: the digest that the file has without one."""
+    return with_signature(data, kind, b"")[-DIGEST_SIZE:].hex()
 
 
 def open_frame(data: bytes, kind: Kind, *, path: str = "") -> tuple[int, bytes, bytes]:
@@ -91,7 +122,7 @@ def header_end(prefix: bytes, *, path: str = "") -> int:
 
 def open_header(prefix: bytes, file_size: int, kind: Kind, *, path: str = "") -> tuple[int, bytes]:
     """Format version and header from a file's first ``header_end(...)`` bytes or more."""
-    _, version, found, header, payload, reserved, zero = _prelude(prefix, path)
+    _, version, found, header, payload, signature, zero = _prelude(prefix, path)
     # A newer version may have its header's digest elsewhere, so this is asked first. A kind that is not known
     # is a newer version's, if the version says so.
     newest = NEWEST.get(found, FIRST_VERSION)
@@ -112,12 +143,12 @@ def open_header(prefix: bytes, file_size: int, kind: Kind, *, path: str = "") ->
         )
     for field, size, cap in (
         ("payload-size", payload, MAX_PAYLOAD),
-        ("reserved-size", reserved, MAX_RESERVED),
+        ("signature-size", signature, MAX_SIGNATURE),
         ("zero", zero, 0),
     ):
         if size > cap:
             raise EntryFormatError.at(path, field, f"{size} is more than the format's {cap}")
-    total = HEADER_OFFSET + header + payload + reserved + DIGEST_SIZE
+    total = HEADER_OFFSET + header + payload + signature + DIGEST_SIZE
     if total != file_size:
         raise EntryDamagedError.at(
             path, "size", f"{file_size} bytes where the sizes inside add up to {total}"
@@ -177,10 +208,15 @@ class _Target:
 
     key: Digest
     records: tuple[TargetRecord, ...]
+    # One a record, empty where it has none; none at all in version 6.
+    signatures: tuple[bytes, ...] = ()
 
     def _flaw(self) -> tuple[str, str] | None:
         number = len(self.records)
-        return None if 0 < number <= MOST_RECORDS else ("records", f"{number} of them")
+        if not 0 < number <= MOST_RECORDS:
+            return "records", f"{number} of them"
+        found = len(self.signatures)
+        return None if found in (0, number) else ("signatures", f"{found} for {number} records")
 
 
 _NOT_IN_HEADER = ("format_version", "path", "file_bytes")
@@ -313,26 +349,43 @@ def _legacy(value: Any) -> Artifact:
 # -- targets and pieces ---------------------------------------------------------------------------
 
 
-def encode_target(key: str, records: Sequence[TargetRecord]) -> bytes:
-    """The bytes of a target file."""
-    return seal(Kind.TARGET, b"", pack(_Target(key=key, records=tuple(records))))
+SignedRecords = tuple[tuple[TargetRecord, bytes], ...]
+"""Records, each with its signature, which is empty where it has none."""
+
+
+def encode_target(key: str, records: Sequence[TargetRecord], signatures: Sequence[bytes] = ()) -> bytes:
+    """The bytes of a target file; signatures are one a record, or none."""
+    signatures = tuple(signatures) or (b"",) * len(records)
+    return seal(Kind.TARGET, b"", pack(_Target(key=key, records=tuple(records), signatures=signatures)))
+
+
+def decode_signed(data: bytes, key: str, *, path: str = "") -> SignedRecords:
+    """The records in a target file with their signatures, newest first; it must be of this key."""
+    version, _, payload = open_frame(data, Kind.TARGET, path=path)
+
+    def read(value: Any) -> SignedRecords:
+        absent = _NOT_IN_TARGET.get(version)
+        if absent is None:
+            target: _Target = record(_Target, ("signatures",) if version == 6 else ())(value)
+            _check_name("key", target.key, key, path)
+            if version > 6 and not target.signatures:
+                raise FieldError("signatures", "none")
+            return tuple(zip(target.records, target.signatures or (b"",) * MOST_RECORDS, strict=False))
+        if type(value) is dict:
+            _check_name("key", value.pop("key", None), key, path)
+        return ((record(TargetRecord, absent)(value), b""),)
+
+    return read_packed(read, payload, path)
 
 
 def decode_target(data: bytes, key: str, *, path: str = "") -> tuple[TargetRecord, ...]:
-    """The records in a target file, newest first; it must be of this key."""
-    version, _, payload = open_frame(data, Kind.TARGET, path=path)
+    """The records in a target file alone."""
+    return tuple(found for found, _ in decode_signed(data, key, path=path))
 
-    def read(value: Any) -> tuple[TargetRecord, ...]:
-        absent = _NOT_IN_TARGET.get(version)
-        if absent is None:
-            target: _Target = record(_Target)(value)
-            _check_name("key", target.key, key, path)
-            return target.records
-        if type(value) is dict:
-            _check_name("key", value.pop("key", None), key, path)
-        return (record(TargetRecord, absent)(value),)
 
-    return read_packed(read, payload, path)
+def packed_digest(value: TargetRecord | tuple[Any, ...]) -> str:
+    """What a signature on a target record is over: the sha256 of its msgpack."""
+    return hashlib.sha256(pack(value)).hexdigest()
 
 
 def encode_piece(piece: PieceRecord) -> bytes:

@@ -27,6 +27,8 @@ _HOMES = {
     "stats": "upkeep",
     "config": "machine",
     "doctor": "machine",
+    "keys": "trust",
+    "sign": "trust",
     "migrate": "upkeep",
 }
 """Commands in the order of the help page, with the module that has them."""

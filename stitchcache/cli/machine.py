@@ -13,10 +13,20 @@ import click
 from stitchcache.cli import output as out
 from stitchcache.errors import OptionError
 from stitchcache.explanation import printable
-from stitchcache.store import CHECKS, choice, default_root, flag, max_size, required
+from stitchcache.store import (
+    CHECKS,
+    choice,
+    default_root,
+    flag,
+    keys_directory,
+    max_size,
+    required,
+    signature_namespace,
+    trust_of,
+)
 from stitchcache.store.probe import Level, Trial, probe
 
-_SETTINGS = ("max_size", "require", "check", "read_only", "audit", "debug")
+_SETTINGS = ("max_size", "require", "check", "read_only", "audit", "trust", "keys", "namespace", "debug")
 # Others' variables that change what is compiled, with what, or where.
 _FOREIGN = ("CXX", "ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
 
@@ -68,6 +78,10 @@ def _value(name: str) -> str | int | bool | None:
     if name == "require":
         needed = required()
         return needed if needed == "direct" else needed == "hit"
+    if name == "trust":
+        return ":".join(trust_of(None, 1 + os.environ.get("STITCHCACHE_TRUST", "").count(":")))
+    if name in ("keys", "namespace"):
+        return keys_directory() if name == "keys" else signature_namespace()
     return choice(_variable(name), CHECKS) if name == "check" else flag(_variable(name))
 
 

@@ -37,15 +37,20 @@ def shared_options(function: F) -> F:
         metavar="DIR",
         help="The cache's directory.  [default: STITCHCACHE_DIR, or the user's cache directory]",
     )
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(cache(function))
+    return json_option(cache(function))
 
 
-def open_cache(root: str | None, *, read_only: bool = False) -> Cache:
+def json_option(function: F) -> F:
+    """Add ``--json`` alone."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+
+
+def open_cache(root: str | None, *, read_only: bool = False, trust: str | None = None) -> Cache:
     """The cache that ``--cache`` names."""
     # Not at the top: the help pages answer without it.
     from stitchcache.cache import Cache
 
-    return Cache(root, read_only=read_only)
+    return Cache(root, read_only=read_only, trust=trust)
 
 
 def show(record: Record, as_json: bool, view: Callable[[Record], None], *, finding: bool = False) -> None:

@@ -24,15 +24,16 @@ _NOT_DONE = "Nothing was removed. Repeat with --yes to remove it."
 
 @click.command()
 @click.option("--repair", is_flag=True, help="Move damaged files to quarantine; remove what leads nowhere.")
+@click.option("--require-signature", is_flag=True, help="Report what no trusted key has signed.")
 @out.shared_options
-def verify(repair: bool, as_json: bool, root: str | None) -> None:
+def verify(repair: bool, require_signature: bool, as_json: bool, root: str | None) -> None:
     """Check every byte of a cache.
 
     Exit status 1 says that something is wrong and was not repaired. What went to quarantine is compiled
     again when it is next asked for.
     """
     cache = out.open_cache(root)
-    report = cache.verify(repair=repair)
+    report = cache.verify(repair=repair, require_signature=require_signature)
     record = {"root": str(cache.root), "clean": report.clean, **asdict(report)}
     out.show(record, as_json, _print_findings, finding=not report.clean)
 

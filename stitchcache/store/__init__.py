@@ -147,6 +147,40 @@ def required() -> Literal["nothing", "hit", "direct"]:
     return "hit" if flag("STITCHCACHE_REQUIRE", also=" or direct") else "nothing"
 
 
+TRUST = ("owner", "signed", "any")
+"""What vouches for files; the first is the default."""
+
+
+def trust_of(trust: str | Sequence[str] | None, roots: int) -> list[str]:
+    """Who vouches in each of so many roots: the argument, else ``STITCHCACHE_TRUST`` (``owner:signed``)."""
+    if trust is None:
+        trust = _setting("STITCHCACHE_TRUST") or TRUST[0]
+    named = trust.split(":") if isinstance(trust, str) else list(trust)
+    if any(each not in TRUST for each in named) or len(named) not in (1, roots):
+        said = f"trust={trust!r}: use {', '.join(TRUST)}, once for all {roots} roots or once for each"
+        raise OptionError(said, option="trust")
+    return named * roots if len(named) == 1 else named
+
+
+def keys_directory() -> str:
+    """Where keys and names of signers are: ``STITCHCACHE_KEYS``, or the user's configuration directory."""
+    configured = os.environ.get("STITCHCACHE_KEYS")
+    if configured:
+        return _absolute(configured)
+    import platformdirs
+
+    return str(platformdirs.user_config_dir("stitchcache", appauthor=False))
+
+
+def signature_namespace() -> str:
+    """``STITCHCACHE_NAMESPACE``: what signatures are for. No other program's signatures count here."""
+    name = os.environ.get("STITCHCACHE_NAMESPACE", "").strip() or "stitchcache"
+    if not re.fullmatch(r"stitchcache(/[A-Za-z0-9._-]{1,64})?", name):
+        said = f"STITCHCACHE_NAMESPACE={name!r}: use 'stitchcache', or 'stitchcache/' and a name of yours"
+        raise OptionError(said, option="STITCHCACHE_NAMESPACE")
+    return name
+
+
 def max_size() -> int | None:
     """``STITCHCACHE_MAX_SIZE`` in bytes; ``None`` where it is not set."""
     text = _setting("STITCHCACHE_MAX_SIZE")

@@ -60,10 +60,16 @@ class Item:
 
 
 class Root:
-    """A directory that the store owns; it need not exist. ``durable`` is whether to fsync."""
+    """A directory that the store owns; it need not exist.
 
-    def __init__(self, path: str, *, files: Files, durable: bool, read_only: bool) -> None:
+    ``durable`` is whether to fsync, ``trust`` who vouches for its files: ``owner``, ``signed`` or ``any``.
+    """
+
+    def __init__(
+        self, path: str, *, files: Files, durable: bool, read_only: bool, trust: str = "owner"
+    ) -> None:
         self.path = path
+        self.trust = trust
         self.files = files
         self.durable = durable
         self.read_only = read_only

@@ -5,6 +5,7 @@ Damage becomes a miss here. What only writing and upkeep need is imported where 
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import threading
@@ -13,9 +14,12 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeVar
+from shutil import rmtree
+from typing import Any, Literal, TypeVar
 
+from stitchcache.artifact.entry import OUTSIDE, Kind, signature_in, signed_digest
 from stitchcache.errors import EntryFormatError, FutureFormatError, OptionError, UntrustedEntryError
 from stitchcache.store import (
     Area,
@@ -23,9 +27,11 @@ from stitchcache.store import (
     Roots,
     check_key,
     flag,
+    keys_directory,
     max_size,
     possible_paths,
     root_paths,
+    trust_of,
     words,
 )
 from stitchcache.store.root import Root
@@ -51,6 +57,7 @@ class Store:
         max_bytes: int | None = None,
         max_files: int | None = None,
         durability: Literal["full", "fast"] = "full",
+        trust: str | Sequence[str] | None = None,
         _files: Files | None = None,
     ) -> None:
         if durability not in ("full", "fast"):
@@ -59,13 +66,21 @@ class Store:
         self.max_bytes = max_size() if max_bytes is None else max_bytes
         self.max_files = max_files
         self._files = _files or Files()
+        paths = root_paths(root)
         self._roots = [
-            Root(path, files=self._files, durable=durability == "full", read_only=self.read_only or index > 0)
-            for index, path in enumerate(root_paths(root))
+            Root(
+                path,
+                files=self._files,
+                durable=durability == "full",
+                read_only=self.read_only or index > 0,
+                trust=trusted,
+            )
+            for index, (path, trusted) in enumerate(zip(paths, trust_of(trust, len(paths)), strict=True))
         ]
         self._top = self._roots[0]
         self._counters = Counters(self._top)
         self._good: dict[str, tuple[int, ...]] = {}
+        self._copies: dict[str, Path] = {}
         self._warned: set[str] = set()
         # What was counted since the last put would be lost with the object.
         weakref.finalize(self, self._counters.flush)
@@ -104,8 +119,17 @@ class Store:
             raise untrusted
         return None
 
-    def _first(self, area: Area, key: str, decode: Callable[..., T]) -> T | None:
-        """What the first good file of a key holds; a damaged or newer one is warned of."""
+    def _first(
+        self,
+        area: Area,
+        key: str,
+        decode: Callable[..., T],
+        vouched: Callable[[Root, str, T], T | None] = lambda _root, _path, value: value,
+    ) -> T | None:
+        """What the first good file of a key holds; a damaged or newer one is warned of.
+
+        ``vouched`` leaves out the parts of it that nobody vouches for.
+        """
 
         def load(root: Root, path: str) -> T | None:
             inode = None
@@ -114,8 +138,8 @@ class Store:
                 if found is None:
                     return None
                 inode = found[1].st_ino
-                root.require_trust(path)
-                value = decode(found[0], key, path=path)
+                self._admit(root, path, area, key, found[0])
+                value = vouched(root, path, decode(found[0], key, path=path))
             except FutureFormatError as error:
                 self._warn(path, error.message)
                 return None
@@ -127,6 +151,77 @@ class Store:
             return value
 
         return self._search(area, key, load)
+
+    # -- trust -----------------------------------------------------------------------------------
+
+    @cached_property
+    def keys(self) -> Any:
+        """Who may sign (:class:`stitchcache.ext.sign.Keys`)."""
+        # By name: an extra, which a start without signatures does without.
+        return importlib.import_module("stitchcache.ext.sign").Keys()
+
+    def _admit(
+        self, root: Root, path: str, area: Area, key: str, data: bytes, trust: str | None = None
+    ) -> None:
+        """Raise ``UntrustedEntryError`` for a file that neither its owner nor a signature vouches for.
+
+        Records of a target are signed one by one, so they are asked later. ``trust`` overrides the root's.
+        """
+        trust = trust or root.trust
+        if trust == "owner":
+            root.require_trust(path)
+        if area is not Area.TARGETS and needs_signature(trust, signature := signature_in(data)):
+            kind = Kind.ENTRY if area is Area.ENTRIES else Kind.PIECE
+            try:
+                digest = signed_digest(data, kind)
+            except UntrustedEntryError as error:
+                raise UntrustedEntryError(f"{path}: {error.message}", path=path) from error
+            self.verify_signature(root, kind.name.lower(), key, digest, signature, path=path)
+
+    def verify_signature(
+        self, root: Root, kind: str, key: str, digest: str, signature: bytes, *, path: str, about: str = ""
+    ) -> None:
+        """Raise ``UntrustedEntryError`` where a signature is not good for what a root has."""
+        signature = signature.removeprefix(OUTSIDE)
+        self.keys.verify(signature, kind, key, digest, path=path, about=f"{root.path}\0{about}")
+
+    def _signature(self, kind: str, key: str, digest: str) -> bytes:
+        """Our signature on what is stored now; empty where there is no key, or none that can be used."""
+        why = ""
+        if os.path.lexists(os.path.join(keys_directory(), "id")):
+            try:
+                signed: bytes = self.keys.sign(kind, key, digest)
+                return signed
+            except (UntrustedEntryError, OptionError) as error:
+                why = error.message
+        elif self._top.trust == "signed":
+            why = "there is no key ('stitchcache keys generate NAME' makes one)"
+        if why:
+            later = ", so the next start refuses it" if self._top.trust == "signed" else ""
+            self._warn("signature", f"{self._top.path}: what is compiled is stored unsigned{later}: {why}")
+        return b""
+
+    def _own_copy(self, root: Root, path: str, ref: BlobRef) -> Path | None:
+        """A private copy of a blob that others can write, so that what was digested is what is loaded."""
+        if ref.digest in self._copies:
+            return self._copies[ref.digest]
+        fd = root.open(path)
+        if fd is None:
+            return None
+        # Imported here: only signed roots of others need it.
+        import tempfile
+
+        copy = Path(tempfile.mkdtemp(prefix="stitchcache-")) / ref.digest
+        weakref.finalize(self, rmtree, copy.parent, ignore_errors=True)
+        with root.files.opened(fd):
+            # A byte more shows a file that is longer; a file of any other kind has none.
+            copy.write_bytes(root.files.read_exactly(fd, ref.size + 1))
+        state = root.blob_state(str(copy), ref)
+        if isinstance(state, str):
+            self._warn(path, f"{path}: damaged: {state}; taken as missing")
+            return None
+        self._copies[ref.digest] = copy
+        return copy
 
     def blob_path(self, ref: BlobRef) -> Path | None:
         """A blob's file, its size and digest checked; ``None`` where it is missing, or damaged.
@@ -140,7 +235,14 @@ class Store:
             if facts is None:
                 return None
             # Asked every time: a chmod after the first look counts.
-            root.require_trust(path)
+            try:
+                if root.trust != "any":
+                    root.require_trust(path)
+            except UntrustedEntryError:
+                if root.trust == "owner":
+                    raise
+                # A signed entry names it by its digest.
+                return self._own_copy(root, path, ref)
             if self._good.get(path) != _identity(facts):
                 state = root.blob_state(path, ref)
                 if isinstance(state, str):
@@ -233,6 +335,11 @@ class Store:
     def counted(self) -> dict[str, int]:
         """What was counted, this process's own included; looks at no entry."""
         return self._counters.read()[0]
+
+
+def needs_signature(trust: str, signature: bytes) -> bool:
+    """Whether a signature has to be good: what came from outside is never its owner's word alone."""
+    return trust == "signed" or (trust == "owner" and signature.startswith(OUTSIDE))
 
 
 def _identity(facts: os.stat_result) -> tuple[int, ...]:

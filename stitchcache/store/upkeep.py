@@ -190,9 +190,13 @@ class VerifyReport:
         return all(finding.repaired or finding.problem in _HARMLESS for finding in self.findings)
 
 
-def verify(roots: Sequence[Root], *, repair: bool) -> VerifyReport:
+Admit = Callable[[str, Area, str, bytes], None]
+"""Raises ``UntrustedEntryError`` for a file that nobody vouches for: its path, area, key and bytes."""
+
+
+def verify(roots: Sequence[Root], *, repair: bool, admit: Admit) -> VerifyReport:
     """Read everything in the first of some roots; its files may name what the others have."""
-    root, walk = roots[0], _Walk(roots, repair)
+    root, walk = roots[0], _Walk(roots, repair, admit)
     # What is named comes before what names it.
     checks = {Area.BLOBS: walk.blob, Area.ENTRIES: walk.entry}
     checks |= {Area.TARGETS: walk.target, Area.PIECES: walk.piece}
@@ -208,8 +212,9 @@ def verify(roots: Sequence[Root], *, repair: bool) -> VerifyReport:
 
 
 class _Walk:
-    def __init__(self, roots: Sequence[Root], repair: bool) -> None:
+    def __init__(self, roots: Sequence[Root], repair: bool, admit: Admit) -> None:
         self.report = VerifyReport()
+        self._admit = admit
         self._root = roots[0]
         self._beneath = roots[1:]
         self._repair = repair and not self._root.read_only
@@ -236,7 +241,8 @@ class _Walk:
             self._set_aside(item, "damaged", state, None)
         elif state is not None:
             self._blobs[item.key] = item.size
-            self._check_trust(item)
+            if self._root.trust == "owner":
+                self._note(item, lambda: self._root.require_trust(item.path))
 
     def entry(self, item: Item) -> None:
         loaded = self._load(item, Area.ENTRIES, lambda data: decode_named(data, item.key, item.path).blobs)
@@ -280,12 +286,12 @@ class _Walk:
         except EntryFormatError as error:
             self._set_aside(item, "damaged", f"{error.field}: {error.reason}", inode)
             return None
-        self._check_trust(item)
+        self._note(item, lambda: self._admit(item.path, area, item.key, found[0]))
         return value, inode
 
-    def _check_trust(self, item: Item) -> None:
+    def _note(self, item: Item, require_trust: Callable[[], None]) -> None:
         try:
-            self._root.require_trust(item.path)
+            require_trust()
         except UntrustedEntryError as error:
             self.found(item, "untrusted", error.message)
 

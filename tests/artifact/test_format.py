@@ -24,6 +24,7 @@ from stitchcache.artifact.entry import (
     PieceRecord,
     decode,
     decode_piece,
+    decode_signed,
     decode_target,
     encode,
     encode_piece,
@@ -514,11 +515,13 @@ def test_golden_targets_still_load():
     (coded,) = decode_target((GOLDEN / "targets" / f"{key}.v5").read_bytes(), key)
     assert coded == dataclasses.replace(explained, refused=None, code=(("12" * 32, b"\xe3code"),))
     data = (GOLDEN / "targets" / f"{key}.v6").read_bytes()
-    assert decode_target(data, key) == (coded, explained)
-    assert encode_target(key, [coded, explained]) == data, (
+    assert decode_signed(data, key) == ((coded, b""), (explained, b""))
+    data = (GOLDEN / "targets" / f"{key}.v7").read_bytes()
+    assert decode_signed(data, key) == ((coded, b"signature"), (explained, b""))
+    assert encode_target(key, [coded, explained], [b"signature", b""]) == data, (
         "writing the same target gives other bytes: raise the format version"
     )
-    for version in (3, 4, 5, 6):
+    for version in (3, 4, 5, 6, 7):
         data = (GOLDEN / "targets" / f"{key}.v{version}").read_bytes()
         with pytest.raises(EntryFormatError) as other:
             decode_target(data, "4b" * 32)
@@ -527,8 +530,13 @@ def test_golden_targets_still_load():
 
 def test_a_target_of_another_version_is_neither_guessed_nor_damaged():
     key = "3a" * 32
-    read = {v: (GOLDEN / "targets" / f"{key}.v{v}").read_bytes() for v in (3, 4, 5, 6)}
-    for data, version, field in ((read[3], 4, "refused"), (read[4], 5, "code"), (read[5], 6, "records")):
+    read = {v: (GOLDEN / "targets" / f"{key}.v{v}").read_bytes() for v in (3, 4, 5, 6, 7)}
+    for data, version, field in (
+        (read[3], 4, "refused"),
+        (read[4], 5, "code"),
+        (read[5], 6, "records"),
+        (read[6], 7, "signatures"),
+    ):
         with pytest.raises(EntryFormatError) as missing:
             decode_target(sealed_again(data, version=version), key)
         assert missing.value.field == field
@@ -538,7 +546,7 @@ def test_a_target_of_another_version_is_neither_guessed_nor_damaged():
     with pytest.raises(EntryFormatError):
         decode_target(sealed_again(read[6], version=5), key)
     with pytest.raises(FutureFormatError):
-        decode_target(sealed_again(read[6], version=7), key)
+        decode_target(sealed_again(read[7], version=8), key)
 
 
 def test_a_target_has_at_least_one_record_and_no_more_than_allowed():

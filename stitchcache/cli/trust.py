@@ -1,0 +1,174 @@
+"""``stitchcache keys`` and ``sign``: who vouches for entries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from stitchcache.cli import Failure, Misuse
+from stitchcache.cli import output as out
+from stitchcache.errors import EntryFormatError
+
+if TYPE_CHECKING:
+    from stitchcache.ext.sign import Keys
+
+
+def _keys() -> Keys:
+    # Not at the top: the help pages answer without it.
+    from stitchcache.ext.sign import Keys
+
+    return Keys()
+
+
+# -- keys ------------------------------------------------------------------------------------------
+
+
+@click.group()
+def keys() -> None:
+    """Make a key that signs, and say which keys are trusted.
+
+    The files are in the directory STITCHCACHE_KEYS, or in the user's configuration directory, in OpenSSH's
+    formats.
+    """
+
+
+@keys.command()
+@click.argument("name")
+@out.json_option
+def generate(name: str, as_json: bool) -> None:
+    """Make a key pair, and trust it; NAME is what the signer is called, such as ci@example.com."""
+    found = _keys()
+    record = {"directory": found.directory, "name": name, "fingerprint": found.generate(name)}
+    out.show(record, as_json, lambda _: click.echo(f"{found.path('id')}: {name} {record['fingerprint']}"))
+
+
+@keys.command("list")
+@out.json_option
+def list_keys(as_json: bool) -> None:
+    """List who may sign."""
+    from stitchcache.ext.openssh import fingerprint
+
+    found = _keys()
+    revoked = found.revoked()
+    signers = [
+        {
+            "names": list(signer.names),
+            "fingerprint": fingerprint(signer.public),
+            "namespaces": list(signer.namespaces),
+            "valid_after": signer.after,
+            "valid_before": signer.before,
+            "revoked": signer.public in revoked,
+        }
+        for signer in found.signers()
+    ]
+    record = {
+        "directory": found.directory,
+        "namespace": found.namespace,
+        "can_sign": found.can_sign(),
+        "signers": signers,
+    }
+    out.show(record, as_json, _print_signers)
+
+
+def _print_signers(record: out.Record) -> None:
+    if not record["signers"]:
+        out.say(f"nobody is trusted in {record['directory']}")
+        return
+    columns: out.Fields = {
+        "SIGNER": "names",
+        "KEY": "fingerprint",
+        "NAMESPACES": "namespaces",
+        "FROM": lambda signer: _moment(signer["valid_after"]),
+        "UNTIL": lambda signer: _moment(signer["valid_before"]),
+        "REVOKED": "revoked",
+    }
+    out.print_table(columns, record["signers"], 64)
+
+
+def _moment(seconds: float | None) -> str:
+    return "" if seconds is None else out.moment_text(seconds)
+
+
+@keys.command()
+@click.argument("public_key", type=click.Path())
+@click.option("--name", help="What the signer is called.  [default: the key's comment]")
+@click.option("--namespaces", help="What the key may sign for, such as 'stitchcache/prod'.")
+@click.option("--valid-after", metavar="TIME", help="YYYYMMDD or YYYYMMDDHHMM, with a Z for UTC.")
+@click.option("--valid-before", metavar="TIME", help="The same.")
+@out.json_option
+def trust(public_key: str, name: str | None, as_json: bool, **limits: str | None) -> None:
+    """Trust a key: PUBLIC_KEY is a file such as id.pub."""
+    from stitchcache.ext.openssh import fingerprint
+
+    public, comment = _read_key(public_key)
+    named = name or comment
+    if not named:
+        raise Misuse(f"{public_key}: the key has no comment: say who it is with --name")
+    found = _keys()
+    found.trust(public, named, {option.replace("_", "-"): value for option, value in limits.items()})
+    record = {"directory": found.directory, "name": named, "fingerprint": fingerprint(public)}
+    out.show(record, as_json, lambda _: click.echo(f"trusted: {named} {record['fingerprint']}"))
+
+
+@keys.command()
+@click.argument("signer")
+@out.json_option
+def revoke(signer: str, as_json: bool) -> None:
+    """Revoke a key; SIGNER is a name in allowed_signers, a fingerprint, or a file such as id.pub.
+
+    What it signed is not loaded any more.
+    """
+    from stitchcache.ext.openssh import fingerprint
+
+    found = _keys()
+    known = {each.public for each in found.signers() if signer in (*each.names, fingerprint(each.public))}
+    if not known:
+        if not Path(signer).is_file():
+            raise Failure(f"{signer!r} is no signer in {found.path('allowed_signers')}, and no file")
+        known = {_read_key(signer)[0]}
+    for public in known:
+        found.revoke(public)
+    record = {"directory": found.directory, "revoked": sorted(map(fingerprint, known))}
+    out.show(
+        record, as_json, lambda _: click.echo("\n".join(f"revoked: {each}" for each in record["revoked"]))
+    )
+
+
+def _read_key(path: str) -> tuple[bytes, str]:
+    from stitchcache.ext.openssh import read_public
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            return read_public(file.readline(1 << 14), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failure(f"{path}: cannot be read ({error})") from error
+    except EntryFormatError as error:
+        raise Failure(error.message) from error
+
+
+# -- sign ------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("prefixes", metavar="[PREFIX]...", nargs=-1)
+@click.option("--days", type=click.FloatRange(min=0, min_open=True), default=365, help="How long it is good.")
+@out.shared_options
+def sign(prefixes: tuple[str, ...], days: float, as_json: bool, root: str | None) -> None:
+    """Sign entries, with what leads to them; without a PREFIX all entries of the cache.
+
+    Only what nobody but you could have written is signed, and what was imported with a good signature.
+    """
+    # Not at the top: it needs an extra.
+    from stitchcache.ext.bundle import sign as sign_entries
+
+    cache = out.open_cache(root, trust="owner")
+    signed = sign_entries(cache, [cache.find(prefix) for prefix in prefixes], seconds=days * 86400)
+
+    def view(_record: out.Record) -> None:
+        for graph_hash in signed:
+            click.echo(graph_hash)
+        out.say(f"signed {out.count_text(len(signed), 'entry')} in {cache.root}")
+
+    out.show({"root": str(cache.root), "signed": signed}, as_json, view)

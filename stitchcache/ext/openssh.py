@@ -1,0 +1,253 @@
+"""OpenSSH's formats, for Ed25519 alone: public keys, SSHSIG, ``allowed_signers`` (see ``ssh-keygen(1)``)."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import struct
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+
+from stitchcache.errors import EntryFormatError, OptionError, UntrustedEntryError
+from stitchcache.records import dataclass
+
+_TYPE, _HASH, _MAGIC, _VERSION = b"ssh-ed25519", b"sha512", b"SSHSIG", b"\0\0\0\1"
+_BEGIN, _END = "-----BEGIN SSH SIGNATURE-----\n", "-----END SSH SIGNATURE-----\n"
+
+
+def _string(data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + data
+
+
+def _strings(data: bytes, count: int) -> list[bytes]:
+    """So many length-prefixed strings, and nothing after them."""
+    found, begin = [], 0
+    for _ in range(count):
+        end = begin + 4 + int.from_bytes(data[begin : begin + 4], "big")
+        if end > len(data):
+            raise ValueError("it ends too early")
+        found.append(data[begin + 4 : end])
+        begin = end
+    if begin != len(data):
+        raise ValueError(f"{len(data) - begin} bytes too many")
+    return found
+
+
+# -- public keys: the 32 bytes of one stand for it -------------------------------------------------
+
+
+def _blob(public: bytes) -> bytes:
+    return _string(_TYPE) + _string(public)
+
+
+def _public(blob: bytes) -> bytes:
+    kind, public = _strings(blob, 2)
+    if kind != _TYPE or len(public) != 32:
+        raise ValueError("it is no Ed25519 key")
+    return public
+
+
+def fingerprint(public: bytes) -> str:
+    """As ``ssh-keygen -l`` prints it."""
+    return "SHA256:" + base64.b64encode(hashlib.sha256(_blob(public)).digest()).decode().rstrip("=")
+
+
+def read_public(line: str, where: str) -> tuple[bytes, str]:
+    """Key and comment in a line such as ``id.pub`` has; an ``EntryFormatError`` for another kind of key."""
+    kind, _, rest = line.strip().partition(" ")
+    encoded, _, comment = rest.strip().partition(" ")
+    try:
+        if kind.encode() != _TYPE:
+            raise ValueError("it does not begin with ssh-ed25519")
+        return _public(base64.b64decode(encoded, validate=True)), comment.strip()
+    except ValueError as error:
+        raise EntryFormatError.at(where, "key", f"no public key of Ed25519: {error}") from None
+
+
+def public_line(public: bytes, comment: str = "") -> str:
+    """The line of a key."""
+    return f"{_TYPE.decode()} {base64.b64encode(_blob(public)).decode()} {comment}".rstrip() + "\n"
+
+
+# -- SSHSIG ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
+    """A text with the key and the signature under it; nothing is verified yet."""
+
+    text: str
+    public: bytes
+    namespace: str
+    signature: bytes
+
+    @property
+    def signed(self) -> bytes:
+        """The bytes that the signature is over."""
+        parts = (self.namespace.encode(), b"", _HASH, hashlib.sha512(self.text.encode()).digest())
+        return _MAGIC + b"".join(map(_string, parts))
+
+    def armored(self) -> bytes:
+        """The text, and the signature as ``ssh-keygen -Y sign`` writes it."""
+        signature = _string(_TYPE) + _string(self.signature)
+        parts = (_blob(self.public), self.namespace.encode(), b"", _HASH, signature)
+        encoded = base64.b64encode(_MAGIC + _VERSION + b"".join(map(_string, parts))).decode()
+        lines = [encoded[at : at + 70] + "\n" for at in range(0, len(encoded), 70)]
+        return "".join((self.text, _BEGIN, *lines, _END)).encode()
+
+    def verified(self) -> bool:
+        """Whether the key made the signature, over just this text and namespace."""
+        require_cryptography()
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+        try:
+            Ed25519PublicKey.from_public_bytes(self.public).verify(self.signature, self.signed)
+        except (InvalidSignature, ValueError):
+            return False
+        return True
+
+
+def read_signature(data: bytes) -> Signature:
+    """A text and the SSHSIG block under it; an ``EntryFormatError`` where it is anything else."""
+    try:
+        text, begin, block = data.decode("ascii").partition(_BEGIN)
+        body, end, rest = block.partition(_END)
+        if not begin or not end or rest:
+            raise ValueError("no text with one SSHSIG block under it")
+        blob = base64.b64decode(body.replace("\n", ""), validate=True)
+        start = len(_MAGIC + _VERSION)
+        if blob[:start] != _MAGIC + _VERSION:
+            raise ValueError("no SSHSIG of version 1")
+        public, namespace, reserved, hashed, signed = _strings(blob[start:], 5)
+        kind, signature = _strings(signed, 2)
+        # The key alone decides the algorithm.
+        if kind != _TYPE or len(signature) != 64 or reserved or hashed != _HASH:
+            raise ValueError("it is not Ed25519 over SHA-512")
+        return Signature(
+            text=text, public=_public(public), namespace=namespace.decode("ascii"), signature=signature
+        )
+    except ValueError as error:
+        raise EntryFormatError.at("", "signature", str(error)) from None
+
+
+def require_cryptography() -> None:
+    """Raise an ``UntrustedEntryError`` that says what to install."""
+    try:
+        import cryptography  # noqa: F401
+    except ImportError as error:
+        message = "signatures need the package cryptography: pip install 'stitchcache[sign]'"
+        raise UntrustedEntryError(message, path="") from error
+
+
+# -- allowed_signers -------------------------------------------------------------------------------
+
+_LINE = re.compile(r'(?:"(?P<quoted>[^"]*)"|(?P<names>\S+))\s+(?P<options>.*?)\s*\b(?P<key>ssh-ed25519\s.*)')
+_OTHER_KEY = re.compile(r"\s(ssh|ecdsa|sk)-\S+\s")
+_OPTION = re.compile(r'(?P<name>[a-z-]+)(="(?P<value>[^"]*)")?(,|$)')
+_LIMITS = {"namespaces", "valid-after", "valid-before"}
+_NAME = re.compile(r"[A-Za-z0-9._@:/+=-]{1,256}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signer:
+    """A line of the file: who may sign with a key, for what, and when.
+
+    Args:
+        names: Patterns of the names that the key may sign under.
+        namespaces: Patterns of what it may sign for; empty is everything.
+        after: Unix seconds from which on it is valid; ``before`` is when it ends.
+    """
+
+    names: tuple[str, ...]
+    public: bytes
+    namespaces: tuple[str, ...] = ()
+    after: float | None = None
+    before: float | None = None
+
+    def problem(self, namespace: str, moment: float) -> str | None:
+        """Why it may not sign for a namespace at a moment; ``None`` where it may."""
+        if self.namespaces and not matches(namespace, self.namespaces):
+            return f"its key is for namespaces {','.join(self.namespaces)}, and this is {namespace}"
+        if self.after is not None and moment < self.after:
+            return "its key was not valid yet"
+        if self.before is not None and moment >= self.before:
+            return "its key is no longer valid"
+        return None
+
+
+def matches(text: str, patterns: tuple[str, ...]) -> bool:
+    """As OpenSSH matches: ``*`` and ``?``, and a pattern after ``!`` that matches refuses."""
+    found = [each[0] for each in patterns if fnmatchcase(text, each.removeprefix("!").replace("[", "[[]"))]
+    return bool(found) and "!" not in found
+
+
+def read_signers(text: str, path: str) -> list[Signer]:
+    """The Ed25519 keys of the file; lines about other kinds of keys are passed over.
+
+    Raises:
+        UntrustedEntryError: A line cannot be understood. Then nobody may sign, for it may be a limit.
+    """
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        try:
+            found += _signers(line.strip())
+        except (ValueError, OverflowError, EntryFormatError) as error:
+            raise UntrustedEntryError(f"{path}:{number}: {error}: mend the line", path=path) from None
+    return found
+
+
+def _signers(line: str) -> list[Signer]:
+    parts = _LINE.fullmatch(line)
+    if parts is None:
+        if _OTHER_KEY.search(line):
+            return []
+        raise ValueError("no line such as 'NAME ssh-ed25519 AAAA...'")
+    limits: dict[str, str] = {}
+    text = parts["options"]
+    while text:
+        option = _OPTION.match(text)
+        if option is None or option["name"] not in _LIMITS - limits.keys() or not option["value"]:
+            raise ValueError(f"the option {text[:60]!r} is not supported here, or is there twice")
+        limits[option["name"]] = option["value"]
+        text = text[option.end() :]
+    spaces = limits.get("namespaces")
+    return [
+        Signer(
+            names=tuple(each for each in (parts["quoted"] or parts["names"] or "").split(",") if each),
+            public=read_public(parts["key"], "")[0],
+            namespaces=tuple(each for each in spaces.split(",") if each) if spaces else (),
+            after=_moment(limits.get("valid-after")),
+            before=_moment(limits.get("valid-before")),
+        )
+    ]
+
+
+def _moment(text: str | None) -> float | None:
+    """``YYYYMMDD[HHMM[SS]][Z]`` in Unix seconds; local time without the Z, as OpenSSH reads it."""
+    if text is None:
+        return None
+    digits = text.removesuffix("Z")
+    form = {8: "%Y%m%d", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}.get(len(digits))
+    if form is None or not digits.isdigit():
+        raise ValueError(f"{text!r} is no time: write YYYYMMDD or YYYYMMDDHHMM, with a Z for UTC")
+    read = datetime.strptime(digits, form)
+    return (read.replace(tzinfo=UTC) if text.endswith("Z") else read).timestamp()
+
+
+def signer_line(name: str, public: bytes, limits: dict[str, str | None]) -> str:
+    """A line of the file; an ``OptionError`` where it would be read as something else."""
+    options = ",".join(f'{option}="{value}"' for option, value in limits.items() if value is not None)
+    line = " ".join(filter(None, (name, options, public_line(public))))
+    try:
+        if not _NAME.fullmatch(name):
+            raise ValueError("a signer's name has 1 to 256 letters, digits and . _ @ : / + = -")
+        if any('"' in value or not value.isprintable() for value in limits.values() if value is not None):
+            raise ValueError("a limit cannot have quotes or line breaks")
+        _signers(line.strip())
+    except (ValueError, OverflowError) as error:
+        raise OptionError(f"{name!r}: {error}", option="name") from None
+    return line

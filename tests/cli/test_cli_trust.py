@@ -1,0 +1,79 @@
+"""``stitchcache keys``, ``sign``, and ``verify --require-signature``."""
+
+from __future__ import annotations
+
+import pytest
+from cli_entries import entry_file, put, put_target
+
+pytest.importorskip("cryptography")
+
+A, B = "a1" * 32, "b2" * 32
+
+
+@pytest.fixture
+def home(tmp_path):
+    """An environment with a directory of keys, and a cache with two unsigned entries."""
+    root = tmp_path / "cache"
+    for graph_hash in (A, B):
+        put(root, graph_hash)
+    put_target(root, "t", A, {"env.torch": "2.13"})
+    return {"STITCHCACHE_KEYS": str(tmp_path / "keys"), "STITCHCACHE_DIR": str(root)}
+
+
+def test_sign_verify_and_revoke(run_cli, home, tmp_path):
+    made = run_cli("keys", "generate", "ci@example.com", "--json", env=home)
+    assert made.status == 0, made.err
+    assert run_cli("keys", "generate", "again", env=home).status == 2
+    before = run_cli("verify", "--require-signature", "--json", env=home)
+    assert before.status == 1
+    assert {each["problem"] for each in before.json["findings"]} == {"untrusted"}
+    assert len(before.json["findings"]) == 3
+    signed = run_cli("sign", A[:6], "--json", env=home)
+    assert signed.json["signed"] == [A], signed.err
+    after = run_cli("verify", "--require-signature", "--json", env=home)
+    assert [each["path"] for each in after.json["findings"]] == [str(entry_file(tmp_path / "cache", B))]
+    assert run_cli("sign", env=home).out.split() == [A, B]
+    whole = run_cli("verify", "--require-signature", env=home)
+    assert whole.status == 0, whole.out
+    (signer,) = run_cli("keys", "list", "--json", env=home).json["signers"]
+    assert signer["names"] == ["ci@example.com"]
+    assert signer["fingerprint"] == made.json["fingerprint"]
+    revoked = run_cli("keys", "revoke", "ci@example.com", env=home)
+    assert made.json["fingerprint"] in revoked.out
+    late = run_cli("verify", "--require-signature", env={**home, "STITCHCACHE_TRUST": "signed"})
+    assert late.status == 1
+    assert "revoked" in late.out
+    assert run_cli("verify", env=home).status == 0
+
+
+def test_trust_takes_a_public_key_with_its_limits(run_cli, home, tmp_path):
+    run_cli("keys", "generate", "ci@example.com", env=home)
+    elsewhere = {**home, "STITCHCACHE_KEYS": str(tmp_path / "other")}
+    key = tmp_path / "keys" / "id.pub"
+    limits = ["--namespaces", "stitchcache/prod", "--valid-before", "20990101Z"]
+    trusted = run_cli("keys", "trust", key, *limits, env=elsewhere)
+    assert trusted.status == 0, trusted.err
+    line = (tmp_path / "other" / "allowed_signers").read_text()
+    assert line.startswith(
+        'ci@example.com namespaces="stitchcache/prod",valid-before="20990101Z" ssh-ed25519 AAAA'
+    )
+    assert "stitchcache/prod" in run_cli("keys", "list", env=elsewhere).out
+    for wrong in (
+        ["trust", tmp_path / "none"],
+        ["revoke", "nobody"],
+        ["trust", entry_file(tmp_path / "cache", A)],
+    ):
+        assert run_cli("keys", *wrong, env=elsewhere).status == 1
+    assert run_cli("keys", "trust", key, "--valid-before", "soon", env=elsewhere).status == 2
+    assert "keys generate" in run_cli("sign", env=elsewhere).err
+
+
+def test_config_shows_who_vouches_and_doctor_finds_a_wrong_word(run_cli, home):
+    env = {**home, "STITCHCACHE_TRUST": "signed", "STITCHCACHE_NAMESPACE": "stitchcache/prod"}
+    settings = run_cli("config", "--json", env=env).json["settings"]
+    assert (settings["trust"]["value"], settings["trust"]["source"]) == ("signed", "environment")
+    assert settings["namespace"]["value"] == "stitchcache/prod"
+    assert settings["keys"]["value"] == home["STITCHCACHE_KEYS"]
+    wrong = run_cli("config", env={**home, "STITCHCACHE_TRUST": "everyone"})
+    assert wrong.status == 2
+    assert "owner, signed, any" in wrong.err
