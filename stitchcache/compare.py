@@ -51,41 +51,25 @@ _LEFT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
-    """One result on both sides, or one tensor that was written, such as ``buffer:cache``.
-
-    Args:
-        fact: What is wrong beside values; ``""`` where nothing is.
-        difference: Largest absolute difference; for whole numbers and truth values the share that differs.
-        magnitude: Largest finite absolute value of the model's own; 1 for whole numbers.
-        spread: Root of the mean square of the differences, relative to that of the model's own.
-        dtype: Of floating-point and complex tensors; ``None`` for others.
-    """
+    """One result on both sides, or one tensor that was written, such as ``buffer:cache``."""
 
     name: str
-    fact: str = ""
-    difference: float = 0.0
-    magnitude: float = 0.0
-    spread: float = 0.0
-    dtype: torch.dtype | None = None
+    fact: str = ""  # what is wrong beside values
+    difference: float = 0.0  # largest absolute one; of whole numbers and truth values the share that differs
+    magnitude: float = 0.0  # largest finite absolute value of the model's own; 1 for whole numbers
+    spread: float = 0.0  # root of the mean square of the differences, relative to that of the model's own
+    dtype: torch.dtype | None = None  # of floating-point and complex tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Both:
-    """What came of running both sides.
+    """What came of running both sides."""
 
-    Args:
-        items: Every result and every tensor that either side wrote.
-        unchecked: Why nothing was compared; ``""`` where it was.
-        fails: What is wrong with the call as a whole, such as an error on one side; ``""`` where nothing is.
-        drew: Whether the model drew random numbers.
-        moved: Whether the model gave its modules something else to hold, such as a number counted up.
-    """
-
-    items: tuple[Compared, ...] = ()
-    unchecked: str = ""
-    fails: str = ""
-    drew: bool = False
-    moved: bool = False
+    items: tuple[Compared, ...] = ()  # every result and every tensor that either side wrote
+    unchecked: str = ""  # why nothing was compared
+    fails: str = ""  # what is wrong with the call as a whole, such as an error on one side
+    drew: bool = False  # the model drew random numbers
+    moved: bool = False  # the model gave its modules something else to hold, such as a number counted up
 
 
 class _Results(NamedTuple):
@@ -100,13 +84,10 @@ class Beside:
     """A model and a call, to be compared with what should do the same, as often as one likes.
 
     Put back are all tensors that ops write, attributes of the model's modules, and random number generators.
-
-    Args:
-        writes: Tensors that the other may write, and what to call them; of the model's writes each is seen.
-        apart: It runs beside the user's own calls, on arguments of its own: no shared state may be written
-            and no random number drawn, not even for a moment.
-        reads: Paths to tensors in plain attributes that the other reads; a model that replaces one writes it.
-        deep: Whether to put back what plain objects hold, too.
+    ``writes`` names tensors that the other may write; of the model's writes each is seen. ``apart``: it runs
+    beside the user's own calls, on arguments of its own, so no shared state may be written and no random
+    number drawn, not even for a moment. ``reads`` are paths to tensors in plain attributes that the other
+    reads; a model that replaces one writes it. ``deep`` puts back what plain objects hold, too.
     """
 
     def __init__(

@@ -20,6 +20,7 @@ from stitchcache.types import Check, Factor, TargetRecord
 
 if TYPE_CHECKING:
     from stitchcache.keys import TargetKey
+    from stitchcache.pipeline.find import Miss
     from stitchcache.types import Artifact
 
 ABSENT = "(absent)"
@@ -39,15 +40,10 @@ _SHOWN = 12
 
 
 def explain_differences(old: Sequence[Factor], new: Sequence[Factor]) -> dict[str, tuple[str, str]]:
-    """Say which factors differ between two keys.
+    """Which factors differ between two keys: name to old and new value, in the new key's order.
 
-    Args:
-        old: Factors of the stored key.
-        new: Factors of the key that was looked up.
-
-    Returns:
-        Factor name to ``(old value, new value)``, in the new key's order; ``"(absent)"`` for one that a key
-        does not have. Values that read alike are told apart by the start of their digests.
+    ``"(absent)"`` stands for one that a key does not have. Values that read alike are told apart by the start
+    of their digests.
     """
     before = {factor.name: factor for factor in old}
     after = {factor.name: factor for factor in new}
@@ -85,25 +81,15 @@ def printable(text: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NearestEntry:
-    """An entry, or the target that leads to it, beside some factors.
-
-    Args:
-        graph_hash: The entry.
-        target_key: The target key that leads to it; ``None`` where only the entry is known.
-        label: The model's class or the target's name.
-        created: Unix seconds.
-        refused: Why the target is not served without tracing; ``None`` where it is.
-        differences: Factor name to ``(value there, value here)``.
-        record: What the target key leads to; ``None`` where only the entry is known.
-    """
+    """An entry, or the target that leads to it, beside some factors."""
 
     graph_hash: str
-    target_key: str | None
+    target_key: str | None  # ``None``, as ``record``, where only the entry is known
     label: str
     created: float
-    refused: str | None = None
-    differences: dict[str, tuple[str, str]] = field(default_factory=dict)
-    record: TargetRecord | None = field(default=None, repr=False)
+    refused: str | None = None  # why the target is not served without tracing
+    differences: dict[str, tuple[str, str]] = field(default_factory=dict)  # factor to values there and here
+    record: TargetRecord | None = field(default=None, repr=False)  # what the target key leads to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,38 +147,25 @@ class Explanation:
         return "\n".join(printable(line) for line in lines)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MissFacts:
-    """What a miss found out beyond its reason; ``hint`` is the same in a few words, or empty."""
-
-    changed: Differences = field(default_factory=dict)
-    nearest: NearestEntry | None = None
-    hint: str = ""
-
-
 def explained(
-    lookup: tuple[str, TargetKey, str, MissFacts | None] | None,
+    lookup: tuple[str, TargetKey, Miss | None] | None,
     artifact: Artifact,
     hit: str | None,
     seconds: Mapping[str, float],
     check: Check,
 ) -> Explanation:
-    """Put an explanation together from what a start kept.
-
-    ``lookup`` is label, target key, why there was no direct hit, and what the miss found out; ``None`` where
-    nothing was looked up by a target key.
-    """
-    label, key, reason, facts = lookup or (artifact.label, None, "it was loaded by its graph hash", None)
-    facts = facts or MissFacts()
+    """An explanation of what a start kept: label, target key, miss; ``None`` where no key was looked up."""
+    label, key, miss = lookup or (artifact.label, None, None)
+    reason = "" if lookup is not None else "it was loaded by its graph hash"
     return Explanation(
         label=label,
         hit=hit,
-        reason=reason,
+        reason=reason if miss is None else miss.reason,
         target_key=None if key is None else key.key,
         graph_hash=artifact.graph_hash,
         factors=() if key is None else key.factors,
-        changed=facts.changed,
-        nearest=facts.nearest,
+        changed={} if miss is None else miss.changed,
+        nearest=None if miss is None else miss.nearest,
         seconds=dict(seconds),
         check=check,
     )
@@ -210,15 +183,10 @@ def nearest_entries(
     partial: bool = False,
     without: Collection[str] = (),
 ) -> list[NearestEntry]:
-    """Find what comes nearest to some factors, among the newest files of a cache.
+    """What comes nearest to some factors, among the newest files of a cache.
 
-    Args:
-        roots: The cache's root directories.
-        factors: Of the key that is to be explained.
-        label: The model's.
-        most: How many to return: fewest differing factors first, then the same label, then the newest.
-        partial: Compare only factors that are given: the key could not be computed to its end.
-        without: Target keys and graph hashes to leave out.
+    Those with the fewest differing factors come first, then those of the same label, then the newest.
+    ``partial`` compares only factors that are given: the key could not be computed to its end.
     """
     wanted = {factor.name for factor in factors}
     unasked = tuple(kind for kind in _OF_ENTRIES if not any(name.startswith(kind) for name in wanted))
@@ -235,11 +203,7 @@ def nearest_entries(
 def stored_targets(
     roots: Roots, *, prefix: str = "", graph_hash: str | None = None
 ) -> list[tuple[str, str, TargetRecord]]:
-    """All targets of a cache whose keys begin so and that lead to an entry, newest first.
-
-    Returns:
-        Target key, file, and the newest record that it holds; a key in several roots comes once.
-    """
+    """Targets of a cache by the beginning of their keys, or by entry: key, file and newest record."""
     found: dict[str, tuple[str, str, TargetRecord]] = {}
     for root in roots:
         for _, _, path, key in _newest([root], Area.TARGETS):

@@ -53,6 +53,22 @@ def span(shape: Sequence[int], stride: Sequence[int]) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
+def row_major(shape: Shape) -> Shape | None:
+    """Strides of a contiguous tensor as records have them; ``None`` where one follows from an expression."""
+    strides: list[Size] = []
+    factor, symbols = 1, list[str]()
+    for size in (1, *reversed(shape[1:])) if shape else ():
+        if isinstance(size, int):
+            factor *= size
+        elif size.isidentifier():
+            symbols.append(size)
+        else:
+            return None
+        parts = [str(factor)] * (factor != 1) + sorted(symbols)
+        strides.append(factor if not symbols else f"({' * '.join(parts)})" if len(parts) > 1 else parts[0])
+    return tuple(reversed(strides))
+
+
 # -- what users give ------------------------------------------------------------------------------
 
 

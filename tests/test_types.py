@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stitchcache.types import span
+from stitchcache.types import row_major, span
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,20 @@ def test_the_span_of_a_tensor_is_the_memory_that_its_strides_reach(shape, stride
 def test_a_shape_and_strides_of_other_lengths_are_refused():
     with pytest.raises(ValueError, match="zip"):
         span((2, 3), (1,))
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [
+        ((), ()),
+        ((2, 3), (3, 1)),
+        (("s0", 384), (384, 1)),
+        ((4, "s0"), ("s0", 1)),
+        (("s0", "s1", 3), ("(3 * s1)", 3, 1)),
+        (("s0", "s2", "s1"), ("(s1 * s2)", "s1", 1)),
+        (("(s0 + 1)", 2), (2, 1)),
+        ((2, "(s0 + 1)"), None),
+    ],
+)
+def test_strides_by_rows_are_written_as_the_capture_writes_them(shape, strides):
+    assert row_major(shape) == strides

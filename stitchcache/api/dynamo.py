@@ -20,7 +20,6 @@ from stitchcache.api.compile import request_of
 from stitchcache.cache import Cache
 from stitchcache.capture.dynamo import label_of
 from stitchcache.errors import (
-    BackendError,
     CacheMissError,
     CaptureError,
     CodegenError,
@@ -35,7 +34,6 @@ from stitchcache.pipeline.make import plan_entry
 from stitchcache.pipeline.trace import compile_planned, dynamo_source
 from stitchcache.runtime.graph import CompiledGraph
 from stitchcache.torchside.dynamo import fix_own_floats, outside_tracing
-from stitchcache.types import BlobRef
 
 log = logging.getLogger("stitchcache")
 
@@ -132,26 +130,9 @@ def _compiled(
     with outside_tracing():
         planned = plan_entry(source)
 
-        def read_blob(blob: BlobRef) -> bytes:
-            path = cache.blob_path(blob)
-            if path is None:
-                raise BackendError(
-                    f"{site.label}: piece {blob.digest[:12]} is not in {cache.root} any more, so the graph "
-                    "cannot be saved. Compile it again with a cache that can be written.",
-                    backend=request.backend,
-                )
-            return path.read_bytes()
-
         def begin(found: Hit, miss: Miss) -> CompiledGraph:
             def link(pieces: Mapping[str, Any], _constants: Mapping[str, torch.Tensor]) -> CompiledGraph:
-                return CompiledGraph(
-                    found.artifact,
-                    pieces,
-                    source.model,
-                    cache_hit=found.way,
-                    read_blob=read_blob,
-                    eager=gm.forward,
-                )
+                return CompiledGraph(found.artifact, pieces, source.model, gm.forward, found.way)
 
             # Dynamo traces in every process: a graph hit is no direct hit that was missed.
             return start_with(link, found, site, None if found.way else miss)

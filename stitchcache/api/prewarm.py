@@ -89,38 +89,22 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrewarmResult:
-    """What became of one target.
-
-    Args:
-        name: The target's.
-        status: ``direct`` or ``graph`` (it was there), ``compiled``, or ``failed``.
-        graph_hash: Its entry; empty if it failed.
-        pieces: Calls of compiled pieces.
-        distinct: Different pieces.
-        blob_bytes: Size of the different pieces.
-        seconds: What it took, the building of the model not counted.
-        timings: Seconds by stage.
-        error: Why it failed; ``None`` if it did not.
-    """
+    """What became of one target."""
 
     name: str
-    status: str
-    graph_hash: str = ""
-    pieces: int = 0
-    distinct: int = 0
-    blob_bytes: int = 0
-    seconds: float = 0.0
-    timings: Mapping[str, float] | None = None
-    error: StitchCacheError | None = None
+    status: str  # ``direct`` or ``graph`` (it was there), ``compiled``, or ``failed``
+    graph_hash: str = ""  # its entry
+    pieces: int = 0  # calls of compiled pieces
+    distinct: int = 0  # different pieces
+    blob_bytes: int = 0  # size of the different pieces
+    seconds: float = 0.0  # the building of the model not counted
+    timings: Mapping[str, float] | None = None  # seconds by stage
+    error: StitchCacheError | None = None  # why it failed
 
 
 @dataclass(frozen=True, slots=True)
 class PrewarmReport:
-    """What became of all targets, in their order.
-
-    Args:
-        results: One a target.
-    """
+    """What became of all targets: ``results`` has one each, in their order."""
 
     results: tuple[PrewarmResult, ...]
 

@@ -31,11 +31,7 @@ from stitchcache.types import span
 
 
 def dump_consts(consts: list[Any]) -> bytes | None:
-    """The bytes of a consts table; ``None`` for an empty one.
-
-    Raises:
-        UnserializableConstError: A value cannot be stored; ``type_name`` says of what type, ``path`` which.
-    """
+    """The bytes of a consts table, ``None`` for an empty one; an UnserializableConstError if one has none."""
     if not consts:
         return None
     for index, value in enumerate(consts):

@@ -34,17 +34,9 @@ def input_spec(
 ) -> InputSpec:
     """Read off a flat graph what its callers must keep to.
 
-    Args:
-        gm: The graph.
-        inputs: Placeholder names, one a leaf, as are ``paths`` and ``leaves``.
-        paths: What the user calls each leaf.
-        leaves: The example's.
-        tree: The input tree, written down.
-        names: Filled in the order of the leaves.
-        ranges: What ``torch.export`` lets symbols be; ``None`` for Dynamo, which checks relations itself.
-
-    Raises:
-        CaptureError: A leaf is neither a tensor nor a plain value.
+    Of each leaf ``inputs`` has the placeholder and ``paths`` what the user calls it. ``names`` is filled in
+    their order. ``ranges`` is what ``torch.export`` lets symbols be; ``None`` for Dynamo, which
+    checks relations itself.
     """
     fakes = {node.name: symbols.value_of(node) for node in gm.graph.nodes if node.op == "placeholder"}
     written = written_placeholders(gm)
@@ -91,11 +83,7 @@ def _symbols(names: SymbolNames, shape_env: Any, ranges: Mapping[Any, Any]) -> I
 
 
 def tensor_spec(value: torch.Tensor, names: SymbolNames, path: str = "") -> TensorSpec:
-    """Metadata of a tensor, real or fake.
-
-    Raises:
-        CaptureError: Its layout has no strides (sparse).
-    """
+    """Metadata of a tensor, real or fake; a CaptureError for a layout that has no strides (sparse)."""
     if value.layout != torch.strided:
         raise CaptureError(
             f"{path or 'a tensor'} has layout {value.layout}; only strided tensors are supported.",
@@ -113,12 +101,8 @@ def more_constraints(codes: Iterable[CodeType], example: Sequence[Any]) -> tuple
     """What calls must keep to besides, as the code that was traced asks for more than sizes and dtypes.
 
     From its bytecode: a trace does not see that two arguments were compared with ``is``, or what kind of
-    tensor one was. Most models ask for neither, and their calls pay for neither. Tensors as keys of a dict,
-    and ``in`` for a list of them, compare identity unseen. torch's own code is left out: what it asks changes
-    no result.
-
-    Raises:
-        CaptureError: Code asks for the kind of a tensor, and the example has other ones than plain tensors.
+    tensor one was. Tensors as keys of a dict, and ``in`` for a list of them, compare identity unseen. torch's
+    own code is left out. A CaptureError where code asks for the kind of a tensor, and one is not plain.
     """
     words = {}
     for code in codes:

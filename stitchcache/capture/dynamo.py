@@ -30,11 +30,7 @@ from stitchcache.types import OutputSpec
 
 
 def capture_graph(gm: GraphModule, example_inputs: Sequence[Any]) -> Capture:
-    """Bring a graph, as a backend of ``torch.compile`` gets it, into the form that is planned and compiled.
-
-    Raises:
-        CaptureError: The graph cannot be traced.
-    """
+    """Bring a graph of ``torch.compile`` into the form that is planned; a CaptureError if that fails."""
     tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
     _refuse_unusual(tensors)
     mode = fake_mode()
@@ -150,10 +146,7 @@ def _bake_numbers(gm: GraphModule) -> None:
 
 
 def _lift_tensors(gm: GraphModule, mode: Any) -> list[BoundTensor]:
-    """Make placeholders of the tensors that a graph holds: they are bound when it is linked.
-
-    Their values stay out of the hash, as those of parameters do.
-    """
+    """Make placeholders of the tensors that a graph holds: they are bound when it is linked, not hashed."""
     found: dict[str, tuple[Node, BoundTensor]] = {}
     first = next(iter(gm.graph.nodes))
     for node in list(gm.graph.nodes):

@@ -43,44 +43,26 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class BoundTensor:
-    """A placeholder that is fed from the model, or from the artifact itself.
+    """A placeholder that is fed from the model, or from the artifact itself."""
 
-    Args:
-        placeholder: The placeholder's name in the graph.
-        name: Qualified name in the model, or path; for a constant, torch's name for it.
-        kind: ``parameter``, ``buffer``, ``attribute`` or ``constant``.
-        tensor: The tensor itself.
-        aliases: Paths to the same tensor that the forward may have gone by.
-    """
-
-    placeholder: str
-    name: str
-    kind: str
+    placeholder: str  # its name in the graph
+    name: str  # qualified name in the model, or path; for a constant, torch's name for it
+    kind: str  # ``parameter``, ``buffer``, ``attribute`` or ``constant``
     tensor: torch.Tensor
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()  # paths to the same tensor that the forward may have gone by
 
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """A model as one graph, and the contract that goes with it.
+    """A model as one graph, and the contract that goes with it."""
 
-    Args:
-        gm: Flat graph: bound tensors first, then one placeholder a leaf of the inputs.
-        bound: Tensors for the first placeholders, in order.
-        user_inputs: Names of the remaining placeholders, one a leaf.
-        input_spec: What a call must bring.
-        output_spec: How results are returned.
-        example: The leaves that it was captured with, one for each of ``user_inputs``.
-        names: Canonical names of the graph's symbols.
-    """
-
-    gm: GraphModule
-    bound: tuple[BoundTensor, ...]
-    user_inputs: tuple[str, ...]
+    gm: GraphModule  # flat: bound tensors first, then one placeholder a leaf of the inputs
+    bound: tuple[BoundTensor, ...]  # for the first placeholders, in order
+    user_inputs: tuple[str, ...]  # names of the remaining placeholders
     input_spec: InputSpec
     output_spec: OutputSpec
-    example: tuple[Any, ...]
-    names: SymbolNames
+    example: tuple[Any, ...]  # the leaves that it was captured with
+    names: SymbolNames  # canonical names of the graph's symbols
 
 
 def capture(
@@ -89,11 +71,7 @@ def capture(
     kwargs: Mapping[str, Any],
     dynamic_shapes: Any = None,
 ) -> Capture:
-    """Trace a model, in evaluation mode, into one graph; arguments are those of ``torch.export.export``.
-
-    Raises:
-        CaptureError: torch cannot export it; ``location`` is the user's line that stopped it.
-    """
+    """Trace a model into one graph, as ``torch.export.export``; a CaptureError says where that fails."""
     leaves, spec = tree.flatten((args, dict(kwargs)))
     state, plain = state_of(model), plain_tensors(model)
     _refuse_unfinished([*state.values(), *leaves])

@@ -13,12 +13,15 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import sympy
 import torch
 
 from stitchcache.capture.export import Capture, capture
 from stitchcache.errors import OptionError
+from stitchcache.graph import symbols
 from stitchcache.keys import dims_of_leaf, split_path
 from stitchcache.torchside import has_fakes, tree
+from stitchcache.torchside.ops import guarded_facts
 from stitchcache.types import Dim, InputSpec, SizeRange
 
 Variants = Sequence[tuple[SizeRange | None, Capture]]
@@ -34,12 +37,7 @@ def capture_ranges(
 ) -> tuple[Capture, Variants]:
     """Capture a model once for its contract, and once for each range of one named dimension.
 
-    Returns:
-        The capture that has the contract, and a capture for each range.
-
-    Raises:
-        OptionError: Ranges overlap, or do not fit the dimension they are about.
-        CaptureError: The model cannot be captured.
+    An OptionError where ranges overlap, or do not fit the dimension that they are about.
     """
     dynamic_shapes = _with_dims(dynamic_shapes, _torch_dim)
     whole = capture(model, args, kwargs, dynamic_shapes)
@@ -53,8 +51,13 @@ def capture_ranges(
     labelled = tuple(replace(s, label=label) if s.name == size else s for s in whole.input_spec.symbols)
     whole = replace(whole, input_spec=replace(whole.input_spec, symbols=labelled))
     variants: list[tuple[SizeRange | None, Capture]] = []
+    symbol = next(symbol for symbol, name in whole.names.items() if name == size)
+    now = symbols.solve(_pairs(whole))[symbol]
     for one in size_ranges:
-        given, named = _resized((args, dict(kwargs)), whole.input_spec, size, one)
+        leaves = resized(whole, {symbol: min(max(now, one.min), one.max)})
+        if leaves is None:
+            raise refuse(f"the capture of the whole range rules out the sizes {one}; drop that range.")
+        given, named = tree.unflatten(leaves, tree.loads(whole.input_spec.tree))
         shapes = _with_dims(dynamic_shapes, lambda dim, one=one: _narrowed(dim, label, one))  # type: ignore[misc]
         variant = capture(model, given, named, shapes)
         _check_contract(whole, variant, one, size)
@@ -124,23 +127,46 @@ def _size(spec: InputSpec, dynamic_shapes: Any, label: str) -> str:
     raise refuse(f"no argument has the dimension {label!r} in a place that can be told.")
 
 
-def _resized(
-    call: tuple[tuple[Any, ...], dict[str, Any]], spec: InputSpec, symbol: str, size_range: SizeRange
-) -> Any:
-    """The example with a size inside the range, its rows repeated or dropped."""
-    leaves, structure = tree.flatten(call)
-    for index, leaf in enumerate(spec.leaves):
-        for dim, size in enumerate(leaf.tensor.shape if leaf.tensor is not None else ()):
-            value = leaves[index]
-            if size != symbol or value.shape[dim] in size_range:
-                continue
-            wanted = min(max(value.shape[dim], size_range.min), size_range.max)
-            if has_fakes([value]):
-                leaves[index] = value.new_empty([*value.shape[:dim], wanted, *value.shape[dim + 1 :]])
-            else:
-                rows = torch.arange(wanted, device=value.device) % max(1, value.shape[dim])
-                leaves[index] = value.index_select(dim, rows)
-    return tree.unflatten(leaves, structure)
+def resized(captured: Capture, sizes: Mapping[sympy.Symbol, int]) -> list[Any] | None:
+    """The example's leaves at other sizes, rows dropped or repeated; ``None`` if the graph rules them out."""
+    pairs, leaves = _pairs(captured), []
+    values = {symbol: sympy.Integer(size) for symbol, size in {**symbols.solve(pairs), **sizes}.items()}
+    for fake, leaf in pairs:
+        if isinstance(fake, torch.SymInt):
+            leaf = symbols.evaluate(fake, values)
+        elif isinstance(leaf, torch.Tensor) and isinstance(fake, torch.Tensor):
+            leaf = _at_sizes(leaf, fake, values)
+        if leaf is None and fake is not None:
+            return None
+        leaves.append(leaf)
+    shape_env = symbols.shape_environment(captured.gm.graph)
+    facts = guarded_facts(shape_env) if shape_env is not None else ()
+    return None if any(fact.xreplace(values) == sympy.false for fact in facts) else leaves
+
+
+def _pairs(captured: Capture) -> list[tuple[Any, Any]]:
+    """What the graph knows of each leaf, and the example's."""
+    nodes = captured.gm.graph.nodes
+    known = {node.name: node.meta.get("val") for node in nodes if node.op == "placeholder"}
+    return list(zip(map(known.get, captured.user_inputs), captured.example, strict=True))
+
+
+def _at_sizes(leaf: torch.Tensor, fake: torch.Tensor, values: Mapping[Any, Any]) -> torch.Tensor | None:
+    """A leaf at other sizes, with the strides of the contract."""
+    shape: list[Any] = [symbols.evaluate(size, values) for size in fake.shape]
+    stride: list[Any] = [symbols.evaluate(size, values) for size in fake.stride()]
+    if None in shape or None in stride:
+        return None
+    if has_fakes([leaf]):
+        return leaf.new_empty_strided(shape, stride)
+    rows = leaf
+    for dim, size in enumerate(shape):
+        have = leaf.shape[dim]
+        repeated = torch.arange(size, device=leaf.device) % max(1, have)
+        rows = rows.narrow(dim, 0, size) if size <= have else rows.index_select(dim, repeated)
+    if 0 in stride or rows.shape == leaf.shape:
+        return rows
+    return torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device).copy_(rows)
 
 
 def _check_contract(whole: Capture, variant: Capture, size_range: SizeRange, symbol: str) -> None:

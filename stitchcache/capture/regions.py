@@ -37,11 +37,7 @@ def ambient_modes(devices: set[str]) -> Modes:
 
 
 def inline_regions(gm: GraphModule, modes: Modes) -> None:
-    """Inline blocks under changed modes in place, and write out what autocast does, within and around them.
-
-    Raises:
-        CaptureError: What autocast does to an op cannot be written out.
-    """
+    """Inline blocks under changed modes, in place, and write out what autocast does in and around them."""
     for node in list(gm.graph.nodes):
         inner = _modes_of(node, modes)
         if inner is not None:

@@ -77,11 +77,7 @@ def demo(backend: str, runs: int, as_json: bool, root: str | None, **config: int
 
 
 def run_child(job: out.Record, mode: str, update: Update, step: str) -> out.Record:
-    """Do a job of ``stitchcache.demo.child`` in a fresh process, and return what it measured.
-
-    Raises:
-        StitchCacheError: What stopped the child.
-    """
+    """Do a job of ``stitchcache.demo.child`` in a fresh process, and return what it measured."""
     update(_NAME, step)
     last: out.Record = {}
     with tempfile.TemporaryFile("w+") as said:

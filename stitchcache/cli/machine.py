@@ -59,20 +59,12 @@ def _print_settings(record: out.Record) -> None:
     out.print_table(columns, [{"name": name, **found} for name, found in record["settings"].items()])
 
 
-def _value_text(value: str | int | bool | None) -> object:
-    return out.size_text(value) if type(value) is int else value
-
-
 def _variable(name: str) -> str:
     return f"STITCHCACHE_{'READONLY' if name == 'read_only' else name.upper()}"
 
 
 def _value(name: str) -> str | int | bool | None:
-    """A setting's value.
-
-    Raises:
-        OptionError: Its variable makes no sense.
-    """
+    """A setting's value; an OptionError if its variable makes no sense."""
     if name == "max_size":
         return max_size()
     if name == "require":

@@ -38,19 +38,13 @@ _INDEXED: dict[str, _Kind] = {"__vllm_submods__": "submod", "__vllm_consts__": "
 
 
 def check_code(code: str, submods: int, consts: int) -> tuple[ast.Module, bool, set[int]]:
-    """Check that source text is nothing but a stitching function.
-
-    Args:
-        code: The source.
-        submods: How many submodules it will be given.
-        consts: How many constants it will be given.
+    """Check that source text is nothing but a stitching function over so many submodules and constants.
 
     Returns:
         Its functions, whether it is in the bound ABI, and the numbers of the submodules that it uses.
 
     Raises:
-        EntryFormatError: It holds anything that the generators do not write, or uses a slot that it
-            will not be given; ``field`` names line and construct.
+        EntryFormatError: It has anything else; ``field`` names line and construct.
         LinkError: It calls an op that no imported library registers.
     """
     try:

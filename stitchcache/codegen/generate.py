@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -39,7 +39,6 @@ def generate_execution_code(
     split_gm: GraphModule,
     *,
     boxed: Collection[str] = (),
-    abi: Literal["bound", "list"] = "bound",
     graph_hash: str = "",
 ) -> tuple[str, list[str], list[Any]]:
     """Write a Python function that does what a stitching graph does.
@@ -51,7 +50,6 @@ def generate_execution_code(
         split_gm: The graph. ``GraphModule`` submodules are inlined, at any depth.
         boxed: Qualified names of submodules whose callables take one list of arguments and return a
             sequence. A ``GraphModule`` named here is called, not inlined.
-        abi: ``"bound"`` is ours; ``"list"`` is the form that vLLM's ``compile_execution_fn`` takes.
         graph_hash: Named in the function's docstring.
 
     Returns:
@@ -61,13 +59,11 @@ def generate_execution_code(
     Raises:
         CodegenError: A node has no form as source code.
         UnserializableConstError: An argument can neither be written as a literal nor be pickled.
-        OptionError: An option has a value that makes no sense.
+        OptionError: ``graph_hash`` is no hash.
     """
-    if abi not in ("bound", "list"):
-        raise OptionError(f"abi is {abi!r}; it must be 'bound' or 'list'.", option="abi")
     if not _GRAPH_HASH.match(graph_hash):
         raise OptionError(f"graph_hash is {graph_hash!r}, which is no hash.", option="graph_hash")
-    scope = Scope(is_bound=abi == "bound")
+    scope = Scope()
     parameters, names = _parameters(split_gm.graph, scope)
     lowering = Lowering(split_gm, scope, boxed)
     output = lowering.run(split_gm.graph, "")
@@ -76,8 +72,8 @@ def generate_execution_code(
     pieces = len(lowering.pieces)
     title = f'{_INDENT}"""Run {graph}: {pieces} {"piece" if pieces == 1 else "pieces"}."""'
     body = [title, *_body_lines(names, lowering.statements, result)]
-    lines = _bound_lines(scope, parameters, body) if scope.is_bound else _list_lines(parameters, body)
-    return "\n".join(["import torch", "import operator", "", *lines, ""]), list(scope.slots), scope.consts
+    lines = ["import torch", "import operator", "", *_bind_lines(scope, parameters, body), ""]
+    return "\n".join(lines), list(scope.slots), scope.consts
 
 
 def _parameters(graph: Graph, scope: Scope) -> tuple[list[str], list[str]]:
@@ -142,7 +138,7 @@ class Lowering:
     def _assign_call(self, node: Node, expression: str, module: torch.nn.Module | None = None) -> None:
         """Assign a call's result, item by item where only its items are wanted."""
         length = _result_length(node, module)
-        wanted = _items_used(node, length) if self._scope.is_bound else None
+        wanted = _items_used(node, length)
         if not wanted or (length is None and len(wanted) > 1):
             self._assign(node, expression)
             return
@@ -266,7 +262,7 @@ class Lowering:
 
 def _is_name(text: str) -> bool:
     """Whether a value's text can be called upon (``x.method()``, ``x[0]``): all but literals can."""
-    return is_identifier(text.strip("\0")) or text.startswith("__vllm_")
+    return is_identifier(text.strip("\0"))
 
 
 def _operand(text: str) -> str:
@@ -393,7 +389,7 @@ def _listed(names: Collection[str]) -> str:
     return ", ".join(names) + ("," if len(names) == 1 else "")
 
 
-def _bound_lines(scope: Scope, parameters: Sequence[str], body: Sequence[str]) -> list[str]:
+def _bind_lines(scope: Scope, parameters: Sequence[str], body: Sequence[str]) -> list[str]:
     inside = []
     if scope.slots:
         inside.append(f"{_listed(scope.slots.values())} = __submods__")
@@ -403,11 +399,3 @@ def _bound_lines(scope: Scope, parameters: Sequence[str], body: Sequence[str]) -
     inside += ["", f"def execution_fn({', '.join(parameters)}):", *body, "", "return execution_fn"]
     indented = [f"{_INDENT}{line}" if line else "" for line in inside]
     return ["", "def bind(__submods__, __consts__):", *indented]
-
-
-def _list_lines(parameters: Sequence[str], body: Sequence[str]) -> list[str]:
-    positional = [text for text in parameters if not text.startswith("**")]
-    rest = [text for text in parameters if text.startswith("**")]
-    if not any(text.startswith("*") for text in positional):
-        positional.append("*")
-    return [f"def execution_fn({', '.join([*positional, '__vllm_submods__', *rest])}):", *body]

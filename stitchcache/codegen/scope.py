@@ -51,10 +51,8 @@ def variable(name: str) -> str:
 class Scope:
     """What the names of one generated function mean; slots, ops and constants in order of first use."""
 
-    def __init__(self, is_bound: bool) -> None:
-        self.is_bound = is_bound
-        # Ops are bound to names of ours; only the list ABI calls builtins by their own names.
-        self._taken = set(_RESERVED if is_bound else _RESERVED | BUILTINS)
+    def __init__(self) -> None:
+        self._taken = set(_RESERVED)
         self._next: dict[tuple[str, int], int] = {}
         self._callables: dict[int, Path | None] = {}
         self._symbols: dict[Any, Node] = {}
@@ -97,14 +95,13 @@ class Scope:
         """Take a submodule, parameter or buffer by its name below the root; gives its source text."""
         if name not in self.slots:
             # bind() reads builtins after it has named its slots: `op_0 = max` must mean the builtin.
-            wanted = f"{name}_" if name in BUILTINS else name
-            self.slots[name] = self.take(wanted) if self.is_bound else f"__vllm_submods__[{len(self.slots)}]"
+            self.slots[name] = self.take(f"{name}_" if name in BUILTINS else name)
         return self.slots[name]
 
     def op(self, *path: str) -> str:
         """Take what a dotted path leads to; gives its source text."""
         if path not in self.ops:
-            self.ops[path] = self._numbered("op") if self.is_bound else dotted(path)
+            self.ops[path] = self._numbered("op")
         return self.ops[path]
 
     def const(self, value: Any, node: Node, path: str) -> str:
@@ -114,8 +111,7 @@ class Scope:
         """
         if id(value) not in self.const_texts:
             _check_picklable(value, node, path)
-            text = self._numbered("const") if self.is_bound else f"__vllm_consts__[{len(self.consts)}]"
-            self.const_texts[id(value)] = text
+            self.const_texts[id(value)] = self._numbered("const")
             self.consts.append(value)
         return self.const_texts[id(value)]
 

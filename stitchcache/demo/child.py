@@ -22,12 +22,7 @@ Record = dict[str, Any]
 
 
 def measure(job: Record) -> Record:
-    """Run the decoder eagerly or through the cache.
-
-    Args:
-        job: ``mode`` (``eager`` or ``cached``), ``spawned`` (when the parent started this process, in Unix
-            seconds), ``config`` (fields of ``DecoderConfig``), ``backend`` and ``cache``.
-    """
+    """Do a job: ``mode`` (``eager``, ``cached``), ``spawned`` (Unix time) and the rest."""
     # Not at the top, here and below: what is imported is a part of what is measured.
     import torch
 

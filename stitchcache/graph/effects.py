@@ -39,10 +39,7 @@ def target_name(target: Any) -> str:
 
 
 def matches(target: Any, wanted: str) -> bool:
-    """Whether a splitting op's name, as a user writes it, means this target.
-
-    ``ns::op`` means every overload, ``ns::op.overload`` one; a dot may stand for the colons.
-    """
+    """Whether a splitting op's name means this target: ``ns::op`` every overload, ``ns.op.overload`` one."""
     name = target_name(target)
     namespace, colons, op = name.partition("::")
     base = op.split(".")[0]

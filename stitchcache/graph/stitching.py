@@ -27,18 +27,10 @@ _EMPTY = torch.ops.aten.empty.memory_format
 def bind_placeholders(
     split_gm: GraphModule, tensors: Mapping[str, tuple[str, torch.Tensor]], constants: Collection[str] = ()
 ) -> dict[str, str]:
-    """Replace placeholders by ``get_attr`` nodes under ``bound.``.
+    """Replace placeholders by ``get_attr`` nodes under ``bound.``, in place; gives their paths and names.
 
-    Args:
-        split_gm: A split graph; changed in place.
-        tensors: Placeholder name to qualified name in the model, and tensor.
-        constants: Further placeholders to remove, which nothing should use.
-
-    Returns:
-        Attribute path to qualified name, for the placeholders that are used.
-
-    Raises:
-        SplitError: One of ``constants`` is used.
+    ``tensors`` has a placeholder's qualified name in the model, and tensor. ``constants`` are further
+    placeholders to remove; a SplitError if the graph uses one.
     """
     attributes: dict[str, str] = {}
     graph = split_gm.graph
@@ -71,9 +63,8 @@ def bind_placeholders(
 def lower_sizes(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:
     """Rewrite these submodules of a split graph, and their calls, so that they take tensors only.
 
-    Returns:
-        Those left as they were, because they take a symbolic value that no tensor can carry (a
-        float, a truth value, a size that may be negative).
+    Gives those left as they were, because they take a symbolic value that no tensor can carry (a float, a
+    truth value, a size that may be negative).
     """
     left = set()
     for call in list(split_gm.graph.nodes):
@@ -161,18 +152,11 @@ def pin_strides(
     passive: Collection[str] = (),
     uncompiled: Collection[str] = (),
 ) -> None:
-    """Insert stride pins into a split graph.
+    """Insert stride pins into a split graph, in place; a SplitError for strides that overlap or leave gaps.
 
-    Args:
-        split_gm: Changed in place.
-        pieces: Names of the submodules that are compiled.
-        passive: Names of the submodules that only make views and allocate: the strides of their
-            results follow from those of their inputs, so the inputs are pinned instead.
-        uncompiled: Those of ``pieces`` that run op by op. Their results have the strides that eager gives
-            them, which are not always those that fake tensors promised.
-
-    Raises:
-        SplitError: A value cannot be pinned because its strides overlap or leave gaps.
+    ``passive`` submodules only make views and allocate: the strides of their results follow from those of
+    their inputs, so the inputs are pinned instead. ``uncompiled`` ones of ``pieces`` run op by op: their
+    results have the strides that eager gives them, which are not always those that fake tensors promised.
     """
     relied_on = {*pieces, *passive}
     for node in list(split_gm.graph.nodes):

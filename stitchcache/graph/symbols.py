@@ -171,10 +171,8 @@ def guards(shape_env: Any, names: SymbolNames) -> list[str]:
 
 
 def relations(shape_env: Any, names: SymbolNames) -> list[str]:
-    """Everything that torch knows about the symbols met so far, in no order.
-
-    Also what it asserts of sizes that data decides: a compiler may use any of it, so it belongs in a hash.
-    """
+    """Everything that torch knows about the symbols met so far, in no order."""
+    # Also what it asserts of sizes that data decides: a compiler may use any of it.
     facts = ops.guarded_facts(shape_env) + ops.asserted_facts(shape_env)
     return [structure(fact) for fact in _about(names, facts)]
 

@@ -61,10 +61,7 @@ def target_key(
 
     Arguments are those of a request; ``leaves`` are the inputs' paths and values, ``tree`` their tree as
     text. Give ``check_sources`` and ``SourceRecorder`` the same ``walk``: a record is said in terms of what
-    this key has met.
-
-    Raises:
-        OptionError: One of ``options`` or ``key_factors`` is no plain value.
+    this key has met. An OptionError for an option or a factor of the caller's that is no plain value.
     """
     walk = walk or Walk()
     factors: list[Factor] = []
@@ -130,11 +127,7 @@ def _option_factors(
 def input_factors(
     leaves: Sequence[tuple[str, Any]], tree: str, dynamic_shapes: Any = None, walk: Walk | None = None
 ) -> Iterator[Factor]:
-    """Factors of the inputs that a capture is made with; in the walk over a key they follow the model.
-
-    Raises:
-        UnkeyableError: A leaf or the dynamic shapes cannot be keyed soundly; the reason names it.
-    """
+    """Factors of the inputs that a capture is made with; in the walk over a key they follow the model."""
     walk = walk or Walk()
     yield make_factor("input.tree", f"{len(leaves)} leaves", tree.encode())
     yield make_factor("input.dynamic_shapes", _shapes_text(dynamic_shapes))

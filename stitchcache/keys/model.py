@@ -55,10 +55,8 @@ def readable(value: Any) -> str:
 def model_factors(model: torch.nn.Module, walk: Walk | None = None) -> tuple[Factor, ...]:
     """Everything about a model that a trace may depend on, as factors; none of its code is run.
 
-    In the walk over a key the model comes first, so that its factors depend on nothing else.
-
-    Raises:
-        UnkeyableError: No key stands for the model; the reason names the attribute.
+    In the walk over a key the model comes first, so that its factors depend on nothing else. An
+    UnkeyableError names the attribute for which no key stands.
     """
     try:
         return tuple(_ModelWalk(model, walk or Walk()).factors())

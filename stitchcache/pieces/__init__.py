@@ -60,19 +60,12 @@ _RANDOM = {"rand", "rand_like", "randn", "randn_like", "randint", "randint_like"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """What is to be compiled: one call of a piece in the stitching graph.
+    """What is to be compiled: one call of a piece in the stitching graph."""
 
-    Args:
-        name: Submodule name.
-        key: Equal for equal pieces, in this model or another.
-        gm: Its graph; not changed. Placeholders carry fake tensors in ``meta["val"]``; it returns a tuple.
-        backend: ``eager`` where the wanted backend cannot keep its meaning.
-    """
-
-    name: str
-    key: str
-    gm: GraphModule
-    backend: str
+    name: str  # of its submodule
+    key: str  # equal for equal pieces, in this model or another
+    gm: GraphModule  # not changed; placeholders carry fake tensors in ``meta["val"]``; it returns a tuple
+    backend: str  # ``eager`` where the wanted backend cannot keep its meaning
 
 
 class Backend:
@@ -85,7 +78,7 @@ class Backend:
     name: str
 
     def compile(self, piece: GraphModule, directory: Path, options: Options) -> Path:
-        """Compile a piece.
+        """Compile a piece; a BackendError if it cannot be compiled, or not to one file.
 
         Args:
             piece: A copy of its graph, which may be changed.
@@ -94,18 +87,11 @@ class Backend:
 
         Returns:
             The file to store.
-
-        Raises:
-            BackendError: It cannot be compiled, or not to one file.
         """
         raise NotImplementedError
 
     def load(self, path: Path, device: str) -> BoxedPiece:
-        """Load a stored file in place, for a device such as ``cpu`` or ``cuda:1``.
-
-        Raises:
-            BackendError: The file cannot be loaded here.
-        """
+        """Load a stored file in place, for a device such as ``cuda:1``; a BackendError if it cannot be."""
         raise NotImplementedError
 
     def foreign_ops(self, piece: GraphModule) -> set[str]:
@@ -119,16 +105,8 @@ class Backend:
     def prepare(self, devices: Collection[str], options: Options, pieces: int) -> Options:
         """Do once what every compile would do again; forked children inherit it.
 
-        Args:
-            devices: Device types in use.
-            options: The user's.
-            pieces: How many are about to be compiled.
-
-        Returns:
-            Options that compile so many soonest, to the same result; what the user's say stays.
-
-        Raises:
-            CompilerMissingError: It needs a C++ compiler and there is none.
+        Gives options that compile so many pieces soonest, to the same result; what the user's say stays. A
+        CompilerMissingError if it needs a C++ compiler and there is none.
         """
         return options
 

@@ -35,23 +35,11 @@ def build(
     devices: Sequence[str],
     on_built: Callable[[Piece, Path, float], None],
 ) -> None:
-    """Compile pieces, one for each key.
+    """Compile pieces, one for each key; a BackendError if one cannot be compiled, or is wrong.
 
-    Args:
-        missing: What to compile.
-        examples: By key, inputs of pieces as a real run fed them, to compare with eager on. A piece without
-            is compared on made-up numbers; ``None`` skips the comparison.
-        scratch: A directory to work in.
-        options: Backend options.
-        jobs: Processes at a time; ``None`` takes about one a core, see :func:`at_once`.
-        devices: Device types in use.
-        on_built: Called in this process as pieces get ready, with their file and their seconds.
-
-    Raises:
-        CompilerMissingError: There is no C++ compiler.
-        PieceCrashError: A piece killed its child.
-        PieceMismatchError: A piece disagrees with eager.
-        BackendError: A piece cannot be compiled.
+    ``examples`` has inputs by key, as a real run fed them, to compare with eager on. A piece without is
+    compared on made-up numbers; ``None`` skips the comparison. ``on_built`` is called in this process as
+    pieces get ready, with their file and their seconds.
     """
     counts = Counter(piece.backend for piece in missing)
     chosen = {name: get_backend(name).prepare(devices, options, count) for name, count in counts.items()}

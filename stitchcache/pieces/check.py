@@ -26,14 +26,10 @@ _SEED = 20
 
 
 def compare_with_eager(piece: Piece, compiled: BoxedPiece, inputs: Sequence[Any]) -> None:
-    """Run a piece both ways and compare results and side effects.
+    """Run a piece both ways and compare results and side effects; a PieceMismatchError says what differs.
 
-    Random numbers are drawn under the same seed both times, and compared like any other. Inputs are left as
-    they were.
-
-    Raises:
-        PieceMismatchError: They differ in number, dtype, shape, device or value, or a result does not have
-            the strides that the capture promised to those who use it.
+    Random numbers are drawn under the same seed both times, and compared like any other. Results must have
+    the strides that the capture promised to those who use them. Inputs are left as they were.
     """
     gm = piece.gm
     copy = clone_all if effects.mutates(gm.graph) else list
@@ -131,10 +127,8 @@ def undefined_outputs(gm: GraphModule) -> set[int]:
 def stand_in(like: torch.Tensor, label: str, *, positive: bool = False, zero: bool = False) -> torch.Tensor:
     """A tensor with the metadata of another, and with random values that the label decides.
 
-    Symbolic sizes are the example's. ``positive`` makes no negative floats, ``zero`` no integers but 0.
-
-    Raises:
-        ValueError: Its sizes are not known.
+    Symbolic sizes are the example's; a ValueError where data decides one. ``positive`` makes no negative
+    floats, ``zero`` no integers but 0.
     """
     shape, stride = ([symbols.example_of(size) for size in sizes] for sizes in (like.shape, like.stride()))
     if None in shape or None in stride:
@@ -153,14 +147,7 @@ def stand_in(like: torch.Tensor, label: str, *, positive: bool = False, zero: bo
 
 
 def compare_on_stand_ins(piece: Piece, compiled: BoxedPiece) -> str:
-    """Compare a compiled piece with eager execution where there is no real data to feed it.
-
-    Returns:
-        Why it was not compared, because eager execution refuses all that was tried; empty if it was.
-
-    Raises:
-        PieceMismatchError: They differ.
-    """
+    """The same without real data. Gives why it was not compared, if eager refuses all that was made up."""
     refused = ""
     for choice in ({}, {"positive": True}, {"positive": True, "zero": True}):
         try:

@@ -43,18 +43,11 @@ _EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception|Refused)\b")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Something to do in a child; names of piece and backend are for errors.
-
-    Args:
-        name: The piece's.
-        run: Called in the child; its result must survive pickling.
-        log: File that gets what the child prints.
-        backend: The backend's name.
-    """
+    """Something to do in a child; names of piece and backend are for errors."""
 
     name: str
-    run: Callable[[], Any]
-    log: Path
+    run: Callable[[], Any]  # its result must survive pickling
+    log: Path  # gets what the child prints
     backend: str
 
 
@@ -80,17 +73,10 @@ def available() -> bool:
 
 
 def run_all(jobs: Sequence[Job], limit: int) -> Generator[tuple[int, Any], None, None]:
-    """Run jobs in children, at most ``limit`` at a time.
+    """Run jobs in children, at most ``limit`` at a time; gives index and result of each as it finishes.
 
-    Close the iterator when you leave it early: that ends the children.
-
-    Yields:
-        A job's index and result, as they finish.
-
-    Raises:
-        StitchCacheError: What a job raised; the other children are ended first.
-        PieceCrashError: A child was killed by a signal.
-        BackendError: A child failed otherwise.
+    Raises what a job raised, a PieceCrashError for a child that a signal killed, and a BackendError for one
+    that failed otherwise. Close the iterator when you leave it early: that ends the children.
     """
     running: dict[int, Child] = {}
     todo = list(enumerate(jobs))[::-1]

@@ -70,8 +70,7 @@ def start(
     compiled = start_with(link, found, site, miss, look)
     compiled.timings = dict(site.timings)
     if target is not None:
-        reason, facts = (miss.reason, miss.facts) if miss is not None else ("", None)
-        compiled.lookup = (site.label, target, reason, facts)
+        compiled.lookup = (site.label, target, miss)
     return compiled
 
 
@@ -99,7 +98,7 @@ def start_with(
     cache.count("microseconds.spent", int(spent * 1e6))
     if found.way:
         cache.count("microseconds.saved", max(0, int((artifact.compile_seconds - spent) * 1e6)))
-    why = f" (no direct hit: {miss.reason}{miss.facts.hint if miss.facts else ''})" if miss else ""
+    why = f" (no direct hit: {miss.reason}{miss.hint})" if miss else ""
     log.info("%s: %s %s in %.3f s%s", site.label, _SAID[found.way], artifact.graph_hash[:12], spent, why)
     site.tell("done")
     return compiled

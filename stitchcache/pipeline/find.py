@@ -26,7 +26,7 @@ from stitchcache.torchside import tree
 from stitchcache.types import BACKENDS, COMPILER_OPTIONS, Artifact, SizeRange, TargetRecord
 
 if TYPE_CHECKING:
-    from stitchcache.explanation import MissFacts
+    from stitchcache.explanation import Differences, NearestEntry
 
 log = logging.getLogger("stitchcache")
 
@@ -281,7 +281,10 @@ class Miss:
     reason: str
     cause: str
     record: TargetRecord | None = None
-    facts: MissFacts | None = None
+    # What it found out besides, if it looked; ``hint`` is the same in a few words.
+    changed: Differences = field(default_factory=dict)
+    nearest: NearestEntry | None = None
+    hint: str = ""
 
 
 def want(

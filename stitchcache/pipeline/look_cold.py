@@ -14,13 +14,12 @@ from dataclasses import replace
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch.fx import Interpreter, Node
 
 from stitchcache.capture import BoundTensor, Capture, capture
 from stitchcache.capture.contract import more_constraints
-from stitchcache.capture.ranges import Variants, refuse
+from stitchcache.capture.ranges import Variants, refuse, resized
 from stitchcache.capture.regions import no_autocast
 from stitchcache.compare import HIGH, Beside, Both, Compared, disagreement, measure
 from stitchcache.errors import CaptureError, ModelMismatchError, PieceMismatchError
@@ -31,7 +30,6 @@ from stitchcache.pieces.check import stand_in, undefined_outputs
 from stitchcache.pipeline.look import LASTING, record_of
 from stitchcache.state import clone_all, drawn_back
 from stitchcache.torchside import has_fakes, tree
-from stitchcache.torchside.ops import guarded_facts
 from stitchcache.types import Check, CheckRecord, OutputBound, SizeRange
 
 if TYPE_CHECKING:
@@ -54,11 +52,8 @@ def look_cold(
 ) -> tuple[Check, CheckRecord]:
     """Compare what was compiled now with the model itself; what is seen becomes the measure for later starts.
 
-    ``captured`` is the graph that was compiled. ``skip`` is why nothing is to be compared.
-
-    Raises:
-        ModelMismatchError: The captured graph does something else than the model.
-        PieceMismatchError: The graph is right, and the compiled pieces together are not.
+    ``skip`` is why nothing is to be compared. A ModelMismatchError if the captured graph does something else
+    than the model, a PieceMismatchError if only the compiled pieces together do.
     """
 
     def unchecked(reason: str) -> tuple[Check, CheckRecord]:
@@ -306,9 +301,10 @@ def proved(model: torch.nn.Module, captured: Capture, effects: Mapping[str, bool
 
     def agrees(names: Iterable[str]) -> bool:
         """Whether graph and model return, and leave behind, the same at the sizes that are wanted."""
-        leaves = _narrowed(captured, {own[name]: wanted[name] for name in names})
+        leaves = resized(captured, {own[name]: wanted[name] for name in names})
         if leaves is None:
             return False
+        leaves = [stand_in(leaf, "an argument") if has_fakes([leaf]) else leaf for leaf in leaves]
         args, kwargs = tree.unflatten(leaves, tree.loads(contract.tree))
         if has_fakes([*captured.example, *(item.tensor for item in captured.bound)]):
             return _agrees_without_data(model, captured, args, kwargs)
@@ -345,10 +341,7 @@ def _agrees_without_data(model: torch.nn.Module, captured: Capture, args: Any, k
 
 
 class _MadeUp(Interpreter):
-    """Runs a graph, and makes each tensor of the model up by its name, only while an op reads it.
-
-    So a model runs in the memory of its activations.
-    """
+    """Runs a graph in the memory of its activations: the model's tensors are made up where an op reads."""
 
     def __init__(self, captured: Capture) -> None:
         super().__init__(captured.gm)
@@ -386,40 +379,3 @@ class _MadeUp(Interpreter):
         if placeholder in self.written:
             self.kept[placeholder] = made
         return made
-
-
-def _narrowed(captured: Capture, sizes: Mapping[sympy.Symbol, int]) -> list[Any] | None:
-    """The example's leaves at other sizes, with the strides of the contract; ``None`` if impossible."""
-    nodes = captured.gm.graph.nodes
-    known = {node.name: node.meta.get("val") for node in nodes if node.op == "placeholder"}
-    fakes = [known[name] for name in captured.user_inputs]
-    solved = symbols.solve(zip(fakes, captured.example, strict=True))
-    values = {symbol: sympy.Integer(size) for symbol, size in {**solved, **sizes}.items()}
-    narrowed = []
-    for fake, leaf in zip(fakes, captured.example, strict=True):
-        if isinstance(fake, torch.SymInt):
-            leaf = symbols.evaluate(fake, values)
-        elif isinstance(leaf, torch.Tensor) and isinstance(fake, torch.Tensor):
-            leaf = _cut(leaf, fake, values)
-        if leaf is None and fake is not None:
-            return None
-        narrowed.append(leaf)
-    shape_env = symbols.shape_environment(captured.gm.graph)
-    facts = guarded_facts(shape_env) if shape_env is not None else ()
-    return None if any(fact.xreplace(values) == sympy.false for fact in facts) else narrowed
-
-
-def _cut(leaf: torch.Tensor, fake: torch.Tensor, values: Mapping[sympy.Symbol, Any]) -> torch.Tensor | None:
-    shape = [symbols.evaluate(size, values) for size in fake.shape]
-    stride = [symbols.evaluate(size, values) for size in fake.stride()]
-    if None in shape or None in stride or any(s > have for s, have in zip(shape, leaf.shape, strict=True)):  # type: ignore[operator]
-        return None
-    if has_fakes([leaf]):
-        return stand_in(leaf.new_empty_strided(shape, stride), "an argument")  # type: ignore[arg-type]
-    cut = leaf
-    for dim, size in enumerate(shape):
-        cut = cut.narrow(dim, 0, size)  # type: ignore[arg-type]
-    if 0 in stride or cut.shape == leaf.shape:
-        return cut
-    made = torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device)  # type: ignore[arg-type]
-    return made.copy_(cut)

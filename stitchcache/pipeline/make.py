@@ -62,64 +62,41 @@ _FREE = ("empty", "new_empty", "sym_size", "sym_numel")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A captured model, whoever captured it.
+    """A captured model, whoever captured it."""
 
-    Args:
-        model: Whose tensors stitching code binds.
-        request: Options; of splitting ops those that the graph has.
-        whole: The capture that has the contract; ``variants`` has one for each size range, or for all sizes.
-        environment: Factors of what pieces depend on beside their graph: machine, torch, options.
-        known: Further factors that a new entry keeps, to explain it.
-        facts: Factors that distinguish entries, but not the pieces in them.
-        sources: Source files that ran during the capture; ``globals``: values that it read beside the model.
-        unsound: Why its target must not be looked up directly; ``None`` where it may.
-    """
-
-    model: torch.nn.Module
-    request: Request
+    model: torch.nn.Module  # whose tensors stitching code binds
+    request: Request  # of splitting ops those that the graph has
     site: Site
-    whole: Capture
+    whole: Capture  # has the contract
     variants: Variants
-    environment: tuple[Factor, ...]
-    known: tuple[Factor, ...]
-    facts: tuple[Factor, ...] = ()
-    sources: tuple[SourceRef, ...] = ()
-    globals: tuple[tuple[str, str], ...] = ()
-    unsound: str | None = None
+    environment: tuple[Factor, ...]  # what pieces depend on beside their graph: machine, torch, options
+    known: tuple[Factor, ...]  # what a new entry keeps too, to explain it
+    facts: tuple[Factor, ...] = ()  # what distinguishes entries, but not the pieces in them
+    sources: tuple[SourceRef, ...] = ()  # files that ran during the capture
+    globals: tuple[tuple[str, str], ...] = ()  # values that it read beside the model
+    unsound: str | None = None  # why its target must not be looked up directly
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A split graph, ready to be compiled.
+    """A split graph, ready to be compiled."""
 
-    Args:
-        split_gm: The stitching graph with its pieces; ``structure`` is its hash.
-        pieces: In order of first use; several may have one key.
-        attributes: Attribute path in ``split_gm`` to the tensor's name in the model.
-    """
-
-    split_gm: GraphModule
-    pieces: tuple[Piece, ...]
-    attributes: dict[str, str]
-    structure: str
+    split_gm: GraphModule  # the stitching graph with its pieces
+    pieces: tuple[Piece, ...]  # in order of first use; several may have one key
+    attributes: dict[str, str]  # path in ``split_gm`` to the tensor's name in the model
+    structure: str  # hash of ``split_gm``
 
 
 @dataclass(frozen=True, slots=True)
 class EntryPlan:
-    """A captured model, planned: everything that its entry will be but the compiled pieces.
-
-    Args:
-        plans: What has to be compiled, for each of its variants.
-        factors: What went into the graph hash beside pieces and environment.
-        bindings: Tensors that the stitching code uses; ``constants`` are those that the artifact carries.
-    """
+    """A captured model, planned: everything that its entry will be but the compiled pieces."""
 
     source: Source
-    plans: tuple[tuple[SizeRange | None, Plan], ...]
+    plans: tuple[tuple[SizeRange | None, Plan], ...]  # one for each variant
     graph_hash: str
-    factors: tuple[Factor, ...]
-    bindings: tuple[BindingSpec, ...]
-    constants: Mapping[str, torch.Tensor]
+    factors: tuple[Factor, ...]  # what went into the graph hash beside pieces and environment
+    bindings: tuple[BindingSpec, ...]  # tensors that the stitching code uses
+    constants: Mapping[str, torch.Tensor]  # those that the artifact carries
 
 
 def plan_entry(source: Source) -> EntryPlan:
@@ -171,18 +148,10 @@ def plan(
     backend: Backend,
     factors: Sequence[Factor],
 ) -> Plan:
-    """Plan the compilation of a captured graph, which is not changed.
+    """Plan the compilation of a captured graph, which is not changed; a ``SplitError`` if it cannot be split.
 
-    Args:
-        gm: Flat graph.
-        bound: Placeholder to name and tensor, for what the model feeds.
-        constants: Placeholders of leaves that the capture baked in.
-        splitting_ops: As the user gave them.
-        backend: Compiles the pieces, but for those whose meaning it would change.
-        factors: What distinguishes compiled pieces beyond their graph.
-
-    Raises:
-        SplitError: The graph cannot be split so that pieces are self-contained, or lacks a splitting op.
+    ``bound`` has name and tensor for placeholders that the model feeds, ``constants`` names those of leaves
+    that the capture baked in, and ``factors`` distinguish compiled pieces beyond their graph.
     """
     split_gm, items = split_graph(gm, (*splitting_ops, *sorted(backend.foreign_ops(gm))))
     splitting = [node.target for item in items if item.is_splitting_graph for node in item.graph.graph.nodes]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stitchcache.errors import CacheMissError
 from stitchcache.explanation import (
     ABSENT,
-    MissFacts,
     NearestEntry,
     differences_text,
     explain_differences,
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _FEW = 3
 
 
-def miss_facts(wanted: Wanted, miss: Miss) -> MissFacts:
-    """Look at what there is, before anything is stored by this run."""
+def with_facts(wanted: Wanted, miss: Miss) -> Miss:
+    """A miss with what can be found out about it, before anything is stored by this run."""
     changed, found = changed_and_nearest(wanted, miss.record, miss.cause)
     hint = ""
     if found and "model.class" in found[0].differences:
@@ -35,7 +35,7 @@ def miss_facts(wanted: Wanted, miss: Miss) -> MissFacts:
     elif found and found[0].differences:
         differs = names_text(list(found[0].differences), _FEW)
         hint = f"; nearest {found[0].graph_hash[:12]} differs in {differs}"
-    return MissFacts(changed=changed, nearest=found[0] if found else None, hint=hint)
+    return replace(miss, changed=changed, nearest=found[0] if found else None, hint=hint)
 
 
 def changed_and_nearest(
@@ -88,14 +88,14 @@ def graph_differences(artifact: Artifact, traced: EntryPlan) -> dict[str, tuple[
 
 def miss_error(wanted: Wanted, miss: Miss, graph_hash: str | None = None) -> CacheMissError:
     """The error for a miss where misses are forbidden; without a graph hash, tracing is."""
-    site, facts = wanted.site, miss.facts or MissFacts()
-    differences = dict(facts.nearest.differences) if facts.nearest is not None else {}
+    site = wanted.site
+    differences = dict(miss.nearest.differences) if miss.nearest is not None else {}
     detail = ""
-    if facts.nearest is not None and differences:
-        near = f"{facts.nearest.label or 'entry'} {facts.nearest.graph_hash[:12]}"
+    if miss.nearest is not None and differences:
+        near = f"{miss.nearest.label or 'entry'} {miss.nearest.graph_hash[:12]}"
         detail = f" It differs from the nearest entry, {near}, in {differences_text(differences, _FEW)}."
-    if facts.changed:
-        changed = {path: (old[:12], new[:12]) for path, (old, new) in facts.changed.items()}
+    if miss.changed:
+        changed = {path: (old[:12], new[:12]) for path, (old, new) in miss.changed.items()}
         detail += f" Changed: {differences_text(changed, _FEW)}."
     if graph_hash is None:
         what = (
@@ -114,5 +114,5 @@ def miss_error(wanted: Wanted, miss: Miss, graph_hash: str | None = None) -> Cac
         key=wanted.target.key or "",
         reason=miss.reason,
         differences=differences,
-        changed=dict(facts.changed),
+        changed=dict(miss.changed),
     )

@@ -31,7 +31,7 @@ from stitchcache.pipeline.find import Hit, Miss, Request, Site, Wanted, find_by_
 from stitchcache.pipeline.look import looker
 from stitchcache.pipeline.look_cold import look_cold, prove_ranges
 from stitchcache.pipeline.make import EntryPlan, Source, make, plan_entry
-from stitchcache.pipeline.miss import graph_differences, miss_error, miss_facts
+from stitchcache.pipeline.miss import graph_differences, miss_error, with_facts
 from stitchcache.runtime.graph import held_tensors
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.state import devices_of
@@ -121,7 +121,7 @@ def _import_exporter() -> None:
 def compile_traced(wanted: Wanted, miss: Miss) -> CompiledModel:
     """Trace a model that has no direct hit; load what its graph leads to, or compile it."""
     request, site = wanted.request, wanted.site
-    miss = replace(miss, facts=site.timed("explain", lambda: miss_facts(wanted, miss)))
+    miss = site.timed("explain", partial(with_facts, wanted, miss))
     known, edited = miss.record, miss.cause == "sources"
     if request.must_be_direct:
         raise miss_error(wanted, miss)
@@ -131,8 +131,7 @@ def compile_traced(wanted: Wanted, miss: Miss) -> CompiledModel:
         source = export_source(wanted)
         planned = site.timed("plan", lambda: plan_entry(source))
         if source.unsound is not None:
-            facts = replace(miss.facts, hint="") if miss.facts is not None else None
-            miss = replace(miss, reason=source.unsound, cause="unkeyable", facts=facts)
+            miss = replace(miss, reason=source.unsound, cause="unkeyable", hint="")
         look = looker(wanted, partial(look_cold, wanted, source.whole))
 
         def begin(found: Hit, miss: Miss) -> CompiledModel:

@@ -26,10 +26,10 @@ from stitchcache.types import (
     BindingSpec,
     InputSpec,
     OutputSpec,
-    Size,
     SizeRange,
     TargetRecord,
     TensorSpec,
+    row_major,
 )
 
 Record = dict[str, Any]
@@ -51,15 +51,8 @@ class Entry:
 def read_entry(cache: Cache, prefix: str) -> Entry:
     """Read the entry that a prefix means, of any format and whoever may write its file.
 
-    Args:
-        cache: Where to look.
-        prefix: The first digits of its graph hash.
-
-    Raises:
-        GraphHashError: It names no entry.
-        AmbiguousPrefixError: It names more than one.
-        EntryFormatError: The entry is damaged or of a newer format.
-        StoreError: Its file cannot be read.
+    Raises a GraphHashError if there is none, an EntryFormatError if it is damaged or of a newer format, and a
+    StoreError if its file cannot be read.
     """
     graph_hash = cache.find(prefix)
     for root in map(str, cache.roots):
@@ -210,11 +203,7 @@ def _code(artifact: Artifact) -> list[str]:
 def explain_key(cache: Cache, prefix: str) -> Record:
     """What the beginning of a graph hash or target key stands for, as ``explain --json`` prints it.
 
-    Raises:
-        GraphHashError: It names neither.
-        AmbiguousPrefixError: It names more than one.
-        EntryFormatError: It names an entry that is damaged.
-        StoreError: A file cannot be read.
+    Raises as :func:`read_entry` does; a target may lead to an entry that is gone or damaged.
     """
     kind, key = _named(cache, prefix)
     targets = stored_targets(cache.roots, **{"prefix" if kind == "target" else "graph_hash": key})
@@ -296,26 +285,9 @@ def tensor_text(tensor: TensorSpec) -> str:
     """A tensor such as ``float32[s0, 384] cpu``; strides are told where they are not the usual ones."""
     shape = ", ".join(str(size) for size in tensor.shape)
     text = f"{tensor.dtype}[{shape}] {tensor.device}"
-    if contiguous(tensor.shape) not in (None, tensor.stride):
+    if tensor.stride != row_major(tensor.shape):
         text += f" strides ({', '.join(str(size) for size in tensor.stride)})"
     return text
-
-
-def contiguous(shape: tuple[Size, ...]) -> tuple[Size, ...] | None:
-    """Strides of a contiguous tensor; ``None`` where one is a product that can be spelled in several ways."""
-    strides: list[Size] = []
-    symbols: list[str] = []
-    factor = 1
-    for size in reversed(shape):
-        if len(symbols) > 1 or (symbols and factor != 1 and not symbols[0].isidentifier()):
-            return None
-        symbol = symbols[0] if symbols else ""
-        strides.append(f"{factor}*{symbol}" if symbol and factor != 1 else symbol or factor)
-        if isinstance(size, int):
-            factor *= size
-        else:
-            symbols.append(size)
-    return tuple(reversed(strides))
 
 
 def input_lines(spec: InputSpec | None) -> list[tuple[str, str]]:

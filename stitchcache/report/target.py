@@ -14,22 +14,10 @@ from stitchcache.types import Artifact
 
 
 def explain_target(target: Target, cache: Cache, *, trace: bool = False, most: int = 3) -> Record:
-    """Say what a start of a target would be.
+    """What a start of a target would be, as ``explain --json`` prints it; its model is built.
 
-    Args:
-        target: What to look up; its model is built.
-        cache: Where; one that is opened read-only stays as it is, damage included.
-        trace: Whether to trace it too, which takes seconds.
-        most: How many of the nearest entries to name, where the key leads nowhere.
-
-    Returns:
-        What ``explain --json`` prints of a target. Its verdict is ``direct``, ``miss``, or ``off`` where
-        direct lookup is off.
-
-    Raises:
-        TargetError: The model cannot be built.
-        OptionError: An option makes no sense.
-        CaptureError: It was to be traced, and cannot be.
+    The verdict is ``direct``, ``miss``, or ``off`` where direct lookup is off. Where the key leads nowhere,
+    ``most`` of the nearest entries are named. In a cache that is opened read-only even damage stays.
     """
     request = request_for(target)
     model, args, kwargs = target.made()

@@ -15,7 +15,7 @@ import torch
 
 from stitchcache.errors import EntryFormatError, InputMismatchError
 from stitchcache.torchside import storage_id
-from stitchcache.types import InputSpec, LeafSpec, OutputSpec, Size, TensorSpec
+from stitchcache.types import InputSpec, LeafSpec, OutputSpec, Size, TensorSpec, row_major
 
 _WORDS = frozenset({"distinct", "plain", "apart"})  # of constraints; InputSpec says what they mean
 
@@ -270,7 +270,7 @@ class CallSource:
                 _arithmetic(part, self._known, "leaves")
         strides = f"({', '.join(str(stride) for stride in tensor.stride)},)"
         wrong = f"{name}.stride() != {strides} and not same_strides({name}, {strides})"
-        if is_contiguous(tensor):
+        if tensor.stride == row_major(tensor.shape):
             wrong = f"not {name}.is_contiguous()"
         advice = "Compiled code relies on the example's strides; pass it laid out as that."
         self.refuse_if(wrong, path, f"f'strides {{{strides}}}'", f"{name}.stride()", advice)
@@ -327,28 +327,6 @@ def _arithmetic(text: str, symbols: Collection[str], field: str) -> str:
 
         check_expression(text, symbols, f"input_spec.{field}")
     return text
-
-
-def is_contiguous(tensor: TensorSpec) -> bool:
-    """Whether a specification describes a contiguous tensor, judged at three sets of sizes."""
-    texts = {part for part in (*tensor.shape, *tensor.stride) if isinstance(part, str)}
-    longer = [text for text in texts if not text.isidentifier()]
-    names, evaluators = texts.difference(longer), {}
-    if longer:
-        from stitchcache.runtime.expressions import evaluator, names_in
-
-        evaluators = {text: evaluator(text) for text in longer}
-        names = names.union(*map(names_in, longer))
-    for base in (3, 5, 11):
-        values: dict[Size, int] = {name: base + 2 * i for i, name in enumerate(sorted(names))}
-        values |= {text: value(values) for text, value in evaluators.items()}  # type: ignore[arg-type]
-        step = 1
-        for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride), strict=True):
-            actual = values.get(size, size)
-            if actual != 1 and values.get(stride, stride) != step:
-                return False
-            step *= int(actual)
-    return True
 
 
 # What generated source calls.

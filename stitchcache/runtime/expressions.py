@@ -8,14 +8,10 @@ from keyword import iskeyword
 
 from stitchcache.errors import EntryFormatError
 
-_ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod, ast.Pow)
-_COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 _FUNCTIONS = {"max": max, "min": min}
-# Far beyond what torch writes. Parsing, checking and evaluating within them takes no time worth a word.
-_LONGEST = 4000
-_DEEPEST = 200
-_MOST_BITS = 1000
-_SIZE_BITS = 64
+# Far beyond what torch writes. Within them an expression is evaluated in milliseconds.
+_LONGEST = 2000
+_MOST_POWER = 9
 
 
 def check_expression(text: str, symbols: Collection[str], where: str) -> str:
@@ -66,12 +62,11 @@ def _parsed(text: str, where: str) -> ast.expr:
     """An expression's tree. Nothing but arithmetic is in it, and no number grows large."""
     try:
         if len(text) > _LONGEST:
-            raise ValueError("is too long")
+            raise ValueError("it is too long")
         node = ast.parse(text, mode="eval").body
-        _bits(node, 0)
+        _check(node)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        is_ours = type(error) is ValueError and not str(error).startswith("source code")
-        raise _refused(text, where, str(error) if is_ours else f"is not an expression ({error})") from error
+        raise _refused(text, where, f"is no arithmetic of sizes ({error})") from error
     return node
 
 
@@ -83,52 +78,33 @@ def _refused(text: str, where: str, reason: str) -> EntryFormatError:
     )
 
 
-def _bits(node: ast.AST, depth: int) -> int:
-    """At most how many bits the value of a node has, before one power of a power fills the memory.
-
-    Raises:
-        ValueError: A node is of no kind that is let through, or has too many bits.
-    """
-    if depth > _DEEPEST:
-        raise ValueError("is nested too deeply")
-    if isinstance(node, ast.Name):
-        if node.id in _FUNCTIONS:
-            raise ValueError(f"names {node.id!r} and does not call it")
-        return _SIZE_BITS
-    if isinstance(node, ast.Constant) and isinstance(node.value, int):
-        bits = node.value.bit_length()
-    elif isinstance(node, ast.BinOp) and isinstance(node.op, _ARITHMETIC):
-        left, right = _bits(node.left, depth + 1), _bits(node.right, depth + 1)
-        bits = max(left, right) + 1
-        if isinstance(node.op, ast.Mult):
-            bits = left + right
-        elif isinstance(node.op, ast.Pow):
-            if not isinstance(node.right, ast.Constant) or not isinstance(node.right.value, int):
-                raise ValueError("has a variable exponent")
-            bits = left * node.right.value
-    else:
-        bits = max((_bits(part, depth + 1) for part in _parts(node)), default=1)
-    if bits > _MOST_BITS:
-        raise ValueError("builds numbers that are too large")
-    return bits
-
-
-def _parts(node: ast.AST) -> list[ast.expr]:
-    """What the other kinds of nodes are made of."""
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not)):
-        return [node.operand]
-    if isinstance(node, ast.BoolOp):
-        return node.values
-    if isinstance(node, ast.Compare):
-        if len(node.ops) != 1 or not isinstance(node.ops[0], _COMPARISONS):
-            raise ValueError("holds a comparison that is none of sizes")
-        return [node.left, *node.comparators]
-    if isinstance(node, ast.Call):
-        named = isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS
-        if not named or not node.args or node.keywords:
-            raise ValueError("calls something other than max and min")
-        return node.args
-    raise ValueError(f"holds {type(node).__name__}")
+def _check(node: ast.AST) -> None:
+    """Raise a ValueError for a node of any other kind than those named here."""
+    parts: list[ast.expr] = []
+    match node:
+        case ast.Constant(value=int()):
+            pass
+        case ast.Name(id=name) if name not in _FUNCTIONS:
+            pass
+        case ast.BinOp(left=base, op=ast.Pow(), right=ast.Constant(value=int() as power)):
+            # One power of a power after the other would fill the memory.
+            if not 0 <= power <= _MOST_POWER or any(isinstance(part, ast.Pow) for part in ast.walk(base)):
+                raise ValueError("its numbers could grow too large")
+            parts = [base]
+        case ast.BinOp(op=ast.Add() | ast.Sub() | ast.Mult() | ast.FloorDiv() | ast.Mod()):
+            parts = [node.left, node.right]
+        case ast.UnaryOp(op=ast.USub() | ast.Not()):
+            parts = [node.operand]
+        case ast.BoolOp():
+            parts = node.values
+        case ast.Compare(ops=[ast.Eq() | ast.NotEq() | ast.Lt() | ast.LtE() | ast.Gt() | ast.GtE()]):
+            parts = [node.left, *node.comparators]
+        case ast.Call(func=ast.Name(id="max" | "min"), args=[_, *_], keywords=[]):
+            parts = node.args
+        case _:
+            raise ValueError(f"it holds {type(node).__name__}")
+    for part in parts:
+        _check(part)
 
 
 def _names(node: ast.expr) -> set[str]:

@@ -30,8 +30,9 @@ from stitchcache.state import memory_of, state_of, tensor_at
 from stitchcache.types import BOUND, Artifact, BindingSpec, Change, Check, SizeRange, Variant
 
 if TYPE_CHECKING:
-    from stitchcache.explanation import Explanation, MissFacts
+    from stitchcache.explanation import Explanation
     from stitchcache.keys import TargetKey
+    from stitchcache.pipeline.find import Miss
 
 _ANY = Signature([Parameter("args", Parameter.VAR_POSITIONAL), Parameter("kwargs", Parameter.VAR_KEYWORD)])
 
@@ -49,8 +50,8 @@ class CompiledModel:
             ``None`` (compiled now).
         timings: Seconds by stage.
         model: The model whose parameters and buffers are bound.
-        lookup: Label, target key, why there was no direct hit, and what that miss found out: kept for
-            :meth:`explain` as it is. ``None`` for one that was loaded by its graph hash.
+        lookup: Label, target key, and the miss of the direct lookup, kept for :meth:`explain`. ``None`` for
+            one that was loaded by its graph hash.
         changed: Tells whether a model is another one than was compiled; ``None`` where nothing tells.
         check: How the look at the model itself on the example stands.
     """
@@ -77,7 +78,7 @@ class CompiledModel:
         self._constants = dict(constants)
         self._objects = objects if objects is not None else CodeObjects()
         self.model = model
-        self.lookup: tuple[str, TargetKey, str, MissFacts | None] | None = None
+        self.lookup: tuple[str, TargetKey, Miss | None] | None = None
         self.changed: Callable[[torch.nn.Module], Change | None] | None = None
         self.check = Check(state="unchecked", reason="it was not compared with the model")
         self._refusal: StitchCacheError | None = None

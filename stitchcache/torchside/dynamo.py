@@ -1,8 +1,8 @@
 """What ``torch.compile`` hands to its backends, beyond the graph and the example inputs.
 
-Uses ``torch._guards``, ``torch._dynamo`` (``exc``, ``symbolic_convert``, ``aot_compile_types``), the names of
-what Dynamo writes into its graphs, ``SymNode._expr`` and ``torch.fx.experimental.proxy_tensor``. Only ever
-imported where Dynamo is at work already.
+Uses ``torch._guards``, ``torch._dynamo`` (``exc``, ``symbolic_convert``), the names of what Dynamo writes
+into its graphs, ``SymNode._expr`` and ``torch.fx.experimental.proxy_tensor``. Only ever imported where Dynamo
+is at work already.
 """
 
 from __future__ import annotations
@@ -19,14 +19,6 @@ from torch.fx.experimental.proxy_tensor import make_fx as make_fx
 
 from stitchcache.errors import BackendError
 from stitchcache.torchside import is_fake
-
-try:
-    from torch._dynamo.aot_compile_types import SerializableCallable as SerializableCallable
-except ImportError:  # torch without aot_compile
-
-    class SerializableCallable:  # type: ignore[no-redef]
-        """Stands in where torch cannot save compiled functions."""
-
 
 SEEN = ("2.11", "2.13")
 

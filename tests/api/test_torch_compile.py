@@ -243,6 +243,17 @@ def test_weights_are_seen_by_reference(tmp_path):
         torch.testing.assert_close(fast(x), model(x))
 
 
+def program(source, *arguments, **env):
+    paths = [str(HERE), str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [sys.executable, "-c", source, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 REFUSE = """
 import sys, torch, test_torch_compile as t
 from stitchcache import errors
@@ -308,60 +319,3 @@ def test_a_damaged_entry_is_compiled_again(tmp_path):
         torch._dynamo.reset()
         torch.testing.assert_close(compiled(stitchcache.Cache(tmp_path), model)(x), model(x))
     assert len(keys(cache)) == 1
-
-
-aot_compile = pytest.mark.skipif(
-    not hasattr(torch.compile(Small(), backend="eager", fullgraph=True).forward, "aot_compile"),
-    reason="this torch cannot compile a module's forward ahead of time",
-)
-SAVE = """
-import json, sys, torch, test_torch_compile as t
-torch.manual_seed(0)
-model = t.Small().eval()
-options = {"cache": sys.argv[2], "backend": "eager"}
-fast = torch.compile(model, backend="stitchcache", fullgraph=True, dynamic=True, options=options)
-with torch.no_grad():
-    fast.forward.aot_compile(((torch.randn(5, 8),), {})).save_compiled_function(sys.argv[1])
-"""
-LOAD = """
-import sys, torch, test_torch_compile as t
-torch.manual_seed(0)
-model = t.Small().eval()
-with open(sys.argv[1], "rb") as file:
-    fast = torch.compiler.load_compiled_function(file)
-with torch.no_grad():
-    for size in (5, 9, 2):
-        x = torch.randn(size, 8)
-        torch.testing.assert_close(fast(model, x), model(x))
-print("fine")
-"""
-
-
-def program(source, *arguments, **env):
-    paths = [str(HERE), str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    return subprocess.run(
-        [sys.executable, "-c", source, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **env},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@aot_compile
-def test_a_saved_function_needs_no_cache(tmp_path):
-    done = program(SAVE, tmp_path / "saved", tmp_path / "cache")
-    assert done.returncode == 0, done.stderr[-3000:]
-    done = program(LOAD, tmp_path / "saved", STITCHCACHE_DIR=str(tmp_path / "nowhere"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "fine" in done.stdout
-    assert not (tmp_path / "nowhere").exists()
-
-
-@aot_compile
-def test_a_saved_function_of_another_environment_is_refused(tmp_path):
-    done = program(SAVE, tmp_path / "saved", tmp_path / "cache")
-    assert done.returncode == 0, done.stderr[-3000:]
-    done = program(LOAD, tmp_path / "saved", TORCHINDUCTOR_MAX_AUTOTUNE="1")
-    assert done.returncode != 0
-    assert "made for another environment: env.variables" in done.stderr

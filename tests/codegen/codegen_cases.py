@@ -79,10 +79,10 @@ def slots_of(gm: torch.nn.Module, names: Sequence[str], boxed: Collection[str] =
     return {name: find(name) for name in names}
 
 
-def compiled(gm: fx.GraphModule, *, boxed: Collection[str] = (), abi: Any = "bound") -> Callable[..., Any]:
+def compiled(gm: fx.GraphModule, *, boxed: Collection[str] = ()) -> Callable[..., Any]:
     """The graph's function, its constants having been stored and read in between."""
-    code, names, consts = generate_execution_code(gm, boxed=boxed, abi=abi)
-    assert (code, names) == generate_execution_code(gm, boxed=boxed, abi=abi)[:2]
+    code, names, consts = generate_execution_code(gm, boxed=boxed)
+    assert (code, names) == generate_execution_code(gm, boxed=boxed)[:2]
     code, stored_names, stored = _stored(code, names, consts)
     return compile_execution_fn(code, slots_of(gm, names, boxed), stored_names, stored)
 
@@ -115,23 +115,21 @@ def check(
     boxed: Collection[str] = (),
     before: Callable[[], object] = lambda: None,
 ) -> Any:
-    """Run both ABIs and the interpreter on copies of the inputs, and compare everything.
+    """Run code and interpreter on copies of the inputs, and compare everything.
 
-    ``before`` runs before each of them. If the interpreter fails, so must the code, and alike.
+    ``before`` runs before both. If the interpreter fails, so must the code, and alike.
     """
     before()
-    expected_inputs, results = _copies(inputs), []
+    expected_inputs = _copies(inputs)
     expected, failure = _outcome(lambda: Nested(gm).run(*expected_inputs))
     expected = _copies(expected)
-    for abi in ("bound", "list"):
-        before()
-        own, run = _copies(inputs), compiled(gm, boxed=boxed, abi=abi)
-        result, own_failure = _outcome(lambda: run(*own))  # noqa: B023
-        assert own_failure is failure, f"{own_failure} where the interpreter had {failure}"
-        results.append(result)
-        assert_same(result, expected)
-        assert_same(own, expected_inputs)
-    return results[0]
+    before()
+    own, run = _copies(inputs), compiled(gm, boxed=boxed)
+    result, own_failure = _outcome(lambda: run(*own))
+    assert own_failure is failure, f"{own_failure} where the interpreter had {failure}"
+    assert_same(result, expected)
+    assert_same(own, expected_inputs)
+    return result
 
 
 def _outcome(run: Callable[[], Any]) -> tuple[Any, type[Exception] | None]:

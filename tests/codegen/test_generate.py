@@ -93,8 +93,7 @@ def test_inlined_graphs(name: str) -> None:
 def check_by_keyword(gm: fx.GraphModule, *inputs: Any) -> None:
     # fx.Interpreter takes placeholders by position only, so the module's own forward is the reference.
     expected = gm(*inputs)
-    for abi in ("bound", "list"):
-        assert_same(compiled(gm, abi=abi)(*inputs), expected)
+    assert_same(compiled(gm)(*inputs), expected)
 
 
 def test_inlining_goes_to_any_depth_and_keeps_no_call() -> None:
@@ -339,8 +338,6 @@ def test_missing_submodules_and_attributes() -> None:
 
 def test_options_are_checked() -> None:
     gm = graph_module(lambda g: g.output(None) and None)
-    with pytest.raises(OptionError):
-        generate_execution_code(gm, abi="other")  # type: ignore[arg-type]
     with pytest.raises(OptionError):
         generate_execution_code(gm, graph_hash='"""')
 

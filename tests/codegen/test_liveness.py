@@ -48,13 +48,12 @@ def _without_collector() -> Iterator[None]:
     gc.enable()
 
 
-def make(gm: fx.GraphModule, abi: str = "bound", boxed: Any = ()) -> Any:
-    code, names, consts = generate_execution_code(gm, abi=abi, boxed=boxed)
+def make(gm: fx.GraphModule, boxed: Any = ()) -> Any:
+    code, names, consts = generate_execution_code(gm, boxed=boxed)
     return compile_execution_fn(code, slots_of(gm, names, boxed), names, consts)
 
 
-@pytest.mark.parametrize("abi", ["bound", "list"])
-def test_arguments_die_where_the_caller_lets_go(abi: str) -> None:
+def test_arguments_die_where_the_caller_lets_go() -> None:
     watch = Watch()
 
     def look(*args: Any) -> None:
@@ -70,7 +69,7 @@ def test_arguments_die_where_the_caller_lets_go(abi: str) -> None:
         graph.call_module("look", ())
         graph.output(None)
 
-    make(graph_module(build, root), abi)(watch.token(), watch.token(), watch.token())
+    make(graph_module(build, root))(watch.token(), watch.token(), watch.token())
     assert watch.alive == [{0, 2}, {2}, set()]
 
 
