@@ -27,7 +27,6 @@ from stitchcache.artifact.entry import (
 from stitchcache.errors import (
     AmbiguousPrefixError,
     EntryFormatError,
-    FutureFormatError,
     GraphHashError,
     StoreError,
     StoreWriteError,
@@ -96,6 +95,7 @@ class Cache(Store):
             EntryFormatError: A value in it has no form in the format.
         """
         from stitchcache.artifact.entry import encode
+        from stitchcache.store.upkeep import standing
 
         key, blobs = check_key(artifact.graph_hash), artifact.blobs
         data = self._signed(Kind.ENTRY, key, encode(artifact), signature)
@@ -111,7 +111,7 @@ class Cache(Store):
                         "put_blob() comes before put()"
                     )
                     raise StoreWriteError(message, path=place, reason="a blob is missing")
-            replaced = self._standing(Area.ENTRIES, key, decode_named)
+            replaced = standing(self._top, Area.ENTRIES, key, decode_named)
             self._top.publish(path, data)
             # Eviction that looked before this entry existed sees by the new times that it must look again.
             for place in places.values():
@@ -130,18 +130,6 @@ class Cache(Store):
         if signature is None:
             signature = self._signature(kind.name.lower(), key, data[-DIGEST_SIZE:].hex())
         return with_signature(data, kind, signature) if signature else data
-
-    def _standing(self, area: Area, key: str, decode: Callable[..., T]) -> T | None:
-        """What the top layer's file of a key holds; ``None`` where it is missing or damaged."""
-        path = keyed_path(self._top.path, area, key)
-        try:
-            found = self._top.read(path, area)
-            return None if found is None else decode(found[0], key, path=path)
-        except FutureFormatError as error:
-            # One directory may serve several versions.
-            raise StoreWriteError(error.message, path=path, reason=error.reason) from error
-        except EntryFormatError:
-            return None
 
     @contextmanager
     def hold(self, artifact: Artifact) -> Iterator[bool]:
@@ -285,6 +273,7 @@ class Cache(Store):
             EntryFormatError: A value in it has no form in the format.
         """
         from stitchcache.artifact.entry import MOST_RECORDS, encode_target, unpack_factors
+        from stitchcache.store.upkeep import standing
 
         others = [
             each
@@ -299,7 +288,7 @@ class Cache(Store):
         unpack_factors(record.factors)
         path = keyed_path(self._top.path, Area.TARGETS, key)
         with self._top.writing(path):
-            self._standing(Area.TARGETS, key, decode_signed)
+            standing(self._top, Area.TARGETS, key, decode_signed)
         self._top.publish(path, data)
 
     def get_piece(self, key: str) -> PieceRecord | None:
@@ -417,6 +406,7 @@ class Cache(Store):
         Returns:
             Graph hashes of the entries that were rewritten. One that cannot be read is left, and warned of.
         """
+        from stitchcache.store.upkeep import standing
         from stitchcache.types import ENTRY_VERSION
 
         with self._listing():
@@ -433,7 +423,7 @@ class Cache(Store):
                 continue
             with self._top.writing(item.path):
                 # An entry that was compiled since has more to it.
-                if self._standing(Area.ENTRIES, item.key, decode_named) is None:
+                if standing(self._top, Area.ENTRIES, item.key, decode_named) is None:
                     self.put(replace(old, format_version=ENTRY_VERSION))
                 self._files.unlink(item.path)
             done.append(item.key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -205,7 +206,8 @@ def load(
     """Load an entry for a model, without looking at arguments or sources.
 
     Args:
-        source: A graph hash, or a prefix of one that is unique in the cache.
+        source: A graph hash, a prefix of one that is unique in the cache, or the path of a bundle with one
+            entry, which is imported first.
         model: Its parameters and buffers are bound by name; it must be the kind of model that was
             compiled.
         cache: Where to look; the default cache if ``None``.
@@ -228,6 +230,13 @@ def load(
     check_kind("model", model, torch.nn.Module, "a torch.nn.Module")
     prefix, store, (device, devices) = os.fspath(source), chosen_cache(cache), devices_of(model)
     site = Site(cache=store, label=type(model).__qualname__, device=device, devices=devices)
+    if os.path.isfile(prefix) and not set(prefix) <= set("0123456789abcdef"):
+        # By name: an extra, which is not a part of other starts.
+        entries = importlib.import_module("stitchcache.ext.bundle").import_bundle(store, prefix).entries
+        if len(entries) != 1:
+            said = f"it has {len(entries)} entries, which are imported now: load one by its graph hash"
+            raise OptionError(f"{prefix}: {said}", option="source")
+        (prefix,) = entries
     found = find_by_graph(store.find(prefix), site)
     if isinstance(found, Miss):
         raise GraphHashError(

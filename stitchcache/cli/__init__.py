@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from keyword import iskeyword
 from typing import IO, Any
 
 import click
@@ -29,6 +30,8 @@ _HOMES = {
     "doctor": "machine",
     "keys": "trust",
     "sign": "trust",
+    "export": "trust",
+    "import": "trust",
     "migrate": "upkeep",
 }
 """Commands in the order of the help page, with the module that has them."""
@@ -60,7 +63,8 @@ class Commands(click.Group):
         if cmd_name not in _HOMES:
             return None
         module = importlib.import_module(f"stitchcache.cli.{_HOMES[cmd_name]}")
-        command: click.Command = getattr(module, cmd_name)
+        # ``import`` is no name that Python allows.
+        command: click.Command = getattr(module, f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name)
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -1,14 +1,16 @@
-"""``stitchcache keys`` and ``sign``: who vouches for entries."""
+"""``stitchcache keys``, ``sign``, ``export`` and ``import``: who vouches for entries, and bundles."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from stitchcache.cli import Failure, Misuse
 from stitchcache.cli import output as out
+from stitchcache.cli.upkeep import age_option
 from stitchcache.errors import EntryFormatError
 
 if TYPE_CHECKING:
@@ -161,7 +163,7 @@ def sign(prefixes: tuple[str, ...], days: float, as_json: bool, root: str | None
     Only what nobody but you could have written is signed, and what was imported with a good signature.
     """
     # Not at the top: it needs an extra.
-    from stitchcache.ext.bundle import sign as sign_entries
+    from stitchcache.ext.export import sign as sign_entries
 
     cache = out.open_cache(root, trust="owner")
     signed = sign_entries(cache, [cache.find(prefix) for prefix in prefixes], seconds=days * 86400)
@@ -172,3 +174,50 @@ def sign(prefixes: tuple[str, ...], days: float, as_json: bool, root: str | None
         out.say(f"signed {out.count_text(len(signed), 'entry')} in {cache.root}")
 
     out.show({"root": str(cache.root), "signed": signed}, as_json, view)
+
+
+# -- bundles ---------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("file", type=click.Path())
+@click.argument("prefixes", metavar="[PREFIX]...", nargs=-1)
+@click.option("--label", help="Only entries with such a label; * and ? stand for others.")
+@click.option("--target", metavar="KEY", help="Only entries that a target key beginning so leads to.")
+@age_option("--max-age", help="Only entries compiled at most so long ago, such as 30d.")
+@out.shared_options
+def export(file: str, prefixes: tuple[str, ...], as_json: bool, root: str | None, **only: Any) -> None:
+    """Write entries to a signed bundle; without a PREFIX all entries of the cache."""
+    # Not at the top: it needs an extra.
+    from stitchcache.ext.export import export_bundle
+
+    cache = out.open_cache(root)
+    made = export_bundle(cache, file, [cache.find(prefix) for prefix in prefixes], **only)
+    record = {"root": str(cache.root), "file": file, **asdict(made)}
+    out.show(record, as_json, lambda _: _print_bundle(record, "wrote"))
+
+
+@click.command("import")
+@click.argument("file", type=click.Path())
+@out.shared_options
+def import_(file: str, as_json: bool, root: str | None) -> None:
+    """Store the entries of a bundle that a trusted key has signed.
+
+    The bundle is refused whole if any part of it is wrong. Entries that are there already stay.
+    """
+    from stitchcache.ext.bundle import import_bundle
+
+    cache = out.open_cache(root)
+    record = {"root": str(cache.root), "file": file, **asdict(import_bundle(cache, file))}
+    out.show(record, as_json, lambda _: _print_bundle(record, "read"))
+
+
+def _print_bundle(record: out.Record, what: str) -> None:
+    for graph_hash in record["entries"]:
+        click.echo(graph_hash + (" (there already)" if graph_hash in record["kept"] else ""))
+    entries, targets = (
+        out.count_text(number, one)
+        for number, one in ((len(record["entries"]), "entry"), (record["targets"], "target record"))
+    )
+    size = out.size_text(record["bytes"])
+    out.say(f"{what} {record['file']}: {entries}, {targets}, {size}, signed by {record['signer']}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,11 @@ def _age(_ctx: click.Context, _param: click.Parameter, value: str | None) -> flo
     return float(match[1]) * _UNITS[match[2]]
 
 
+def age_option(name: str, help: str) -> Callable[[out.F], out.F]:
+    """An option that is an age."""
+    return click.option(name, callback=_age, metavar="AGE", help=help)
+
+
 @click.command()
 @click.option(
     "--max-size",
@@ -78,7 +84,7 @@ def _age(_ctx: click.Context, _param: click.Parameter, value: str | None) -> flo
     help="Bytes to keep, such as 10G.  [default: STITCHCACHE_MAX_SIZE]",
 )
 @click.option("--max-files", type=click.IntRange(min=0), help="Files that may stay.")
-@click.option("--max-age", callback=_age, metavar="AGE", help="Entries unused for longer go, such as 30d.")
+@age_option("--max-age", help="Entries unused for longer go, such as 30d.")
 @click.option("--yes", is_flag=True, help="Do it.")
 @out.shared_options
 def prune(yes: bool, as_json: bool, root: str | None, **limits: Any) -> None:

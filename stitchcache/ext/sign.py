@@ -225,7 +225,9 @@ class Keys:
         """Whether there is a key to sign with."""
         return os.path.lexists(self.path("id"))
 
-    def sign(self, kind: str, key: str, digest: str, *, seconds: float = YEAR) -> bytes:
+    def sign(
+        self, kind: str, key: str, digest: str, *, seconds: float = YEAR, created: int | None = None
+    ) -> bytes:
         """Sign a digest with the key in ``id``.
 
         Args:
@@ -233,6 +235,7 @@ class Keys:
             key: Under which it stands.
             digest: Of it.
             seconds: How long the signature is good.
+            created: Unix seconds of now, unless something else tells the time.
 
         Raises:
             UntrustedEntryError: There is no key, or others can read it.
@@ -240,7 +243,7 @@ class Keys:
         """
         private, public = self._private()
         # As reproducible builds set the time.
-        now = int(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
+        now = int(os.environ.get("SOURCE_DATE_EPOCH") or time.time()) if created is None else created
         said = {"version": 1, "kind": kind, "key": key, "digest": digest, "signer": self.name_of(public)}
         said |= {"created": now, "expires": now + int(seconds)}
         text = json.dumps(said, separators=(",", ":")) + "\n"
@@ -252,6 +255,10 @@ class Keys:
         except EntryFormatError as error:
             raise OptionError(f"{self.path('id')}: {error.message}", option="id.pub") from error
         return data
+
+    def public(self) -> bytes:
+        """The public half of the key in ``id``."""
+        return self._private()[1]
 
     def name_of(self, public: bytes) -> str:
         """What a key of ours calls itself: the comment in ``id.pub``, else its fingerprint."""

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,8 +29,11 @@ _CHUNK = 1 << 20
 # -- blobs ---------------------------------------------------------------------------------------
 
 
-def publish_blob(root: Root, source: bytes | str) -> BlobRef:
-    """Put a blob in place under its digest, and hold it; ``source`` is its bytes, or a file that has them."""
+def publish_blob(root: Root, source: bytes | str | Iterable[bytes]) -> BlobRef:
+    """Put a blob in place under its digest, and hold it.
+
+    ``source`` is its bytes, in one or in several parts, or the path of a file that has them.
+    """
     with root.writing(root.area(Area.BLOBS)), root.temporary() as (temp, fd):
         found, size = hashlib.sha256(), 0
         for chunk in _chunks(root.files, source):
@@ -60,9 +63,9 @@ def publish_blob(root: Root, source: bytes | str) -> BlobRef:
     return ref
 
 
-def _chunks(files: Files, source: bytes | str) -> Iterator[bytes]:
-    if isinstance(source, bytes):
-        yield source
+def _chunks(files: Files, source: bytes | str | Iterable[bytes]) -> Iterator[bytes]:
+    if not isinstance(source, str):
+        yield from [source] if isinstance(source, bytes) else source
         return
     try:
         reader = files.open_read(source, follow=True)

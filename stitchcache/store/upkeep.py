@@ -18,8 +18,8 @@ from stitchcache.artifact.entry import (
     decode_target,
     header_end,
 )
-from stitchcache.errors import EntryFormatError, FutureFormatError, UntrustedEntryError
-from stitchcache.store import CAP, KEYED, LEGACY_SUFFIXES, Area, Files, possible_paths, words
+from stitchcache.errors import EntryFormatError, FutureFormatError, StoreWriteError, UntrustedEntryError
+from stitchcache.store import CAP, KEYED, LEGACY_SUFFIXES, Area, Files, keyed_path, possible_paths, words
 from stitchcache.store.publish import quarantine
 from stitchcache.store.root import Item, Root, host_name
 from stitchcache.types import BlobRef
@@ -79,6 +79,23 @@ def read_header(root: Root, path: str) -> Header | None:
 def led_to(data: bytes, item: Item) -> list[str]:
     """Graph hashes that a target names."""
     return list(dict.fromkeys(each.graph_hash for each in decode_target(data, item.key, path=item.path)))
+
+
+def standing(root: Root, area: Area, key: str, decode: Callable[..., T]) -> T | None:
+    """What a root's file of a key holds; ``None`` where it is missing or damaged.
+
+    Raises:
+        StoreWriteError: A newer stitchcache wrote it, so it must not be replaced.
+    """
+    path = keyed_path(root.path, area, key)
+    try:
+        found = root.read(path, area)
+        return None if found is None else decode(found[0], key, path=path)
+    except FutureFormatError as error:
+        # One directory may serve several versions.
+        raise StoreWriteError(error.message, path=path, reason=error.reason) from error
+    except EntryFormatError:
+        return None
 
 
 def has_entry(roots: Sequence[Root], key: str) -> bool:

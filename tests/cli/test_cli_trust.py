@@ -77,3 +77,23 @@ def test_config_shows_who_vouches_and_doctor_finds_a_wrong_word(run_cli, home):
     wrong = run_cli("config", env={**home, "STITCHCACHE_TRUST": "everyone"})
     assert wrong.status == 2
     assert "owner, signed, any" in wrong.err
+
+
+def test_export_and_import_move_entries(run_cli, home, tmp_path):
+    run_cli("keys", "generate", "ci@example.com", env=home)
+    bundle = tmp_path / "x.bundle"
+    wrote = run_cli("export", bundle, "--json", env=home)
+    assert wrote.json["entries"] == [A, B], wrote.err
+    assert wrote.json["targets"] == 1
+    other = {"STITCHCACHE_KEYS": str(tmp_path / "other"), "STITCHCACHE_DIR": str(tmp_path / "served")}
+    stranger = run_cli("import", bundle, env=other)
+    assert stranger.status == 1
+    assert "keys trust" in stranger.err
+    run_cli("keys", "trust", tmp_path / "keys" / "id.pub", env=other)
+    assert run_cli("import", bundle, env=other).out.split() == [A, B]
+    again = run_cli("import", bundle, env=other)
+    assert again.out.count("there already") == 2
+    assert "signed by ci@example.com" in again.err
+    assert run_cli("verify", "--require-signature", env=other).status == 0
+    assert run_cli("export", bundle, A[:4], "--max-age", "1s", env=home).status == 1
+    assert run_cli("export", tmp_path, env=home).status == 1

@@ -1,0 +1,218 @@
+"""Vouching for what a cache holds: signing it in place, and exporting it to a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Collection
+from fnmatch import fnmatchcase
+
+from stitchcache.artifact.entry import (
+    DIGEST_SIZE,
+    OUTSIDE,
+    Kind,
+    SignedRecords,
+    encode,
+    encode_target,
+    packed_digest,
+    signature_in,
+    with_signature,
+)
+from stitchcache.cache import Cache
+from stitchcache.errors import StoreError, UntrustedEntryError
+from stitchcache.ext.bundle import BLOCK, SIGNATURE, Bundle, chunks, header, place
+from stitchcache.ext.sign import YEAR, Keys, read_statement
+from stitchcache.store import Area, keyed_path, write_error
+from stitchcache.types import Artifact, BlobRef
+
+log = logging.getLogger("stitchcache")
+
+
+# -- signing ---------------------------------------------------------------------------------------
+
+
+def sign(cache: Cache, graph_hashes: Collection[str] = (), *, seconds: float = YEAR) -> list[str]:
+    """Sign entries of the first root, with the target records that lead to them and their pieces.
+
+    Signing vouches for what is there: only what the cache itself trusts is signed.
+
+    Args:
+        cache: Where they are. One with ``trust="owner"`` signs what its user has made.
+        graph_hashes: Which ones; all where none is named.
+        seconds: How long the signatures are good.
+
+    Returns:
+        Graph hashes of what was signed.
+
+    Raises:
+        UntrustedEntryError: There is no key, or an entry that was named is not trusted.
+        StoreWriteError: The cache cannot be written.
+    """
+    keys: Keys = cache.keys
+    signed = []
+    for item in list(cache._top.items(Area.ENTRIES)):
+        artifact = _trusted(cache, item.key, graph_hashes)
+        if artifact is None:
+            continue
+        digest = encode(artifact)[-DIGEST_SIZE:].hex()
+        cache.put(artifact, signature=keys.sign("entry", item.key, digest, seconds=seconds))
+        signed.append(item.key)
+        for piece in {piece.key: piece for piece in artifact.pieces}.values():
+            cache.put_piece(piece.key, piece.backend, piece.blob)
+    for item in list(cache._top.items(Area.TARGETS)):
+        # The oldest first, so that their order stays.
+        for record in reversed(cache.get_target(item.key)):
+            if record.graph_hash in signed:
+                signature = keys.sign("target", item.key, packed_digest(record), seconds=seconds)
+                cache.put_target(item.key, record, signature=signature)
+    return sorted(signed)
+
+
+def _trusted(cache: Cache, graph_hash: str, wanted: Collection[str]) -> Artifact | None:
+    """An entry; ``None`` where it is not wanted, or is not trusted and was not asked for by name."""
+    if wanted and graph_hash not in wanted:
+        return None
+    try:
+        return cache.get(graph_hash)
+    except UntrustedEntryError as error:
+        if wanted:
+            raise
+        log.warning("left out: %s", error)
+        return None
+
+
+# -- export ----------------------------------------------------------------------------------------
+
+
+def export_bundle(
+    cache: Cache,
+    path: str | os.PathLike[str],
+    graph_hashes: Collection[str] = (),
+    *,
+    label: str | None = None,
+    target: str | None = None,
+    max_age: float | None = None,
+) -> Bundle:
+    """Write entries to a bundle, with all that a start elsewhere needs.
+
+    Args:
+        cache: Where they are. Only what it trusts is exported.
+        path: The file to write; it replaces what has its name.
+        graph_hashes: Which entries; all where none is named.
+        label: Only those with a label like this; ``*`` and ``?`` stand for others.
+        target: Only those that a target key beginning so leads to.
+        max_age: Only those compiled at most so many seconds ago.
+
+    Raises:
+        UntrustedEntryError: There is no key to sign with, or an entry that was named is not trusted.
+        StoreError: Nothing is there to export, or a blob is missing.
+        StoreWriteError: The file cannot be written.
+    """
+    keys: Keys = cache.keys
+    led = _records(cache, target or "")
+    members: dict[str, bytes | BlobRef] = {}
+    chosen: set[str] = set()
+    newest = 0
+    for listed in cache.entries():
+        key = listed.graph_hash
+        if label is not None and not fnmatchcase(listed.label, label):
+            continue
+        if max_age is not None and listed.created < time.time() - max_age:
+            continue
+        if target is not None and not any(r.graph_hash == key for found in led.values() for r, _ in found):
+            continue
+        artifact = _trusted(cache, key, graph_hashes)
+        if artifact is not None:
+            with open(listed.path, "rb") as file:
+                there = signature_in(file.read())
+            data = encode(artifact)
+            own, created = _own_signature(keys, "entry", key, data[-DIGEST_SIZE:].hex(), there)
+            members[keyed_path("", Area.ENTRIES, key)[1:]] = with_signature(data, Kind.ENTRY, own)
+            members |= {keyed_path("", Area.BLOBS, blob.digest)[1:]: blob for blob in artifact.blobs}
+            chosen.add(key)
+            newest = max(newest, created)
+    records = 0
+    for key, found in led.items():
+        kept = [(record, its) for record, its in found if record.graph_hash in chosen]
+        if kept:
+            signed = [_own_signature(keys, "target", key, packed_digest(r), its) for r, its in kept]
+            data = encode_target(key, [record for record, _ in kept], [own for own, _ in signed])
+            members[keyed_path("", Area.TARGETS, key)[1:]] = data
+            records += len(kept)
+            newest = max(newest, *(created for _, created in signed))
+    if not chosen:
+        raise StoreError(
+            f"{cache.root}: no entry is asked for that is there and trusted", path=str(cache.root)
+        )
+    size, signer = _write(cache, keys, os.fspath(path), members, newest)
+    return Bundle(signer=signer, entries=tuple(sorted(chosen)), targets=records, bytes=size)
+
+
+def _records(cache: Cache, prefix: str) -> dict[str, SignedRecords]:
+    """Trusted records of all layers, by target key."""
+    found = {item.key for root in cache._roots for item in root.items(Area.TARGETS, prefix)}
+    return {key: cache.signed_records(key) for key in sorted(found)}
+
+
+def _own_signature(keys: Keys, kind: str, key: str, digest: str, there: bytes) -> tuple[bytes, int]:
+    """Our signature and its time: the one that is there if it is good, so that bundles stay the same."""
+    there = there.removeprefix(OUTSIDE)
+    try:
+        said = keys.verify(there, kind, key, digest, path="")
+        if read_statement(there)[0].public == keys.public():
+            return there, said.created
+    except UntrustedEntryError:
+        pass
+    made = keys.sign(kind, key, digest)
+    return made, read_statement(made)[1].created
+
+
+def _write(
+    cache: Cache, keys: Keys, path: str, members: dict[str, bytes | BlobRef], created: int
+) -> tuple[int, str]:
+    temporary = f"{path}.{os.urandom(6).hex()}.part"
+    files, digest = cache._files, hashlib.sha256()
+    try:
+        with files.opened(files.create(temporary)) as fd:
+
+            def put(chunk: bytes) -> None:
+                digest.update(chunk)
+                files.write_all(fd, chunk)
+
+            for name in sorted(members, key=place):
+                _put_member(put, cache, name, members[name])
+            whole = digest.hexdigest()
+            signature = keys.sign("bundle", whole, whole, created=created)
+            _put_member(put, cache, SIGNATURE, signature)
+            put(bytes(2 * BLOCK))
+            files.fsync(fd)
+            size = files.fstat(fd).st_size
+        files.rename(temporary, path)
+    except StoreError:
+        raise
+    except OSError as error:
+        raise write_error(error, path) from error
+    finally:
+        cache._top.discard(temporary)
+    return size, read_statement(signature)[1].signer
+
+
+def _put_member(put: Callable[[bytes], None], cache: Cache, name: str, content: bytes | BlobRef) -> None:
+    size = len(content) if isinstance(content, bytes) else content.size
+    put(header(name, size))
+    if isinstance(content, bytes):
+        put(content)
+    else:
+        blob = cache.blob_path(content)
+        if blob is None:
+            raise StoreError(f"{cache.root}: blob {content.digest} is missing: compile again", path=name)
+        found = hashlib.sha256()
+        with open(blob, "rb") as file:
+            for chunk in chunks(file, size):
+                found.update(chunk)
+                put(chunk)
+        if found.hexdigest() != content.digest:
+            raise StoreError(f"{blob}: changed while it was read", path=str(blob))
+    put(bytes(-size % BLOCK))
