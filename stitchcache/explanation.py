@@ -110,6 +110,8 @@ class Explanation:
             differ; ``None`` where it was found, or nothing was there.
         seconds: By stage.
         check: How the look at the model itself stood when this was asked for.
+        status: As of the compiled model: what serves calls now.
+        mismatches: Calls that did not fit and that the model served itself, by argument.
     """
 
     label: str
@@ -122,9 +124,11 @@ class Explanation:
     nearest: NearestEntry | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     check: Check | None = None
+    status: str = "compiled"
+    mismatches: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        said = f"{self.hit} hit" if self.hit else "compiled"
+        said = f"{self.hit} hit" if self.hit else self.status
         total = f" in {self.seconds['total']:.3f} s" if "total" in self.seconds else ""
         lines = [f"{self.label}: {said} {self.graph_hash}{total}"]
         if self.reason:
@@ -141,6 +145,8 @@ class Explanation:
         lines.append(f"target key: {self.target_key or 'none'} ({len(self.factors)} factors)")
         if self.check is not None:
             lines.append(f"look: {self.check.state}{f' ({self.check.reason})' if self.check.reason else ''}")
+        for argument, calls in self.mismatches.items():
+            lines.append(f"served by the model itself, as {argument} did not fit: {calls} calls")
         stages = [f"{name} {seconds:.3f}" for name, seconds in self.seconds.items() if name != "total"]
         if stages:
             lines.append(f"seconds: {', '.join(stages)}")

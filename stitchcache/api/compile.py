@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +51,7 @@ def compile(
     backend: str = "aoti",
     cache: Cache | None = None,
     on_miss: str = "compile",
+    on_mismatch: str = "error",
     require: str | None = None,
     check: str | None = None,
     key_factors: Mapping[str, Any] | None = None,
@@ -71,14 +73,18 @@ def compile(
         size_ranges: Ranges of a dynamic size that get pieces of their own.
         backend: ``"aoti"``, ``"inductor"`` or ``"eager"``.
         cache: Where to look and store; the default cache if ``None``.
-        on_miss: ``"compile"``, or ``"error"`` to raise instead.
+        on_miss: ``"compile"``; ``"error"`` to raise instead; or ``"eager"`` to run the model as it is until
+            a child process has compiled it, see ``CompiledModel.status``, ``wait`` and ``on_ready``.
+        on_mismatch: ``"error"`` raises ``InputMismatchError`` for a call outside of what was captured;
+            ``"eager"`` runs the model instead, and counts it in ``CompiledModel.mismatches``.
         require: ``"direct"`` raises unless there is a direct hit: the model is never traced.
         check: When the result is compared with the model itself, run once on the example: ``"example"``
             before it is returned, ``"background"`` in a thread, ``"none"`` never. ``None`` takes
             ``STITCHCACHE_CHECK``, or else ``"example"``.
         key_factors: Anything else that the result depends on, name to plain value.
         options: Inductor options, as ``torch.compile(options=...)`` takes them; also
-            ``"stitchcache.jobs"`` (processes), ``"stitchcache.verify"`` (compare fresh pieces with
+            ``"stitchcache.jobs"`` (processes), ``"stitchcache.nice"`` (priority of what compiles for
+            ``on_miss="eager"``, 0 to 19), ``"stitchcache.verify"`` (compare fresh pieces with
             eager; on by default) and ``"stitchcache.effects"`` (names of ops, with whether they write
             what their schemas do not show).
         preloaded: What ``stitchcache.preload`` returned. Its cache is used; nothing else depends on it.
@@ -102,6 +108,7 @@ def compile(
         size_ranges=size_ranges,
         backend=backend,
         on_miss=on_miss,
+        on_mismatch=on_mismatch,
         require=require,
         check=check,
         key_factors=key_factors,
@@ -158,15 +165,31 @@ def compile_request(
         wanted = want(model, args, kwargs, request, cache, on_progress, ready)
         found = find(wanted)
         served = found if isinstance(found, Miss) else _serve(wanted, found)
-    if not isinstance(served, Miss):
-        return served
-    if ready is not None:
+    if isinstance(served, Miss):
+        served = _compile(wanted, served)
+    if request.on_mismatch == "eager":
+        served.leave_misfits(wanted.site.device, partial(_count_misfit, served, cache))
+    return served
+
+
+def _compile(wanted: Wanted, miss: Miss) -> CompiledModel:
+    if wanted.site.ready is not None:
         # Children are forked from here on, and must not inherit locks that its thread holds.
-        ready.wait()
+        wanted.site.ready.wait()
     # A direct hit must not pay for importing what captures, splits and compiles.
+    if wanted.request.on_miss == "eager" and not wanted.request.miss_is_error:
+        from stitchcache.pipeline.eager_first import serve_eagerly
+
+        return serve_eagerly(wanted, miss)
     from stitchcache.pipeline.trace import compile_traced
 
-    return compile_traced(wanted, served)
+    return compile_traced(wanted, miss)
+
+
+def _count_misfit(compiled: CompiledModel, cache: Cache, argument: str) -> None:
+    # A counter's name has no space, quote or "=".
+    name = "".join(c if c.isalnum() or c in "_.[]" else "_" for c in argument)
+    cache.count(f"mismatch.{compiled.graph_hash[:12]}.{name}")
 
 
 def _serve(wanted: Wanted, hit: Hit) -> CompiledModel | Miss:

@@ -26,10 +26,11 @@ from stitchcache.errors import (
     OptionError,
     PieceMismatchError,
     SplitError,
+    StoreWriteError,
     check_kind,
 )
 from stitchcache.pipeline import start_with
-from stitchcache.pipeline.find import Hit, Miss, Request
+from stitchcache.pipeline.find import Hit, Miss, OnProgress, Request, find_by_graph
 from stitchcache.pipeline.make import plan_entry
 from stitchcache.pipeline.trace import compile_planned, dynamo_source
 from stitchcache.runtime.graph import CompiledGraph
@@ -123,7 +124,7 @@ def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Request
 
 def _compiled(
     gm: GraphModule, example_inputs: Sequence[Any], request: Request, cache: Cache
-) -> CompiledGraph:
+) -> CompiledGraph | Any:
     """Capture, plan, and start what the graph leads to, or make it."""
     source = dynamo_source(gm, example_inputs, request, cache)
     site = source.site
@@ -132,7 +133,8 @@ def _compiled(
 
         def begin(found: Hit, miss: Miss) -> CompiledGraph:
             def link(pieces: Mapping[str, Any], _constants: Mapping[str, torch.Tensor]) -> CompiledGraph:
-                return CompiledGraph(found.artifact, pieces, source.model, gm.forward, found.way)
+                way = None if found.way == "aside" else found.way
+                return CompiledGraph(found.artifact, pieces, source.model, gm.forward, way)
 
             # Dynamo traces in every process: a graph hit is no direct hit that was missed.
             return start_with(link, found, site, None if found.way else miss)
@@ -145,6 +147,32 @@ def _compiled(
                 reason="no entry for this graph",
             )
 
+        def aside(miss: Miss) -> Any:
+            # Few choose it.
+            from stitchcache.pipeline.eager_first import EagerGraph
+
+            def work(tell: OnProgress) -> None:
+                there = replace(planned, source=replace(source, site=replace(site, on_progress=tell)))
+                with outside_tracing():
+                    compile_planned(there, miss, begin=begin, refuse=refuse)
+
+            def take() -> Any:
+                found = find_by_graph(planned.graph_hash, site)
+                if isinstance(found, Miss):
+                    raise StoreWriteError(
+                        f"{site.label}: entry {planned.graph_hash[:12]} was compiled, and could not be "
+                        f"stored in {cache.root}.",
+                        path=str(cache.root),
+                        reason=found.reason,
+                    )
+                return begin(replace(found, way="aside"), miss)
+
+            return EagerGraph(gm, site.label, request, site.device, work, take)
+
         return compile_planned(
-            planned, Miss(reason="no entry for this graph", cause="new"), begin=begin, refuse=refuse
+            planned,
+            Miss(reason="no entry for this graph", cause="new"),
+            begin=begin,
+            refuse=refuse,
+            aside=aside if request.on_miss == "eager" else None,
         )

@@ -113,6 +113,9 @@ def _print_key(record: out.Record, everything: bool) -> None:
         "label": "label",
         "created": "created",
         "file": "path",
+        "calls that did not fit": lambda found: (
+            ", ".join(f"{count} by {argument}" for argument, count in found["mismatches"].items()) or None
+        ),
     }
     out.print_facts(facts, record)
     targets = record["targets"]

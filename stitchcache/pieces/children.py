@@ -210,8 +210,8 @@ def _signal(child: Child, number: signal.Signals) -> None:
             child.process.kill()
 
 
-def _finish(child: Child) -> Any:
-    """The result of a child that is done or dead."""
+def answer_of(child: Child) -> tuple[bool, Any] | None:
+    """Whether a child's job went well, and its result or error; ``None`` where the child died."""
     answer: tuple[bool, Any] | None = None
     try:
         if child.connection.poll():
@@ -221,8 +221,14 @@ def _finish(child: Child) -> Any:
     finally:
         child.connection.close()
     child.process.join()
+    return answer
+
+
+def _finish(child: Child) -> Any:
+    """The result of a child that is done or dead."""
+    answer = answer_of(child)
     if answer is None:
-        job, lines, code = child.job, _lines_of(child.job.log), child.process.exitcode or 0
+        job, lines, code = child.job, lines_of(child.job.log), child.process.exitcode or 0
         raise _failed(job, lines) if code >= 0 else _crashed(job.name, job.backend, -code, lines)
     fine, result = answer
     if not fine:
@@ -230,7 +236,8 @@ def _finish(child: Child) -> Any:
     return result
 
 
-def _lines_of(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
+    """What a child printed."""
     try:
         return path.read_text(errors="replace").splitlines()
     except OSError:

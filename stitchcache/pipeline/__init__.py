@@ -44,8 +44,14 @@ T = TypeVar("T")
 R = TypeVar("R", bound="CompiledModel | CompiledGraph")
 
 _UNUSABLE = (StaleEntryError, UntrustedEntryError, EntryFormatError, LinkError, BindError, BackendError)
-# What a start is called in the log, by the road that led to it.
-_SAID = {"direct": "direct hit", "graph": "graph hit", "load": "loaded", None: "compiled"}
+# What a start is called in the log and in the statistics, by the road that led to it.
+_ROADS = {
+    "direct": ("direct hit", "hit.direct"),
+    "graph": ("graph hit", "hit.graph"),
+    "load": ("loaded", "hit.load"),
+    "aside": ("swapped in", "swapped"),
+    None: ("compiled", "compiled"),
+}
 
 
 def start(
@@ -92,14 +98,15 @@ def start_with(
     if (store := found.store) is not None:
         site.timed("store", lambda: store(compiled.artifact))
     spent = site.timings["total"] = time.perf_counter() - site.began
-    cache.count(f"hit.{found.way}" if found.way else "compiled")
+    said, counted = _ROADS[found.way]
+    cache.count(counted)
     if miss is not None:
         cache.count(f"miss.{miss.cause}")
     cache.count("microseconds.spent", int(spent * 1e6))
-    if found.way:
+    if counted.startswith("hit."):
         cache.count("microseconds.saved", max(0, int((artifact.compile_seconds - spent) * 1e6)))
     why = f" (no direct hit: {miss.reason}{miss.hint})" if miss else ""
-    log.info("%s: %s %s in %.3f s%s", site.label, _SAID[found.way], artifact.graph_hash[:12], spent, why)
+    log.info("%s: %s %s in %.3f s%s", site.label, said, artifact.graph_hash[:12], spent, why)
     site.tell("done")
     return compiled
 

@@ -32,7 +32,12 @@ log = logging.getLogger("stitchcache")
 
 T = TypeVar("T")
 
-_OWN_OPTIONS = {"stitchcache.jobs": int, "stitchcache.verify": bool, "stitchcache.effects": dict}
+_OWN_OPTIONS = {
+    "stitchcache.jobs": int,
+    "stitchcache.nice": int,
+    "stitchcache.verify": bool,
+    "stitchcache.effects": dict,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +52,8 @@ class Request:
     splitting_ops: tuple[str, ...] = ()
     size_ranges: tuple[SizeRange, ...] = ()
     backend: str = "aoti"
-    on_miss: Literal["compile", "error"] = "compile"
+    on_miss: Literal["compile", "error", "eager"] = "compile"
+    on_mismatch: Literal["error", "eager"] = "error"
     require: Literal["direct"] | None = None
     check: Literal["example", "background", "none"] | None = None
     key_factors: Mapping[str, Any] = field(default_factory=dict)
@@ -56,7 +62,8 @@ class Request:
 
     def __post_init__(self) -> None:
         _one_of("backend", self.backend, BACKENDS)
-        _one_of("on_miss", self.on_miss, ("compile", "error"))
+        _one_of("on_miss", self.on_miss, ("compile", "error", "eager"))
+        _one_of("on_mismatch", self.on_mismatch, ("error", "eager"))
         _one_of("require", self.require, (None, "direct"))
         _one_of("check", self.check, (None, *CHECKS))
         for op in self.splitting_ops:
@@ -78,6 +85,10 @@ class Request:
         if self.jobs is not None and self.jobs < 1:
             said = "at least one process has to compile. Leave it out for about one a core."
             raise _refused("jobs", f"={self.jobs}: {said}")
+        if self.nice is not None and not 0 <= self.nice <= 19:
+            raise _refused(
+                "options['stitchcache.nice']", f"={self.nice}: 0 is usual and 19 the lowest priority."
+            )
 
     @property
     def backend_options(self) -> dict[str, Any]:
@@ -89,6 +100,11 @@ class Request:
     def jobs(self) -> int | None:
         """Processes to compile with; ``None`` takes about one a core."""
         return self.options.get("stitchcache.jobs")
+
+    @property
+    def nice(self) -> int | None:
+        """Priority of the process that compiles for ``on_miss="eager"``; ``None`` takes 10."""
+        return self.options.get("stitchcache.nice")
 
     @property
     def verify(self) -> bool:

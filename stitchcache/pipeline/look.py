@@ -50,7 +50,6 @@ def looker(
     def note(compiled: CompiledModel, outcome: Check, began: float) -> None:
         cache.count(f"look.{outcome.state}")
         if outcome.state == "mismatch":
-            # Here a user's choice to go on with the model itself would go.
             compiled.refuse(_stale(compiled, outcome, cache.counted().get("look.mismatch", 0)))
             if record is not None:
                 store_target(wanted, replace(record, refused=outcome.reason))

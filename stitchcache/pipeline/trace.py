@@ -164,10 +164,12 @@ def compile_planned(
     *,
     begin: Callable[[Hit, Miss], T],
     refuse: Callable[[], CacheMissError],
+    aside: Callable[[Miss], T] | None = None,
 ) -> T:
     """Start what a planned entry's hash leads to, or make it; of several processes one makes it.
 
-    ``begin`` starts what was found or made, and ``refuse`` makes the error where a miss is one.
+    ``begin`` starts what was found or made, and ``refuse`` makes the error where a miss is one. ``aside``
+    serves a miss in another way than by making the entry here.
     """
     site = planned.source.site
 
@@ -193,6 +195,8 @@ def compile_planned(
         return served
     if planned.source.request.miss_is_error:
         raise refuse()
+    if aside is not None:
+        return aside(served)
     with site.cache.lock(planned.graph_hash, on_wait=on_wait):
         # Another process may have compiled it while this one waited. What the look refused is still wrong.
         served = by_graph() if served.cause != "look" else served

@@ -224,10 +224,16 @@ def explain_key(cache: Cache, prefix: str) -> Record:
     label = entry.artifact.label if entry is not None else targets[0][2].label
     facts = {} if entry is None else summary(entry)
     near = nearest_entries(cache.roots, compared, label=label, most=_MOST_NEAR, without={key})
+    graph_hash = key if kind == "entry" else targets[0][2].graph_hash
+    # Calls that did not fit and that a model served itself, by argument.
+    counted, misfits = cache.counted(), f"mismatch.{graph_hash[:12]}."
     return {
         "kind": kind,
         "key": key,
-        "graph_hash": key if kind == "entry" else targets[0][2].graph_hash,
+        "graph_hash": graph_hash,
+        "mismatches": {
+            n.removeprefix(misfits): count for n, count in counted.items() if n.startswith(misfits)
+        },
         **{name: facts.get(name) for name in ("label", "created", "path")},
         "problem": problem,
         "targets": [_target_record(*target) for target in targets],

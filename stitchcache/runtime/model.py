@@ -5,10 +5,12 @@ Cold and warm starts both end here.
 
 from __future__ import annotations
 
+import logging
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from stitchcache.keys import TargetKey
     from stitchcache.pipeline.find import Miss
 
+log = logging.getLogger("stitchcache")
+
 _ANY = Signature([Parameter("args", Parameter.VAR_POSITIONAL), Parameter("kwargs", Parameter.VAR_KEYWORD)])
 
 
@@ -54,6 +58,7 @@ class CompiledModel:
             one that was loaded by its graph hash.
         changed: Tells whether a model is another one than was compiled; ``None`` where nothing tells.
         check: How the look at the model itself on the example stands.
+        mismatches: Calls that did not fit and that the model served itself, by argument.
     """
 
     # Calling an object looks __call__ up in its class and binds it; a slot binds to what is in it. So a
@@ -81,7 +86,9 @@ class CompiledModel:
         self.lookup: tuple[str, TargetKey, Miss | None] | None = None
         self.changed: Callable[[torch.nn.Module], Change | None] | None = None
         self.check = Check(state="unchecked", reason="it was not compared with the model")
+        self.mismatches: dict[str, int] = {}
         self._refusal: StitchCacheError | None = None
+        self._eager: tuple[str, Callable[[str], None]] | None = None
         self.__signature__ = _ANY
         self._bind(model)
 
@@ -147,6 +154,35 @@ class CompiledModel:
         self._refusal = error
         self._bind(self.model)
 
+    @property
+    def status(self) -> str:
+        """What serves calls: ``"compiled"``. With ``on_miss="eager"`` it may be something else at first."""
+        return "compiled"
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until the compiled model serves calls, at most so many seconds; whether it does."""
+        return True
+
+    def on_ready(self, callback: Callable[[CompiledModel], None]) -> None:
+        """Call something once the compiled model serves calls: here, at once."""
+        check_kind("callback", callback, Callable, "a function of one argument")
+        callback(self)
+
+    def leave_misfits(self, device: str, noted: Callable[[str], None]) -> None:
+        """From now on let the model itself serve calls that do not fit (``on_mismatch="eager"``).
+
+        ``noted`` gets the name of the argument. The model also serves where this object is refused.
+        """
+        self._eager = (device, noted)
+        self._bind(self.model)
+
+    def _note(self, error: InputMismatchError) -> None:
+        if error.argument not in self.mismatches:
+            log.warning("%s: the model itself serves the call: %s", self.artifact.label, error)
+        self.mismatches[error.argument] = self.mismatches.get(error.argument, 0) + 1
+        if self._eager is not None:
+            self._eager[1](error.argument)
+
     def explain(self) -> Explanation:
         """Say how this came about: the kind of hit, and why it was not a direct one if it was not.
 
@@ -157,7 +193,8 @@ class CompiledModel:
         """
         from stitchcache.explanation import explained
 
-        return explained(self.lookup, self.artifact, self.cache_hit, self.timings, self.check)
+        found = explained(self.lookup, self.artifact, self.cache_hit, self.timings, self.check)
+        return replace(found, mismatches=dict(self.mismatches))
 
     def __repr__(self) -> str:
         hit = self.cache_hit or "compiled"
@@ -173,6 +210,16 @@ class CompiledModel:
 
     def _bind(self, model: torch.nn.Module) -> None:
         call, self._tensors = self._bound_to(model) if self._refusal is None else (self.raise_refusal, {})
+        if self._eager is not None:
+            # Most models are compiled without this choice.
+            from stitchcache.runtime.eager import as_it_is, or_as_it_is
+
+            device = self._eager[0]
+            if self._refusal is None:
+                call = or_as_it_is(call, model, device, self._note)
+            else:
+                log.warning("%s: the model itself serves all calls: %s", self.artifact.label, self._refusal)
+                call = as_it_is(model, device)
         self.__call__ = call  # type: ignore[method-assign]
 
     def raise_refusal(self, *_args: Any, **_kwargs: Any) -> None:

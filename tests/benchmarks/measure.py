@@ -135,10 +135,10 @@ def directory_of(root: Path, subject: str, way: str) -> Path:
     return root / "prepared" / subject / ways.PREPARED_BY.get(way, way)
 
 
-def run_child(job: dict[str, Any], root: Path) -> dict[str, Any]:
+def run_child(job: dict[str, Any], root: Path, script: Path = HERE / "child.py") -> dict[str, Any]:
     """Run one job in a fresh process, and return what it says."""
     with _environment(job, root) as env:
-        command = [sys.executable, str(HERE / "child.py"), json.dumps(job | {"spawned": time.time()})]
+        command = [sys.executable, str(script), json.dumps(job | {"spawned": time.time()})]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise FailedError(done.stderr[-3000:])

@@ -1,0 +1,304 @@
+"""``on_miss="eager"``: the model serves at once, a child process compiles it, and the artifact takes over."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import models
+import pytest
+import torch
+from torch import nn
+
+import stitchcache
+from stitchcache.errors import CacheMissError, OptionError, StaleEntryError
+
+IDS = torch.randint(0, 32, (2, 8))
+
+
+class Scaled(nn.Module):
+    """Two weights, and a plain attribute that a trace bakes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.factor = 2.0
+
+    def forward(self, x):
+        return self.linear(x) * self.factor
+
+
+class Branches(nn.Module):
+    """Cannot be captured: it branches on a value."""
+
+    def forward(self, x):
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+class Holds(nn.Module):
+    """No key stands for it: it holds a lock."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def forward(self, x):
+        return x + 1
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return stitchcache.Cache(tmp_path / "cache")
+
+
+def _eagerly(cache, model, *args, **options):
+    return stitchcache.compile(model.eval(), args, cache=cache, on_miss="eager", backend="eager", **options)
+
+
+def test_serves_at_once_and_then_what_a_child_compiled(cache):
+    model = models.Decoder().eval()
+    served, ready = _eagerly(cache, model, IDS, splitting_ops=[models.ATTENTION]), []
+    served.on_ready(ready.append)
+    before = served(IDS)
+    assert served.wait(60)
+    assert served.status == "compiled"
+    deadline = time.monotonic() + 10
+    while not ready and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ready == [served]
+    served.on_ready(ready.append)
+    assert ready == [served, served]
+    after = served(IDS)
+    torch.testing.assert_close(before, model(IDS))
+    torch.testing.assert_close(after, before)
+    assert not before.requires_grad
+    assert not after.requires_grad
+    assert (served.cache_hit, served.check.state) == (None, "agreed")
+    assert served.graph_hash == served.artifact.graph_hash
+    again = _eagerly(cache, model, IDS, splitting_ops=[models.ATTENTION])
+    assert (again.cache_hit, again.graph_hash) == ("direct", served.graph_hash)
+    assert again.status == "compiled"
+    assert again.wait()
+    assert cache.counted()["swapped"] == 1
+
+
+def test_until_then_it_says_what_there_is_not(cache):
+    served = _eagerly(cache, Scaled(), torch.randn(2, 4))
+    with served._swapped:
+        assert served.status == "eager"
+        assert not served.wait(0)
+        assert served.is_current()
+        assert "Scaled eager" in repr(served)
+        with pytest.raises(AttributeError, match="call wait"):
+            _ = served.graph_hash
+        assert "Scaled: eager" in str(served.explain())
+    assert served.wait(60)
+    assert "Scaled: compiled" in str(served.explain())
+
+
+def test_weights_that_change_in_place_meanwhile_are_seen(cache):
+    model, x = Scaled().eval(), torch.randn(2, 4)
+    served = _eagerly(cache, model, x)
+    with served._swapped, torch.no_grad():
+        model.linear.weight.add_(1.0)
+    assert served.wait(60)
+    torch.testing.assert_close(served(x), model(x))
+
+
+@pytest.mark.parametrize("change", ["attribute", "hook", "structure"])
+def test_a_model_that_changed_meanwhile_is_not_swapped(cache, caplog, change):
+    model, x = Scaled().eval(), torch.randn(2, 4)
+    served = _eagerly(cache, model, x)
+    with served._swapped:
+        if change == "attribute":
+            model.factor = 3.0
+        elif change == "hook":
+            model.linear.register_forward_hook(lambda module, args, out: out + 1)
+        else:
+            model.linear = nn.Sequential(model.linear, nn.ReLU())
+    with caplog.at_level(logging.WARNING, "stitchcache"):
+        assert not served.wait(60)
+    assert served.status.startswith("failed: entry ")
+    assert "changed" in served.status
+    torch.testing.assert_close(served(x), model(x))
+
+
+def test_another_model_can_be_bound_meanwhile(cache):
+    model, other, x = Scaled().eval(), Scaled().eval(), torch.randn(2, 4)
+    served = _eagerly(cache, model, x)
+    with served._swapped:
+        pass
+    served.rebind(other)
+    torch.testing.assert_close(served(x), other(x))
+    assert served.wait(60)
+    torch.testing.assert_close(served(x), other(x))
+
+
+def test_what_cannot_be_captured_goes_on_eagerly(cache, caplog):
+    model, x = Branches().eval(), torch.randn(2, 4)
+    with caplog.at_level(logging.WARNING, "stitchcache"):
+        served = _eagerly(cache, model, x)
+        assert not served.wait(60)
+    assert served.status.startswith("failed: ")
+    assert "Branches" in served.status
+    assert [r for r in caplog.records if "goes on running as it is" in r.getMessage()]
+    torch.testing.assert_close(served(x), model(x))
+    called = []
+    served.on_ready(called.append)
+    assert called == []
+
+
+def test_a_model_without_a_key_starts_no_child(cache):
+    served = _eagerly(cache, Holds(), torch.randn(2))
+    assert not served.wait(0)
+    assert "on_miss='compile'" in served.status
+    assert multiprocessing.active_children() == []
+    torch.testing.assert_close(served(torch.ones(2)), torch.full((2,), 2.0))
+
+
+def test_a_killed_child_costs_the_swap_only(cache):
+    model = models.Decoder().eval()
+    served = _eagerly(cache, model, IDS, splitting_ops=[models.ATTENTION])
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+    assert not served.wait(60)
+    assert "SIGKILL" in served.status
+    torch.testing.assert_close(served(IDS), model(IDS))
+    again = _eagerly(cache, model, IDS, splitting_ops=[models.ATTENTION])
+    assert again.wait(60)
+    torch.testing.assert_close(again(IDS), model(IDS))
+
+
+def test_many_threads_call_through_the_swap(cache):
+    model, stop, wrong = models.Decoder().eval(), threading.Event(), []
+    want, calls = model(IDS), [0] * 8
+    served = _eagerly(cache, model, IDS, splitting_ops=[models.ATTENTION])
+
+    def call(number: int) -> None:
+        while not stop.is_set():
+            got = served(IDS)
+            calls[number] += 1
+            if not torch.allclose(got, want, atol=1e-5):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    assert served.wait(120)
+    after = list(calls)
+    time.sleep(0.3)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert all(now > then > 0 for now, then in zip(calls, after, strict=True))
+
+
+def test_a_miss_that_is_forbidden_is_an_error(cache, monkeypatch):
+    monkeypatch.setenv("STITCHCACHE_REQUIRE", "1")
+    with pytest.raises(CacheMissError):
+        _eagerly(cache, Scaled(), torch.randn(2, 4))
+
+
+def test_no_child_where_none_can_be_forked(cache, monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_config", {"daemon": True})
+    with pytest.raises(OptionError, match="on_miss='compile'"):
+        _eagerly(cache, Scaled(), torch.randn(2, 4))
+
+
+def test_a_store_that_cannot_be_written_is_named(tmp_path):
+    cache = stitchcache.Cache(tmp_path / "cache", read_only=True)
+    served = _eagerly(cache, Scaled(), torch.randn(2, 4))
+    assert not served.wait(60)
+    assert "could not be stored" in served.status
+
+
+def test_the_end_of_the_process_waits_for_no_child(fresh_process, tmp_path):
+    began = time.monotonic()
+    done = fresh_process(
+        f"""
+        import json, multiprocessing
+        import models, torch, stitchcache
+        ids = torch.randint(0, 32, (2, 8))
+        served = stitchcache.compile(
+            models.Decoder(12).eval(), (ids,), splitting_ops=[models.ATTENTION], on_miss="eager",
+            cache=stitchcache.Cache({str(tmp_path / "cache")!r}),
+        )
+        served(ids)
+        print(json.dumps([child.pid for child in multiprocessing.active_children()]))
+        """
+    )
+    assert time.monotonic() - began < 60
+    (pid,) = done
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+@pytest.mark.compile
+def test_the_server_imports_no_compiler(fresh_process, tmp_path):
+    found = fresh_process(
+        f"""
+        import json, sys
+        import models, torch, stitchcache
+        ids, model = torch.randint(0, 32, (2, 8)), models.Decoder().eval()
+        served = stitchcache.compile(
+            model, (ids,), splitting_ops=[models.ATTENTION], on_miss="eager",
+            cache=stitchcache.Cache({str(tmp_path / "cache")!r}), options={{"stitchcache.nice": 0}},
+        )
+        seen, want = [], model(ids)
+        while not served.wait(0.02) and not served.status.startswith("failed"):
+            assert torch.allclose(served(ids), want, atol=1e-5)
+            if served.status not in seen:
+                seen.append(served.status)
+        assert torch.allclose(served(ids), want, atol=1e-5)
+        names = ("torch._dynamo", "torch._inductor", "sympy")
+        modules = [name for name in names if name in sys.modules]
+        print(json.dumps({{"seen": seen, "status": served.status, "modules": modules}}))
+        """
+    )
+    assert found["status"] == "compiled"
+    assert found["seen"][0] == "eager"
+    assert any(status.startswith("compiling ") for status in found["seen"])
+    assert found["modules"] == []
+
+
+def test_under_torch_compile(cache):
+    torch._dynamo.reset()
+    model = models.Decoder().eval()
+    options = {"cache": cache, "backend": "eager", "on_miss": "eager", "splitting_ops": [models.ATTENTION]}
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="stitchcache", options=options)
+        torch.testing.assert_close(compiled(IDS), model(IDS))
+        deadline = time.monotonic() + 60
+        while cache.counted().get("swapped", 0) < 1 and time.monotonic() < deadline:
+            time.sleep(0.02)
+            torch.testing.assert_close(compiled(IDS), model(IDS))
+        torch.testing.assert_close(compiled(IDS), model(IDS))
+    assert cache.counted()["swapped"] == 1
+
+
+def test_a_call_that_does_not_fit_runs_the_model(cache, caplog):
+    model, x = Scaled().eval(), torch.randn(2, 4)
+    served = stitchcache.compile(model, (x,), backend="eager", cache=cache, on_mismatch="eager")
+    wide = torch.randn(5, 4, requires_grad=True)
+    with caplog.at_level(logging.WARNING, "stitchcache"):
+        for _ in range(3):
+            got = served(wide)
+    torch.testing.assert_close(got, model(wide))
+    assert not got.requires_grad
+    assert served.mismatches == {"x.shape[0]": 3}
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
+    assert "3 calls" in str(served.explain())
+    assert sum(n for name, n in cache.counted().items() if name.startswith("mismatch.")) == 3
+    torch.testing.assert_close(served(x), model(x))
+    with pytest.raises(TypeError):
+        served()
+
+
+def test_the_model_serves_where_a_background_look_disagrees(cache):
+    model, x = Scaled().eval(), torch.randn(2, 4)
+    served = stitchcache.compile(model, (x,), backend="eager", cache=cache, on_mismatch="eager")
+    served.refuse(StaleEntryError("it differs"))
+    torch.testing.assert_close(served(x), model(x))
