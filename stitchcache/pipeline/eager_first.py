@@ -25,7 +25,7 @@ import torch
 
 from stitchcache import collection_paused
 from stitchcache.errors import CaptureError, OptionError, StaleEntryError, StitchCacheError, check_kind
-from stitchcache.explanation import Explanation
+from stitchcache.explanation import Explanation, differences_text, explain_differences
 from stitchcache.pieces import children
 from stitchcache.pipeline import start, started_or_miss
 from stitchcache.pipeline.find import Miss, OnProgress, Progress, Request, Wanted, find, want
@@ -192,7 +192,7 @@ class EagerFirst(CompiledModel):
         self.model, self.check = wanted.model, Check(state="pending")
         self.cache_hit, self.timings, self.changed, self.mismatches = None, {}, None, {}
         self._eager = None
-        self.lookup = (wanted.site.label, wanted.target, miss)
+        self.lookup, self._target = (wanted.site.label, wanted.target, miss), wanted.target
         self._device, self._swapped = wanted.site.device, threading.Lock()
         self._serve(wanted.model)
         request = replace(wanted.request, on_miss="compile")
@@ -300,14 +300,18 @@ class EagerFirst(CompiledModel):
     ) -> None:
         """Load what the child stored. Calls go there from then on; one under way ends where it began."""
         with self._swapped, collection_paused():
-            wanted = want(self.model, args, kwargs, request, cache)
+            before, wanted = self._target.factors, want(self.model, args, kwargs, request, cache)
             # The child looked at this very model; that it is still the same one, its key and sources tell.
             found = find(wanted)
             if isinstance(found, Miss):
+                differences = explain_differences(before, wanted.target.factors)
+                reason = (
+                    f"the model has changed: {differences_text(differences)}" if differences else found.reason
+                )
                 raise StaleEntryError(
-                    f"entry {graph_hash[:12]} was compiled, and is not used: {found.reason}. The model has "
-                    "changed meanwhile, or the entry could not be stored. Compile the model again.",
+                    f"entry {graph_hash[:12]} was compiled, and is not used: {reason}. Compile the model again.",
                     expected=graph_hash,
+                    differences=differences,
                 )
             served = started_or_miss(
                 found.artifact,
