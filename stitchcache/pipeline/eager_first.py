@@ -309,7 +309,7 @@ class EagerFirst(CompiledModel):
                     f"the model has changed: {differences_text(differences)}" if differences else found.reason
                 )
                 raise StaleEntryError(
-                    f"entry {graph_hash[:12]} was compiled, and is not used: {reason}. Compile the model again.",
+                    f"entry {graph_hash[:12]} was compiled, and is not used: {reason}. Compile it again.",
                     expected=graph_hash,
                     differences=differences,
                 )
