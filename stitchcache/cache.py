@@ -8,7 +8,7 @@ written, and the caller goes on without having stored anything.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -132,27 +132,14 @@ class Cache(Store):
         return with_signature(data, kind, signature) if signature else data
 
     @contextmanager
-    def hold(self, artifact: Artifact) -> Iterator[bool]:
-        """Keep an artifact's files from being evicted for a block; whether its blobs are there.
-
-        On local file systems a loaded library outlives its file: there it matters until all are loaded. On
-        network file systems it matters for as long as the library is used.
-        """
-        entry = keyed_path(self._top.path, Area.ENTRIES, artifact.graph_hash)
-        paths: dict[str, BlobRef | None] = {entry: None}
-        paths |= {keyed_path(self._top.path, Area.BLOBS, blob.digest): blob for blob in artifact.blobs}
-        complete = True
-        with ExitStack() as held:
-            try:
-                for path, blob in paths.items():
-                    fd = self._files.hold_shared(path)
-                    if fd is not None:
-                        held.callback(self._files.close_quietly, fd)
-                    elif blob is not None and not any(root.has_blob(blob) for root in self._roots[1:]):
-                        complete = False
-            except OSError:
-                complete = False
-            yield complete
+    def kept(self, artifact: Artifact) -> Iterator[None]:
+        """Keep an artifact's blobs from being evicted for a block; what is opened needs no such thing."""
+        for blob in artifact.blobs:
+            self._hold(blob)
+        try:
+            yield
+        finally:
+            self._top.release(blob.digest for blob in artifact.blobs)
 
     def find(self, prefix: str) -> str:
         """The full graph hash that a prefix means.

@@ -73,6 +73,7 @@ def test_layout_is_the_promised_one(cache):
         "CACHEDIR.TAG",
         f"blobs/{digest[:2]}/{digest}",
         f"entries/{made.graph_hash[:2]}/{made.graph_hash}.stitch",
+        "locks/blobs",
         f"targets/{key('t')[:2]}/{key('t')}",
     ]
     assert (
@@ -202,6 +203,11 @@ def test_odd_files_under_an_entrys_name_are_a_miss(cache, kind, tmp_path):
         os.mkfifo(path)
     elif kind == "symlink":
         path.symlink_to(tmp_path / "entry")
+        with pytest.raises(UntrustedEntryError, match="symbolic link"):
+            cache.get(made.graph_hash)
+        put(cache, "a", [])
+        assert cache.get(made.graph_hash) == made
+        return
     else:
         path.touch()
     assert cache.get(made.graph_hash) is None

@@ -194,8 +194,8 @@ def load_execution(
         )
     if artifact.pieces:
         check_environment(artifact, name)
-    # Held, so that no process evicts a piece between its check and its loading.
-    with store.hold(artifact):
+    # Kept, so that no process evicts a piece between its check and its loading.
+    with store.kept(artifact):
         files = _files(artifact, store)
         if isinstance(submod_callables, Mapping):
             callables = dict(submod_callables)
@@ -223,7 +223,8 @@ def _find(source: str | os.PathLike[str], store: Cache) -> Artifact:
 
 
 def _files(artifact: Artifact, store: Cache) -> dict[str, Path]:
-    paths = store.blob_paths([piece.blob for piece in artifact.pieces])
+    # By name and not by descriptor: an engine may keep the path, or map it after this.
+    paths = [store.blob_path(piece.blob) for piece in artifact.pieces]
     found = {}
     for piece, path in zip(artifact.pieces, paths, strict=True):
         if path is None:

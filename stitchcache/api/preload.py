@@ -126,9 +126,8 @@ class Preloaded:
         # Pieces of other backends may need ops that the model's modules register.
         alike = {p.blob.digest for p in artifact.pieces if p.backend == "aoti"}
         on_cpu = devices_in(artifact) == {"cpu"}
-        with self._cache.hold(artifact):
-            for blob in artifact.blobs:
-                path = self._cache.blob_path(blob)
+        with self._cache.opened(artifact.blobs) as paths:
+            for blob, path in zip(artifact.blobs, paths, strict=True):
                 if path is None or not on_cpu or blob.digest not in alike:
                     continue
                 piece = load_library(path, "cpu")

@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +131,8 @@ class InductorBackend(Backend):
 
     def load(self, path: Path, device: str) -> BoxedPiece:
         """Load an artifact."""
+        # On the CPU it builds C++ again, where its directory has not got it.
+        _require_own_directory()
         artifact = inductor.load_artifact(path)
         # It takes its inputs one by one, not as a list.
         return lambda inputs: artifact(*inputs)
@@ -139,7 +140,12 @@ class InductorBackend(Backend):
     def warmth(self, devices: Collection[str], options: Options) -> Callable[[], object] | None:
         """Leave the probes of the CPU on disk, which takes half of Inductor's imports only."""
         usable = "cpu" in devices and find_compiler() is not None
-        return partial(inductor.probe_best, options) if usable else None
+
+        def probe() -> None:
+            _require_own_directory()
+            inductor.probe_best(options)
+
+        return probe if usable else None
 
     def prepare(self, devices: Collection[str], options: Options, pieces: int) -> Options:
         """Check for a C++ compiler, import Inductor and probe the CPU."""
@@ -151,6 +157,7 @@ class InductorBackend(Backend):
                 "compiler.",
                 backend=self.name,
             )
+        _require_own_directory()
         inductor.import_compiler()
         probe = self.warmth(devices, options)
         if probe is not None:
@@ -228,6 +235,7 @@ class AotiBackend(InductorBackend):
         probe = super().warmth(devices, options)
 
         def warm() -> None:
+            _require_own_directory()
             self._caller()
             if probe is not None:
                 probe()
@@ -261,6 +269,21 @@ def get_backend(name: str) -> Backend:
 
         return EagerBackend()
     raise OptionError(f"backend={name!r}: there is {', '.join(BACKENDS)}.", option="backend")
+
+
+def _require_own_directory() -> None:
+    """Raise a ``BackendError`` where others can write where torch builds: what it finds there, it loads."""
+    # A warm start builds nothing.
+    from stitchcache.store import distrusted_way
+
+    place = inductor.directory()
+    reason = distrusted_way(place)
+    if reason is not None:
+        raise BackendError(
+            f"torch builds in {place}, and loads what it finds there: {reason}; or set "
+            "TORCHINDUCTOR_CACHE_DIR to a directory of your own.",
+            backend="inductor",
+        )
 
 
 def _compiler() -> str:

@@ -6,6 +6,7 @@ its kin take graphs as arguments: each is stored as source too, under the path o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ def _read(path: Path) -> dict[str, Any]:
     except (ValueError, msgpack.UnpackException) as error:
         record, reason = None, str(error)
     if not isinstance(record, dict) or record.get("magic") != _MAGIC:
+        where = os.path.realpath(path)
         raise EntryFormatError(
-            f"{path} is not an eager piece: {reason}. Run 'stitchcache verify --repair'.",
-            path=str(path),
+            f"{where} is not an eager piece: {reason}. Run 'stitchcache verify --repair'.",
+            path=where,
             field="magic",
             reason=reason,
         )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -89,10 +88,8 @@ def start_with(
 ) -> R:
     """:func:`start` for any callable: ``link`` binds loaded pieces and constants to stitching code."""
     artifact, cache = found.artifact, site.cache
-    # Held, so that no process evicts a blob between its check and its loading.
-    with cache.hold(artifact) if found.loaded is None else nullcontext():
-        loaded = found.loaded or site.timed("load", lambda: load_blobs(artifact, site))
-        compiled = site.timed("link", lambda: link(*loaded))
+    loaded = found.loaded or site.timed("load", lambda: load_blobs(artifact, site))
+    compiled = site.timed("link", lambda: link(*loaded))
     if look is not None:
         site.timed("look", lambda: look(compiled))
     if (store := found.store) is not None:
@@ -133,22 +130,24 @@ def load_blobs(artifact: Artifact, site: Site) -> tuple[dict[str, Any], dict[str
     ready = site.ready.take(artifact.graph_hash) if site.ready is not None and site.device == "cpu" else {}
     distinct = {piece.key: piece for piece in artifact.pieces}
     carried = [(binding, binding.blob) for binding in artifact.bindings if binding.blob is not None]
-    found = site.cache.blob_paths([*(piece.blob for piece in distinct.values()), *(b for _, b in carried)])
-    paths = [path for path in found if path is not None]
-    if len(paths) != len(found):
-        raise EntryDamagedError(
-            f"a piece of entry {artifact.graph_hash[:12]} in {site.cache.root} is missing or damaged. "
-            "Compile the model again.",
-            path=str(site.cache.root),
-            field="pieces",
-            reason="missing or damaged",
-        )
-    pieces = {
-        key: ready.get((piece.backend, piece.blob.digest)) or load_piece(piece.backend, path, site.device)
-        for (key, piece), path in zip(distinct.items(), paths, strict=False)
-    }
-    rest = zip(carried, paths[len(distinct) :], strict=True)
-    return pieces, {binding.name: _constant(binding, path, site.device) for (binding, _), path in rest}
+    refs = [*(piece.blob for piece in distinct.values()), *(blob for _, blob in carried)]
+    # All are opened before the first is loaded: what a prune removes meanwhile stays in reach.
+    with site.cache.opened(refs) as found:
+        paths = [path for path in found if path is not None]
+        if len(paths) != len(found):
+            raise EntryDamagedError(
+                f"a piece of entry {artifact.graph_hash[:12]} in {site.cache.root} is missing or damaged. "
+                "Compile the model again.",
+                path=str(site.cache.root),
+                field="pieces",
+                reason="missing or damaged",
+            )
+        pieces = {
+            key: ready.get((piece.backend, piece.blob.digest)) or load_piece(piece.backend, path, site.device)
+            for (key, piece), path in zip(distinct.items(), paths, strict=False)
+        }
+        rest = zip(carried, paths[len(distinct) :], strict=True)
+        return pieces, {binding.name: _constant(binding, path, site.device) for (binding, _), path in rest}
 
 
 def load_piece(backend: str, path: Path, device: str) -> Callable[[list[Any]], Sequence[Any]]:

@@ -368,10 +368,10 @@ class _Shelf:
         if record is None or record.backend != piece.backend:
             return False
         try:
-            path = self._cache.blob_path(record.blob)
-            if path is None:
-                return False
-            self.pieces[piece.key] = get_backend(record.backend).load(path, self._device)
+            with self._cache.opened([record.blob]) as (path,):
+                if path is None:
+                    return False
+                self.pieces[piece.key] = get_backend(record.backend).load(path, self._device)
         except (UntrustedEntryError, BackendError, EntryFormatError, OSError) as error:
             log.warning("%s: a stored piece cannot be used and is compiled again: %s", self._label, error)
             return False

@@ -11,6 +11,8 @@ import fcntl
 import os
 import re
 import stat
+import struct
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
@@ -197,6 +199,9 @@ def parse_size(text: str, *, option: str = "size") -> int:
 
 # -- the file system -------------------------------------------------------------------------------
 
+# Waiting for a lock that is held for a moment: one second in all.
+MOST_TRIES, PAUSE = 200, 0.005
+
 
 class Calls:
     """The operating system's calls. They raise ``OSError``."""
@@ -214,6 +219,17 @@ class Calls:
     statvfs = staticmethod(os.statvfs)
     flock = staticmethod(fcntl.flock)
 
+    def distrusted_way(self, path: str) -> str | None:
+        """As the function, in one call."""
+        return distrusted_way(path)
+
+    def lock_byte(self, fd: int, kind: int, position: int) -> None:
+        """Lock one byte of a file, or end that (``F_UNLCK``); ``BlockingIOError`` for another's lock."""
+        command = getattr(fcntl, "F_OFD_SETLK", None)
+        if command is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        fcntl.fcntl(fd, command, struct.pack("hh4xqqi4x", kind, os.SEEK_SET, position, 1, 0))
+
     def open_read(self, path: str, *, follow: bool = False) -> int:
         """Open for reading; a symbolic link is refused unless ``follow``."""
         # O_NONBLOCK: a FIFO planted under an entry's name must not hang the process.
@@ -224,12 +240,12 @@ class Calls:
         """Open an existing file for reading, writing and exclusive locks."""
         return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
 
-    def create(self, path: str, mode: int = 0o644) -> int:
+    def create(self, path: str, mode: int = 0o600) -> int:
         """Open a new file; ``FileExistsError`` where the name is taken."""
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
 
-    def open_or_create(self, path: str, mode: int = 0o644) -> int:
-        """Open a file that is made where it is missing."""
+    def open_or_create(self, path: str, mode: int = 0o600) -> int:
+        """Open a file to lock, made where it is missing; who could read it could hold the lock too."""
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
 
     def fsync_dir(self, path: str) -> None:
@@ -327,28 +343,17 @@ class Files(Calls):
 
     def lock_shared(self, fd: int, path: str) -> bool:
         """Keep an open file from being evicted for as long as it is open; whether it still has its name."""
-        try:
-            # Eviction holds its exclusive lock for one unlink, so waiting is short.
-            self.flock(fd, fcntl.LOCK_SH)
-        except OSError:
-            # Where locks do not work, the grace period has to protect the file.
-            return True
+        # A prune looks at the file for a moment. Whoever holds a lock for longer must not stop this process.
+        for _ in range(MOST_TRIES):
+            try:
+                self.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(PAUSE)
+            except OSError:
+                # Where locks do not work, the grace period has to protect the file.
+                return True
         return self.same_file(fd, path)
-
-    def hold_shared(self, path: str) -> int | None:
-        """Open a file under a shared lock; ``None`` where it is gone."""
-        while True:
-            try:
-                fd = self.open_read(path)
-            except FileNotFoundError:
-                return None
-            try:
-                if self.lock_shared(fd, path):
-                    return fd
-            except BaseException:
-                self.close_quietly(fd)
-                raise
-            self.close_quietly(fd)
 
 
 # -- failures ------------------------------------------------------------------------------------
@@ -387,21 +392,59 @@ def write_error(error: OSError, path: str) -> StoreWriteError:
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
-def distrust(path: str, facts: os.stat_result) -> str | None:
+def distrust(path: str, facts: os.stat_result, *, above: bool = False) -> str | None:
     """Why a file or directory is not trusted; ``None`` when it is.
 
-    What an entry holds is code: a file that others can write is as good as theirs.
+    What an entry holds is code: a file that others can write or exchange is as good as theirs. ``above`` is
+    for what leads to a root: there others may write beside it, if they cannot rename it.
     """
+    mode = facts.st_mode
     # Ownership by root is no weaker: root can do anything to the process anyway.
-    if facts.st_uid not in (os.geteuid(), 0):
-        return (
-            f"{path} belongs to user {facts.st_uid}, and this process runs as {os.geteuid()}: "
-            "whoever owns it could run code here; copy the cache, or chown it"
-        )
-    if facts.st_mode & _OTHERS_WRITE:
-        mode = stat.S_IMODE(facts.st_mode)
-        return (
-            f"{path} has mode {mode:04o}, so that others can write it and run code here: "
-            f"chmod go-w {path!r} after checking who did"
-        )
-    return None
+    own = facts.st_uid in (os.geteuid(), 0)
+    # An access list cannot give more than the mode: the mode's group bits are its mask.
+    fixed = not mode & _OTHERS_WRITE or (above and mode & stat.S_ISVTX)
+    if stat.S_ISLNK(mode):
+        fixed = above
+    elif stat.S_ISREG(mode):
+        # None is left where a newer file took the name since this one was opened.
+        fixed = fixed and facts.st_nlink <= 1
+    if own and fixed:
+        return None
+    # Seldom needed.
+    from stitchcache.store.refusal import refusal
+
+    return refusal(path, facts, above=above)
+
+
+def distrusted_way(path: str) -> str | None:
+    """Why a directory is not trusted, or one above it; ``None`` where nobody else can exchange it.
+
+    From the top down: the name of what was looked at cannot be given to something else any more when the
+    next is looked at. So what is opened by this path afterwards is what was looked at.
+    """
+    at, todo, links = os.sep, _parts(path), 0
+    reason = distrust(at, os.lstat(at), above=True)
+    while todo and reason is None:
+        part = todo.pop()
+        if part == os.pardir:
+            at = os.path.dirname(at)
+            continue
+        at = os.path.join(at, part)
+        facts = os.lstat(at)
+        reason = distrust(at, facts, above=True)
+        if stat.S_ISLNK(facts.st_mode) and reason is None:
+            links += 1
+            if links > _MOST_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+            target = os.readlink(at)
+            at = os.sep if target.startswith(os.sep) else os.path.dirname(at)
+            todo += _parts(target)
+    return reason or distrust(at, os.lstat(at))
+
+
+_MOST_LINKS = 40
+
+
+def _parts(path: str) -> list[str]:
+    """The steps of a path, last first."""
+    return [part for part in reversed(path.split(os.sep)) if part not in ("", os.curdir)]

@@ -4,17 +4,23 @@ The order of removal is targets, entry, blobs, pieces: wherever it stops, nothin
 but for pieces, whose reading checks. Safe from removal:
 
 - a file whose times changed since the look: it was used, or a put that finished meanwhile may name it;
-- a file on which a process holds a shared lock: a start that loads it, a put under way (see ``publish``);
+- a blob that a put under way needs, which holds a lock for it (see ``publish``);
+- a temporary file whose writer lives, and so holds a lock on it;
 - an entry of which a target is safe;
 - a blob that no entry named and that is younger than the grace period: its writer may be a worker that has
-  left it for its parent to name. Where locks do not work, all files have the grace period.
+  left it for its parent to name. Where locks do not work, all blobs have the grace period.
+
+A start that is loading an entry loses nothing: it has opened the files, and they outlive their names.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from stitchcache.artifact.entry import decode_piece
@@ -222,7 +228,18 @@ class _Look:
 
 
 def _remove_planned(plan: PrunePlan) -> PruneResult:
-    look, removal = plan._look, _Removal(plan._look)
+    root = plan._look.root
+    try:
+        locks = root.lock_file()
+    except OSError:
+        # As good as no locks.
+        return _removed(plan, None)
+    with root.files.opened(locks):
+        return _removed(plan, locks)
+
+
+def _removed(plan: PrunePlan, locks: int | None) -> PruneResult:
+    look, removal = plan._look, _Removal(plan._look, locks)
     result = removal.result
     leading: dict[str, list[Item]] = {}
     evicted = {item.key for item, _ in plan.entries}
@@ -252,20 +269,17 @@ def _remove_planned(plan: PrunePlan) -> PruneResult:
 class _Removal:
     """Removing, one checked file at a time."""
 
-    def __init__(self, look: _Look) -> None:
+    def __init__(self, look: _Look, locks: int | None) -> None:
         self._look = look
         self._root = look.root
         self.result = PruneResult()
+        self._locks = locks
 
     def remove(self, item: Item, first: Iterable[Item] = ()) -> bool:
         """Remove a file that is unused since the look, after those that lead to it; whether it is gone."""
-        files = self._root.files
         try:
-            with files.opened(open_to_lock(files, item.path)) as fd:
-                had = files.try_lock(fd)
-                if had is False or (had is None and not self._look.is_old(item)):
-                    return False
-                if files.fstat(fd).st_mtime_ns != item.modified or not files.same_file(fd, item.path):
+            with self._alone_with(item) as alone:
+                if not alone or self._root.files.lstat(item.path).st_mtime_ns != item.modified:
                     return False
                 if not all(map(self.remove, first)):
                     return False
@@ -278,6 +292,25 @@ class _Removal:
         self.result.files += 1
         self.result.bytes += item.size
         return True
+
+    @contextmanager
+    def _alone_with(self, item: Item) -> Iterator[bool]:
+        """Whether no process has a lock for a file, for the length of a block in which none gets one."""
+        root, files = self._root, self._root.files
+        area = os.path.relpath(item.path, root.path).partition(os.sep)[0]
+        if area in (Area.TMP, Area.LOCKS):
+            with files.opened(open_to_lock(files, item.path)) as fd:
+                had = files.try_lock(fd)
+                yield had is not False and (had or self._look.is_old(item)) and files.same_file(fd, item.path)
+        elif area == Area.BLOBS:
+            had = None if self._locks is None else root.lock_blob(self._locks, item.key, fcntl.F_WRLCK)
+            try:
+                yield had is not False and (had or self._look.is_old(item))
+            finally:
+                if self._locks is not None and had:
+                    root.lock_blob(self._locks, item.key, fcntl.F_UNLCK)
+        else:
+            yield True
 
     def _unlink(self, path: str) -> None:
         try:

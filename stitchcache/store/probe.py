@@ -75,7 +75,7 @@ def probe(path: str, *, files: Files | None = None) -> list[Trial]:
 def _trust(files: Files, place: str) -> Trial:
     for path in (place, *(os.path.join(place, area) for area in Area)):
         try:
-            reason = distrust(path, files.stat(path) if path == place else files.lstat(path))
+            reason = files.distrusted_way(path) if path == place else distrust(path, files.lstat(path))
         except FileNotFoundError:
             continue
         except OSError as error:

@@ -1,9 +1,11 @@
 """What only writing needs: blobs, the lock around compiling, scratch directories, the quarantine.
 
-A blob that was put is held by a shared lock on it until the entry that names it is put; the lock dies with
-the process. Eviction removes a blob only under an exclusive lock on it, and only if its times are those that
-it saw; whoever publishes an entry renews the times of its blobs afterwards. So no order of events lets
-eviction remove a blob of an entry that it did not see.
+A blob that was put is held by a shared lock until the entry that names it is put; the lock dies with the
+process. Eviction removes a blob only under an exclusive lock, and only if its times are those that it saw;
+whoever publishes an entry renews the times of its blobs afterwards. So no order of events lets eviction
+remove a blob of an entry that it did not see.
+
+No lock is on a file that others than its owner can open: whoever can only read a cache can stop nobody.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stitchcache.errors import LockTimeoutError, StoreWriteError
-from stitchcache.store import Area, Files, keyed_path, words
+from stitchcache.store import Area, Files, distrust, distrusted_way, keyed_path, words
 from stitchcache.store.root import Item, Root
 from stitchcache.types import BlobRef
 
@@ -44,22 +47,12 @@ def publish_blob(root: Root, source: bytes | str | Iterable[bytes]) -> BlobRef:
         target = keyed_path(root.path, Area.BLOBS, ref.digest)
         root.make_dir(os.path.dirname(target))
         root.sync(fd)
-        try:
-            # A link replaces nothing: others may hold the blob that has the name by now.
-            root.files.link(temp, target)
-        except FileExistsError:
-            if _hold(root, target, ref, read=True):
-                return ref
-            # A damaged one is in the way.
+        # Before it has its name, so that no prune comes in between.
+        root.keep(ref.digest)
+        if not _is_good(root, target, ref, read=True):
+            # Where another process is as far, the same bytes take the place of its blob.
             root.rename(temp, target)
-        except OSError:
-            # The file system knows no hard links, or the directory was removed.
-            root.rename(temp, target)
-        root.sync_dir(os.path.dirname(target))
-        # The lock of ``fd`` keeps it until this one does.
-        held = root.files.hold_shared(target)
-        if held is not None:
-            root.keep(ref.digest, held)
+            root.sync_dir(os.path.dirname(target))
     return ref
 
 
@@ -79,33 +72,33 @@ def _chunks(files: Files, source: bytes | str | Iterable[bytes]) -> Iterator[byt
 
 def hold_blob(root: Root, ref: BlobRef) -> bool:
     """Keep a blob until it is released; whether it is there. Its size is checked, its digest is not."""
-    if not root.holds(ref.digest):
-        return _hold(root, keyed_path(root.path, Area.BLOBS, ref.digest), ref, read=False)
-    # Eviction cannot have taken it, but a reader that found it damaged can.
-    there = root.has_blob(ref)
+    kept = root.holds(ref.digest)
+    if not kept and root.has_blob(ref):
+        # Locked first and looked at then: what is there under the lock stays.
+        root.keep(ref.digest)
+    # Eviction cannot have taken what is kept, but a reader that found it damaged can.
+    path = keyed_path(root.path, Area.BLOBS, ref.digest)
+    there = root.has_blob(ref) if kept else _is_good(root, path, ref, read=False)
     if not there:
         root.release([ref.digest])
     return there
 
 
-def _hold(root: Root, path: str, ref: BlobRef, *, read: bool) -> bool:
-    """Keep the blob that is there already, if it is good; ``read`` is whether its digest is asked too."""
-    fd = root.files.hold_shared(path)
+def _is_good(root: Root, path: str, ref: BlobRef, *, read: bool) -> bool:
+    """Whether a blob is there already and will last; ``read`` is whether its digest is asked too."""
+    fd = root.open(path)
     if fd is None:
         return False
-    kept = False
-    try:
-        if root.files.fstat(fd).st_size == ref.size and not (read and root.blob_problem(fd, ref)):
-            root.touch(path)
-            # Its writer may have died before it came to these, or not have come to them yet.
-            root.sync(fd)
-            root.sync_dir(os.path.dirname(path))
-            root.keep(ref.digest, fd)
-            kept = True
-    finally:
-        if not kept:
-            root.files.close_quietly(fd)
-    return kept
+    with root.files.opened(fd):
+        facts = root.files.fstat(fd)
+        # One that nobody may load is replaced.
+        if facts.st_size != ref.size or distrust(path, facts) or (read and root.blob_problem(fd, ref)):
+            return False
+        root.touch(path)
+        # Its writer may have died before it came to these, or not have come to them yet.
+        root.sync(fd)
+        root.sync_dir(os.path.dirname(path))
+    return True
 
 
 # -- exclusive locks -----------------------------------------------------------------------------
@@ -145,7 +138,7 @@ def _acquire(
 ) -> int | None:
     files = root.files
     start: float | None = None
-    pause = _FIRST_PAUSE
+    pause, replaced = _FIRST_PAUSE, False
     while True:
         try:
             root.make_dir(os.path.dirname(path))
@@ -154,6 +147,13 @@ def _acquire(
             return None
         holder = ""
         try:
+            if not replaced and stat.S_IMODE(files.fstat(fd).st_mode) & 0o077:
+                # Of an older version: others could open it, and hold its lock for as long as they like. Done
+                # once, for some file systems know no modes.
+                replaced = True
+                files.unlink(path)
+                files.close_quietly(fd)
+                continue
             had = files.try_lock(fd)
             if had and files.same_file(fd, path):
                 # Who it is, for messages; a full disk must not stop anyone from compiling.
@@ -193,10 +193,17 @@ _FILES = 4096
 
 @contextmanager
 def scratch(root: Root) -> Iterator[Path]:
-    """A private temporary directory: in the root where that has room, else in the system's."""
+    """A private temporary directory: in the root where that has room and is trusted, else in the system's.
+
+    Raises:
+        StoreWriteError: Others could put what they like in place of either.
+    """
     within = None if root.read_only else _scratch_within(root)
     path, fd = within or (tempfile.mkdtemp(prefix="stitchcache-"), None)
     try:
+        if within is None and (reason := distrusted_way(path)):
+            message = f"{reason}; or set TMPDIR to a directory of your own, to compile in"
+            raise StoreWriteError(message, path=path, reason="not trusted")
         yield Path(path)
     finally:
         shutil.rmtree(path, ignore_errors=True)
@@ -209,16 +216,19 @@ def _scratch_within(root: Root) -> tuple[str, int] | None:
     path = root.temporary_path("scratch")
     try:
         root.make_dir(os.path.dirname(path))
+        # Asked each time: what is compiled here is run.
+        root.require_own(os.path.dirname(path))
         facts = root.files.statvfs(os.path.dirname(path))
         # Some file systems have no fixed number of files and say 0.
         if facts.f_bavail * facts.f_frsize < _ROOM or (facts.f_files and facts.f_favail < _FILES):
             return None
         root.files.mkdir(path, 0o700)
         # As with other temporary files: what has no lock was left by a process that died.
-        fd = root.files.hold_shared(path)
+        fd = root.files.open_read(path)
+        root.files.lock_shared(fd, path)
     except OSError:
         return None
-    return None if fd is None else (path, fd)
+    return path, fd
 
 
 # -- quarantine ----------------------------------------------------------------------------------

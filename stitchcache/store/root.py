@@ -3,7 +3,7 @@
 Publishing a file::
 
     create tmp/<host>.<random>.part exclusively, lock it, write, fsync       (errors: nothing happened)
-    rename over the name (entries, pointers) or link without replacing (blobs)
+    rename over the name
     fsync the directory                                                      (now it is acknowledged)
 
 so that a reader sees a whole file or none, and what was acknowledged survives a crash. Methods raise
@@ -13,6 +13,7 @@ so that a reader sees a whole file or none, and what was acknowledged survives a
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import stat
@@ -28,6 +29,8 @@ from stitchcache.store import (
     CAP,
     KEYED,
     LEGACY_SUFFIXES,
+    MOST_TRIES,
+    PAUSE,
     TAG_NAME,
     TAG_TEXT,
     Area,
@@ -43,7 +46,9 @@ T = TypeVar("T")
 
 # Small enough to stay in the processor's cache, and not to be mapped and unmapped each time.
 _DIGESTED_AT_ONCE = 256 << 10
-_HELD_AT_MOST = 512
+# What others have no business in: locks that they could hold, files that are not whole.
+_PRIVATE = (Area.LOCKS, Area.TMP)
+_BLOB_LOCKS = "blobs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +79,15 @@ class Root:
         self.durable = durable
         self.read_only = read_only
         self._known: set[str] = set()
-        # Open descriptors whose shared locks keep blobs from being evicted until an entry names them.
-        self._held: dict[str, int] = {}
+        # Blobs that are kept from being evicted until an entry names them: each has a lock on a byte of one
+        # file, for a lock on a blob itself could be held by everybody who can read the blob.
+        self._held: set[str] = set()
+        self._locks: int | None = None
         self._mutex = threading.Lock()
 
     def __del__(self) -> None:
-        self.release(list(self._held))
+        if self._locks is not None:
+            self.files.close_quietly(self._locks)
 
     def area(self, area: Area) -> str:
         """The directory of an area."""
@@ -133,27 +141,51 @@ class Root:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def read(self, path: str, area: Area) -> tuple[bytes, os.stat_result] | None:
+    def open_trusted(self, path: str) -> int | None:
+        """A descriptor of a file that nobody else can write or exchange; ``None`` where there is no file.
+
+        Raises:
+            UntrustedEntryError: Others can.
+        """
+        try:
+            self.require_trust(path)
+            fd = self.files.open_read(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        reason = distrust(path, self.files.fstat(fd))
+        if reason is not None:
+            self.files.close_quietly(fd)
+            raise UntrustedEntryError(reason, path=path)
+        return fd
+
+    def read(self, path: str, area: Area, *, trusted: bool = False) -> tuple[bytes, os.stat_result] | None:
         """A whole file and its facts; ``None`` where there is none.
 
         Raises:
             EntryDamagedError: It is no regular file, or larger than files of its area can be.
+            UntrustedEntryError: It is to be ``trusted``, and others can write or exchange it.
         """
         cap = CAP[area]
-        fd = self.open(path)
+        reason = f"not a regular file of at most {cap} bytes"
+        try:
+            fd = self.open_trusted(path) if trusted else self.open(path)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise EntryDamagedError.at(path, "size", reason) from error
         if fd is None:
             return None
         with self.files.opened(fd):
             facts = self.files.fstat(fd)
             if stat.S_ISREG(facts.st_mode) and facts.st_size <= cap:
                 return self.files.read_exactly(fd, facts.st_size), facts
-        reason = f"not a regular file of at most {cap} bytes"
-        raise EntryDamagedError(f"{path}: {reason}", path=path, field="size", reason=reason)
+        raise EntryDamagedError.at(path, "size", reason)
 
     def require_trust(self, path: str) -> None:
         """Raise ``UntrustedEntryError`` where others can write a file, or a directory on the way to it."""
+        # Directories first, from the top down: see distrusted_way.
         at = self.path
-        reason = distrust(at, self.files.stat(at))
+        reason = self.files.distrusted_way(at)
         for part in path[len(self.path) :].strip(os.sep).split(os.sep):
             if reason is not None:
                 raise UntrustedEntryError(reason, path=path)
@@ -249,7 +281,7 @@ class Root:
         """
         while True:
             path = self.temporary_path("part")
-            with self.files.opened(self.in_dir(path, self.files.create)) as fd:
+            with self.files.opened(self.in_dir(path, self._create)) as fd:
                 try:
                     # A prune may come in between, and take the file for one that was left.
                     if self.files.lock_shared(fd, path):
@@ -279,49 +311,93 @@ class Root:
         if path != self.path:
             self.make_dir(os.path.dirname(path))
         self._mkdir(path)
+        if self.trust == "owner":
+            self.require_own(path)
         if path == self.path:
             # A courtesy to backup programs.
-            with suppress(OSError), self.files.opened(self.files.create(f"{path}/{TAG_NAME}")) as fd:
+            with suppress(OSError), self.files.opened(self._create(f"{path}/{TAG_NAME}")) as fd:
                 self.files.write_all(fd, TAG_TEXT)
         # Whoever made it may not have come to this yet, so each process does it once for itself.
         self.sync_dir(os.path.dirname(path))
         self._known.add(path)
 
     def _mkdir(self, path: str) -> None:
+        inside, private = len(path) > len(self.path), os.path.basename(path) in _PRIVATE
+        mode = 0o755 if len(path) < len(self.path) else 0o700
         try:
-            self.files.mkdir(path)
+            self.files.mkdir(path, self._mode(0o755) if inside and not private else mode)
         except FileExistsError:
             if not stat.S_ISDIR(self.files.stat(path).st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
         except FileNotFoundError:
             self._mkdir(os.path.dirname(path))
-            self.files.mkdir(path)
+            self.files.mkdir(path, mode)
+
+    def _mode(self, most: int) -> int:
+        """The mode of what is made: who can read the root's directory can read what is in it."""
+        facts = self.files.stat(self.path)
+        # What root makes in a user's cache is of use to that user only if it can be read.
+        shared = stat.S_IMODE(facts.st_mode) if facts.st_uid == os.geteuid() else most
+        return most & (shared | stat.S_IRWXU)
+
+    def _create(self, path: str) -> int:
+        return self.files.create(path, self._mode(0o644))
+
+    def require_own(self, path: str) -> None:
+        """Raise a ``StoreWriteError`` where others can write a directory of the root, or exchange it."""
+        try:
+            self.require_trust(path)
+        except UntrustedEntryError as error:
+            message = f"{error.message} (nothing is stored or built in it)"
+            raise StoreWriteError(message, path=path, reason="not trusted") from error
 
     # -- blobs that no entry names yet -----------------------------------------------------------
+
+    def lock_file(self) -> int:
+        """Open the file on whose bytes locks stand for blobs. Nobody else can open it, and so hold one."""
+        path = os.path.join(self.area(Area.LOCKS), _BLOB_LOCKS)
+        self.make_dir(os.path.dirname(path))
+        return self.in_dir(path, self.files.open_or_create)
+
+    def lock_blob(self, fd: int, digest: str, kind: int) -> bool | None:
+        """Lock a blob, or end that, without waiting: whether it was had; ``None`` where locks do not work."""
+        try:
+            self.files.lock_byte(fd, kind, int(digest[:15], 16))
+        except BlockingIOError:
+            return False
+        except OSError:
+            return None
+        return True
 
     def holds(self, digest: str) -> bool:
         """Whether a blob is kept by this object."""
         return digest in self._held
 
-    def keep(self, digest: str, fd: int) -> None:
-        """Keep a blob from being evicted through a descriptor that has its lock."""
-        with self._mutex:
-            surplus = [self._held.pop(digest, None)]
-            self._held[digest] = fd
-            if len(self._held) > _HELD_AT_MOST:
-                # Descriptors are scarce; the grace period is left to protect the oldest.
-                surplus.append(self._held.pop(next(iter(self._held))))
-        for each in surplus:
-            if each is not None:
-                self.files.close_quietly(each)
+    def keep(self, digest: str) -> None:
+        """Keep a blob from being evicted; where locks do not work, the grace period has to."""
+        path = os.path.join(self.area(Area.LOCKS), _BLOB_LOCKS)
+        with self._mutex, suppress(OSError):
+            if self._locks is not None and not self.files.same_file(self._locks, path):
+                # Somebody removed the cache, with all that was kept.
+                self.files.close_quietly(self._locks)
+                self._locks = None
+                self._held.clear()
+            if self._locks is None:
+                self._locks = self.lock_file()
+            for _ in range(MOST_TRIES):
+                if self.lock_blob(self._locks, digest, fcntl.F_RDLCK) is not False:
+                    break
+                # Eviction has it for one unlink.
+                time.sleep(PAUSE)
+            self._held.add(digest)
 
     def release(self, digests: Iterable[str]) -> None:
         """Let go of blobs: an entry names them now, or nobody will."""
-        for digest in digests:
-            with self._mutex:
-                fd = self._held.pop(digest, None)
-            if fd is not None:
-                self.files.close_quietly(fd)
+        with self._mutex:
+            for digest in self._held.intersection(digests):
+                self._held.discard(digest)
+                if self._locks is not None:
+                    self.lock_blob(self._locks, digest, fcntl.F_UNLCK)
 
 
 def host_name() -> str:

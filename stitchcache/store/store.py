@@ -12,8 +12,8 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from shutil import rmtree
@@ -22,6 +22,8 @@ from typing import Any, Literal, TypeVar
 from stitchcache.artifact.entry import OUTSIDE, Kind, signature_in, signed_digest
 from stitchcache.errors import EntryFormatError, FutureFormatError, OptionError, UntrustedEntryError
 from stitchcache.store import (
+    MOST_TRIES,
+    PAUSE,
     Area,
     Files,
     Roots,
@@ -134,7 +136,7 @@ class Store:
         def load(root: Root, path: str) -> T | None:
             inode = None
             try:
-                found = root.read(path, area)
+                found = root.read(path, area, trusted=root.trust == "owner")
                 if found is None:
                     return None
                 inode = found[1].st_ino
@@ -226,42 +228,78 @@ class Store:
     def blob_path(self, ref: BlobRef) -> Path | None:
         """A blob's file, its size and digest checked; ``None`` where it is missing, or damaged.
 
-        Raises:
-            UntrustedEntryError: It is there, but others can write it or a directory above it.
-        """
+        To load it, see :meth:`opened`: by this path another file may be found a moment later.
 
-        def check(root: Root, path: str) -> Path | None:
-            facts = root.facts(path)
-            if facts is None:
-                return None
+        Raises:
+            UntrustedEntryError: It is there, but others can write or exchange it.
+        """
+        found = self._open_blob(ref)
+        if found is None:
+            return None
+        self._files.close_quietly(found[0])
+        return Path(found[1])
+
+    @contextmanager
+    def opened(self, refs: Sequence[BlobRef]) -> Iterator[list[Path | None]]:
+        """Paths of checked blobs for the length of a block, ``None`` for one that is missing or damaged.
+
+        Each is opened once, and the path leads to that open file, whatever happens to its name.
+
+        Raises:
+            UntrustedEntryError: One is there, but others can write or exchange it.
+        """
+        found: list[tuple[int, str] | None] = [None] * len(refs)
+        there = "/proc/self/fd/{}" if os.path.isdir("/proc/self/fd") else ""
+
+        def open_one(index: int) -> None:
+            found[index] = self._open_blob(refs[index])
+
+        try:
+            if len(refs) < 2 or sum(ref.size for ref in refs) < _WORTH_THREADS:
+                for index in range(len(refs)):
+                    open_one(index)
+            else:
+                # Large ones are digested at one time, on several processors.
+                from concurrent.futures import ThreadPoolExecutor
+
+                with ThreadPoolExecutor(min(len(refs), os.cpu_count() or 1, 8), "stitchcache-digest") as pool:
+                    list(pool.map(open_one, range(len(refs))))
+            yield [None if each is None else Path(there.format(each[0]) or each[1]) for each in found]
+        finally:
+            for each in found:
+                if each is not None:
+                    self._files.close_quietly(each[0])
+
+    def _open_blob(self, ref: BlobRef) -> tuple[int, str] | None:
+        """Descriptor and path of a good blob."""
+
+        def check(root: Root, path: str) -> tuple[int, str] | None:
             # Asked every time: a chmod after the first look counts.
             try:
-                if root.trust != "any":
-                    root.require_trust(path)
+                fd = root.open(path) if root.trust == "any" else root.open_trusted(path)
             except UntrustedEntryError:
                 if root.trust == "owner":
                     raise
                 # A signed entry names it by its digest.
-                return self._own_copy(root, path, ref)
-            if self._good.get(path) != _identity(facts):
-                state = root.blob_state(path, ref)
-                if isinstance(state, str):
-                    self._reject(root, path, facts.st_ino, f"blob: {state}")
-                if state is None or isinstance(state, str):
+                copy = self._own_copy(root, path, ref)
+                return None if copy is None else (self._files.open_read(str(copy)), str(copy))
+            if fd is None:
+                return None
+            good = False
+            try:
+                facts = root.files.fstat(fd)
+                problem = root.blob_problem(fd, ref) if self._good.get(path) != _identity(facts) else None
+                if problem is not None:
+                    self._reject(root, path, facts.st_ino, f"blob: {problem}")
                     return None
-                self._good[path] = _identity(state)
-            return Path(path)
+                self._good[path] = _identity(facts)
+                good = True
+            finally:
+                if not good:
+                    root.files.close_quietly(fd)
+            return fd, path
 
         return self._search(Area.BLOBS, ref.digest, check)
-
-    def blob_paths(self, refs: Sequence[BlobRef]) -> list[Path | None]:
-        """The same for several blobs; large ones are digested at one time, on several processors."""
-        if len(refs) < 2 or sum(ref.size for ref in refs) < _WORTH_THREADS:
-            return [self.blob_path(ref) for ref in refs]
-        from concurrent.futures import ThreadPoolExecutor
-
-        with ThreadPoolExecutor(min(len(refs), os.cpu_count() or 1, 8), "stitchcache-digest") as pool:
-            return list(pool.map(self.blob_path, refs))
 
     def _reject(self, root: Root, path: str, inode: int | None, reason: str) -> None:
         from stitchcache.store.publish import quarantine
@@ -348,7 +386,6 @@ def _identity(facts: os.stat_result) -> tuple[int, ...]:
 
 
 _SINCE = "since"
-_MOST_TRIES, _PAUSE = 200, 0.005
 
 
 class Counters:
@@ -401,12 +438,13 @@ class Counters:
 
     def _write(self, pending: Counter[str]) -> None:
         files = self._root.files
+        self._root.make_dir(os.path.dirname(self._path))
         with files.opened(self._root.in_dir(f"{self._path}.lock", files.open_or_create)) as fd:
             # Without the lock another process's counts may be lost, and that is all.
-            for _ in range(_MOST_TRIES):
+            for _ in range(MOST_TRIES):
                 if files.try_lock(fd, plain=True) is not False:
                     break
-                time.sleep(_PAUSE)
+                time.sleep(PAUSE)
             counts = self._stored() + pending
             counts[_SINCE] = counts[_SINCE] or int(time.time())
             text = "".join(f"{name}={number}\n" for name, number in sorted(counts.items()))

@@ -254,16 +254,31 @@ def load_library(path: Path, device: str) -> Callable[[list[Any]], Sequence[Any]
     Raises:
         BackendError: It cannot be mapped, or was made for another torch.
     """
+    name = _new_name(str(path))
     try:
         # On GPUs torch's runner: the caller was not tried there.
-        ours = load_with_caller(str(path), device) if device == "cpu" else None
-        return ours or load_with_runner(str(path), device)
+        ours = load_with_caller(name, device) if device == "cpu" else None
+        return ours or load_with_runner(name, device)
     except RuntimeError as error:
+        where, said = os.path.realpath(path), str(error).splitlines()[0]
         raise BackendError(
-            f"{path} cannot be loaded: {str(error).splitlines()[0]}. If it lies on a file system "
-            "mounted noexec, set STITCHCACHE_DIR to another; else run 'stitchcache verify --repair'.",
+            f"{where} cannot be loaded: {said}. If it lies on a file system mounted noexec, set "
+            "STITCHCACHE_DIR to another; else run 'stitchcache verify --repair'.",
             backend="aoti",
         ) from error
+
+
+def _new_name(path: str) -> str:
+    """A path to a library by which none was loaded yet.
+
+    The loader of libraries knows them by path. A descriptor's path is that of another file once its number is
+    used again, and it would give the old library. More slashes change nothing but the text.
+    """
+    directory, _, number = path.rpartition("/")
+    if directory != "/proc/self/fd":
+        return path
+    slashes = "".join("." + "/" * (1 + int(digit, 16)) for digit in os.urandom(8).hex())
+    return f"{directory}/{slashes}{number}"
 
 
 def load_with_runner(path: str, device: str) -> Callable[[list[Any]], Sequence[Any]]:

@@ -33,6 +33,13 @@ def import_compiler() -> None:
             continue
 
 
+def directory() -> str:
+    """Where Inductor builds, and keeps what it built; it is made if it is missing."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return str(cache_dir())
+
+
 def settings() -> Any:
     """Inductor's settings, as attributes."""
     import torch._inductor.config

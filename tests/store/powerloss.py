@@ -54,7 +54,7 @@ class Recording(Files):
     def create(self, path: str, mode: int = 0o644) -> int:
         return self._opened(path, super().create(path, mode), True)
 
-    def open_or_create(self, path: str, mode: int = 0o644) -> int:
+    def open_or_create(self, path: str, mode: int = 0o600) -> int:
         new = not os.path.exists(path)
         return self._opened(path, super().open_or_create(path, mode), new)
 

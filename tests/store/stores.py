@@ -68,14 +68,8 @@ def read_back(cache: Cache, graph_hash: str) -> list[bytes] | None:
     found = cache.get(graph_hash)
     if found is None:
         return None
-    contents = []
-    with cache.hold(found) as complete:
-        for piece in found.pieces:
-            path = cache.blob_path(piece.blob) if complete else None
-            if path is None:
-                return None
-            contents.append(path.read_bytes())
-    return contents
+    with cache.opened([piece.blob for piece in found.pieces]) as paths:
+        return None if None in paths else [path.read_bytes() for path in paths]
 
 
 LEGACY = Path(__file__).parent.parent / "data" / "legacy"

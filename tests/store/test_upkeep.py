@@ -134,8 +134,10 @@ def test_one_prune_at_a_time(cache):
     plan = cache.plan_prune(max_bytes=0)
     import fcntl
 
-    (cache.root / "locks").mkdir()
-    with (cache.root / "locks" / "prune.lock").open("w") as file:
+    (cache.root / "locks").mkdir(exist_ok=True)
+    path = cache.root / "locks" / "prune.lock"
+    path.touch(mode=0o600)
+    with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert plan.execute().busy
     assert plan.execute().entries
@@ -148,7 +150,7 @@ def test_clear_leaves_nothing_but_the_tag_and_what_was_counted(cache):
     (cache.root / "somebody's notes.txt").touch()
     cache.clear()
     left = [name for name in files_under(cache.root) if not name.startswith("stats")]
-    assert left == ["CACHEDIR.TAG", "somebody's notes.txt"]
+    assert left == ["CACHEDIR.TAG", "locks/blobs", "somebody's notes.txt"]
 
 
 # -- verification ----------------------------------------------------------------------------------
