@@ -94,38 +94,21 @@ class NearestEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """How a compiled model came about; ``str()`` of it is for people.
+    """How a compiled model came about; ``str()`` of it is for people."""
 
-    Args:
-        label: The model's class or the target's name.
-        hit: ``"direct"`` (nothing was traced), ``"graph"`` (traced, pieces from the cache) or ``None``
-            (compiled).
-        reason: Why there was no direct hit; ``""`` where there was one.
-        target_key: 64 hex digits; ``None`` where no key stands for this target, or none was asked for.
-        graph_hash: The entry.
-        factors: What the target key is made of, as far as it got.
-        changed: Each source file that is not what was captured for this target key, or for the nearest: path
-            to ``(old digest, new digest)``.
-        nearest: The entry whose key came nearest when the target's was not found, with the factors that
-            differ; ``None`` where it was found, or nothing was there.
-        seconds: By stage.
-        check: How the look at the model itself stood when this was asked for.
-        status: As of the compiled model: what serves calls now.
-        mismatches: Calls that did not fit and that the model served itself, by argument.
-    """
-
-    label: str
-    hit: str | None
-    reason: str
-    target_key: str | None
+    label: str  # the model's class or the target's name
+    hit: str | None  # ``"direct"`` (not traced), ``"graph"`` (pieces from the cache), or ``None`` (compiled)
+    reason: str  # why there was no direct hit; ``""`` where there was one
+    target_key: str | None  # ``None`` where no key stands for this target, or none was asked for
     graph_hash: str
-    factors: tuple[Factor, ...] = ()
+    factors: tuple[Factor, ...] = ()  # what the target key is made of, as far as it got
+    # Source files that are not as captured for this target key, or for the nearest: path to both digests.
     changed: Differences = field(default_factory=dict)
-    nearest: NearestEntry | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    check: Check | None = None
-    status: str = "compiled"
-    mismatches: Mapping[str, int] = field(default_factory=dict)
+    nearest: NearestEntry | None = None  # whose key came nearest, where the target's was not found
+    seconds: Mapping[str, float] = field(default_factory=dict)  # by stage
+    check: Check | None = None  # how the look at the model itself stood when this was asked for
+    status: str = "compiled"  # as of the compiled model: what serves calls now
+    mismatches: Mapping[str, int] = field(default_factory=dict)  # calls that the model served, by argument
 
     def __str__(self) -> str:
         said = f"{self.hit} hit" if self.hit else self.status

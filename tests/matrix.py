@@ -45,8 +45,9 @@ def environment(base: Path, torch: str, python: str, libraries: Path | None) -> 
     shutil.rmtree(home, ignore_errors=True)
     run([find_python(python), "-m", "venv", str(home)])
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [need for need in project["dependencies"] if not need.startswith("torch")]
-    wanted += project["optional-dependencies"]["test"]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *extras["test"], *extras["sign"]]
+    wanted = [need for need in asked if not need.startswith(("torch", "stitchcache["))]
     pip = [str(interpreter), "-m", "pip", "install", "--quiet"]
     if libraries is None:
         run([*pip, f"torch=={torch}", *wanted])

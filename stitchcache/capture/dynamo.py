@@ -1,9 +1,8 @@
 """Take over a graph that ``torch.compile`` captured.
 
-Dynamo's graphs call torch's Python functions and take the model's parameters as arguments. They are traced
-once more, down to the ops that ``torch.export`` would give, so that splitting ops have the same names on both
-roads and equal pieces are shared between them. Dynamo guards what its graph relies on, also what this trace
-adds to it, so there is no contract to check on a call.
+It is traced once more, down to the ops that ``torch.export`` would give, so that splitting ops have the same
+names on both roads and equal pieces are shared between them. Dynamo guards what its graph relies on, also
+what this trace adds to it, so there is no contract to check on a call.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Capture a model with ``torch.export`` (non-strict), and say what the capture promises.
 
-The exported graph takes parameters, buffers and lifted constants as placeholders before the user's
-inputs, and mutates buffers in place, so that whoever runs it on the model's own tensors sees the
-model's own side effects.
+The exported graph takes parameters, buffers and lifted constants as placeholders before the user's inputs,
+and writes buffers in place, as the model itself does.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Captures for size ranges: the same model, one dimension narrowed.
 
-Each range is captured by itself, so its pieces are compiled for just those sizes; a range of one size
-gets static code. The contract that calls are checked against is that of the whole range; a narrower
-capture that relies on more than that is refused, because nobody would check it.
+Each range is captured by itself, so its pieces are compiled for just those sizes. Calls are checked against
+the contract of the whole range: a narrower capture that relies on more is refused, as nobody would check it.
 """
 
 from __future__ import annotations

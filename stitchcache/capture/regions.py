@@ -1,10 +1,9 @@
 """Write out the modes that a forward switches inside itself: gradients and autocast.
 
-``torch.export`` keeps a block under ``torch.no_grad`` or ``torch.autocast`` as a call of a
-higher-order op over a graph of its own. Such a block could neither be split nor run without torch's
-dispatcher in the right mode. Gradients mean nothing in inference, so those blocks are inlined. Under
-autocast the casts are written out as ops, and then the block is inlined too. The caller's own autocast
-at the time of the capture is written out in the same way: calls run without any.
+``torch.export`` keeps a block under ``torch.no_grad`` or ``torch.autocast`` as a call of a higher-order op
+over a graph of its own, which could not be split. Gradients mean nothing in inference, so those blocks are
+inlined. Under autocast, also the caller's own, the casts are written out as ops first: calls run without
+any.
 """
 
 from __future__ import annotations
@@ -138,7 +137,8 @@ def _write_casts(graph: Graph, node: Node, modes: Modes) -> None:
     # Fake tensors let mixed dtypes pass where the real op refuses them.
     given = {source.meta["val"].dtype for source in floating}
     mixed = len(given) > 1 and autocast_has_rule(op, device)
-    with _plain_fakes(floating):
+    fake_mode = fake_mode_of(node.meta["val"] for node in floating) or contextlib.nullcontext()
+    with torch.no_grad(), no_autocast(), fake_mode:
         if not mixed and _result_dtypes(node, None) == promised:
             return
         widest = max(given, key=lambda dtype: dtype.itemsize)
@@ -184,14 +184,6 @@ def _cast_inputs(graph: Graph, node: Node, floating: list[Node], dtype: torch.dt
                 cast = graph.call_function(torch.ops.aten.to.dtype, (source, dtype))
             cast.meta["val"] = source.meta["val"].to(dtype)
             node.replace_input_with(source, cast)
-
-
-@contextlib.contextmanager
-def _plain_fakes(nodes: list[Node]) -> Iterator[None]:
-    """No autograd and no autocast, on fake tensors."""
-    fake_mode = fake_mode_of(node.meta["val"] for node in nodes) or contextlib.nullcontext()
-    with torch.no_grad(), no_autocast(), fake_mode:
-        yield
 
 
 @contextlib.contextmanager

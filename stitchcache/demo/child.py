@@ -1,8 +1,7 @@
 """One fresh process of the demo: build the decoder, run it, print what that took as JSON lines.
 
-Run as ``python -m stitchcache.demo.child '<job as JSON>'``. Lines with ``progress`` come while it compiles;
-the last line has ``result`` or ``error``. Eager and cached runs go through the same code but for the one
-call of ``stitchcache``, so that their times compare.
+Lines with ``progress`` come while it compiles; the last line has ``result`` or ``error``. Eager and cached
+runs go through the same code but for the one call of ``stitchcache``, so that their times compare.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """The graph hash: equal for equal graphs in any process, different for anything that matters.
 
 Written with the encoder that keys use. Nodes are numbered by position, symbols and devices of one type by
-first appearance, so names, stack traces, device indices and the process do not count. What counts: node
-kinds, targets, arguments with their exact types, the dtype, shape, strides and device of every value, ranges
-of symbols and relations between them, and the values of constant tensors. Two rules differ from keys. Equal
-values are one value, whichever objects are shared: a fresh trace makes new ones. And sets are written
-sorted.
+first appearance, so names, stack traces, device indices and the process do not count. What else a graph holds
+counts. Two rules differ from keys: equal values are one value, whichever objects are shared, as a fresh trace
+makes new ones; and sets are written sorted.
 """
 
 from __future__ import annotations
@@ -71,7 +69,7 @@ class GraphWriter(Writer):
         self._symbols = symbols.SymbolNames()
         self._devices: dict[str, int] = {}
         self._within: list[types.FunctionType] = []
-        self._numbers: list[dict[Node, int]] = []
+        self.numbered: list[dict[Node, int]] = []  # nodes of each graph that is being written, by position
         self._passed = 0
 
     def again(self, value: Any) -> bool:
@@ -93,7 +91,7 @@ class GraphWriter(Writer):
         """Write the graph of a module, and those that it calls."""
         nodes = list(gm.graph.nodes)
         self.head(b"graph", len(nodes) + 2)
-        self._numbers.append({node: number for number, node in enumerate(nodes)})
+        self.numbered.append({node: number for number, node in enumerate(nodes)})
         for node in nodes:
             self.head(b"node", 5)
             self.text(node.op)
@@ -101,7 +99,7 @@ class GraphWriter(Writer):
             self.put_at(f".{node.name}.args", node.args)
             self.put_at(f".{node.name}.kwargs", dict(sorted(node.kwargs.items())))
             self.metadata(symbols.value_of(node))
-        self._numbers.pop()
+        self.numbered.pop()
         # What compilers know about the symbols met so far: ranges, and relations between them.
         shape_env = symbols.shape_environment(gm.graph)
         known = [symbol for symbol, _ in self._symbols.items()] if shape_env is not None else []
@@ -137,10 +135,6 @@ class GraphWriter(Writer):
         else:
             self.head(b"constant attribute", 1)
             self.put_at(f".{path}", attribute_of(gm, path))
-
-    def put_node(self, node: Node) -> None:
-        """Write a node of the graph at hand by its position."""
-        self.parts(b"value", self._numbers[-1][node])
 
     def put_passed(self, gm: GraphModule) -> None:
         """Write a graph that is a value: an argument of a higher-order op."""
@@ -261,20 +255,19 @@ def _put_module(writer: GraphWriter, module: torch.nn.Module) -> None:
     writer.pairs(b"children", module._modules.items())
 
 
-def _put_named(writer: GraphWriter, value: torch.dtype | torch.layout | torch.memory_format) -> None:
-    writer.parts(b"torch value", type(value).__name__, str(value))
-
-
 _HANDLERS: Mapping[type, Handler] = {
     **HANDLERS,
     **dict.fromkeys((set, frozenset), _put_set),
-    **dict.fromkeys((torch.dtype, torch.layout, torch.memory_format, torch.qscheme), _put_named),
+    **dict.fromkeys(
+        (torch.dtype, torch.layout, torch.memory_format, torch.qscheme),
+        lambda writer, value: writer.parts(b"torch value", type(value).__name__, str(value)),
+    ),
     **dict.fromkeys(symbols.SYMBOLIC, GraphWriter.metadata),
     **dict.fromkeys(
         (operator.attrgetter, operator.itemgetter, operator.methodcaller),
         lambda writer, value: writer.parts(b"getter", *value.__reduce__()),
     ),
-    Node: GraphWriter.put_node,
+    Node: lambda writer, node: writer.parts(b"value", writer.numbered[-1][node]),
     immutable_list: put_list,
     immutable_dict: put_dict,
     torch.Size: lambda writer, value: writer.parts(b"size", *value),

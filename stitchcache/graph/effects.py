@@ -83,10 +83,14 @@ def written(node: Node) -> Iterator[Node]:
 
 def mutates(graph: Graph) -> bool:
     """Whether any op of a graph, or of a graph below it, writes into its arguments."""
-    return any(
-        next(written(node), None) is not None or any(mutates(below.graph) for below in called(node))
-        for node in graph.nodes
-    )
+    return next(_writes(graph), None) is not None
+
+
+def _writes(graph: Graph) -> Iterator[Node]:
+    for node in graph.nodes:
+        yield from written(node)
+        for below in called(node):
+            yield from _writes(below.graph)
 
 
 def called(node: Node) -> Iterator[GraphModule]:
@@ -166,9 +170,4 @@ def _storage(node: Node) -> int | None:
 
 def _written(graph: Graph) -> set[int | None]:
     """Storages that ops of a graph, or of a graph below it, write to."""
-    found: set[int | None] = set()
-    for node in graph.nodes:
-        found.update(map(_storage, written(node)))
-        for below in called(node):
-            found |= _written(below.graph)
-    return found - {None}
+    return set(map(_storage, _writes(graph))) - {None}

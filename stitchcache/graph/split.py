@@ -20,19 +20,12 @@ from stitchcache.graph.symbols import SYMBOLIC
 
 @dataclass(frozen=True, slots=True)
 class SplitItem:
-    """One submodule of a split graph.
+    """One submodule of a split graph."""
 
-    Args:
-        submod_name: Its name in the split graph, such as ``submod_0``.
-        graph_id: Its position.
-        is_splitting_graph: Whether it holds splitting ops; those are never compiled.
-        graph: Its graph; always returns a tuple.
-    """
-
-    submod_name: str
-    graph_id: int
-    is_splitting_graph: bool
-    graph: GraphModule
+    submod_name: str  # its name in the split graph, such as ``submod_0``
+    graph_id: int  # its position
+    is_splitting_graph: bool  # whether it holds splitting ops; those are never compiled
+    graph: GraphModule  # always returns a tuple
 
 
 def split_graph(

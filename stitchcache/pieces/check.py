@@ -1,7 +1,7 @@
 """Compare a freshly compiled piece with eager execution: on real inputs, or on made-up ones.
 
 Made-up numbers are the same in every process. Floats have the size that weights and activations have;
-integers are 0 or 1, which nearly every table can be indexed with; nothing is made that is not asked for.
+integers are 0 or 1, which nearly every table can be indexed with.
 """
 
 from __future__ import annotations

@@ -19,9 +19,6 @@ def check(request, tmp_path):
     def run(model, calls, *, tolerance=0.0, **options):
         allowed = max(tolerance, TOLERANCE[request.param])
         options.setdefault("backend", request.param)
-        if request.param == "aoti" and options.get("seed") is not None:
-            # Issue 1, item 7: compiled pieces draw other numbers than eager does under one seed.
-            request.applymarker(pytest.mark.xfail(reason="random numbers of compiled pieces", strict=False))
         return agree(model, calls, tmp_path, tolerance=allowed, **options)
 
     return run
