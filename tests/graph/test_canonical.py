@@ -117,6 +117,7 @@ def exact(value):
     return (type(value).__name__, value.hex() if isinstance(value, float) else repr(value))
 
 
+@settings(deadline=None)
 @given(plain, plain)
 def test_encodings_are_equal_exactly_when_values_are(a, b):
     assert (encoded(a) == encoded(b)) == (exact(a) == exact(b))
@@ -335,7 +336,7 @@ def test_layers_and_models_share_pieces():
 OPS = ["sin", "cos", "relu", "neg", "abs"]
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from(OPS), st.integers(0, 3)), min_size=1, max_size=5),
     st.lists(st.tuples(st.sampled_from(OPS), st.integers(0, 3)), min_size=1, max_size=5),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stitchcache.errors import EntryFormatError
@@ -87,6 +87,7 @@ def expressions(draw, depth=3):
     return form.format(left, right)
 
 
+@settings(deadline=None)
 @given(expressions(), st.integers(1, 50), st.integers(1, 50))
 def test_evaluation_is_pythons(text, s0, s1):
     check_expression(text, SYMBOLS, "here")
