@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from stitchcache.graph.canonical import graph_hash as graph_hash
     from stitchcache.graph.split import SplitItem as SplitItem
     from stitchcache.graph.split import split_graph as split_graph
+    from stitchcache.pipeline.find import Progress as Progress
     from stitchcache.pipeline.look import verify as verify
     from stitchcache.runtime.model import CompiledModel as CompiledModel
     from stitchcache.types import Artifact as Artifact
@@ -51,6 +52,7 @@ _HOMES = {
     "explanation": "Explanation",
     "graph.canonical": "graph_hash",
     "graph.split": "SplitItem split_graph",
+    "pipeline.find": "Progress",
     "pipeline.look": "verify",
     "runtime.model": "CompiledModel",
     "types": "Artifact Check Dim SizeRange",

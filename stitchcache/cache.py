@@ -7,7 +7,7 @@ written, and the caller goes on without having stored anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -56,8 +56,8 @@ class Cache(Store):
     write. One object may be used by several threads.
 
     Args:
-        root: Directory, or several: the first is written, all are searched in order. ``None`` takes
-            ``STITCHCACHE_DIR``, or else the user's cache directory.
+        root: Directory, or several: the first is written, all are searched in order. ``None`` takes those
+            of ``STITCHCACHE_DIR`` (``upper:lower``), or else the user's cache directory.
         read_only: Write nothing; also set by ``STITCHCACHE_READONLY``.
         max_bytes: Evict down to this after a put; default ``STITCHCACHE_MAX_SIZE``, or no limit.
         max_files: Likewise for the number of files.
@@ -65,8 +65,7 @@ class Cache(Store):
             can write them; ``"signed"``, if a key that the user trusts has signed them; ``"any"``, nobody
             has to. Default ``STITCHCACHE_TRUST``, or ``"owner"``. What was imported needs a signature under
             ``"owner"`` too.
-        durability: ``"full"`` makes an acknowledged put survive a power loss; ``"fast"`` leaves that to the
-            system (what was torn is noticed by its digest, and is a miss).
+        durability: ``"full"``: an acknowledged put survives a power loss; ``"fast"``: the system decides.
 
     Raises:
         StoreError: A root is something other than a directory.
@@ -148,7 +147,7 @@ class Cache(Store):
             GraphHashError: It names no entry, or is no hex.
             AmbiguousPrefixError: It names more than one.
         """
-        wanted = prefix.lower()
+        wanted = str(prefix).lower()
         if not wanted or len(wanted) > 64 or not set(wanted) <= set("0123456789abcdef"):
             raise GraphHashError(f"{prefix!r} is no graph hash: 1 to 64 hex digits", prefix=prefix)
         found = sorted({item.key for item in self._items(wanted)})
@@ -164,7 +163,7 @@ class Cache(Store):
     def latest(self, name: str) -> str | None:
         """Graph hash of the entry that a graph hash, a prefix of one, or a label means, most likely.
 
-        Of several entries it is the one used last. Of a large cache only the entries used last are looked at.
+        Of several it is the one used last. Of a large cache only those used last are looked at.
         """
         if is_digest(name):
             return name
@@ -182,8 +181,7 @@ class Cache(Store):
         """
         headers: dict[str, Header] = {}
         for item in self._items():
-            header = self._header(item)
-            if header is not None:
+            if (header := self._header(item)) is not None:
                 headers.setdefault(item.key, header)
         return list(headers.values())
 
@@ -279,10 +277,7 @@ class Cache(Store):
         self._top.publish(path, data)
 
     def get_piece(self, key: str) -> PieceRecord | None:
-        """The compiled piece of a piece key; ``None`` where there is none or its blob is gone.
-
-        The blob is kept until the artifact that names it is put.
-        """
+        """The piece of a key, its blob kept until an artifact is put; ``None`` where either is gone."""
         record = self._record(Area.PIECES, key, decode_piece)
         try:
             if record is not None and self._hold(record.blob):
@@ -305,7 +300,7 @@ class Cache(Store):
         try:
             return self._first(area, key, decode, *vouched)
         except UntrustedEntryError as error:
-            self._warn(error.path, f"{error.message} (taken as missing)")
+            self._warn(error.path, f"{error.message} (taken as missing)", cause="refused")
             return None
 
     # -- upkeep ------------------------------------------------------------------------------------
@@ -348,6 +343,13 @@ class Cache(Store):
                 grace_seconds=grace_seconds,
             )
 
+    def remove(self, graph_hashes: Collection[str]) -> PruneResult:
+        """Remove entries of the first root that are not in use, and what nothing else needs then."""
+        from stitchcache.store.evict import plan_removal
+
+        with self._listing():
+            return plan_removal(self._roots, graph_hashes).execute()
+
     def clear(self) -> PruneResult:
         """Remove all entries, blobs, targets and pieces of the first root that are not in use."""
         return self.plan_prune(max_bytes=0, max_files=0, grace_seconds=0.0).execute()
@@ -365,8 +367,8 @@ class Cache(Store):
             return
         if result.entries:
             self.count("evicted", len(result.entries))
-            evicted = (len(result.entries), result.files, result.bytes)
-            log.info("%s: evicted %d entries, %d files, %d bytes", self.root, *evicted)
+            said = f"evicted {len(result.entries)} entries, {result.files} files, {result.bytes} bytes"
+            log.info("%s: %s", self.root, said)
 
     def verify(self, repair: bool = False, *, require_signature: bool = False) -> VerifyReport:
         """Read and check every file of the first root.

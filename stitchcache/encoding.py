@@ -26,6 +26,7 @@ from stitchcache.types import Factor
 
 MAX_DEPTH = 64
 SHORT = 120  # characters of a factor's value that are kept for people
+LONG = 1000  # of one that is a container
 
 _MANAGED_DICT = 1 << 4
 _POINTER = struct.calcsize("P")
@@ -57,7 +58,9 @@ def data_bytes(value: bytes | bytearray) -> bytes:
 def make_factor(name: str, value: str, payload: bytes | None = None) -> Factor:
     """A factor: a dotted name, a value for people, and the digest of the whole value."""
     data = value.encode("utf-8", "surrogatepass") if payload is None else payload
-    return Factor(name=name, value=shorten(value), digest=hashlib.sha256(data).hexdigest())
+    # Of a container enough is kept to say which item differs.
+    kept = shorten(value, LONG if value[:1] in ("{", "[", "(") else SHORT)
+    return Factor(name=name, value=kept, digest=hashlib.sha256(data).hexdigest())
 
 
 def shorten(text: str, limit: int = SHORT) -> str:

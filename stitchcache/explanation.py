@@ -54,10 +54,42 @@ def explain_differences(old: Sequence[Factor], new: Sequence[Factor]) -> dict[st
         if one is not None and two is not None:
             if one.digest == two.digest:
                 continue
+            values = apart(*values)
             if one.value == two.value:
                 values = (f"{one.value} [{one.digest[:8]}]", f"{two.value} [{two.digest[:8]}]")
         found[name] = values
     return found
+
+
+def apart(old: str, new: str) -> tuple[str, str]:
+    """Two containers, as factors show them, cut to the first item that differs, with where it is."""
+    if old[:1] not in ("{", "[") or old[:1] != new[:1]:
+        return old, new
+    # Of each container that is open where they part: what stands before it, and the number of its item.
+    where: list[tuple[str, int]] = []
+    begin = number = 0
+    for place, (char, other) in enumerate(zip(old, new, strict=False)):
+        if char != other:
+            break
+        if char in "{[(":
+            label = old[begin:place].strip(" :'\"")
+            where.append((label or str(number), number))
+            begin, number = place + 1, 0
+        elif char in "}])" and where:
+            begin, number = place + 1, where.pop()[1]
+        elif char == ",":
+            begin, number = place + 1, number + 1
+
+    def item(text: str) -> str:
+        depth = 0
+        for end, char in enumerate(text[begin:], begin):
+            depth += (char in "{[(") - (char in "}])")
+            if depth < 0 or (char == "," and depth == 0):
+                return text[begin:end].strip() or ABSENT
+        return text[begin:].strip()
+
+    path = [label for label, _ in where[1:]] or [f"item {number}"] * (old[0] == "[")
+    return ": ".join([*path, item(old)]), ": ".join([*path, item(new)])
 
 
 def differences_text(differences: Differences, most: int = 3) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import field
 from typing import Literal
 
+from stitchcache.errors import OptionError, check_kind
 from stitchcache.records import dataclass
 
 Digest = str  # 64 lowercase hex digits: see is_digest
@@ -82,7 +83,7 @@ class SizeRange:
         dim: Name of the ``torch.export.Dim`` it is about; ``None`` where the model has only one.
 
     Raises:
-        ValueError: ``min`` is below 0 or above ``max``.
+        OptionError: ``min`` is below 0 or above ``max``.
     """
 
     min: Count
@@ -90,8 +91,10 @@ class SizeRange:
     dim: Name | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min <= self.max:
-            raise ValueError(f"SizeRange({self.min}, {self.max}): needs 0 <= min <= max")
+        if type(self.min) is not int or type(self.max) is not int or not 0 <= self.min <= self.max:
+            said = f"SizeRange({self.min!r}, {self.max!r}): needs whole numbers, 0 <= min <= max"
+            raise OptionError(said, option="size_ranges")
+        check_kind("SizeRange(dim=...)", self.dim, (str, type(None)), "the name of a Dim")
 
     def _flaw(self) -> tuple[str, str] | None:
         return ("max", f"{self.max} is below min {self.min}") if self.min > self.max else None
@@ -119,7 +122,7 @@ class Dim:
         max: Largest size; ``None`` is unbounded.
 
     Raises:
-        ValueError: The name is no identifier, or the range is empty.
+        OptionError: The name is no identifier, or the range is empty.
     """
 
     name: str
@@ -127,10 +130,12 @@ class Dim:
     max: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.name.isidentifier():
-            raise ValueError(f"Dim({self.name!r}): the name must be an identifier")
-        if self.min < 0 or (self.max is not None and self.max < self.min):
-            raise ValueError(f"Dim({self.name!r}, {self.min}, {self.max}): needs 0 <= min <= max")
+        if not isinstance(self.name, str) or not self.name.isidentifier():
+            raise OptionError(f"Dim({self.name!r}): the name must be an identifier", option="dynamic_shapes")
+        ends = [self.min, *(() if self.max is None else (self.max,))]
+        if any(type(end) is not int for end in ends) or ends != sorted([0, *ends])[1:]:
+            said = f"Dim({self.name!r}, {self.min!r}, {self.max!r}): needs whole numbers, 0 <= min <= max"
+            raise OptionError(said, option="dynamic_shapes")
 
     @property
     def __name__(self) -> str:
@@ -323,6 +328,38 @@ class Artifact:
     def pieces(self) -> tuple[PieceRef, ...]:
         """Pieces of all variants."""
         return tuple(piece for variant in self.variants for piece in variant.pieces)
+
+    @property
+    def narrowed(self) -> dict[str, str]:
+        """Symbols that are served from a larger size than was asked for, with what to say and to do of it."""
+        spec, found = self.input_spec, dict[str, str]()
+        symbols = (
+            {symbol.name: symbol for symbol in spec.symbols if symbol.min > 1} if spec is not None else {}
+        )
+        if spec is None or not symbols:
+            return found
+        # Most entries have no such symbol, and a warm start then compiles no pattern.
+        import re
+
+        # Sizes of a tensor, as keys.target writes them.
+        sizes = re.compile(r"(?:\d+ as )?Dim\((\w+), min=(\d+), max=\w+\)(?: of Dim\([^)]*\))?|\d+")
+        texts = {factor.name: factor.value.partition(" (")[2] for factor in self.factors}
+        for position, leaf in enumerate(spec.leaves):
+            given = sizes.finditer(texts.get(f"input.{position}.{leaf.path}", ""))
+            for size, symbol in zip(
+                given, leaf.tensor.shape if leaf.tensor is not None else (), strict=False
+            ):
+                asked, known = max(1, int(size[2] or 0)), symbols.get(str(symbol))
+                if size[1] and known is not None and asked < known.min:
+                    dim = f", dim={size[1]!r}" if len(spec.symbols) > 1 else ""
+                    found[known.name] = (
+                        f"{size[1]} may be from {asked}, and is served from {known.min}: what was "
+                        "captured could not be shown right below. Pad the input, or give small sizes "
+                        "code of their own: "
+                        f"size_ranges=[SizeRange({asked}, {known.min - 1}{dim}), "
+                        f"SizeRange({known.min}, {'LARGEST' if known.max is None else known.max}{dim})]"
+                    )
+        return found
 
     @property
     def blobs(self) -> tuple[BlobRef, ...]:

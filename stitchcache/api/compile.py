@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -57,6 +58,7 @@ def compile(
     key_factors: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     preloaded: Preloaded | None = None,
+    on_progress: OnProgress | Literal["bar"] | None = None,
 ) -> CompiledModel:
     """Compile a model, or load what an earlier process compiled.
 
@@ -88,6 +90,8 @@ def compile(
             eager; on by default) and ``"stitchcache.effects"`` (names of ops, with whether they write
             what their schemas do not show).
         preloaded: What ``stitchcache.preload`` returned. Its cache is used; nothing else depends on it.
+        on_progress: Called with a ``stitchcache.Progress`` as things happen; ``"bar"`` shows them on stderr,
+            live on a terminal or in a notebook.
 
     Returns:
         A callable that takes and returns what the model does.
@@ -125,9 +129,17 @@ def compile(
             "cache and preloaded name two Cache objects: give the same one to preload() and compile().",
             option="preloaded",
         )
-    return compile_request(
-        model, args, {} if kwargs is None else kwargs, request, chosen_cache(cache), ready=preloaded
+    work = partial(
+        compile_request, model, args, {} if kwargs is None else kwargs, request, chosen_cache(cache)
     )
+    if on_progress == "bar":
+        # Whoever shows nothing needs nothing for it.
+        from stitchcache.api.progress import bar
+
+        with bar() as told:
+            return work(told, preloaded)
+    check_kind("on_progress", on_progress, (Callable, NoneType), "a function of one argument, or 'bar'")
+    return work(on_progress, preloaded)
 
 
 def request_of(**options: Any) -> Request:
@@ -161,6 +173,8 @@ def compile_request(
 ) -> CompiledModel:
     """:func:`compile` with its options in one record; see there."""
     check_model(model, args, kwargs)
+    if isinstance(model, CompiledModel):
+        raise OptionError("model is compiled already. Give the model that it was made of.", option="model")
     with collection_paused():
         wanted = want(model, args, kwargs, request, cache, on_progress, ready)
         found = find(wanted)

@@ -139,12 +139,13 @@ def _compiled(
             # Dynamo traces in every process: a graph hit is no direct hit that was missed.
             return start_with(link, found, site, None if found.way else miss)
 
-        def refuse() -> CacheMissError:
+        def refuse(miss: Miss) -> CacheMissError:
+            why = f" ({miss.reason})" if miss.cause != "new" else ""
             return CacheMissError(
-                f"{site.label}: no entry for graph {planned.graph_hash[:12]} in {cache.root}, and a miss is "
-                "an error here. Run the same torch.compile once where compiling is allowed.",
+                f"{site.label}: no entry for graph {planned.graph_hash[:12]} in {cache.root}{why}, and a "
+                "miss is an error here. Run the same torch.compile once where compiling is allowed.",
                 target=site.label,
-                reason="no entry for this graph",
+                reason=miss.reason,
             )
 
         def aside(miss: Miss) -> Any:

@@ -7,20 +7,24 @@ import importlib
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, NoneType
-from typing import Any
+from typing import Any, Literal
 
 from stitchcache.api.compile import compile_request, request_of
+from stitchcache.api.progress import bar
 from stitchcache.cache import Cache
 from stitchcache.errors import (
     DuplicateTargetError,
     StitchCacheError,
+    StoreWriteError,
     TargetError,
     TargetNotFoundError,
+    UntrustedEntryError,
     check_kind,
 )
 from stitchcache.pipeline.find import OnProgress, Request, chosen_cache
@@ -94,12 +98,13 @@ class PrewarmResult:
     name: str
     status: str  # ``direct`` or ``graph`` (it was there), ``compiled``, or ``failed``
     graph_hash: str = ""  # its entry
+    stored: bool = False  # the cache holds that entry now, so that other processes find it
     pieces: int = 0  # calls of compiled pieces
     distinct: int = 0  # different pieces
     blob_bytes: int = 0  # size of the different pieces
     seconds: float = 0.0  # the building of the model not counted
     timings: Mapping[str, float] | None = None  # seconds by stage
-    error: StitchCacheError | None = None  # why it failed
+    error: StitchCacheError | None = None  # why it failed, or is not stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +115,7 @@ class PrewarmReport:
 
     @property
     def failed(self) -> tuple[PrewarmResult, ...]:
-        """Targets that could not be compiled."""
+        """Targets that could not be compiled, or not be stored."""
         return tuple(result for result in self.results if result.error is not None)
 
     @property
@@ -124,7 +129,7 @@ def prewarm(
     *,
     jobs: int | None = None,
     cache: Cache | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress | Literal["bar"] | None = None,
     on_miss: str = "compile",
     fake: bool = False,
 ) -> PrewarmReport:
@@ -140,7 +145,7 @@ def prewarm(
         targets: Targets, or references such as ``"pkg.module:name"``.
         jobs: Pieces to compile at a time; ``None`` takes one a core.
         cache: Where to store; the default cache if ``None``.
-        on_progress: Called with a :class:`~stitchcache.pipeline.find.Progress` as things happen.
+        on_progress: Called with a ``stitchcache.Progress`` as things happen; ``"bar"`` shows them on stderr.
         on_miss: ``"compile"``, or ``"error"`` to check that everything is there already.
         fake: Call each target's ``build`` where every tensor that it makes has no data.
 
@@ -152,7 +157,10 @@ def prewarm(
         OptionError: An argument makes no sense.
     """
     check_kind("targets", targets, (Target, str, Iterable), "Targets, or references 'pkg.module:name'")
-    check_kind("on_progress", on_progress, (Callable, NoneType), "a function of one argument")
+    if on_progress == "bar":
+        with bar() as told:
+            return prewarm(targets, jobs=jobs, cache=cache, on_progress=told, on_miss=on_miss, fake=fake)
+    check_kind("on_progress", on_progress, (Callable, NoneType), "a function of one argument, or 'bar'")
     # Not of one target, so it is no failure of each: refused before any model is built.
     Request(options={} if jobs is None else {"stitchcache.jobs": jobs}, on_miss=on_miss)  # type: ignore[arg-type]
     found: list[Target] = []
@@ -161,7 +169,31 @@ def prewarm(
         found += find_targets(item) if isinstance(item, str) else [item]
     check_names(found)
     store = chosen_cache(cache)
-    return PrewarmReport(tuple(_one(target, jobs, on_miss, fake, store, on_progress) for target in found))
+    results = [_one(target, jobs, on_miss, fake, store, on_progress) for target in found]
+    return PrewarmReport(tuple(looked_up(results, store)))
+
+
+def looked_up(results: Iterable[PrewarmResult], cache: Cache) -> Iterator[PrewarmResult]:
+    """Results with what the cache holds after all of them: a later target may have evicted an earlier one."""
+    for result in results:
+        if result.error is not None:
+            yield result
+            continue
+        error: StitchCacheError | None = None
+        try:
+            if cache.get(result.graph_hash) is None:
+                limits = cache.max_bytes is not None or cache.max_files is not None
+                over = "it was evicted: the limits (max_bytes, max_files) have no room for all targets"
+                why = (
+                    cache.problem(result.graph_hash)[0]
+                    or cache.failure
+                    or (over if limits else "it was removed")
+                )
+                message = f"target {result.name!r} is compiled, and not stored in {cache.root}: {why}"
+                error = StoreWriteError(message, path=str(cache.root), reason=why)
+        except UntrustedEntryError as untrusted:
+            error = untrusted
+        yield replace(result, stored=error is None, error=error)
 
 
 def _one(
@@ -238,11 +270,13 @@ def find_targets(reference: str) -> list[Target]:
                 f": no module {where!r}; run from the directory that has it, or install it."
             ) from error
         raise TargetError(
-            f"{reference!r}: importing {where} needs {error.name!r}, which is not installed.",
+            f"{reference!r}: importing {where} needs {error.name!r}, which is not installed: {_told(error)}",
             target=reference,
         ) from error
-    except (ImportError, SyntaxError) as error:
-        raise TargetError(f"{reference!r}: {where} cannot be imported: {error}", target=reference) from error
+    except Exception as error:
+        # A boundary: the module is the user's, and runs here.
+        said = f"{where} cannot be imported: {_told(error)}"
+        raise TargetError(f"{reference!r}: {said}", target=reference) from error
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
@@ -251,7 +285,12 @@ def find_targets(reference: str) -> list[Target]:
             raise not_found(f": {where} has no {name!r}{hint}.")
         found = getattr(found, part)
     if callable(found) and not isinstance(found, type):
-        found = found()
+        try:
+            found = found()
+        except Exception as error:
+            # A boundary again: the function is the user's, or none that returns targets.
+            said = f"{name}() of {where} is to return targets, and failed: {_told(error)}"
+            raise TargetError(f"{reference!r}: {said}", target=reference) from error
     targets = [found] if isinstance(found, Target) else found
     listed = (
         list(targets) if isinstance(targets, Iterable) and not isinstance(targets, (str, bytes)) else [found]
@@ -264,6 +303,15 @@ def find_targets(reference: str) -> list[Target]:
                 target=reference,
             )
     return listed
+
+
+def _told(error: BaseException) -> str:
+    """An error of a user's module, with the line of theirs that raised it."""
+    ours = str(Path(__file__).parent.parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{f.filename}:{f.lineno}" for f in frames if not f.filename.startswith((ours, "<frozen"))]
+    place = f" ({places[-1]})" if places else ""
+    return f"{type(error).__name__}: {error}{place}"
 
 
 def check_names(targets: Sequence[Target]) -> None:
@@ -308,7 +356,7 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except (ImportError, SyntaxError):
+    except BaseException:
         del sys.modules[name]
         raise
     return module

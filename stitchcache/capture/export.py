@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
+from stitchcache.capture.advice import advice
 from stitchcache.capture.contract import input_spec
 from stitchcache.capture.regions import ambient_modes, inline_regions
 from stitchcache.compare import unchanged
@@ -92,7 +93,8 @@ def capture(
         raise
     except Exception as error:
         # A boundary: the user's forward runs here, and a checker of torch's with errors of its own.
-        raise _capture_error(model, error) from error
+        way_out = advice(model, args, kwargs, dynamic_shapes, error)
+        raise _capture_error(model, error, way_out) from error
     gm = program.graph_module
     bound, user_inputs = _inputs(program, _named_by_memory(state, plain))
     _refuse_read_state(gm, bound, reads.seen)
@@ -282,7 +284,7 @@ def _output_spec(program: torch.export.ExportedProgram) -> OutputSpec:
     return OutputSpec(tree=tree.dumps(program.call_spec.out_spec), count=len(results))
 
 
-def _capture_error(model: torch.nn.Module, error: BaseException) -> CaptureError:
+def _capture_error(model: torch.nn.Module, error: BaseException, way_out: str) -> CaptureError:
     """Say in a few lines what torch says in a few hundred."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     # Of a broken promise about sizes, the lines after the first say which, and what to promise instead.
@@ -292,10 +294,7 @@ def _capture_error(model: torch.nn.Module, error: BaseException) -> CaptureError
     where = f" at {location}" if location else ""
     return CaptureError(
         f"{type(model).__qualname__} cannot be captured as one graph{where}: "
-        f"{type(error).__name__}: {reason[:500]}. "
-        "torch.export must be able to trace the forward: replace Python branches on tensor values "
-        "with torch.where or torch.cond, keep sizes that vary in dynamic_shapes, and see the cause "
-        "below for torch's whole explanation.",
+        f"{type(error).__name__}: {reason[:500].rstrip('.')}. {way_out}",
         reason=f"{type(error).__name__}: {reason}",
         location=location,
     )

@@ -24,6 +24,7 @@ _HOMES = {
     "diff": "entries",
     "verify": "upkeep",
     "prune": "upkeep",
+    "rm": "upkeep",
     "clear": "upkeep",
     "stats": "upkeep",
     "config": "machine",

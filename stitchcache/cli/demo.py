@@ -13,8 +13,8 @@ import time
 import click
 
 from stitchcache import errors
+from stitchcache.api.progress import Update, progress_shown
 from stitchcache.cli import output as out
-from stitchcache.cli.prewarm import Update, progress_shown
 
 # Float32 sums in another order; far above what a right piece shows, far below what a wrong one does.
 TOLERANCE = 1e-4

@@ -32,14 +32,14 @@ _ORDERS = {
 @click.command()
 @click.option("--sort", type=click.Choice(sorted(_ORDERS)), default="created", help="Order.")
 @click.option("--wide", is_flag=True, help="Show graph hashes in full.")
-@out.shared_options
-def ls(sort: str, wide: bool, as_json: bool, root: str | None) -> None:
+@out.reading_options
+def ls(sort: str, wide: bool, as_json: bool, root: str | None, allow_missing: bool) -> None:
     """List the entries of a cache.
 
     CALLS counts the calls of compiled pieces, BLOBS the different files behind them. SIZE is the entry with
     its blobs; a blob that entries share is counted in each of them.
     """
-    cache = out.open_cache(root)
+    cache = out.open_cache(root, allow_missing=allow_missing)
     entries = sorted(map(_listed, cache.entries()), key=_ORDERS[sort])
     out.show({"root": str(cache.root), "entries": entries}, as_json, lambda found: _print_list(found, wide))
 
@@ -155,7 +155,7 @@ def _print_overview(entry: Entry, record: out.Record, digits: int) -> None:
         "file": "path",
     }
     out.print_facts(facts, record)
-    for title, lines in (("Input", input_lines(artifact.input_spec)), ("Output", output_lines(artifact))):
+    for title, lines in (("Input", input_lines(artifact)), ("Output", output_lines(artifact))):
         out.print_heading(title)
         out.print_pairs(lines, indent="  ")
     if distinct:

@@ -16,15 +16,16 @@ from stitchcache.explanation import printable
 from stitchcache.store import (
     CHECKS,
     choice,
-    default_root,
+    default_roots,
     flag,
     keys_directory,
     max_size,
     required,
     signature_namespace,
+    split_roots,
     trust_of,
 )
-from stitchcache.store.probe import Level, Trial, probe
+from stitchcache.store.probe import Level, Trial, probe, probe_lower
 
 _SETTINGS = ("max_size", "require", "check", "read_only", "audit", "trust", "keys", "namespace", "debug")
 # Others' variables that change what is compiled, with what, or where.
@@ -38,9 +39,12 @@ _FOREIGN = ("CXX", "ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_
 @out.shared_options
 def config(as_json: bool, root: str | None) -> None:
     """Show each setting, its value and where it came from."""
-    place = str(out.open_cache(root).root)
+    place, *lower = map(str, out.open_cache(root).roots)
     source = "option" if root is not None else _source("STITCHCACHE_DIR")
-    settings: out.Record = {"root": {"value": place, "source": source, "variable": "STITCHCACHE_DIR"}}
+    settings: out.Record = {
+        name: {"value": value, "source": source, "variable": "STITCHCACHE_DIR"}
+        for name, value in (("root", place), ("lower_layers", lower))
+    }
     for name in _SETTINGS:
         variable = _variable(name)
         settings[name] = {"value": _value(name), "source": _source(variable), "variable": variable}
@@ -98,9 +102,10 @@ def doctor(path: str | None, as_json: bool, root: str | None) -> None:
     if path is not None and root is not None:
         raise click.UsageError("PATH and --cache name the same thing; give one of them")
     # Not through a Cache: one that cannot be opened is what this command is for.
-    place = os.path.abspath(os.path.expanduser(path or root or default_root()))
+    named = path or root
+    place, *lower = default_roots() if named is None else split_roots(named, option="--cache")
     python = Trial(name="python", level="ok", found=sys.version.split()[0])
-    trials = [*probe(place), python, _torch(), _compiler(), *_environment()]
+    trials = [*probe(place), *map(probe_lower, lower), python, _torch(), _compiler(), *_environment()]
     record = {
         "root": place,
         "problems": sum(trial.level == "problem" for trial in trials),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from stitchcache.errors import OptionError
 from stitchcache.explanation import printable
 from stitchcache.types import is_digest
 
@@ -34,8 +35,9 @@ def shared_options(function: F) -> F:
     cache = click.option(
         "--cache",
         "root",
-        metavar="DIR",
-        help="The cache's directory.  [default: STITCHCACHE_DIR, or the user's cache directory]",
+        metavar="DIR[:DIR...]",
+        help="The cache's directory, and layers beneath it that are only read.  [default: STITCHCACHE_DIR, "
+        "or the user's cache directory]",
     )
     return json_option(cache(function))
 
@@ -45,12 +47,30 @@ def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
 
 
-def open_cache(root: str | None, *, read_only: bool = False, trust: str | None = None) -> Cache:
+def reading_options(function: F) -> F:
+    """``shared_options`` for a command that says what a cache holds: a missing one is no empty one."""
+    allowed = click.option("--allow-missing", is_flag=True, help="Take a missing directory for an empty one.")
+    return shared_options(allowed(function))
+
+
+def open_cache(
+    root: str | None, *, read_only: bool = False, trust: str | None = None, allow_missing: bool = True
+) -> Cache:
     """The cache that ``--cache`` names."""
     # Not at the top: the help pages answer without it.
     from stitchcache.cache import Cache
+    from stitchcache.store import split_roots
 
-    return Cache(root, read_only=read_only, trust=trust)
+    layers = None if root is None else split_roots(root, option="--cache")
+    cache = Cache(layers, read_only=read_only, trust=trust)
+    missing = [place for place in cache.roots if not place.is_dir()]
+    if missing and not allow_missing:
+        raise OptionError(
+            f"{missing[0]}: there is no such directory. If it is a mount, mount it; nothing may have been "
+            "compiled yet; or name another (--cache, STITCHCACHE_DIR). --allow-missing takes it for empty.",
+            option="--cache",
+        )
+    return cache
 
 
 def show(record: Record, as_json: bool, view: Callable[[Record], None], *, finding: bool = False) -> None:
@@ -172,13 +192,6 @@ def seconds_text(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s"
-
-
-def left_text(seconds: float) -> str:
-    """An estimate, no finer than it is: ``about 20 s left``, ``about 3 min left``."""
-    if seconds < 60:
-        return f"about {max(1, round(seconds / 5) * 5 if seconds > 10 else round(seconds))} s left"
-    return f"about {round(seconds / 60)} min left"
 
 
 def age_text(created: float, now: float | None = None) -> str:

@@ -1,22 +1,17 @@
-"""``stitchcache prewarm``: compile targets ahead of time; and how far compilations have come."""
+"""``stitchcache prewarm``: compile targets ahead of time."""
 
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import click
 
+from stitchcache.api.progress import progress_shown
 from stitchcache.cli import output as out
-from stitchcache.explanation import printable
 
 if TYPE_CHECKING:
-    from rich.status import Status
-
     from stitchcache.api.prewarm import PrewarmResult
     from stitchcache.pipeline.find import Progress
 
@@ -43,7 +38,7 @@ def prewarm(
 
     REF is 'pkg.module:name' or 'path/to/file.py:name', where name is a stitchcache.Target, a list of them, or
     a function that returns either. A target that fails does not stop the others; exit status 1 says that one
-    did.
+    did, or that one is not stored.
     """
     cache = out.open_cache(root)
     if verbose:
@@ -51,7 +46,7 @@ def prewarm(
         logging.getLogger("stitchcache").setLevel(logging.INFO)
     # Not at the top: it imports torch, and the help page answers without it.
     from stitchcache.api import prewarm as api
-    from stitchcache.api.prewarm import check_names, find_targets
+    from stitchcache.api.prewarm import check_names, find_targets, looked_up
 
     targets = [target for reference in references for target in find_targets(reference)]
     check_names(targets)
@@ -73,9 +68,10 @@ def prewarm(
             ).results
             status = _STATUS.get(result.status, result.status)
             update(target.name, f"{status} in {out.seconds_text(result.seconds)}")
-            found.append(_record(result))
-    failed = any(target["error"] is not None for target in found)
-    out.show({"root": str(cache.root), "targets": found}, as_json, _print_targets, finding=failed)
+            found.append(result)
+    records = [_record(result) for result in looked_up(found, cache)]
+    failed = any(target["error"] is not None for target in records)
+    out.show({"root": str(cache.root), "targets": records}, as_json, _print_targets, finding=failed)
 
 
 def _record(result: PrewarmResult) -> out.Record:
@@ -90,6 +86,7 @@ def _print_targets(record: out.Record) -> None:
     columns: out.Fields = {
         "TARGET": "name",
         "STATUS": lambda found: _STATUS.get(found["status"], found["status"]),
+        "STORED": "stored",
         "GRAPH": "graph_hash",
         "CALLS": "pieces",
         "DIFFERENT": "distinct",
@@ -100,37 +97,3 @@ def _print_targets(record: out.Record) -> None:
     for found in record["targets"]:
         if found["error"] is not None:
             out.say(f"{found['name']}: {found['error']['message']}")
-
-
-# -- progress --------------------------------------------------------------------------------------
-
-Update = Callable[..., None]
-"""Says where a target is: its name, the stage, pieces that are done, all pieces, estimated seconds left."""
-
-
-@contextmanager
-def progress_shown() -> Iterator[Update]:
-    """Show on stderr how far compilations have come: a live line on a terminal, a line a step elsewhere."""
-    live: Status | None = None
-    last = ""
-
-    def update(name: str, stage: str, done: int = 0, total: int = 0, left: float | None = None) -> None:
-        nonlocal last
-        line = f"{name}: {stage}" + (f" {done}/{total}" if total else "")
-        about = "" if left is None else f", {out.left_text(left)}"
-        if live is not None:
-            live.update(printable(line + about).replace("[", r"\["))
-        # A log has one line for each change of stage or count, whatever the estimate says meanwhile.
-        elif line != last and stage != "done":
-            out.say(line + about)
-            last = line
-
-    if not sys.stderr.isatty():
-        yield update
-        return
-    # Not at the top: a log is written without it.
-    from rich.console import Console
-
-    live = Console(stderr=True, highlight=False).status("")
-    with live:
-        yield update

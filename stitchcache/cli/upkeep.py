@@ -1,4 +1,4 @@
-"""``stitchcache verify``, ``prune``, ``clear``, ``migrate`` and ``stats``: looking after a cache's files."""
+"""``stitchcache verify``, ``prune``, ``rm``, ``clear``, ``migrate``, ``stats``: looking after a cache."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ _NOT_DONE = "Nothing was removed. Repeat with --yes to remove it."
 @click.command()
 @click.option("--repair", is_flag=True, help="Move damaged files to quarantine; remove what leads nowhere.")
 @click.option("--require-signature", is_flag=True, help="Report what no trusted key has signed.")
-@out.shared_options
-def verify(repair: bool, require_signature: bool, as_json: bool, root: str | None) -> None:
+@out.reading_options
+def verify(
+    repair: bool, require_signature: bool, as_json: bool, root: str | None, allow_missing: bool
+) -> None:
     """Check every byte of a cache.
 
     Exit status 1 says that something is wrong and was not repaired. What went to quarantine is compiled
     again when it is next asked for.
     """
-    cache = out.open_cache(root)
+    cache = out.open_cache(root, allow_missing=allow_missing)
     report = cache.verify(repair=repair, require_signature=require_signature)
     record = {"root": str(cache.root), "clean": report.clean, **asdict(report)}
     out.show(record, as_json, _print_findings, finding=not report.clean)
@@ -86,13 +88,13 @@ def age_option(name: str, help: str) -> Callable[[out.F], out.F]:
 @click.option("--max-files", type=click.IntRange(min=0), help="Files that may stay.")
 @age_option("--max-age", help="Entries unused for longer go, such as 30d.")
 @click.option("--yes", is_flag=True, help="Do it.")
-@out.shared_options
-def prune(yes: bool, as_json: bool, root: str | None, **limits: Any) -> None:
+@out.reading_options
+def prune(yes: bool, as_json: bool, root: str | None, allow_missing: bool, **limits: Any) -> None:
     """Remove what is over the limits, least recently used first, and what nothing needs any more.
 
     Prints what would go; nothing is removed without --yes. Entries in use stay.
     """
-    cache = out.open_cache(root)
+    cache = out.open_cache(root, allow_missing=allow_missing)
     plan = cache.plan_prune(**limits)
     record: out.Record = {"root": str(cache.root), "plan": _plan_record(plan)}
     record["done"] = asdict(plan.execute()) if yes else None
@@ -134,10 +136,10 @@ def _print_pruned(record: out.Record) -> None:
 
 @click.command()
 @click.option("--yes", is_flag=True, help="Do it.")
-@out.shared_options
-def clear(yes: bool, as_json: bool, root: str | None) -> None:
+@out.reading_options
+def clear(yes: bool, as_json: bool, root: str | None, allow_missing: bool) -> None:
     """Remove everything from a cache but what is in use. Nothing is removed without --yes."""
-    cache = out.open_cache(root)
+    cache = out.open_cache(root, allow_missing=allow_missing)
     held = cache.stats()
     done = asdict(cache.clear()) if yes else None
     record = {"root": str(cache.root), "files": held.files, "bytes": held.bytes, "done": done}
@@ -170,10 +172,32 @@ def _print_removed(record: out.Record) -> None:
 
 
 @click.command()
+@click.argument("prefixes", metavar="PREFIX...", nargs=-1, required=True)
 @out.shared_options
-def migrate(as_json: bool, root: str | None) -> None:
-    """Rewrite entries of older formats; each old file goes once its successor is stored."""
+def rm(prefixes: tuple[str, ...], as_json: bool, root: str | None) -> None:
+    """Remove entries, by the beginnings of their graph hashes, and what nothing needs any more then.
+
+    That is the targets that lead to no other entry, and blobs and pieces that no other entry has. Nothing is
+    removed where one PREFIX names no entry, or several. Entries in use stay.
+    """
     cache = out.open_cache(root)
+    wanted = dict.fromkeys(map(cache.find, prefixes))
+    done = cache.remove(list(wanted))
+    record: out.Record = {"root": str(cache.root), "done": asdict(done)}
+    left = [key for key in wanted if key not in done.entries]
+    for key in () if done.busy else left:
+        out.say(
+            f"entry {key[:12]} stayed: "
+            + ("it is in use" if key in done.in_use else "it is in a lower layer")
+        )
+    out.show(record, as_json, _print_removed, finding=bool(left) or _incomplete(record))
+
+
+@click.command()
+@out.reading_options
+def migrate(as_json: bool, root: str | None, allow_missing: bool) -> None:
+    """Rewrite entries of older formats; each old file goes once its successor is stored."""
+    cache = out.open_cache(root, allow_missing=allow_missing)
     done = cache.migrate()
 
     def view(_record: out.Record) -> None:
@@ -189,12 +213,12 @@ def migrate(as_json: bool, root: str | None) -> None:
 
 @click.command()
 @click.option("--prometheus", is_flag=True, help="Print Prometheus' text format.")
-@out.shared_options
-def stats(prometheus: bool, as_json: bool, root: str | None) -> None:
+@out.reading_options
+def stats(prometheus: bool, as_json: bool, root: str | None, allow_missing: bool) -> None:
     """Show what a cache holds, and its hits and misses."""
     if prometheus and as_json:
         raise click.UsageError("--prometheus and --json are two formats; choose one")
-    cache = out.open_cache(root)
+    cache = out.open_cache(root, allow_missing=allow_missing)
     found = cache.stats()
     if prometheus:
         click.echo(found.prometheus(), nl=False)

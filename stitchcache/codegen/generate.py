@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,9 @@ from stitchcache.torchside.ops import OpOverload, schema_of
 
 _GRAPH_HASH = re.compile(r"[0-9A-Za-z_.:-]*\Z")
 _VARIABLE = re.compile("\0([^\0]*)\0")
+_NAME = r"\1"
 _INDENT = "    "
+_WIDTH = 96
 _THROWAWAY = "_"
 # What Python has syntax for: operators (operands in the same order), and methods in place of ops. By
 # identity: a target may be unhashable, or say that it equals another one.
@@ -40,6 +42,7 @@ def generate_execution_code(
     *,
     boxed: Collection[str] = (),
     graph_hash: str = "",
+    results: Mapping[str, int] | None = None,
 ) -> tuple[str, list[str], list[Any]]:
     """Write a Python function that does what a stitching graph does.
 
@@ -51,6 +54,8 @@ def generate_execution_code(
         boxed: Qualified names of submodules whose callables take one list of arguments and return a
             sequence. A ``GraphModule`` named here is called, not inlined.
         graph_hash: Named in the function's docstring.
+        results: How many values submodules return, by qualified name, where the graph does not tell: those
+            are unpacked. Indexing them one by one costs a quarter more than a call written by hand.
 
     Returns:
         The source; the names of the submodules, parameters and buffers that it takes, in order of
@@ -65,7 +70,7 @@ def generate_execution_code(
         raise OptionError(f"graph_hash is {graph_hash!r}, which is no hash.", option="graph_hash")
     scope = Scope()
     parameters, names = _parameters(split_gm.graph, scope)
-    lowering = Lowering(split_gm, scope, boxed)
+    lowering = Lowering(split_gm, scope, boxed, results or {})
     output = lowering.run(split_gm.graph, "")
     result = "None" if output is None else scope.text(output, output.args[0], "args[0]")
     graph = f"graph {graph_hash}" if graph_hash else "a graph"
@@ -104,8 +109,11 @@ class Statement(NamedTuple):
 class Lowering:
     """Turns a graph, and the graphs of the modules that it inlines, into statements."""
 
-    def __init__(self, root: GraphModule, scope: Scope, boxed: Collection[str]) -> None:
+    def __init__(
+        self, root: GraphModule, scope: Scope, boxed: Collection[str], results: Mapping[str, int]
+    ) -> None:
         self._root = root
+        self._results = results
         self._scope = scope
         self._boxed = frozenset(boxed)
         self.pieces: set[str] = set()
@@ -135,9 +143,11 @@ class Lowering:
         self.statements.append(Statement((name,), expression, effect=effect))
         self._scope.define(node, variable(name))
 
-    def _assign_call(self, node: Node, expression: str, module: torch.nn.Module | None = None) -> None:
+    def _assign_call(
+        self, node: Node, expression: str, module: torch.nn.Module | None = None, length: int | None = None
+    ) -> None:
         """Assign a call's result, item by item where only its items are wanted."""
-        length = _result_length(node, module)
+        length = _result_length(node, module) if length is None else length
         wanted = _items_used(node, length)
         if not wanted or (length is None and len(wanted) > 1):
             self._assign(node, expression)
@@ -211,7 +221,8 @@ class Lowering:
         if boxed and node.kwargs:
             raise refusal(node, "kwargs", f"cannot be passed to {target}, which takes one list of arguments.")
         args = (list(node.args),) if boxed else node.args
-        self._assign_call(node, self._scope.call(node, function, args, node.kwargs), module)
+        call = self._scope.call(node, function, args, node.kwargs)
+        self._assign_call(node, call, module, self._results.get(target))
 
     def _inline(self, node: Node, module: GraphModule, prefix: str) -> None:
         scope = self._scope
@@ -337,12 +348,10 @@ def _bind_placeholders(node: Node, graph: Graph) -> Iterator[tuple[Node, Any]]:
 def _body_lines(parameters: Sequence[str], statements: Sequence[Statement], result: str) -> list[str]:
     """Write a function's body, freeing each value right after its last use.
 
-    A value takes the variable of one that the same statement uses last: assigning frees the old
-    value, at the same point as a ``del`` would and without one. What the return reads is not freed:
-    the frame that ends does that.
+    What the return reads is not freed: the frame that ends does that.
     """
     needed = set(_VARIABLE.findall(result))
-    backwards: list[tuple[Statement, list[bool], list[str]]] = []
+    backwards: list[list[str]] = []
     for statement in reversed(statements):
         live = [name in needed for name in statement.targets]
         if not (statement.effect or any(live)):
@@ -351,51 +360,63 @@ def _body_lines(parameters: Sequence[str], statements: Sequence[Statement], resu
         used = dict.fromkeys(_VARIABLE.findall(statement.expression))
         last = [name for name in used if name not in needed]
         needed.update(last)
-        backwards.append((statement, live, last))
+        backwards.append(_statement_lines(statement, live, last))
     unused = [name for name in parameters if name not in needed]
     lines = [f"{_INDENT}del {', '.join(unused)}"] if unused else []
-    variables = {name: name for name in parameters}
-    for statement, live, last in reversed(backwards):
-        lines += _statement_lines(statement, live, last, variables)
-    return [*lines, f"{_INDENT}return {_placed(result, variables)}"]
+    for written in reversed(backwards):
+        lines += written
+    return [*lines, *_folded(f"{_INDENT}return {_VARIABLE.sub(_NAME, result)}")]
 
 
-def _placed(expression: str, variables: dict[str, str]) -> str:
-    return _VARIABLE.sub(lambda mark: variables[mark[1]], expression)
-
-
-def _statement_lines(
-    statement: Statement, live: Sequence[bool], last: Sequence[str], variables: dict[str, str]
-) -> list[str]:
-    text = _placed(statement.expression, variables)
-    freed = [variables.pop(name) for name in last]
-    names = []
-    for name, alive in zip(statement.targets, live, strict=True):
-        if alive:
-            variables[name] = freed.pop(0) if freed else name
-        names.append(variables[name] if alive else _THROWAWAY)
+def _statement_lines(statement: Statement, live: Sequence[bool], freed: list[str]) -> list[str]:
+    text = _VARIABLE.sub(_NAME, statement.expression)
+    names = [name if alive else _THROWAWAY for name, alive in zip(statement.targets, live, strict=True)]
     if any(live):
         text = f"{_listed(names) if statement.unpack else names[0]} = {text}"
-        if not all(live):
-            freed.append(_THROWAWAY)
-    # Where a value has moved in with another name, the graph's own name stands beside it.
-    own = all(place in (name, _THROWAWAY) for name, place in zip(statement.targets, names, strict=True))
-    comment = "" if own else f"  # {', '.join(statement.targets)}"
-    lines = [f"{_INDENT}{text}{comment}"]
+        freed = freed if all(live) else [*freed, _THROWAWAY]
+    lines = _folded(f"{_INDENT}{text}")
     return [*lines, f"{_INDENT}del {', '.join(freed)}"] if freed else lines
 
 
 def _listed(names: Collection[str]) -> str:
-    return ", ".join(names) + ("," if len(names) == 1 else "")
+    """Targets of an unpacking; in brackets where they take more than a line, or are easily overlooked."""
+    text = ", ".join(names)
+    return f"({text},)" if len(names) == 1 else f"({text})" if len(text) > _WIDTH // 2 else text
+
+
+def _folded(line: str) -> list[str]:
+    """A line, broken at commas between brackets where it is too long to read."""
+    start = len(line) - len(line.lstrip())
+    lines: list[str] = []
+    begin, depth, quote, place = 0, 0, "", 0
+    best = 0
+    while place < len(line):
+        char = line[place]
+        if quote:
+            # Literals are written with escapes: a quote of the other kind is part of the text.
+            place += char == "\\"
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        else:
+            depth += (char in "([{") - (char in ")]}")
+            best = place + 1 if char == "," and depth and line[place + 1 : place + 2] == " " else best
+        place += 1
+        if place - begin + (0 if not lines else start + 8) > _WIDTH and best > begin:
+            lines.append(line[begin:best].strip())
+            begin = best
+    lines.append(line[begin:].strip())
+    return [" " * (start if index == 0 else start + 8) + text for index, text in enumerate(lines)]
 
 
 def _bind_lines(scope: Scope, parameters: Sequence[str], body: Sequence[str]) -> list[str]:
     inside = []
     if scope.slots:
-        inside.append(f"{_listed(scope.slots.values())} = __submods__")
+        inside += _folded(f"{_listed(scope.slots.values())} = __submods__")
     if scope.consts:
-        inside.append(f"{_listed(scope.const_texts.values())} = __consts__")
+        inside += _folded(f"{_listed(scope.const_texts.values())} = __consts__")
     inside += [f"{name} = {dotted(path)}" for path, name in scope.ops.items()]
-    inside += ["", f"def execution_fn({', '.join(parameters)}):", *body, "", "return execution_fn"]
+    head = _folded(f"def execution_fn({', '.join(parameters)}):")
+    inside += ["", *head, *body, "", "return execution_fn"]
     indented = [f"{_INDENT}{line}" if line else "" for line in inside]
     return ["", "def bind(__submods__, __consts__):", *indented]

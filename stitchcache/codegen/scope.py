@@ -16,6 +16,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from stitchcache.codegen.reach import BUILTINS, Path, is_identifier, path_of
 from stitchcache.errors import CodegenError, UnserializableConstError
 from stitchcache.torchside.ops import SYMBOLIC, constant_of, expression
+from stitchcache.types import BOUND
 
 # Names that generated code gives a meaning of its own; no value may take them.
 _RESERVED = frozenset({
@@ -95,13 +96,17 @@ class Scope:
         """Take a submodule, parameter or buffer by its name below the root; gives its source text."""
         if name not in self.slots:
             # bind() reads builtins after it has named its slots: `op_0 = max` must mean the builtin.
-            self.slots[name] = self.take(f"{name}_" if name in BUILTINS else name)
+            wanted = name.removeprefix(f"{BOUND}.")
+            wanted = f"{wanted}_" if wanted in BUILTINS else wanted
+            self.slots[name] = self.take(wanted)
         return self.slots[name]
 
     def op(self, *path: str) -> str:
         """Take what a dotted path leads to; gives its source text."""
         if path not in self.ops:
-            self.ops[path] = self._numbered("op")
+            # An overload's name says little: torch.ops.aten.mul.Tensor is op_mul.
+            name = path[3] if path[:2] == ("torch", "ops") and len(path) > 3 else path[-1]
+            self.ops[path] = self.take(f"op_{name}")
         return self.ops[path]
 
     def const(self, value: Any, node: Node, path: str) -> str:

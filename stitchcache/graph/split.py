@@ -165,9 +165,10 @@ class _Stitcher:
         call = self._graph.call_module(name, tuple(map(self._value, inputs)))
         call.meta["val"] = tuple(node.meta.get("val") for node in partition.outputs)
         for position, node in enumerate(partition.outputs):
-            taken = self._graph.create_node(
-                "call_function", operator.getitem, (call, position), name=node.name
-            )
+            # An item of what an op in the piece returns is named after the op: ``unbind_0``.
+            source = node.args[0] if node.target is operator.getitem else None
+            name = f"{source.name}_{node.args[1]}" if isinstance(source, Node) else node.name
+            taken = self._graph.create_node("call_function", operator.getitem, (call, position), name=name)
             taken.meta = dict(node.meta)
             self._values[node] = taken
 

@@ -10,6 +10,7 @@ import torch
 
 from stitchcache.containers import put_members
 from stitchcache.encoding import (
+    LONG,
     SCALARS,
     UnkeyableError,
     layout_of,
@@ -37,13 +38,25 @@ from stitchcache.keys.walk import Walk
 from stitchcache.torchside import COMPILED_CALL, INTERNALS, TRANSIENT_BUFFERS
 from stitchcache.types import Factor
 
+_DEEPEST = 4  # containers in one another, of which the readable form shows items
 _SHOWN = 3  # distinct values that an attribute's readable form lists
 
 
-def readable(value: Any) -> str:
-    """A short form of a value that holds no address, for people."""
+def readable(value: Any, room: int = LONG, depth: int = 0) -> str:
+    """A short form of a value that holds no address, for people; of a container, the first items."""
     if type(value) in SCALARS or isinstance(value, (torch.dtype, torch.device)):
         return shorten(repr(value), 40)
+    if type(value) in {list, tuple, dict} and value and depth < _DEEPEST:
+        texts: list[str] = []
+        for item in value:
+            if room <= 0:
+                texts.append("...")
+                break
+            text = readable(item, room, depth + 1)
+            texts.append(f"{text}: {readable(value[item], room, depth + 1)}" if type(value) is dict else text)
+            room -= len(texts[-1])
+        opening, closing = "{}" if type(value) is dict else "[]"
+        return f"{opening}{', '.join(texts)}{closing}"
     if type(value) in {list, tuple, set, frozenset, dict}:
         return f"{type(value).__name__} of {len(value)}"
     # Others are not asked: a __getattr__ of theirs may raise anything.

@@ -73,7 +73,9 @@ def start(
         return CompiledModel(found.artifact, model, pieces, constants, cache_hit=hit, objects=found.objects)
 
     compiled = start_with(link, found, site, miss, look)
-    compiled.timings = dict(site.timings)
+    for said in found.artifact.narrowed.values():
+        log.warning("%s: size %s", site.label, said)
+    compiled.timings = {stage: round(seconds, 6) for stage, seconds in site.timings.items()}
     if target is not None:
         compiled.lookup = (site.label, target, miss)
     return compiled
@@ -113,9 +115,9 @@ def started_or_miss(artifact: Artifact, site: Site, begin: Callable[[], T]) -> T
     name = artifact.graph_hash[:12]
     try:
         return begin()
-    except EntryDamagedError:
+    except EntryDamagedError as error:
         # The store has told of damage; a blob that was evicted is no news.
-        return Miss(reason=f"a piece of entry {name} is missing or damaged", cause="piece")
+        return Miss(reason=f"a piece of entry {name} is {error.reason}", cause="piece")
     except _UNUSABLE as error:
         log.warning("%s: entry %s is not used: %s", site.label, name, error)
         return Miss(reason=error.message, cause="look" if isinstance(error, StaleEntryError) else "refused")
@@ -135,12 +137,14 @@ def load_blobs(artifact: Artifact, site: Site) -> tuple[dict[str, Any], dict[str
     with site.cache.opened(refs) as found:
         paths = [path for path in found if path is not None]
         if len(paths) != len(found):
+            problems = filter(None, (site.cache.problem(blob.digest)[0] for blob in artifact.blobs))
+            reason = next((f"not there ({said})" for said in problems), "missing or damaged")
             raise EntryDamagedError(
-                f"a piece of entry {artifact.graph_hash[:12]} in {site.cache.root} is missing or damaged. "
+                f"a piece of entry {artifact.graph_hash[:12]} in {site.cache.root} is {reason}. "
                 "Compile the model again.",
                 path=str(site.cache.root),
                 field="pieces",
-                reason="missing or damaged",
+                reason=reason,
             )
         pieces = {
             key: ready.get((piece.backend, piece.blob.digest)) or load_piece(piece.backend, path, site.device)

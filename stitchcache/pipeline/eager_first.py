@@ -189,7 +189,7 @@ class EagerFirst(CompiledModel):
     __slots__ = ()
 
     def __init__(self, wanted: Wanted, miss: Miss) -> None:
-        self.model, self.check = wanted.model, Check(state="pending")
+        self.check = Check(state="pending")
         self.cache_hit, self.timings, self.changed, self.mismatches = None, {}, None, {}
         self._eager = None
         self.lookup, self._target = (wanted.site.label, wanted.target, miss), wanted.target
@@ -249,7 +249,6 @@ class EagerFirst(CompiledModel):
         with self._swapped:
             if self._artifact is not None:
                 return super().rebind(model, trust_model=trust_model)
-            self.model = model
             self._serve(model)
         return self
 
@@ -290,10 +289,10 @@ class EagerFirst(CompiledModel):
         if name in ("artifact", "graph_hash"):
             said = f"there is no {name} while the model runs as it is (status: {self.status}): call wait()"
             raise AttributeError(said)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return super().__getattr__(name)
 
     def _serve(self, model: torch.nn.Module) -> None:
-        self.__call__ = as_it_is(model, self._device)  # type: ignore[method-assign]
+        self._stand_for(model, as_it_is(model, self._device))
 
     def _take(
         self, graph_hash: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], request: Any, cache: Any

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from functools import partial
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
@@ -367,7 +367,8 @@ def find(wanted: Wanted) -> Hit | Miss:
         if record.refused is not None and changed is None:
             # It is about what is wanted here, so an older record must not be served past it.
             break
-    return first or Miss(reason="no entry for this target", cause="new")
+    reason, cause = site.cache.problem(key)
+    return first or Miss(reason=reason or "no entry for this target", cause=cause)
 
 
 def _find_by_record(wanted: Wanted, record: TargetRecord, changed: str | None) -> Hit | Miss:
@@ -376,6 +377,8 @@ def _find_by_record(wanted: Wanted, record: TargetRecord, changed: str | None) -
     if changed is not None:
         return Miss(reason=changed, cause="sources", record=record)
     found = find_by_graph(record.graph_hash, wanted.site)
+    if isinstance(found, Miss) and found.cause == "refused":
+        return replace(found, record=record)
     if isinstance(found, Miss) or found.artifact.input_spec is None:
         gone = f"the entry {record.graph_hash[:12]} is gone or damaged"
         return Miss(reason=gone, cause="entry", record=record)
@@ -396,6 +399,8 @@ def find_by_graph(graph_hash: str, site: Site) -> Hit | Miss:
             artifact = site.cache.get(graph_hash)
         except UntrustedEntryError as error:
             log.warning("%s", error)
+            return Miss(reason=error.message, cause="refused")
     if artifact is None:
-        return Miss(reason=f"no entry for graph {graph_hash[:12]}", cause="new")
+        reason, cause = site.cache.problem(graph_hash)
+        return Miss(reason=reason or f"no entry for graph {graph_hash[:12]}", cause=cause)
     return Hit(artifact=artifact)

@@ -224,7 +224,10 @@ def make(planned: EntryPlan) -> Hit:
     distinct = {piece.key: piece for _, one in planned.plans for piece in one.pieces}
     missing = {key for key, piece in distinct.items() if not shelf.find(piece)}
     done = len(distinct) - len(missing)
-    rounds = -(-len(missing) // max(1, at_once(len(missing), request.jobs)))
+    together = max(1, at_once(len(missing), request.jobs))
+    rounds = -(-len(missing) // together)
+    counts = (len(missing), len(distinct), request.backend, together)
+    log.info("%s: compiling %d of %d different pieces with %s, %d at a time", site.label, *counts)
     tell("compile", done, len(distinct))
 
     def on_built(piece: Piece, path: Path, seconds: float) -> None:

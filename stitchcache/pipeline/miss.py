@@ -97,19 +97,25 @@ def miss_error(wanted: Wanted, miss: Miss, graph_hash: str | None = None) -> Cac
     if miss.changed:
         changed = {path: (old[:12], new[:12]) for path, (old, new) in miss.changed.items()}
         detail += f" Changed: {differences_text(changed, _FEW)}."
-    if graph_hash is None:
-        what = (
-            f"no direct hit in the cache at {site.cache.root} ({miss.reason}), and tracing is an error here."
+    advice = (
+        "Run 'stitchcache prewarm' where compiling is allowed, with the same model and options; "
+        "'stitchcache explain' shows all that differs."
+    )
+    root, forbidden = site.cache.root, "tracing" if graph_hash is None else "a miss"
+    if miss.cause == "refused":
+        what = f"the cache at {root} cannot be used ({miss.reason}), and {forbidden} is an error here."
+        advice = (
+            "Mend that first; another prewarm may meet the same. 'stitchcache doctor' tries the directory."
         )
+    elif graph_hash is None:
+        what = f"no direct hit in the cache at {root} ({miss.reason}), and {forbidden} is an error here."
     else:
         what = (
-            f"not in the cache at {site.cache.root} ({miss.reason}; no entry for graph {graph_hash[:12]} "
-            "either), and a miss is an error here."
+            f"not in the cache at {root} ({miss.reason}; no entry for graph {graph_hash[:12]} "
+            f"either), and {forbidden} is an error here."
         )
     return CacheMissError(
-        f"{site.label}: {what}{detail} "
-        "Run 'stitchcache prewarm' where compiling is allowed, with the same model and options; "
-        "'stitchcache explain' shows all that differs.",
+        f"{site.label}: {what}{detail} {advice}",
         target=site.label,
         key=wanted.target.key or "",
         reason=miss.reason,

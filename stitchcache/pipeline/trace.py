@@ -125,6 +125,8 @@ def compile_traced(wanted: Wanted, miss: Miss) -> CompiledModel:
     known, edited = miss.record, miss.cause == "sources"
     if request.must_be_direct:
         raise miss_error(wanted, miss)
+    said = "%s: no direct hit (%s%s): capturing the model; then pieces that the cache lacks are compiled"
+    log.info(said, site.label, miss.reason, miss.hint)
     objects = CodeObjects()
     # What compiling needs from the disk is made while the model is captured; a graph hit breaks it off.
     with warming(request.backend, site.devices, request.backend_options, request.miss_is_error):
@@ -138,7 +140,7 @@ def compile_traced(wanted: Wanted, miss: Miss) -> CompiledModel:
             found = replace(found, objects=objects)
             return start(found, wanted.model, site, miss=miss, target=wanted.target, look=look)
 
-        refuse = partial(miss_error, wanted, miss, planned.graph_hash)
+        refuse = partial(miss_error, wanted, graph_hash=planned.graph_hash)
         compiled = compile_planned(planned, miss, begin=begin, refuse=refuse)
     record = TargetRecord(
         graph_hash=planned.graph_hash,
@@ -163,7 +165,7 @@ def compile_planned(
     miss: Miss,
     *,
     begin: Callable[[Hit, Miss], T],
-    refuse: Callable[[], CacheMissError],
+    refuse: Callable[[Miss], CacheMissError],
     aside: Callable[[Miss], T] | None = None,
 ) -> T:
     """Start what a planned entry's hash leads to, or make it; of several processes one makes it.
@@ -176,7 +178,7 @@ def compile_planned(
     def by_graph() -> T | Miss:
         found = find_by_graph(planned.graph_hash, site)
         if isinstance(found, Miss):
-            return miss
+            return miss if found.cause == "new" else replace(miss, reason=found.reason, cause=found.cause)
         begun = started_or_miss(found.artifact, site, lambda: begin(found, miss))
         # What is wrong with the entry is the later reason, and what the direct lookup looked at stays.
         return replace(miss, reason=begun.reason, cause=begun.cause) if isinstance(begun, Miss) else begun
@@ -194,7 +196,7 @@ def compile_planned(
     if not isinstance(served, Miss):
         return served
     if planned.source.request.miss_is_error:
-        raise refuse()
+        raise refuse(served)
     if aside is not None:
         return aside(served)
     with site.cache.lock(planned.graph_hash, on_wait=on_wait):

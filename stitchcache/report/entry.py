@@ -179,7 +179,7 @@ def difference_records(differences: Mapping[str, tuple[str, str]]) -> list[Recor
 def _contract(artifact: Artifact) -> dict[str, str]:
     parts: dict[str, str] = {}
     for name, text in (
-        *((f"input {name}".rstrip(), text) for name, text in input_lines(artifact.input_spec)),
+        *((f"input {name}".rstrip(), text) for name, text in input_lines(artifact)),
         *((f"output {name}".rstrip(), text) for name, text in output_lines(artifact)),
         *((f"{binding.kind} {binding.name}", binding_text(binding)) for binding in artifact.bindings),
     ):
@@ -296,8 +296,9 @@ def tensor_text(tensor: TensorSpec) -> str:
     return text
 
 
-def input_lines(spec: InputSpec | None) -> list[tuple[str, str]]:
+def input_lines(artifact: Artifact) -> list[tuple[str, str]]:
     """The input contract as names and values: arguments, ranges of symbols, further constraints."""
+    spec, narrowed = artifact.input_spec, artifact.narrowed
     if spec is None:
         return [("", "not recorded: made through the engine API")]
     lines = []
@@ -306,7 +307,8 @@ def input_lines(spec: InputSpec | None) -> list[tuple[str, str]]:
         lines.append((leaf.path, text if leaf.tensor is None else tensor_text(leaf.tensor)))
     for symbol in spec.symbols:
         text = f"{symbol.min} and more" if symbol.max is None else f"{symbol.min}..{symbol.max}"
-        lines.append((symbol.name, f"{text} ({symbol.label})" if symbol.label else text))
+        text = f"{text} ({symbol.label})" if symbol.label else text
+        lines.append((symbol.name, f"{text}; {narrowed[symbol.name]}" if symbol.name in narrowed else text))
     lines += [("must hold", constraint) for constraint in spec.constraints]
     return lines or [("", "no arguments")]
 

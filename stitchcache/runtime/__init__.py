@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from stitchcache.codegen import CodeObjects, show_source
-from stitchcache.errors import EntryFormatError, InputMismatchError
+from stitchcache.errors import BindError, EntryFormatError, InputMismatchError
 from stitchcache.runtime.contract import CALLED, CallSource, mismatch
 from stitchcache.torchside import is_fake, set_grad_enabled, storage_id, tree
 from stitchcache.types import Artifact, InputSpec, OutputSpec
@@ -44,10 +44,11 @@ def build_call(
             field="input_spec",
             reason="missing",
         )
-    source, arguments = CallSource(inputs), _Arguments(inputs, forward)
+    source, arguments = CallSource(inputs, artifact.narrowed), _Arguments(inputs, forward)
     leaves = source.open(arguments.collected)
     source.check(leaves)
     source.lines.append("if function is None: return None")
+    _check_converted(source, artifact, tensors)
     _write_body(source, outputs, leaves, tensors)
     source.names.update(
         CALLED,
@@ -60,6 +61,7 @@ def build_call(
         set_grad_enabled=set_grad_enabled,
         autocast_enabled=torch.is_autocast_enabled,
         run_quietly=run_quietly,
+        converted=converted,
         unflatten=_unflattener(outputs),
     )
     if fakes:
@@ -82,6 +84,33 @@ def misfit(
     except (EntryFormatError, InputMismatchError) as error:
         return str(error)
     return None
+
+
+def _check_converted(source: CallSource, artifact: Artifact, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Notice ``model.half()`` or ``model.to(device)``, which change parameters in place, by one of them."""
+    for binding in artifact.bindings:
+        spec = binding.tensor
+        if binding.kind == "parameter" and spec.dtype.startswith(("float", "bfloat")):
+            name = source.constant(tensors.get(binding.name))
+            dtype = source.constant(getattr(torch, spec.dtype, None))
+            away = f" or not {name}.is_{spec.device}" if spec.device in ("cpu", "cuda") else ""
+            was = f"{spec.dtype} {spec.device}"
+            source.lines.append(
+                f"if {name}.dtype is not {dtype}{away}: raise converted({binding.name!r}, {name}, {was!r})"
+            )
+            return
+
+
+def converted(name: str, tensor: torch.Tensor, was: str) -> BindError:
+    """The error about a model that was converted after it was compiled."""
+    now = f"{str(tensor.dtype).removeprefix('torch.')} {tensor.device.type}"
+    return BindError(
+        f"{name} was {was} when the model was compiled, and is {now} now. Compile the model again as it is, "
+        "or convert it back.",
+        name=name,
+        expected=was,
+        actual=now,
+    )
 
 
 def _write_body(

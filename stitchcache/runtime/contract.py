@@ -27,18 +27,22 @@ class CallSource:
         lines: Body lines of ``call``; ``args`` and ``kwargs`` are in scope.
         names: Values that the source refers to by name.
 
+    Args:
+        spec: The contract.
+        narrowed: ``Artifact.narrowed``.
+
     Raises:
         EntryFormatError: A symbol has no canonical name.
     """
 
-    def __init__(self, spec: InputSpec) -> None:
+    def __init__(self, spec: InputSpec, narrowed: Mapping[str, str]) -> None:
         for symbol in spec.symbols:
             number = symbol.name.removeprefix("s")
             if number == symbol.name or not (number.isascii() and number.isdecimal()):
                 raise EntryFormatError(
                     f"symbol {symbol.name!r} is not a canonical name.", field="input_spec.symbols"
                 )
-        self.spec = spec
+        self.spec, self._narrowed = spec, narrowed
         self.lines: list[str] = []
         self.names: dict[str, Any] = {}
         self._locals = 0
@@ -227,6 +231,8 @@ class CallSource:
                 high = "" if symbol.max is None else f" <= {int(symbol.max)}"
                 expected = f"{form} in {symbol.min}..{'' if symbol.max is None else symbol.max}"
                 advice = "Widen the range in dynamic_shapes and compile again."
+                if symbol.name in self._narrowed:
+                    advice = f"Size {self._narrowed[symbol.name]}."
                 self.refuse_if(
                     f"not {int(symbol.min)} <= {symbol.name}{high}", where, repr(expected), actual, advice
                 )

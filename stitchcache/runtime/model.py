@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from inspect import Parameter, Signature
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 
@@ -41,11 +41,15 @@ log = logging.getLogger("stitchcache")
 _ANY = Signature([Parameter("args", Parameter.VAR_POSITIONAL), Parameter("kwargs", Parameter.VAR_KEYWORD)])
 
 
-class CompiledModel:
+class CompiledModel(torch.nn.Module):
     """A model that runs compiled pieces; called as the model itself.
 
     Calls run without autograd and without autocast, whatever the caller's modes: both were fixed
     when the model was captured. Calls from several threads are safe.
+
+    It can take its model's place as a submodule: it has the model's own parameters, buffers and submodules
+    under the same names, and what else it lacks (``config``, ``device``) comes from the model. Methods that
+    do come from there call the model's own forward; ``model.forward = compiled.forward`` gives them ours.
 
     Attributes:
         graph_hash: Names the artifact.
@@ -63,7 +67,11 @@ class CompiledModel:
 
     # Calling an object looks __call__ up in its class and binds it; a slot binds to what is in it. So a
     # call goes straight to the generated function, without a frame and a second packing of arguments.
-    __slots__ = ("__call__", "__dict__", "__weakref__")
+    __slots__ = ("__call__",)
+
+    # A module's own would take the model for a submodule. Hooks and registries are the model's: nothing here
+    # needs what torch's __init__ makes.
+    __setattr__ = object.__setattr__  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -82,7 +90,6 @@ class CompiledModel:
         self._pieces = dict(pieces)
         self._constants = dict(constants)
         self._objects = objects if objects is not None else CodeObjects()
-        self.model = model
         self.lookup: tuple[str, TargetKey, Miss | None] | None = None
         self.changed: Callable[[torch.nn.Module], Change | None] | None = None
         self.check = Check(state="unchecked", reason="it was not compared with the model")
@@ -146,7 +153,6 @@ class CompiledModel:
         if self.changed is not None:
             refuse_change(self.changed(model), self.artifact, model, trusted=trust_model)
         self._bind(model)
-        self.model = model
         return self
 
     def refuse(self, error: StitchCacheError) -> None:
@@ -220,7 +226,24 @@ class CompiledModel:
             else:
                 log.warning("%s: the model itself serves all calls: %s", self.artifact.label, self._refusal)
                 call = as_it_is(model, device)
-        self.__call__ = call  # type: ignore[method-assign]
+        self._stand_for(model, call)
+
+    def _stand_for(self, model: torch.nn.Module, call: Callable[..., Any]) -> None:
+        """Take a model's place: with its tensors and submodules, and this to call."""
+        self.__call__ = self.forward = call  # type: ignore[method-assign]
+        self.model = model
+        self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model has."""
+        if name == "model":
+            raise AttributeError("a CompiledModel that is not bound has no model")
+        return getattr(self.model, name)
+
+    def train(self, mode: bool = True) -> Self:
+        """Do nothing: compiled code is for inference, also where the model around it is trained."""
+        return self
 
     def raise_refusal(self, *_args: Any, **_kwargs: Any) -> None:
         """Raise what :meth:`refuse` got, if it got anything. Each call comes here from then on."""

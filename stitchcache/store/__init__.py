@@ -16,9 +16,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
-from stitchcache.errors import OptionError, StoreError, StoreWriteError
+from stitchcache.errors import OptionError, StoreError, StoreWriteError, check_kind
 from stitchcache.types import is_digest
 
 TAG_NAME = "CACHEDIR.TAG"
@@ -85,9 +85,11 @@ Roots = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 def root_paths(root: Roots | None) -> list[str]:
     """Absolute paths of the roots that an argument names, or of the default; a file is a ``StoreError``."""
     if root is None:
-        paths = [default_root()]
+        paths = default_roots()
     else:
-        roots = [root] if isinstance(root, (str, os.PathLike)) else list(root)
+        roots: list[Any] = list(root) if isinstance(root, (list, tuple)) else [root]
+        for each in roots:
+            check_kind("root", each, (str, os.PathLike), "a directory, or a list of layers")
         if not roots or any(not os.fspath(path) for path in roots):
             raise OptionError("root: a cache needs a directory, and got an empty name", option="root")
         paths = [_absolute(os.fspath(path)) for path in roots]
@@ -106,14 +108,24 @@ def root_paths(root: Roots | None) -> list[str]:
     return paths
 
 
-def default_root() -> str:
-    """The directory that is used where none is named: ``STITCHCACHE_DIR``, or the user's cache directory."""
+def default_roots() -> list[str]:
+    """The directories where none is named: those of ``STITCHCACHE_DIR``, or the user's cache directory."""
     configured = os.environ.get("STITCHCACHE_DIR")
     if configured:
-        return _absolute(configured)
+        return split_roots(configured, option="STITCHCACHE_DIR")
     import platformdirs
 
-    return str(platformdirs.user_cache_dir("stitchcache", appauthor=False))
+    return [str(platformdirs.user_cache_dir("stitchcache", appauthor=False))]
+
+
+def split_roots(text: str, *, option: str) -> list[str]:
+    """Absolute paths of the layers in a text such as ``upper:lower``."""
+    parts = text.split(os.pathsep)
+    if not all(parts):
+        raise OptionError(
+            f"{option}={text!r}: a layer has no name; write one directory, or upper:lower", option=option
+        )
+    return [_absolute(part) for part in parts]
 
 
 def _absolute(path: str) -> str:

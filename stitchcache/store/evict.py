@@ -19,7 +19,7 @@ import fcntl
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -115,7 +115,7 @@ def plan_prune(
     grace_seconds: float = GRACE_SECONDS,
 ) -> PrunePlan:
     """Plan what has to go of the first of some roots, as :meth:`stitchcache.Cache.plan_prune` tells."""
-    root, look = roots[0], _Look(roots, grace_seconds)
+    look = _Look(roots, grace_seconds)
     total_bytes, total_files = sum(item.size for item in look.everything), len(look.everything)
     entries = [] if look.unreadable else look.entries
     aged = 0 if max_age is None else sum(look.age(item) > max_age for item in entries)
@@ -132,15 +132,27 @@ def plan_prune(
         over = f"{total_files} files are over the limit of {max_files}"
     reasons = [f"not used for {look.age(item) / 86400:.1f} days" for item in entries[:aged]]
     reasons += [over] * (count - aged)
-    targets, blobs, pieces = look.with_oldest(count)
+    return _planned(look, reasons, (*leftovers(look.root), *excess(look.root)))
+
+
+def plan_removal(roots: Sequence[Root], graph_hashes: Collection[str]) -> PrunePlan:
+    """Plan to remove some entries of the first root, whatever their age."""
+    look = _Look(roots, GRACE_SECONDS)
+    look.entries.sort(key=lambda item: item.key not in graph_hashes)
+    return _planned(look, ["named"] * sum(item.key in graph_hashes for item in look.entries))
+
+
+def _planned(look: _Look, reasons: Sequence[str], leftovers: tuple[Item, ...] = ()) -> PrunePlan:
+    """The plan in which the first entries go, each for a reason."""
+    targets, blobs, pieces = look.with_oldest(len(reasons))
     return PrunePlan(
-        entries=tuple(zip(entries[:count], reasons, strict=True)),
+        entries=tuple(zip(look.entries, reasons, strict=False)),
         blobs=tuple(blobs),
         targets=tuple(targets),
         pieces=tuple(pieces),
-        leftovers=(*leftovers(root), *excess(root)),
-        total_bytes=total_bytes,
-        total_files=total_files,
+        leftovers=leftovers,
+        total_bytes=sum(item.size for item in look.everything),
+        total_files=len(look.everything),
         unreadable=look.unreadable,
         _look=look,
     )

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from stitchcache.store import Area, Files, distrust, words
@@ -24,7 +24,7 @@ class Trial:
     """One thing that was tried.
 
     Args:
-        name: What: ``directory``, ``trust``, ``space``, ``write``, ``lock`` or ``exec``.
+        name: What: ``directory``, ``trust``, ``space``, ``write``, ``lock``, ``exec`` or ``lower layer``.
         level: ``ok``; ``note`` where the store works around it; ``problem`` where something is lost.
         found: What was seen, in the system's words where it has some.
         meaning: What it means for the user, and what to do.
@@ -70,6 +70,17 @@ def probe(path: str, *, files: Files | None = None) -> list[Trial]:
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return trials
+
+
+def probe_lower(path: str, *, files: Files | None = None) -> Trial:
+    """Look at a layer beneath the first, which is only read."""
+    if not os.path.isdir(path):
+        meaning = "starts do not find what it holds: is it mounted?"
+        return Trial(name="lower layer", level="problem", found=f"{path} is no directory", meaning=meaning)
+    found = _trust(files or Files(), path)
+    return replace(
+        found, name="lower layer", found=found.found if found.meaning else f"{path}: {found.found}"
+    )
 
 
 def _trust(files: Files, place: str) -> Trial:

@@ -78,6 +78,8 @@ class Root:
         self.files = files
         self.durable = durable
         self.read_only = read_only
+        # What the last write that failed said.
+        self.failure = "it is opened read-only" if read_only else ""
         self._known: set[str] = set()
         # Blobs that are kept from being evicted until an entry names them: each has a lock on a byte of one
         # file, for a lock on a blob itself could be held by everybody who can read the blob.
@@ -230,7 +232,9 @@ class Root:
             # It says already what is wrong.
             raise
         except OSError as error:
-            raise write_error(error, path) from error
+            failed = write_error(error, path)
+            self.failure = failed.message
+            raise failed from error
 
     def publish(self, path: str, data: bytes, *, last: bool = True) -> None:
         """Put a file in place, replacing what had its name; ``last`` is whether it must survive a power loss.

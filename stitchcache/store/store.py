@@ -20,7 +20,13 @@ from shutil import rmtree
 from typing import Any, Literal, TypeVar
 
 from stitchcache.artifact.entry import OUTSIDE, Kind, signature_in, signed_digest
-from stitchcache.errors import EntryFormatError, FutureFormatError, OptionError, UntrustedEntryError
+from stitchcache.errors import (
+    EntryFormatError,
+    FutureFormatError,
+    OptionError,
+    UntrustedEntryError,
+    check_kind,
+)
 from stitchcache.store import (
     MOST_TRIES,
     PAUSE,
@@ -64,6 +70,8 @@ class Store:
     ) -> None:
         if durability not in ("full", "fast"):
             raise OptionError(f"durability={durability!r}: use 'full' or 'fast'", option="durability")
+        for name, value in (("max_bytes", max_bytes), ("max_files", max_files)):
+            check_kind(name, value, (int, type(None)), "a whole number")
         self.read_only = read_only or flag("STITCHCACHE_READONLY")
         self.max_bytes = max_size() if max_bytes is None else max_bytes
         self.max_files = max_files
@@ -84,6 +92,8 @@ class Store:
         self._good: dict[str, tuple[int, ...]] = {}
         self._copies: dict[str, Path] = {}
         self._warned: set[str] = set()
+        # What was wrong with files that were looked at: path to reason, and cause for the statistics.
+        self._problems: dict[str, tuple[str, str]] = {}
         # What was counted since the last put would be lost with the object.
         weakref.finalize(self, self._counters.flush)
 
@@ -100,6 +110,11 @@ class Store:
         """All root directories, in the order they are searched."""
         return tuple(Path(root.path) for root in self._roots)
 
+    @property
+    def failure(self) -> str:
+        """Why the last write that failed did; ``""`` where none has."""
+        return self._top.failure
+
     # -- reading ---------------------------------------------------------------------------------
 
     def _search(self, area: Area, key: str, look: Callable[[Root, str], T | None]) -> T | None:
@@ -113,9 +128,11 @@ class Store:
                 except UntrustedEntryError as error:
                     untrusted = untrusted or error
                 except OSError as error:
-                    self._warn(path, f"{path}: cannot be read ({words(error)}): taken as missing")
+                    said = f"{path}: cannot be read ({words(error)}): taken as missing"
+                    self._warn(path, said, cause="refused")
                 else:
                     if value is not None:
+                        self._problems.pop(path, None)
                         return value
         if untrusted is not None:
             raise untrusted
@@ -309,8 +326,13 @@ class Store:
         self.count("corrupt")
         self._warn(path, f"{path}: damaged: {reason}; {what}, and taken as missing", again=gone)
 
-    def _warn(self, path: str, message: str, *, again: bool = False) -> None:
+    def problem(self, key: str) -> tuple[str, str]:
+        """Why the last look for a key refused a file, with a miss's ``cause``; ``""`` where it did not."""
+        return next((said for path, said in self._problems.items() if key in path), ("", "new"))
+
+    def _warn(self, path: str, message: str, *, again: bool = False, cause: str = "entry") -> None:
         """Warn of a file, once; one that stays would be warned of at each look."""
+        self._problems[path] = (message, cause)
         if again or path not in self._warned:
             self._warned.add(path)
             log.warning("%s", message)

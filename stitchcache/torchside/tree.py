@@ -60,9 +60,9 @@ def dumps(spec: TreeSpec) -> str:
             return json.dumps(record)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise OptionError(
-            f"a container in the arguments or results cannot be written down: {error}. "
-            "Register its type with a serialized name (torch.export.register_dataclass does), "
-            "or pass plain lists, tuples and dicts.",
+            f"a container in the arguments or results cannot be written down: {str(error).rstrip('.')}. "
+            "Register its type with a name: torch.export.register_dataclass(Type, "
+            "serialized_type_name='module.Type') for a dataclass; or pass plain lists, tuples and dicts.",
             option="args",
         ) from error
 

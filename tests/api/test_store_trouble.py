@@ -55,6 +55,54 @@ def test_damage_is_a_miss_with_one_warning_and_is_rebuilt(tmp_path, area, damage
     check(again)
 
 
+def test_a_forbidden_miss_says_what_is_wrong_with_the_cache(tmp_path, monkeypatch):
+    root = tmp_path / "cache"
+    compile_decoder(stitchcache.Cache(root))
+    root.chmod(0o777)
+    for require in ("1", "direct"):
+        monkeypatch.setenv("STITCHCACHE_REQUIRE", require)
+        with pytest.raises(errors.CacheMissError) as caught:
+            compile_decoder(stitchcache.Cache(root))
+        assert f"{root} has mode 0777" in caught.value.reason
+        assert f"chmod go-w '{root}'" in str(caught.value)
+        assert "prewarm' where" not in str(caught.value)
+    root.chmod(0o755)
+    assert compile_decoder(stitchcache.Cache(root)).cache_hit == "direct"
+
+
+def test_a_forbidden_miss_says_what_is_wrong_with_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("STITCHCACHE_REQUIRE", "1")
+    for area, said in (("targets", "damaged"), ("entries", "damaged"), ("blobs", "not there")):
+        root = tmp_path / area
+        monkeypatch.delenv("STITCHCACHE_REQUIRE")
+        compile_decoder(stitchcache.Cache(root))
+        monkeypatch.setenv("STITCHCACHE_REQUIRE", "1")
+        for path in files(root, area):
+            path.write_bytes(path.read_bytes()[:-1])
+        if area == "targets":
+            # Found by its graph all the same.
+            assert said in compile_decoder(stitchcache.Cache(root)).explain().reason
+            continue
+        with pytest.raises(errors.CacheMissError) as caught:
+            compile_decoder(stitchcache.Cache(root))
+        assert said in caught.value.reason, area
+
+
+def test_a_lower_layer_that_is_not_trusted_stops_nothing(tmp_path, monkeypatch):
+    """As one that somebody else owns: it is passed over, and the upper layer fills up."""
+    upper, lower = tmp_path / "upper", tmp_path / "lower"
+    compile_decoder(stitchcache.Cache(lower))
+    monkeypatch.setenv("STITCHCACHE_DIR", f"{upper}:{lower}")
+    assert compile_decoder(stitchcache.Cache()).cache_hit == "direct"
+    lower.chmod(0o777)
+    compiled = compile_decoder(stitchcache.Cache())
+    assert compiled.cache_hit is None
+    assert "has mode 0777" in compiled.explain().reason
+    check(compiled)
+    assert compile_decoder(stitchcache.Cache()).cache_hit == "direct"
+    assert stitchcache.Cache().find(compiled.graph_hash[:12]) == compiled.graph_hash
+
+
 def test_a_root_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(errors.StoreError, match="file"):

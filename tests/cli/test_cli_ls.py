@@ -11,10 +11,10 @@ LEGACY = Path(__file__).parents[1] / "data" / "legacy"
 
 
 def test_an_empty_cache_is_no_finding(run_cli, tmp_path):
-    outcome = run_cli("ls", "--cache", tmp_path / "nowhere")
+    outcome = run_cli("ls", "--cache", tmp_path)
     assert (outcome.status, outcome.out) == (0, "")
     assert "no entries in" in outcome.err
-    assert run_cli("ls", "--json", "--cache", tmp_path / "nowhere").json["entries"] == []
+    assert run_cli("ls", "--json", "--cache", tmp_path).json["entries"] == []
 
 
 def test_the_default_cache_is_the_environments(run_cli, tmp_path):

@@ -123,6 +123,34 @@ def test_failures_are_explained(run_cli, project, tmp_path):
     assert "aten::nonsense" in outcome.err
 
 
+def not_stored(outcome) -> list[str]:
+    assert outcome.status == 1, outcome.err
+    return [target["error"]["message"] for target in outcome.json["targets"] if not target["stored"]]
+
+
+def test_what_is_not_stored_is_a_finding(run_cli, project, first, tmp_path):
+    assert first.out.splitlines()[0].split()[2] == "STORED"
+    assert first.out.splitlines()[1].split()[2] == "yes"
+    words = ("prewarm", "--json", "nets.py:net")
+    (said,) = not_stored(run_cli(*words, cwd=project, env={"STITCHCACHE_READONLY": "1"}))
+    assert "compiled, and not stored" in said
+    assert "read-only" in said
+    (said,) = not_stored(run_cli(*words, cwd=project, env={"STITCHCACHE_MAX_SIZE": "1K"}))
+    assert "limits" in said
+    (tmp_path / "entries").write_text("")
+    (said,) = not_stored(run_cli(*words, "--cache", tmp_path, cwd=project))
+    assert "a file stands where a directory should be" in said
+    plain = run_cli("prewarm", "nets.py:net", "--cache", tmp_path, cwd=project)
+    assert plain.out.splitlines()[1].split()[1:3] == ["compiled", "no"]
+    assert "not stored" in plain.err.splitlines()[-1]
+
+
+def test_a_cache_that_others_can_write_stores_nothing_of_use(run_cli, project, tmp_path):
+    tmp_path.chmod(0o777)
+    (said,) = not_stored(run_cli("prewarm", "--json", "nets.py:net", "--cache", tmp_path, cwd=project))
+    assert "chmod go-w" in said
+
+
 @pytest.mark.parametrize(
     ("reference", "said"),
     [

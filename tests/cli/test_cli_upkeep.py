@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_entries import entry_file, key, put
+from cli_entries import entry_file, key, put, put_target
 
 from stitchcache.cache import Cache
 
@@ -132,6 +132,62 @@ def test_config(run_cli, tmp_path):
     assert run_cli("config", "--json", "--cache", tmp_path).json["settings"]["root"]["source"] == "option"
     out = run_cli("config", env=env).out
     assert "2.0 GiB" in out
+
+
+def test_config_shows_layers(run_cli, tmp_path):
+    upper, lower = str(tmp_path / "upper"), str(tmp_path / "lower")
+    settings = run_cli("config", "--json", env={"STITCHCACHE_DIR": f"{upper}:{lower}"}).json["settings"]
+    assert (settings["root"]["value"], settings["lower_layers"]["value"]) == (upper, [lower])
+    assert settings["lower_layers"]["source"] == "environment"
+    assert lower in run_cli("config", "--cache", f"{upper}:{lower}").out
+    empty = run_cli("config", env={"STITCHCACHE_DIR": f"{upper}:"})
+    assert empty.status == 2
+    assert "a layer has no name" in empty.err
+
+
+@pytest.mark.parametrize(
+    "command", [["ls"], ["verify"], ["prune"], ["clear", "--yes"], ["stats"], ["migrate"]], ids=lambda c: c[0]
+)
+def test_a_directory_that_is_missing_is_not_sound(run_cli, root, command):
+    layers = f"{root}:{root / 'mount'}"
+    outcome = run_cli(*command, "--cache", layers)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert f"{root / 'mount'}: there is no such directory" in outcome.err
+    assert run_cli(*command, "--allow-missing", "--cache", layers).status == 0
+
+
+def test_rm(run_cli, root):
+    leading = put_target(root, "leading", key("b"), {})
+    pointless = run_cli("rm", key("b")[:8], "0123", "--cache", root)
+    assert pointless.status == 1
+    assert entry_file(root, key("b")).exists()
+    shared = Cache(root).put_blob(b"blob 0 of New" * 100)
+    outcome = run_cli("rm", key("b")[:8], "--cache", root)
+    assert outcome.status == 0
+    # An entry, its target, and its two blobs, of which nothing else has one.
+    assert "removed 1 entry, 4 files" in outcome.out
+    assert not entry_file(root, key("b")).exists()
+    assert not (root / "targets" / leading[:2] / leading).exists()
+    assert not (root / "blobs" / shared.digest[:2] / shared.digest).exists()
+    assert run_cli("verify", "--cache", root).status == 0
+    assert entry_file(root, key("a")).exists()
+
+
+def test_rm_leaves_what_other_entries_need(run_cli, tmp_path):
+    put(tmp_path, key("a"), "Same")
+    kept = put(tmp_path, key("b"), "Same")
+    record = run_cli("rm", key("a"), "--json", "--cache", tmp_path).json["done"]
+    assert (record["entries"], record["files"]) == ([key("a")], 1)
+    assert all(Cache(tmp_path).blob_path(blob) for blob in kept.blobs)
+
+
+def test_rm_of_a_lower_layer_or_a_read_only_one(run_cli, root, tmp_path_factory):
+    upper = tmp_path_factory.mktemp("upper")
+    outcome = run_cli("rm", key("a"), "--cache", f"{upper}:{root}")
+    assert outcome.status == 1
+    assert "in a lower layer" in outcome.err
+    assert run_cli("rm", key("a"), "--cache", root, env={"STITCHCACHE_READONLY": "1"}).status == 1
+    assert entry_file(root, key("a")).exists()
 
 
 def test_a_setting_that_makes_no_sense(run_cli):

@@ -58,6 +58,18 @@ def test_a_directory_that_others_can_write(run_cli, tmp_path, part):
     assert "chmod go-w" in findings(outcome)["trust"]["found"]
 
 
+def test_lower_layers(run_cli, tmp_path):
+    lower = tmp_path / "lower"
+    good = (lower.mkdir(mode=0o755), run_cli("doctor", "--json", f"{tmp_path}:{lower}"))[1]
+    assert findings(good)["lower layer"]["level"] == "ok"
+    lower.chmod(0o777)
+    shared = run_cli("doctor", "--json", env={"STITCHCACHE_DIR": f"{tmp_path}:{lower}"})
+    assert "chmod go-w" in findings(shared)["lower layer"]["found"]
+    missing = run_cli("doctor", "--json", f"{tmp_path}:{tmp_path / 'mount'}")
+    assert missing.status == 1
+    assert "is it mounted?" in findings(missing)["lower layer"]["meaning"]
+
+
 def test_settings_in_force(run_cli, tmp_path):
     bad = run_cli("doctor", tmp_path, env={"STITCHCACHE_MAX_SIZE": "lots", "STITCHCACHE_MAXSIZE": "1G"})
     assert bad.status == 1

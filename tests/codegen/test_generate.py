@@ -234,8 +234,8 @@ def test_boxed_submodules_take_one_list() -> None:
     gm = graph_module(build, root)
     check(gm, 1, 2, boxed=["one", "two"])
     code = generate_execution_code(gm, boxed=["one", "two"])[0]
-    assert "x, = one([x, y, 3])" in code
-    assert "x, y = two([x, y])" in code
+    assert "(getitem,) = one([x, y, 3])" in code
+    assert "getitem_1, getitem_2 = two([getitem, y])" in code
 
 
 def test_boxed_graph_module_is_called_and_its_length_is_known() -> None:

@@ -7,8 +7,11 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+import stitchcache
 from stitchcache.capture import capture
+from stitchcache.errors import InputMismatchError
 from stitchcache.pipeline.look_cold import proved
+from stitchcache.report.entry import input_lines
 
 
 def lowest(model, args, dynamic_shapes, **kwargs):
@@ -67,6 +70,34 @@ def test_a_branch_raises_the_bound_and_says_so(caplog):
         assert lowest(model, (r(3, 4),), [{0: ONE}]) == [2]
     (record,) = [r for r in caplog.records if "is served from 2" in r.getMessage()]
     assert record.levelno == logging.INFO
+
+
+class OtherAtOne(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.shape[0] == 1 else x * 3
+
+
+def test_a_range_that_is_served_narrower_is_told_at_every_start(tmp_path, caplog):
+    model, shapes = OtherAtOne().eval(), ({0: Dim("B", min=1, max=8)},)
+    cache, more = stitchcache.Cache(tmp_path), {"backend": "eager", "dynamic_shapes": shapes}
+    for hit in (None, "direct"):
+        caplog.clear()
+        compiled = stitchcache.compile(model, (r(3, 4),), cache=cache, **more)
+        assert compiled.cache_hit == hit
+        (told,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert "B may be from 1, and is served from 2" in told
+    with pytest.raises(InputMismatchError, match=r"size_ranges=\[SizeRange\(1, 1\), SizeRange\(2, 8\)\]"):
+        compiled(r(1, 4))
+    lines = dict(input_lines(compiled.artifact))
+    assert "2..8; B may be from 1, and is served from 2" in lines["s0"]
+    # The way out that all of these name.
+    ranges = [stitchcache.SizeRange(1, 1), stitchcache.SizeRange(2, 8)]
+    caplog.clear()
+    both = stitchcache.compile(model, (r(3, 4),), cache=cache, size_ranges=ranges, **more)
+    assert not [r for r in caplog.records if r.levelno == logging.WARNING]
+    for size in (1, 2, 8):
+        x = r(size, 4)
+        torch.testing.assert_close(both(x), model(x))
 
 
 def test_each_size_is_tried_alone():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stitchcache.cli.output import left_text
+from stitchcache.api.progress import left_text
 from stitchcache.pipeline.make import seconds_left
 
 

@@ -1,0 +1,81 @@
+"""How far compilations have come, on stderr: live on a terminal or in a notebook, else a line a step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from stitchcache.explanation import printable
+
+if TYPE_CHECKING:
+    from stitchcache.pipeline.find import OnProgress, Progress
+
+Update = Callable[..., None]
+"""Says where a target is: its name, the stage, pieces that are done, all pieces, estimated seconds left."""
+
+
+@contextmanager
+def progress_shown() -> Iterator[Update]:
+    """Show progress for the length of a block. A direct hit shows nothing."""
+    last = ""
+    with ExitStack() as shown:
+        live: Update | None = None
+
+        def update(name: str, stage: str, done: int = 0, total: int = 0, left: float | None = None) -> None:
+            nonlocal last, live
+            if stage == "lookup":
+                return
+            line = printable(f"{name}: {stage}" + (f" {done}/{total}" if total else ""))
+            about = "" if left is None else f", {left_text(left)}"
+            if _is_live() and (live is not None or stage != "done"):
+                live = live or _live_bar(shown)
+                live(line + about, done, total)
+            # A log has one line for each change of stage or count, whatever the estimate says meanwhile.
+            elif line != last and stage != "done":
+                print(line + about, file=sys.stderr, flush=True)
+                last = line
+
+        yield update
+
+
+def _is_live() -> bool:
+    """Whether what is on stderr can be written over; in a notebook rich needs ipywidgets for that."""
+    return sys.stderr.isatty() or ("ipykernel" in sys.modules and find_spec("ipywidgets") is not None)
+
+
+def _live_bar(shown: ExitStack) -> Update:
+    # Not at the top: a log is written without it, and a direct hit needs neither.
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}"))
+    bar = shown.enter_context(Progress(*columns, console=Console(stderr=True, highlight=False)))
+    task = bar.add_task("", total=None)
+
+    def show(line: str, done: int, total: int) -> None:
+        bar.update(
+            task, description=line.replace("[", r"\["), completed=done, total=total or None, refresh=True
+        )
+
+    return show
+
+
+@contextmanager
+def bar() -> Iterator[OnProgress]:
+    """What ``on_progress="bar"`` tells."""
+    with progress_shown() as update:
+
+        def told(progress: Progress) -> None:
+            update(progress.target, progress.stage, progress.done, progress.total, progress.left)
+
+        yield told
+
+
+def left_text(seconds: float) -> str:
+    """An estimate, no finer than it is: ``about 20 s left``, ``about 3 min left``."""
+    if seconds < 60:
+        return f"about {max(1, round(seconds / 5) * 5 if seconds > 10 else round(seconds))} s left"
+    return f"about {round(seconds / 60)} min left"
