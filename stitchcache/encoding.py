@@ -4,7 +4,8 @@ The grammar is one for all kinds, so that no two of them can run into one anothe
 
     value     = scalar | reference | composite
     composite = "[" kind " " count ":" followed by exactly count values
-    scalar    = N | T | F | E | I | "i" digits ";" | "d" 8 bytes | "c" 16 bytes | ("s" | "b") length ":" bytes
+    scalar    = N | T | F | E | I | int | "d" 8 bytes | "c" 16 bytes | ("s" | "b") length ":" bytes
+    int       = "i" digits ";" | "i0x" hexadecimal digits ";"
     reference = "@" text text number ";"
 
 An object that has identity (it can be changed, or told apart by ``is``) is written where it is met first, and
@@ -69,10 +70,17 @@ def shorten(text: str, limit: int = SHORT) -> str:
 
 
 _double = struct.Struct("<d").pack
+_LONG = 1 << 4096  # Python refuses to write larger ints in decimal, as its user has set it
+
+
+def _int_bytes(value: int) -> bytes:
+    return b"i%d;" % value if -_LONG < value < _LONG else b"i0x%x;" % value
+
+
 SCALARS: Mapping[type, Callable[[Any], bytes]] = {
     type(None): lambda value: b"N",
     bool: lambda value: b"T" if value else b"F",
-    int: lambda value: b"i%d;" % value,
+    int: _int_bytes,
     float: lambda value: b"d" + _double(value),
     complex: lambda value: b"c" + _double(value.real) + _double(value.imag),
     str: text_bytes,

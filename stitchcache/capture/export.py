@@ -286,6 +286,13 @@ def _output_spec(program: torch.export.ExportedProgram) -> OutputSpec:
 
 def _capture_error(model: torch.nn.Module, error: BaseException, way_out: str) -> CaptureError:
     """Say in a few lines what torch says in a few hundred."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, IndexError) and frames and frames[-1].name.startswith("produce_guards"):
+        return CaptureError(
+            f"{type(model).__qualname__} gives an argument more dimensions (x.unsqueeze_(), x.resize_()), "
+            "which torch.export cannot write down. Take x.unsqueeze(), and go on with its result.",
+            reason="an argument's number of dimensions changes",
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     # Of a broken promise about sizes, the lines after the first say which, and what to promise instead.
     about = [line for line in lines[1:] if line.startswith("- ") or re.fullmatch(r"\w+ = .*Dim.*", line)]

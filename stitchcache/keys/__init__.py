@@ -20,6 +20,7 @@ from stitchcache.errors import OptionError
 from stitchcache.keys.environment import (
     decimal_context,
     environment_factors,
+    numpy_state,
     python_code,
     torch_state_factors,
     tracing_obstacle,
@@ -76,6 +77,7 @@ def target_key(
         factors += environment_factors(backend, devices_of(model, [value for _, value in leaves])[1])
         factors.append(make_factor("code.python", python_code()))
         factors.append(make_factor("code.decimal", decimal_context()))
+        factors.append(make_factor("code.numpy", numpy_state()))
         factors += torch_state_factors(walk)
         factors += input_factors(leaves, tree, dynamic_shapes, walk)
         factors += model_part

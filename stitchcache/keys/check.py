@@ -1,7 +1,7 @@
 """What a capture read, as its record says it: files and values, and whether each is still the same.
 
 Recorder and lookup digest with the same functions. An entry begins with its kind and a colon: ``env``,
-``call``, ``import``, ``item``, ``class`` or ``global``; see docs/keys.md.
+``call``, ``seed``, ``import``, ``item``, ``class`` or ``global``; see docs/keys.md.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from collections.abc import Callable, Iterable, Mapping
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
-import torch
-
 from stitchcache.containers import code_digest
 from stitchcache.encoding import SCALARS, UnkeyableError
 from stitchcache.keys.code import CACHE, WRAPPED, filled_cells
-from stitchcache.keys.walk import Walk, find_class, installed_path, module_by_label
+from stitchcache.keys.walk import Walk, find_class, installed_path, module_by_label, module_stands_by_version
 from stitchcache.types import SourceRef, TargetRecord
 
 REGISTRIES = frozenset({"transformers.utils.output_capturing:_CAN_RECORD_REGISTRY"})
@@ -35,7 +33,8 @@ _KEYED_OF_LIBRARY = (*SCALARS, FunctionType, BuiltinFunctionType, type)
 """Kinds of values that are keyed even where they belong to torch or the library: they may be replaced."""
 
 _NAMESPACE = object()  # stands for the namespace of a module as a whole
-_OPS = (type(torch.ops), type(torch.ops.aten))
+_COMPUTED = object()  # stands for what a module makes up when it is asked
+_MISSING = object()
 
 
 class Found(NamedTuple):
@@ -63,13 +62,35 @@ def lookup(
         inner, owner = patched.get(id(vars(value)), vars(value)), value.__name__
         if step == "__dict__":
             return Found(_NAMESPACE, True, chain[: index + 1], owner)
-        if step not in inner and isinstance(value, _OPS):
-            # torch makes these the first time they are asked for; that nobody has says nothing.
-            getattr(value, step, None)
         if step not in inner:
-            return Found(value, False, chain[: index + 1], owner)
+            made = _made_up(value, step)
+            if made is _COMPUTED or made is _MISSING:
+                exists = made is _COMPUTED
+                return Found(made if exists else value, exists, chain[: index + 1], owner)
+            value = made
+            continue
         value = inner[step]
     return Found(value, True, chain, owner)
+
+
+def lookup_in(module: ModuleType, chain: tuple[str, ...]) -> Found:
+    """The same for what a module has, builtins left out, or makes up."""
+    found = lookup({"": module}, ("", *chain))
+    return found._replace(used=found.used[1:])
+
+
+def _made_up(module: ModuleType, name: str) -> Any:
+    """What a module answers for a name that is not among its globals; ``_MISSING`` where it has none."""
+    getter = vars(module).get("__getattr__")
+    if type(module) is ModuleType and (getter is None or isinstance(getter, FunctionType)):
+        # The code of a __getattr__ is recorded when it runs.
+        return _MISSING
+    if module_stands_by_version(module.__name__):
+        # Settings of torch's, such as torch.backends.cudnn.benchmark, and the ops that it makes when asked.
+        return getattr(module, name, _MISSING)
+    installed = installed_path(getattr(module, "__file__", None) or "")
+    # Packages import parts of themselves late.
+    return _MISSING if installed else _COMPUTED
 
 
 def title(name: str) -> str:
@@ -85,6 +106,9 @@ def global_digest(walk: Walk, name: str, found: Found) -> str:
     """
     value = found.value
     where = f"global {title(name)}"
+    if value is _COMPUTED:
+        why = f"module {found.owner} computes it when it is asked; make it a plain global"
+        raise UnkeyableError(where, why)
     if value is _NAMESPACE:
         why = f"the namespace of module {found.owner} is used as a whole; name what is read from it"
         raise UnkeyableError(where, why)
@@ -143,12 +167,21 @@ def item_digest(walk: Walk, item: Any) -> str:
     return _digest(alone, "item", "", item, "item of a registry")
 
 
+def function_named(module: str, name: str) -> Callable[..., Any] | None:
+    """A function of a module, or of a class in it; ``None`` where it is not loaded or there."""
+    found: Any = sys.modules.get(module)
+    for step in name.split("."):
+        found = getattr(found, step, None)
+    return found
+
+
 def answer_digest(walk: Walk, name: str) -> str:
     """Digest of what a function such as ``torch.distributed:get_rank`` answers; an error is an answer too."""
     module, _, function = name.partition(":")
     answer: tuple[Any, ...]
     try:
-        answer = (getattr(sys.modules.get(module), function)(),)
+        ask = function_named(module, function)
+        answer = (ask(),) if ask is not None else ("absent",)
     except (ValueError, RuntimeError, AttributeError, AssertionError) as error:
         answer = ("raises", type(error).__name__)
     return _digest(walk, "call", name, answer, f"what {title(name)}() answers")
@@ -163,6 +196,11 @@ def import_digest(walk: Walk, name: str) -> str:
     """Digest of whether there is a module of this name to import; nothing is imported for it."""
     there = sys.modules.get(name) is not None or find_file(name, walk.main)[0] is not None
     return text_digest("there" if there else None)
+
+
+def seed_digest(walk: Walk, name: str) -> str:
+    """Digest of what follows from this process's hash seed, such as the order of texts in a set."""
+    return bytes_digest(b"seed %d" % hash("a text"))
 
 
 def bytes_digest(data: bytes | bytearray) -> str:
@@ -256,7 +294,7 @@ def _global_now(walk: Walk, name: str) -> str | None:
     if module is None:
         return None
     chain = tuple(name.partition(":")[2].rstrip(".").split("."))
-    found = lookup(vars(module), chain)
+    found = lookup(vars(module), chain) if type(module) is ModuleType else lookup_in(module, chain)
     # Else what was a module on the way is something else now.
     return global_digest(walk, name, found) if found.used == chain else ""
 
@@ -264,6 +302,7 @@ def _global_now(walk: Walk, name: str) -> str | None:
 _KINDS: Mapping[str, tuple[str, Callable[[Walk, str], str | None]]] = {
     "env": ("environment variable {}", _variable_now),
     "call": ("what {}() answers", answer_digest),
+    "seed": ("the hash seed, on which the order of sets that {} makes depends,", seed_digest),
     "import": ("whether {} can be imported", import_digest),
     "item": ("item {}", _item_now),
     "class": ("class {}", _class_now),

@@ -62,10 +62,10 @@ def _put_function(writer: KeyWriter, function: types.FunctionType) -> None:
     module = walk.label(function.__module__ or "")
     versioned, installed = walk.origin(code.co_filename)
     if versioned:
-        writer.head(b"library function", 4)
+        writer.head(b"library function", 5)
         writer.text(f"{module}.{qualname}")
         writer.text(code.co_qualname)
-        writer.out += b"i%d;" % code.co_firstlineno
+        writer.out += b"i%d;" % code.co_firstlineno + _library_defaults(function)
         _put_cells(writer, function)
         return
     named = qualname == code.co_qualname and function.__name__ == code.co_name and code.co_name[0] != "<"
@@ -139,6 +139,19 @@ def _plain_defaults(function: types.FunctionType) -> bytes | None:
         if scalar is None:
             return None
         parts.append(scalar(value))
+    return b"".join(parts)
+
+
+def _library_defaults(function: types.FunctionType) -> bytes:
+    """Defaults of a function of torch or the library, which somebody may have set; objects by their types."""
+    given = [
+        *(("", value) for value in function.__defaults__ or ()),
+        *(function.__kwdefaults__ or {}).items(),
+    ]
+    parts = [b"[defaults of library %d:" % (2 * len(given))]
+    for name, value in given:
+        scalar = SCALARS.get(type(value))
+        parts += text_bytes(name), scalar(value) if scalar else text_bytes(type(value).__qualname__)
     return b"".join(parts)
 
 
@@ -269,9 +282,7 @@ def put_class_contents(writer: KeyWriter, cls: type) -> None:
         found: Mapping[str, Any] = cls.__members__
         members = {name: (item.__dict__["_value_"], member_state(item)) for name, item in found.items()}
         skipped = skipped | _ENUM_INTERNALS | members.keys()
-    items = [
-        item for item in cls.__dict__.items() if item[0] not in skipped and type(item[1]) not in _BY_NAME
-    ]
+    items = [item for item in cls.__dict__.items() if item[0] not in skipped and not _is_own(cls, *item)]
     writer.head(b"contents", 6 + 2 * len(items))
     writer.text(writer.class_label(cls))
     writer.put_class(type(cls))
@@ -296,13 +307,20 @@ def put_class_contents(writer: KeyWriter, cls: type) -> None:
             writer.put_at(f", attribute {name}", value)
 
 
+def _is_own(cls: type, name: str, value: Any) -> bool:
+    """Whether a descriptor made in C came with its class, as a slot's does; another may be put there."""
+    return type(value) in _BY_NAME and value.__objclass__ is cls and value.__name__ == name
+
+
 def _put_declarations(writer: KeyWriter, cls: type) -> None:
     """Write what a class declares of its attributes, for a class whose file nobody may have recorded."""
     declared = cls.__dict__.get("__annotations__")  # noqa: RUF063 - its own, and as they stand
     slots = cls.__dict__.get("__slots__")
     fields = cls.__dict__.get("__dataclass_fields__", {})
-    writer.head(b"declared", 2 + len(fields))
+    writer.head(b"declared", 4 + len(fields))
     writer.put_at(".__annotations__", dict(declared) if isinstance(declared, dict) else None)
+    for name in ("__doc__", "__orig_bases__"):
+        writer.put_at(f".{name}", cls.__dict__.get(name))
     names = (slots,) if isinstance(slots, str) else tuple(map(str, slots or ()))
     writer.put(None if slots is None else names)
     for name, item in fields.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -94,10 +95,27 @@ def python_version() -> str:
 
 
 def python_code() -> str:
-    """What decides how Python code runs: the version, ``-O``, and warnings that are errors."""
+    """What decides how Python runs code: the version, ``-O``, warnings that are errors, limits of ints."""
     optimize = f" -{'O' * sys.flags.optimize}" if sys.flags.optimize else ""
-    errors = [option for option in sys.warnoptions if option.startswith("error")]
-    return python_version() + optimize + "".join(f" -W {option}" for option in errors)
+    digits = sys.get_int_max_str_digits()
+    digits_text = f" {digits} digits" if digits != sys.int_info.default_max_str_digits else ""
+    errors = [_filter_text(*item[1:]) for item in warnings.filters if item[0] == "error"]
+    return python_version() + optimize + digits_text + "".join(errors)
+
+
+def _filter_text(message: Any, category: type, module: Any, line: int) -> str:
+    texts = [getattr(part, "pattern", part) for part in (message, module)]
+    return f" error {category.__qualname__} {texts} {line}"
+
+
+def numpy_state() -> str:
+    """How numpy prints, and what it does at a division by zero: nobody sees it being read."""
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is None:
+        return "none"
+    options = {**numpy.get_printoptions(), **numpy.geterr(), "buffer": numpy.getbufsize()}
+    options["formatter"] = sorted(options.get("formatter") or ())
+    return str(sorted(options.items()))
 
 
 def decimal_context() -> str:

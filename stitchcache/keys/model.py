@@ -44,6 +44,9 @@ _SHOWN = 3  # distinct values that an attribute's readable form lists
 
 def readable(value: Any, room: int = LONG, depth: int = 0) -> str:
     """A short form of a value that holds no address, for people; of a container, the first items."""
+    if type(value) is int and abs(value) >> 999:
+        # Python may refuse to write it.
+        return f"an int of {value.bit_length()} bits"
     if type(value) in SCALARS or isinstance(value, (torch.dtype, torch.device)):
         return shorten(repr(value), 40)
     if type(value) in {list, tuple, dict} and value and depth < _DEEPEST:

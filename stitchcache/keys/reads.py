@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import dis
 import importlib.util
 import inspect
 import io
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from stitchcache.encoding import UnkeyableError
-from stitchcache.keys import check
+from stitchcache.keys import bytecode, check
 from stitchcache.keys.walk import (
     Walk,
     in_stdlib,
@@ -45,7 +44,7 @@ IMPORT_MODULE = importlib.import_module.__code__
 
 _MODULES = frozenset(
     """time posix nt _random _socket _io io random _thread _datetime datetime gc _locale resource fcntl mmap
-    _uuid _posixsubprocess""".split()  # noqa: SIM905
+    _uuid _posixsubprocess _pickle marshal _ctypes faulthandler select pwd grp""".split()  # noqa: SIM905
 )
 _NAMES = {
     "builtins": frozenset({"open", "eval", "exec", "globals", "hash", "input", "id", "__import__"}),
@@ -54,6 +53,7 @@ _NAMES = {
         gettrace getprofile""".split()  # noqa: SIM905
     ),
     "decimal": frozenset({"getcontext", "localcontext"}),
+    "_contextvars": frozenset({"copy_context"}),
     "numpy": frozenset({"fromfile"}),
     "torch": frozenset({"from_file"}),
 }
@@ -70,7 +70,7 @@ def _files(directory: str, names: str) -> frozenset[str]:
 
 _WATCHED_IN_LIBRARY = "random secrets tempfile subprocess socket locale platform uuid getpass _pydecimal"
 _WATCHED_IN_PACKAGES = """torch/serialization torch/hub torch/random torch/cuda/memory torch/cuda/random
-    numpy/lib/npyio numpy/lib/_npyio_impl"""
+    numpy/lib/npyio numpy/lib/_npyio_impl numpy/core/memmap numpy/_core/memmap"""
 WATCHED_FILES = _files(_LIBRARY, _WATCHED_IN_LIBRARY) | _files(_PACKAGES, _WATCHED_IN_PACKAGES)
 """Files of the library, torch and numpy whose functions give what is not the same each time."""
 
@@ -78,13 +78,17 @@ _FX_TRACE = os.path.join(_PACKAGES, "torch", "fx", "_symbolic_trace.py")
 _ON_BEHALF = ("<frozen importlib", "<frozen zipimport")
 _BYSTANDING_FILES = _files(_LIBRARY, "linecache warnings traceback inspect tokenize logging/__init__")
 """What these read is source text for people, or the code of modules, which is recorded elsewhere."""
+_READ_ANY_FILE = frozenset({"getline", "getlines", "updatecache", "open", "get_data"})
+"""Functions of theirs, and of loaders, that read whatever file the model asks for."""
 
 _HARMLESS_POSIX = frozenset({"fspath", "putenv", "unsetenv", "fsencode", "fsdecode"})
-_SYSTEM = [io.open, *(item for name, item in vars(os).items() if name in {*os.__all__} - _HARMLESS_POSIX)]
+_SYSTEM = [
+    io.open,
+    io.open_code,
+    *(item for name, item in vars(os).items() if name in {*os.__all__} - _HARMLESS_POSIX),
+]
 SYSTEM = {id(function): function for function in _SYSTEM if isinstance(function, BuiltinFunctionType)}
 """Functions made in C that ask the operating system, by id; held, so that an id stays its own."""
-
-_SEES_NAMESPACES = frozenset({"__globals__", "f_globals", "__builtins__"})
 
 OF_A_PROCESS = frozenset(
     """RANK LOCAL_RANK GROUP_RANK ROLE_RANK NODE_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE
@@ -94,56 +98,20 @@ OF_A_PROCESS = frozenset(
 
 _ASKED = {
     "sys": "get_int_max_str_digits",
+    "signal": "getsignal",
+    "threading": "active_count",
+    "tracemalloc": "is_tracing",
     "numpy": "geterr geterrcall get_printoptions getbufsize",
     "torch": """get_num_threads get_num_interop_threads initial_seed is_warn_always_enabled
-        is_anomaly_enabled is_anomaly_check_nan_enabled""",
+        is_anomaly_enabled is_anomaly_check_nan_enabled is_autocast_cache_enabled""",
+    "torch.__future__": "get_swap_module_params_on_conversion get_overwrite_module_params_on_conversion",
+    "torch.sparse": "check_sparse_tensor_invariants.is_enabled",
+    "torch.utils.data": "get_worker_info",
     "torch.cuda": "is_available device_count current_device get_device_capability get_device_name",
     "torch.distributed": """is_available is_initialized is_torchelastic_launched get_rank get_world_size
         get_backend get_node_local_rank""",
 }
-"""Functions of torch whose answers are recorded: module to names."""
-
-_GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
-_CELL = frozenset({"LOAD_DEREF", "LOAD_CLASSDEREF"})
-_ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
-_BETWEEN = frozenset({"CACHE", "PUSH_NULL", "PRECALL", "EXTENDED_ARG"})
-
-Chain = tuple[str, ...]
-
-
-def global_chains(code: CodeType) -> list[Chain]:
-    """Globals that a code object reads, each with the attributes that it takes from it at once."""
-    return [chain for opname, chain in _chains(code) if opname in _GLOBAL]
-
-
-def _chains(code: CodeType) -> Iterator[tuple[str, Chain]]:
-    """The same for what it closes over too, each with the instruction that reads it."""
-    opname, chain = "", [""]
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in _BETWEEN:
-            continue
-        if opname and instruction.opname in _ATTRIBUTE:
-            chain.append(str(instruction.argval))
-            continue
-        if opname:
-            yield opname, tuple(chain)
-        opname = instruction.opname if instruction.opname in _GLOBAL | _CELL else ""
-        chain = [str(instruction.argval)]
-
-
-def _imports_of(code: CodeType, package: str) -> Iterator[tuple[str, Chain, bool]]:
-    """Imports within code: module, attributes read from it, and whether the import names just those."""
-    instructions = [item for item in dis.get_instructions(code) if item.opname not in _BETWEEN]
-    for index, instruction in enumerate(instructions):
-        if instruction.opname != "IMPORT_NAME":
-            continue
-        level, names = instructions[index - 2].argval, instructions[index - 1].argval
-        module = str(instruction.argval)
-        if level:
-            module = importlib.util.resolve_name("." * level + module, package)
-        if not names and "." in module:
-            yield module.partition(".")[0], code.co_names, False
-        yield module, tuple(names or code.co_names), bool(names)
+"""Functions whose answers are recorded: module to names."""
 
 
 class Reads:
@@ -161,7 +129,7 @@ class Reads:
         # torch.export replaces builtin min and max and math.pow while it traces, for its own ends.
         self.patched = {id(space): dict(space) for space in (vars(builtins), vars(math))}
         self._keyed = keyed
-        self._imports: list[tuple[str, Chain, bool, str]] = []
+        self._imports: list[tuple[str, bytecode.Chain, bool, CodeType]] = []
         self._module_classes: dict[int, type] = {}
         self._library_state: list[tuple[str, check.Found, list[Any]]] = []
 
@@ -171,20 +139,30 @@ class Reads:
 
     def read_globals(self, code: CodeType, namespace: dict[str, Any], name: str) -> None:
         """Note the globals that code of a module reads, and what it imports."""
-        for chain in global_chains(code):
-            self._note(name, chain, check.lookup(namespace, chain, self.patched))
+        for opname, chain, called in bytecode.chains(code):
+            if opname not in bytecode.GLOBAL:
+                continue
+            found = check.lookup(namespace, chain, self.patched)
+            self._note(name, chain, found)
+            # What goes on as a value may be called by code made in C, which nobody sees: ``map(id, items)``.
+            as_value = not called and type(found.value) is BuiltinFunctionType
+            if as_value and (reason := forbidden_call(code, found.value)):
+                self.refuse(f"{bytecode.place(code)} {reason}")
+        if bytecode.makes_sets(code) and not installed_path(code.co_filename):
+            entry = f"seed:{self._label(name)}:{code.co_qualname}"
+            self.found[entry] = check.seed_digest(self.walk, "")
         package = str(namespace.get("__package__") or name.rpartition(".")[0])
-        self._imports += [(*item, code.co_qualname) for item in _imports_of(code, package)]
+        self._imports += [(*item, code) for item in bytecode.imports_of(code, package)]
 
     def read_cells(self, code: CodeType, cells: dict[str, Any]) -> None:
         """Note what code reads from modules that it closes over; the target key has their names only."""
-        for opname, chain in _chains(code):
+        for opname, chain, _ in bytecode.chains(code):
             module = cells.get(chain[0])
-            if opname not in _CELL or len(chain) == 1 or not isinstance(module, ModuleType):
+            if opname not in bytecode.CELL or len(chain) == 1 or not isinstance(module, ModuleType):
                 continue
             name = module.__name__
             if sys.modules.get(name) is not module:
-                self.refuse(f"{place(code)} reads from module {name}; put that in sys.modules")
+                self.refuse(f"{bytecode.place(code)} reads from module {name}; put that in sys.modules")
                 continue
             self._note(name, chain[1:], check.lookup(vars(module), chain[1:], self.patched))
 
@@ -217,7 +195,7 @@ class Reads:
         label = self.walk.label(module)
         return label if label == self.walk.main or label in self.loaded else f"?{label}"
 
-    def _note(self, module: str, chain: Chain, found: check.Found, *, held: bool = True) -> None:
+    def _note(self, module: str, chain: bytecode.Chain, found: check.Found, *, held: bool = True) -> None:
         plain = f"{self._label(module)}:{'.'.join(found.used)}"
         name = plain if held and found.used == chain else f"{plain}."
         entry = f"global:{name}"
@@ -240,23 +218,32 @@ class Reads:
                 self.refuse(f"{check.title(name)} changes while the model is captured; read it beforehand")
 
     def _finish_imports(self) -> None:
-        for name, names, exact, where in self._imports:
+        for name, names, exact, code in self._imports:
             module = sys.modules.get(name)
-            if self.walk.is_versioned(name):
-                continue
-            if module is None:
+            if module is not None:
+                self._note_imported(module, names, exact, code, set())
+            elif not self.walk.is_versioned(name):
                 digest = check.import_digest(self.walk, name)
                 if digest == check.text_digest(None):
                     self.found[f"import:{name}"] = digest
+
+    def _note_imported(
+        self, module: ModuleType, names: bytecode.Chain, exact: bool, code: CodeType, done: set[int]
+    ) -> None:
+        """Note what code may read from a module that it has imported, and from modules in that."""
+        name, done = module.__name__, done | {id(module)}
+        computes = exact and not installed_path(getattr(module, "__file__", None) or "")
+        for attribute in dict.fromkeys(names):
+            if attribute == "*":
+                self.refuse(f"{code.co_qualname} imports everything from {name}")
                 continue
-            for attribute in names:
-                if attribute == "*":
-                    self.refuse(f"{where} imports everything from {name}")
-                elif attribute in vars(module):
-                    found = check.Found(vars(module)[attribute], True, (attribute,))
-                    self._note(name, (attribute,), found, held=False)
-                elif exact and not installed_path(getattr(module, "__file__", None) or ""):
-                    self.refuse(f"{where} imports {attribute} from {name}, which computes it")
+            found = check.lookup_in(module, (attribute,))
+            if found.exists and found.owner:
+                self._note(name, (attribute,), found, held=False)
+                if isinstance(found.value, ModuleType) and id(found.value) not in done:
+                    self._note_imported(found.value, code.co_names, False, code, done)
+            elif computes and not self.walk.is_versioned(name):
+                self.refuse(f"{code.co_qualname} imports {attribute} from {name}, which computes it")
 
     def _finish_classes(self) -> None:
         done: set[int] = set()
@@ -292,8 +279,9 @@ def asked_functions() -> dict[int, tuple[str, Any]]:
     found: dict[int, tuple[str, Any]] = {}
     for module, names in _ASKED.items():
         for name in names.split():
-            function = inspect.unwrap(getattr(sys.modules.get(module), name, None))  # type: ignore[arg-type]
+            function = check.function_named(module, name)
             if function is not None:
+                function = inspect.unwrap(function)
                 thing = getattr(function, "__code__", function)
                 found[id(thing)] = (f"call:{module}:{name}", thing)
     return found
@@ -326,12 +314,14 @@ def module_of(function: Any) -> str | None:
 
 def on_behalf_of(frame: FrameType) -> FrameType | None:
     """The model's frame that made the library ask the system; ``None`` where it was torch, or an import."""
+    bystands, entered = False, ""
     for caller in _callers(frame):
         filename = caller.f_code.co_filename
-        if filename.startswith(_ON_BEHALF) or filename in _BYSTANDING_FILES:
-            return None
         if not in_stdlib(filename):
-            return None if stands_by_version(filename) else caller
+            bystands = bystands and entered not in _READ_ANY_FILE
+            return None if bystands or stands_by_version(filename) else caller
+        if filename.startswith(_ON_BEHALF) or filename in _BYSTANDING_FILES:
+            bystands, entered = True, caller.f_code.co_name
     return None
 
 
@@ -388,21 +378,3 @@ def forbidden_to_dynamo(code: CodeType, value: object) -> str | None:
     if id(value) in SYSTEM:
         return f"calls {getattr(value, '__name__', '')}, which asks the system"
     return forbidden_call(code, value) if isinstance(value, BuiltinFunctionType) else None
-
-
-def sees_namespaces(code: CodeType) -> bool:
-    """Whether code reaches for a namespace as a whole, so that what it reads there has no name."""
-    return not _SEES_NAMESPACES.isdisjoint(code.co_names) and not installed_path(code.co_filename)
-
-
-def receiver_of(frame: FrameType, code: CodeType) -> type | None:
-    """The class that a method runs for; ``None`` for a plain function."""
-    if not code.co_argcount or not code.co_varnames or code.co_varnames[0] not in {"self", "cls"}:
-        return None
-    value = frame.f_locals.get(code.co_varnames[0])
-    return value if isinstance(value, type) else type(value)
-
-
-def place(code: CodeType) -> str:
-    """A function's name and where it is written, for messages."""
-    return f"{code.co_qualname} ({os.path.basename(code.co_filename)}:{code.co_firstlineno})"

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from stitchcache.keys import check, reads
+from stitchcache.keys import bytecode, check, reads
+from stitchcache.keys.bytecode import place
 from stitchcache.keys.check import changed_since_import, read_file
-from stitchcache.keys.reads import place
 from stitchcache.keys.walk import Walk, installed_path, module_stands_by_version, stands_by_version
 from stitchcache.torchside import active_modes, dispatch_modes
 from stitchcache.torchside.ops import OpOverload
@@ -159,8 +159,10 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
     def _meet(self, code: types.CodeType, namespace: dict[str, Any]) -> None:
         """Note code of the user's that was not met before."""
         self._user[id(code)] = code
-        if reads.sees_namespaces(code):
+        if bytecode.sees_namespaces(code):
             self._refuse(f"{place(code)} looks into a namespace as a whole; name what is read from it")
+        if reason := bytecode.asks_unknown(code):
+            self._refuse(f"{place(code)} {reason}")
         name = str(namespace.get("__name__"))
         known = name in self._reads.loaded or installed_path(code.co_filename)
         if reads.is_module_namespace(namespace) and not known:
@@ -174,7 +176,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             if code.co_name != "<module>":
                 self._reads.read_globals(code, namespace, name)
             return True
-        for chain in reads.global_chains(code):
+        for chain in bytecode.global_chains(code):
             if chain[0] in namespace and not reads.is_given(code, chain[0], namespace[chain[0]]):
                 self._refuse(
                     f"{place(code)} reads {chain[0]} from globals that belong to no imported module; "
@@ -183,7 +185,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         return False
 
     def _further_call(self, frame: types.FrameType, code: types.CodeType) -> None:
-        namespace, receiver = frame.f_globals, reads.receiver_of(frame, code)
+        namespace, receiver = frame.f_globals, bytecode.receiver_of(frame, code)
         key = (id(code), id(namespace), id(receiver))
         # A function may have other globals than before, or a method another class.
         if key in self._met:
@@ -251,7 +253,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._meet(code, namespace)
         if not self._read_globals(code, namespace):
             return
-        for chain in reads.global_chains(code):
+        for chain in bytecode.global_chains(code):
             value = check.lookup(namespace, chain, self._reads.patched).value
             why = reads.forbidden_to_dynamo(code, value)
             if why is None and id(getattr(value, "__code__", value)) in self._asked:

@@ -212,6 +212,8 @@ PAIRS = {
     "env.cxx_abi": ("env.cxx_abi", patched(torch, "compiled_with_cxx11_abi", lambda: "other"), elsewhere),
     "env.python": ("env.python", patched(environment_module, "python_version", lambda: "other"), elsewhere),
     "code.decimal": ("code.decimal", rounded, elsewhere),
+    "code.numpy": (
+        "code.numpy", called(lambda digits: sys.modules["numpy"].set_printoptions(precision=digits), 3, 8), elsewhere),
     "code.python": ("code.python", patched(sys.modules["stitchcache.keys"], "python_code", str), elsewhere),
     "env.cuda": ("env.cuda", lambda mp: gpu(mp, cuda="13.0"), gpu),
     "env.gpu": ("env.gpu", lambda mp: gpu(mp, found="sm_100"), gpu),
@@ -296,7 +298,7 @@ PAIRS = {
         patched(nn.Linear, "forward", lambda self, x: x),
         patched(nn.Linear, "forward", nn.Linear.forward),
     ),
-    "model.code.MODULE": (CODE, patched(Net, "FLAG", 2), patched(Net, "__doc__", "Another text.")),
+    "model.code.MODULE": (CODE, patched(Net, "FLAG", 2), same_mean),
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 
 _SWAPPED: dict[type, type] = {
     ast.Add: ast.Sub,
@@ -32,50 +33,59 @@ _SWAPPED: dict[type, type] = {
 }
 
 
-def _literal(node: ast.Constant) -> ast.AST | None:
+def _literal(node: ast.Constant) -> Iterator[ast.AST]:
     value = node.value
     if isinstance(value, bool):
-        return ast.Constant(not value)
-    if isinstance(value, (int, float)):
-        return ast.Constant(value + 1)
-    if isinstance(value, str):
-        return ast.Constant(value + "x")
-    return ast.Constant(0) if value is None else None
+        yield ast.Constant(not value)
+    elif isinstance(value, (int, float)):
+        yield ast.Constant(value + 1)
+        yield ast.Constant(value - 1)
+        if value:
+            yield ast.Constant(-value)
+    elif isinstance(value, str):
+        yield ast.Constant(value + "x")
+    elif value is None:
+        yield ast.Constant(0)
 
 
-def _call(node: ast.Call) -> ast.AST | None:
-    """A call becomes its first argument; a method's call becomes the object."""
-    if node.args and not isinstance(node.args[0], ast.Starred):
-        return node.args[0]
-    return node.func.value if isinstance(node.func, ast.Attribute) else None
+def _call(node: ast.Call) -> Iterator[ast.AST]:
+    """A call becomes its first argument; a method's call becomes the object; arguments trade places."""
+    plain = [item for item in node.args if not isinstance(item, ast.Starred)]
+    if plain and plain[0] is node.args[0]:
+        yield node.args[0]
+    if isinstance(node.func, ast.Attribute):
+        yield node.func.value
+    if len(plain) > 1 and len(plain) == len(node.args):
+        yield ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords)
 
 
-def _without_keyword(node: ast.Call) -> ast.AST | None:
-    if not node.keywords:
-        return None
-    return ast.Call(node.func, node.args, node.keywords[1:])
+def _without_keyword(node: ast.Call) -> Iterator[ast.AST]:
+    for index in range(len(node.keywords)):
+        yield ast.Call(node.func, node.args, node.keywords[:index] + node.keywords[index + 1 :])
 
 
-def _swapped_operator(node: ast.AST) -> ast.AST | None:
+def _swapped_operator(node: ast.AST) -> Iterator[ast.AST]:
     made = copy.copy(node)
-    if isinstance(made, ast.Compare):
-        found = _SWAPPED.get(type(made.ops[0]))
-        if found is None:
-            return None
+    old = made.ops[0] if isinstance(made, ast.Compare) else made.op  # type: ignore[attr-defined]
+    found = _SWAPPED.get(type(old))
+    if found is not None and isinstance(made, ast.Compare):
         made.ops = [found(), *made.ops[1:]]
-        return made
-    found = _SWAPPED.get(type(made.op))  # type: ignore[attr-defined]
-    if found is None:
-        return None
-    made.op = found()  # type: ignore[attr-defined]
-    return made
+        yield made
+    elif found is not None:
+        made.op = found()  # type: ignore[attr-defined]
+        yield made
+    if isinstance(node, ast.BinOp):
+        yield node.left
+        yield node.right
 
 
-def _dropped(node: ast.stmt) -> ast.AST:
-    return ast.copy_location(ast.Pass(), node)
+def _dropped(node: ast.stmt) -> Iterator[ast.AST]:
+    yield ast.copy_location(ast.Pass(), node)
+    if isinstance(node, ast.If):
+        yield ast.copy_location(ast.If(ast.UnaryOp(ast.Not(), node.test), node.body, node.orelse), node)
 
 
-_RULES: list[tuple[str, tuple[type, ...], Callable[..., ast.AST | None]]] = [
+_RULES: list[tuple[str, tuple[type, ...], Callable[..., Iterator[ast.AST]]]] = [
     ("literal", (ast.Constant,), _literal),
     ("operator", (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.AugAssign), _swapped_operator),
     ("call", (ast.Call,), _call),
@@ -84,32 +94,31 @@ _RULES: list[tuple[str, tuple[type, ...], Callable[..., ast.AST | None]]] = [
 ]
 
 
-class _Change(ast.NodeTransformer):
-    def __init__(self, wanted: ast.AST, new: ast.AST) -> None:
-        self.wanted, self.new = wanted, new
-
-    def visit(self, node: ast.AST) -> ast.AST:
-        return self.new if node is self.wanted else self.generic_visit(node)
-
-
-def mutants(source: str) -> Iterator[tuple[str, str]]:
-    """Every mutant of a source text: what was changed and where, and the new text."""
+def mutants(source: str) -> list[tuple[str, Callable[[], str]]]:
+    """Every mutant of a source text: what is changed and where, and a function that makes the new text."""
     tree = ast.parse(source)
-    sites = [
-        (kind, index, node)
-        for kind, types, _ in _RULES
-        for index, node in enumerate(ast.walk(tree))
-        if isinstance(node, types)
-    ]
-    change = {kind: rule for kind, _, rule in _RULES}
-    for kind, index, _ in sites:
-        fresh = ast.parse(source)
-        node = next(n for i, n in enumerate(ast.walk(fresh)) if i == index)
-        new = change[kind](node)
-        if new is None or (isinstance(node, ast.Constant) and _is_text(fresh, node)):
-            continue
-        text = ast.unparse(ast.fix_missing_locations(_Change(node, new).visit(fresh)))
-        yield f"{kind} in line {getattr(node, 'lineno', 0)}", text
+    above = {id(below): node for node in ast.walk(tree) for below in ast.iter_child_nodes(node)}
+    found: list[tuple[str, Callable[[], str]]] = []
+    for kind, types, change in _RULES:
+        for node in [node for node in ast.walk(tree) if isinstance(node, types)]:
+            if isinstance(node, ast.Constant) and _is_text(tree, node):
+                continue
+            name = f"{kind} in line {getattr(node, 'lineno', 0)}"
+            found += ((name, partial(_changed, tree, above[id(node)], node, new)) for new in change(node))
+    return found
+
+
+def _changed(tree: ast.Module, above: ast.AST, node: ast.AST, new: ast.AST) -> str:
+    """The text of a tree with one node replaced; the tree stays as it is."""
+    for field, value in ast.iter_fields(above):
+        if value is node or (isinstance(value, list) and any(item is node for item in value)):
+            put = new if value is node else [new if item is node else item for item in value]
+            setattr(above, field, put)
+            try:
+                return ast.unparse(ast.fix_missing_locations(tree))
+            finally:
+                setattr(above, field, value)
+    raise ValueError(node)
 
 
 def _is_text(tree: ast.Module, node: ast.AST) -> bool:

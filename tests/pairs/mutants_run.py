@@ -2,7 +2,8 @@
 
 ``mutants_run.py MODULE FILE COUNT`` compiles ``MODULE.build()`` out of FILE once, and prints a JSON object:
 mutants by outcome, and the names of those that were served a wrong result. Mutants are spread evenly over the
-source. Each is written with its original's times.
+source. Each is written with its original's times. Every other one is imported, and then the original is put
+back: its file is right, and what runs is not.
 """
 
 import json
@@ -39,10 +40,11 @@ def compiled(module, cache, **more):
     return stitchcache.compile(model, args, kwargs, **options), expected, (args, kwargs)
 
 
-def outcome(module, cache):
+def outcome(module, cache, put_back):
     """In the child: what becomes of one mutant."""
     try:
         __import__(module).build()
+        put_back()
     except BaseException:  # noqa: BLE001 - a mutant may raise anything
         return "broken"
     try:
@@ -92,18 +94,23 @@ def main():
         return "compiled" if same(made(*args, **kwargs), expected) else "wrong from the start"
 
     begun = forked(first)
-    again = forked(lambda: outcome(module, cache))
-    every = list(mutants(place.read_text()))
-    chosen = every[:: max(1, len(every) // count)][:count]
-    times = place.stat()
+    again = forked(lambda: outcome(module, cache, lambda: None))
+    original, times = place.read_text(), place.stat()
+    every = mutants(original)
     found, wrong = Counter(), []
-    for name, text in chosen:
+
+    def write(text):
         place.write_text(text)
         os.utime(place, ns=(times.st_atime_ns, times.st_mtime_ns))
-        result = forked(lambda: outcome(module, cache))
-        found[result] += 1
+
+    for index in range(min(count, len(every))):
+        name, make = every[index * len(every) // count if count < len(every) else index]
+        write(make())
+        restored = index % 2 == 1
+        result = forked(lambda back=restored: outcome(module, cache, lambda: back and write(original)))
+        found[f"{result}, put back" if restored else result] += 1
         if result == "wrong":
-            wrong.append(name)
+            wrong.append(f"{name}{', put back' * restored}")
     shutil.rmtree(home)
     print(
         json.dumps({"begun": begun, "again": again, "possible": len(every), "found": found, "wrong": wrong})

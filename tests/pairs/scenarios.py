@@ -249,6 +249,46 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "utf-8 mode": Scenario(project("float(sys.flags.utf8_mode + 2)", "import sys"), flags="-X utf8"),
     "development mode": Scenario(project("float(sys.flags.dev_mode + 2)", "import sys"), flags="-X dev"),
+    "module imported from its package in the forward": Scenario(
+        {**project("by()", "def by():\n    from pkg import side\n    return side.BY"),
+         "pkg/__init__.py": "", "pkg/side.py": "BY = 2.0\n"},
+        {"pkg/side.py": "BY = 3.0\n"},
+    ),
+    "module below others imported in the forward": Scenario(
+        {**project("by()", "def by():\n    import pkg.sub.side as side\n    return side.BY"),
+         "pkg/__init__.py": "", "pkg/sub/__init__.py": "", "pkg/sub/side.py": "BY = 2.0\n"},
+        {"pkg/sub/side.py": "BY = 3.0\n"},
+    ),
+    "module reached through its package in the forward": Scenario(
+        {**project("by()", "import pkg.sub.side\ndef by():\n    import pkg\n    return pkg.sub.side.BY"),
+         "pkg/__init__.py": "", "pkg/sub/__init__.py": "", "pkg/sub/side.py": "BY = 2.0\n"},
+        {"pkg/sub/side.py": "BY = 3.0\n"},
+    ),
+    "set made in the forward": Scenario(
+        project("float(len(next(iter({name for name in NAMES}))))", "NAMES = ['a' * i for i in range(1, 9)]")
+    ),
+    "set of a list in the forward": Scenario(
+        project("float(len(next(iter(set(NAMES)))))", "NAMES = ['a' * i for i in range(1, 9)]")
+    ),
+    "keys of two dicts in the forward": Scenario(
+        project("float(len(next(iter(NAMES.keys() & NAMES.keys()))))", "NAMES = {'a' * i: i for i in range(1, 9)}")
+    ),
+    "text's hash by its method": Scenario(project("float('a'.__hash__() % 1000 + 2)")),
+    "table read by the package's loader": Scenario(
+        {**project("float(pkgutil.get_data('pkg', 'table.txt'))", "import pkgutil, pkg"),
+         "pkg/__init__.py": "", "pkg/table.txt": "2"},
+        {"pkg/table.txt": "3"},
+    ),
+    "module of the library hidden by another": Scenario(
+        project("colorsys.rgb_to_yiq(2.0, 2.0, 2.0)[0]", "import colorsys"),
+        {"colorsys.py": "def rgb_to_yiq(*rgb):\n    return (3.0,)\n"},
+        before="import sys; sys.modules.pop('colorsys', None)",
+    ),
+    "warnings that are errors": Scenario(
+        project("by()", "import warnings\ndef by():\n    try:\n        warnings.warn('x')\n"
+                "    except UserWarning:\n        return 3.0\n    return 2.0"),
+        before="import warnings; warnings.simplefilter('error', UserWarning)",
+    ),
     # Nothing that matters differs from here on.
     "other hash seed": Scenario(project("2.0"), same=True),
     "moved": Scenario(project("side.by(1.0)", "import side", side=FUNCTION.format(2.0)), move=True, same=True),
@@ -266,5 +306,11 @@ SCENARIOS: dict[str, Scenario] = {
     "more imports": Scenario(project("2.0"), before="import json, decimal, sqlite3, unittest", same=True),
     "set of numbers": Scenario(project("float(len(self.names))", "", "self.names = {1, 2, 3}"), same=True),
     "names in order": Scenario(project("float(len(self.names[0]))", "", "self.names = sorted({'a', 'bb', 'ccc'})"), same=True),
+    "sets whose order nobody sees": Scenario(
+        project("float(len(set(self.names)) + len(sorted(set(self.names))) + ('a' in {'a', 'b'}))", "",
+                "self.names = ['a', 'bb']"), same=True),
+    "module imported in the forward": Scenario(
+        {**project("by()", "def by():\n    import math\n    from pkg import side\n    return side.BY * math.sqrt(4.0)"),
+         "pkg/__init__.py": "", "pkg/side.py": "BY = 2.0\n"}, same=True),
     "no assertions used": Scenario(project("2.0"), before="import warnings; warnings.warn('x')", same=True),
 }  # fmt: skip
