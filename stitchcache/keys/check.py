@@ -167,7 +167,7 @@ def item_digest(walk: Walk, item: Any) -> str:
     return _digest(alone, "item", "", item, "item of a registry")
 
 
-def function_named(module: str, name: str) -> Callable[..., Any] | None:
+def function_named(module: str, name: str) -> Any:
     """A function of a module, or of a class in it; ``None`` where it is not loaded or there."""
     found: Any = sys.modules.get(module)
     for step in name.split("."):

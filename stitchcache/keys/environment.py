@@ -103,9 +103,9 @@ def python_code() -> str:
     return python_version() + optimize + digits_text + "".join(errors)
 
 
-def _filter_text(message: Any, category: type, module: Any, line: int) -> str:
+def _filter_text(message: Any, category: Any, module: Any, line: int) -> str:
     texts = [getattr(part, "pattern", part) for part in (message, module)]
-    return f" error {category.__qualname__} {texts} {line}"
+    return f" error {getattr(category, '__qualname__', category)} {texts} {line}"
 
 
 def numpy_state() -> str:
