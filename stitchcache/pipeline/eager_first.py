@@ -304,9 +304,9 @@ class EagerFirst(CompiledModel):
             found = find(wanted)
             if isinstance(found, Miss):
                 differences = explain_differences(before, wanted.target.factors)
-                reason = (
-                    f"the model has changed: {differences_text(differences)}" if differences else found.reason
-                )
+                reason = f"{found.reason}: it could not be stored, or was removed"
+                if differences:
+                    reason = f"the model has changed: {differences_text(differences)}"
                 raise StaleEntryError(
                     f"entry {graph_hash[:12]} was compiled, and is not used: {reason}. Compile it again.",
                     expected=graph_hash,
