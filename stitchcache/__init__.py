@@ -90,7 +90,12 @@ def collection_paused() -> Iterator[None]:
     try:
         yield
     finally:
-        # The young generation only: what is left of the block dies here, instead of growing old and bringing
-        # a full collection nearer.
-        gc.collect(0)
+        # What is left of the block is put among the old objects at once, which brings no full collection
+        # nearer. Looking through it first (``gc.collect(0)``) takes a twentieth of a warm start. Whoever has
+        # frozen objects, before a fork say, keeps them so.
+        if gc.get_freeze_count():
+            gc.collect(0)
+        else:
+            gc.freeze()
+            gc.unfreeze()
         gc.enable()

@@ -27,7 +27,7 @@ def _quick_dataclass(
         methods["__hash__"] = _hash if frozen else None
         if frozen:
             methods |= {"__setattr__": _refuse_change, "__delattr__": _refuse_change}
-        made.__dataclass_fields__ = _fields(made, kw_only)
+        made.__dataclass_fields__ = _Fields(made, kw_only)
         for name, method in methods.items():
             if name not in own or (name == "__hash__" and "__eq__" not in own):
                 type.__setattr__(made, name, method)
@@ -42,8 +42,20 @@ else:
     dataclass = _quick_dataclass
 
 
+class _Fields:
+    """Stands for the fields of a class until they are asked for: a warm start needs a few classes' only."""
+
+    def __init__(self, cls: Any, kw_only: bool) -> None:
+        self._cls, self._kw_only = cls, kw_only
+
+    def __get__(self, instance: object, owner: type) -> dict[str, Any]:
+        found = _fields(self._cls, self._kw_only)
+        type.__setattr__(self._cls, "__dataclass_fields__", found)
+        return found
+
+
 def _fields(cls: Any, kw_only: bool) -> dict[str, Any]:
-    fields: dict[str, Any] = dict(getattr(cls, "__dataclass_fields__", {}))
+    fields: dict[str, Any] = dict(getattr(super(cls, cls), "__dataclass_fields__", {}))
     own = vars(cls)
     for name, annotation in own.get("__annotations__", {}).items():
         value = own.get(name, dataclasses.MISSING)

@@ -24,7 +24,8 @@ from stitchcache.torchside import INTERNALS, negated, storage_id
 _PLAIN = (str, bytes, int, float, complex, type(None), torch.Size, torch.dtype, torch.device)
 _CLOSED = (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, *_PLAIN)
 _REGISTERED = ("_parameters", "_buffers", "_modules")
-_STEP = re.compile(r"\.?([^.\[\]]+)|\[(?:(-?\d{1,18})|'([^']*)')\]")
+# Compiled where a path is met, which most models have none of.
+_STEP = r"\.?([^.\[\]]+)|\[(?:(-?\d{1,18})|'([^']*)')\]"
 _CONTAINERS = (list, dict, set)
 _Slots = dict[type, list[tuple[str, MemberDescriptorType]]]
 
@@ -139,7 +140,7 @@ def tensor_at(model: torch.nn.Module, path: str) -> torch.Tensor | None:
     """The tensor at a path of :func:`plain_tensors`, or under a qualified name; ``None`` if there is none."""
     value: Any = model
     end = 0
-    for step in _STEP.finditer(path):
+    for step in re.finditer(_STEP, path):
         if step.start() != end:
             return None
         end = step.end()
@@ -158,7 +159,7 @@ def state_attributes(model: torch.nn.Module, names: Iterable[str]) -> set[str]:
     registered, found = state_of(model), set()
     for path in names:
         module: Any = model
-        for step in _STEP.finditer("" if path in registered else path):
+        for step in re.finditer(_STEP, "" if path in registered else path):
             if step[1] is None or not isinstance(module, torch.nn.Module) or step[1] not in module._modules:
                 found.add(step[1] or "")
                 break

@@ -22,7 +22,6 @@ from stitchcache.pipeline.find import (
     Hit,
     Miss,
     OnProgress,
-    Ready,
     Request,
     Site,
     Wanted,
@@ -39,6 +38,7 @@ from stitchcache.types import Change, Check, SizeRange
 
 if TYPE_CHECKING:
     from stitchcache.api.preload import Preloaded
+    from stitchcache.pipeline.find import Ready
 
 
 def compile(

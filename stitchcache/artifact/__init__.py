@@ -29,7 +29,7 @@ _MOST_ITEMS = 1 << 20
 _MOST_COUNT = (1 << 63) - 1
 
 # The largest size has 19 digits. Arithmetic with a number of a million digits takes seconds.
-_LONG_NUMBER = re.compile(r"\d{21}")
+_LONG_NUMBER = r"\d{21}"
 # msgpack has no larger integers; the rare larger constant is written as a map of one key.
 _INT_MIN, _INT_MAX = -(1 << 63), (1 << 64) - 1
 # Text may hold lone surrogates (file names, user data); they are kept as they are.
@@ -151,7 +151,8 @@ def _digest(value: object) -> object:
 
 
 def _expression(value: Any) -> Any:
-    if _LONG_NUMBER.search(_short_text(value)):
+    # Nearly all are a symbol's name: a warm start need not compile the pattern.
+    if len(_short_text(value)) > 20 and re.search(_LONG_NUMBER, value):
         raise FieldError("", f"{_shown(value)} has a number that is too long")
     return value
 
@@ -281,7 +282,7 @@ _READERS: Mapping[str, Reader] = {
 def record(cls: type, skip: tuple[str, ...] = ()) -> Callable[..., Any]:
     """What reads a record; fields in ``skip`` are not in the file: they are given, or get their defaults."""
     module = vars(sys.modules[cls.__module__])
-    fields: Mapping[str, Any] = vars(cls)["__dataclass_fields__"]
+    fields: Mapping[str, Any] = getattr(cls, "__dataclass_fields__", {})
     read_fields = _map({name: reader(f.type, module) for name, f in fields.items() if name not in skip})
     absent = {name: fields[name].default for name in skip}
     flaw = getattr(cls, "_flaw", None)

@@ -316,7 +316,7 @@ def _put_declarations(writer: KeyWriter, cls: type) -> None:
     """Write what a class declares of its attributes, for a class whose file nobody may have recorded."""
     declared = cls.__dict__.get("__annotations__")  # noqa: RUF063 - its own, and as they stand
     slots = cls.__dict__.get("__slots__")
-    fields = cls.__dict__.get("__dataclass_fields__", {})
+    fields = getattr(cls, "__dataclass_fields__", {}) if "__dataclass_fields__" in cls.__dict__ else {}
     writer.head(b"declared", 4 + len(fields))
     writer.put_at(".__annotations__", dict(declared) if isinstance(declared, dict) else None)
     for name in ("__doc__", "__orig_bases__"):
@@ -360,6 +360,7 @@ def replaced_factor(walk: Walk, factor: str, owners: Iterable[Any]) -> Factor:
     """
     writer, names = walk.writer(factor), []
     # Thousands of names are looked at: what is as usual is told by its kind, or by its name and file.
+    builtin, function = types.BuiltinFunctionType, types.FunctionType
     inert: set[type] = set()
     shipped: set[str] = set()
     for owner in owners:
@@ -367,22 +368,26 @@ def replaced_factor(walk: Walk, factor: str, owners: Iterable[Any]) -> Factor:
         prefix = owner.__qualname__ + "." if in_class else ""
         for name, value in vars(owner).items():
             kind = type(value)
-            if kind in inert or (kind is types.BuiltinFunctionType and value.__name__ == name):
+            if kind is builtin:
+                if value.__name__ == name:
+                    continue
+            elif kind is function:
+                if value.__qualname__ == prefix + name:
+                    file = value.__code__.co_filename
+                    # dataclass generates methods without a file.
+                    if file in shipped or (file == "<string>" and hasattr(owner, "__dataclass_params__")):
+                        continue
+                    if walk.origin(file)[0]:
+                        shipped.add(file)
+                        continue
+            elif kind in inert:
                 continue
-            if kind is types.FunctionType and value.__qualname__ == prefix + name:
-                file = value.__code__.co_filename
-                # dataclass generates methods without a file.
-                if file in shipped or (file == "<string>" and hasattr(owner, "__dataclass_params__")):
-                    continue
-                if walk.origin(file)[0]:
-                    shipped.add(file)
-                    continue
             elif (scalar := SCALARS.get(kind)) is not None:
                 if in_class and name[:2] != "__":
                     writer.text(f"{prefix}{name}")
                     writer.out += scalar(value)
                 continue
-            elif kind not in _LOOKED_INTO and walk.is_versioned(kind.__module__):
+            elif kind not in _LOOKED_INTO and (issubclass(kind, type) or walk.is_versioned(kind.__module__)):
                 inert.add(kind)
                 continue
             if _put_other(writer, f"{owner.__name__}.{name}", value):

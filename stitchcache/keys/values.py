@@ -11,6 +11,7 @@ import contextvars
 import ctypes
 import datetime
 import hashlib
+import inspect
 import logging
 import operator
 import os
@@ -253,7 +254,6 @@ def _put_weak(writer: KeyWriter, value: weakref.ref[Any]) -> None:
     writer.out += known
 
 
-_Sample = collections.namedtuple("_Sample", "field")
 _put_getter = by_parts(b"getter", lambda value: tuple(value.__reduce__()[1:]))
 _put_name = by_parts(b"special form", lambda value: (value.__name__,))
 _put_type_variable = once(by_parts(b"type variable", _parts_of_type_variable))
@@ -268,7 +268,7 @@ HANDLERS: Mapping[type, Handler] = {
     torch.layout: by_text(b"layout"),
     torch.memory_format: by_text(b"memory format"),
     contextvars.ContextVar: by_parts(b"context variable", _parts_of_variable),
-    type(_Sample.__dict__["field"]): _put_getter,
+    type(inspect.FullArgSpec.__dict__["args"]): _put_getter,
     operator.itemgetter: _put_getter,
     operator.attrgetter: _put_getter,
     operator.methodcaller: _put_getter,

@@ -76,6 +76,8 @@ def start(
     for said in found.artifact.narrowed.values():
         log.warning("%s: size %s", site.label, said)
     compiled.timings = {stage: round(seconds, 6) for stage, seconds in site.timings.items()}
+    # A cache that nobody holds goes away here, and would write its counts before the first call.
+    compiled.came_from = site.cache
     if target is not None:
         compiled.lookup = (site.label, target, miss)
     return compiled

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, replace
 from functools import partial
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
@@ -26,7 +26,22 @@ from stitchcache.torchside import tree
 from stitchcache.types import BACKENDS, COMPILER_OPTIONS, Artifact, SizeRange, TargetRecord
 
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from stitchcache.explanation import Differences, NearestEntry
+
+    class Ready(Protocol):
+        """What a preload may have made ready. It decides nothing."""
+
+        def artifact(self, graph_hash: str) -> Artifact | None:
+            """A verified entry; ``None`` where it is not ready."""
+
+        def take(self, graph_hash: str) -> Mapping[tuple[str, str], Any]:
+            """Its loaded CPU pieces, by backend and digest of their bytes."""
+
+        def wait(self, seconds: float | None = None) -> bool:
+            """Wait until its thread is done."""
+
 
 log = logging.getLogger("stitchcache")
 
@@ -166,19 +181,6 @@ def chosen_cache(cache: Cache | None) -> Cache:
         "cache", cache, (Cache, NoneType), "a Cache: write cache=stitchcache.Cache(...) with its directory"
     )
     return Cache() if cache is None else cache
-
-
-class Ready(Protocol):
-    """What a preload may have made ready. It decides nothing."""
-
-    def artifact(self, graph_hash: str) -> Artifact | None:
-        """A verified entry; ``None`` where it is not ready."""
-
-    def take(self, graph_hash: str) -> Mapping[tuple[str, str], Any]:
-        """Its loaded CPU pieces, by backend and digest of their bytes."""
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait until its thread is done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,7 @@ from stitchcache.state import memory_of, state_of, tensor_at
 from stitchcache.types import BOUND, Artifact, BindingSpec, Change, Check, SizeRange, Variant
 
 if TYPE_CHECKING:
+    from stitchcache.cache import Cache
     from stitchcache.explanation import Explanation
     from stitchcache.keys import TargetKey
     from stitchcache.pipeline.find import Miss
@@ -58,6 +59,7 @@ class CompiledModel(torch.nn.Module):
             ``None`` (compiled now).
         timings: Seconds by stage.
         model: The model whose parameters and buffers are bound.
+        came_from: The cache where it was found or stored.
         lookup: Label, target key, and the miss of the direct lookup, kept for :meth:`explain`. ``None`` for
             one that was loaded by its graph hash.
         changed: Tells whether a model is another one than was compiled; ``None`` where nothing tells.
@@ -90,6 +92,7 @@ class CompiledModel(torch.nn.Module):
         self._pieces = dict(pieces)
         self._constants = dict(constants)
         self._objects = objects if objects is not None else CodeObjects()
+        self.came_from: Cache | None = None
         self.lookup: tuple[str, TargetKey, Miss | None] | None = None
         self.changed: Callable[[torch.nn.Module], Change | None] | None = None
         self.check = Check(state="unchecked", reason="it was not compared with the model")

@@ -345,6 +345,7 @@ def _read_caller(path: str) -> bytes | None:
     return None
 
 
+@functools.cache
 def _offset() -> int:
     """Where a Python tensor keeps its ``at::Tensor``: found by its value, as it moved between versions."""
     tensor = torch.empty(0)
