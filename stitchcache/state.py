@@ -11,13 +11,14 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from operator import is_
 from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import torch
 
+from stitchcache import encoding
 from stitchcache.torchside import INTERNALS, negated, storage_id
 
 # What holds no tensors of the model's own, however much can be reached through it.
@@ -110,24 +111,12 @@ def _inside(path: str, value: Any, slots: _Slots) -> Iterator[tuple[str, Any]]:
             yield f"{path}.{name}", item
 
 
-def _own_space(value: Any) -> Any:
-    """An object's ``__dict__``, if its class gives it one: a ``__getattr__`` must not answer for it."""
-    return value.__dict__ if type(value).__dictoffset__ else None
-
-
-def _attributes(value: Any, slots: _Slots) -> Iterator[tuple[str, Any]]:
+def _attributes(value: Any, slots: _Slots) -> list[tuple[str, Any]]:
     """An object's own attributes: those of its ``__dict__``, and its slots, which are found once a class."""
-    own = _own_space(value)
-    if isinstance(own, dict):
-        yield from list(own.items())
     cls = type(value)
     if cls not in slots:
-        spaces = [vars(base).items() for base in cls.__mro__ if "__slots__" in vars(base)]
-        slots[cls] = [(n, m) for space in spaces for n, m in space if isinstance(m, MemberDescriptorType)]
-    for name, member in slots[cls]:
-        # An empty slot raises.
-        with suppress(AttributeError):
-            yield name, member.__get__(value, cls)
+        slots[cls] = encoding.slots_of(cls)
+    return encoding.state_of(value, frozenset(), slots[cls])
 
 
 def _written(key: int | str) -> str:
@@ -179,7 +168,7 @@ def _read(text: str) -> str:
     return re.sub(r"%([0-9a-f]{1,5});", lambda found: chr(int(found[1], 16)), text)
 
 
-def memory_of(tensor: torch.Tensor) -> tuple[object, ...] | None:
+def elements_of(tensor: torch.Tensor) -> tuple[object, ...] | None:
     """What tells a tensor's elements from those of others; ``None`` for one without strides.
 
     Not identity: torch.export detaches the parameters that it meets outside of the module tree.
@@ -221,7 +210,8 @@ def _spaces(model: torch.nn.Module, deep: bool) -> Iterator[Any]:
         plain = () if deep else _CONTAINERS
         yield from (value for name, value in own.items() if name in _REGISTERED or type(value) in plain)
     for _, value in _reached(model) if deep else ():
-        held = value if type(value) in _CONTAINERS else _own_space(value)
+        # Asked of its class first: a __getattr__ must not answer for it.
+        held = value if type(value) in _CONTAINERS or not type(value).__dictoffset__ else value.__dict__
         if type(held) in _CONTAINERS:
             yield held
 

@@ -96,7 +96,7 @@ def test_a_parameter_is_found_under_its_path_too():
 
 def test_memory_is_one_for_a_detached_tensor_and_not_for_a_view_of_a_part():
     whole = torch.zeros(4)
-    assert state.memory_of(whole) == state.memory_of(whole.detach())
-    assert state.memory_of(whole) != state.memory_of(whole[:2])
-    assert state.memory_of(whole) != state.memory_of(whole.clone())
-    assert state.memory_of(torch.eye(2).to_sparse()) is None
+    assert state.elements_of(whole) == state.elements_of(whole.detach())
+    assert state.elements_of(whole) != state.elements_of(whole[:2])
+    assert state.elements_of(whole) != state.elements_of(whole.clone())
+    assert state.elements_of(torch.eye(2).to_sparse()) is None

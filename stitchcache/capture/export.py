@@ -27,7 +27,7 @@ from stitchcache.compare import unchanged
 from stitchcache.errors import CaptureError, StitchCacheError
 from stitchcache.graph.effects import written_placeholders
 from stitchcache.graph.symbols import SymbolNames
-from stitchcache.state import clone_all, drawn_back, memory_of, plain_tensors, state_of
+from stitchcache.state import clone_all, drawn_back, elements_of, plain_tensors, state_of
 from stitchcache.torchside import has_fakes, storage_id, tree
 from stitchcache.types import InputSpec, OutputSpec
 
@@ -165,14 +165,14 @@ def _named_by_memory(
     """
     paths: dict[object, list[str]] = {}
     for path, tensor in plain.items():
-        paths.setdefault(memory_of(tensor), []).append(path)
+        paths.setdefault(elements_of(tensor), []).append(path)
     paths.pop(None, None)
     found = {
         place: BoundTensor("", first, "attribute", plain[first], tuple(more))
         for place, (first, *more) in paths.items()
     }
     for name, tensor in state.items() if found else ():
-        place = memory_of(tensor)
+        place = elements_of(tensor)
         if place in found and found[place].kind == "attribute":
             kind = "parameter" if isinstance(tensor, torch.nn.Parameter) else "buffer"
             found[place] = BoundTensor("", name, kind, tensor, tuple(paths[place]))
@@ -192,7 +192,7 @@ def _inputs(
             user.append(name)
         elif item.kind in _KINDS:
             found = BoundTensor(name, str(item.target), _KINDS[item.kind], tensors[str(item.target)])
-            if found.kind == "constant" and (own := named.get(memory_of(found.tensor))) is not None:
+            if found.kind == "constant" and (own := named.get(elements_of(found.tensor))) is not None:
                 found = replace(own, placeholder=name)
             if found.kind == "constant":
                 _check_constant(found, written)

@@ -28,7 +28,7 @@ from stitchcache.errors import (
 )
 from stitchcache.keys.environment import environment_factors
 from stitchcache.runtime import build_call
-from stitchcache.state import memory_of, state_of, tensor_at
+from stitchcache.state import elements_of, state_of, tensor_at
 from stitchcache.types import BOUND, Artifact, BindingSpec, Change, Check, SizeRange, Variant
 
 if TYPE_CHECKING:
@@ -437,7 +437,7 @@ def bind_tensors(
             if other is None:
                 other = tensor_at(model, alias)
             # Another object over the same memory is the same to whoever reads or writes it.
-            if other is not tensor and (other is None or memory_of(other) != memory_of(tensor)):
+            if other is not tensor and (other is None or elements_of(other) != elements_of(tensor)):
                 raise BindError(
                     f"{alias!r} and {binding.name!r} were one tensor when the artifact was compiled and are "
                     "two now. Tie them again, or compile this model.",
