@@ -169,7 +169,7 @@ def compile_request(
     request: Request,
     cache: Cache,
     on_progress: OnProgress | None = None,
-    ready: Ready | None = None,
+    ready: Preloaded | None = None,
 ) -> CompiledModel:
     """:func:`compile` with its options in one record; see there."""
     check_model(model, args, kwargs)

@@ -26,22 +26,8 @@ from stitchcache.torchside import tree
 from stitchcache.types import BACKENDS, COMPILER_OPTIONS, Artifact, SizeRange, TargetRecord
 
 if TYPE_CHECKING:
-    from typing import Protocol
-
+    from stitchcache.api.preload import Preloaded
     from stitchcache.explanation import Differences, NearestEntry
-
-    class Ready(Protocol):
-        """What a preload may have made ready. It decides nothing."""
-
-        def artifact(self, graph_hash: str) -> Artifact | None:
-            """A verified entry; ``None`` where it is not ready."""
-
-        def take(self, graph_hash: str) -> Mapping[tuple[str, str], Any]:
-            """Its loaded CPU pieces, by backend and digest of their bytes."""
-
-        def wait(self, seconds: float | None = None) -> bool:
-            """Wait until its thread is done."""
-
 
 log = logging.getLogger("stitchcache")
 
@@ -185,22 +171,14 @@ def chosen_cache(cache: Cache | None) -> Cache:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a compilation has come.
+    """How far a compilation has come."""
 
-    Args:
-        target: The target's name or the model's class.
-        stage: ``lookup``, ``capture``, ``wait``, ``compile``, ``store``, ``load`` or ``done``.
-        done: Pieces that are ready, of ``total`` distinct ones.
-        seconds: Since the target was begun.
-        left: Seconds that compiling will still take; ``None`` where that is not known.
-    """
-
-    target: str
-    stage: str
-    done: int = 0
+    target: str  # the target's name or the model's class
+    stage: str  # ``lookup``, ``capture``, ``wait``, ``compile``, ``store``, ``load`` or ``done``
+    done: int = 0  # pieces that are ready, of ``total`` distinct ones
     total: int = 0
-    seconds: float = 0.0
-    left: float | None = None
+    seconds: float = 0.0  # since the target was begun
+    left: float | None = None  # that compiling will still take, where that is known
 
 
 OnProgress = Callable[[Progress], None]
@@ -208,24 +186,16 @@ OnProgress = Callable[[Progress], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """Where a start happens, and how long it takes there.
-
-    Args:
-        label: What to call the model in log lines and listings.
-        device: The device that pieces are loaded for; ``devices`` are types of all in use, sorted.
-        ready: What a preload made ready; taken only where it is what was found.
-        on_progress: Gets told what happens. Nothing is decided by it.
-        began: When the start began, by ``time.perf_counter``; ``timings`` are its seconds by stage.
-    """
+    """Where a start happens, and how long it takes there."""
 
     cache: Cache
-    label: str
-    device: str
-    devices: tuple[str, ...]
-    ready: Ready | None = None
-    on_progress: OnProgress | None = None
+    label: str  # what to call the model in log lines and listings
+    device: str  # the device that pieces are loaded for
+    devices: tuple[str, ...]  # types of all in use, sorted
+    ready: Preloaded | None = None  # taken only where it is what was found
+    on_progress: OnProgress | None = None  # decides nothing
     began: float = field(default_factory=time.perf_counter)
-    timings: dict[str, float] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
 
     def timed(self, stage: str, work: Callable[[], T]) -> T:
         """Do something and add its seconds to a stage."""
@@ -246,59 +216,44 @@ class Site:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What is to be started: a model, an example call, a request, and the key that stands for them.
-
-    Args:
-        leaves: Those of ``args`` and ``kwargs``, in tree order.
-        walk: What computing the key has digested; checking sources need not digest it again.
-        key_again: The key of another model under the same options, with other leaves and a walk of its own.
-    """
+    """What is to be started: a model, an example call, a request, and the key that stands for them."""
 
     model: torch.nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    leaves: Sequence[Any]
+    leaves: Sequence[Any]  # those of ``args`` and ``kwargs``, in tree order
     request: Request
     site: Site
     target: TargetKey
-    walk: Walk
+    walk: Walk  # what computing the key has digested; checking sources need not digest it again
+    # The key of another model under the same options, with other leaves and a walk of its own.
     key_again: Callable[[torch.nn.Module, Sequence[Any], Walk], TargetKey]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hit:
-    """An artifact that may be served: an entry that was found, or one that was made now.
-
-    Args:
-        way: ``"direct"``, ``"graph"``, ``"load"``, or ``None`` where it was compiled now.
-        record: The target record that led to it; ``None`` where the graph hash did.
-        objects: Code objects of its generated source, as far as they are known; new ones are added.
-        loaded: Its pieces by key and its constants by name, where they are loaded already.
-        store: Puts a new artifact after the look.
-    """
+    """An artifact that may be served: an entry that was found, or one that was made now."""
 
     artifact: Artifact
-    way: str | None = "graph"
-    record: TargetRecord | None = None
-    objects: CodeObjects | None = None
+    way: str | None = "graph"  # or ``"direct"``, ``"load"``; ``None`` where it was compiled now
+    record: TargetRecord | None = None  # that led to it; ``None`` where the graph hash did
+    objects: CodeObjects | None = None  # of its generated source, as far as known; new ones are added
+    # Its pieces by key and its constants by name, where they are loaded already.
     loaded: tuple[Mapping[str, Any], Mapping[str, torch.Tensor]] | None = None
-    store: Callable[[Artifact], None] | None = None
+    store: Callable[[Artifact], None] | None = None  # puts a new artifact after the look
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Miss:
     """Why nothing is served.
 
-    Args:
-        reason: For people.
-        cause: For the statistics: ``new``, ``unkeyable``, ``sources``, ``entry``, ``example``, ``piece``,
-            ``refused`` or ``look``.
-        record: The newest target record that the key leads to; ``None`` where it leads nowhere.
+    ``reason`` is for people, ``cause`` for the statistics: ``new``, ``unkeyable``, ``sources``, ``entry``,
+    ``example``, ``piece``, ``refused`` or ``look``.
     """
 
     reason: str
     cause: str
-    record: TargetRecord | None = None
+    record: TargetRecord | None = None  # the newest that the key leads to, if it leads anywhere
     # What it found out besides, if it looked; ``hint`` is the same in a few words.
     changed: Differences = field(default_factory=dict)
     nearest: NearestEntry | None = None
@@ -312,7 +267,7 @@ def want(
     request: Request,
     cache: Cache,
     on_progress: OnProgress | None = None,
-    ready: Ready | None = None,
+    ready: Preloaded | None = None,
 ) -> Wanted:
     """Compute the target key of a model with an example call; none of the model's code is run."""
     began, walk = time.perf_counter(), Walk()
