@@ -38,7 +38,6 @@ from stitchcache.types import Change, Check, SizeRange
 
 if TYPE_CHECKING:
     from stitchcache.api.preload import Preloaded
-    from stitchcache.pipeline.find import Ready
 
 
 def compile(
