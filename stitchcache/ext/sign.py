@@ -206,7 +206,7 @@ class Keys:
             return "its signature is not of this key: somebody else made it, or it was changed"
         # Without it the next start verifies again, and does not notice an older one.
         with suppress(StoreWriteError):
-            self._write(f"seen/{os.path.basename(place)}", f"{said.created} {whole}\n")
+            self._write(f"seen/{os.path.basename(place)}", f"{said.created} {whole}\n", last=False)
         return None
 
     def _seen(self, place: str) -> tuple[int, str]:
@@ -337,8 +337,8 @@ class Keys:
         joint = "\n" if before and not before.endswith("\n") else ""
         self._write(name, before + joint + line)
 
-    def _write(self, name: str, text: str, mode: int = 0o644) -> None:
-        """Put a file in place, whole or not at all."""
+    def _write(self, name: str, text: str, mode: int = 0o644, *, last: bool = True) -> None:
+        """Put a file in place, whole or not at all; ``last`` is whether it must survive a power loss."""
         path = self.path(name)
         temporary = f"{path}.{os.urandom(6).hex()}"
         try:
@@ -346,7 +346,8 @@ class Keys:
             try:
                 with self._files.opened(self._files.create(temporary, mode)) as fd:
                     self._files.write_all(fd, text.encode())
-                    self._files.fsync(fd)
+                    if last:
+                        self._files.fsync(fd)
                 self._files.rename(temporary, path)
             finally:
                 self._root.discard(temporary)

@@ -1,0 +1,394 @@
+"""Mutated input with right digests and right signatures: only our own refusals come out, soon, in little memory.
+
+50,000 executions, and 1,000,000 with ``STITCHCACHE_FULL=1``. A failure names its surface and number:
+``SURFACES["payload"](world, Mutator("payload 123"))`` runs it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import marshal
+import os
+import resource
+import signal
+import struct
+import sys
+import time
+from pathlib import Path
+
+import msgpack
+import pytest
+
+pytest.importorskip("cryptography")
+torch = pytest.importorskip("torch")
+for _room in ("store", "cli", "ext"):
+    sys.path.insert(0, str(Path(__file__).parent.parent / _room))
+
+from cli_entries import artifact as rich_artifact
+from mutate import Mutator
+from signing import new_keys
+from stores import key
+
+from stitchcache.artifact.consts import dump_consts, load_consts
+from stitchcache.artifact.entry import (
+    OUTSIDE,
+    PRELUDE,
+    Kind,
+    PieceRecord,
+    decode_header,
+    decode_named,
+    decode_piece,
+    decode_signed,
+    encode,
+    encode_piece,
+    encode_target,
+    header_end,
+    open_frame,
+    pack_factors,
+    packed_digest,
+    seal,
+    signature_in,
+    signed_digest,
+    unpack_factors,
+)
+from stitchcache.cache import Cache
+from stitchcache.codegen import CodeObjects
+from stitchcache.codegen.gate import check_code
+from stitchcache.errors import EntryFormatError, LinkError, UntrustedEntryError
+from stitchcache.ext.bundle import header, import_bundle, place
+from stitchcache.ext.openssh import Signature, read_signers
+from stitchcache.runtime import misfit
+from stitchcache.store import Area, keyed_path
+from stitchcache.types import Factor, SourceRef, TargetRecord
+
+FULL = os.environ.get("STITCHCACHE_FULL") == "1"
+TIMES = 20 if FULL else 1
+MEMORY = 64 << 20
+GRAPH = "ab" * 32
+
+CONSTS = [
+    float("inf"), complex(1, -0.0), b"a\0", bytearray(b"x"), slice(1, None, -2), range(3), {1, 2}, frozenset([1]), 10**50,
+    {"a": (1, [2, {"b": None}])}, torch.float32, torch.strided, torch.device("cpu"), torch.Size([2, 3]), torch.relu,
+    torch.ops.aten.add.Tensor, torch.ops.aten.add, torch.arange(6.0).view(2, 3), torch.nn.Parameter(torch.ones(2)), "\ud800",
+]  # fmt: skip
+BOUND = """import torch
+import operator
+def bind(__submods__, __consts__):
+    submod_0, submod_2 = __submods__
+    const_0, = __consts__
+    op_0 = torch.ops.aten.add.Tensor
+    op_1 = torch.relu
+    def execution_fn(x, s0, flag=True):
+        q, k = submod_0(x, s0)
+        y = op_0(q, k, alpha=2)
+        del q, k
+        z = op_1(y).view((s0, -1))[0, 1:2]
+        w = submod_2(z, [1, 2.5, 'layers.0', None], const_0)
+        return (w, x.shape[0] + 1, {'a': y})
+    return execution_fn
+"""
+LIST = """import torch
+def execution_fn(x, s0, *, __vllm_submods__):
+    submod_0 = __vllm_submods__[0](x, s0)
+    getitem = submod_0[0]
+    add = torch.ops.aten.add.Tensor(getitem, __vllm_consts__[0])
+    return __vllm_submods__[1](add)
+"""
+
+
+class World:
+    """Good data of every kind, a key, and caches that take what it signs."""
+
+    def __init__(self, directory: Path) -> None:
+        os.environ["STITCHCACHE_KEYS"] = str(directory / "keys")
+        self.keys = new_keys(directory / "keys")
+        self.cache = Cache(directory / "cache", trust="signed", durability="fast")
+        made = rich_artifact(self.cache, GRAPH, ranged=True)
+        fields = {name: getattr(made, name) for name in made.__dataclass_fields__}
+        variants = [
+            type(v)(size_range=v.size_range, code=code, submod_names=v.submod_names, consts=dump_consts(CONSTS), pieces=v.pieces)
+            for v, code in zip(made.variants, (BOUND, LIST), strict=True)
+        ]  # fmt: skip
+        self.artifact = type(made)(**fields | {"variants": tuple(variants)})
+        self.entry = encode(self.artifact)
+        _, header_, payload = open_frame(self.entry, Kind.ENTRY)
+        self.header, self.payload = (
+            msgpack.unpackb(part, unicode_errors="surrogatepass") for part in (header_, payload)
+        )
+        factors = (Factor(name="env.torch", value="2.13", digest=key("torch")),)
+        self.code = marshal.dumps(compile(BOUND, "<stitchcache>", "exec"))
+        self.record = TargetRecord(
+            graph_hash=GRAPH,
+            sources=(SourceRef(module="m", digest=key("m"), size=3),),
+            globals=(("m:FLAG", "1"),),
+            factors=pack_factors(factors),
+            code=((key("code"), self.code),),
+        )
+        self.target = msgpack.unpackb(
+            open_frame(encode_target(key("t"), [self.record] * 2), Kind.TARGET)[2],
+            unicode_errors="surrogatepass",
+        )
+        self.consts = [dump_consts(CONSTS), *(dump_consts([value]) for value in CONSTS)]
+        self.model = torch.nn.Linear(4, 3).eval()
+        self.blobs = {blob.digest: self.cache.blob_path(blob).read_bytes() for blob in self.artifact.blobs}
+
+    def signed(self, kind: Kind, header_: bytes, payload: bytes, name: str) -> bytes:
+        """A whole file with a right digest and a right signature."""
+        bare = seal(kind, header_, payload)
+        return seal(kind, header_, payload, self.keys.sign(kind.name.lower(), name, bare[-32:].hex()))
+
+
+# -- surfaces: each runs one mutation, and may raise refusals --------------------------------------
+
+
+def envelope(world: World, mutator: Mutator) -> None:
+    """Sizes, versions and kinds, with digests that fit them."""
+    data = bytearray(world.entry)
+    fields = list(PRELUDE.unpack_from(data))
+    for _ in range(mutator.pick((1, 1, 2))):
+        at = 1 + mutator.random.randrange(6)
+        width = (0, 16, 16, 32, 64, 32, 32)[at]
+        new = mutator.pick(
+            (
+                0,
+                1,
+                2,
+                3,
+                4,
+                5,
+                9,
+                fields[at] + 1,
+                fields[at] - 1,
+                4096,
+                4097,
+                1 << 24,
+                1 << 30,
+                (1 << width) - 1,
+            )
+        )
+        fields[at] = new & ((1 << width) - 1)
+    PRELUDE.pack_into(data, 0, *fields)
+    body = bytes(data[:-32])
+    if mutator.random.random() < 0.3:
+        body = body[:64] + mutator.bytes(body[64:])
+    size = min(fields[3], len(body))
+    head = body[:32] + hashlib.sha256(body[:32] + body[64 : 64 + size]).digest()
+    body = head + body[64:]
+    whole = body + hashlib.sha256(body).digest()
+    signature_in(whole)
+    for act in (
+        lambda: decode_named(whole, GRAPH, "x.stitch"),
+        lambda: decode_header(whole[: header_end(whole)], len(whole)),
+        lambda: signed_digest(whole, Kind.ENTRY),
+    ):
+        refused(act)
+
+
+def payload(world: World, mutator: Mutator) -> None:
+    """An entry, to the end: its header, its code at the gate, its consts."""
+    header_, body = world.header, world.payload
+    if mutator.random.random() < 0.15:
+        header_ = mutator.tree(header_)
+    else:
+        body = mutator.tree(body)
+    data = seal(Kind.ENTRY, msgpack.packb(header_, unicode_errors="surrogatepass"), mutator.packed(body))
+    found = decode_named(data, GRAPH, "x.stitch")
+    assert decode_named(encode(found), GRAPH, "x.stitch") == found or found != found
+
+
+def contract(world: World, mutator: Mutator) -> None:
+    """An entry whose contract is turned into checks, and an example held against them."""
+    body = {**world.payload}
+    name = mutator.pick(("input_spec", "input_spec", "output_spec", "bindings"))
+    body[name] = mutator.tree(body[name])
+    data = seal(Kind.ENTRY, msgpack.packb(world.header), mutator.packed(body))
+    found = decode_named(data, GRAPH, "x.stitch")
+    if found.input_spec is not None:
+        misfit(found, world.model.forward, (torch.ones(2, 4),), {}, CodeObjects())
+
+
+def consts(world: World, mutator: Mutator) -> None:
+    load_consts(mutator.pickle(mutator.pick(world.consts)))
+
+
+def gate(world: World, mutator: Mutator) -> None:
+    source, submods = mutator.pick(((BOUND, 2), (LIST, 2)))
+    try:
+        check_code(mutator.source(source), submods, 1)
+    except LinkError:
+        pass  # An op that is not here is the gate's other answer.
+
+
+def target(world: World, mutator: Mutator) -> None:
+    data = seal(Kind.TARGET, b"", mutator.packed(mutator.tree(world.target)))
+    for record, _ in decode_signed(data, key("t")):
+        packed_digest(record)
+        unpack_factors(record.factors)
+    piece = encode_piece(PieceRecord(key=key("p"), backend="aoti", blob=world.artifact.blobs[0]))
+    tree = msgpack.unpackb(open_frame(piece, Kind.PIECE)[2])
+    decode_piece(seal(Kind.PIECE, b"", mutator.packed(mutator.tree(tree))), key("p"))
+
+
+def code_objects(world: World, mutator: Mutator) -> None:
+    """Marshalled bytes that are cut, or of another kind; a signature vouches for what is whole."""
+    digest = CodeObjects()
+    digest.add("<x>", "source", compile("1", "<x>", "exec"))
+    ((name, _),) = digest
+    data = mutator.pick((
+        world.code[: mutator.random.randrange(len(world.code))],
+        marshal.dumps(mutator.tree([1, "a", {"b": 2.5}])),
+        mutator.pick(b"[(<>{sziIylrR?") .to_bytes(1, "big") + struct.pack("<I", mutator.pick((0, 1, 1 << 20, 0x7FFFFFFF, 0xFFFFFFFF))),
+        b"(" + b"\1\0\0\0(" * 3000, mutator.random.randbytes(30),
+    ))  # fmt: skip
+    assert CodeObjects([(name, data)]).get("<x>", "source") is None
+
+
+def signature(world: World, mutator: Mutator) -> None:
+    """Statements that are signed as they are, SSHSIG blocks, and lines of allowed_signers."""
+    good = world.keys.sign("entry", GRAPH, GRAPH)
+    text, _, block = good.decode().partition("-----BEGIN")
+    if mutator.random.random() < 0.4:
+        text = mutator.text(
+            text, ['"', "{", "}", "[" * 900, "1e999", "NaN", "true", "\\u0000", '"version":1,']
+        )
+        private, public = world.private
+        made = Signature(text=text, public=public, namespace="stitchcache", signature=b"")
+        if not text.isascii():
+            return
+        data = Signature(
+            text=text, public=public, namespace="stitchcache", signature=private.sign(made.signed)
+        ).armored()
+    else:
+        data = mutator.bytes(good)
+    try:
+        world.keys.verify(data, "entry", GRAPH, GRAPH, path="p")
+    except UntrustedEntryError:
+        pass
+    line = world.signers.strip()
+    read_signers(
+        mutator.text(line, ['"', ",", " ", 'namespaces="a"', 'valid-after="20200101Z"', "!", "*", "#", "\0"]),
+        "p",
+    )
+
+
+def cached(world: World, mutator: Mutator) -> None:
+    """Signed files in a cache that takes signatures alone, through its public methods."""
+    body = mutator.packed(mutator.tree(world.payload))
+    data = world.signed(Kind.ENTRY, msgpack.packb(world.header), body, GRAPH)
+    write(world, Area.ENTRIES, GRAPH, mutator.bytes(data) if mutator.random.random() < 0.2 else data)
+    assert world.cache.get(GRAPH) is None or world.cache.get(GRAPH).graph_hash == GRAPH
+    tree = mutator.tree(world.target)
+    write(world, Area.TARGETS, key("t"), seal(Kind.TARGET, b"", mutator.packed(tree)))
+    world.cache.get_target(key("t"))
+
+
+def bundle(world: World, mutator: Mutator) -> None:
+    """A bundle of mutated members, signed as a whole and each for itself."""
+    entry = world.signed(
+        Kind.ENTRY, msgpack.packb(world.header), mutator.packed(mutator.tree(world.payload)), GRAPH
+    )
+    records = encode_target(
+        key("t"), [world.record], [world.keys.sign("target", key("t"), packed_digest(world.record))]
+    )
+    whole = mutator.random.random()
+    members = {
+        keyed_path("", Area.ENTRIES, GRAPH)[1:]: entry if whole < 0.5 else world.signed_entry,
+        keyed_path("", Area.TARGETS, key("t"))[1:]: records,
+        **{keyed_path("", Area.BLOBS, digest)[1:]: content for digest, content in world.blobs.items()},
+    }
+    if whole > 0.6:
+        name = mutator.pick(sorted(members))
+        members[name] = mutator.bytes(members[name])
+    names = sorted(members, key=place)
+    if whole > 0.9:
+        mutator.random.shuffle(names)
+    body = b"".join(header(n, len(members[n])) + members[n] + bytes(-len(members[n]) % 512) for n in names)
+    if 0.7 < whole < 0.9:
+        body = mutator.bytes(body)
+    digest = hashlib.sha256(body).hexdigest()
+    its = world.keys.sign("bundle", digest, digest)
+    data = body + header("signature", len(its)) + its + bytes(-len(its) % 512 + 1024)
+    path = world.cache.root.parent / "x.bundle"
+    path.write_bytes(mutator.bytes(data) if whole < 0.1 else data)
+    import_bundle(world.cache, path)
+
+
+SURFACES = {
+    envelope: 11_000, payload: 12_500, contract: 1_500, consts: 12_500, gate: 5_000, target: 5_500, code_objects: 1_000,
+    signature: 700, cached: 200, bundle: 100,
+}  # fmt: skip
+
+
+def write(world: World, area: Area, name: str, data: bytes) -> None:
+    path = Path(keyed_path(str(world.cache.root), area, name))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def refused(act) -> None:
+    try:
+        act()
+    except (EntryFormatError, UntrustedEntryError):
+        pass
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    before = os.environ.get("STITCHCACHE_KEYS")
+    made = World(tmp_path_factory.mktemp("fuzz"))
+    made.private = made.keys._private()
+    made.signers = Path(made.keys.path("allowed_signers")).read_text()
+    made.signed_entry = made.signed(Kind.ENTRY, *open_frame(made.entry, Kind.ENTRY)[1:], GRAPH)
+    yield made
+    os.environ.pop("STITCHCACHE_KEYS") if before is None else os.environ.update(STITCHCACHE_KEYS=before)
+
+
+def test_the_number_of_executions():
+    assert sum(SURFACES.values()) * TIMES >= (1_000_000 if FULL else 50_000)
+
+
+def test_good_data_of_every_kind_is_taken(world):
+    """Else the mutations below would all stop at the same wrong byte."""
+    assert decode_named(world.signed_entry, GRAPH, "x.stitch") == world.artifact
+    assert [load_consts(data) for data in world.consts]
+    for source in (BOUND, LIST):
+        assert check_code(source, 2, 1)
+    write(world, Area.ENTRIES, GRAPH, world.signed_entry)
+    assert world.cache.get(GRAPH) == world.artifact
+    signature = world.keys.sign("target", key("t"), packed_digest(world.record))
+    write(world, Area.TARGETS, key("t"), encode_target(key("t"), [world.record], [OUTSIDE + signature]))
+    assert world.cache.get_target(key("t")) == (world.record,)
+
+
+@pytest.mark.parametrize("surface", SURFACES, ids=lambda surface: surface.__name__)
+def test_only_refusals_come_out(surface, world, monkeypatch, caplog):
+    monkeypatch.setenv("STITCHCACHE_KEYS", str(world.keys.directory))
+    caplog.set_level("CRITICAL", "stitchcache")
+    before, taken, slowest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0, (0.0, "")
+
+    def too_long(*_):
+        raise TimeoutError
+
+    handler = signal.signal(signal.SIGPROF, too_long)
+    try:
+        for number in range(SURFACES[surface] * TIMES):
+            seed = f"{surface.__name__} {number}"
+            began = time.process_time()
+            signal.setitimer(signal.ITIMER_PROF, 10.0)
+            try:
+                surface(world, Mutator(seed))
+                taken += 1
+            except (EntryFormatError, UntrustedEntryError):
+                pass
+            except Exception as error:
+                pytest.fail(f"{seed}: {type(error).__name__}: {error}"[:600])
+            spent = time.process_time() - began
+            slowest = max(slowest, (spent, seed))
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, handler)
+    assert slowest[0] < 1.0, slowest
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+    assert grown < MEMORY, f"{grown} bytes"
+    # Mutations that are all refused, or all taken, would show nothing.
+    assert 0 < taken < SURFACES[surface] * TIMES or surface in (signature, code_objects)
