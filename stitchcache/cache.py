@@ -382,6 +382,8 @@ class Cache(Store):
         trust = "signed" if require_signature else None
 
         def admit(path: str, area: Area, key: str, data: bytes) -> None:
+            if (trust or self._top.trust) == "owner":
+                self._top.require_trust(path)
             self._admit(self._top, path, area, key, data, trust)
             for record, signature in decode_signed(data, key, path=path) if area is Area.TARGETS else ():
                 self._vouch(self._top, path, key, record, signature, trust)

@@ -36,8 +36,12 @@ class CodeObjects:
 
     def get(self, filename: str, source: str) -> types.CodeType | None:
         """The code object of a source (with what else the gate held it against), if it is kept."""
+        kept = self._kept.get(_digest(filename, source), b"N")
+        if kept[:1] not in (b"c", b"\xe3"):
+            # No code object, so marshal would only take time. What begins as one is as trusted as a piece.
+            return None
         try:
-            code = marshal.loads(self._kept.get(_digest(filename, source), b"N"))
+            code = marshal.loads(kept)
         except (ValueError, EOFError, TypeError):
             return None
         return code if isinstance(code, types.CodeType) else None

@@ -260,7 +260,7 @@ class _Import:
         """Whether the entry that is there is trusted, and is the cache's own or was signed later."""
         root = self._cache._top
         try:
-            found = root.read(path, Area.ENTRIES)
+            found = root.read(path, Area.ENTRIES, trusted=root.trust == "owner")
             if found is None:
                 return False
             self._cache._admit(root, path, Area.ENTRIES, key, found[0])

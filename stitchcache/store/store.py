@@ -182,13 +182,11 @@ class Store:
     def _admit(
         self, root: Root, path: str, area: Area, key: str, data: bytes, trust: str | None = None
     ) -> None:
-        """Raise ``UntrustedEntryError`` for a file that neither its owner nor a signature vouches for.
+        """Raise ``UntrustedEntryError`` for a file that needs a good signature and has none.
 
         Records of a target are signed one by one, so they are asked later. ``trust`` overrides the root's.
         """
         trust = trust or root.trust
-        if trust == "owner":
-            root.require_trust(path)
         if area is not Area.TARGETS and needs_signature(trust, signature := signature_in(data)):
             kind = Kind.ENTRY if area is Area.ENTRIES else Kind.PIECE
             try:

@@ -1,7 +1,9 @@
+# ruff: noqa: E501
 """Changes that a hostile writer would make: to msgpack trees, to bytes, to pickles and to source text."""
 
 from __future__ import annotations
 
+import itertools
 import pickletools
 import random
 import string
@@ -168,7 +170,7 @@ class Mutator:
     def pickle(self, data: bytes) -> bytes:
         """A pickle with opcodes taken out, doubled, exchanged and put in."""
         starts = [position for _, _, position in pickletools.genops(data)] + [len(data)]
-        steps = [data[begin:end] for begin, end in zip(starts, starts[1:], strict=False)]
+        steps = [data[begin:end] for begin, end in itertools.pairwise(starts)]
         for _ in range(self.pick((1, 1, 2, 3, 5))):
             at = self.random.randrange(len(steps) + 1)
             match self.random.randrange(6):
