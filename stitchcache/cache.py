@@ -231,20 +231,18 @@ class Cache(Store):
         return self._record(Area.TARGETS, key, decode_signed, vouched) or ()
 
     def _vouch(
-        self,
-        root: Root,
-        path: str,
-        key: str,
-        record: TargetRecord,
-        signature: bytes,
-        trust: str | None = None,
+        self, root: Root, path: str, key: str, record: TargetRecord, its: bytes, trust: str | None = None
     ) -> None:
         """Raise ``UntrustedEntryError`` for a record that needs a good signature and has none."""
-        if not needs_signature(trust or root.trust, signature):
-            return
-        # Configurations of one key have their own histories.
-        about, digest = packed_digest((record.sources, record.globals)), packed_digest(record)
-        self.verify_signature(root, "target", key, digest, signature, path=path, about=about)
+        if needs_signature(trust or root.trust, its):
+            from stitchcache.store.signed import require_signed_record
+
+            require_signed_record(self, root, path, key, record, its)
+
+    def _signature(self, kind: str, key: str, digest: str) -> bytes:
+        from stitchcache.store.signed import own_signature
+
+        return own_signature(self, self._top, kind, key, digest)
 
     def put_target(self, key: str, record: TargetRecord, *, signature: bytes | None = None) -> None:
         """Let a target key lead to an entry; the entry comes first.

@@ -18,14 +18,13 @@ from stitchcache.store import (
     choice,
     default_roots,
     flag,
-    keys_directory,
     max_size,
     required,
-    signature_namespace,
     split_roots,
     trust_of,
 )
 from stitchcache.store.probe import Level, Trial, probe, probe_lower
+from stitchcache.store.signed import keys_directory, signature_namespace
 
 _SETTINGS = ("max_size", "require", "check", "read_only", "audit", "trust", "keys", "namespace", "debug")
 # Others' variables that change what is compiled, with what, or where.

@@ -33,8 +33,9 @@ from stitchcache.ext.openssh import (
     signer_line,
 )
 from stitchcache.records import dataclass
-from stitchcache.store import Files, keys_directory, signature_namespace, words, write_error
+from stitchcache.store import Files, words, write_error
 from stitchcache.store.root import Root
+from stitchcache.store.signed import keys_directory, signature_namespace
 from stitchcache.types import Count, Digest, Name
 
 YEAR = 365 * 86400.0

@@ -176,25 +176,6 @@ def trust_of(trust: str | Sequence[str] | None, roots: int) -> list[str]:
     return named * roots if len(named) == 1 else named
 
 
-def keys_directory() -> str:
-    """Where keys and names of signers are: ``STITCHCACHE_KEYS``, or the user's configuration directory."""
-    configured = os.environ.get("STITCHCACHE_KEYS")
-    if configured:
-        return _absolute(configured)
-    import platformdirs
-
-    return str(platformdirs.user_config_dir("stitchcache", appauthor=False))
-
-
-def signature_namespace() -> str:
-    """``STITCHCACHE_NAMESPACE``: what signatures are for. No other program's signatures count here."""
-    name = os.environ.get("STITCHCACHE_NAMESPACE", "").strip() or "stitchcache"
-    if not re.fullmatch(r"stitchcache(/[A-Za-z0-9._-]{1,64})?", name):
-        said = f"STITCHCACHE_NAMESPACE={name!r}: use 'stitchcache', or 'stitchcache/' and a name of yours"
-        raise OptionError(said, option="STITCHCACHE_NAMESPACE")
-    return name
-
-
 def max_size() -> int | None:
     """``STITCHCACHE_MAX_SIZE`` in bytes; ``None`` where it is not set."""
     text = _setting("STITCHCACHE_MAX_SIZE")

@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from shutil import rmtree
 from typing import Any, Literal, TypeVar
 
-from stitchcache.artifact.entry import OUTSIDE, Kind, signature_in, signed_digest
+from stitchcache.artifact.entry import OUTSIDE, signature_in
 from stitchcache.errors import (
     EntryFormatError,
     FutureFormatError,
@@ -35,7 +34,6 @@ from stitchcache.store import (
     Roots,
     check_key,
     flag,
-    keys_directory,
     max_size,
     possible_paths,
     root_paths,
@@ -186,59 +184,10 @@ class Store:
 
         Records of a target are signed one by one, so they are asked later. ``trust`` overrides the root's.
         """
-        trust = trust or root.trust
-        if area is not Area.TARGETS and needs_signature(trust, signature := signature_in(data)):
-            kind = Kind.ENTRY if area is Area.ENTRIES else Kind.PIECE
-            try:
-                digest = signed_digest(data, kind)
-            except UntrustedEntryError as error:
-                raise UntrustedEntryError(f"{path}: {error.message}", path=path) from error
-            self.verify_signature(root, kind.name.lower(), key, digest, signature, path=path)
+        if area is not Area.TARGETS and needs_signature(trust or root.trust, signature_in(data)):
+            from stitchcache.store.signed import require_signed_file
 
-    def verify_signature(
-        self, root: Root, kind: str, key: str, digest: str, signature: bytes, *, path: str, about: str = ""
-    ) -> None:
-        """Raise ``UntrustedEntryError`` where a signature is not good for what a root has."""
-        signature = signature.removeprefix(OUTSIDE)
-        self.keys.verify(signature, kind, key, digest, path=path, about=f"{root.path}\0{about}")
-
-    def _signature(self, kind: str, key: str, digest: str) -> bytes:
-        """Our signature on what is stored now; empty where there is no key, or none that can be used."""
-        why = ""
-        if os.path.lexists(os.path.join(keys_directory(), "id")):
-            try:
-                signed: bytes = self.keys.sign(kind, key, digest)
-                return signed
-            except (UntrustedEntryError, OptionError) as error:
-                why = error.message
-        elif self._top.trust == "signed":
-            why = "there is no key ('stitchcache keys generate NAME' makes one)"
-        if why:
-            later = ", so the next start refuses it" if self._top.trust == "signed" else ""
-            self._warn("signature", f"{self._top.path}: what is compiled is stored unsigned{later}: {why}")
-        return b""
-
-    def _own_copy(self, root: Root, path: str, ref: BlobRef) -> Path | None:
-        """A private copy of a blob that others can write, so that what was digested is what is loaded."""
-        if ref.digest in self._copies:
-            return self._copies[ref.digest]
-        fd = root.open(path)
-        if fd is None:
-            return None
-        # Imported here: only signed roots of others need it.
-        import tempfile
-
-        copy = Path(tempfile.mkdtemp(prefix="stitchcache-")) / ref.digest
-        weakref.finalize(self, rmtree, copy.parent, ignore_errors=True)
-        with root.files.opened(fd):
-            # A byte more shows a file that is longer; a file of any other kind has none.
-            copy.write_bytes(root.files.read_exactly(fd, ref.size + 1))
-        state = root.blob_state(str(copy), ref)
-        if isinstance(state, str):
-            self._warn(path, f"{path}: damaged: {state}; taken as missing")
-            return None
-        self._copies[ref.digest] = copy
-        return copy
+            require_signed_file(self, root, path, area, key, data)
 
     def blob_path(self, ref: BlobRef) -> Path | None:
         """A blob's file, its size and digest checked; ``None`` where it is missing, or damaged.
@@ -296,8 +245,13 @@ class Store:
                 if root.trust == "owner":
                     raise
                 # A signed entry names it by its digest.
-                copy = self._own_copy(root, path, ref)
-                return None if copy is None else (self._files.open_read(str(copy)), str(copy))
+                from stitchcache.store.signed import own_copy
+
+                copy = self._copies.get(ref.digest) or own_copy(self, root, path, ref)
+                if copy is None:
+                    return None
+                self._copies[ref.digest] = copy
+                return self._files.open_read(str(copy)), str(copy)
             if fd is None:
                 return None
             good = False

@@ -283,7 +283,7 @@ def test_an_older_entry_is_refused_once_a_newer_one_was_used(cache, monkeypatch)
     path = entry_path(cache, key("a"))
     old = path.read_bytes()
     monkeypatch.setenv("SOURCE_DATE_EPOCH", str(int(time.time()) + 60))
-    Cache(cache.root).put(artifact("a", list(cache.get(key("a")).blobs), created=2.5))
+    cache.put(artifact("a", list(cache.get(key("a")).blobs), created=2.5))
     monkeypatch.delenv("SOURCE_DATE_EPOCH")
     assert Cache(cache.root, trust="signed").get(key("a")).created == 2.5
     path.write_bytes(old)
