@@ -100,7 +100,8 @@ def _subclass_of(base: type, write: Handler) -> Handler:
         cls = type(value)
         hidden = getattr(cls, "n_fields", 0) != getattr(cls, "n_sequence_fields", 0)
         if hidden or cls.__basicsize__ > explained_size(cls, base):
-            raise writer.error(f"a {writer.class_label(cls)} has state that cannot be read")
+            label = writer.class_label(cls)
+            raise writer.error(f"a {label} has state that cannot be read; hold plain values")
         if writer.again(value):
             return
         writer.head(b"subclass", 3)

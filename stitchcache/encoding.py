@@ -148,7 +148,7 @@ class Writer:
             self.out += scalar(value)
             return
         if len(self.path) > MAX_DEPTH:
-            raise self.error(f"nested more than {MAX_DEPTH} deep")
+            raise self.error(f"nested more than {MAX_DEPTH} deep; keep such data out of the model")
         handler = self.handlers.get(kind)
         if handler is None:
             # By id: a metaclass may say that two classes are equal.
@@ -214,7 +214,7 @@ class Writer:
     def class_label(self, cls: type) -> str:
         """A class's name for people and keys, the same in every process."""
         if not isinstance(cls.__module__, str):
-            raise self.error(f"class {cls.__qualname__} has no module")
+            raise self.error(f"class {cls.__qualname__} has no module; define it in one")
         return f"{cls.__module__}.{cls.__qualname__}"
 
     def put_class(self, cls: type) -> None:
@@ -236,7 +236,7 @@ class Writer:
         self.head(b"state", 2 * len(items))
         for name, item in items:
             if not isinstance(name, str):
-                raise self.error(f"an attribute is called {name!r}, which is no string")
+                raise self.error(f"an attribute is called {name!r}, which is no string; use names")
             self.text(name)
             self.put_at(f".{name}", item)
 
@@ -244,7 +244,8 @@ class Writer:
         """Write an instance of a class made in Python: its class and its attributes."""
         cls = type(value)
         if not self.layout(cls)[0]:
-            raise self.error(f"a {self.class_label(cls)} has state that cannot be read, or stands for itself")
+            hidden = "has state that cannot be read, or stands for itself; hold plain values"
+            raise self.error(f"a {self.class_label(cls)} {hidden}")
         if self.again(value):
             return
         self.head(b"object", 2)

@@ -163,10 +163,9 @@ def input_factors(
 
 
 def _tensor_text(path: str, value: torch.Tensor, dims: dict[int, str]) -> str:
-    if not stands_for_itself(value):
-        raise UnkeyableError(path, f"a {type(value).__qualname__}, whose content a key cannot describe")
-    if value.layout is not torch.strided or value.is_quantized:
-        raise UnkeyableError(path, f"a {value.layout} tensor, whose content a key cannot describe")
+    kind = type(value).__qualname__ if not stands_for_itself(value) else f"{value.layout} tensor"
+    if not stands_for_itself(value) or value.layout is not torch.strided or value.is_quantized:
+        raise UnkeyableError(path, f"a {kind}, whose content a key cannot describe; pass plain tensors")
     shape, strides = tuple(value.shape), value.stride()
     step, by_rows = 1, True
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):

@@ -212,7 +212,9 @@ def tracing_obstacle() -> str | None:
     if torchside.has_global_hooks():
         return "hooks are registered for all modules; remove them or register them on the model"
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return "another compiler is tracing" if tracing or torch.compiler.is_compiling() else None
+    if tracing or torch.compiler.is_compiling():
+        return "another compiler is tracing; compile outside of it"
+    return None
 
 
 def torch_state_factors(walk: Walk | None = None) -> Iterator[Factor]:

@@ -77,7 +77,8 @@ def model_factors(model: torch.nn.Module, walk: Walk | None = None) -> tuple[Fac
     try:
         return tuple(_ModelWalk(model, walk or Walk()).factors())
     except RecursionError as error:
-        raise UnkeyableError("", "the model's attributes are nested too deep") from error
+        why = "the model's attributes are nested too deep; keep such data out of the model"
+        raise UnkeyableError("", why) from error
 
 
 class _ModelWalk:
@@ -126,7 +127,8 @@ class _ModelWalk:
             self.tree += text_bytes(path) + (self.numbers.reference(module) or b"")
             return
         if not isinstance(module, torch.nn.Module):
-            raise UnkeyableError(path, f"a {type(module).__name__} stands where a module should")
+            kind = type(module).__name__
+            raise UnkeyableError(path, f"a {kind} stands where a module should; register modules only")
         self.numbers.add(module, "module", path, 0)
         self.modules.append((path, module))
         written = text_bytes(path)
@@ -176,7 +178,8 @@ class _ModelWalk:
             noted.append((name, own))
         if type(value) in UNFINISHED or value.is_nested:
             # These have no sizes to ask for.
-            raise UnkeyableError(name, f"a {type(value).__name__} that is nested or not initialized")
+            kind = type(value).__name__
+            raise UnkeyableError(name, f"a {kind} that is nested or not initialized; use plain tensors")
         # Layers repeat: the same few descriptions serve for all tensors of a deep model.
         strides = value.stride() if value.layout is torch.strided else value.layout
         flags = value.is_conj(), value.is_neg(), value.is_leaf and value.grad is not None
@@ -185,7 +188,9 @@ class _ModelWalk:
         if described is None:
             if value.is_quantized or not stands_for_itself(value):
                 kind = type(value).__name__
-                raise UnkeyableError(name, f"a {kind}, whose content a key cannot describe")
+                raise UnkeyableError(
+                    name, f"a {kind}, whose content a key cannot describe; use plain tensors"
+                )
             text = f"{tensor_text(value)} {value.requires_grad} {flags}"
             described = self.described[what] = (text_bytes(text), tensor_span(value))
         if described[1]:

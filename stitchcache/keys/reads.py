@@ -34,8 +34,8 @@ from stitchcache.keys.walk import (
 from stitchcache.torchside import fx_globals
 
 FORBIDDEN_CODE = {
-    threading.Thread.start.__code__: "starts a thread, whose code is not seen",
-    importlib.import_module.__code__: "imports a module by a name that is computed",
+    threading.Thread.start.__code__: "starts a thread, whose code is not seen; start it outside of the model",
+    importlib.import_module.__code__: "imports a module by a name that is computed; import it by name",
     type(os.environ).__iter__.__code__: "lists the environment variables; read the ones that matter by name",
 }
 """Functions of the library that the model's code may not call, and why."""
@@ -235,7 +235,7 @@ class Reads:
         computes = exact and not installed_path(getattr(module, "__file__", None) or "")
         for attribute in dict.fromkeys(names):
             if attribute == "*":
-                self.refuse(f"{code.co_qualname} imports everything from {name}")
+                self.refuse(f"{code.co_qualname} imports everything from {name}; name what is imported")
                 continue
             found = check.lookup_in(module, (attribute,))
             if found.exists and found.owner:
@@ -243,7 +243,8 @@ class Reads:
                 if isinstance(found.value, ModuleType) and id(found.value) not in done:
                     self._note_imported(found.value, code.co_names, False, code, done)
             elif computes and not self.walk.is_versioned(name):
-                self.refuse(f"{code.co_qualname} imports {attribute} from {name}, which computes it")
+                why = "which computes it; make it a plain global"
+                self.refuse(f"{code.co_qualname} imports {attribute} from {name}, {why}")
 
     def _finish_classes(self) -> None:
         done: set[int] = set()
@@ -292,13 +293,13 @@ def forbidden_call(code: CodeType, function: Any) -> str | None:
     name = getattr(function, "__name__", "")
     module = module_of(function) or ""
     if name == "__subclasses__":
-        return "asks for the subclasses of a class, which depend on what is imported"
+        return "asks for the subclasses of a class, as far as they are imported; list them by name"
     forbidden = module in _MODULES or name in _NAMES.get(module, ())
     if not forbidden or isinstance(getattr(function, "__self__", None), str) or code.co_name == "<module>":
         return None
     if installed_path(code.co_filename) and name in _HARMLESS_IN_PACKAGES:
         return None
-    return f"calls {module}.{name}, whose result is not the same each time"
+    return f"calls {module}.{name}, whose result is not the same each time; call it beforehand"
 
 
 def module_of(function: Any) -> str | None:

@@ -79,7 +79,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         sys.setprofile(self._previous)
         self._unwatched.close()
         if not intact:
-            self._refuse("another profiler was installed while the model was captured")
+            self._refuse("another profiler was installed while the model was captured; compile without it")
         self._reads.finish(self._runs)
         self._check_covered()
         self.sources = tuple(self._sources())
@@ -234,7 +234,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             given = [value for value in frame.f_locals.values() if value is not None]
             self._ask(entry, plain=not given, where=caller.f_code)
             return
-        calls = f"calls {code.co_qualname}, whose result is not the same each time"
+        calls = f"calls {code.co_qualname}, whose result is not the same each time; call it beforehand"
         self._refuse(f"{place(caller.f_code)} {reads.FORBIDDEN_CODE.get(code, calls)}")
 
     def _traced_by_dynamo(self, translator: Any) -> None:
@@ -244,7 +244,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         """
         code, namespace = getattr(translator, "f_code", None), getattr(translator, "f_globals", None)
         if not isinstance(code, types.CodeType) or not isinstance(namespace, dict):
-            self._refuse("part of the model is traced by torch._dynamo, whose reads are not seen")
+            self._refuse("torch._dynamo traces a part of the model, which is not seen; use plain branches")
             return
         if stands_by_version(code.co_filename):
             return
@@ -259,7 +259,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             if why is None and id(getattr(value, "__code__", value)) in self._asked:
                 why = f"asks {chain[-1]}()"
             if why is not None:
-                self._refuse(f"{place(code)} {why} where torch._dynamo traces; do so outside of the branch")
+                said = why.partition(";")[0]
+                self._refuse(f"{place(code)} {said} where torch._dynamo traces; do so outside of the branch")
 
     def _ask(self, entry: str, *, plain: bool, where: types.CodeType) -> None:
         if plain:
@@ -276,7 +277,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             if caller is not None:
                 self._noticed += 1
                 name = function.__name__
-                self._refuse(f"{place(caller.f_code)} makes the library call {name}, which asks the system")
+                said = f"makes the library call {name}, which asks the system; ask beforehand"
+                self._refuse(f"{place(caller.f_code)} {said}")
             return
         self._noticed += 1
         asked = self._asked.get(id(function))
@@ -301,9 +303,10 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             if identity in self._keyed.codes or identity in nested:
                 continue
             if os.path.abspath(code.co_filename) not in files:
-                self._refuse(f"{place(code)} has no source file that can be checked")
+                self._refuse(f"{place(code)} has no source file that can be checked; define it in a module")
             elif set(code.co_freevars) - {"__class__"}:
-                self._refuse(f"{place(code)} was reached in a way that hides what it closes over")
+                hidden = "was reached in a way that hides what it closes over; hold it on the model"
+                self._refuse(f"{place(code)} {hidden}")
 
     def _sources(self) -> list[SourceRef]:
         found = []
@@ -314,7 +317,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             try:
                 data = read_file(file or "", module)
             except OSError as error:
-                self._refuse(f"the source of {name} cannot be read: {error}")
+                self._refuse(f"the source of {name} cannot be read: {error}; run it from a file")
                 continue
             # Hundreds of functions of an installed package may have run; nobody edits those in place.
             own = [code for code in self._user.values() if code.co_filename == file]

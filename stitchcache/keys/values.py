@@ -128,7 +128,8 @@ def _put_tensor(writer: KeyWriter, value: torch.Tensor) -> None:
     else:
         data = value if value.device.type == "cpu" else value.detach().cpu()
         if not is_plain_tensor(data):
-            raise writer.error(f"a tensor on {value.device.type} whose value cannot be read here")
+            where = value.device.type
+            raise writer.error(f"a tensor on {where} whose value cannot be read here; make it a buffer")
         # Read through its address, not by an operator: capture may run, and its modes would see the call.
         size = tensor_span(data)
         memory = ctypes.string_at(data.data_ptr(), size) if size else b""
@@ -249,7 +250,7 @@ def _put_weak(writer: KeyWriter, value: weakref.ref[Any]) -> None:
     target = value()
     known = writer.numbers.reference(target)
     if target is None or known is None:
-        raise writer.error("a weak reference to an object that is not a part of the model")
+        raise writer.error("a weak reference to an object that is not a part of the model; hold it")
     writer.head(b"weak reference", 1)
     writer.out += known
 
@@ -283,10 +284,10 @@ HANDLERS: Mapping[type, Handler] = {
 
 TORCH_FAMILIES: list[tuple[type, Handler]] = [
     (torch.Tensor, _put_tensor),
-    (torch.Generator, _refuse("gives other numbers each time")),
-    (torch.ScriptObject, _refuse("holds state made in C++")),
-    (torch.jit.ScriptFunction, _refuse("holds compiled TorchScript")),
-    (torch.jit.ScriptModule, _refuse("holds compiled TorchScript")),
+    (torch.Generator, _refuse("gives other numbers each time; draw them beforehand")),
+    (torch.ScriptObject, _refuse("holds state made in C++; keep it out of the model")),
+    (torch.jit.ScriptFunction, _refuse("holds compiled TorchScript; hold the Python function or module")),
+    (torch.jit.ScriptModule, _refuse("holds compiled TorchScript; hold the Python function or module")),
     (torch.nn.Module, once(_put_module)),
 ]
 
@@ -298,9 +299,9 @@ LIBRARY_FAMILIES: list[tuple[type, Handler]] = [
     (logging.LoggerAdapter, _put_nothing),
     # Which variables are read from it is recorded when they are.
     (type(os.environ), _put_nothing),
-    (weakref.ReferenceType, _refuse("points to an object without keeping it")),
-    (random.Random, _refuse("gives other numbers each time")),
-    (datetime.tzinfo, _refuse("is a time zone with rules of its own")),
+    (weakref.ReferenceType, _refuse("points to an object without keeping it; hold the object")),
+    (random.Random, _refuse("gives other numbers each time; draw them beforehand")),
+    (datetime.tzinfo, _refuse("is a time zone with rules of its own; hold its offset")),
     (re.Pattern, by_parts(b"pattern", lambda value: (value.pattern, value.flags))),
     (pathlib.PurePath, _text_of_own("pathlib")),
     (types.GenericAlias, _put_alias),
@@ -315,7 +316,7 @@ def _put_array(writer: KeyWriter, value: Any) -> None:
     """Write a numpy array by value, with its order in memory."""
     numpy = sys.modules["numpy"]
     if value.dtype.hasobject:
-        raise writer.error("a numpy array of objects")
+        raise writer.error("a numpy array of objects; hold a list")
     if value.nbytes > MAX_BYTES:
         raise writer.error(f"a numpy array of {value.size} elements; make it a buffer")
     if writer.again(value):
@@ -332,7 +333,7 @@ def _put_array(writer: KeyWriter, value: Any) -> None:
 
 def _put_number(writer: KeyWriter, value: Any) -> None:
     if value.dtype.hasobject:
-        raise writer.error("a numpy scalar of objects")
+        raise writer.error("a numpy scalar of objects; hold the object")
     writer.head(b"numpy scalar", 3)
     writer.put_items((type(value), value.dtype, value.tobytes()))
 
@@ -342,14 +343,16 @@ def _put_dtype(writer: KeyWriter, value: Any) -> None:
     try:
         described = value.descr if value.fields else None
     except ValueError as error:
-        raise writer.error("a numpy data type with fields that overlap or are out of order") from error
+        why = "a numpy data type with fields that overlap or are out of order; hold plain arrays"
+        raise writer.error(why) from error
     noted = dict(value.metadata) if value.metadata else None
     writer.put_items((value.str, described, bool(value.isalignedstruct), noted))
 
 
 def _put_universal(writer: KeyWriter, value: Any) -> None:
     if getattr(sys.modules["numpy"], value.__name__, None) is not value:
-        raise writer.error(f"the numpy function {value.__name__}, which is not numpy's own")
+        name = value.__name__
+        raise writer.error(f"the numpy function {name}, which is not numpy's own; hold a Python function")
     by_parts(b"numpy function", lambda value: (value.__name__,))(writer, value)
 
 

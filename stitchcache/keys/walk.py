@@ -280,7 +280,7 @@ class KeyWriter(Writer):
     def put_class(self, cls: type) -> None:
         """Write a class by name and note it; one that its name does not lead to is written here and now."""
         if not isinstance(cls.__module__, str):
-            raise self.error(f"class {cls.__qualname__} has no module")
+            raise self.error(f"class {cls.__qualname__} has no module; define it in one")
         _, name, how = self.walk.named(cls)
         if how == _UNREACHABLE:
             if not self.again(cls):
