@@ -398,6 +398,10 @@ class TargetRecord:
     code: tuple[tuple[Name, bytes], ...] = ()
 
 
+LOOK_THREAD = "stitchcache look"
+"""Name of the thread that looks at a hit in the background: no child is forked while it runs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
     """How the look at a compiled model stands: whether it does what the model itself does on the example.

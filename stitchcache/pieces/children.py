@@ -30,10 +30,13 @@ import torch
 
 from stitchcache.errors import BackendError, PieceCrashError, StitchCacheError
 from stitchcache.pieces import FAILURES
+from stitchcache.types import LOOK_THREAD
 
 _PR_SET_PDEATHSIG = 1
 # Seconds that a child and its compilers get to clean up.
 _PATIENCE = 1.0
+# Seconds to wait for a look; one that takes longer may itself wait for whoever wants to fork.
+_LONGEST_LOOK = 60.0
 # Bytes; tracing recurses deeply, and where the stack of processes is unlimited that of threads is small.
 _STACK = 64 << 20
 # What compilers and linkers put before what they complain about.
@@ -140,6 +143,7 @@ def load_elsewhere(backend: str, path: Path, device: str, piece: str) -> None:
 
 def start(job: Job, index: int = 0) -> Child:
     """Start a job. Whoever does must :func:`end` it."""
+    _wait_for_looks()
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(
@@ -151,6 +155,13 @@ def start(job: Job, index: int = 0) -> Child:
         process.start()
     sender.close()
     return Child(job, index, process, receiver)
+
+
+def _wait_for_looks() -> None:
+    """Let looks in the background end: a child would inherit the locks that their threads hold, for ever."""
+    for thread in threading.enumerate():
+        if thread.name == LOOK_THREAD and thread is not threading.current_thread():
+            thread.join(_LONGEST_LOOK)
 
 
 def _child(job: Job, sender: Connection, receiver: Connection, parent: int) -> None:

@@ -23,7 +23,7 @@ from stitchcache.pipeline import store_target
 from stitchcache.pipeline.find import check_arguments
 from stitchcache.state import clone_all, plain_tensors, state_of, tensor_at
 from stitchcache.torchside import has_fakes, tree, version_of
-from stitchcache.types import Check, CheckRecord, OutputBound, TargetRecord
+from stitchcache.types import LOOK_THREAD, Check, CheckRecord, OutputBound, TargetRecord
 
 if TYPE_CHECKING:
     from stitchcache.pipeline.find import Wanted
@@ -126,7 +126,7 @@ def _look_later(wanted: Wanted, compiled: CompiledModel, on_end: Callable[[Check
             on_end(outcome)
             atexit.unregister(thread.join)
 
-    thread = threading.Thread(target=run, name="stitchcache look", daemon=True)
+    thread = threading.Thread(target=run, name=LOOK_THREAD, daemon=True)
     # A process that ended in the middle of a forward could crash on its way out.
     atexit.register(thread.join)
     thread.start()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from stitchcache.errors import BackendError, PieceCrashError, PieceMismatchError
 from stitchcache.pieces import children
 from stitchcache.pieces.children import Job, run_all, run_here
+from stitchcache.types import LOOK_THREAD
 
 
 @pytest.fixture
@@ -51,6 +53,19 @@ def test_results_come_back_whatever_their_size(job):
     jobs = [job(lambda n=n: bytes(n), f"submod_{n}") for n in (0, 10, 5_000_000)]
     assert {i: len(r) for i, r in results(jobs).items()} == {0: 0, 1: 10, 2: 5_000_000}
     assert no_children()
+
+
+def test_no_child_inherits_a_lock_of_a_look(job):
+    lock, held = threading.Lock(), threading.Event()
+
+    def look():
+        with lock:
+            held.set()
+            time.sleep(0.5)
+
+    threading.Thread(target=look, name=LOOK_THREAD).start()
+    held.wait()
+    assert results([job(lambda: lock.acquire(timeout=5))]) == {0: True}
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGKILL])
