@@ -262,6 +262,8 @@ def unlike(want: Any, got: Any) -> str:
     """What is wrong with a result beside the values of a tensor; ``""`` where nothing is."""
     if not isinstance(want, torch.Tensor) or not isinstance(got, torch.Tensor):
         same = type(want) is type(got) and (want is got or want == got or (want != want and got != got))
+        # -0.0 is equal to 0.0, and is another number all the same.
+        same = same and (not isinstance(want, (float, complex)) or repr(want) == repr(got))
         return "" if same else f"is {_shown(got)} instead of {_shown(want)}"
     for fact in ("dtype", "shape", "device", "layout"):
         wanted, found = getattr(want, fact), getattr(got, fact)
@@ -344,14 +346,23 @@ def judged(both: Both, record: CheckRecord | None = None) -> Check:
 
 def allowed(item: Compared, bound: OutputBound | None = None, *, piece: bool = False) -> float:
     """The largest difference that rounding may make; see :func:`disagreement`."""
-    measured = bound.difference / max(bound.magnitude, _SMALL) if bound is not None else 0.0
+    small = _smallest(item, bound)
+    measured = bound.difference / max(bound.magnitude, small) if bound is not None else 0.0
     if item.dtype is None:
         return min(0.5, 4 * measured)
     floor = _FLOOR.get(item.dtype, _COARSE)
     if piece:
         # More of what a piece gives may be noise than of a whole model's results.
         return max(floor, min(4 * floor, _PIECE)) * max(item.magnitude, 1.0)
-    return max(floor, min(_SLACK * measured, max(HIGH, 2 * measured))) * max(item.magnitude, _SMALL)
+    return max(floor, min(_SLACK * measured, max(HIGH, 2 * measured))) * max(item.magnitude, small)
+
+
+def _smallest(item: Compared, bound: OutputBound | None) -> float:
+    """The size below which a tensor counts as noise; that of the cold compile, if it saw no noise there."""
+    if bound is None or item.dtype is None or not bound.magnitude:
+        return _SMALL
+    exact = bound.difference <= _FLOOR.get(item.dtype, _COARSE) * bound.magnitude
+    return min(_SMALL, bound.magnitude) if exact else _SMALL
 
 
 def disagreement(item: Compared, bound: OutputBound | None = None, *, piece: bool = False) -> str:

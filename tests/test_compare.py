@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import stitchcache
-from stitchcache.compare import Beside, disagreement, measure, unchanged
+from stitchcache.compare import Beside, disagreement, measure, unchanged, unlike
 from stitchcache.torchside.watch import StoppedError, Watch
 from stitchcache.types import OutputBound
 
@@ -370,6 +370,24 @@ def test_the_measure_of_the_cold_compile_widens_the_bounds():
         measure("output", torch.ones(3), -torch.ones(3)),
         OutputBound(name="output", difference=0.2, magnitude=1.0),
     )
+
+
+def test_small_values_count_where_the_cold_compile_saw_them_exactly():
+    def bound(difference, magnitude):
+        return OutputBound(name="output", difference=difference, magnitude=magnitude)
+
+    small = torch.full((3,), 2e-8)
+    item = measure("output", small, small * 3)
+    assert not disagreement(item), "it may be noise around zero"
+    assert disagreement(item, bound(1e-15, 2e-8))
+    assert not disagreement(item, bound(1e-8, 2e-8)), "it was noise"
+    assert not disagreement(item, bound(0.0, 0.0)), "nothing is known"
+    assert not disagreement(measure("output", small, small * (1 + 1e-6)), bound(1e-15, 2e-8))
+
+
+def test_a_zero_has_a_sign():
+    assert unlike(0.0, -0.0) == "is -0.0 instead of 0.0"
+    assert unlike(float("nan"), float("nan")) == ""
 
 
 def test_models_in_modules_without_a_forward_signature():

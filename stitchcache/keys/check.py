@@ -294,7 +294,9 @@ def _global_now(walk: Walk, name: str) -> str | None:
     if module is None:
         return None
     chain = tuple(name.partition(":")[2].rstrip(".").split("."))
-    found = lookup(vars(module), chain) if type(module) is ModuleType else lookup_in(module, chain)
+    # Code of the user's may fall back on builtins; of the library there is only what the user's imports name.
+    users = type(module) is ModuleType and not walk.is_versioned(module.__name__)
+    found = lookup(vars(module), chain) if users else lookup_in(module, chain)
     # Else what was a module on the way is something else now.
     return global_digest(walk, name, found) if found.used == chain else ""
 

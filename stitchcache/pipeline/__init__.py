@@ -240,6 +240,7 @@ def first_change(
     # Attributes that lead to bound tensors hold state, which calls change.
     state = state_attributes(model, [name for item in bindings for name in (item.name, *item.aliases)])
     old, new = ({f.name: f for f in some if f.name.startswith(prefixes)} for some in (before, now))
+    found = None
     # An attribute more changes the order of attributes too, and its own factor names it.
     for name in sorted(dict.fromkeys([*old, *new]), key=lambda name: name.endswith("_order")):
         if name.startswith("model.attributes.") and name.rpartition(".")[2] in state:
@@ -247,5 +248,9 @@ def first_change(
         was, is_now = old.get(name), new.get(name)
         if was is None or is_now is None or was.digest != is_now.digest:
             texts = ["not there" if factor is None else repr(factor.value) for factor in (was, is_now)]
-            return Change(name=name, was=texts[0], now=texts[1])
-    return None
+            change = Change(name=name, was=texts[0], now=texts[1])
+            # "68 tensors" and "68 tensors" tells nobody anything.
+            if texts[0] != texts[1]:
+                return change
+            found = found or change
+    return found
