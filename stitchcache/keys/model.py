@@ -127,8 +127,7 @@ class _ModelWalk:
             self.tree += text_bytes(path) + (self.numbers.reference(module) or b"")
             return
         if not isinstance(module, torch.nn.Module):
-            kind = type(module).__name__
-            raise UnkeyableError(path, f"a {kind} stands where a module should; register modules only")
+            raise UnkeyableError(path, f"a {type(module).__name__} is no module; register modules only")
         self.numbers.add(module, "module", path, 0)
         self.modules.append((path, module))
         written = text_bytes(path)
