@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_tr
 
 from stitchcache.errors import BackendError
 
-SEEN = ("2.11", "2.13")
+SEEN = ("2.11", "2.13", "2.15")
 
 INDUCTOR_SETTINGS = "torch._inductor.config"
 DYNAMO = "torch._dynamo"

@@ -16,7 +16,7 @@ import torch
 
 from stitchcache.torchside import LENGTH, MAGIC
 
-SEEN = ("2.11", "2.13")
+SEEN = ("2.11", "2.13", "2.15")
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 

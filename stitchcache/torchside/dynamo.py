@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx as make_fx
 from stitchcache.errors import BackendError
 from stitchcache.torchside import is_fake
 
-SEEN = ("2.11", "2.13")
+SEEN = ("2.11", "2.13", "2.15")
 
 # Names of the functions that Dynamo writes into its graphs.
 INFERENCE_CALLS = frozenset({"_enter_inference_mode", "_exit_inference_mode"})

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-SEEN = ("2.11", "2.13")
+SEEN = ("2.11", "2.13", "2.15")
 
 # What lowering imports at its first graph; once here instead of once a forked child.
 _MODULES = ("torch._inductor.compile_fx", "torch._inductor.graph", "torch._inductor.codegen.cpp")

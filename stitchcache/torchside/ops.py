@@ -18,7 +18,7 @@ from torch._ops import OpOverload as OpOverload
 from torch._ops import OpOverloadPacket as OpOverloadPacket
 from torch._ops import _HigherOrderNamespace, _OpNamespace
 
-SEEN = ("2.11", "2.13")
+SEEN = ("2.11", "2.13", "2.15")
 
 _SYMPY = {
     "CleanDiv": "functions",

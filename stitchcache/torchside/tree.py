@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 
 from stitchcache.errors import EntryFormatError, OptionError
 
-SEEN = ("2.11", "2.13")
+SEEN = ("2.11", "2.13", "2.15")
 
 TreeSpec = pytree.TreeSpec
 

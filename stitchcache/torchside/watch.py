@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mod
 
 from stitchcache.torchside import storage_id
 
-SEEN = ("2.11", "2.13")
+SEEN = ("2.11", "2.13", "2.15")
 
 # Namespaces of ops whose schemas torch answers for.
 _TORCHS_OWN = frozenset({"aten", "prim", "prims", "quantized", "inductor", "mkldnn", "mkl", "higher_order"})
