@@ -12,13 +12,10 @@ import time
 
 import click
 
-from stitchcache import errors
-from stitchcache.api.progress import Update, progress_shown
 from stitchcache.cli import output as out
 
 # Float32 sums in another order; far above what a right piece shows, far below what a wrong one does.
 TOLERANCE = 1e-4
-_NAME = "decoder"
 _HEADS = 4
 
 
@@ -48,16 +45,14 @@ def demo(backend: str, runs: int, as_json: bool, root: str | None, **config: int
     cache = out.open_cache(root if root is not None else tempfile.mkdtemp(prefix="stitchcache-demo-"))
     config |= {"heads": _HEADS, "vocabulary": 128}
     job: out.Record = {"config": config, "backend": backend, "cache": str(cache.root)}
-    with progress_shown() as update:
-        # Files that no process has read for a while cost the first one extra, whichever it is: not measured.
-        run_child(job, "eager", update, "a first process, not measured")
-        cold = run_child(job, "cached", update, "cold: an empty cache")
-        eager, warm = [], []
-        for index in range(runs):
-            # Taken in turn, so that what else the machine does falls on both.
-            step = f"eager and warm, fresh processes {index + 1} of {runs}"
-            eager.append(run_child(job, "eager", update, step))
-            warm.append(run_child(job, "cached", update, step))
+    # Files that no process has read for a while cost the first one extra, whichever it is: not measured.
+    run_child(job, "eager", "a first process, not measured")
+    cold = run_child(job, "cached", "cold: an empty cache", progress=True)
+    eager, warm = [], []
+    for index in range(runs):
+        # Taken in turn, so that what else the machine does falls on both.
+        eager.append(run_child(job, "eager", f"eager, fresh process {index + 1} of {runs}"))
+        warm.append(run_child(job, "cached", f"warm, fresh process {index + 1} of {runs}"))
     stats = cache.stats()
     record = {
         "root": str(cache.root),
@@ -76,25 +71,15 @@ def demo(backend: str, runs: int, as_json: bool, root: str | None, **config: int
     out.show(record, as_json, _print_demo, finding=wrong)
 
 
-def run_child(job: out.Record, mode: str, update: Update, step: str) -> out.Record:
-    """Do a job of ``stitchcache.demo.child`` in a fresh process, and return what it measured."""
-    update(_NAME, step)
-    last: out.Record = {}
-    with tempfile.TemporaryFile("w+") as said:
-        words = json.dumps({**job, "mode": mode, "spawned": time.time()})
-        command = [sys.executable, "-m", "stitchcache.demo.child", words]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process:
-            for line in process.stdout or ():
-                last = json.loads(line)
-                if progress := last.get("progress"):
-                    update(_NAME, *(progress[name] for name in ("stage", "done", "total", "left")))
-        if "error" in last:
-            raise getattr(errors, last["error"]["type"])(last["error"]["message"])
-        if "result" not in last:
-            said.seek(0)
-            ended = f"the demo's process ended with status {process.returncode} and no result; it said:"
-            raise errors.StitchCacheError(f"{ended}\n{said.read()[-4000:]}")
-    result: out.Record = last["result"]
+def run_child(job: out.Record, mode: str, step: str, *, progress: bool = False) -> out.Record:
+    """Do a job of ``stitchcache.demo.child`` in a fresh process, which says itself what stops it."""
+    out.say(f"decoder: {step}")
+    words = json.dumps({**job, "mode": mode, "progress": progress, "spawned": time.time()})
+    command = [sys.executable, "-m", "stitchcache.demo.child", words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise click.exceptions.Exit(1)
+    result: out.Record = json.loads(done.stdout)
     return result
 
 

@@ -1,7 +1,7 @@
-"""One fresh process of the demo: build the decoder, run it, print what that took as JSON lines.
+"""One fresh process of the demo: build the decoder, run it, print what that took as JSON.
 
-Lines with ``progress`` come while it compiles; the last line has ``result`` or ``error``. Eager and cached
-runs go through the same code but for the one call of ``stitchcache``, so that their times compare.
+Eager and cached runs go through the same code but for the one call of ``stitchcache``, so that their times
+compare.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import asdict
+from contextlib import nullcontext
 from typing import Any
 
 _WARM_CALLS = 20
@@ -21,7 +21,7 @@ Record = dict[str, Any]
 
 
 def measure(job: Record) -> Record:
-    """Do a job: ``mode`` (``eager``, ``cached``), ``spawned`` (Unix time) and the rest."""
+    """Do a job: ``mode`` (``eager``, ``cached``), ``spawned`` (Unix time), ``progress`` and the rest."""
     # Not at the top, here and below: what is imported is a part of what is measured.
     import torch
 
@@ -67,24 +67,23 @@ def _compiled(job: Record, config: Any, model: Any, ids: Any) -> Any:
     from stitchcache.cache import Cache
     from stitchcache.demo.decoder import decoder_target
 
-    request = request_for(decoder_target(config, job["backend"]))
-    return compile_request(
-        model, (ids,), {}, request, Cache(job["cache"]), lambda progress: _say(progress=asdict(progress))
-    )
+    request, told = request_for(decoder_target(config, job["backend"])), nullcontext[Any]()
+    if job["progress"]:
+        from stitchcache.api.progress import bar
 
-
-def _say(**record: Record) -> None:
-    print(json.dumps(record), flush=True)
+        told = bar()  # type: ignore[assignment]
+    with told as on_progress:
+        return compile_request(model, (ids,), {}, request, Cache(job["cache"]), on_progress)
 
 
 def main() -> None:
-    """Read the job from the command line, and print JSON lines."""
+    """Read the job from the command line, and print what it measured as JSON."""
     from stitchcache.errors import StitchCacheError
 
     try:
-        _say(result=measure(json.loads(sys.argv[1])))
+        print(json.dumps(measure(json.loads(sys.argv[1]))))
     except StitchCacheError as error:
-        _say(error={"type": type(error).__name__, "message": error.message})
+        print(f"stitchcache: {error.message}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from stitchcache.cli.demo import run_child
-from stitchcache.errors import BackendError, StitchCacheError
 
 SMALL = {"layers": 2, "width": 16, "heads": 2, "vocabulary": 32}
 
@@ -60,8 +60,8 @@ def test_what_it_measures(eager_demo):
 
 def test_progress_is_told(eager_demo):
     _, _, said = eager_demo
-    assert "decoder: capture\n" in said
-    assert "decoder: compile 3/3\n" in said
+    assert "layers: capture\n" in said
+    assert "layers: compile 3/3\n" in said
 
 
 def test_its_cache_can_be_looked_at(eager_demo):
@@ -100,17 +100,11 @@ def test_no_compiler_is_one_message(tmp_path):
     assert "backend='eager'" in done.stderr
 
 
-def test_a_childs_error_keeps_its_type(tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    job = {"config": SMALL, "backend": "aoti", "cache": str(tmp_path)}
-    with pytest.raises(BackendError, match=r"C\+\+ compiler"):
-        run_child(job, "cached", lambda *words: None, "cold")
-
-
-def test_a_child_that_dies_is_reported(tmp_path):
+def test_a_child_that_dies_is_reported(tmp_path, capfd):
     job = {"config": {"colour": 3}, "backend": "aoti", "cache": str(tmp_path)}
-    with pytest.raises(StitchCacheError, match="colour"):
-        run_child(job, "eager", lambda *words: None, "cold")
+    with pytest.raises(click.exceptions.Exit):
+        run_child(job, "eager", "cold")
+    assert "colour" in capfd.readouterr().err
 
 
 @pytest.mark.compile
