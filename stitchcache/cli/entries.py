@@ -88,6 +88,7 @@ def _print_list(record: out.Record, wide: bool) -> None:
 @click.option("--pieces", is_flag=True, help="Only the pieces, one line a call.")
 @click.option("--bindings", is_flag=True, help="Only the tensors taken from the model.")
 @click.option("--factors", is_flag=True, help="Only the named parts of its keys.")
+@click.option("--signature", is_flag=True, help="Only its signature: the statement, and the SSHSIG block.")
 @click.option("--wide", is_flag=True, help="Show keys and digests in full.")
 @out.shared_options
 def inspect(prefix: str, wide: bool, as_json: bool, root: str | None, **parts: bool) -> None:
@@ -111,10 +112,40 @@ def inspect(prefix: str, wide: bool, as_json: bool, root: str | None, **parts: b
         if parts["factors"]:
             digest = {"DIGEST": "digest"} if wide else {}
             out.print_table({"FACTOR": "name", **digest, "VALUE": "value"}, record["factors"], digits)
+        if parts["signature"]:
+            click.echo("\n".join(map(printable, _signature_text(entry).splitlines())))
         if parts["code"]:
             _print_code(entry.artifact)
 
-    out.show(entry_record(entry), as_json, view)
+    record = {**entry_record(entry), "signature": _signature_record(entry)}
+    out.show(record, as_json, view, finding=parts["signature"] and not entry.signature)
+
+
+def _signature_text(entry: Entry) -> str:
+    from stitchcache.artifact.entry import OUTSIDE
+
+    return entry.signature.removeprefix(OUTSIDE).decode("ascii", "replace")
+
+
+def _signature_record(entry: Entry) -> out.Record | None:
+    """What a signature says, and whether it is good here; ``None`` where there is none."""
+    if not entry.signature:
+        return None
+    # Not at the top: most entries have none.
+    from stitchcache.artifact.entry import OUTSIDE, Kind, signed_digest
+    from stitchcache.ext.sign import Keys, read_statement
+
+    said, imported = None, entry.signature.startswith(OUTSIDE)
+    signature = entry.signature.removeprefix(OUTSIDE)
+    try:
+        said = asdict(read_statement(signature)[1])
+        with open(entry.path, "rb") as file:
+            digest = signed_digest(file.read(), Kind.ENTRY)
+        Keys().verify(signature, "entry", entry.artifact.graph_hash, digest, path=entry.path)
+        problem = ""
+    except (StitchCacheError, OSError) as error:
+        problem = str(error)
+    return {"imported": imported, "good": not problem, "problem": problem, "statement": said}
 
 
 def _read(cache: Cache, prefix: str) -> Entry:
@@ -153,8 +184,14 @@ def _print_overview(entry: Entry, record: out.Record, digits: int) -> None:
         "constants": lambda _: out.size_text(consts),
         "size": lambda _: f"{out.size_text(entry.file_bytes)} and {blobs} of blobs",
         "file": "path",
+        "signature": lambda _: _signature_words(record["signature"]),
     }
     out.print_facts(facts, record)
+    if "inductor" in record["backends"]:
+        click.echo(
+            "Pieces of backend 'inductor' are pickles, which run what they say when they are loaded. They "
+            "are loaded only where the owner of their files or a signature vouches for them."
+        )
     for title, lines in (("Input", input_lines(artifact)), ("Output", output_lines(artifact))):
         out.print_heading(title)
         out.print_pairs(lines, indent="  ")
@@ -169,6 +206,14 @@ def _print_overview(entry: Entry, record: out.Record, digits: int) -> None:
             "CALLED AS": lambda piece: names_text(piece["calls"]),
         }
         out.print_table(columns, distinct, digits)
+
+
+def _signature_words(found: out.Record | None) -> str | None:
+    if found is None:
+        return None
+    said = found["statement"] or {"signer": "?", "expires": 0}
+    until = f", good until {out.moment_text(said['expires'])}" if found["good"] else f": {found['problem']}"
+    return f"{'imported, ' if found['imported'] else ''}signed by {said['signer']}{until}"
 
 
 def _print_pieces(record: out.Record, digits: int) -> None:

@@ -104,7 +104,13 @@ def doctor(path: str | None, as_json: bool, root: str | None) -> None:
     named = path or root
     place, *lower = default_roots() if named is None else split_roots(named, option="--cache")
     python = Trial(name="python", level="ok", found=sys.version.split()[0])
-    trials = [*probe(place), *map(probe_lower, lower), python, _torch(), _compiler(), *_environment()]
+    try:
+        trust = trust_of(None, 1 + len(lower))
+    except OptionError:
+        # Among the environment's findings.
+        trust = ["owner"] * (1 + len(lower))
+    layers = [*probe(place, trust=trust[0]), *map(probe_lower, lower, trust[1:])]
+    trials = [*layers, _signing(trust), python, _torch(), _compiler(), *_environment()]
     record = {
         "root": place,
         "problems": sum(trial.level == "problem" for trial in trials),
@@ -124,6 +130,27 @@ def _print_trials(record: out.Record) -> None:
     notes = sum(trial["level"] == "note" for trial in record["findings"])
     verdict = out.count_text(record["problems"], "problem") if record["problems"] else "no problems"
     click.echo(f"{verdict}, {out.count_text(notes, 'note')}" if notes else verdict)
+
+
+def _signing(trust: list[str]) -> Trial:
+    # Not at the top: ``config`` answers without it.
+    from stitchcache.errors import StitchCacheError
+    from stitchcache.ext.sign import Keys
+
+    needed = "signed" in trust
+    try:
+        keys = Keys()
+        signers = len(keys.signers())
+        found = f"{out.count_text(signers, 'key')} trusted in {keys.directory}"
+        if keys.can_sign():
+            found += f"; what is stored is signed by {keys.name_of(keys.public())}"
+    except StitchCacheError as error:
+        meaning = "nothing is signed here, and what is signed or was imported is not loaded"
+        return Trial(name="signatures", level="problem", found=error.message, meaning=meaning)
+    if needed and not signers:
+        meaning = "STITCHCACHE_TRUST=signed, so nothing is loaded: 'stitchcache keys trust' adds a signer"
+        return Trial(name="signatures", level="problem", found=found, meaning=meaning)
+    return Trial(name="signatures", level="ok", found=found)
 
 
 def _torch() -> Trial:

@@ -133,6 +133,8 @@ def load_blobs(artifact: Artifact, site: Site) -> tuple[dict[str, Any], dict[str
     """Load every distinct piece of an artifact by its key, and the tensors that it carries by name."""
     ready = site.ready.take(artifact.graph_hash) if site.ready is not None and site.device == "cpu" else {}
     distinct = {piece.key: piece for piece in artifact.pieces}
+    for piece in distinct.values():
+        site.cache.require_voucher(piece.backend)
     carried = [(binding, binding.blob) for binding in artifact.bindings if binding.blob is not None]
     refs = [*(piece.blob for piece in distinct.values()), *(blob for _, blob in carried)]
     # All are opened before the first is loaded: what a prune removes meanwhile stays in reach.

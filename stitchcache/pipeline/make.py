@@ -371,6 +371,7 @@ class _Shelf:
         if record is None or record.backend != piece.backend:
             return False
         try:
+            self._cache.require_voucher(record.backend)
             with self._cache.opened([record.blob]) as (path,):
                 if path is None:
                     return False

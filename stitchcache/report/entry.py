@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stitchcache.artifact.entry import decode_named, unpack_factors
+from stitchcache.artifact.entry import decode_named, signature_in, unpack_factors
 from stitchcache.cache import Cache
 from stitchcache.errors import AmbiguousPrefixError, EntryFormatError, GraphHashError, StoreError
 from stitchcache.explanation import (
@@ -46,6 +46,7 @@ class Entry:
     artifact: Artifact
     path: str
     file_bytes: int
+    signature: bytes = b""
 
 
 def read_entry(cache: Cache, prefix: str) -> Entry:
@@ -67,7 +68,7 @@ def read_entry(cache: Cache, prefix: str) -> Entry:
                 raise StoreError(
                     f"{path}: cannot be read ({reason}); check its owner and mode", path=path
                 ) from error
-            return Entry(decode_named(data, graph_hash, path), path, len(data))
+            return Entry(decode_named(data, graph_hash, path), path, len(data), signature_in(data))
     raise GraphHashError(f"entry {graph_hash[:12]} was removed from {cache.root} just now", prefix=prefix)
 
 

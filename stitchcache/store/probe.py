@@ -36,12 +36,13 @@ class Trial:
     meaning: str = ""
 
 
-def probe(path: str, *, files: Files | None = None) -> list[Trial]:
+def probe(path: str, *, files: Files | None = None, trust: str = "owner") -> list[Trial]:
     """Try a directory; what is made is removed again, and the directory itself is not made.
 
     Args:
         path: A cache's root, existing or not: then the nearest directory above it is tried.
         files: File-system calls.
+        trust: Who vouches for files.
 
     Returns:
         One trial each, in the order they were tried.
@@ -55,7 +56,11 @@ def probe(path: str, *, files: Files | None = None) -> list[Trial]:
         found = f"{place} is not a directory"
         return [Trial(name="directory", level="problem", found=found, meaning=meaning)]
     found = "exists" if place == asked else f"missing; tried {place} in its place"
-    trials = [Trial(name="directory", level="ok", found=found), _trust(files, place), _room(files, place)]
+    trials = [
+        Trial(name="directory", level="ok", found=found),
+        _trust(files, place, trust),
+        _room(files, place),
+    ]
     made = os.path.join(place, f".stitchcache-probe-{os.urandom(8).hex()}")
     try:
         for name, level, act, meaning in _ACTS:
@@ -72,18 +77,18 @@ def probe(path: str, *, files: Files | None = None) -> list[Trial]:
     return trials
 
 
-def probe_lower(path: str, *, files: Files | None = None) -> Trial:
+def probe_lower(path: str, trust: str = "owner", *, files: Files | None = None) -> Trial:
     """Look at a layer beneath the first, which is only read."""
     if not os.path.isdir(path):
         meaning = "starts do not find what it holds: is it mounted?"
         return Trial(name="lower layer", level="problem", found=f"{path} is no directory", meaning=meaning)
-    found = _trust(files or Files(), path)
+    found = _trust(files or Files(), path, trust)
     return replace(
         found, name="lower layer", found=found.found if found.meaning else f"{path}: {found.found}"
     )
 
 
-def _trust(files: Files, place: str) -> Trial:
+def _trust(files: Files, place: str, trust: str) -> Trial:
     for path in (place, *(os.path.join(place, area) for area in Area)):
         try:
             reason = files.distrusted_way(path) if path == place else distrust(path, files.lstat(path))
@@ -92,6 +97,9 @@ def _trust(files: Files, place: str) -> Trial:
         except OSError as error:
             reason = f"{path} cannot be looked at ({words(error)})"
         if reason is not None:
+            if trust != "owner":
+                meaning = "what a trusted key has signed" if trust == "signed" else "all of it"
+                return Trial(name="trust", level="note", found=reason, meaning=f"{meaning} is loaded")
             meaning = "entries here are not loaded: compiled pieces are native code"
             return Trial(name="trust", level="problem", found=reason, meaning=meaning)
     return Trial(name="trust", level="ok", found="nobody else can write it")

@@ -177,6 +177,15 @@ class Store:
         # By name: an extra, which a start without signatures does without.
         return importlib.import_module("stitchcache.ext.sign").Keys()
 
+    def require_voucher(self, backend: str) -> None:
+        """Raise ``UntrustedEntryError`` for pieces that are pickles where nobody vouches for files."""
+        if backend == "inductor" and any(root.trust == "any" for root in self._roots):
+            said = (
+                f"{self._top.path}: pieces of backend {backend!r} are pickles, and with trust='any' nobody "
+                "vouches for them: use 'owner' or 'signed', or another backend"
+            )
+            raise UntrustedEntryError(said, path=self._top.path)
+
     def _admit(
         self, root: Root, path: str, area: Area, key: str, data: bytes, trust: str | None = None
     ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+
 import pytest
 from cli_entries import entry_file, put, put_target
 
@@ -97,3 +100,50 @@ def test_export_and_import_move_entries(run_cli, home, tmp_path):
     assert run_cli("verify", "--require-signature", env=other).status == 0
     assert run_cli("export", bundle, A[:4], "--max-age", "1s", env=home).status == 1
     assert run_cli("export", tmp_path, env=home).status == 1
+
+
+def test_inspect_shows_who_signed_and_prints_what_ssh_keygen_takes(run_cli, home, tmp_path):
+    assert run_cli("inspect", A, "--json", env=home).json["signature"] is None
+    assert run_cli("inspect", A, "--signature", env=home).status == 1
+    run_cli("keys", "generate", "ci@example.com", env=home)
+    run_cli("sign", A, env=home)
+    record = run_cli("inspect", A, "--json", env=home).json["signature"]
+    assert (record["good"], record["imported"], record["statement"]["signer"]) == (
+        True,
+        False,
+        "ci@example.com",
+    )
+    assert "signed by ci@example.com, good until" in run_cli("inspect", A, env=home).out
+    text = run_cli("inspect", A, "--signature", env=home).out
+    statement, _, block = text.partition("-----BEGIN")
+    (tmp_path / "s.sig").write_text("-----BEGIN" + block)
+    if shutil.which("ssh-keygen"):
+        command = [
+            "ssh-keygen",
+            "-Y",
+            "verify",
+            "-f",
+            tmp_path / "keys" / "allowed_signers",
+            "-I",
+            "ci@example.com",
+        ]
+        command += ["-n", "stitchcache", "-s", tmp_path / "s.sig"]
+        subprocess.run(command, input=statement.encode(), check=True, capture_output=True)
+    run_cli("keys", "revoke", "ci@example.com", env=home)
+    assert "is revoked" in run_cli("inspect", A, env=home).out
+
+
+def test_doctor_says_whether_signatures_can_be_made_and_taken(run_cli, home, tmp_path):
+    def signatures(**more):
+        found = run_cli("doctor", "--json", env={**home, **more}).json["findings"]
+        return {trial["name"]: trial for trial in found}
+
+    assert signatures()["signatures"]["level"] == "ok"
+    assert signatures(STITCHCACHE_TRUST="signed")["signatures"]["level"] == "problem"
+    run_cli("keys", "generate", "ci@example.com", env=home)
+    assert "signed by ci@example.com" in signatures(STITCHCACHE_TRUST="signed")["signatures"]["found"]
+    (tmp_path / "cache").chmod(0o775)
+    assert signatures()["trust"]["level"] == "problem"
+    assert signatures(STITCHCACHE_TRUST="signed")["trust"]["level"] == "note"
+    (tmp_path / "keys" / "id").chmod(0o644)
+    assert "chmod 600" in signatures()["signatures"]["found"]

@@ -434,3 +434,16 @@ def test_a_piece_record_needs_a_signature_too(cache):
     path = cache.root / "pieces" / key("p")[:2] / key("p")
     path.write_bytes(with_signature(path.read_bytes(), Kind.PIECE, b""))
     assert Cache(cache.root, trust="signed").get_piece(key("p")) is None
+
+
+def test_pieces_that_are_pickles_need_someone_who_vouches(cache):
+    blob = cache.get(key("a")).blobs[0]
+    for trust in ("owner", "signed", "any"):
+        opened = Cache(cache.root, trust=trust)
+        opened.require_voucher("aoti")
+        if trust == "any":
+            with pytest.raises(UntrustedEntryError, match="pickles"):
+                opened.require_voucher("inductor")
+        else:
+            opened.require_voucher("inductor")
+    assert Cache(cache.root, trust="any").blob_path(blob) is not None
