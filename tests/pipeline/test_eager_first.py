@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import random
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ from torch import nn
 import stitchcache
 from stitchcache.errors import CacheMissError, OptionError, StaleEntryError
 
+FULL = os.environ.get("STITCHCACHE_FULL") == "1"
 IDS = torch.randint(0, 32, (2, 8))
 
 
@@ -169,6 +171,55 @@ def test_a_killed_child_costs_the_swap_only(cache):
     again = _eagerly(cache, model, IDS, splitting_ops=[models.ATTENTION])
     assert again.wait(60)
     torch.testing.assert_close(again(IDS), model(IDS))
+
+
+def test_kills_at_any_moment_cost_the_swap_only(cache):
+    model, dice = models.Decoder().eval(), random.Random(0)
+    want, kills = model(IDS), 0
+    while kills < (200 if FULL else 4):
+        served = _eagerly(cache, model, IDS, splitting_ops=[models.ATTENTION])
+        moment = time.monotonic() + dice.uniform(0.0, 3.0)
+        while time.monotonic() < moment and served.status != "compiled":
+            torch.testing.assert_close(served(IDS), want)
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+        swapped = served.wait(60)
+        torch.testing.assert_close(served(IDS), want)
+        if swapped:
+            # It was done before the dice fell; the next one starts with an empty cache.
+            cache.clear()
+        else:
+            kills += 1
+            assert "SIGKILL" in served.status
+    assert [found for found in cache.verify().findings if found.problem != "leftover"] == []
+    last = _eagerly(cache, model, IDS, splitting_ops=[models.ATTENTION])
+    assert last.wait(60), last.status
+    torch.testing.assert_close(last(IDS), want)
+
+
+@pytest.mark.skipif(not FULL, reason="a thousand swaps take an hour; STITCHCACHE_FULL=1 runs them")
+def test_eight_threads_call_through_a_thousand_swaps(cache):
+    model, wrong = Scaled().eval(), []
+    x = torch.randn(2, 4)
+    want = model(x)
+    for _ in range(1000):
+        cache.clear()
+        served = _eagerly(cache, model, x)
+
+        def call(served=served) -> None:
+            calls = 0
+            while not served.status.startswith("failed") and calls < 50:
+                calls += served.status == "compiled"
+                if not torch.equal(served(x), want):
+                    wrong.append(served.status)
+
+        threads = [threading.Thread(target=call) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        assert served.wait(60), served.status
+        for thread in threads:
+            thread.join()
+    assert wrong == []
 
 
 def test_many_threads_call_through_the_swap(cache):
