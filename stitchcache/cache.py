@@ -172,7 +172,7 @@ class Cache(Store):
             header = self._header(item)
             if header is not None and header.label == name:
                 return item.key
-        return next((item.key for item in used if item.key.startswith(name)), None)
+        return next((item.key for item in used if item.key.startswith(str(name))), None)
 
     def entries(self) -> list[Header]:
         """Headers of all entries that can be read, older formats included, by layer.

@@ -68,8 +68,12 @@ def apart(old: str, new: str) -> tuple[str, str]:
     # Of each container that is open where they part: what stands before it, and the number of its item.
     where: list[tuple[str, int]] = []
     begin = number = 0
+    more = ""
     for place, (char, other) in enumerate(zip(old, new, strict=False)):
         if char != other:
+            if char in "}])," and other in "}]),":
+                # One container ends where the other goes on.
+                begin, number, more = place + 1, number + 1, old if char == "," else new
             break
         if char in "{[(":
             label = old[begin:place].strip(" :'\"")
@@ -82,6 +86,8 @@ def apart(old: str, new: str) -> tuple[str, str]:
 
     def item(text: str) -> str:
         depth = 0
+        if more and text is not more:
+            return ABSENT
         for end, char in enumerate(text[begin:], begin):
             depth += (char in "{[(") - (char in "}])")
             if depth < 0 or (char == "," and depth == 0):

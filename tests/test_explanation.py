@@ -11,7 +11,7 @@ import pytest
 from stitchcache import explanation
 from stitchcache.artifact.entry import pack_factors
 from stitchcache.cache import Cache
-from stitchcache.explanation import nearest_entries, stored_targets
+from stitchcache.explanation import apart, nearest_entries, stored_targets
 from stitchcache.types import Artifact, Factor, TargetRecord, Variant
 
 
@@ -175,3 +175,23 @@ def test_a_pipe_where_a_file_should_be_is_passed_over(cache, tmp_path):
         os.mkfifo(tmp_path / area / key[:2] / (key if area == "targets" else f"{key}.stitch"))
     assert len(nearest_entries([tmp_path], factors(a=2))) == 1
     assert len(stored_targets([tmp_path])) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("{'a': 1, 'b': 2}", "{'a': 1, 'b': 3}", ("'b': 2", "'b': 3")),
+        ("{'rope': {'theta': 1}}", "{'rope': {'theta': 2}}", ("rope: 'theta': 1", "rope: 'theta': 2")),
+        ("[1, [2, 3]]", "[1, [2, 4]]", ("1: 3", "1: 4")),
+        ("[1, 2]", "[1, 2, 3]", ("item 2: (absent)", "item 2: 3")),
+        ("{'a': 1}", "{}", ("'a': 1", "(absent)")),
+        (
+            "[{0: Dim(batch, min=1, max=64)}, null]",
+            "[{0: Dim(batch, min=2, max=64)}, null]",
+            ("0: 0: Dim: min=1", "0: 0: Dim: min=2"),
+        ),
+        ("float32", "float16", ("float32", "float16")),
+    ],
+)
+def test_which_item_of_a_container_differs(old, new, said):
+    assert apart(old, new) == said

@@ -26,11 +26,12 @@ from stitchcache.errors import (
     OptionError,
     PieceMismatchError,
     SplitError,
+    StitchCacheError,
     StoreWriteError,
     check_kind,
 )
 from stitchcache.pipeline import start_with
-from stitchcache.pipeline.find import Hit, Miss, OnProgress, Request, find_by_graph
+from stitchcache.pipeline.find import Hit, Miss, OnProgress, Request, check_model, find_by_graph
 from stitchcache.pipeline.make import plan_entry
 from stitchcache.pipeline.trace import compile_planned, dynamo_source
 from stitchcache.runtime.graph import CompiledGraph
@@ -99,6 +100,47 @@ def compile_graph(
             str(error).rstrip("."),
         )
         return gm.forward
+
+
+def compile_graphs(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    request: Request,
+    cache: Cache,
+    how: Mapping[str, Any],
+) -> list[CompiledGraph]:
+    """Let ``torch.compile`` capture a model on its example; its graphs, in the order of their capture.
+
+    Raises:
+        StitchCacheError: What :func:`compile_graph` raises, or a ``CaptureError``: Dynamo cannot run the
+            model, or no graph of it can be stored.
+    """
+    graphs: list[CompiledGraph] = []
+
+    def backend(gm: GraphModule, inputs: Sequence[Any], **more: Any) -> Any:
+        made = compile_graph(gm, inputs, **more)
+        graphs.extend([made] if isinstance(made, CompiledGraph) else [])
+        return made
+
+    options = {name: getattr(request, name) for name in _REQUEST}
+    check_model(model, args, kwargs)
+    try:
+        given = {**options, "cache": cache, **request.options}
+        with torch.no_grad():
+            torch.compile(model, backend=backend, options=given, **how)(*args, **kwargs)
+    except Exception as error:
+        # A boundary: Dynamo and the user's forward run here. Dynamo wraps what a backend raises.
+        inner = getattr(error, "inner_exception", error)
+        if isinstance(inner, StitchCacheError):
+            raise inner from error
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        said = f"{request.label}: torch.compile cannot run the model: {reason}"
+        raise CaptureError(said, reason=reason) from error
+    if not graphs:
+        said = "torch.compile captured no graph that can be compiled and stored; the log says why."
+        raise CaptureError(f"{request.label}: {said}", reason="no graph")
+    return graphs
 
 
 def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Request, Cache]:

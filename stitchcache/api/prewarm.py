@@ -13,13 +13,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, NoneType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from stitchcache.api.compile import compile_request, request_of
 from stitchcache.api.progress import bar
 from stitchcache.cache import Cache
 from stitchcache.errors import (
     DuplicateTargetError,
+    OptionError,
     StitchCacheError,
     StoreWriteError,
     TargetError,
@@ -30,6 +31,9 @@ from stitchcache.errors import (
 from stitchcache.pipeline.find import OnProgress, Request, chosen_cache
 from stitchcache.torchside import without_data
 from stitchcache.types import SizeRange
+
+if TYPE_CHECKING:
+    from stitchcache.runtime.graph import CompiledGraph
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +49,12 @@ class Target:
         backend: Piece backend.
         key_factors: The caller's own distinctions.
         options: Inductor options and ours.
+        torch_compile: Let ``torch.compile(model, backend="stitchcache", ...)`` capture the model, with these
+            arguments of its: ``{"dynamic": True}``, say, or ``{}``. ``None`` is :func:`stitchcache.compile`.
 
     Raises:
-        OptionError: ``name`` is no text, or ``build`` cannot be called.
+        OptionError: ``name`` is no text, ``build`` cannot be called, or an option means nothing to
+            ``torch.compile``.
     """
 
     name: str
@@ -58,10 +65,19 @@ class Target:
     backend: str = field(default="aoti", kw_only=True)
     key_factors: Mapping[str, Any] | None = field(default=None, kw_only=True)
     options: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    torch_compile: Mapping[str, Any] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_kind("name", self.name, str, "a name")
         check_kind("build", self.build, Callable, "a function that returns (model, args)")
+        how = self.torch_compile
+        check_kind("torch_compile", how, (Mapping, NoneType), "a dict, such as {'dynamic': True}")
+        for name in (how or {}).keys() - {"dynamic", "fullgraph"}:
+            said = f"torch_compile[{name!r}]: there is dynamic and fullgraph."
+            raise OptionError(said, option="torch_compile")
+        if how is not None and (self.dynamic_shapes is not None or self.size_ranges):
+            said = "dynamic_shapes and size_ranges mean nothing to torch.compile: use {'dynamic': True}."
+            raise OptionError(said, option="torch_compile")
 
     def made(self, *, fake: bool = False) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """Build the model and its example arguments; with ``fake`` no weight takes any memory.
@@ -98,6 +114,7 @@ class PrewarmResult:
     name: str
     status: str  # ``direct`` or ``graph`` (it was there), ``compiled``, or ``failed``
     graph_hash: str = ""  # its entry
+    more_graphs: tuple[str, ...] = ()  # entries of its other graphs, where torch.compile captured several
     stored: bool = False  # the cache holds that entry now, so that other processes find it
     pieces: int = 0  # calls of compiled pieces
     distinct: int = 0  # different pieces
@@ -181,7 +198,7 @@ def looked_up(results: Iterable[PrewarmResult], cache: Cache) -> Iterator[Prewar
             continue
         error: StitchCacheError | None = None
         try:
-            if cache.get(result.graph_hash) is None:
+            if any(cache.get(each) is None for each in (result.graph_hash, *result.more_graphs)):
                 limits = cache.max_bytes is not None or cache.max_files is not None
                 over = "it was evicted: the limits (max_bytes, max_files) have no room for all targets"
                 why = (
@@ -207,8 +224,16 @@ def _one(
     began = time.perf_counter()
     try:
         request = request_for(target, jobs, on_miss)
+        if fake and target.torch_compile is not None:
+            raise target._error("needs real weights: torch.compile runs the model.")
         model, args, kwargs = target.made(fake=fake)
         began = time.perf_counter()
+        if target.torch_compile is not None:
+            # Not at the top: most targets need nothing of Dynamo.
+            from stitchcache.api.dynamo import compile_graphs
+
+            graphs = compile_graphs(model, args, kwargs, request, cache, target.torch_compile)
+            return _of_graphs(target.name, graphs, time.perf_counter() - began)
         compiled = compile_request(model, args, kwargs, request, cache, on_progress)
     except StitchCacheError as error:
         return PrewarmResult(
@@ -224,6 +249,21 @@ def _one(
         blob_bytes=sum({piece.blob.digest: piece.blob.size for piece in pieces}.values()),
         seconds=time.perf_counter() - began,
         timings=compiled.timings,
+    )
+
+
+def _of_graphs(name: str, graphs: Sequence[CompiledGraph], seconds: float) -> PrewarmResult:
+    """What became of a target that ``torch.compile`` captured, maybe as several graphs."""
+    pieces = [piece for graph in graphs for piece in graph.artifact.pieces]
+    return PrewarmResult(
+        name=name,
+        status="graph" if all(graph.cache_hit for graph in graphs) else "compiled",
+        graph_hash=graphs[0].graph_hash,
+        more_graphs=tuple(graph.graph_hash for graph in graphs[1:]),
+        pieces=len(pieces),
+        distinct=len({piece.key for piece in pieces}),
+        blob_bytes=sum({piece.blob.digest: piece.blob.size for piece in pieces}.values()),
+        seconds=seconds,
     )
 
 

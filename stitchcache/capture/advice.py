@@ -40,8 +40,6 @@ def advice(
         return f"args and kwargs must be those of a call: forward{_signature(forward)}."
     except ValueError:
         pass  # A forward of C's has no signature.
-    if any(type(module).__name__ == "CompiledModel" for module in model.modules()):
-        return "A part of it is compiled already. Compile the model as it was before."
     refused = re.search(r"(?:Found|input type) <class '([^']+)'>", said)
     if refused is not None:
         return _about_type(refused[1])
@@ -68,7 +66,9 @@ def _about_type(name: str) -> str:
 
 def _is_about_shapes(said: str, error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
+    # The second file is where a dimension that the tensor does not have is an IndexError.
     inside = any(Path(frame.filename).match("torch/export/dynamic_shapes.py") for frame in frames)
+    inside = inside or Path(frames[-1].filename).match("torch/_export/non_strict_utils.py")
     return inside or re.search("ConstraintViolation|Constraints violated|not in range", said) is not None
 
 

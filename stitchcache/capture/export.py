@@ -28,7 +28,7 @@ from stitchcache.errors import CaptureError, StitchCacheError
 from stitchcache.graph.effects import written_placeholders
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.state import clone_all, drawn_back, elements_of, plain_tensors, state_of
-from stitchcache.torchside import has_fakes, storage_id, tree
+from stitchcache.torchside import has_fakes, is_wrapper, storage_id, tree
 from stitchcache.types import InputSpec, OutputSpec
 
 _VALUE_READS = frozenset(
@@ -75,6 +75,20 @@ def capture(
     leaves, spec = tree.flatten((args, dict(kwargs)))
     state, plain = state_of(model), plain_tensors(model)
     _refuse_unfinished([*state.values(), *leaves])
+    if any(base.__name__ == "CompiledModel" for module in model.modules() for base in type(module).__mro__):
+        raise CaptureError(
+            "A part of the model is compiled already. Compile the model as it was before.",
+            reason="a compiled part",
+        )
+    given = zip(tree.leaf_paths(model.forward, args, dict(kwargs)), leaves, strict=True)
+    for name, tensor in (*state.items(), *given):
+        if is_wrapper(tensor):
+            raise CaptureError(
+                f"{name} is a {type(tensor).__qualname__}, a tensor that is made of others, as quantized "
+                "and distributed ones are; only plain tensors can be bound. Compile the model as it was "
+                "before it was converted.",
+                reason=f"{name} is a {type(tensor).__qualname__}",
+            )
     leaves = _separate(leaves, [*state.values(), *plain.values()])
     example: tuple[tuple[Any, ...], dict[str, Any]] = tree.unflatten(leaves, spec)
     # torch runs an op of which every argument is such a tensor for real.
@@ -308,10 +322,19 @@ def _capture_error(model: torch.nn.Module, error: BaseException, way_out: str) -
 
 
 def _user_line(error: BaseException) -> str:
-    """The deepest frame that is neither torch's nor ours."""
+    """The deepest frame that is neither torch's nor ours, nor the standard library's."""
     skipped = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
     frames = reversed(traceback.extract_tb(error.__traceback__))
-    found = next((frame for frame in frames if not frame.filename.startswith((*skipped, "<"))), None)
+    library = str(Path(traceback.__file__).parent)
+    found = next(
+        (
+            frame
+            for frame in frames
+            if not frame.filename.startswith((*skipped, "<"))
+            and (not frame.filename.startswith(library) or "site-packages" in frame.filename)
+        ),
+        None,
+    )
     if found is not None and found.name != "<module>":
         return f"{found.filename}:{found.lineno}"
     before = error.__cause__ or error.__context__

@@ -25,7 +25,7 @@ from stitchcache.records import dataclass
 from stitchcache.torchside import inductor, load_library
 from stitchcache.torchside.caller import append_caller, compile_caller
 from stitchcache.torchside.ops import OpOverload, is_view, known_range
-from stitchcache.types import BACKENDS
+from stitchcache.types import BACKENDS, COMPILER_OPTIONS
 
 log = logging.getLogger("stitchcache")
 
@@ -97,6 +97,9 @@ class Backend:
         """Ops that this backend cannot compile and that must be called between pieces instead."""
         return set()
 
+    def check_options(self, options: Options) -> None:
+        """Raise an ``OptionError`` for an option that the compiler does not know."""
+
     def warmth(self, devices: Collection[str], options: Options) -> Callable[[], object] | None:
         """What fills caches on disk that compiling reads; it is called in a process of its own."""
         return None
@@ -136,6 +139,21 @@ class InductorBackend(Backend):
         artifact = inductor.load_artifact(path)
         # It takes its inputs one by one, not as a list.
         return lambda inputs: artifact(*inputs)
+
+    def check_options(self, options: Options) -> None:
+        """Look names up among Inductor's, which is imported only where there are options of the user's."""
+        if options.keys() <= COMPILER_OPTIONS.keys():
+            return
+        # Not at the top: few make mistakes, and every warm start imports this file.
+        from difflib import get_close_matches
+
+        known = inductor.option_names()
+        for name in options:
+            if name.replace("-", "_") not in known:
+                near = get_close_matches(name, known, 2)
+                hint = f"did you mean {' or '.join(near)}?" if near else "see torch._inductor.list_options()."
+                place = f"options[{name!r}]"
+                raise OptionError(f"{place}: Inductor has no such option; {hint}", option=place)
 
     def warmth(self, devices: Collection[str], options: Options) -> Callable[[], object] | None:
         """Leave the probes of the CPU on disk, which takes half of Inductor's imports only."""

@@ -74,7 +74,7 @@ class Request:
         check_kind("options", self.options, Mapping, "a dict")
         for name, value in self.options.items():
             # Inductor looks at its own options when it compiles; eager pieces have none.
-            ours = name.startswith("stitchcache.") or self.backend == "eager"
+            ours = not isinstance(name, str) or name.startswith("stitchcache.") or self.backend == "eager"
             if ours and type(value) is not _OWN_OPTIONS.get(name):
                 known = ", ".join(f"{n} ({k.__name__})" for n, k in _OWN_OPTIONS.items())
                 there = "backend 'eager' has only" if self.backend == "eager" else "there is"

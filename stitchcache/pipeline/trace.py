@@ -25,6 +25,7 @@ from stitchcache.graph.effects import matches
 from stitchcache.keys.environment import environment_factors, torch_state_factors
 from stitchcache.keys.recorder import SourceRecorder
 from stitchcache.keys.walk import plain_bytes
+from stitchcache.pieces import get_backend
 from stitchcache.pieces.build import warming
 from stitchcache.pipeline import changed_from, start, started_or_miss, store_target
 from stitchcache.pipeline.find import Hit, Miss, Request, Site, Wanted, find_by_graph
@@ -96,6 +97,8 @@ def dynamo_source(gm: GraphModule, example_inputs: Sequence[Any], request: Reque
 
 def _environment(request: Request, devices: Sequence[str], label: str) -> tuple[Factor, ...]:
     """All that compiled pieces depend on beside their graph."""
+    # A misspelt option would be found by the compiler only, after the trace.
+    get_backend(request.backend).check_options(request.backend_options)
     try:
         state = tuple(torch_state_factors())
     except UnkeyableError as error:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from stitchcache.api.prewarm import Target, request_for
 from stitchcache.cache import Cache
-from stitchcache.errors import UntrustedEntryError
+from stitchcache.errors import TargetError, UntrustedEntryError
 from stitchcache.pipeline.find import Hit, Wanted, check_model, find, find_by_graph, want
 from stitchcache.pipeline.miss import changed_and_nearest, graph_differences
 from stitchcache.report.entry import Record, difference_records, near_records
@@ -19,6 +19,12 @@ def explain_target(target: Target, cache: Cache, *, trace: bool = False, most: i
     The verdict is ``direct``, ``miss``, or ``off`` where direct lookup is off. Where the key leads nowhere,
     ``most`` of the nearest entries are named. In a cache that is opened read-only even damage stays.
     """
+    if target.torch_compile is not None:
+        raise TargetError(
+            f"target {target.name!r} goes through torch.compile, which traces at every start: there is "
+            "no direct hit to explain. 'stitchcache prewarm --require' looks its graphs up.",
+            target=target.name,
+        )
     request = request_for(target)
     model, args, kwargs = target.made()
     check_model(model, args, kwargs)

@@ -47,6 +47,11 @@ def settings() -> Any:
     return torch._inductor.config
 
 
+def option_names() -> list[str]:
+    """Names of Inductor's options, as ``torch.compile(options=...)`` takes them."""
+    return list(settings().get_config_copy())
+
+
 def compile_library(piece: torch.fx.GraphModule, fakes: Sequence[Any], options: Mapping[str, Any]) -> Any:
     """Compile a piece with AOTInductor; returns a library's path, or another product that options ask for."""
     import torch._inductor

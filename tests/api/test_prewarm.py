@@ -176,3 +176,56 @@ def test_a_prefix_that_two_entries_share(cache):
             return
         hashes[first] = compiled.graph_hash
     pytest.fail("39 hashes with 16 first digits, and no two the same")
+
+
+def test_a_module_that_raises_is_an_error_with_its_place(tmp_path):
+    (tmp_path / "raising_target.py").write_text("import json\nraise KeyError('weights')\n")
+    with pytest.raises(errors.TargetError, match=r"KeyError: 'weights' \(.*raising_target.py:2\)"):
+        find_targets(f"{tmp_path / 'raising_target.py'}:target")
+    with pytest.raises(errors.TargetError, match=r"dumps\(\) of json is to return targets"):
+        find_targets("json:dumps")
+    (tmp_path / "needing_target.py").write_text("\nfrom json import nothing\n")
+    with pytest.raises(errors.TargetError, match=r"needing_target.py:2"):
+        find_targets(f"{tmp_path / 'needing_target.py'}:target")
+
+
+class Broken(torch.nn.Module):
+    """Two graphs of Dynamo's: a graph break between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+
+    def forward(self, x):
+        x = self.one(x)
+        torch._dynamo.graph_break()
+        return self.two(x).relu()
+
+
+def test_targets_that_torch_compile_captures(cache):
+    def build():
+        torch.manual_seed(0)
+        return Broken().eval(), (torch.ones(2, 3),)
+
+    target = stitchcache.Target("broken", build, backend="eager", torch_compile={"dynamic": True})
+    (cold,) = stitchcache.prewarm(target, cache=cache).results
+    assert (cold.status, cold.stored, len(cold.more_graphs), cold.pieces) == ("compiled", True, 1, 2)
+    torch._dynamo.reset()
+    (warm,) = stitchcache.prewarm(target, cache=cache, on_miss="error").results
+    assert (warm.status, warm.graph_hash, warm.more_graphs) == ("graph", cold.graph_hash, cold.more_graphs)
+    # What the target is for: the program's own torch.compile finds all of it.
+    torch._dynamo.reset()
+    model, _ = build()
+    options = {"backend": "eager", "cache": cache, "on_miss": "error"}
+    fast = torch.compile(model, backend="stitchcache", dynamic=True, options=options)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(torch.ones(5, 3)), model(torch.ones(5, 3)))
+    torch._dynamo.reset()
+    (missed,) = stitchcache.prewarm(
+        target, cache=stitchcache.Cache(cache.root / "x"), on_miss="error"
+    ).results
+    assert isinstance(missed.error, errors.CacheMissError)
+    with pytest.raises(errors.OptionError, match="dynamic_shapes"):
+        stitchcache.Target("a", build, dynamic_shapes=(None,), torch_compile={})
+    (faked,) = stitchcache.prewarm(target, cache=cache, fake=True).results
+    assert "needs real weights" in str(faked.error)

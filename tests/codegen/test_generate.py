@@ -445,3 +445,46 @@ def test_generation_is_linear_and_fast() -> None:
 
 def test_a_large_graph_runs() -> None:
     check(_chain(3_000), torch.zeros(1))
+
+
+def test_a_variable_holds_what_its_name_says() -> None:
+    root = torch.nn.Module()
+    root.one, root.two = Opaque(lambda a: (a + 1, a + 2)), Opaque(lambda a, b: a * b)
+
+    def build(graph: fx.Graph) -> None:
+        x = graph.placeholder("x")
+        one = graph.call_module("one", (x,))
+        two = graph.call_module("two", (item(graph, one, 0), item(graph, one, 1)))
+        graph.output(graph.call_function(torch.ops.aten.neg.default, (two,)))
+
+    gm = graph_module(build, root)
+    code, names, consts = generate_execution_code(gm, results={"one": 2})
+    body = code.partition("execution_fn(x):")[2]
+    assert [line.strip() for line in body.splitlines()[2:9]] == [
+        "getitem, getitem_1 = one(x)",
+        "del x",
+        "two_1 = two(getitem, getitem_1)",
+        "del getitem, getitem_1",
+        "neg_default = op_neg(two_1)",
+        "del two_1",
+        "return neg_default",
+    ]
+    call = compile_execution_fn(code, {name: root.get_submodule(name) for name in names}, names, consts)
+    assert call(torch.tensor(2.0)) == -12.0
+    # Without the number, items are taken one by one: a longer tuple would not unpack.
+    assert "one_1[0]" in generate_execution_code(gm)[0]
+
+
+def test_long_lines_are_folded_and_pass_the_gate() -> None:
+    root = torch.nn.Module()
+    root.one = Opaque(lambda *a: a)
+
+    def build(graph: fx.Graph) -> None:
+        x = graph.placeholder("a_rather_long_name_of_an_argument")
+        one = graph.call_module("one", (x, "text, with, commas, 'and quotes', " * 3, *[x] * 20))
+        graph.output(tuple(item(graph, one, index) for index in range(22)))
+
+    gm = graph_module(build, root)
+    code, names, consts = generate_execution_code(gm, results={"one": 22})
+    assert sum(len(line) > 110 for line in code.splitlines()) == 1  # The text itself.
+    assert len(compile_execution_fn(code, {"one": root.one}, names, consts)(torch.ones(1))) == 22

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+import stitchcache
 from stitchcache.api.prewarm import find_targets
 from stitchcache.demo.decoder import ATTENTION, DecoderConfig, build, decoder_target, token_ids
 
@@ -61,3 +64,15 @@ def test_building_it_imports_no_compiler(fresh_process):
         """
     )
     assert found == []
+
+
+def test_the_docs_show_its_generated_code(tmp_path):
+    target = decoder_target(DecoderConfig(layers=2))
+    model, args, _ = target.made()
+    options = {"dynamic_shapes": target.dynamic_shapes, "splitting_ops": target.splitting_ops}
+    compiled = stitchcache.compile(
+        model, args, backend="eager", cache=stitchcache.Cache(tmp_path), check="none", **options
+    )
+    page = (Path(__file__).parents[2] / "docs" / "generated-code.md").read_text()
+    shown = page.partition("<!-- code of the demo -->\n```python\n")[2].partition("```")[0]
+    assert compiled.artifact.code.replace(compiled.graph_hash, "HASH") == shown

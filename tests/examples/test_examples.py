@@ -114,3 +114,14 @@ def test_prewarm_again_is_a_direct_hit(prewarmed):
     again = json.loads(run("-m", "stitchcache", "prewarm", f"{file}:target", "--json", cache=cache).stdout)
     assert again["targets"][0]["status"] == "direct"
     assert again["targets"][0]["graph_hash"] == first["graph_hash"]
+
+
+def test_the_docs_show_minilms_generated_code(prewarmed):
+    name, result, cache = prewarmed
+    if name != "minilm":
+        pytest.skip("the page shows the other example")
+    said = run("-m", "stitchcache", "inspect", result["graph_hash"], "--code", cache=cache).stdout
+    page = (PACKAGE / "docs" / "generated-code.md").read_text()
+    shown = page.partition("<!-- code of MiniLM -->\n```python\n")[2].partition("    ...\n```")[0]
+    lines = [line.strip() for line in shown.replace("HASH", result["graph_hash"]).splitlines()]
+    assert "\n".join(lines) in "\n".join(line.strip() for line in said.splitlines())

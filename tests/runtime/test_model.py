@@ -1,5 +1,7 @@
 """Rebinding a compiled model, and whether it is still what its model would be traced to."""
 
+import copy
+
 import pytest
 import rebound_models
 import torch
@@ -7,6 +9,7 @@ from rebound_models import ByGlobal, Counts, Net, Opaque
 
 import stitchcache
 from stitchcache import errors
+from stitchcache.errors import BindError
 
 
 @pytest.fixture
@@ -103,3 +106,56 @@ def test_loaded_by_its_hash(build, tmp_path):
     assert not compiled.is_current()
     with pytest.raises(errors.BindError):
         compiled.rebind(model)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = torch.nn.Linear(2, 2)
+        self.config = {"width": 2}
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+class Whole(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = Layer(), torch.nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.head(self.layer(x))
+
+
+def test_a_compiled_submodule_takes_its_models_place(tmp_path):
+    whole, x = Whole().eval(), torch.ones(3, 2)
+    want, names = whole(x), [name for name, _ in whole.named_modules()]
+    keys = list(whole.state_dict())
+    own = whole.layer
+    whole.layer = stitchcache.compile(own, (x,), backend="eager", cache=stitchcache.Cache(tmp_path))
+    torch.testing.assert_close(whole(x), want)
+    assert list(whole.state_dict()) == keys
+    assert [name for name, _ in whole.named_modules()] == names
+    assert whole.layer.config is own.config
+    assert not hasattr(whole.layer, "nothing")
+    whole.load_state_dict({name: value * 2 for name, value in whole.state_dict().items()})
+    torch.testing.assert_close(whole(x), whole.head(own(x)))
+    # Training what is around it leaves it as it is.
+    assert whole.train().training
+    assert not own.training
+    # A method of the model's own reaches compiled code where the user puts it there.
+    compiled, own.forward = whole.layer, whole.layer.forward
+    assert own.forward is compiled.forward
+    torch.testing.assert_close(own(x), compiled(x))
+    with pytest.raises(TypeError, match="cannot be pickled or copied"):
+        copy.deepcopy(whole)
+
+
+def test_a_model_that_was_converted_after_it_was_compiled(tmp_path):
+    model, x = Layer().eval(), torch.ones(3, 2)
+    compiled = stitchcache.compile(model, (x,), backend="eager", cache=stitchcache.Cache(tmp_path))
+    model.bfloat16()
+    with pytest.raises(BindError, match=r"proj\.weight was float32 cpu .* and is bfloat16 cpu now"):
+        compiled(x)
+    model.float()
+    torch.testing.assert_close(compiled(x), model(x))
