@@ -18,8 +18,8 @@ _OTHERWISE = (
 _BY_WORDS = (
     (
         r"GuardOnDataDependent|data-dependent",
-        "Python decides by a tensor's value there, which a trace does not know: use torch.where, torch.cond "
-        'or a mask, or torch.compile(model, backend="stitchcache"), which breaks the graph there.',
+        "Python decides by a tensor's value there, which a trace does not know: use torch.where or "
+        'torch.cond, or torch.compile(model, backend="stitchcache"), which breaks the graph there.',
     ),
     (
         r"quantized|PackedParams|qint8|quint8|AffineQuantized",

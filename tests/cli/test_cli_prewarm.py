@@ -55,7 +55,7 @@ def first(run_cli, project):
 def test_a_target_is_compiled(first):
     assert first.status == 0, first.err
     heading, line = first.out.splitlines()
-    assert heading.split() == ["TARGET", "STATUS", "GRAPH", "CALLS", "DIFFERENT", "SIZE", "TIME"]
+    assert heading.split() == ["TARGET", "STATUS", "STORED", "GRAPH", "CALLS", "DIFFERENT", "SIZE", "TIME"]
     assert line.split()[:2] == ["net", "compiled"]
     assert "\x1b" not in first.err
 

@@ -74,5 +74,5 @@ def test_the_docs_show_its_generated_code(tmp_path):
         model, args, backend="eager", cache=stitchcache.Cache(tmp_path), check="none", **options
     )
     page = (Path(__file__).parents[2] / "docs" / "generated-code.md").read_text()
-    shown = page.partition("<!-- code of the demo -->\n```python\n")[2].partition("```")[0]
+    shown = page.partition("<!-- code of the demo -->\n```text\n")[2].partition("```")[0]
     assert compiled.artifact.code.replace(compiled.graph_hash, "HASH") == shown

@@ -122,6 +122,6 @@ def test_the_docs_show_minilms_generated_code(prewarmed):
         pytest.skip("the page shows the other example")
     said = run("-m", "stitchcache", "inspect", result["graph_hash"], "--code", cache=cache).stdout
     page = (PACKAGE / "docs" / "generated-code.md").read_text()
-    shown = page.partition("<!-- code of MiniLM -->\n```python\n")[2].partition("    ...\n```")[0]
+    shown = page.partition("<!-- code of MiniLM -->\n```text\n")[2].partition("    ...\n```")[0]
     lines = [line.strip() for line in shown.replace("HASH", result["graph_hash"]).splitlines()]
     assert "\n".join(lines) in "\n".join(line.strip() for line in said.splitlines())

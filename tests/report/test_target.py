@@ -73,7 +73,7 @@ def test_a_miss_names_what_differs_from_the_nearest(cache, caplog):
     assert told.nearest.graph_hash == first.graph_hash
     assert told.nearest.differences == {name: ("2.0", "5.0")}
     assert f"  {name}: 2.0 -> 5.0" in str(told).splitlines()
-    (line,) = [record.message for record in caplog.records]
+    line = caplog.records[-1].message
     assert f"nearest {first.graph_hash[:12]} differs in {name})" in line
     assert compiled(cache, Scaled(5.0)).explain().hit == "direct"
 
