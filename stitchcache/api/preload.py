@@ -45,7 +45,7 @@ class Preloaded:
         self._mutex = threading.Lock()
         self._process = os.getpid()
         self._found = threading.Event()
-        self._done = False
+        self._missing = False
         self._thread = threading.Thread(
             target=self._run, args=(wanted,), name="stitchcache-preload", daemon=True
         )
@@ -68,12 +68,12 @@ class Preloaded:
             seconds: At most so long; ``None`` waits as long as it takes.
 
         Returns:
-            Whether it is done and what was asked for is ready. False where there is no such entry.
+            Whether it is done; False also where there is no such entry.
         """
         if os.getpid() != self._process:
             return False
         self._thread.join(seconds)
-        return not self._thread.is_alive() and self._done
+        return not self._thread.is_alive() and not self._missing
 
     def artifact(self, graph_hash: str) -> Artifact | None:
         """The entry of a graph hash, read and verified; ``None`` where it is another one or none."""
@@ -102,10 +102,10 @@ class Preloaded:
                 what = f"entry {artifact.graph_hash[:12]}"
                 self._load(artifact)
             elif wanted is not None:
+                self._missing = True
                 where = self._cache.root if self._cache is not None else "the cache"
-                said = "preload: no entry in %s has the label or graph hash %r; 'stitchcache ls' shows them"
+                said = "preload: no usable entry in %s has the label or graph hash %r (see stitchcache ls)"
                 log.warning(said, where, wanted)
-            self._done = wanted is None or artifact is not None
         except (StitchCacheError, OSError) as error:
             # compile() meets it too, and says what is to be said.
             log.debug("preload: %s", error)

@@ -180,3 +180,11 @@ def test_a_forked_process_does_without_it(tmp_path, fresh_process):
         """
     )
     assert result["hit"] == "direct"
+
+
+def test_a_label_that_nothing_has_is_told(cache, caplog):
+    preloaded = stitchcache.preload("nonexistent", cache=cache)
+    assert not preloaded.wait(60)
+    assert "no usable entry" in caplog.text
+    assert "'nonexistent'" in caplog.text
+    assert stitchcache.preload(cache=cache).wait(60)
