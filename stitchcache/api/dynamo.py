@@ -26,7 +26,6 @@ from stitchcache.errors import (
     OptionError,
     PieceMismatchError,
     SplitError,
-    StitchCacheError,
     StoreWriteError,
     check_kind,
 )
@@ -113,8 +112,7 @@ def compile_graphs(
     """Let ``torch.compile`` capture a model on its example; its graphs, in the order of their capture.
 
     Raises:
-        StitchCacheError: What :func:`compile_graph` raises, or a ``CaptureError``: Dynamo cannot run the
-            model, or no graph of it can be stored.
+        CaptureError: No graph of it can be stored. Dynamo and the forward raise what they will.
     """
     graphs: list[CompiledGraph] = []
 
@@ -125,18 +123,9 @@ def compile_graphs(
 
     options = {name: getattr(request, name) for name in _REQUEST}
     check_model(model, args, kwargs)
-    try:
-        given = {**options, "cache": cache, **request.options}
-        with torch.no_grad():
-            torch.compile(model, backend=backend, options=given, **how)(*args, **kwargs)
-    except Exception as error:
-        # A boundary: Dynamo and the user's forward run here. Dynamo wraps what a backend raises.
-        inner = getattr(error, "inner_exception", error)
-        if isinstance(inner, StitchCacheError):
-            raise inner from error
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        said = f"{request.label}: torch.compile cannot run the model: {reason}"
-        raise CaptureError(said, reason=reason) from error
+    given = {**options, "cache": cache, **request.options}
+    with torch.no_grad():
+        torch.compile(model, backend=backend, options=given, **how)(*args, **kwargs)
     if not graphs:
         said = "torch.compile captured no graph that can be compiled and stored; the log says why."
         raise CaptureError(f"{request.label}: {said}", reason="no graph")

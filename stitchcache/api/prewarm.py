@@ -19,6 +19,7 @@ from stitchcache.api.compile import compile_request, request_of
 from stitchcache.api.progress import bar
 from stitchcache.cache import Cache
 from stitchcache.errors import (
+    CaptureError,
     DuplicateTargetError,
     OptionError,
     StitchCacheError,
@@ -232,7 +233,15 @@ def _one(
             # Not at the top: most targets need nothing of Dynamo.
             from stitchcache.api.dynamo import compile_graphs
 
-            graphs = compile_graphs(model, args, kwargs, request, cache, target.torch_compile)
+            try:
+                graphs = compile_graphs(model, args, kwargs, request, cache, target.torch_compile)
+            except Exception as error:
+                # A boundary: the user's forward runs in Dynamo, which wraps what a backend raises.
+                inner = getattr(error, "inner_exception", error)
+                if isinstance(inner, StitchCacheError):
+                    raise inner from error
+                said = f"torch.compile cannot run the model: {type(error).__name__}: {error}"
+                raise CaptureError(f"target {target.name!r}: {said}", reason=said) from error
             return _of_graphs(target.name, graphs, time.perf_counter() - began)
         compiled = compile_request(model, args, kwargs, request, cache, on_progress)
     except StitchCacheError as error:
