@@ -239,7 +239,7 @@ def _one(
                 # A boundary: the user's forward runs in Dynamo, which wraps what a backend raises.
                 inner = getattr(error, "inner_exception", error)
                 if isinstance(inner, StitchCacheError):
-                    raise inner from error
+                    raise inner from None
                 said = f"torch.compile cannot run the model: {type(error).__name__}: {error}"
                 raise CaptureError(f"target {target.name!r}: {said}", reason=said) from error
             return _of_graphs(target.name, graphs, time.perf_counter() - began)
