@@ -29,6 +29,8 @@ _HOMES = {
     "stats": "upkeep",
     "config": "machine",
     "doctor": "machine",
+    "machine": "preflight",
+    "check": "preflight",
     "keys": "trust",
     "sign": "trust",
     "export": "trust",

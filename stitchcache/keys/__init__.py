@@ -27,7 +27,7 @@ from stitchcache.keys.environment import (
 )
 from stitchcache.keys.model import class_factors, memory_factor, model_factors, readable
 from stitchcache.keys.values import own_attributes, stands_for_itself, tensor_span
-from stitchcache.keys.walk import Walk
+from stitchcache.keys.walk import Walk, plain_bytes
 from stitchcache.records import dataclass
 from stitchcache.state import devices_of
 from stitchcache.types import Dim, Factor, SizeRange
@@ -93,12 +93,13 @@ def target_key(
         except UnkeyableError as error:
             reason = str(error)
     reason = reason or walk.warm_cache()
-    key = None
-    if reason is None:
-        writer = walk.writer("target")
-        writer.put(tuple(sorted((factor.name, factor.digest) for factor in factors)))
-        key = hashlib.sha256(writer.out).hexdigest()
-    return TargetKey(key=key, reason=reason, factors=tuple(factors))
+    return TargetKey(key=None if reason else key_of(factors), reason=reason, factors=tuple(factors))
+
+
+def key_of(factors: Iterable[Factor]) -> str:
+    """The target key (64 hex digits) that is made of some factors, in any order."""
+    pairs = sorted((factor.name, factor.digest) for factor in factors)
+    return hashlib.sha256(plain_bytes(("target", *pairs))).hexdigest()
 
 
 def _option_factors(

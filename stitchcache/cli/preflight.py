@@ -1,0 +1,115 @@
+"""``stitchcache machine`` and ``check``: will it hit there?"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from stitchcache.cli import output as out
+from stitchcache.errors import StitchCacheError
+
+if TYPE_CHECKING:
+    from stitchcache.report.preflight import Machine
+
+
+@click.command()
+def machine() -> None:
+    """Print what keys know of this machine, as JSON for 'check --machine'.
+
+    Run it where models will start, in the same image, on the same kind of node: stitchcache machine >
+    node.json. There is no host, user, path or address in it.
+    """
+    # Not at the top: it imports torch.
+    from stitchcache.report.preflight import machine_record
+
+    click.echo(json.dumps({"schema": out.JSON_SCHEMA, **machine_record()}, indent=1))
+
+
+@click.command()
+@click.argument("source", required=False, type=click.Path())
+@click.option(
+    "--machine", "node", type=click.Path(), required=True, help="What 'stitchcache machine' printed there."
+)
+@click.option(
+    "--target", "target", metavar="TARGET", help="Check the direct hit of such targets; imports torch."
+)
+@out.shared_options
+def check(source: str | None, node: str, target: str | None, as_json: bool, root: str | None) -> None:
+    """Say for each entry whether it will hit on another machine, and which factor stands in the way.
+
+    SOURCE is a cache's directory or a bundle.  [default: the cache]
+
+    TARGET is 'pkg.module:name' or 'path/to/file.py:name', as for prewarm. Without it neither torch nor a GPU
+    nor the model is needed. Exit status 1 says that something will not hit there.
+    """
+    # Not at the top: the help page answers without it.
+    from stitchcache.report.preflight import preflight, read_machine, verdict_record
+
+    if source is not None and root is not None:
+        raise click.UsageError("SOURCE and --cache name the same thing; give one of them")
+    there = read_machine(node)
+    if target is not None:
+        targets = _check_targets(target, there, root or source)
+        missed = sum(not found["hit"] for found in targets)
+        out.show({"targets": targets, "missed": missed}, as_json, _print_targets, finding=missed > 0)
+        return
+    found = preflight(source or out.open_cache(root, read_only=True, allow_missing=False), there)
+    missed = sum(not verdict.hit for verdict in found)
+    record = {"entries": [verdict_record(verdict) for verdict in found], "missed": missed}
+    out.show(record, as_json, _print_entries, finding=missed > 0)
+
+
+def _check_targets(reference: str, there: Machine, root: str | None) -> list[out.Record]:
+    # Not at the top: they import torch, which entries do without.
+    from stitchcache.api.prewarm import find_targets
+    from stitchcache.report.preflight import check_target
+
+    cache, found = out.open_cache(root, read_only=True, allow_missing=False), []
+    for each in find_targets(reference):
+        try:
+            found.append(check_target(each, cache, there))
+        except StitchCacheError as error:
+            # Like one that cannot be prewarmed, it does not stop the others.
+            found.append(
+                {"name": each.name, "hit": False, "reason": error.message, "graph_hash": None, "nearest": []}
+            )
+    return found
+
+
+def _print_entries(record: out.Record) -> None:
+    columns: out.Fields = {
+        "ENTRY": lambda found: found["graph_hash"][:12],
+        "LABEL": "label",
+        "THERE": lambda found: "hit" if found["hit"] else "miss",
+        "IN THE WAY": lambda found: ", ".join(each["name"] for each in found["differences"]) or None,
+        "SET BY THE PROGRAM": lambda found: ", ".join(each["name"] for each in found["settings"]) or None,
+    }
+    out.print_table(columns, record["entries"])
+    seen: dict[tuple[str, str, str], None] = {}
+    for found in record["entries"]:
+        for each in (*found["differences"], *found["settings"]):
+            seen[each["name"], each["old"], each["new"]] = None
+    if seen:
+        out.print_heading("Differences")
+        rows = [{"name": name, "old": old, "new": new} for name, old, new in seen]
+        out.print_table({"FACTOR": "name", "ENTRY": "old", "MACHINE": "new"}, rows)
+    count = out.count_text(len(record["entries"]), "entry")
+    out.say(
+        f"{count}, {record['missed']} will not hit there" if record["missed"] else f"{count}, all hit there"
+    )
+
+
+def _print_targets(record: out.Record) -> None:
+    columns: out.Fields = {
+        "TARGET": "name",
+        "THERE": lambda found: "direct hit" if found["hit"] else "miss",
+        "ENTRY": lambda found: (found["graph_hash"] or "")[:12] or None,
+        "REASON": "reason",
+    }
+    out.print_table(columns, record["targets"])
+    for found in record["targets"]:
+        for near in found["nearest"][:1]:
+            out.print_heading(f"{found['name']}: near is {near['graph_hash'][:12]}")
+            out.print_table({"FACTOR": "name", "ENTRY": "old", "MACHINE": "new"}, near["differences"])

@@ -1,0 +1,208 @@
+"""Will it hit there? What a machine's keys are made of, beside what a cache's entries were made for.
+
+Only :func:`machine_record` and :func:`check_target` import torch. Comparing reads headers and factors of
+entries, whoever may write them; nothing is loaded, stored or counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+from stitchcache import __version__
+from stitchcache.artifact.entry import decode_named
+from stitchcache.cache import Cache
+from stitchcache.errors import OptionError
+from stitchcache.explanation import explain_differences
+from stitchcache.report.entry import Record, difference_records, near_records, read_entry
+from stitchcache.store import Area, key_of
+from stitchcache.types import ENGINE, Artifact, Factor
+
+if TYPE_CHECKING:
+    from stitchcache.api.prewarm import Target
+
+KIND = "stitchcache machine"
+_MOST_BYTES = 1 << 20
+# What a program sets for itself; the process that wrote the machine down had torch's defaults.
+_OF_PROCESS = ("torch.", "code.")
+
+Machine = Mapping[str, Factor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a start from an entry would be on a machine.
+
+    Args:
+        graph_hash: The entry.
+        label: The model's class or the target's name.
+        hit: Whether nothing about the machine stands in the way.
+        differences: Factors that stand in the way, to ``(value of the entry, value on the machine)``.
+        settings: Likewise for torch's settings, which the serving program has to make as the compiling one
+            did: the machine cannot tell.
+    """
+
+    graph_hash: str
+    label: str
+    hit: bool
+    differences: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    settings: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+def machine_record() -> Record:
+    """All that keys know of this machine and its installation, as ``stitchcache machine`` prints it."""
+    # Not at the top: comparing needs no torch.
+    import torch
+
+    from stitchcache.keys.environment import environment_factors, torch_state_factors
+
+    devices = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
+    factors = [*environment_factors(ENGINE, devices), *torch_state_factors()]
+    return {"kind": KIND, "stitchcache": __version__, "factors": [asdict(factor) for factor in factors]}
+
+
+def read_machine(path: str | os.PathLike[str]) -> Machine:
+    """Factors of a machine by name, from the file that ``stitchcache machine`` wrote there.
+
+    Raises:
+        OptionError: The file cannot be read, or is something else.
+    """
+    try:
+        with open(path, "rb") as file:
+            found = json.loads(file.read(_MOST_BYTES))
+        if found["kind"] != KIND:
+            raise ValueError(f"it is of kind {found['kind']!r}")
+        factors = [
+            Factor(**{name: str(each[name]) for name in ("name", "value", "digest")})
+            for each in found["factors"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        said = f"{os.fspath(path)} is not what 'stitchcache machine' prints ({type(error).__name__}: {error})"
+        raise OptionError(
+            f"{said}. Run 'stitchcache machine > FILE' on that machine.", option="--machine"
+        ) from error
+    return {factor.name: factor for factor in factors}
+
+
+def preflight(source: str | os.PathLike[str] | Cache, machine: Machine) -> list[Verdict]:
+    """Say for each entry of a cache or a bundle whether it will hit on a machine, and what stands in the way.
+
+    Args:
+        source: A cache, its directory, or the file of a bundle.
+        machine: From :func:`read_machine`.
+
+    Returns:
+        A verdict an entry, by label and graph hash.
+
+    Raises:
+        OptionError: ``source`` is neither.
+        EntryFormatError: An entry of a bundle is damaged.
+    """
+    found = [_verdict(artifact, machine) for artifact in _artifacts(source)]
+    return sorted(found, key=lambda verdict: (verdict.label, verdict.graph_hash))
+
+
+def _artifacts(source: str | os.PathLike[str] | Cache) -> Iterator[Artifact]:
+    if isinstance(source, Cache) or os.path.isdir(source):
+        cache = source if isinstance(source, Cache) else Cache(source, read_only=True)
+        for header in cache.entries():
+            yield read_entry(cache, header.graph_hash).artifact
+        return
+    try:
+        with tarfile.open(source, "r:") as bundle:
+            for member in bundle:
+                area, _, name = member.name.partition("/")
+                graph_hash = key_of(Area.ENTRIES, os.path.basename(name))
+                if area != Area.ENTRIES or graph_hash is None or member.size > _MOST_BYTES << 6:
+                    continue
+                file = bundle.extractfile(member)
+                if file is not None:
+                    yield decode_named(file.read(), graph_hash, f"{os.fspath(source)}:{member.name}")
+    except (OSError, tarfile.TarError) as error:
+        raise OptionError(
+            f"{os.fspath(source)} is neither a cache's directory nor a bundle ({error}).", option="SOURCE"
+        ) from error
+
+
+def _verdict(artifact: Artifact, machine: Machine) -> Verdict:
+    needed = [factor for factor in artifact.factors if factor.name.startswith("env.")]
+    differences = _differences(needed, machine)
+    settings = [
+        factor
+        for factor in artifact.factors
+        if factor.name.startswith(_OF_PROCESS) and factor.name in machine
+    ]
+    return Verdict(
+        graph_hash=artifact.graph_hash,
+        label=artifact.label,
+        # An entry that says nothing of its machine is of a format before factors, and hits nowhere directly.
+        hit=bool(needed) and not differences,
+        differences=differences,
+        settings=_differences(settings, machine),
+    )
+
+
+def _differences(needed: list[Factor], machine: Machine) -> dict[str, tuple[str, str]]:
+    there = [machine[factor.name] for factor in needed if factor.name in machine]
+    return explain_differences(needed, there)
+
+
+def check_target(target: Target, cache: Cache, machine: Machine, *, most: int = 3) -> Record:
+    """Whether a target will hit directly on a machine; its model is built here.
+
+    Its key is computed with the machine's factors in place of this one's. Sources are compared with those
+    here: the machine is taken to have the same code.
+    """
+    # Not at the top: entries are compared without torch.
+    from stitchcache.api.prewarm import request_for
+    from stitchcache.explanation import nearest_entries
+    from stitchcache.keys import key_of as key_of_factors
+    from stitchcache.keys.check import check_sources
+    from stitchcache.pipeline.find import check_model, want
+
+    model, args, kwargs = target.made()
+    check_model(model, args, kwargs)
+    wanted = want(model, args, kwargs, request_for(target), cache)
+    if wanted.target.key is None:
+        reason = f"direct lookup is off: {wanted.target.reason}"
+        return {"name": target.name, "hit": False, "reason": reason, "graph_hash": None, "nearest": []}
+    factors = [machine.get(f.name, f) if f.name.startswith("env.") else f for f in wanted.target.factors]
+    records = cache.get_target(key_of_factors(factors))
+    reason, graph_hash = "no entry for this target there", None
+    for record in records:
+        graph_hash = graph_hash or record.graph_hash
+        why = record.refused or check_sources(record, wanted.walk, looked=True)
+        if why is None and cache.get(record.graph_hash) is None:
+            why = f"entry {record.graph_hash[:12]} is gone or damaged"
+        if why is None:
+            return {
+                "name": target.name,
+                "hit": True,
+                "reason": "",
+                "graph_hash": record.graph_hash,
+                "nearest": [],
+            }
+        reason = why
+    near = nearest_entries(cache.roots, factors, label=target.name, most=most) if not records else []
+    return {
+        "name": target.name,
+        "hit": False,
+        "reason": reason,
+        "graph_hash": graph_hash,
+        "nearest": near_records(near),
+    }
+
+
+def verdict_record(verdict: Verdict) -> Record:
+    """A verdict as ``check --json`` prints it."""
+    return {
+        "graph_hash": verdict.graph_hash,
+        "label": verdict.label,
+        "hit": verdict.hit,
+        "differences": difference_records(verdict.differences),
+        "settings": difference_records(verdict.settings),
+    }
