@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stitchcache.api.progress import progress_shown
 from stitchcache.cli import output as out
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ def prewarm(
     # Not at the top: it imports torch, and the help page answers without it.
     from stitchcache.api import prewarm as api
     from stitchcache.api.prewarm import check_names, find_targets, looked_up
+    from stitchcache.api.progress import progress_shown
 
     targets = [target for reference in references for target in find_targets(reference)]
     check_names(targets)
