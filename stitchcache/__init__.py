@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from stitchcache.types import Artifact as Artifact
     from stitchcache.types import Check as Check
     from stitchcache.types import Dim as Dim
+    from stitchcache.types import Secret as Secret
     from stitchcache.types import SizeRange as SizeRange
 
 __version__ = "0.2.0"
@@ -55,7 +56,7 @@ _HOMES = {
     "pipeline.find": "Progress",
     "pipeline.look": "verify",
     "runtime.model": "CompiledModel",
-    "types": "Artifact Check Dim SizeRange",
+    "types": "Artifact Check Dim Secret SizeRange",
 }
 _HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names.split()}
 

@@ -191,7 +191,7 @@ class Cache(Store):
             try:
                 yield from root.items(Area.ENTRIES, prefix)
             except OSError as error:
-                self._warn(root.path, f"{root.path}: cannot be listed ({words(error)})")
+                self.warn(root.path, f"{root.path}: cannot be listed ({words(error)})")
 
     def _header(self, item: Item) -> Header | None:
         from stitchcache.store.upkeep import read_header
@@ -199,7 +199,7 @@ class Cache(Store):
         try:
             return read_header(self._top, item.path)
         except (EntryFormatError, OSError) as error:
-            self._warn(item.path, f"{item.path}: cannot be read ({error})")
+            self.warn(item.path, f"{item.path}: cannot be read ({error})")
             return None
 
     # -- pieces, targets ---------------------------------------------------------------------------
@@ -222,7 +222,7 @@ class Cache(Store):
                     self._vouch(root, path, key, *each)
                     good.append(each)
                 except UntrustedEntryError as error:
-                    self._warn(path, f"{error.message} (taken as missing)")
+                    self.warn(path, f"{error.message} (taken as missing)")
             if root.trust == "signed" and root is not self._top:
                 # Copied to the top layer, it is from outside.
                 good = [(record, OUTSIDE + its.removeprefix(OUTSIDE)) for record, its in good]
@@ -282,7 +282,7 @@ class Cache(Store):
                 self.count("hit.piece")
                 return record
         except OSError as error:
-            self._warn(key, f"blob {key} of a piece cannot be read ({words(error)}): taken as missing")
+            self.warn(key, f"blob {key} of a piece cannot be read ({words(error)}): taken as missing")
         return None
 
     def put_piece(self, key: str, backend: str, blob: BlobRef) -> None:
@@ -298,7 +298,7 @@ class Cache(Store):
         try:
             return self._first(area, key, decode, *vouched)
         except UntrustedEntryError as error:
-            self._warn(error.path, f"{error.message} (taken as missing)", cause="refused")
+            self.warn(error.path, f"{error.message} (taken as missing)", cause="refused")
             return None
 
     # -- upkeep ------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ class Cache(Store):
         try:
             return take_stock(self._top, counters, since)
         except OSError as error:
-            self._warn(self._top.path, f"{self._top.path}: cannot be listed ({words(error)})")
+            self.warn(self._top.path, f"{self._top.path}: cannot be listed ({words(error)})")
             return CacheStats(counters=counters, since=since)
 
     def plan_prune(
@@ -408,7 +408,7 @@ class Cache(Store):
                     continue
                 old = decode_named(found[0], item.key, item.path)
             except (EntryFormatError, OSError) as error:
-                self._warn(item.path, f"{item.path}: cannot be read ({error}); it is left where it is")
+                self.warn(item.path, f"{item.path}: cannot be read ({error}); it is left where it is")
                 continue
             with self._top.writing(item.path):
                 # An entry that was compiled since has more to it.

@@ -69,6 +69,23 @@ def shorten(text: str, limit: int = SHORT) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+_SECRET_NAMES = ("token", "secret", "passw", "passphrase", "credential", "api_key", "apikey", "auth")
+_LONGEST_WORD = 19
+
+
+def is_telling(name: str, text: str) -> bool:
+    """Whether a text says something of a model to people, and nothing of who built it.
+
+    No rule knows every secret: what looks like a key, a path or an address is left to the digest.
+    """
+    lowered = name.lower()
+    named = any(word in lowered for word in _SECRET_NAMES)
+    if named or text.startswith(("/", "~", "-----")) or "://" in text:
+        return False
+    words = "".join(c if c.isalnum() else " " for c in text).split()
+    return all(len(word) <= _LONGEST_WORD for word in words)
+
+
 _double = struct.Struct("<d").pack
 _LONG = 1 << 4096  # Python refuses to write larger ints in decimal, as its user has set it
 

@@ -29,6 +29,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 
+def visible(text: str) -> str:
+    """Text from anywhere with nothing in it that a terminal would act on; line breaks stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 class StitchCacheError(Exception):
     """Base of every error raised on purpose.
 
@@ -38,6 +45,8 @@ class StitchCacheError(Exception):
     """
 
     def __init__(self, message: str, **facts: Any) -> None:
+        # It may quote what a file says.
+        message = visible(message)
         super().__init__(message)
         self.message = message
         self.__dict__.update(facts)

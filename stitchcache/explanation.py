@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from stitchcache.artifact.entry import decode, decode_target, unpack_factors
-from stitchcache.errors import EntryFormatError
+from stitchcache.errors import EntryFormatError, visible
 from stitchcache.store import Area, key_of
 from stitchcache.types import Check, Factor, TargetRecord
 
@@ -111,7 +111,7 @@ def names_text(names: Sequence[str], most: int = 3) -> str:
 
 def printable(text: str) -> str:
     """Text from a file, with nothing in it that a terminal or a log would act on."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return visible(text).replace("\n", "\\n")
 
 
 # -- a start ---------------------------------------------------------------------------------------

@@ -143,6 +143,16 @@ class Dim:
         return self.name
 
 
+@dataclass(frozen=True)
+class Secret:
+    """A value for ``key_factors`` that counts in keys and is shown nowhere.
+
+    Its digest is stored. Whoever can read the cache can try values, so it hides nothing that can be guessed.
+    """
+
+    value: object = field(repr=False)
+
+
 # -- what an artifact is made of ------------------------------------------------------------------
 
 

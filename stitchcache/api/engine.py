@@ -140,7 +140,7 @@ def _factors(factors: Mapping[str, Any] | None) -> list[Factor]:
     for name, value in (factors or {}).items():
         check_kind("a name in factors", name, str, "text")
         try:
-            found.append(make_factor(f"user.{name}", readable(value), plain_bytes(value)))
+            found.append(make_factor(f"user.{name}", readable(value, name), plain_bytes(value)))
         except UnkeyableError as error:
             raise OptionError(
                 f"factors[{name!r}] must be a plain value: {error}", option="factors"

@@ -12,12 +12,13 @@ import functools
 import operator
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import msgpack
 
-from stitchcache.errors import EntryFormatError
+from stitchcache.errors import EntryFormatError, StitchCacheError
 from stitchcache.records import fill
 from stitchcache.types import is_digest
 
@@ -48,6 +49,28 @@ class FieldError(ValueError):
         """The same error, seen from the record around it."""
         joint = "" if not self.field or self.field.startswith("[") else "."
         return FieldError(f"{outer}{joint}{self.field}", self.reason)
+
+
+MALFORMED = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+    SyntaxError, RecursionError, MemoryError, StopIteration,
+)  # fmt: skip
+"""What code raises that believes in the form of a record, and was given another. Fields are checked when
+they are read; this is for what they mean together, and for text in them that has a grammar."""
+
+
+@contextmanager
+def well_formed(what: str) -> Iterator[None]:
+    """The boundary to records from outside: what fails in the block because of their form is an
+    ``EntryFormatError``.
+    """
+    try:
+        yield
+    except StitchCacheError:
+        raise
+    except MALFORMED as error:
+        reason = f"stitchcache did not write this: {type(error).__name__}: {str(error)[:200]}"
+        raise EntryFormatError(f"{what}: {reason}", field="payload", reason=reason) from error
 
 
 # -- bytes and plain values -----------------------------------------------------------------------

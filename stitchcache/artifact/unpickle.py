@@ -64,6 +64,8 @@ _MOST_BYTES = 256 << 20
 _MOST_OPCODES = 1 << 20
 _MOST_NESTED = 256
 _MOST_IN_A_KEY = 1000
+# Tuples in tuples. Python hashes them without looking at how deep they are, until the stack is full.
+_MOST_IN_TUPLES = 10_000
 
 
 class Refused(Exception):
@@ -88,6 +90,7 @@ class Unpickler:
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
         self._left = 0
+        self._in_tuples = 0
 
     def load(self, data: bytes) -> Any:
         """What a pickle holds, if it is one and has nothing that it may not have."""
@@ -140,9 +143,9 @@ class Unpickler:
                 if len(self._marks) > _MOST_NESTED:
                     raise Refused(f"nested deeper than {_MOST_NESTED}")
             case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(self._take(_NUMBER.get(opcode))))
+                stack.append(tuple(self._parts(_NUMBER.get(opcode))))
             case "FROZENSET":
-                stack.append(frozenset(map(_key, self._take(None))))
+                stack.append(frozenset(map(_key, self._parts(None))))
             case "APPEND" | "APPENDS":
                 items = self._take(_NUMBER.get(opcode))
                 self._container(list).extend(items)
@@ -167,6 +170,14 @@ class Unpickler:
             raise Refused("an opcode without its operands")
         taken = self._stack[begin:]
         del self._stack[begin:]
+        return taken
+
+    def _parts(self, number: int | None) -> list[Any]:
+        """What a tuple or frozenset is made of."""
+        taken = self._take(number)
+        self._in_tuples += any(type(each) in (tuple, frozenset) for each in taken)
+        if self._in_tuples > _MOST_IN_TUPLES:
+            raise Refused(f"more than {_MOST_IN_TUPLES} tuples that hold tuples")
         return taken
 
     def _container(self, *kinds: type) -> Any:

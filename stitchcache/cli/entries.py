@@ -195,6 +195,10 @@ def _print_overview(entry: Entry, record: out.Record, digits: int) -> None:
     for title, lines in (("Input", input_lines(artifact)), ("Output", output_lines(artifact))):
         out.print_heading(title)
         out.print_pairs(lines, indent="  ")
+    shown = [text for variant in record["variants"] for text in variant["consts"]]
+    if shown:
+        out.print_heading("Constants")
+        out.print_pairs([(str(index), text) for index, text in enumerate(shown)], indent="  ")
     if distinct:
         out.print_heading("Different pieces")
         columns: out.Fields = {

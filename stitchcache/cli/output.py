@@ -78,7 +78,9 @@ def show(record: Record, as_json: bool, view: Callable[[Record], None], *, findi
     if as_json:
         import json
 
-        click.echo(json.dumps({"schema": JSON_SCHEMA, **record}, indent=2, ensure_ascii=False))
+        text = json.dumps({"schema": JSON_SCHEMA, **record}, indent=2, ensure_ascii=False)
+        # JSON escapes only some of what a terminal acts on.
+        click.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
     else:
         view(record)
     if finding:

@@ -124,7 +124,7 @@ def _option_factors(
             except UnkeyableError as error:
                 message = f"{argument}[{name!r}] must be a plain value, as it becomes part of a key: {error}"
                 raise OptionError(message, option=argument) from error
-            yield make_factor(f"{kind}.{name}", readable(value), bytes(writer.out))
+            yield make_factor(f"{kind}.{name}", readable(value, name), bytes(writer.out))
 
 
 def input_factors(
@@ -143,7 +143,7 @@ def input_factors(
         writer = walk.writer("input", f"{position} value", [path])
         if not isinstance(value, torch.Tensor):
             writer.put(value)
-            yield make_factor(name, readable(value), bytes(writer.out))
+            yield make_factor(name, readable(value, path), bytes(writer.out))
             continue
         dims = dims_of_leaf(dynamic_shapes, path, heads, value.dim())
         text = _tensor_text(path, value, dims)

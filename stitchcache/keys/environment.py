@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from stitchcache import torchside
-from stitchcache.encoding import make_factor
+from stitchcache.encoding import is_telling, make_factor
 from stitchcache.keys.code import replaced_factor
 from stitchcache.keys.walk import Walk
 from stitchcache.types import ENGINE, Factor
@@ -165,7 +165,9 @@ def _variables() -> tuple[str, bytes]:
         relevant = name in _VARIABLES or name.startswith(_VARIABLE_PREFIXES)
         if relevant and name not in _HARMLESS_VARIABLES:
             found.append(f"{name}={os.environ[name]}")
-    return ", ".join(found) or "none", "\0".join(found).encode("utf-8", "surrogatepass")
+    named = [text.split("=", 1) for text in found]
+    shown = [f"{name}={value if is_telling(name, value) else '(not shown)'}" for name, value in named]
+    return ", ".join(shown) or "none", "\0".join(found).encode("utf-8", "surrogatepass")
 
 
 def _op_libraries() -> tuple[str, bytes]:

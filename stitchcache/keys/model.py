@@ -13,6 +13,7 @@ from stitchcache.encoding import (
     LONG,
     SCALARS,
     UnkeyableError,
+    is_telling,
     layout_of,
     make_factor,
     shorten,
@@ -42,8 +43,13 @@ _DEEPEST = 4  # containers in one another, of which the readable form shows item
 _SHOWN = 3  # distinct values that an attribute's readable form lists
 
 
-def readable(value: Any, room: int = LONG, depth: int = 0) -> str:
-    """A short form of a value that holds no address, for people; of a container, the first items."""
+def readable(value: Any, called: str = "", room: int = LONG, depth: int = 0) -> str:
+    """A short form of a value that holds no address, for people; of a container, the first items.
+
+    ``called`` is its name, which may say that it is secret.
+    """
+    if type(value) in (str, bytes) and not is_telling(called, str(value[:1000])):
+        return f"{type(value).__name__} of {len(value)} (not shown)"
     if type(value) is int and abs(value) >> 999:
         # Python may refuse to write it.
         return f"an int of {value.bit_length()} bits"
@@ -55,8 +61,12 @@ def readable(value: Any, room: int = LONG, depth: int = 0) -> str:
             if room <= 0:
                 texts.append("...")
                 break
-            text = readable(item, room, depth + 1)
-            texts.append(f"{text}: {readable(value[item], room, depth + 1)}" if type(value) is dict else text)
+            text = readable(item, "" if type(value) is dict else called, room, depth + 1)
+            if type(value) is dict:
+                text += (
+                    f": {readable(value[item], str(item) if type(item) is str else called, room, depth + 1)}"
+                )
+            texts.append(text)
             room -= len(texts[-1])
         opening, closing = "{}" if type(value) is dict else "[]"
         return f"{opening}{', '.join(texts)}{closing}"
@@ -216,7 +226,7 @@ class _ModelWalk:
                 encoded = scalar(value) if scalar is not None else self._encode(path, name, value, module)
                 parts += module_bytes + encoded
                 if len(shown) <= _SHOWN and encoded not in shown:
-                    shown[encoded] = readable(value)
+                    shown[encoded] = readable(value, name)
         for cls, columns in attributes.items():
             for name, (parts, shown) in columns.items():
                 texts = [*shown.values()][:_SHOWN] + ["..."] * (len(shown) > _SHOWN)
@@ -249,7 +259,7 @@ class _ModelWalk:
         items = state_of(config, ignored_names(type(config)), slots_of(type(config)))
         for name, value in items:
             data = self._encode("(config)", name, value)
-            yield make_factor(f"model.config.{name}", readable(value), data)
+            yield make_factor(f"model.config.{name}", readable(value, name), data)
         names = b"".join(text_bytes(name) for name, _ in items)
         yield make_factor("model.config_order", f"{len(items)} fields", bytes(kind.out) + names)
 

@@ -243,6 +243,8 @@ class AotiBackend(InductorBackend):
                 "backend='inductor' or 'eager'.",
                 backend=self.name,
             )
+        places = (str(directory), inductor.directory(), str(Path(torch.__file__).parent), sys.prefix)
+        _hide_paths(Path(built), places)
         caller = self._caller()
         if caller is not None:
             append_caller(Path(built), caller)
@@ -287,6 +289,19 @@ def get_backend(name: str) -> Backend:
 
         return EagerBackend()
     raise OptionError(f"backend={name!r}: there is {', '.join(BACKENDS)}.", option="backend")
+
+
+def _hide_paths(library: Path, directories: Sequence[str]) -> None:
+    """Write slashes over directories that stand in a library: they tell of its builder, and of the host.
+
+    They stand in messages of the runtime's checks. An absolute path stays one. The longest go first, as one
+    may lie in another.
+    """
+    data = library.read_bytes()
+    private = {*directories, *map(os.path.realpath, directories)} - {"/", "/usr", "/usr/local"}
+    for directory in sorted(private, key=len, reverse=True):
+        data = data.replace(os.fsencode(directory), b"/" * len(os.fsencode(directory)))
+    library.write_bytes(data)
 
 
 def _require_own_directory() -> None:

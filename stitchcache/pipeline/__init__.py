@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from stitchcache.artifact import well_formed
 from stitchcache.errors import (
     BackendError,
     BindError,
@@ -92,8 +94,10 @@ def start_with(
 ) -> R:
     """:func:`start` for any callable: ``link`` binds loaded pieces and constants to stitching code."""
     artifact, cache = found.artifact, site.cache
-    loaded = found.loaded or site.timed("load", lambda: load_blobs(artifact, site))
-    compiled = site.timed("link", lambda: link(*loaded))
+    # What was compiled now is ours; an entry may be anybody's.
+    with nullcontext() if found.way is None else well_formed(f"entry {artifact.graph_hash[:12]}"):
+        loaded = found.loaded or site.timed("load", lambda: load_blobs(artifact, site))
+        compiled = site.timed("link", lambda: link(*loaded))
     if look is not None:
         site.timed("look", lambda: look(compiled))
     if (store := found.store) is not None:
@@ -121,7 +125,8 @@ def started_or_miss(artifact: Artifact, site: Site, begin: Callable[[], T]) -> T
         # The store has told of damage; a blob that was evicted is no news.
         return Miss(reason=f"a piece of entry {name} is {error.reason}", cause="piece")
     except _UNUSABLE as error:
-        log.warning("%s: entry %s is not used: %s", site.label, name, error)
+        # It is met on several roads.
+        site.cache.warn(f"{name} {error}", f"{site.label}: entry {name} is not used: {error}")
         return Miss(reason=error.message, cause="look" if isinstance(error, StaleEntryError) else "refused")
     except OSError as error:
         # Checked a moment ago, and now it cannot be read: too many open files, a stale network file.

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
+from stitchcache.artifact import well_formed
 from stitchcache.cache import Cache
 from stitchcache.codegen import CodeObjects
-from stitchcache.errors import OptionError, UntrustedEntryError, check_kind
+from stitchcache.errors import EntryFormatError, OptionError, UntrustedEntryError, check_kind
 from stitchcache.keys import TargetKey, target_key
 from stitchcache.keys.check import check_sources
 from stitchcache.keys.walk import Walk
@@ -316,7 +317,12 @@ def find(wanted: Wanted) -> Hit | Miss:
     looked = wanted.request.checked != "none"
     first: Miss | None = None
     for record in site.cache.get_target(key):
-        changed = site.timed("sources", partial(check_sources, record, wanted.walk, looked=looked))
+        try:
+            with well_formed(f"target {key[:12]}"):
+                changed = site.timed("sources", partial(check_sources, record, wanted.walk, looked=looked))
+        except EntryFormatError as error:
+            log.warning("%s: a record is not used: %s", site.label, error)
+            changed = error.message
         found = _find_by_record(wanted, record, changed)
         if isinstance(found, Hit):
             return found

@@ -20,7 +20,9 @@ from stitchcache.explanation import (
     printable,
     stored_targets,
 )
-from stitchcache.store import Area, possible_paths
+from stitchcache.report.constants import shown_consts
+from stitchcache.store import Area, Files, possible_paths
+from stitchcache.store.root import Root
 from stitchcache.types import (
     Artifact,
     BindingSpec,
@@ -59,16 +61,16 @@ def read_entry(cache: Cache, prefix: str) -> Entry:
     for root in map(str, cache.roots):
         for path in possible_paths(root, Area.ENTRIES, graph_hash):
             try:
-                with open(path, "rb") as file:
-                    data = file.read()
-            except FileNotFoundError:
-                continue
+                # A pipe under its name must not be waited for, nor a huge file be read.
+                found = Root(root, files=Files(), durable=False, read_only=True).read(path, Area.ENTRIES)
             except OSError as error:
                 reason = error.strerror or str(error)
                 raise StoreError(
                     f"{path}: cannot be read ({reason}); check its owner and mode", path=path
                 ) from error
-            return Entry(decode_named(data, graph_hash, path), path, len(data), signature_in(data))
+            if found is not None:
+                data = found[0]
+                return Entry(decode_named(data, graph_hash, path), path, len(data), signature_in(data))
     raise GraphHashError(f"entry {graph_hash[:12]} was removed from {cache.root} just now", prefix=prefix)
 
 
@@ -104,6 +106,7 @@ def entry_record(entry: Entry) -> Record:
                 "code": variant.code,
                 "submod_names": list(variant.submod_names),
                 "consts_bytes": None if variant.consts is None else len(variant.consts),
+                "consts": shown_consts(variant.consts),
             }
             for variant in artifact.variants
         ],

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from stitchcache.artifact import well_formed
 from stitchcache.codegen import CodeObjects, show_source
 from stitchcache.errors import BindError, EntryFormatError, InputMismatchError
 from stitchcache.runtime.contract import CALLED, CallSource, mismatch
@@ -44,11 +45,26 @@ def build_call(
             field="input_spec",
             reason="missing",
         )
+    with well_formed("input_spec or output_spec"):
+        return _built_call(function, artifact, inputs, outputs, tensors, forward, objects, fakes)
+
+
+def _built_call(
+    function: Callable[..., Any] | None,
+    artifact: Artifact,
+    inputs: InputSpec,
+    outputs: OutputSpec,
+    tensors: Mapping[str, torch.Tensor],
+    forward: Callable[..., Any],
+    objects: CodeObjects,
+    fakes: Collection[type],
+) -> Callable[..., Any]:
     source, arguments = CallSource(inputs, artifact.narrowed), _Arguments(inputs, forward)
     leaves = source.open(arguments.collected)
     source.check(leaves)
     source.lines.append("if function is None: return None")
     _check_converted(source, artifact, tensors)
+    _check_results(artifact, outputs)
     _write_body(source, outputs, leaves, tensors)
     source.names.update(
         CALLED,
@@ -80,7 +96,9 @@ def misfit(
     """Why a call does not fit an artifact's contract; ``None`` where it does. Tensors may be without data."""
     fakes = {type(leaf) for leaf in tree.flatten((args, dict(kwargs)))[0] if is_fake(leaf)}
     try:
-        build_call(None, artifact, {}, forward, objects, fakes)(*args, **kwargs)
+        call = build_call(None, artifact, {}, forward, objects, fakes)
+        with well_formed("input_spec"):
+            call(*args, **kwargs)
     except (EntryFormatError, InputMismatchError) as error:
         return str(error)
     return None
@@ -111,6 +129,26 @@ def converted(name: str, tensor: torch.Tensor, was: str) -> BindError:
         expected=was,
         actual=now,
     )
+
+
+def _check_results(artifact: Artifact, outputs: OutputSpec) -> None:
+    """Raise a ``ValueError`` where results, or what is written back, are not those of trees and bindings."""
+    found, todo = 0, [json.loads(outputs.tree)[1]]
+    while todo:
+        node = todo.pop()
+        found += node["type"] is None
+        todo += node["children_spec"]
+    if found != outputs.count:
+        raise ValueError(f"{outputs.count} results for a tree of {found}")
+    leaves = artifact.input_spec.leaves if artifact.input_spec is not None else ()
+    known = {f"buffer:{binding.name}" for binding in artifact.bindings}
+    known |= {f"input:{index}" for index, leaf in enumerate(leaves) if leaf.kind == "inout"}
+    for mutation in outputs.mutations:
+        if mutation not in known:
+            raise ValueError(
+                f"a result is written to {mutation[:80]!r}, which is not there, or for the second time"
+            )
+        known.discard(mutation)
 
 
 def _write_body(

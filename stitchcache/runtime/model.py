@@ -25,6 +25,7 @@ from stitchcache.errors import (
     LinkError,
     StitchCacheError,
     check_kind,
+    visible,
 )
 from stitchcache.keys.environment import environment_factors
 from stitchcache.runtime import build_call
@@ -207,7 +208,7 @@ class CompiledModel(torch.nn.Module):
 
     def __repr__(self) -> str:
         hit = self.cache_hit or "compiled"
-        name = self.artifact.label or type(self.model).__name__
+        name = visible(self.artifact.label) or type(self.model).__name__
         return f"<CompiledModel {name} {self.graph_hash[:12]} {hit}>"
 
     def __reduce__(self) -> NoReturn:

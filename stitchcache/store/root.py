@@ -49,6 +49,7 @@ _DIGESTED_AT_ONCE = 256 << 10
 # What others have no business in: locks that they could hold, files that are not whole.
 _PRIVATE = (Area.LOCKS, Area.TMP)
 _BLOB_LOCKS = "blobs"
+_HEAD = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,10 @@ class Root:
         with self.files.opened(fd):
             facts = self.files.fstat(fd)
             if stat.S_ISREG(facts.st_mode) and facts.st_size <= cap:
-                return self.files.read_exactly(fd, facts.st_size), facts
+                head = self.files.read_exactly(fd, min(facts.st_size, _HEAD))
+                # Nothing of ours begins with zeros, and a file with a hole may be of any size.
+                if len(head) < _HEAD or head.strip(b"\0"):
+                    return head + self.files.read_exactly(fd, facts.st_size - len(head)), facts
         raise EntryDamagedError.at(path, "size", reason)
 
     def require_trust(self, path: str) -> None:

@@ -75,7 +75,7 @@ def own_signature(store: Store, root: Root, kind: str, key: str, digest: str) ->
     except (UntrustedEntryError, OptionError) as error:
         why = error.message
     later = ", so the next start refuses it" if root.trust == "signed" else ""
-    store._warn("signature", f"{root.path}: what is compiled is stored unsigned{later}: {why}")
+    store.warn("signature", f"{root.path}: what is compiled is stored unsigned{later}: {why}")
     return b""
 
 
@@ -91,6 +91,6 @@ def own_copy(store: Store, root: Root, path: str, ref: BlobRef) -> Path | None:
         copy.write_bytes(root.files.read_exactly(fd, ref.size) if right_size else b"")
     state = root.blob_state(str(copy), ref)
     if isinstance(state, str):
-        store._warn(path, f"{path}: damaged: {state}; taken as missing")
+        store.warn(path, f"{path}: damaged: {state}; taken as missing")
         return None
     return copy

@@ -25,6 +25,7 @@ from stitchcache.errors import (
     OptionError,
     UntrustedEntryError,
     check_kind,
+    visible,
 )
 from stitchcache.store import (
     MOST_TRIES,
@@ -127,7 +128,7 @@ class Store:
                     untrusted = untrusted or error
                 except OSError as error:
                     said = f"{path}: cannot be read ({words(error)}): taken as missing"
-                    self._warn(path, said, cause="refused")
+                    self.warn(path, said, cause="refused")
                 else:
                     if value is not None:
                         self._problems.pop(path, None)
@@ -158,7 +159,7 @@ class Store:
                 self._admit(root, path, area, key, found[0])
                 value = vouched(root, path, decode(found[0], key, path=path))
             except FutureFormatError as error:
-                self._warn(path, error.message)
+                self.warn(path, error.message)
                 return None
             except EntryFormatError as error:
                 self._reject(root, path, inode, f"{error.field}: {error.reason}")
@@ -285,18 +286,18 @@ class Store:
         gone = quarantine(root, path, inode, reason)
         what = "moved to quarantine" if gone else "left there, for it cannot be moved"
         self.count("corrupt")
-        self._warn(path, f"{path}: damaged: {reason}; {what}, and taken as missing", again=gone)
+        self.warn(path, f"{path}: damaged: {reason}; {what}, and taken as missing", again=gone)
 
     def problem(self, key: str) -> tuple[str, str]:
         """Why the last look for a key refused a file, with a miss's ``cause``; ``""`` where it did not."""
         return next((said for path, said in self._problems.items() if key in path), ("", "new"))
 
-    def _warn(self, path: str, message: str, *, again: bool = False, cause: str = "entry") -> None:
+    def warn(self, path: str, message: str, *, again: bool = False, cause: str = "entry") -> None:
         """Warn of a file, once; one that stays would be warned of at each look."""
         self._problems[path] = (message, cause)
         if again or path not in self._warned:
             self._warned.add(path)
-            log.warning("%s", message)
+            log.warning("%s", visible(message))
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -413,8 +414,7 @@ class Counters:
         except EntryFormatError:
             found = None
         for line in found[0].decode("ascii", "replace").splitlines() if found else ():
-            name, _, value = line.partition("=")
-            # No number that takes long to read.
+            name, _, value = line.partition("=")  # and no number that takes long to read
             if " " not in name and value.isdigit() and len(value) < 20:
                 counts[name] = int(value)
         return counts

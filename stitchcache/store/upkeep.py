@@ -18,7 +18,13 @@ from stitchcache.artifact.entry import (
     decode_target,
     header_end,
 )
-from stitchcache.errors import EntryFormatError, FutureFormatError, StoreWriteError, UntrustedEntryError
+from stitchcache.errors import (
+    EntryFormatError,
+    FutureFormatError,
+    StoreWriteError,
+    UntrustedEntryError,
+    visible,
+)
 from stitchcache.store import CAP, KEYED, LEGACY_SUFFIXES, Area, Files, keyed_path, possible_paths, words
 from stitchcache.store.publish import quarantine
 from stitchcache.store.root import Item, Root, host_name
@@ -137,7 +143,7 @@ class CacheStats:
             "# TYPE stitchcache_events_total counter",
         ]
         for name, value in sorted(self.counters.items()):
-            label = name.replace("\\", r"\\").replace('"', r"\"")
+            label = visible(name).replace("\\", r"\\").replace('"', r"\"")
             lines.append(f'stitchcache_events_total{{event="{label}"}} {value}')
         for name in (*KEYED, "files", "bytes", "quarantine_files", "quarantine_bytes"):
             lines += [f"# TYPE stitchcache_{name} gauge", f"stitchcache_{name} {getattr(self, name)}"]
