@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import GraphModule
 
+from stitchcache.artifact import pack
 from stitchcache.artifact.entry import pack_factors
 from stitchcache.cache import Cache
 from stitchcache.capture.dynamo import capture_graph
@@ -182,6 +183,12 @@ def compile_planned(
         found = find_by_graph(planned.graph_hash, site)
         if isinstance(found, Miss):
             return miss if found.cause == "new" else replace(miss, reason=found.reason, cause=found.cause)
+        # The hash covers the contract, so an entry with another one was changed.
+        specs = [pack((at.input_spec, at.output_spec)) for at in (found.artifact, planned.source.whole)]
+        if specs[0] != specs[1]:
+            reason = f"entry {planned.graph_hash[:12]} has another contract than its graph"
+            site.cache.warn(reason, f"{site.label}: {reason}; it is not used")
+            return replace(miss, reason=reason, cause="refused")
         begun = started_or_miss(found.artifact, site, lambda: begin(found, miss))
         # What is wrong with the entry is the later reason, and what the direct lookup looked at stays.
         return replace(miss, reason=begun.reason, cause=begun.cause) if isinstance(begun, Miss) else begun
