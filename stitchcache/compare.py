@@ -87,7 +87,8 @@ class Beside:
     ``writes`` names tensors that the other may write; of the model's writes each is seen. ``apart``: it runs
     beside the user's own calls, on arguments of its own, so no shared state may be written and no random
     number drawn, not even for a moment. ``reads`` are paths to tensors in plain attributes that the other
-    reads; a model that replaces one writes it. ``deep`` puts back what plain objects hold, too.
+    reads; a model that replaces one writes it. ``deep`` puts back what plain objects hold, too. ``quick``
+    runs the model without autograd's part of torch: what that says counts only where both agree.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Beside:
         writes: Mapping[str, torch.Tensor] | None = None,
         effects: Mapping[str, bool] | None = None,
         apart: bool = False,
+        quick: bool = False,
         reads: Collection[str] = (),
         deep: bool = False,
     ) -> None:
@@ -107,7 +109,9 @@ class Beside:
         tensors = [leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)]
         self._inference = any(tensor.is_inference() for tensor in tensors)
         own = [memory for leaf in tensors if (memory := memory_of(leaf)) is not None]
-        self._new_watch = partial(watch, effects or {}, only=own if apart else None, draw=not apart)
+        self._new_watch = partial(
+            watch, effects or {}, only=own if apart else None, draw=not apart, quick=quick
+        )
         self._held, self._state = Held(model, deep=deep), state_of(model)
         there = {path: tensor_at(model, path) for path in reads}
         self._reads = {path: tensor for path, tensor in there.items() if tensor is not None}

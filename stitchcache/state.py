@@ -189,7 +189,8 @@ class Held:
 
     def put_back(self) -> bool:
         """Make it what it was, and tell whether anything was different."""
-        changed = [(space, items) for space, items in self._before if _differs(space, items)]
+        # Most are empty, and stay so.
+        changed = [(now, then) for now, then in self._before if (now or then) and _differs(now, then)]
         for space, items in changed:
             if isinstance(space, list):
                 space[:] = items

@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stitchcache.compare import Beside, Compared, judged
 from stitchcache.errors import StaleEntryError, StoreWriteError, check_kind
 from stitchcache.pipeline import store_target
 from stitchcache.pipeline.find import check_arguments
@@ -26,12 +26,14 @@ from stitchcache.torchside import has_fakes, tree, version_of
 from stitchcache.types import LOOK_THREAD, Check, CheckRecord, OutputBound, TargetRecord
 
 if TYPE_CHECKING:
+    from stitchcache.compare import Both, Compared
     from stitchcache.pipeline.find import Wanted
     from stitchcache.runtime.model import CompiledModel
     from stitchcache.types import Artifact
 
 log = logging.getLogger("stitchcache")
 
+_FIRST_CALLS = 0.1  # seconds that a look in the background waits
 LASTING = ("buffer:", "parameter:", "attribute:")
 
 
@@ -45,7 +47,7 @@ def looker(
     A hit that disagrees raises ``StaleEntryError`` and becomes a miss, and ``record``, which led to it, is
     refused until a trace has replaced it. ``cold`` looks at a fresh compilation, unless told why not.
     """
-    cache = wanted.site.cache
+    cache, effects = wanted.site.cache, wanted.request.effects
 
     def note(compiled: CompiledModel, outcome: Check, began: float) -> None:
         cache.count(f"look.{outcome.state}")
@@ -67,8 +69,11 @@ def looker(
             _look_later(wanted, compiled, lambda outcome: note(compiled, outcome, began))
         else:
             where, writes = (wanted.model, wanted.args, wanted.kwargs), _written_by(wanted, artifact)
-            both = Beside(*where, writes=writes, effects=wanted.request.effects).run(compiled)
-            note(compiled, judged(both, artifact.check), began)
+            compare = partial(_compare, *where, compiled, artifact.check, writes=writes, effects=effects)
+            both, outcome = compare(quick=True)
+            if outcome.state != "agreed":
+                both, outcome = compare()
+            note(compiled, outcome, began)
             compiled.raise_refusal()
             unmeasured = artifact.check is not None and artifact.check.state == "unchecked"
             if unmeasured and compiled.check.state == "agreed":
@@ -93,6 +98,22 @@ def _why_not(wanted: Wanted) -> str:
     return "the model or its example has no data" if no_data else ""
 
 
+def _compare(
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    subject: Callable[..., Any],
+    record: CheckRecord | None = None,
+    **how: Any,
+) -> tuple[Both, Check]:
+    """What running both gave, and what that comes to; ``how`` is for ``compare.Beside``."""
+    # A look in the background imports this in its thread.
+    from stitchcache.compare import Beside, judged
+
+    both = Beside(model, args, kwargs, **how).run(subject)
+    return both, judged(both, record)
+
+
 def record_of(items: Iterable[Compared]) -> CheckRecord:
     """What a comparison measured, as an entry keeps it."""
     bounds = [OutputBound(name=i.name, difference=i.difference, magnitude=i.magnitude) for i in items]
@@ -111,6 +132,8 @@ def _look_later(wanted: Wanted, compiled: CompiledModel, on_end: Callable[[Check
     compiled.check = Check(state="pending")
 
     def run() -> None:
+        # The first calls come first: beside them this would take turns with them.
+        time.sleep(_FIRST_CALLS)
         outcome = Check(state="unchecked", reason="looking at the model ended in an error")
         state = list(state_of(model).values())
         before = _versions(state)
@@ -118,8 +141,7 @@ def _look_later(wanted: Wanted, compiled: CompiledModel, on_end: Callable[[Check
             with ExitStack() as modes:
                 for device, dtype in autocast.items():
                     modes.enter_context(torch.autocast(device, dtype=dtype))
-                both = Beside(model, args, kwargs, effects=effects, apart=True).run(subject)
-            outcome = judged(both, record)
+                _, outcome = _compare(model, args, kwargs, subject, record, effects=effects, apart=True)
             if outcome.state == "mismatch" and _versions(state) != before:
                 outcome = Check(state="unchecked", reason="the model was changed while it was looked at")
         finally:
@@ -208,5 +230,5 @@ def verify(
     paths = tree.leaf_paths(getattr(model, "forward", model), args, given)
     leaves = zip(paths, tree.flatten((args, given))[0], strict=True)
     writes |= {f"input:{path}": leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
-    outcome = judged(Beside(model, args, given, writes=writes).run(compiled))
+    _, outcome = _compare(model, args, given, compiled, writes=writes)
     return replace(outcome, seconds=time.perf_counter() - began)

@@ -1,7 +1,8 @@
 """See each op of a block before it runs, and keep the memory that it is about to write.
 
 Uses ``torch.utils._python_dispatch.TorchDispatchMode`` with ``_should_skip_dynamo``, ``_push_mode`` and
-``_pop_mode``, and ``OpOverload._schema``.
+``_pop_mode``, ``OpOverload._schema``, ``torch._C._AutoDispatchBelowAutograd`` and
+``torch._C._dispatch_has_kernel_for_dispatch_key``.
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ _QUIET: Mapping[str, tuple[Any, ...]] = {
 _SILENT = frozenset({"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm"})
 
 
+# Ops that torch makes of others, and that do nothing but return new memory. The rest may return what they
+# were given, or write what their schemas deny (``instance_norm``): they are taken apart.
+_WHOLE = frozenset(
+    """aten::linear aten::matmul aten::layer_norm aten::rms_norm aten::softmax aten::log_softmax aten::conv1d
+    aten::conv2d aten::scaled_dot_product_attention""".split()  # noqa: SIM905
+)
+
+
 class StoppedError(RuntimeError):
     """An op was about to do what nobody could put back; the message says what."""
 
@@ -56,7 +65,8 @@ class Saved(NamedTuple):
 class _Op(NamedTuple):
     """What a schema says: which arguments an op writes, whether it makes new tensors, whether it draws.
 
-    ``shapes`` ops change sizes or strides of what they write, such as ``t_``.
+    ``shapes`` ops change sizes or strides of what they write, such as ``t_``. Those with ``parts`` are seen
+    as the ops that they are made of.
     """
 
     writes: tuple[tuple[int, str], ...]
@@ -65,6 +75,7 @@ class _Op(NamedTuple):
     acts: bool
     silent: bool
     shapes: bool = False
+    parts: bool = False
 
 
 class Watch(TorchDispatchMode):
@@ -77,6 +88,7 @@ class Watch(TorchDispatchMode):
         effects: Qualified names of ops, with whether they write what no schema shows.
         only: Memory that may be written, by :func:`memory_of`; ``None`` allows all.
         draw: Whether ops may draw random numbers.
+        quick: See ops above autograd, where they are half as many. Code that uses autograd fails.
 
     Attributes:
         saved: Memory from outside, by :func:`memory_of`.
@@ -88,9 +100,15 @@ class Watch(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(
-        self, effects: Mapping[str, bool], *, only: Iterable[int] | None = None, draw: bool = True
+        self,
+        effects: Mapping[str, bool],
+        *,
+        only: Iterable[int] | None = None,
+        draw: bool = True,
+        quick: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._above: Any = torch._C._AutoDispatchBelowAutograd() if quick else None
         self._effects, self._draw = effects, draw
         self._only = None if only is None else frozenset(only)
         self._ops: dict[Any, _Op] = {}
@@ -118,11 +136,15 @@ class Watch(TorchDispatchMode):
 
     # The base class notes in module globals that a mode is on; another thread's torch.compile goes by them.
     def __enter__(self) -> Watch:
+        if self._above is not None:
+            self._above.__enter__()
         _push_mode(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
         _pop_mode()
+        if self._above is not None:
+            self._above.__exit__(*exc)
 
     def save(self, tensor: torch.Tensor) -> None:
         """Keep what a tensor's memory holds, unless it is kept already."""
@@ -148,7 +170,13 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         op = self._ops.get(func)
         if op is None:
-            op = self._ops[func] = _facts(func, self._effects)
+            op = self._ops[func] = _facts(func, self._effects, taken_apart=self._above is not None)
+        if op.parts:
+            _push_mode(self)
+            try:
+                return func.decompose(*args, **kwargs)
+            finally:
+                _pop_mode()
         if op.acts:
             self._stop(f"op {func} writes what no schema shows and nobody can put back")
         if op.draws is not None:
@@ -216,10 +244,20 @@ class _Untraced(Watch):  # type: ignore[no-untyped-call]
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def watch(effects: Mapping[str, bool], *, only: Iterable[int] | None = None, draw: bool = True) -> Watch:
-    """A :class:`Watch` that Dynamo does not trace, where Dynamo is there; it takes two seconds to import."""
-    kind = _Untraced if "torch._dynamo" in sys.modules else Watch
-    return kind(effects, only=only, draw=draw)
+def watch(
+    effects: Mapping[str, bool],
+    *,
+    only: Iterable[int] | None = None,
+    draw: bool = True,
+    quick: bool = False,
+) -> Watch:
+    """A :class:`Watch` that Dynamo does not trace, where Dynamo is there; it takes two seconds to import.
+
+    It is not a quick one there, because what Dynamo compiled is compiled anew without autograd.
+    """
+    compiles = "torch._dynamo" in sys.modules
+    kind = _Untraced if compiles else Watch
+    return kind(effects, only=only, draw=draw, quick=quick and not compiles)
 
 
 def _shape_of(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -236,11 +274,13 @@ def memory_of(tensor: torch.Tensor) -> int | None:
         return None
 
 
-def _facts(func: Any, effects: Mapping[str, bool]) -> _Op:
+def _facts(func: Any, effects: Mapping[str, bool], *, taken_apart: bool = False) -> _Op:
     schema = getattr(func, "_schema", None)
     if schema is None:
         # torch.cond and its kin return what is new.
         return _Op((), True, None, False, False)
+    if taken_apart and schema.name not in _WHOLE and _is_composite(func):
+        return _Op((), False, None, False, False, parts=True)
     arguments = list(enumerate(schema.arguments))
     writes = tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
     silent = schema.name in _SILENT
@@ -256,3 +296,8 @@ def _facts(func: Any, effects: Mapping[str, bool]) -> _Op:
     acts = effects.get(schema.name, custom and not returned and not writes)
     shapes = torch.Tag.inplace_view in func.tags and schema.name != "aten::detach_"
     return _Op(writes, makes, draws, acts, silent, shapes)
+
+
+def _is_composite(func: Any) -> bool:
+    own = torch._C.DispatchKey.CompositeImplicitAutograd in func.py_kernels
+    return own or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
