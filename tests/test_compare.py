@@ -291,6 +291,49 @@ def test_a_running_statistic_is_a_write():
     assert torch.equal(model.running_mean, before)
 
 
+class Normalizes(nn.Module):
+    """An op that torch makes of others writes what its schema denies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("var", torch.ones(3))
+
+    def forward(self, x):
+        x = x.reshape(2, 3, 4).contiguous()
+        x += 1
+        return nn.functional.instance_norm(x, self.mean, self.var, use_input_stats=True)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_what_an_op_writes_that_is_made_of_others(quick):
+    model, x = Normalizes().eval(), torch.randn(2, 12)
+    before = [buffer.clone() for buffer in model.buffers()], x.clone()
+    both = run_both(model, model, (x,), {}, quick=quick)
+    names = [item.name for item in both.items]
+    assert sorted(names) == ["buffer:mean", "buffer:var", "input:x", "output"]
+    assert not any(map(disagreement, both.items))
+    assert all(map(torch.equal, [*model.buffers(), x], [*before[0], before[1]]))
+
+
+class Differentiates(nn.Module):
+    """Asks autograd in its forward, as models of forces do."""
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad((x**3).sum(), x)
+        return slope.detach()
+
+
+def test_a_quick_look_at_what_uses_autograd_decides_nothing(tmp_path):
+    x = torch.randn(3)
+    assert run_both(Differentiates(), lambda x: 3 * x**2, (x,), {}, quick=True).fails
+    both = run_both(Differentiates(), lambda x: 3 * x**2, (x,), {})
+    assert not both.fails
+    assert not any(map(disagreement, both.items))
+
+
 def test_cond_runs_under_the_watch():
     class Cond(nn.Module):
         def forward(self, x):

@@ -18,6 +18,8 @@ from _abc import _get_dump  # type: ignore[import-not-found]
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from stitchcache.containers import code_digest, member_state, once
 from stitchcache.encoding import SCALARS, Handler, data_bytes, make_factor, text_bytes
 from stitchcache.torchside import DYNAMO
@@ -345,6 +347,7 @@ def _is_generated(walk: Walk, function: types.FunctionType) -> bool:
     return made
 
 
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _CALLABLES = (types.FunctionType, types.MethodType, functools.partial, functools.partialmethod)
 _LOOKED_INTO = frozenset({*_FUNCTIONS, *_CALLABLES, CACHE, property, staticmethod, classmethod})
@@ -362,7 +365,6 @@ def replaced_factor(walk: Walk, factor: str, owners: Iterable[Any]) -> Factor:
     # Thousands of names are looked at: what is as usual is told by its kind, or by its name and file.
     builtin, function = types.BuiltinFunctionType, types.FunctionType
     inert: set[type] = set()
-    shipped: set[str] = set()
     for owner in owners:
         in_class = isinstance(owner, type)
         prefix = owner.__qualname__ + "." if in_class else ""
@@ -374,11 +376,10 @@ def replaced_factor(walk: Walk, factor: str, owners: Iterable[Any]) -> Factor:
             elif kind is function:
                 if value.__qualname__ == prefix + name:
                     file = value.__code__.co_filename
-                    # dataclass generates methods without a file.
-                    if file in shipped or (file == "<string>" and hasattr(owner, "__dataclass_params__")):
+                    if file.startswith(_TORCH) or walk.origin(file)[0]:
                         continue
-                    if walk.origin(file)[0]:
-                        shipped.add(file)
+                    # dataclass generates methods without a file.
+                    if file == "<string>" and hasattr(owner, "__dataclass_params__"):
                         continue
             elif kind in inert:
                 continue

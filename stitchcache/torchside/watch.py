@@ -1,7 +1,8 @@
 """See each op of a block before it runs, and keep the memory that it is about to write.
 
 Uses ``torch.utils._python_dispatch.TorchDispatchMode`` with ``_should_skip_dynamo``, ``_push_mode`` and
-``_pop_mode``, ``OpOverload._schema``, ``torch._C._AutoDispatchBelowAutograd`` and
+``_pop_mode``, ``OpOverload._schema``, ``torch._C._storage_address``,
+``torch._C._AutoDispatchBelowAutograd`` and
 ``torch._C._dispatch_has_kernel_for_dispatch_key``.
 """
 
@@ -112,6 +113,8 @@ class Watch(TorchDispatchMode):
         self._effects, self._draw = effects, draw
         self._only = None if only is None else frozenset(only)
         self._ops: dict[Any, _Op] = {}
+        # Ops that neither write nor draw, with whether they make new tensors.
+        self._inert: dict[Any, bool] = {}
         self._made: set[int] = set()
         self._generators: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
         self._shapes: dict[int, tuple[torch.Tensor, torch.UntypedStorage, tuple[Any, ...]]] = {}
@@ -167,10 +170,21 @@ class Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an op, after looking at what it will do."""
-        kwargs = kwargs or {}
+        makes = self._inert.get(func)
+        if makes is None:
+            return self._looked_at(func, args, kwargs or {})
+        # Nearly all ops come this way, hundreds in a forward.
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        if makes:
+            self._note_made(result)
+        return result
+
+    def _looked_at(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         op = self._ops.get(func)
         if op is None:
             op = self._ops[func] = _facts(func, self._effects, taken_apart=self._above is not None)
+            if not (op.parts or op.acts or op.writes) and op.draws is None:
+                self._inert[func] = op.makes
         if op.parts:
             _push_mode(self)
             try:
@@ -189,10 +203,16 @@ class Watch(TorchDispatchMode):
                         self._before_write(item, func, op.shapes)
         result = func(*args, **kwargs)
         if op.makes:
-            for item in result if isinstance(result, (list, tuple)) else (result,):
-                if isinstance(item, torch.Tensor) and (memory := memory_of(item)) is not None:
-                    self._made.add(memory)
+            self._note_made(result)
         return result
+
+    def _note_made(self, result: Any) -> None:
+        if type(result) is torch.Tensor and result.layout is torch.strided:
+            self._made.add(torch._C._storage_address(result))
+            return
+        for item in result if isinstance(result, (list, tuple)) else (result,):
+            if isinstance(item, torch.Tensor) and (memory := memory_of(item)) is not None:
+                self._made.add(memory)
 
     def _before_write(self, tensor: torch.Tensor, func: Any, shapes: bool) -> None:
         memory = memory_of(tensor)
@@ -281,21 +301,20 @@ def _facts(func: Any, effects: Mapping[str, bool], *, taken_apart: bool = False)
         return _Op((), True, None, False, False)
     if taken_apart and schema.name not in _WHOLE and _is_composite(func):
         return _Op((), False, None, False, False, parts=True)
-    arguments = list(enumerate(schema.arguments))
+    silent, draws = schema.name in _SILENT, torch.Tag.nondeterministic_seeded in func.tags
+    # To list its arguments takes longer than most ops do.
+    arguments = list(enumerate(schema.arguments)) if schema.is_mutable or silent or draws else []
     writes = tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
-    silent = schema.name in _SILENT
     if silent:
         writes = tuple((i, a.name) for i, a in arguments if a.name in ("running_mean", "running_var"))
     returned = [r.alias_info for r in schema.returns]
     # lift_fresh is what torch.tensor() and torch.from_numpy() call last, on memory that no other op made.
     makes = any(alias is None for alias in returned) or schema.name == "aten::lift_fresh"
-    draws = None
-    if torch.Tag.nondeterministic_seeded in func.tags:
-        draws = tuple((i, a.name, a.default_value) for i, a in arguments if a.name in _QUIET)
+    quiet = tuple((i, a.name, a.default_value) for i, a in arguments if a.name in _QUIET) if draws else None
     custom = schema.name.partition("::")[0] not in _TORCHS_OWN
     acts = effects.get(schema.name, custom and not returned and not writes)
     shapes = torch.Tag.inplace_view in func.tags and schema.name != "aten::detach_"
-    return _Op(writes, makes, draws, acts, silent, shapes)
+    return _Op(writes, makes, quiet, acts, silent, shapes)
 
 
 def _is_composite(func: Any) -> bool:
