@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -109,7 +110,7 @@ class Watch(TorchDispatchMode):
         quick: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._above: Any = torch._C._AutoDispatchBelowAutograd() if quick else None
+        self._quick, self._above = quick, ExitStack()
         self._effects, self._draw = effects, draw
         self._only = None if only is None else frozenset(only)
         self._ops: dict[Any, _Op] = {}
@@ -139,15 +140,15 @@ class Watch(TorchDispatchMode):
 
     # The base class notes in module globals that a mode is on; another thread's torch.compile goes by them.
     def __enter__(self) -> Watch:
-        if self._above is not None:
-            self._above.__enter__()
+        if self._quick:
+            # It holds from when it is made until it is left.
+            self._above.enter_context(torch._C._AutoDispatchBelowAutograd())
         _push_mode(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
         _pop_mode()
-        if self._above is not None:
-            self._above.__exit__(*exc)
+        self._above.close()
 
     def save(self, tensor: torch.Tensor) -> None:
         """Keep what a tensor's memory holds, unless it is kept already."""
@@ -182,7 +183,7 @@ class Watch(TorchDispatchMode):
     def _looked_at(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         op = self._ops.get(func)
         if op is None:
-            op = self._ops[func] = _facts(func, self._effects, taken_apart=self._above is not None)
+            op = self._ops[func] = _facts(func, self._effects, taken_apart=self._quick)
             if not (op.parts or op.acts or op.writes) and op.draws is None:
                 self._inert[func] = op.makes
         if op.parts:
