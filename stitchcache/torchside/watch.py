@@ -209,7 +209,7 @@ class Watch(TorchDispatchMode):
 
     def _note_made(self, result: Any) -> None:
         if type(result) is torch.Tensor and result.layout is torch.strided:
-            self._made.add(torch._C._storage_address(result))
+            self._made.add(torch._C._storage_address(result))  # type: ignore[attr-defined]
             return
         for item in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(item, torch.Tensor) and (memory := memory_of(item)) is not None:
