@@ -211,6 +211,8 @@ def tracing_obstacle() -> str | None:
         return f"the mode {modes[-1]} is active; compile outside of it"
     if torchside.in_function_transform():
         return "a torch.func transform is active; compile outside of it"
+    if replaced := torchside.replaced_kernels():
+        return f"a kernel of aten::{replaced[0]} was replaced; register an op of your own"
     if torchside.has_global_hooks():
         return "hooks are registered for all modules; remove them or register them on the model"
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

@@ -25,7 +25,7 @@ from stitchcache.keys import bytecode, check, reads
 from stitchcache.keys.bytecode import place
 from stitchcache.keys.check import changed_since_import, read_file
 from stitchcache.keys.walk import Walk, installed_path, module_stands_by_version, stands_by_version
-from stitchcache.torchside import active_modes, dispatch_modes
+from stitchcache.torchside import GUARD, active_modes, dispatch_modes
 from stitchcache.torchside.ops import OpOverload
 from stitchcache.types import SourceRef
 
@@ -147,7 +147,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
     def _is_generated(self, frame: types.FrameType) -> bool:
         """Whether code without a file is made by torch or the library, such as a namedtuple's constructor."""
         module = str(frame.f_globals.get("__name__"))
-        if module.startswith("namedtuple_"):
+        guard = frame.f_code.co_qualname.startswith(GUARD)
+        if guard or module.startswith("namedtuple_"):
             return True
         if reads.is_module_namespace(frame.f_globals) and self._keyed.is_versioned(module):
             return True

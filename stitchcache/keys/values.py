@@ -49,7 +49,8 @@ HF_SETS = frozenset({"_no_split_modules", "_keep_in_fp32_modules", "_keep_in_fp3
 """Attributes of transformers' models that hold sets of names for placing weights: only asked ``in``.
 Their order would move with the hash seed, and with it the key of most models."""
 
-_TENSOR_NOTES = frozenset({"_is_hf_initialized"})
+# Dynamo of torch 2.11 notes the second on parameters when it traces torch.cond.
+_TENSOR_NOTES = frozenset({"_is_hf_initialized", "_dynamo_static_input_type"})
 _DIFFUSERS_NOTES = frozenset({"_use_default_values", "_name_or_path", "_commit_hash", "_diffusers_version"})
 """What a configuration of diffusers says of its origin. The first is a list made from a set, in an order that
 moves with the hash seed; only ``from_config`` reads it, to build another model."""

@@ -14,6 +14,7 @@ Uses ``torch.overrides._get_current_function_mode_stack``,
 ``torch.utils._python_dispatch._get_current_dispatch_mode_stack``, ``torch._C._functorch``,
 ``torch._C._set_grad_enabled``, the entries of ``torch._inductor.config`` (``torch.utils._config_module``),
 the names of ``nn.Module``'s hook tables and other attributes, ``torch.nn.modules.module._global_*``,
+``torch.library._impls``,
 ``UntypedStorage._cdata``, ``Tensor._version``, ``torch._neg_view``, ``FakeTensor.fake_mode``,
 ``torch._subclasses.FakeTensorMode``, ``torch.utils._python_dispatch.is_traceable_wrapper_subclass`` and
 ``torch._library.custom_ops.CustomOpDef``, a tensor's ``_cdata``, and the runners in ``torch._C._aoti``.
@@ -45,6 +46,8 @@ SEEN = ("2.11", "2.13", "2.15")
 
 INDUCTOR_SETTINGS = "torch._inductor.config"
 DYNAMO = "torch._dynamo"
+GUARD = "___make_guard_fn."
+"""What the names of guards begin with that Dynamo of torch 2.11 writes in Python."""
 
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 """Set this thread's grad mode. ``torch.no_grad`` calls it too, and takes seven times as long."""
@@ -91,6 +94,15 @@ def active_modes() -> list[str]:
 def dispatch_modes() -> list[Any]:
     """The dispatch modes that are active, innermost last."""
     return list(_get_current_dispatch_mode_stack())
+
+
+_KERNELS = ("/CPU", "/CUDA", "/CompositeImplicitAutograd")
+
+
+def replaced_kernels() -> list[str]:
+    """Ops of torch's own for which somebody registered a kernel in Python."""
+    entries = [item for item in torch.library._impls if item.endswith(_KERNELS) and item.startswith("aten/")]
+    return sorted(item.split("/")[1] for item in entries if item != "aten/_foreach_mm/CUDA")
 
 
 def in_function_transform() -> bool:

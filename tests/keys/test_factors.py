@@ -20,7 +20,7 @@ from stitchcache.encoding import UnkeyableError
 from stitchcache.errors import OptionError
 from stitchcache.explanation import explain_differences
 from stitchcache.keys import input_factors, target_key
-from stitchcache.keys.environment import environment_factors, torch_state_factors
+from stitchcache.keys.environment import environment_factors, torch_state_factors, tracing_obstacle
 from stitchcache.keys.model import model_factors
 from stitchcache.torchside import tree
 from stitchcache.types import SizeRange
@@ -680,3 +680,15 @@ def test_no_key_inside_of_a_mode_or_under_hooks_for_all():
     finally:
         handle.remove()
     assert target().reason is None
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once")
+def test_no_key_where_a_kernel_of_torchs_was_replaced():
+    assert tracing_obstacle() is None
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        library.impl("relu", lambda x: x * 0 + 7, "CPU")
+        assert "aten::relu" in tracing_obstacle()
+    finally:
+        library._destroy()
+    assert tracing_obstacle() is None
