@@ -155,6 +155,16 @@ class InductorBackend(Backend):
                 place = f"options[{name!r}]"
                 raise OptionError(f"{place}: Inductor has no such option; {hint}", option=place)
 
+    def foreign_ops(self, piece: GraphModule) -> set[str]:
+        """Dropout, before torch 2.13: there Inductor draws for it before all other random ops of a piece."""
+        # A warm start plans nothing.
+        from stitchcache.graph.effects import is_random
+
+        if inductor.draws_in_order():
+            return set()
+        ops = [node for node in piece.graph.nodes if isinstance(node.target, OpOverload)]
+        return {_named(node) for node in ops if "dropout" in str(node.target) and is_random(node)}
+
     def warmth(self, devices: Collection[str], options: Options) -> Callable[[], object] | None:
         """Leave the probes of the CPU on disk, which takes half of Inductor's imports only."""
         usable = "cpu" in devices and find_compiler() is not None
@@ -201,12 +211,12 @@ class AotiBackend(InductorBackend):
         return {**({HEADERS: False} if few else {}), **options}
 
     def foreign_ops(self, piece: GraphModule) -> set[str]:
-        """Custom ops, and random ops that would draw other numbers: they are called between pieces."""
+        """Custom ops too, and random ops that would draw other numbers."""
         # A warm start plans nothing.
         from stitchcache.graph.effects import is_random
 
-        return {
-            str(node.target).replace(".", "::", 1)
+        return super().foreign_ops(piece) | {
+            _named(node)
             for node in piece.graph.nodes
             if isinstance(node.target, OpOverload)
             and (
@@ -317,6 +327,10 @@ def _require_own_directory() -> None:
             "TORCHINDUCTOR_CACHE_DIR to a directory of your own.",
             backend="inductor",
         )
+
+
+def _named(node: Node) -> str:
+    return str(node.target).replace(".", "::", 1)
 
 
 def _compiler() -> str:

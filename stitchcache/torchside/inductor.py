@@ -40,6 +40,11 @@ def directory() -> str:
     return str(cache_dir())
 
 
+def draws_in_order() -> bool:
+    """Whether compiled random ops draw in the order of the graph; torch 2.11 moves dropout to the front."""
+    return bool(torch.__version__ >= (2, 13))
+
+
 def settings() -> Any:
     """Inductor's settings, as attributes."""
     import torch._inductor.config

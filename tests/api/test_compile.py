@@ -55,11 +55,11 @@ def test_a_fresh_process_hits_directly_without_dynamo(cache, fresh_process):
         compiled = stitchcache.compile(
             model, (models.ids(),), cache=stitchcache.Cache({str(cache.root)!r}), **models.decoder_options())
         y = compiled(models.ids(3, 5))
-        print(json.dumps(dict(hit=compiled.cache_hit, y=y.flatten().tolist(),
+        print(json.dumps(dict(hit=compiled.cache_hit, why=str(compiled.explain()), y=y.flatten().tolist(),
               ours=sorted({{"torch._dynamo", "torch._inductor", "sympy"}} & (set(sys.modules) - before)))))
         """
     )
-    assert result["hit"] == "direct"
+    assert result["hit"] == "direct", result["why"]
     assert result["ours"] == []
     torch.testing.assert_close(torch.tensor(result["y"]), expected.detach().flatten())
 
