@@ -42,7 +42,7 @@ def directory() -> str:
 
 def draws_in_order() -> bool:
     """Whether compiled random ops draw in the order of the graph; torch 2.11 moves dropout to the front."""
-    return bool(torch.__version__ >= (2, 13))
+    return bool(torch.__version__ >= "2.13")
 
 
 def settings() -> Any:
