@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stitchcache import errors as errors
+    from stitchcache.api.blocks import CompiledBlocks as CompiledBlocks
+    from stitchcache.api.blocks import compile_blocks as compile_blocks
     from stitchcache.api.compile import compile as compile
     from stitchcache.api.compile import load as load
     from stitchcache.api.engine import load_execution as load_execution
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOMES = {
+    "api.blocks": "CompiledBlocks compile_blocks",
     "api.compile": "compile load",
     "api.engine": "load_execution save_execution",
     "api.preload": "Preloaded preload",

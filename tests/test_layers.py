@@ -32,7 +32,7 @@ PRIVATE_STRINGS = {
     "artifact/unpickle.py",
 }
 PUBLIC_TABLES = {"_parameters", "_buffers", "_modules"}  # why: stitchcache/torchside/__init__.py
-PYTHON_OWN = {"_exit", "_getframe", "_fields", "_data"}
+PYTHON_OWN = {"_exit", "_getframe", "_fields", "_data", "_repeated_blocks"}  # the last one is diffusers'
 # No underscore, and no promise either.
 UNPROMISED = {
     "shape_env", "fake_mode", "var_to_range", "deferred_runtime_asserts", "bound_sympy", "suppress_guards",

@@ -1,0 +1,269 @@
+"""``stitchcache.compile_blocks``: the repeated blocks of a module, compiled once and run in their place."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+
+from stitchcache.api.compile import compile
+from stitchcache.cache import Cache
+from stitchcache.errors import BindError, InputMismatchError, ModelMismatchError, OptionError, check_kind
+from stitchcache.pipeline.find import check_model, chosen_cache
+from stitchcache.pipeline.look import verify
+from stitchcache.runtime.model import CompiledModel, refuse_change
+from stitchcache.torchside import COMPILED_CALL
+from stitchcache.types import Change
+
+log = logging.getLogger("stitchcache")
+
+_PLAIN = (dict, list, OrderedDict)
+
+
+class CompiledBlocks:
+    """Blocks of a module that run compiled: what :func:`compile_blocks` returns.
+
+    Attributes:
+        blocks: The blocks, by their names in the module.
+    """
+
+    def __init__(self, options: Mapping[str, Any], cache: Cache) -> None:
+        self.blocks: dict[str, torch.nn.Module] = {}
+        self._options, self._cache = options, cache
+        self._known: list[CompiledModel] = []
+        self._calls: dict[str, _Block] = {}
+
+    @property
+    def compiled(self) -> dict[str, CompiledModel]:
+        """What each block runs at present, by name; equal blocks run one entry."""
+        return {name: block.variants[0] for name, block in self._calls.items()}
+
+    def undo(self) -> None:
+        """Let the blocks run as they were before."""
+        for block in self.blocks.values():
+            block.__dict__.pop(COMPILED_CALL, None)
+
+    def add(self, name: str, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compile a block with an example call, and run it in its place."""
+        self.blocks[name] = block
+        setattr(block, COMPILED_CALL, _Block(name, block, self._compiled))
+        self._calls[name] = getattr(block, COMPILED_CALL)
+        self._calls[name].renew(args, kwargs)
+
+    def _compiled(
+        self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> CompiledModel:
+        """Bind the pieces of an equal block to this one's tensors, or start the block by itself."""
+        for known in self._known:
+            try:
+                shared = _share(known, block)
+                if self._options.get("check") != "none":
+                    _agree(block, shared, args, kwargs)
+                return shared
+            except (BindError, InputMismatchError):
+                # Of another kind, or compiled for other shapes.
+                continue
+        made = compile(block, args, kwargs, cache=self._cache, **self._options)
+        self._known.append(made)
+        return made
+
+
+def _share(known: CompiledModel, block: torch.nn.Module) -> CompiledModel:
+    """What a start for a block of the same kind would give, without reading the cache or loading pieces.
+
+    Raises:
+        BindError: The block does not fit, or nothing tells whether it does.
+    """
+    unknown = Change(name="model", was="", now="this entry has no key to compare", unknown=True)
+    refuse_change(known.changed(block) if known.changed else unknown, known.artifact, block, trusted=False)
+    shared = CompiledModel(
+        known.artifact,
+        block,
+        known._pieces,
+        known._constants,
+        cache_hit=known.cache_hit,
+        objects=known._objects,
+    )
+    shared.came_from, shared.lookup, shared.changed = known.came_from, known.lookup, known.changed
+    shared.timings = dict(known.timings)
+    return shared
+
+
+def _agree(
+    block: torch.nn.Module, shared: CompiledModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    shared(*args, **kwargs)
+    shared.check = verify(block, shared, args, kwargs)
+    if shared.check.state == "mismatch":
+        raise ModelMismatchError(
+            f"{type(block).__name__}: a block with the key of another one does something else on the "
+            f"example: {shared.check.reason}. Name the blocks to compile in blocks=, without this one.",
+            output=shared.check.output,
+            difference=shared.check.difference,
+            module=type(block).__name__,
+        )
+
+
+class _Block:
+    """Called in place of a block. Looks each time whether the block is still what was compiled."""
+
+    def __init__(self, name: str, block: torch.nn.Module, make: Callable[..., CompiledModel]) -> None:
+        self._name, self._block, self._make = name, block, make
+        self.variants: list[CompiledModel] = []  # for other shapes; the last one used comes first
+        self._seen: list[tuple[Any, list[Any], list[Any]]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._is_same():
+            log.info("%s: the block has changed; it is looked up again", self._name)
+            self.variants.clear()
+            self.renew(args, kwargs)
+        for place, compiled in enumerate(self.variants):
+            try:
+                result = compiled(*args, **kwargs)
+            except InputMismatchError as error:
+                reason = error
+                continue
+            if place:
+                self.variants.insert(0, self.variants.pop(place))
+            return result
+        log.info("%s: looked up again, as it was compiled for other arguments: %s", self._name, reason)
+        self.renew(args, kwargs)
+        return self.variants[0](*args, **kwargs)
+
+    def renew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compile for a call, or load."""
+        # The block is captured and compared as it is without us.
+        own = self._block.__dict__.pop(COMPILED_CALL, None)
+        try:
+            self.variants.insert(0, self._make(self._block, args, kwargs))
+        finally:
+            if own is not None:
+                setattr(self._block, COMPILED_CALL, own)
+        self._seen = [(table, list(table), _values(table)) for table in _tables(self._block)]
+
+    def _is_same(self) -> bool:
+        """Whether each attribute, parameter, submodule and item of a plain container is the object it was.
+
+        Identity is quick and safe: an equal object in place of another one costs a look-up.
+        """
+        for table, keys, values in self._seen:
+            now = _values(table)
+            if len(now) != len(values) or not all(map(is_, now, values)):
+                return False
+            if isinstance(table, dict) and list(table) != keys:
+                return False
+        return True
+
+
+def _tables(block: torch.nn.Module) -> Iterator[Any]:
+    """The attributes of a block's modules, and the plain containers in them."""
+    for module in block.modules():
+        yield from _containers(vars(module))
+
+
+def _containers(table: Any) -> Iterator[Any]:
+    yield table
+    for value in _values(table):
+        if type(value) in _PLAIN:
+            yield from _containers(value)
+
+
+def _values(table: Any) -> list[Any]:
+    return list(table.values()) if isinstance(table, dict) else list(table)
+
+
+def compile_blocks(
+    module: torch.nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    blocks: Sequence[str] | Sequence[torch.nn.Module] | None = None,
+    cache: Cache | None = None,
+    **options: Any,
+) -> CompiledBlocks:
+    """Compile the repeated blocks of a module, or load them, and run them in place.
+
+    Equal blocks share one entry and one set of pieces, each bound to its own tensors. The module is called
+    once with the example, to see what its blocks are called with. Each call of a block looks whether the
+    block is still what was compiled. After LoRA weights were loaded, swapped, scaled or unloaded it is looked
+    up again: a state that was seen before is a hit, and only a new one is compiled. A call with other shapes
+    likewise.
+
+    Args:
+        module: In evaluation mode; such as a diffusion transformer. Its blocks keep their names and weights.
+        args: Example positional arguments of the module.
+        kwargs: Example keyword arguments.
+        blocks: Class names of the blocks, or the blocks. ``None`` takes ``_repeated_blocks`` of the module,
+            as models of diffusers have it, or else the longest ``ModuleList`` of modules of one class.
+        cache: Where to look and store; the default cache if ``None``.
+        **options: As for :func:`stitchcache.compile`, for each block.
+
+    Returns:
+        The compiled blocks, with ``compiled`` by name and ``undo()``.
+
+    Raises:
+        OptionError: The module has no such blocks, or an argument makes no sense.
+        ModelMismatchError: A compiled block does something else than the block, on the example.
+        CaptureError: A block cannot be captured.
+        BackendError: A piece cannot be compiled.
+        CacheMissError: As for :func:`stitchcache.compile`.
+    """
+    check_model(module, args, {} if kwargs is None else kwargs)
+    wanted = _blocks(module, blocks)
+    seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            seen.setdefault(name, (given, named))
+
+        return hook
+
+    hooks = [block.register_forward_pre_hook(note(name), with_kwargs=True) for name, block in wanted.items()]
+    try:
+        with torch.no_grad():
+            module(*args, **(kwargs or {}))
+    finally:
+        for each in hooks:
+            each.remove()
+    made = CompiledBlocks(options, chosen_cache(cache))
+    try:
+        for name, block in wanted.items():
+            if name in seen:
+                made.add(name, block, *seen[name])
+    except BaseException:
+        made.undo()
+        raise
+    if not made.blocks:
+        raise OptionError(
+            f"{type(module).__name__} calls none of {', '.join(wanted)} on the example. Give an example that "
+            "does, or name other blocks.",
+            option="blocks",
+        )
+    return made
+
+
+def _blocks(
+    module: torch.nn.Module, blocks: Sequence[str] | Sequence[torch.nn.Module] | None
+) -> dict[str, torch.nn.Module]:
+    """The blocks by name, in the module's order."""
+    named = dict(module.named_modules())
+    given = (getattr(module, "_repeated_blocks", None) or None) if blocks is None else blocks
+    if given is None:
+        lists = [each for each in named.values() if isinstance(each, torch.nn.ModuleList) and len(each) > 1]
+        alike = [each for each in lists if len({type(block) for block in each}) == 1]
+        given = list(max(alike, key=len, default=()))
+    check_kind("blocks", given, (list, tuple, torch.nn.ModuleList), "a list of class names, or of modules")
+    names = {each for each in given if isinstance(each, str)}
+    ids = {id(each) for each in given if isinstance(each, torch.nn.Module)}
+    found = {name: each for name, each in named.items() if type(each).__name__ in names or id(each) in ids}
+    if len(found) == 0 or len(ids) > len({id(each) for each in found.values()} & ids):
+        raise OptionError(
+            f"blocks={blocks!r}: {type(module).__name__} has no such blocks. Give the names of their "
+            "classes, or the modules themselves.",
+            option="blocks",
+        )
+    return found
