@@ -12,12 +12,13 @@ import torch
 
 from stitchcache.api.compile import compile
 from stitchcache.cache import Cache
+from stitchcache.encoding import UnkeyableError
 from stitchcache.errors import BindError, InputMismatchError, ModelMismatchError, OptionError, check_kind
+from stitchcache.keys.model import model_factors
 from stitchcache.pipeline.find import check_model, chosen_cache
 from stitchcache.pipeline.look import verify
-from stitchcache.runtime.model import CompiledModel, refuse_change
+from stitchcache.runtime.model import CompiledModel
 from stitchcache.torchside import COMPILED_CALL
-from stitchcache.types import Change
 
 log = logging.getLogger("stitchcache")
 
@@ -34,7 +35,7 @@ class CompiledBlocks:
     def __init__(self, options: Mapping[str, Any], cache: Cache) -> None:
         self.blocks: dict[str, torch.nn.Module] = {}
         self._options, self._cache = options, cache
-        self._known: list[CompiledModel] = []
+        self._known: list[tuple[CompiledModel, object]] = []
         self._calls: dict[str, _Block] = {}
 
     @property
@@ -58,28 +59,41 @@ class CompiledBlocks:
         self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> CompiledModel:
         """Bind the pieces of an equal block to this one's tensors, or start the block by itself."""
-        for known in self._known:
+        kind = _kind_of(block)
+        for known, of_kind in self._known:
+            if kind is None or kind != of_kind:
+                continue
             try:
                 shared = _share(known, block)
                 if self._options.get("check") != "none":
                     _agree(block, shared, args, kwargs)
                 return shared
             except (BindError, InputMismatchError):
-                # Of another kind, or compiled for other shapes.
+                # Its tensors are tied or laid out in another way, or it was compiled for other shapes.
                 continue
         made = compile(block, args, kwargs, cache=self._cache, **self._options)
-        self._known.append(made)
+        self._known.append((made, kind))
         return made
 
 
+def _kind_of(block: torch.nn.Module) -> object | None:
+    """What tells blocks apart: all that a key says of a module. ``None`` where no key stands for it.
+
+    What else a trace depends on is this process's, and blocks that were compiled go on through its changes.
+    """
+    try:
+        factors = [(factor.name, factor.digest) for factor in model_factors(block)]
+        return [*map(type, block.modules())], factors
+    except UnkeyableError:
+        return None
+
+
 def _share(known: CompiledModel, block: torch.nn.Module) -> CompiledModel:
-    """What a start for a block of the same kind would give, without reading the cache or loading pieces.
+    """What a start for an equal block would give, without reading the cache or loading pieces.
 
     Raises:
-        BindError: The block does not fit, or nothing tells whether it does.
+        BindError: The tensors of the block do not fit.
     """
-    unknown = Change(name="model", was="", now="this entry has no key to compare", unknown=True)
-    refuse_change(known.changed(block) if known.changed else unknown, known.artifact, block, trusted=False)
     shared = CompiledModel(
         known.artifact,
         block,
@@ -214,29 +228,28 @@ def compile_blocks(
     """
     check_model(module, args, {} if kwargs is None else kwargs)
     wanted = _blocks(module, blocks)
-    seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    made = CompiledBlocks(options, chosen_cache(cache))
+    hooks: dict[str, Any] = {}
 
-    def note(name: str) -> Callable[..., None]:
+    def note(name: str, block: torch.nn.Module) -> Callable[..., None]:
         def hook(_module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            seen.setdefault(name, (given, named))
+            hooks.pop(name).remove()
+            # Before the block has run: what a run leaves in caches of functions cannot be in a key.
+            made.add(name, block, given, named)
 
         return hook
 
-    hooks = [block.register_forward_pre_hook(note(name), with_kwargs=True) for name, block in wanted.items()]
+    for name, block in wanted.items():
+        hooks[name] = block.register_forward_pre_hook(note(name, block), with_kwargs=True)
     try:
         with torch.no_grad():
             module(*args, **(kwargs or {}))
-    finally:
-        for each in hooks:
-            each.remove()
-    made = CompiledBlocks(options, chosen_cache(cache))
-    try:
-        for name, block in wanted.items():
-            if name in seen:
-                made.add(name, block, *seen[name])
     except BaseException:
         made.undo()
         raise
+    finally:
+        for each in hooks.values():
+            each.remove()
     if not made.blocks:
         raise OptionError(
             f"{type(module).__name__} calls none of {', '.join(wanted)} on the example. Give an example that "

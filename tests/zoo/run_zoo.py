@@ -117,10 +117,12 @@ def table(directory: Path) -> str:
     rows, good, why = [], 0, []
     for (name, backend), records in found.items():
         cold, warm = (records.get(("compile", phase), {}) for phase in ("cold", "warm"))
+        if not warm:
+            continue
         second = records.get(("torch.compile", "warm"), {})
         right = warm.get("hit") == "direct" and warm.get("check") == "agreed"
         good += right
-        if not right and warm:
+        if not right:
             reason = warm.get("error") or warm.get("why") or warm.get("reason") or ""
             why.append(f"- **{name}**: {reason}")
         cells = [
