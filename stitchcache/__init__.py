@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from stitchcache.runtime.model import CompiledModel as CompiledModel
     from stitchcache.types import Artifact as Artifact
     from stitchcache.types import Check as Check
+    from stitchcache.types import CudaGraphs as CudaGraphs
     from stitchcache.types import Dim as Dim
     from stitchcache.types import Secret as Secret
     from stitchcache.types import SizeRange as SizeRange
@@ -59,7 +60,7 @@ _HOMES = {
     "pipeline.find": "Progress",
     "pipeline.look": "verify",
     "runtime.model": "CompiledModel",
-    "types": "Artifact Check Dim Secret SizeRange",
+    "types": "Artifact Check CudaGraphs Dim Secret SizeRange",
 }
 _HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names.split()}
 

@@ -307,7 +307,8 @@ def measure(name: str, want: Any, got: Any) -> Compared:
         apart = torch.where(odd, torch.zeros_like(a), a - b).abs()
         largest = float(apart.max())
     sizes = known.abs()
-    scale, spread = float(sizes.pow(2).mean().sqrt()), float(apart.pow(2).mean().sqrt())
+    # A GPU loads each kind of kernel when it is first used: products are there, powers and roots take 60 ms.
+    scale, spread = (math.sqrt(float((some * some).mean())) for some in (sizes, apart))
     return Compared(
         name=name,
         difference=largest,

@@ -10,7 +10,7 @@ import functools
 import random
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
 from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
@@ -248,18 +248,25 @@ def generators(devices: Iterable[torch.device]) -> Iterator[tuple[Callable[[Any]
             yield functools.partial(torch.cuda.set_rng_state, device=device), torch.cuda.get_rng_state(device)
 
 
-def clone_all(values: Sequence[Any]) -> list[Any]:
+def unwritten(values: Iterable[Any], written: Iterable[Any]) -> set[int]:
+    """Storages of the tensors among values that share none with those that are written."""
+    storages, wet = (
+        {storage_id(value) for value in some if isinstance(value, torch.Tensor)} for some in (values, written)
+    )
+    return storages - wet
+
+
+def clone_all(values: Sequence[Any], keep: Container[int] = ()) -> list[Any]:
     """Copies of tensors with the same strides; what shares storage shares it in the copies too.
 
-    Anything that is not a tensor is passed through.
+    Anything that is not a tensor is passed through, and tensors of the storages to ``keep``.
     """
     storages: dict[int, torch.UntypedStorage] = {}
     copies: list[Any] = []
     for value in values:
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or (key := storage_id(value)) in keep:
             copies.append(value)
             continue
-        key = storage_id(value)
         if key not in storages:
             storages[key] = value.untyped_storage().clone()  # type: ignore[no-untyped-call]
         copy = torch.empty(0, dtype=value.dtype, device=value.device)

@@ -153,6 +153,68 @@ class Secret:
     value: object = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class CudaGraphs:
+    """Calls are recorded into CUDA graphs, and replayed: one launch instead of hundreds.
+
+    The first call of a size runs as always, the second one is recorded, later ones are replayed. What has no
+    graph runs without one. Graphs live in the process: they are part of no key and no entry.
+
+    Args:
+        sizes: Sizes of one dimension that get graphs; ``None`` for all that come. Without dynamic dimensions
+            there is one graph, and nothing to say.
+        mode: ``"pieces"`` leaves custom ops that stand between pieces outside, and records what is around
+            them; ``"whole"`` records them too. What a recorded op does in Python happens once.
+        dim: The dimension that ``sizes`` are about, such as ``"ids.shape[0]"``; ``None`` where only one may
+            vary.
+        inside: Custom ops that are recorded in mode ``"pieces"`` too, such as ``"mylib::attention"``.
+        pad: Serve a smaller size by the graph of the next larger one, its inputs filled up with zeros. It is
+            for you to know that the model gives the same then: that rows do not mix, and what they write.
+        outputs: ``"copied"``, or ``"kept"``: results lie in memory of the graph, which the next call of that
+            size writes into.
+        at: ``"use"``, or ``"load"`` to record all sizes before ``compile`` returns, on the example enlarged.
+        max_graphs: At most so many graphs.
+        max_bytes: GPU memory that all graphs together may take; the one that goes beyond is dropped, and no
+            more are recorded. ``None`` is unlimited.
+
+    Raises:
+        ValueError: A value makes no sense.
+    """
+
+    sizes: Sequence[int] | None = None
+    mode: Literal["whole", "pieces"] = "pieces"
+    dim: str | None = field(default=None, kw_only=True)
+    inside: Sequence[str] = field(default=(), kw_only=True)
+    pad: bool = field(default=False, kw_only=True)
+    outputs: Literal["copied", "kept"] = field(default="copied", kw_only=True)
+    at: Literal["use", "load"] = field(default="use", kw_only=True)
+    max_graphs: int = field(default=64, kw_only=True)
+    max_bytes: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        given = self.sizes if self.sizes is not None else ()
+        for name, some in (("inside", self.inside), ("sizes", given)):
+            if isinstance(some, str) or not isinstance(some, Sequence):
+                raise ValueError(f"CudaGraphs({name}={some!r}): needs a list")
+        choices: dict[str, tuple[object, ...]] = {
+            "mode": ("whole", "pieces"),
+            "outputs": ("copied", "kept"),
+            "at": ("use", "load"),
+            "pad": (True, False),
+        }
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"CudaGraphs({name}={value!r}): there is {', '.join(map(str, known))}")
+        if any(type(size) is not int or size < 1 for size in given):
+            raise ValueError(f"CudaGraphs(sizes={self.sizes!r}): sizes are whole numbers from 1 on")
+        if (self.pad or self.at == "load") and self.sizes is not None and not given:
+            raise ValueError("CudaGraphs(sizes=[]): to pad, or to record at load, it needs sizes")
+        if self.pad and self.sizes is None:
+            raise ValueError("CudaGraphs(pad=True): needs sizes to pad to")
+        if self.max_graphs < 1 or (self.max_bytes is not None and self.max_bytes < 1):
+            raise ValueError("CudaGraphs(max_graphs=..., max_bytes=...): need to be positive")
+
+
 # -- what an artifact is made of ------------------------------------------------------------------
 
 

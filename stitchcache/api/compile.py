@@ -34,7 +34,7 @@ from stitchcache.pipeline.find import (
 from stitchcache.runtime.model import CompiledModel, check_environment, refuse_change
 from stitchcache.state import devices_of
 from stitchcache.store import flag
-from stitchcache.types import Change, Check, SizeRange
+from stitchcache.types import Change, Check, CudaGraphs, SizeRange
 
 if TYPE_CHECKING:
     from stitchcache.api.preload import Preloaded
@@ -56,6 +56,7 @@ def compile(
     check: str | None = None,
     key_factors: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
+    cuda_graphs: CudaGraphs | None = None,
     preloaded: Preloaded | None = None,
     on_progress: OnProgress | Literal["bar"] | None = None,
 ) -> CompiledModel:
@@ -88,6 +89,7 @@ def compile(
             ``on_miss="eager"``, 0 to 19), ``"stitchcache.verify"`` (compare fresh pieces with
             eager; on by default) and ``"stitchcache.effects"`` (names of ops, with whether they write
             what their schemas do not show).
+        cuda_graphs: How calls are recorded into CUDA graphs; ``None`` records none. In no key.
         preloaded: What ``stitchcache.preload`` returned. Its cache is used; nothing else depends on it.
         on_progress: Called with a ``stitchcache.Progress`` as things happen; ``"bar"`` shows them on stderr,
             live on a terminal or in a notebook.
@@ -116,6 +118,7 @@ def compile(
         check=check,
         key_factors=key_factors,
         options=options,
+        cuda_graphs=cuda_graphs,
     )
     if preloaded is not None:
         # Whoever has one has imported this.
@@ -212,7 +215,7 @@ def _serve(wanted: Wanted, hit: Hit) -> CompiledModel | Miss:
         from stitchcache.pipeline.trace import audit
 
         audit(wanted, hit)
-    record, look = hit.record, None
+    record, look, graphs = hit.record, None, wanted.request.cuda_graphs
     if wanted.request.checked != "none":
         # A start without a look has no use for what compares.
         from stitchcache.pipeline.look import looker
@@ -221,7 +224,7 @@ def _serve(wanted: Wanted, hit: Hit) -> CompiledModel | Miss:
     served = started_or_miss(
         hit.artifact,
         wanted.site,
-        lambda: start(hit, wanted.model, wanted.site, target=wanted.target, look=look),
+        lambda: start(hit, wanted.model, wanted.site, target=wanted.target, look=look, cuda_graphs=graphs),
     )
     if isinstance(served, Miss):
         return replace(served, record=record)
@@ -238,6 +241,7 @@ def load(
     *,
     cache: Cache | None = None,
     trust_model: bool = False,
+    cuda_graphs: CudaGraphs | None = None,
 ) -> CompiledModel:
     """Load an entry for a model, without looking at arguments or sources.
 
@@ -249,6 +253,7 @@ def load(
         cache: Where to look; the default cache if ``None``.
         trust_model: Take the model although nothing shows that it is the kind that was compiled: it holds
             something that no key can stand for, or the entry does not say what it was compiled from.
+        cuda_graphs: How calls are recorded into CUDA graphs, at their use; ``None`` records none.
 
     Returns:
         The callable.
@@ -264,6 +269,7 @@ def load(
     """
     check_kind("source", source, (str, os.PathLike), "a graph hash, or the beginning of one")
     check_kind("model", model, torch.nn.Module, "a torch.nn.Module")
+    check_kind("cuda_graphs", cuda_graphs, (CudaGraphs, NoneType), "a stitchcache.CudaGraphs(...)")
     prefix, store, (device, devices) = os.fspath(source), chosen_cache(cache), devices_of(model)
     site = Site(cache=store, label=type(model).__qualname__, device=device, devices=devices)
     if os.path.isfile(prefix) and not set(prefix) <= set("0123456789abcdef"):
@@ -311,6 +317,6 @@ def load(
         return first_change(artifact.factors, now, ("model.",), other, artifact.bindings)
 
     refuse_change(site.timed("key", lambda: changed(model)), artifact, model, trusted=trust_model)
-    compiled = start(replace(found, way="load"), model, site)
+    compiled = start(replace(found, way="load"), model, site, cuda_graphs=cuda_graphs)
     compiled.changed = changed
     return compiled

@@ -31,7 +31,7 @@ from stitchcache.errors import (
 )
 from stitchcache.pipeline.find import OnProgress, Request, chosen_cache
 from stitchcache.torchside import without_data
-from stitchcache.types import SizeRange
+from stitchcache.types import CudaGraphs, SizeRange
 
 if TYPE_CHECKING:
     from stitchcache.runtime.graph import CompiledGraph
@@ -52,6 +52,7 @@ class Target:
         options: Inductor options and ours.
         torch_compile: Let ``torch.compile(model, backend="stitchcache", ...)`` capture the model, with these
             arguments of its: ``{"dynamic": True}``, say, or ``{}``. ``None`` is :func:`stitchcache.compile`.
+        cuda_graphs: Recorded by whoever compiles the target, so it is tried here too.
 
     Raises:
         OptionError: ``name`` is no text, ``build`` cannot be called, or an option means nothing to
@@ -67,6 +68,7 @@ class Target:
     key_factors: Mapping[str, Any] | None = field(default=None, kw_only=True)
     options: Mapping[str, Any] | None = field(default=None, kw_only=True)
     torch_compile: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    cuda_graphs: CudaGraphs | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_kind("name", self.name, str, "a name")
@@ -76,6 +78,9 @@ class Target:
         for name in (how or {}).keys() - {"dynamic", "fullgraph"}:
             said = f"torch_compile[{name!r}]: there is dynamic and fullgraph."
             raise OptionError(said, option="torch_compile")
+        if how is not None and self.cuda_graphs is not None:
+            said = "cuda_graphs: graphs are recorded by stitchcache.compile, and not under torch.compile."
+            raise OptionError(said, option="cuda_graphs")
         if how is not None and (self.dynamic_shapes is not None or self.size_ranges):
             said = "dynamic_shapes and size_ranges mean nothing to torch.compile: use {'dynamic': True}."
             raise OptionError(said, option="torch_compile")
@@ -286,6 +291,7 @@ def request_for(target: Target, jobs: int | None = None, on_miss: str = "compile
         on_miss=on_miss,
         key_factors=target.key_factors,
         options=target.options,
+        cuda_graphs=target.cuda_graphs,
         label=target.name,
     )
     if jobs is None:

@@ -14,6 +14,7 @@ import gc
 import logging
 import os
 import sys
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,9 @@ _READ_VARIABLE = type(os.environ).__getitem__.__code__
 _HANDLE_LOG = logging.Logger.callHandlers.__code__
 _DYNAMO = f"{os.sep}torch{os.sep}_dynamo{os.sep}symbolic_convert.py"
 _BUILTINS = vars(builtins)
+# Seconds of a watched call from which taking the profile function away is quicker than letting it do nothing:
+# since Python 3.12 all code is instrumented anew after each change of it.
+_WORTH_TAKING = 1e-3 if sys.version_info >= (3, 12) else 0.0
 
 
 class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
@@ -55,6 +59,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._runs: dict[int, int] = {}
         self._generated: set[int] = set()
         self._noticed = 0
+        self._paused = False
         self._unwatched = contextlib.ExitStack()
 
     def __enter__(self) -> SourceRecorder:
@@ -70,7 +75,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._callback: Any = self._profiler()
         # Modes of somebody else's would see what is asked of a call's arguments.
         if not active_modes():
-            self._unwatched.enter_context(FamiliarCalls(self._callback, lambda: self._noticed))
+            self._unwatched.enter_context(FamiliarCalls(self._callback, lambda: self._noticed, self._pause))
         sys.setprofile(self._callback)
         return self
 
@@ -86,6 +91,10 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self.globals, self.unsound = tuple(self._reads.found.items()), self._reads.unsound
         self._callback = self._previous = None
 
+    def _pause(self, paused: bool) -> None:
+        """Let the profile function see nothing, or see again; it stays where it is."""
+        self._paused = paused
+
     @property
     def codes(self) -> list[types.CodeType]:
         """Code that ran, but that of torch and of the standard library."""
@@ -100,6 +109,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
 
         def profile(frame: types.FrameType, event: str, arg: Any) -> None:
             nonlocal muted
+            if self._paused:
+                return
             if muted is not None:
                 if event == "return" and frame is muted:
                     muted = None
@@ -345,14 +356,21 @@ class FamiliarCalls(TorchFunctionMode):
     truth values: the same) on the same kinds of devices and under the same kinds of dispatch modes, was
     watched, and ``noticed``, which grows, did not grow below it: whether somebody else's code runs there,
     such as a kernel for one of torch's ops, shows in the first call. Calls that are given anything but
-    torch's own tensors and plain values never are, nor is any under a mode of the user's.
+    torch's own tensors and plain values never are, nor is any under a mode of the user's. Where taking it
+    away costs more than the call, it is only told to ``pause``.
     """
 
-    def __init__(self, profile: Callable[..., Any], noticed: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        profile: Callable[..., Any],
+        noticed: Callable[[], int],
+        pause: Callable[[bool], None],
+    ) -> None:
         super().__init__()
-        self._profile = profile
-        self._noticed = noticed
-        self._familiar: set[tuple[Any, ...]] = set()
+        self._profile, self._noticed, self._pause = profile, noticed, pause
+        # With the seconds that the watched call took.
+        self._familiar: dict[tuple[Any, ...], float] = {}
+        self._within = False
         self._versioned = functools.cache(module_stands_by_version)
 
     def __torch_function__(
@@ -361,20 +379,30 @@ class FamiliarCalls(TorchFunctionMode):
         """Run one call, watched or not."""
         given = kwargs or {}
         # Dynamo would trace what follows; another profile function is not ours to take away.
-        if torch.compiler.is_dynamo_compiling() or sys.getprofile() is not self._profile:
+        if self._within or torch.compiler.is_dynamo_compiling() or sys.getprofile() is not self._profile:
             return func(*args, **given)
-        sys.setprofile(None)
+        self._within = True
+        self._pause(True)
         try:
             call = self._kind_of_call(func, args, given)
-            if call in self._familiar:
-                return func(*args, **given)
+            took = self._familiar.get(call) if call is not None else None
+            if took is not None:
+                return self._unwatched(func, args, given) if took > _WORTH_TAKING else func(*args, **given)
         finally:
-            sys.setprofile(self._profile)
-        before = self._noticed()
+            self._pause(False)
+            self._within = False
+        before, began = self._noticed(), time.perf_counter()
         result = func(*args, **given)
         if call is not None and self._noticed() == before:
-            self._familiar.add(call)
+            self._familiar[call] = time.perf_counter() - began
         return result
+
+    def _unwatched(self, func: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        sys.setprofile(None)
+        try:
+            return func(*args, **given)
+        finally:
+            sys.setprofile(self._profile)
 
     def _kind_of_call(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

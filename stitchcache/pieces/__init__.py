@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -26,6 +26,9 @@ from stitchcache.torchside import inductor, load_library
 from stitchcache.torchside.caller import append_caller, compile_caller
 from stitchcache.torchside.ops import OpOverload, is_view, known_range
 from stitchcache.types import BACKENDS, COMPILER_OPTIONS
+
+if TYPE_CHECKING:
+    from stitchcache.pieces.deferred import Deferred
 
 log = logging.getLogger("stitchcache")
 
@@ -88,6 +91,11 @@ class Backend:
             The file to store.
         """
         raise NotImplementedError
+
+    def begin(self, piece: GraphModule, directory: Path, options: Options) -> Callable[[], Path]:
+        """:meth:`compile` in two parts: what has to run in one thread, and a function for the rest."""
+        path = self.compile(piece, directory, options)
+        return lambda: path
 
     def load(self, path: Path, device: str) -> BoxedPiece:
         """Load a stored file in place, for a device such as ``cuda:1``; a BackendError if it cannot be."""
@@ -206,8 +214,9 @@ class AotiBackend(InductorBackend):
         """As for Inductor; and do without precompiled headers where they cost more than they save."""
         super().prepare(devices, options, pieces)
         known = hasattr(inductor.settings().aot_inductor, "precompile_headers")
-        # What accelerators make of headers was not measured: they are left to torch, which makes them.
-        few = known and set(devices) == {"cpu"} and pieces < HEADERS_PAY_FROM
+        # On accelerators compilers run beside Inductor, each on a core of its own: there they pay later.
+        cores = 0 if set(devices) == {"cpu"} else len(os.sched_getaffinity(0))
+        few = known and pieces < max(HEADERS_PAY_FROM, cores)
         return {**({HEADERS: False} if few else {}), **options}
 
     def foreign_ops(self, piece: GraphModule) -> set[str]:
@@ -227,12 +236,18 @@ class AotiBackend(InductorBackend):
 
     def compile(self, piece: GraphModule, directory: Path, options: Options) -> Path:
         """Compile a piece to a library."""
+        return self.begin(piece, directory, options)()
+
+    def begin(self, piece: GraphModule, directory: Path, options: Options) -> Callable[[], Path]:
+        """Lower a piece to C++ and kernels; the function that it returns compiles the C++."""
+        deferred = self._deferred(directory, options)
         # Debug sections are two thirds of a small library, all of which a warm start reads and digests.
         asked = "AOT_INDUCTOR_ENABLE_LINE_TABLES" in os.environ
         known = getattr(inductor.settings().aot_inductor, "enable_line_tables", False)
         chosen = {
             **thread_options(piece, options),
             **({_LINE_TABLES: False} if known and not asked else {}),
+            **({"cpp.cxx": (str(deferred.stand_in),)} if deferred is not None else {}),
             **options,
             # Beside the library a kernel would be lost: one file is stored.
             "aot_inductor.embed_kernel_binary": True,
@@ -254,11 +269,28 @@ class AotiBackend(InductorBackend):
                 backend=self.name,
             )
         places = (str(directory), inductor.directory(), str(Path(torch.__file__).parent), sys.prefix)
-        _hide_paths(Path(built), places)
-        caller = self._caller()
-        if caller is not None:
-            append_caller(Path(built), caller)
-        return Path(built)
+
+        def finish() -> Path:
+            if deferred is not None:
+                deferred.run()
+            _hide_paths(Path(built), places)
+            caller = self._caller()
+            if caller is not None:
+                append_caller(Path(built), caller)
+            return Path(built)
+
+        return finish
+
+    def _deferred(self, directory: Path, options: Options) -> Deferred | None:
+        """What lets the C++ be compiled later; ``None`` where Inductor is to do it."""
+        # Precompiled headers belong to the name of a compiler, and each stand-in has its own.
+        usual = tuple(inductor.settings().cpp.cxx) == (None, _compiler()) and "cpp.cxx" not in options
+        if not usual or options.get(HEADERS) is not False or "TORCH_INDUCTOR_INSTALL_GXX" in os.environ:
+            return None
+        # A warm start compiles nothing.
+        from stitchcache.pieces.deferred import Deferred
+
+        return Deferred(_compiler(), directory / "deferred")
 
     def warmth(self, devices: Collection[str], options: Options) -> Callable[[], object] | None:
         """Compile the caller too."""

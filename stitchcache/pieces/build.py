@@ -32,6 +32,7 @@ def build(
     options: Options,
     *,
     jobs: int | None,
+    device: str,
     devices: Sequence[str],
     on_built: Callable[[Piece, Path, float], None],
 ) -> None:
@@ -39,63 +40,80 @@ def build(
 
     ``examples`` has inputs by key, as a real run fed them, to compare with eager on. A piece without is
     compared on made-up numbers; ``None`` skips the comparison. ``on_built`` is called in this process as
-    pieces get ready, with their file and their seconds.
+    pieces get ready, with their file and their seconds. Pieces are loaded for ``device``; ``devices`` are
+    types of all in use.
     """
     counts = Counter(piece.backend for piece in missing)
-    chosen = {name: get_backend(name).prepare(devices, options, count) for name, count in counts.items()}
     forked = children.available()
+    chosen: dict[str, Options] = {}
 
-    def compile_one(piece: Piece, directory: Path) -> tuple[Path, float, str]:
+    def begin(piece: Piece, directory: Path) -> Callable[[], Path]:
+        return get_backend(piece.backend).begin(_copy(piece.gm), directory, chosen[piece.backend])
+
+    def in_child(piece: Piece, directory: Path) -> tuple[Path, float, str | None]:
         began = time.perf_counter()
-        with ExitStack() as stack:
-            if forked:
-                stack.enter_context(get_backend(piece.backend).around_compiling(devices, options))
-            path, unverified = _compile(piece, directory, chosen[piece.backend], examples, devices, forked)
-        return path, time.perf_counter() - began, unverified
+        with get_backend(piece.backend).around_compiling(devices, options):
+            path = begin(piece, directory)()
+            return path, time.perf_counter() - began, _compare(piece, path, examples, device)
 
-    pending = []
-    for piece in missing:
-        directory = scratch / piece.key
-        directory.mkdir()
-        run = partial(compile_one, piece, directory)
-        pending.append(
-            children.Job(name=piece.name, run=run, log=scratch / f"{piece.key}.log", backend=piece.backend)
-        )
-    results = children.run_all(pending, at_once(len(pending), jobs)) if forked else children.run_here(pending)
+    def here(piece: Piece, directory: Path, trial: children.Trial) -> Callable[[], Any]:
+        began = time.perf_counter()
+        rest = begin(piece, directory)
+        lowered = time.perf_counter()
+
+        def finish() -> tuple[Path, float, str | None]:
+            path = rest()
+            compiled = time.perf_counter()
+            if piece.backend != "eager":
+                trial.load(piece.backend, path, piece.name)
+            spent = (lowered - began, compiled - lowered, time.perf_counter() - compiled)
+            log.debug("piece %s: lowered in %.1f s, compiled in %.1f, tried in %.1f", piece.name, *spent)
+            return path, sum(spent), None
+
+        return finish
+
     with ExitStack() as stack:
+        if not forked:
+            # It gets ready while this process does.
+            trial = stack.enter_context(children.Trial(device))
+        chosen |= {name: get_backend(name).prepare(devices, options, n) for name, n in counts.items()}
         if not forked:
             for name in chosen:
                 stack.enter_context(get_backend(name).around_compiling(devices, options))
+        pending = []
+        for piece in missing:
+            directory = scratch / piece.key
+            directory.mkdir()
+            run = partial(in_child, piece, directory) if forked else partial(here, piece, directory, trial)
+            log_file = scratch / f"{piece.key}.log"
+            pending.append(children.Job(name=piece.name, run=run, log=log_file, backend=piece.backend))
+        results = (
+            children.run_all(pending, at_once(len(pending), jobs))
+            if forked
+            else children.run_here(pending, jobs or len(os.sched_getaffinity(0)))
+        )
         # Closed whatever happens, so that no child outlives an error or Ctrl-C.
         stack.enter_context(closing(results))
         for index, (path, seconds, unverified) in results:
+            if unverified is None:
+                # Not in its thread: Inductor tunes kernels on the GPU meanwhile.
+                with children.told(pending[index]):
+                    unverified = _compare(missing[index], path, examples, device)
             log.debug("piece %s: %s, %.1f s", missing[index].name, missing[index].backend, seconds)
             if unverified:
                 log.info("piece %s: not compared with eager: %s", missing[index].name, unverified)
             on_built(missing[index], path, seconds)
 
 
-def _compile(
-    piece: Piece,
-    directory: Path,
-    options: Options,
-    examples: Mapping[str, list[Any]] | None,
-    devices: Sequence[str],
-    forked: bool,
-) -> tuple[Path, str]:
-    """Compile a piece, load it, and compare it: its file, and why it was not compared."""
-    backend = get_backend(piece.backend)
-    device = next((d for d in devices if d != "cpu"), "cpu")
-    path = backend.compile(_copy(piece.gm), directory, options)
-    if not forked and piece.backend != "eager":
-        children.load_elsewhere(backend.name, path, device, piece.name)
+def _compare(piece: Piece, path: Path, examples: Mapping[str, list[Any]] | None, device: str) -> str:
+    """Load a piece and compare it with eager: why that was not possible; ``""`` where it agreed."""
     if examples is None:
-        return path, ""
-    compiled = backend.load(path, device)
+        return ""
+    compiled = get_backend(piece.backend).load(path, device)
     if piece.key not in examples:
-        return path, compare_on_stand_ins(piece, compiled)
+        return compare_on_stand_ins(piece, compiled)
     compare_with_eager(piece, compiled, examples[piece.key])
-    return path, ""
+    return ""
 
 
 def _copy(gm: GraphModule) -> GraphModule:

@@ -18,7 +18,7 @@ from stitchcache.compare import allowed, disagreement, measure, unlike
 from stitchcache.errors import PieceMismatchError
 from stitchcache.graph import effects, symbols
 from stitchcache.pieces import FAILURES, BoxedPiece, Piece
-from stitchcache.state import clone_all, drawn_back
+from stitchcache.state import clone_all, drawn_back, unwritten
 from stitchcache.torchside.ops import OpOverload
 from stitchcache.types import span
 
@@ -32,11 +32,16 @@ def compare_with_eager(piece: Piece, compiled: BoxedPiece, inputs: Sequence[Any]
     the strides that the capture promised to those who use them. Inputs are left as they were.
     """
     gm = piece.gm
-    copy = clone_all if effects.mutates(gm.graph) else list
     inputs, promised = _as_promised(gm, inputs)
     if piece.backend == "eager":
         promised = [None] * len(promised)
-    theirs, ours = copy(inputs), copy(inputs)
+    placeholders = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    written = effects.written_placeholders(gm)
+    theirs, ours = list(inputs), list(inputs)
+    if written:
+        # Weights are most of a model: only what the piece writes is copied.
+        keep = unwritten(inputs, (v for name, v in zip(placeholders, inputs, strict=True) if name in written))
+        theirs, ours = clone_all(inputs, keep), clone_all(inputs, keep)
     with torch.no_grad(), drawn_back(_devices(gm)):
         torch.manual_seed(_SEED)
         expected = gm(*theirs)
@@ -47,8 +52,8 @@ def compare_with_eager(piece: Piece, compiled: BoxedPiece, inputs: Sequence[Any]
     undefined = undefined_outputs(gm)
     results = zip(expected, actual, promised, strict=True)
     pairs = [(f"result {i}", *result, i in undefined) for i, result in enumerate(results)]
-    given = zip(theirs, ours, strict=True)
-    pairs += [(f"input {i} after the call", want, got, None, False) for i, (want, got) in enumerate(given)]
+    given = enumerate(zip(theirs, ours, strict=True))
+    pairs += [(f"input {i} after the call", a, b, None, False) for i, (a, b) in given if a is not b]
     for what, want, got, strides, without_values in pairs:
         fact = unlike(want, got) or _other_strides(want, got, strides)
         if fact:

@@ -15,10 +15,12 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -101,44 +103,116 @@ def run_all(jobs: Sequence[Job], limit: int) -> Generator[tuple[int, Any], None,
             end(child)
 
 
-def run_here(jobs: Sequence[Job]) -> Generator[tuple[int, Any], None, None]:
-    """As :func:`run_all`, one after the other in this process: a crash cannot be caught here."""
-    for index, job in enumerate(jobs):
+def run_here(jobs: Sequence[Job], limit: int) -> Generator[tuple[int, Any], None, None]:
+    """As :func:`run_all`, in this process: a crash cannot be caught here.
+
+    Jobs run one after the other. What a job returns is a function for its rest, which is called in a thread,
+    beside the jobs after it; its result is the job's.
+    """
+    waiting: dict[Future[Any], int] = {}
+
+    def ended(futures: Iterable[Future[Any]]) -> Iterator[tuple[int, Any]]:
+        for future in futures:
+            index = waiting.pop(future)
+            with told(jobs[index]):
+                result = future.result()
+            yield index, result
+
+    with ThreadPoolExecutor(max(1, limit)) as threads:
         try:
-            yield index, job.run()
-        except StitchCacheError:
-            raise
-        except FAILURES as error:
-            raise _failed(job, str(error).splitlines()) from error
+            for index, job in enumerate(jobs):
+                with told(job):
+                    rest = job.run()
+                waiting[threads.submit(rest)] = index
+                yield from ended([future for future in waiting if future.done()])
+            yield from ended(as_completed(list(waiting)))
+        finally:
+            threads.shutdown(cancel_futures=True)
 
 
-def load_elsewhere(backend: str, path: Path, device: str, piece: str) -> None:
-    """Load a fresh piece in a new process, where children cannot be forked.
+@contextmanager
+def told(job: Job) -> Iterator[None]:
+    """Whatever fails in the block is a BackendError that names the job's piece."""
+    try:
+        yield
+    except StitchCacheError:
+        raise
+    except FAILURES as error:
+        raise _failed(job, str(error).splitlines()) from error
+
+
+_TRY = """
+import os, pathlib, sys
+answers = os.dup(1)
+os.dup2(2, 1)
+import torch
+from stitchcache.pieces import get_backend
+device, loaded = sys.argv[1], []
+torch.empty(1, device=device)
+for line in sys.stdin:
+    backend, _, path = line.rstrip("\\n").partition(" ")
+    loaded.append(get_backend(backend).load(pathlib.Path(path), device))
+    os.write(answers, b"loaded\\n")
+"""
+
+
+class Trial:
+    """A process that loads fresh pieces before this one does, where children cannot be forked.
 
     A library that was linked against the wrong C++ runtime dies in its constructor, and takes its process
-    with it: a PieceCrashError, or another BackendError where it only cannot be loaded.
+    with it. The process starts beside the compiling and gets one piece after the other.
+
+    Args:
+        device: What pieces are loaded for.
     """
-    load = (
-        "import sys, pathlib; from stitchcache.pieces import get_backend; "
-        "get_backend(sys.argv[1]).load(pathlib.Path(sys.argv[2]), sys.argv[3])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", load, backend, str(path), device],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    if done.returncode < 0:
-        raise _crashed(piece, backend, -done.returncode, lines)
-    if done.returncode != 0:
+
+    def __init__(self, device: str) -> None:
+        self._lock = threading.Lock()
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed by __exit__
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _TRY, device],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+
+    def load(self, backend: str, path: Path, piece: str) -> None:
+        """Load a piece.
+
+        Raises:
+            PieceCrashError: It killed the process.
+            BackendError: It cannot be loaded.
+        """
+        questions: Any = self._process.stdin
+        answers: Any = self._process.stdout
+        with self._lock:
+            # The answer tells, also where the process is gone.
+            with suppress(BrokenPipeError):
+                questions.write(f"{backend} {path}\n")
+                questions.flush()
+            if answers.readline() == "loaded\n":
+                return
+            code = self._process.wait()
+            self._log.seek(0)
+            lines = [line for line in self._log.read().splitlines() if line.strip()]
+        if code < 0:
+            raise _crashed(piece, backend, -code, lines)
         last = lines[-1] if lines else "it said nothing"
         raise BackendError(
             f"piece {piece}, compiled by {backend}, cannot be loaded: {last}. Nothing was stored.",
             backend=backend,
             piece=piece,
         )
+
+    def __enter__(self) -> Trial:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._process.kill()
+        with self._process, self._log:
+            pass
 
 
 def start(job: Job, index: int = 0) -> Child:

@@ -34,7 +34,7 @@ from stitchcache.pipeline.find import Hit, Miss, Site, Wanted
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.state import state_attributes
 from stitchcache.torchside import load_library
-from stitchcache.types import Artifact, BindingSpec, Change, Factor, TargetRecord
+from stitchcache.types import Artifact, BindingSpec, Change, CudaGraphs, Factor, TargetRecord
 
 if TYPE_CHECKING:
     from stitchcache.runtime.graph import CompiledGraph
@@ -63,6 +63,7 @@ def start(
     miss: Miss | None = None,
     target: TargetKey | None = None,
     look: Callable[[CompiledModel], None] | None = None,
+    cuda_graphs: CudaGraphs | None = None,
 ) -> CompiledModel:
     """Make an artifact callable on a model, whose parameters and buffers are bound by reference.
 
@@ -72,12 +73,14 @@ def start(
 
     def link(pieces: Mapping[str, Any], constants: Mapping[str, torch.Tensor]) -> CompiledModel:
         hit = "graph" if found.way == "load" else found.way
-        return CompiledModel(found.artifact, model, pieces, constants, cache_hit=hit, objects=found.objects)
+        how: dict[str, Any] = {"cache_hit": hit, "objects": found.objects, "cuda_graphs": cuda_graphs}
+        return CompiledModel(found.artifact, model, pieces, constants, **how)
 
     compiled = start_with(link, found, site, miss, look)
     for said in found.artifact.narrowed.values():
         log.warning("%s: size %s", site.label, said)
-    compiled.timings = {stage: round(seconds, 6) for stage, seconds in site.timings.items()}
+    # What was recorded for the look has its seconds there already.
+    compiled.timings |= {stage: round(seconds, 6) for stage, seconds in site.timings.items()}
     # A cache that nobody holds goes away here, and would write its counts before the first call.
     compiled.came_from = site.cache
     if target is not None:

@@ -24,7 +24,7 @@ from stitchcache.runtime import misfit
 from stitchcache.state import devices_of
 from stitchcache.store import CHECKS, choice, required
 from stitchcache.torchside import tree
-from stitchcache.types import BACKENDS, COMPILER_OPTIONS, Artifact, SizeRange, TargetRecord
+from stitchcache.types import BACKENDS, COMPILER_OPTIONS, Artifact, CudaGraphs, SizeRange, TargetRecord
 
 if TYPE_CHECKING:
     from stitchcache.api.preload import Preloaded
@@ -60,6 +60,7 @@ class Request:
     check: Literal["example", "background", "none"] | None = None
     key_factors: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    cuda_graphs: CudaGraphs | None = None  # in no key: it decides how calls run, not what is compiled
     label: str = ""
 
     def __post_init__(self) -> None:
@@ -71,6 +72,7 @@ class Request:
         for op in self.splitting_ops:
             if not isinstance(op, str) or not op:
                 raise _refused("splitting_ops", f": {op!r} is not an op's name; write 'namespace::op'.")
+        check_kind("cuda_graphs", self.cuda_graphs, (CudaGraphs, NoneType), "a stitchcache.CudaGraphs(...)")
         check_kind("key_factors", self.key_factors, Mapping, "a dict")
         check_kind("options", self.options, Mapping, "a dict")
         for name, value in self.options.items():
@@ -282,6 +284,9 @@ def want(
         return target_key(model, list(zip(paths, leaves, strict=True)), text, *how, *options, walk)
 
     device, devices = devices_of(model, leaves)
+    if request.cuda_graphs is not None and devices != ("cuda",):
+        said = ": graphs are of what runs on one GPU, and the model or an argument is on"
+        raise _refused("cuda_graphs", f"{said} {', '.join(devices)}.")
     site = Site(
         cache=cache,
         label=request.label or type(model).__qualname__,

@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stitchcache.errors import StaleEntryError, StoreWriteError, check_kind
+from stitchcache.errors import OptionError, StaleEntryError, StoreWriteError, check_kind
 from stitchcache.pipeline import store_target
 from stitchcache.pipeline.find import check_arguments
-from stitchcache.state import clone_all, plain_tensors, state_of, tensor_at
+from stitchcache.state import clone_all, drawn_back, plain_tensors, state_of, tensor_at
 from stitchcache.torchside import has_fakes, tree, version_of
 from stitchcache.types import LOOK_THREAD, Check, CheckRecord, OutputBound, TargetRecord
 
 if TYPE_CHECKING:
     from stitchcache.compare import Both, Compared
     from stitchcache.pipeline.find import Wanted
+    from stitchcache.runtime.cuda_graphs import Graphs
     from stitchcache.runtime.model import CompiledModel
     from stitchcache.types import Artifact
 
@@ -57,8 +58,24 @@ def looker(
                 store_target(wanted, replace(record, refused=outcome.reason))
         compiled.check = replace(outcome, seconds=time.perf_counter() - began)
 
+    def compared(compiled: CompiledModel, artifact: Artifact) -> tuple[Both, Check]:
+        where, writes = (wanted.model, wanted.args, wanted.kwargs), _written_by(wanted, artifact)
+        compare = partial(_compare, *where, compiled, artifact.check, writes=writes, effects=effects)
+        both, outcome = compare(quick=True)
+        return (both, outcome) if outcome.state == "agreed" else compare()
+
     def at(compiled: CompiledModel) -> None:
         began, artifact, reason = time.perf_counter(), compiled.artifact, _why_not(wanted)
+        look_at(compiled, artifact, reason, began)
+        graphs = compiled.cuda_graphs
+        if graphs is not None and graphs.due and compiled.check.state == "agreed":
+            # The call that was looked at made it ready to be recorded. What is served is recorded, so it is
+            # looked at once more.
+            _refuse_graphs(compared(compiled, compiled.artifact)[1])
+        if graphs is not None and graphs.at_load and not reason:
+            _record(wanted, compiled, graphs)
+
+    def look_at(compiled: CompiledModel, artifact: Artifact, reason: str, began: float) -> None:
         if compiled.cache_hit is None and cold is not None:
             outcome, measured = cold(compiled, reason)
             compiled.artifact = replace(artifact, check=measured)
@@ -68,11 +85,7 @@ def looker(
         elif wanted.request.checked == "background" and not _lasting_names(artifact):
             _look_later(wanted, compiled, lambda outcome: note(compiled, outcome, began))
         else:
-            where, writes = (wanted.model, wanted.args, wanted.kwargs), _written_by(wanted, artifact)
-            compare = partial(_compare, *where, compiled, artifact.check, writes=writes, effects=effects)
-            both, outcome = compare(quick=True)
-            if outcome.state != "agreed":
-                both, outcome = compare()
+            both, outcome = compared(compiled, artifact)
             note(compiled, outcome, began)
             compiled.raise_refusal()
             unmeasured = artifact.check is not None and artifact.check.state == "unchecked"
@@ -84,6 +97,42 @@ def looker(
                     log.debug("what was measured of entry %s is not stored: %s", artifact.graph_hash, error)
 
     return at
+
+
+def _record(wanted: Wanted, compiled: CompiledModel, graphs: Graphs) -> None:
+    """Record every size that gets a graph, and put back what the calls for it write."""
+    # Most starts record nothing.
+    from stitchcache.torchside.watch import watch
+
+    specs = compiled.artifact.input_spec.leaves if compiled.artifact.input_spec is not None else ()
+    taken = [place for place, spec in enumerate(specs) if spec.kind != "constant"]
+    _, tree_spec = tree.flatten((wanted.args, dict(wanted.kwargs)))
+    memory = watch({})
+    for tensor in _written_by(wanted, compiled.artifact).values():
+        memory.save(tensor)
+    devices = {leaf.device for leaf in wanted.leaves if isinstance(leaf, torch.Tensor)}
+    try:
+        with drawn_back(devices), torch.no_grad():
+            for made in graphs.examples([wanted.leaves[place] for place in taken]):
+                leaves = list(wanted.leaves)
+                for place, leaf in zip(taken, made, strict=True):
+                    leaves[place] = leaf
+                args, kwargs = tree.unflatten(leaves, tree_spec)
+                # The second call is recorded.
+                for _ in range(2):
+                    compiled(*args, **kwargs)
+    finally:
+        memory.put_back()
+
+
+def _refuse_graphs(outcome: Check) -> None:
+    if outcome.state == "mismatch":
+        raise OptionError(
+            f"cuda_graphs: replayed as CUDA graphs the model gives another result: {outcome.reason}. An op "
+            "that is recorded does something in Python that a graph does not repeat. Leave custom ops "
+            "outside (mode='pieces'), or record nothing.",
+            option="cuda_graphs",
+        )
 
 
 def _why_not(wanted: Wanted) -> str:

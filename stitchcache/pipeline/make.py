@@ -30,6 +30,7 @@ from stitchcache.errors import (
     StoreWriteError,
     UntrustedEntryError,
 )
+from stitchcache.graph import effects
 from stitchcache.graph.canonical import graph_hash
 from stitchcache.graph.effects import alias_hazards, attribute_of, called, mutates, target_name
 from stitchcache.graph.split import split_graph
@@ -39,7 +40,7 @@ from stitchcache.keys.walk import plain_bytes
 from stitchcache.pieces import FAILURES, Backend, Piece, get_backend
 from stitchcache.pieces.build import at_once, build
 from stitchcache.pipeline.find import Hit, Request, Site
-from stitchcache.state import clone_all, drawn_back, state_of
+from stitchcache.state import clone_all, drawn_back, state_of, unwritten
 from stitchcache.torchside import has_fakes
 from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, is_view
 from stitchcache.types import (
@@ -254,6 +255,7 @@ def make(planned: EntryPlan) -> Hit:
                 scratch,
                 request.backend_options,
                 jobs=request.jobs,
+                device=site.device,
                 devices=site.devices,
                 on_built=on_built,
             )
@@ -276,17 +278,24 @@ def _examples(planned: Plan, missing: Sequence[Piece], captured: Capture, label:
 
     The model's own tensors are left as they were: where anything in the graph writes, it runs on copies.
     """
-    specs = captured.input_spec.leaves
-    leaves = [leaf for leaf, spec in zip(captured.example, specs, strict=True) if spec.kind != "constant"]
+    specs = zip(captured.user_inputs, captured.example, captured.input_spec.leaves, strict=True)
+    named = {name: leaf for name, leaf, spec in specs if spec.kind != "constant"}
+    leaves = list(named.values())
     split_gm = planned.split_gm
     nodes = [node for node in split_gm.graph.nodes if node.op == "get_attr"]
     tensors = {str(node.target): attribute_of(split_gm, str(node.target)) for node in nodes}
     if has_fakes([*leaves, *tensors.values()]):
         return {}
+    keep: set[int] = set()
     writes = any(mutates(module.graph) for module in split_gm.modules() if isinstance(module, GraphModule))
     if writes:
-        # Together, so that what was shared stays shared.
-        copies = clone_all([*tensors.values(), *leaves])
+        written = effects.written_placeholders(captured.gm)
+        names = {item.name for item in captured.bound if item.placeholder in written}
+        targets = [tensor for path, tensor in tensors.items() if planned.attributes.get(path) in names]
+        targets += [leaf for name, leaf in named.items() if name in written]
+        # Weights are most of a model, and nothing writes them. The rest together: what was shared stays so.
+        keep = unwritten([*tensors.values(), *leaves], targets)
+        copies = clone_all([*tensors.values(), *leaves], keep)
         tensors, leaves = dict(zip(tensors, copies, strict=False)), copies[len(tensors) :]
     inputs: dict[str, list[Any]] = {}
     keys = {piece.name: piece.key for piece in missing}
@@ -299,7 +308,7 @@ def _examples(planned: Plan, missing: Sequence[Piece], captured: Capture, label:
 
         def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
             if target in keys:
-                inputs[keys[str(target)]] = clone_all(args) if writes else list(args)
+                inputs[keys[str(target)]] = clone_all(args, keep) if writes else list(args)
             return super().call_module(target, args, kwargs)
 
     devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}

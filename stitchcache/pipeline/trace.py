@@ -142,7 +142,8 @@ def compile_traced(wanted: Wanted, miss: Miss) -> CompiledModel:
 
         def begin(found: Hit, miss: Miss) -> CompiledModel:
             found = replace(found, objects=objects)
-            return start(found, wanted.model, site, miss=miss, target=wanted.target, look=look)
+            how: dict[str, Any] = {"target": wanted.target, "look": look, "cuda_graphs": request.cuda_graphs}
+            return start(found, wanted.model, site, miss=miss, **how)
 
         refuse = partial(miss_error, wanted, graph_hash=planned.graph_hash)
         compiled = compile_planned(planned, miss, begin=begin, refuse=refuse)

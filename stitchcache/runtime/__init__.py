@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import FunctionType
 from typing import Any
@@ -18,7 +20,7 @@ from stitchcache.codegen import CodeObjects, show_source
 from stitchcache.errors import BindError, EntryFormatError, InputMismatchError
 from stitchcache.runtime.contract import CALLED, CallSource, mismatch
 from stitchcache.torchside import is_fake, set_grad_enabled, storage_id, tree
-from stitchcache.types import Artifact, InputSpec, OutputSpec
+from stitchcache.types import Artifact, InputSpec, OutputSpec, SizeRange
 
 
 def build_call(
@@ -323,3 +325,34 @@ def _other_order(argument: str, wanted: Sequence[Any], given: Sequence[Any]) -> 
         ", ".join(map(str, given)),
         "The model may go through them in their order.",
     )
+
+
+def dispatch_over_ranges(
+    functions: Sequence[tuple[SizeRange, Callable[..., Any]]], *, argument: int, dim: int, name: str
+) -> Callable[..., Any]:
+    """Make one function of several, each of which serves a range of sizes.
+
+    The size of dimension ``dim`` of a positional argument is looked at once a call; ``name`` is what the user
+    calls it. A size in no range is an InputMismatchError.
+    """
+    table = sorted(functions, key=lambda entry: (entry[0].min, entry[0].max))
+    # The first range that does not end below the size; one past the last, where no size may be.
+    ends = [size_range.max for size_range, _ in table]
+    starts: list[float] = [*(size_range.min for size_range, _ in table), math.inf]
+    targets = [function for _, function in table]
+    ranges = ", ".join(str(size_range) for size_range, _ in table)
+
+    def dispatch(*args: Any) -> Any:
+        size = args[argument].size(dim)
+        place = bisect_left(ends, size)
+        if size < starts[place]:
+            raise InputMismatchError(
+                f"{name} is {size}, and this was compiled for {ranges} only. "
+                "Pad the input, or compile with a range that holds this size.",
+                argument=name,
+                expected=ranges,
+                actual=str(size),
+            )
+        return targets[place](*args)
+
+    return dispatch

@@ -6,9 +6,7 @@ Cold and warm starts both end here.
 from __future__ import annotations
 
 import logging
-import math
-from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import replace
 from inspect import Parameter, Signature
@@ -28,15 +26,18 @@ from stitchcache.errors import (
     visible,
 )
 from stitchcache.keys.environment import environment_factors
-from stitchcache.runtime import build_call
+from stitchcache.runtime import build_call, dispatch_over_ranges
 from stitchcache.state import elements_of, state_of, tensor_at
-from stitchcache.types import BOUND, Artifact, BindingSpec, Change, Check, SizeRange, Variant
+from stitchcache.types import BOUND, Artifact, BindingSpec, Change, Check, Variant
 
 if TYPE_CHECKING:
     from stitchcache.cache import Cache
     from stitchcache.explanation import Explanation
     from stitchcache.keys import TargetKey
     from stitchcache.pipeline.find import Miss
+    from stitchcache.runtime.cuda_graphs import Graphs
+    from stitchcache.runtime.cuda_sizes import GraphRecord
+    from stitchcache.types import CudaGraphs
 
 log = logging.getLogger("stitchcache")
 
@@ -66,6 +67,7 @@ class CompiledModel(torch.nn.Module):
         changed: Tells whether a model is another one than was compiled; ``None`` where nothing tells.
         check: How the look at the model itself on the example stands.
         mismatches: Calls that did not fit and that the model served itself, by argument.
+        cuda_graphs: Its CUDA graphs; ``None`` where none were asked for.
     """
 
     # Calling an object looks __call__ up in its class and binds it; a slot binds to what is in it. So a
@@ -85,6 +87,7 @@ class CompiledModel(torch.nn.Module):
         *,
         cache_hit: str | None = None,
         objects: CodeObjects | None = None,
+        cuda_graphs: CudaGraphs | None = None,
     ) -> None:
         self.artifact = artifact
         self.graph_hash = artifact.graph_hash
@@ -100,6 +103,8 @@ class CompiledModel(torch.nn.Module):
         self.mismatches: dict[str, int] = {}
         self._refusal: StitchCacheError | None = None
         self._eager: tuple[str, Callable[[str], None]] | None = None
+        self._wanted_graphs = cuda_graphs
+        self.cuda_graphs: Graphs | None = None
         self.__signature__ = _ANY
         self._bind(model)
 
@@ -158,6 +163,11 @@ class CompiledModel(torch.nn.Module):
             refuse_change(self.changed(model), self.artifact, model, trusted=trust_model)
         self._bind(model)
         return self
+
+    @property
+    def graphs(self) -> tuple[GraphRecord, ...]:
+        """Calls that were recorded as CUDA graphs, with seconds and bytes, and those that could not be."""
+        return self.cuda_graphs.records if self.cuda_graphs is not None else ()
 
     def refuse(self, error: StitchCacheError) -> None:
         """Let each call raise an error from now on, also after :meth:`rebind`."""
@@ -219,7 +229,10 @@ class CompiledModel(torch.nn.Module):
         )
 
     def _bind(self, model: torch.nn.Module) -> None:
-        call, self._tensors = self._bound_to(model) if self._refusal is None else (self.raise_refusal, {})
+        if self._refusal is None:
+            call, self._tensors, self.cuda_graphs = self._bound_to(model)
+        else:
+            call, self._tensors, self.cuda_graphs = self.raise_refusal, {}, None
         if self._eager is not None:
             # Most models are compiled without this choice.
             from stitchcache.runtime.eager import as_it_is, or_as_it_is
@@ -255,10 +268,23 @@ class CompiledModel(torch.nn.Module):
             # A fresh one each time: a shared exception would collect the tracebacks of all threads.
             raise copy(self._refusal)
 
-    def _bound_to(self, model: torch.nn.Module) -> tuple[Callable[..., Any], dict[str, torch.Tensor]]:
+    def _bound_to(
+        self, model: torch.nn.Module
+    ) -> tuple[Callable[..., Any], dict[str, torch.Tensor], Graphs | None]:
         tensors = bind_tensors(self.artifact.bindings, model, self._constants)
-        function = link(self.artifact, self._pieces, tensors, self._objects)
-        return build_call(function, self.artifact, tensors, model.forward, self._objects), tensors
+        graphs = self._graphs_over(tensors) if self._wanted_graphs is not None else None
+        function = graphs.call if graphs else link(self.artifact, self._pieces, tensors, self._objects)
+        return build_call(function, self.artifact, tensors, model.forward, self._objects), tensors, graphs
+
+    def _graphs_over(self, tensors: Mapping[str, torch.Tensor]) -> Graphs:
+        # Most starts have no graphs.
+        from stitchcache.runtime.cuda_graphs import graphs_over
+
+        def linked(around: Callable[..., Any] | None) -> Callable[..., Any]:
+            return link(self.artifact, self._pieces, tensors, self._objects, around)
+
+        wanted: Any = self._wanted_graphs
+        return graphs_over(wanted, self.artifact, tensors, linked, self.timings)
 
 
 def refuse_change(
@@ -318,11 +344,16 @@ def devices_in(artifact: Artifact) -> set[str]:
 
 
 def link(
-    artifact: Artifact, pieces: Mapping[str, Any], tensors: Mapping[str, Any], objects: CodeObjects
+    artifact: Artifact,
+    pieces: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    objects: CodeObjects,
+    around: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
     """Make an artifact callable over the leaves that its stitching function takes; returns flat results.
 
-    Takes a loaded piece for each piece key, and a tensor for each binding's name. Does no I/O.
+    Takes a loaded piece for each piece key, and a tensor for each binding's name. Does no I/O. Each variant's
+    function is put through ``around``.
 
     Raises:
         LinkError: A piece or a tensor is missing; ``missing`` lists the names.
@@ -339,6 +370,8 @@ def link(
         (variant.size_range, _link_variant(variant, pieces, tensors, objects))
         for variant in artifact.variants
     ]
+    if around is not None:
+        functions = [(size_range, around(function)) for size_range, function in functions]
     if len(functions) == 1 and functions[0][0] is None:
         return functions[0][1]
     argument, dim, name = _dispatch_on(artifact)
@@ -381,37 +414,6 @@ def _dispatch_on(artifact: Artifact) -> tuple[int, int, str]:
                 dim = leaf.tensor.shape.index(symbols[0])
                 return position, dim, f"{leaf.path}.shape[{dim}]"
     raise LinkError("the artifact has variants by size, and no argument has that size.", missing=[])
-
-
-def dispatch_over_ranges(
-    functions: Sequence[tuple[SizeRange, Callable[..., Any]]], *, argument: int, dim: int, name: str
-) -> Callable[..., Any]:
-    """Make one function of several, each of which serves a range of sizes.
-
-    The size of dimension ``dim`` of a positional argument is looked at once a call; ``name`` is what the user
-    calls it. A size in no range is an InputMismatchError.
-    """
-    table = sorted(functions, key=lambda entry: (entry[0].min, entry[0].max))
-    # The first range that does not end below the size; one past the last, where no size may be.
-    ends = [size_range.max for size_range, _ in table]
-    starts: list[float] = [*(size_range.min for size_range, _ in table), math.inf]
-    targets = [function for _, function in table]
-    ranges = ", ".join(str(size_range) for size_range, _ in table)
-
-    def dispatch(*args: Any) -> Any:
-        size = args[argument].size(dim)
-        place = bisect_left(ends, size)
-        if size < starts[place]:
-            raise InputMismatchError(
-                f"{name} is {size}, and this was compiled for {ranges} only. "
-                "Pad the input, or compile with a range that holds this size.",
-                argument=name,
-                expected=ranges,
-                actual=str(size),
-            )
-        return targets[place](*args)
-
-    return dispatch
 
 
 def bind_tensors(

@@ -268,9 +268,7 @@ def load_library(path: Path, device: str) -> Callable[[list[Any]], Sequence[Any]
     """
     name = _new_name(str(path))
     try:
-        # On GPUs torch's runner: the caller was not tried there.
-        ours = load_with_caller(name, device) if device == "cpu" else None
-        return ours or load_with_runner(name, device)
+        return load_with_caller(name, device) or load_with_runner(name, device)
     except RuntimeError as error:
         where, said = os.path.realpath(path), str(error).splitlines()[0]
         raise BackendError(

@@ -36,17 +36,21 @@ class Watch:
     def __init__(self, *noticing):
         self.calls = collections.Counter()
         self.noticing = noticing
+        self.paused = False
 
     def __call__(self, frame, event, arg):
-        if event == "call":
+        if event == "call" and not self.paused:
             self.calls[frame.f_code.co_name] += 1
 
     @property
     def noticed(self):
         return sum(self.calls[name] for name in self.noticing)
 
+    def pause(self, paused):
+        self.paused = paused
+
     def run(self, action):
-        with FamiliarCalls(self, lambda: self.noticed):
+        with FamiliarCalls(self, lambda: self.noticed, self.pause):
             sys.setprofile(self)
             try:
                 action()

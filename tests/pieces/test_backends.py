@@ -86,8 +86,9 @@ def test_two_pieces_share_headers_and_probes(tmp_path, fresh_process):
         (["cpu"], HEADERS_PAY_FROM, {}, None),
         (["cpu"], 1, {HEADERS: True}, True),
         (["cpu"], HEADERS_PAY_FROM, {HEADERS: False}, False),
-        # What an accelerator's pieces gain was not measured.
-        (["cpu", "cuda"], 1, {}, None),
+        # There each piece has a core for its compiler, beside Inductor.
+        (["cpu", "cuda"], 1, {}, False),
+        (["cuda"], 10_000, {}, None),
     ],
 )
 def test_few_pieces_make_no_headers_and_who_says_what_is_obeyed(

@@ -16,7 +16,7 @@ import torch
 
 from stitchcache.errors import BackendError, PieceCrashError, PieceMismatchError
 from stitchcache.pieces import children
-from stitchcache.pieces.children import Job, run_all, run_here
+from stitchcache.pieces.children import Job, Trial, run_all, run_here
 from stitchcache.types import LOOK_THREAD
 
 
@@ -187,6 +187,7 @@ def test_torch_works_in_children_after_threads_were_used(job):
 
 THREADED = """
 import sys
+import threading
 from pathlib import Path
 import torch
 from stitchcache.pieces.children import Job, run_all
@@ -254,6 +255,45 @@ def test_in_this_process_failures_are_typed_too(job):
     def fail():
         raise RuntimeError("no kernel")
 
-    assert list(run_here([job(lambda: 5)])) == [(0, 5)]
-    with pytest.raises(BackendError, match="no kernel"):
-        list(run_here([job(fail)]))
+    assert list(run_here([job(lambda: lambda: 5)], 2)) == [(0, 5)]
+    for failing in (fail, lambda: fail):
+        with pytest.raises(BackendError, match="no kernel"):
+            list(run_here([job(failing)], 2))
+
+
+def test_rests_run_beside_the_jobs_after_them(job):
+    began: list[str] = []
+    second = threading.Event()
+
+    def first():
+        began.append("first")
+        return lambda: second.wait(10)
+
+    def other():
+        began.append("second")
+        second.set()
+        return lambda: "done"
+
+    assert dict(run_here([job(first, "a"), job(other, "b")], 2)) == {0: True, 1: "done"}
+    assert began == ["first", "second"]
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A library that is none, and one whose constructor aborts."""
+    (tmp_path / "none.so").write_bytes(b"no library")
+    source = tmp_path / "abort.cpp"
+    source.write_text(
+        'extern "C" void abort(void) __attribute__((noreturn));\n'
+        "__attribute__((constructor)) static void now() { abort(); }\n"
+    )
+    subprocess.run(["g++", "-shared", "-fPIC", source, "-o", tmp_path / "abort.so"], check=True)
+    return tmp_path
+
+
+@pytest.mark.compile
+def test_a_trial_tells_a_crash_from_a_failure(broken):
+    with Trial("cpu") as trial, pytest.raises(BackendError, match=r"submod_1.*cannot be loaded"):
+        trial.load("aoti", broken / "none.so", "submod_1")
+    with Trial("cpu") as trial, pytest.raises(PieceCrashError, match="SIGABRT"):
+        trial.load("aoti", broken / "abort.so", "submod_2")

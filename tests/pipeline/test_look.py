@@ -233,8 +233,8 @@ def test_pieces_that_disagree_together_are_told_from_the_graph(cache, monkeypatc
     bound = CompiledModel._bound_to
 
     def off(self, model):
-        call, tensors = bound(self, model)
-        return lambda *args, **kwargs: {k: v + 1 for k, v in call(*args, **kwargs).items()}, tensors
+        call, *more = bound(self, model)
+        return lambda *args, **kwargs: {k: v + 1 for k, v in call(*args, **kwargs).items()}, *more
 
     monkeypatch.setattr(CompiledModel, "_bound_to", off)
     with pytest.raises(PieceMismatchError, match="but its graph, run op by op, does not"):

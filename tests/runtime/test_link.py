@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stitchcache.errors import InputMismatchError
-from stitchcache.runtime.model import dispatch_over_ranges
+from stitchcache.runtime import dispatch_over_ranges
 from stitchcache.types import SizeRange
 
 

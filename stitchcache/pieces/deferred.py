@@ -1,0 +1,94 @@
+"""A compiler's commands, written down and run later, side by side.
+
+Inductor compiles wrapper and kernels of a piece one after the other, links them, and waits for each, though
+most of a small piece's time goes there. So it is given a stand-in for the compiler. That writes down what
+compiles C++ or links, leaves an empty file where a result is expected, and lets the compiler do anything else
+at once.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+# Objects that were made at once are copied: Inductor removes them as soon as it has linked, as it thinks.
+_STAND_IN = r"""#!/bin/sh
+for argument; do
+  case $argument in *.cpp) source=1 ;; -c) compile=1 ;; -shared) link=1 ;; esac
+  if [ "$before" = -o ]; then result=$argument; fi
+  before=$argument
+done
+case "$source-$compile-$link-$result" in 1-1--/*.o | --1-/*.so) ;; *) exec COMPILER "$@" ;; esac
+number=0
+while [ -e DIRECTORY/$number ]; do number=$((number + 1)); done
+if [ "$link" ]; then
+  for argument; do
+    case $argument in *.o) if [ -s "$argument" ]; then cp "$argument" DIRECTORY/ || exit 1; fi ;; esac
+  done
+fi
+printf '%s\n' "$@" > DIRECTORY/$number && : > "$result"
+"""
+
+
+class Deferred:
+    """The commands of one library.
+
+    Args:
+        compiler: As it is called: a name or a path.
+        directory: An empty directory for it.
+
+    Attributes:
+        stand_in: What Inductor is to call. It has the compiler's name, as Inductor tells compilers by that.
+    """
+
+    def __init__(self, compiler: str, directory: Path) -> None:
+        self._compiler, self._directory = compiler, directory
+        self.stand_in = directory / "stand-in" / Path(compiler).name
+        self.stand_in.parent.mkdir(parents=True)
+        script = _STAND_IN.replace("COMPILER", shlex.quote(compiler))
+        self.stand_in.write_text(script.replace("DIRECTORY", shlex.quote(str(directory))))
+        self.stand_in.chmod(0o700)
+
+    def run(self) -> None:
+        """Run what was written down: all that compiles at once, and then what links.
+
+        Raises:
+            RuntimeError: The compiler failed; says what it said.
+        """
+        commands: list[list[str]] = []
+        while (path := self._directory / str(len(commands))).is_file():
+            commands.append(path.read_text().splitlines())
+        compiles = [command for command in commands if "-c" in command]
+        # Another process may compile the same source to the same place.
+        objects = {_result(c): str(self._directory / f"compiled{n}.o") for n, c in enumerate(compiles)}
+        with ThreadPoolExecutor(max(1, len(compiles))) as threads:
+            list(threads.map(self._call, [[objects.get(word, word) for word in c] for c in compiles]))
+        for command in commands:
+            if "-c" not in command:
+                self._call([self._object(word, objects) for word in command])
+        shutil.rmtree(self._directory)
+
+    def _object(self, word: str, objects: dict[str, str]) -> str:
+        kept = self._directory / Path(word).name
+        return objects.get(word) or (str(kept) if word.endswith(".o") and kept.is_file() else word)
+
+    def _call(self, arguments: Sequence[str]) -> None:
+        done = subprocess.run(
+            [self._compiler, *arguments],
+            cwd=self._directory,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"{shlex.join([self._compiler, *arguments])}\n{done.stdout}")
+
+
+def _result(command: Sequence[str]) -> str:
+    return command[command.index("-o") + 1]
