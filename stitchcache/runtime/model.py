@@ -28,6 +28,7 @@ from stitchcache.errors import (
 from stitchcache.keys.environment import environment_factors
 from stitchcache.runtime import build_call, dispatch_over_ranges
 from stitchcache.state import elements_of, state_of, tensor_at
+from stitchcache.torchside import has_fakes
 from stitchcache.types import BOUND, Artifact, BindingSpec, Change, Check, Variant
 
 if TYPE_CHECKING:
@@ -272,7 +273,9 @@ class CompiledModel(torch.nn.Module):
         self, model: torch.nn.Module
     ) -> tuple[Callable[..., Any], dict[str, torch.Tensor], Graphs | None]:
         tensors = bind_tensors(self.artifact.bindings, model, self._constants)
-        graphs = self._graphs_over(tensors) if self._wanted_graphs is not None else None
+        # Without data there is nothing to record: a prewarm without weights.
+        wanted = self._wanted_graphs is not None and not has_fakes(tensors.values())
+        graphs = self._graphs_over(tensors) if wanted else None
         function = graphs.call if graphs else link(self.artifact, self._pieces, tensors, self._objects)
         return build_call(function, self.artifact, tensors, model.forward, self._objects), tensors, graphs
 
