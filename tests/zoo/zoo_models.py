@@ -155,7 +155,7 @@ _PICTURES: dict[str, dict[str, Any]] = {
     },
     "poolformer": {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32]},
     "mobilenet_v2": {"image_size": 32},
-    "efficientnet": {"image_size": 32, "hidden_dim": 32},
+    "efficientnet": {"image_size": 32},
 }
 _SEQ = {
     "d_model": 32,
