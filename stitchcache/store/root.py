@@ -50,6 +50,7 @@ _DIGESTED_AT_ONCE = 256 << 10
 _PRIVATE = (Area.LOCKS, Area.TMP)
 _BLOB_LOCKS = "blobs"
 _HEAD = 1 << 20
+_LOOK_LASTS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ class Root:
         # What the last write that failed said.
         self.failure = "it is opened read-only" if read_only else ""
         self._known: set[str] = set()
+        self._looked_above = -_LOOK_LASTS
         # Blobs that are kept from being evicted until an entry names them: each has a lock on a byte of one
         # file, for a lock on a blob itself could be held by everybody who can read the blob.
         self._held: set[str] = set()
@@ -90,7 +92,8 @@ class Root:
 
     def __del__(self) -> None:
         if self._locks is not None:
-            self.files.close_quietly(self._locks)
+            with suppress(OSError):
+                os.close(self._locks)
 
     def area(self, area: Area) -> str:
         """The directory of an area."""
@@ -189,9 +192,14 @@ class Root:
 
     def require_trust(self, path: str) -> None:
         """Raise ``UntrustedEntryError`` where others can write a file, or a directory on the way to it."""
-        # Directories first, from the top down: see distrusted_way.
-        at = self.path
-        reason = self.files.distrusted_way(at)
+        # Directories first, from the top down: see distrusted_way. Nobody else can undo what was found above
+        # the root, so the files of one start are one look.
+        at, now = self.path, time.monotonic()
+        if now - self._looked_above < _LOOK_LASTS:
+            reason = distrust(at, self.files.stat(at))
+        else:
+            reason = self.files.distrusted_way(at)
+            self._looked_above = now if reason is None else -_LOOK_LASTS
         for part in path[len(self.path) :].strip(os.sep).split(os.sep):
             if reason is not None:
                 raise UntrustedEntryError(reason, path=path)
