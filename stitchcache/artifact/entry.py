@@ -383,9 +383,9 @@ def decode_target(data: bytes, key: str, *, path: str = "") -> tuple[TargetRecor
     return tuple(found for found, _ in decode_signed(data, key, path=path))
 
 
-def packed_digest(value: TargetRecord | tuple[Any, ...]) -> str:
+def packed_digest(found: TargetRecord) -> str:
     """What a signature on a target record is over: the sha256 of its msgpack."""
-    return hashlib.sha256(pack(value)).hexdigest()
+    return hashlib.sha256(pack(found)).hexdigest()
 
 
 def encode_piece(piece: PieceRecord) -> bytes:

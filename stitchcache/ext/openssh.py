@@ -143,11 +143,10 @@ def require_cryptography() -> None:
 
 # -- allowed_signers -------------------------------------------------------------------------------
 
-_LINE = re.compile(r'(?:"(?P<quoted>[^"]*)"|(?P<names>\S+))\s+(?P<options>.*?)\s*\b(?P<key>ssh-ed25519\s.*)')
-_OTHER_KEY = re.compile(r"\s(ssh|ecdsa|sk)-\S+\s")
-_OPTION = re.compile(r'(?P<name>[a-z-]+)(="(?P<value>[^"]*)")?(,|$)')
+# As text: a warm start compiles none of them where no line has an option.
+_OPTION = r'(?P<name>[a-z-]+)(="(?P<value>[^"]*)")?(,|$)'
+_NAME = r"[A-Za-z0-9._@:/+=-]{1,256}"
 _LIMITS = {"namespaces", "valid-after", "valid-before"}
-_NAME = re.compile(r"[A-Za-z0-9._@:/+=-]{1,256}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,15 +200,18 @@ def read_signers(text: str, path: str) -> list[Signer]:
 
 
 def _signers(line: str) -> list[Signer]:
-    parts = _LINE.fullmatch(line)
-    if parts is None:
-        if _OTHER_KEY.search(line):
+    line = " ".join(line.split())
+    names, _, rest = line[1:].partition('"') if line.startswith('"') else line.partition(" ")
+    text, kind, key = f" {rest.strip()}".partition(f" {_TYPE.decode()} ")
+    if not kind:
+        others = [word for word in rest.split()[:2] if word.startswith(("ssh-", "ecdsa-", "sk-"))]
+        if others and _TYPE.decode() not in others:
             return []
         raise ValueError("no line such as 'NAME ssh-ed25519 AAAA...'")
     limits: dict[str, str] = {}
-    text = parts["options"]
+    text = text.strip()
     while text:
-        option = _OPTION.match(text)
+        option = re.match(_OPTION, text)
         if option is None or option["name"] not in _LIMITS - limits.keys() or not option["value"]:
             raise ValueError(f"the option {text[:60]!r} is not supported here, or is there twice")
         limits[option["name"]] = option["value"]
@@ -217,8 +219,8 @@ def _signers(line: str) -> list[Signer]:
     spaces = limits.get("namespaces")
     return [
         Signer(
-            names=tuple(each for each in (parts["quoted"] or parts["names"] or "").split(",") if each),
-            public=read_public(parts["key"], "")[0],
+            names=tuple(each for each in names.split(",") if each),
+            public=read_public(kind.strip() + " " + key, "")[0],
             namespaces=tuple(each for each in spaces.split(",") if each) if spaces else (),
             after=_moment(limits.get("valid-after")),
             before=_moment(limits.get("valid-before")),
@@ -243,7 +245,7 @@ def signer_line(name: str, public: bytes, limits: dict[str, str | None]) -> str:
     options = ",".join(f'{option}="{value}"' for option, value in limits.items() if value is not None)
     line = " ".join(filter(None, (name, options, public_line(public))))
     try:
-        if not _NAME.fullmatch(name):
+        if not re.fullmatch(_NAME, name):
             raise ValueError("a signer's name has 1 to 256 letters, digits and . _ @ : / + = -")
         if any('"' in value or not value.isprintable() for value in limits.values() if value is not None):
             raise ValueError("a limit cannot have quotes or line breaks")

@@ -33,7 +33,7 @@ from stitchcache.ext.openssh import (
     signer_line,
 )
 from stitchcache.records import dataclass
-from stitchcache.store import Files, words, write_error
+from stitchcache.store import Files, distrust, words, write_error
 from stitchcache.store.root import Root
 from stitchcache.store.signed import keys_directory, signature_namespace
 from stitchcache.types import Count, Digest, Name
@@ -42,6 +42,8 @@ YEAR = 365 * 86400.0
 # Clocks of machines differ; more than this is a wrong clock, or a wrong statement.
 _SKEW = 600
 _MOST_BYTES = 4096
+# Seconds for which one look at the directories counts: a start verifies several signatures in a row.
+_LOOKED_FOR = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +103,7 @@ class Keys:
         self.directory = directory or keys_directory()
         self.namespace = namespace or signature_namespace()
         self._files = Files()
+        self._looked = -_LOOKED_FOR
         self._root = Root(self.directory, files=self._files, durable=True, read_only=False)
 
     def path(self, name: str) -> str:
@@ -123,7 +126,7 @@ class Keys:
         path = self.path(name)
         try:
             # It names the keys that may run code here, so it is held to the rules for that code.
-            self._root.require_trust(path)
+            self._require_own(path)
             with open(path, encoding="utf-8") as file:
                 return file.read()
         except FileNotFoundError:
@@ -133,6 +136,19 @@ class Keys:
         except (OSError, UnicodeDecodeError) as error:
             reason = words(error) if isinstance(error, OSError) else "not UTF-8"
             raise UntrustedEntryError(f"{path}: cannot be read ({reason})", path=path) from error
+
+    def _require_own(self, path: str) -> None:
+        """Raise ``UntrustedEntryError`` where others can write a file, or a directory above it."""
+        now = time.monotonic()
+        if now - self._looked > _LOOKED_FOR:
+            self._root.require_trust(self.directory)
+            self._looked = now
+        at = self.directory
+        for part in path[len(at) :].strip(os.sep).split(os.sep):
+            at = os.path.join(at, part)
+            reason = distrust(at, self._files.lstat(at))
+            if reason is not None:
+                raise UntrustedEntryError(reason, path=path)
 
     # -- verifying ---------------------------------------------------------------------------------
 
@@ -193,7 +209,9 @@ class Keys:
 
     def _arithmetic(self, found: Signature, said: Statement, about: str) -> str | None:
         whole = hashlib.sha256(found.public + found.signature + found.signed).hexdigest()
-        name = hashlib.sha256("\0".join((about, found.namespace, said.kind, said.key)).encode()).hexdigest()
+        name = hashlib.sha256(
+            "\0".join((about, found.namespace, said.kind, said.key)).encode("utf-8", "surrogatepass")
+        ).hexdigest()
         place = self.path(f"seen/{name if about else whole}")
         created, seen = self._seen(place)
         if created > said.created:
@@ -213,7 +231,7 @@ class Keys:
     def _seen(self, place: str) -> tuple[int, str]:
         """When the newest statement of a place was signed, and its digest."""
         try:
-            self._root.require_trust(place)
+            self._require_own(place)
             with self._files.opened(self._files.open_read(place)) as fd:
                 created, whole = self._files.read_exactly(fd, 200).decode("ascii").split()
             return int(created), whole

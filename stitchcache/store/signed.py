@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 import weakref
 from pathlib import Path
-from shutil import rmtree
 from typing import TYPE_CHECKING
 
 from stitchcache.artifact.entry import OUTSIDE, Kind, packed_digest, signature_in, signed_digest
@@ -36,7 +34,7 @@ def keys_directory() -> str:
 def signature_namespace() -> str:
     """``STITCHCACHE_NAMESPACE``: what signatures are for. No other program's signatures count here."""
     name = os.environ.get("STITCHCACHE_NAMESPACE", "").strip() or "stitchcache"
-    if not re.fullmatch(r"stitchcache(/[A-Za-z0-9._-]{1,64})?", name):
+    if name != "stitchcache" and not re.fullmatch(r"stitchcache(/[A-Za-z0-9._-]{1,64})?", name):
         said = f"STITCHCACHE_NAMESPACE={name!r}: use 'stitchcache', or 'stitchcache/' and a name of yours"
         raise OptionError(said, option="STITCHCACHE_NAMESPACE")
     return name
@@ -58,7 +56,8 @@ def require_signed_record(
 ) -> None:
     """Raise ``UntrustedEntryError`` where the signature of a target record is not good."""
     # Configurations of one key have their own histories.
-    about = f"{root.path}\0{packed_digest((record.sources, record.globals))}"
+    what = [*(source.digest for source in record.sources), *(f"{n}={v}" for n, v in record.globals)]
+    about = f"{root.path}\0{chr(0).join(what)}"
     its = its.removeprefix(OUTSIDE)
     store.keys.verify(its, "target", key, packed_digest(record), path=path, about=about)
 
@@ -84,6 +83,10 @@ def own_copy(store: Store, root: Root, path: str, ref: BlobRef) -> Path | None:
     fd = root.open(path)
     if fd is None:
         return None
+    # Few roots are open to others.
+    import tempfile
+    from shutil import rmtree
+
     copy = Path(tempfile.mkdtemp(prefix="stitchcache-")) / ref.digest
     weakref.finalize(store, rmtree, copy.parent, ignore_errors=True)
     with root.files.opened(fd):

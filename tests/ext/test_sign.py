@@ -389,7 +389,7 @@ def test_key_files_that_others_can_write_or_read_are_not_used(keys):
         before = os.stat(keys.path(name)).st_mode & 0o777
         os.chmod(keys.path(name), mode)
         with pytest.raises(UntrustedEntryError, match="chmod go-w"):
-            keys.verify(data, *ENTRY, path="p")
+            Keys(keys.directory).verify(data, *ENTRY, path="p")
         os.chmod(keys.path(name), before)
     os.chmod(keys.path("id"), 0o640)
     with pytest.raises(UntrustedEntryError, match="chmod 600"):
