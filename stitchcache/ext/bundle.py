@@ -19,11 +19,13 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from stitchcache.artifact.entry import (
+    DIGEST_SIZE,
     OUTSIDE,
     Kind,
     SignedRecords,
     decode_named,
     decode_signed,
+    encode,
     packed_digest,
     signature_in,
     signed_digest,
@@ -214,7 +216,11 @@ class _Import:
             if member.area is Area.ENTRIES:
                 signature, digest = signature_in(data), signed_digest(data, Kind.ENTRY)
                 self._keys.verify(signature, "entry", member.key, digest, path=where)
-                self._entries[member.key] = decode_named(data, member.key, where), signature
+                artifact = decode_named(data, member.key, where)
+                # What is stored is written anew, and the signature has to be good for that too.
+                if encode(artifact)[-DIGEST_SIZE:].hex() != digest:
+                    raise self._refuse(member.name, "these are not the bytes that stitchcache writes for it")
+                self._entries[member.key] = artifact, signature
                 continue
             found = decode_signed(data, member.key, path=where)
             for record, signature in found:

@@ -25,7 +25,7 @@ from stitchcache.errors import StoreError, UntrustedEntryError
 from stitchcache.ext.bundle import BLOCK, SIGNATURE, Bundle, chunks, header, place
 from stitchcache.ext.sign import YEAR, Keys, read_statement
 from stitchcache.store import Area, keyed_path, write_error
-from stitchcache.types import Artifact, BlobRef
+from stitchcache.types import Artifact, BlobRef, is_digest
 
 log = logging.getLogger("stitchcache")
 
@@ -51,7 +51,7 @@ def sign(cache: Cache, graph_hashes: Collection[str] = (), *, seconds: float = Y
         StoreWriteError: The cache cannot be written.
     """
     keys: Keys = cache.keys
-    signed = []
+    signed, top = [], cache._top.path
     for item in list(cache._top.items(Area.ENTRIES)):
         artifact = _trusted(cache, item.key, graph_hashes)
         if artifact is None:
@@ -60,7 +60,9 @@ def sign(cache: Cache, graph_hashes: Collection[str] = (), *, seconds: float = Y
         cache.put(artifact, signature=keys.sign("entry", item.key, digest, seconds=seconds))
         signed.append(item.key)
         for piece in {piece.key: piece for piece in artifact.pieces}.values():
-            cache.put_piece(piece.key, piece.backend, piece.blob)
+            # An engine's pieces have names of their own, and no records.
+            if is_digest(piece.key) and cache._top.facts(keyed_path(top, Area.PIECES, piece.key)):
+                cache.put_piece(piece.key, piece.backend, piece.blob)
     for item in list(cache._top.items(Area.TARGETS)):
         # The oldest first, so that their order stays.
         for record in reversed(cache.get_target(item.key)):

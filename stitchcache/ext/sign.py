@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from stitchcache.artifact import read_value, record
+from stitchcache.artifact.entry import OUTSIDE
 from stitchcache.errors import EntryFormatError, OptionError, StoreWriteError, UntrustedEntryError
 from stitchcache.ext.openssh import (
     Signature,
@@ -41,7 +42,8 @@ from stitchcache.types import Count, Digest, Name
 YEAR = 365 * 86400.0
 # Clocks of machines differ; more than this is a wrong clock, or a wrong statement.
 _SKEW = 600
-_MOST_BYTES = 4096
+# The format has room for 4096, the mark of what was imported among them.
+_MOST_BYTES = 4096 - len(OUTSIDE)
 # Seconds for which one look at the directories counts: a start verifies several signatures in a row.
 _LOOKED_FOR = 0.5
 

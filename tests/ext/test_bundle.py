@@ -24,6 +24,8 @@ from stitchcache.artifact.entry import (
     Kind,
     decode_signed,
     encode_target,
+    open_frame,
+    seal,
     signature_in,
     with_signature,
 )
@@ -298,6 +300,18 @@ def test_entries_and_records_without_a_signature_of_their_own_are_refused(server
     its = keys.sign("target", key("t"), packed_digest(elsewhere))
     wrong[2][1] = encode_target(key("t"), [elsewhere], [its])
     refuse(server, bundle, packed(wrong, keys), EntryFormatError, "is not there")
+
+
+def test_an_entry_that_would_be_stored_as_other_bytes_is_refused(server, bundle, tmp_path):
+    """The same record in longer msgpack: its signature would be good here, and bad at every start."""
+    found, keys = members(bundle.read_bytes()), Keys(str(tmp_path / "ci"))
+    _, head, payload = open_frame(found[0][1], Kind.ENTRY)
+    assert payload[0] & 0xF0 == 0x80
+    payload = b"\xde\x00" + bytes([payload[0] & 0x0F]) + payload[1:]
+    bare = seal(Kind.ENTRY, head, payload)
+    graph_hash = found[0][0].split("/")[-1].removesuffix(".stitch")
+    found[0][1] = with_signature(bare, Kind.ENTRY, keys.sign("entry", graph_hash, bare[-32:].hex()))
+    refuse(server, bundle, packed(found, keys), match="stitchcache writes")
 
 
 def test_the_signature_of_another_bundle_or_use_does_not_count(server, bundle, tmp_path):
