@@ -107,6 +107,9 @@ class Mutator:
             data = msgpack.packb(tree, use_bin_type=True, unicode_errors="surrogatepass")
         except (ValueError, OverflowError):
             data = msgpack.packb(None)
+        if len(data) > 4 << 20:
+            # Parts doubled within doubled parts: a test of the mutator's own memory.
+            data = msgpack.packb(None)
         return self.bytes(data) if self.random.random() < 0.08 else data
 
     # -- bytes and text ----------------------------------------------------------------------------

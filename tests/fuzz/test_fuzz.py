@@ -196,8 +196,8 @@ def payload(world: World, mutator: Mutator) -> None:
         body = mutator.tree(body)
     data = seal(Kind.ENTRY, msgpack.packb(header_, unicode_errors="surrogatepass"), mutator.packed(body))
     found = decode_named(data, GRAPH, "x.stitch")
-    again = decode_named(encode(found), GRAPH, "x.stitch")
-    assert dataclasses.replace(again, format_version=found.format_version) == found
+    # As bytes, because a NaN differs from itself.
+    assert encode(decode_named(encode(found), GRAPH, "x.stitch")) == encode(found)
     for variant in found.variants:
         refused(lambda variant=variant: load_consts(variant.consts))
         refused(lambda variant=variant: check_code(variant.code, len(variant.submod_names), len(CONSTS)))
