@@ -90,20 +90,30 @@ def _print_list(record: out.Record, wide: bool) -> None:
 @click.option("--factors", is_flag=True, help="Only the named parts of its keys.")
 @click.option("--signature", is_flag=True, help="Only its signature: the statement, and the SSHSIG block.")
 @click.option("--wide", is_flag=True, help="Show keys and digests in full.")
+@out.html_option
 @out.shared_options
-def inspect(prefix: str, wide: bool, as_json: bool, root: str | None, **parts: bool) -> None:
+def inspect(
+    prefix: str, wide: bool, html: str | None, as_json: bool, root: str | None, **parts: bool
+) -> None:
     """Show what an entry holds; PREFIX is the beginning of its graph hash.
 
     Without an option: its header, what a call must bring, what it returns and the different pieces; the other
     parts have an option each. Entries of all formats can be shown. Nothing of the entry is run.
+
+    --html writes one page with the stitching graph drawn, which any browser opens without a network.
     """
     from stitchcache.report.entry import entry_record
 
-    entry = _read(out.open_cache(root), prefix)
+    cache = out.open_cache(root)
+    entry = _read(cache, prefix)
     digits = 64 if wide else 12
+    if html is not None:
+        from stitchcache.report.drawing import entry_page
+
+        out.write_page(html, entry_page(cache, entry))
 
     def view(record: out.Record) -> None:
-        if not any(parts.values()):
+        if not any(parts.values()) and html is None:
             _print_overview(entry, record, digits)
         if parts["pieces"]:
             _print_pieces(record, digits)

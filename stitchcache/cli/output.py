@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +16,11 @@ import click
 from stitchcache.errors import OptionError
 from stitchcache.explanation import printable
 from stitchcache.types import is_digest
+from stitchcache.words import age_text as age_text
+from stitchcache.words import count_text as count_text
+from stitchcache.words import moment_text as moment_text
+from stitchcache.words import seconds_text as seconds_text
+from stitchcache.words import size_text as size_text
 
 if TYPE_CHECKING:
     from stitchcache.cache import Cache
@@ -51,6 +55,22 @@ def reading_options(function: F) -> F:
     """``shared_options`` for a command that says what a cache holds: a missing one is no empty one."""
     allowed = click.option("--allow-missing", is_flag=True, help="Take a missing directory for an empty one.")
     return shared_options(allowed(function))
+
+
+def html_option(function: F) -> F:
+    """Add ``--html``."""
+    return click.option("--html", metavar="FILE", help="Write a page for a browser; '-' prints it.")(function)
+
+
+def write_page(path: str, text: str) -> None:
+    """Write a page to what ``--html`` names, and say so."""
+    if path == "-":
+        click.echo(text.encode("utf-8", "backslashreplace"), nl=False)
+        return
+    from stitchcache.report.page import write_page
+
+    write_page(path, text)
+    say(f"wrote {path} ({size_text(len(text))})")
 
 
 def open_cache(
@@ -167,55 +187,6 @@ def cell(field: str | Callable[[Record], object], record: Record, digits: int) -
     else:
         text = value[:digits] if is_digest(value) else str(value)
     return printable(text) or "-"
-
-
-# -- words -----------------------------------------------------------------------------------------
-
-
-def size_text(size: int) -> str:
-    """Bytes, in powers of 1024: ``1.4 MiB``."""
-    if size < 1024:
-        return f"{size} B"
-    amount = size / 1024
-    for unit in ("KiB", "MiB", "GiB"):
-        if amount < 1024:
-            return f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:.1f} TiB"
-
-
-def seconds_text(seconds: float) -> str:
-    """A duration: ``350 us``, ``12 ms``, ``4.2 s``, ``3 min 5 s``."""
-    if seconds < 0.001:
-        return f"{seconds * 1e6:.0f} us"
-    if seconds < 1:
-        return f"{seconds * 1e3:.0f} ms"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s"
-
-
-def age_text(created: float, now: float | None = None) -> str:
-    """How long ago: ``5 min ago``; ``unknown`` for 0, which old formats have."""
-    if created <= 0:
-        return "unknown"
-    age = (time.time() if now is None else now) - created
-    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if age >= length:
-            return f"{int(age // length)} {unit} ago"
-    return "just now"
-
-
-def moment_text(created: float) -> str:
-    """A moment in local time; ``unknown`` for 0."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(created)) if created > 0 else "unknown"
-
-
-def count_text(number: int, one: str) -> str:
-    """``1 entry``, ``2 entries``."""
-    many = one[:-1] + "ies" if one.endswith("y") else one + "s"
-    return f"{number} {one if number == 1 else many}"
 
 
 def short_length(keys: Iterable[str], shortest: int = 12) -> int:

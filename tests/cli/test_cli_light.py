@@ -14,6 +14,7 @@ READING = [
     ["ls"],
     ["ls", "--json"],
     ["inspect", key("a")[:8]],
+    ["inspect", key("a")[:8], "--html", "/dev/null"],
     ["explain", key("a")[:8]],
     ["explain", key("a")[:8], "--factors", "--json"],
     ["diff", key("a")[:8], key("a")],

@@ -1,0 +1,43 @@
+"""HTML made of text that nobody vouches for: all of it is escaped, and what cannot be seen is shown."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+
+from stitchcache.errors import visible
+
+
+class Markup(str):
+    """HTML that was made here, and is not escaped again."""
+
+    __slots__ = ()
+
+
+def shown(value: object) -> str:
+    """A value as text of a page; line breaks are shown as ``\\n``."""
+    if isinstance(value, Markup):
+        return value
+    return html.escape(visible(str(value)).replace("\n", "\\n"))
+
+
+def tag(name: str, *content: object, **attributes: str) -> Markup:
+    """An element; ``class_`` stands for ``class``, ``aria_label`` for ``aria-label``."""
+    given = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{shown(value)}"' for key, value in attributes.items()
+    )
+    return Markup(f"<{name}{given}>{''.join(map(shown, content))}</{name}>")
+
+
+def facts(pairs: Iterable[tuple[str, object]]) -> Markup:
+    """Names and values below each other."""
+    rows = [tag("tr", tag("th", name, scope="row"), tag("td", value)) for name, value in pairs]
+    return tag("table", *rows, class_="facts")
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> Markup:
+    """Rows under titles; a ``caption`` says what they are."""
+    head = tag("tr", *[tag("th", title, scope="col") for title in titles])
+    body = [tag("tr", *[tag("td", cell) for cell in row]) for row in rows]
+    said = [tag("caption", caption)] if caption else []
+    return tag("table", *said, tag("thead", head), tag("tbody", *body))

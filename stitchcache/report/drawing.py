@@ -1,0 +1,222 @@
+"""The page of an entry: its stitching graph, bytes, contract, keys and code."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import stat
+from collections import Counter
+
+import msgpack
+
+from stitchcache.cache import Cache
+from stitchcache.html import Markup, facts, shown, table, tag
+from stitchcache.report.entry import (
+    Entry,
+    Record,
+    binding_text,
+    entry_record,
+    input_lines,
+    output_lines,
+    piece_records,
+)
+from stitchcache.report.page import asset, page
+from stitchcache.report.steps import UNREADABLE, Step, step_records, steps_of
+from stitchcache.store import Area, Files, keyed_path
+from stitchcache.store.root import Root
+from stitchcache.types import Artifact, BlobRef, TensorSpec, Variant
+from stitchcache.words import count_text, moment_text, seconds_text, size_text
+
+_MOST_BLOB = 64 << 20
+_MOST_OPS = 64
+_KERNEL = re.compile(
+    rb"(?:cpp|triton_[a-z]{2,6})_fused_[A-Za-z0-9_]{1,200}(?=\0)|"
+    rb"aoti_torch_(?:cpu|cuda|xpu|mps)_\w{1,80}(?=[(\0])"
+)
+"""Kernels that a compiled library names: loops that Inductor fused, and calls of torch's own."""
+
+
+def entry_page(cache: Cache, entry: Entry) -> str:
+    """One page that shows all that is known of an entry. Nothing of it is run, and torch is not imported."""
+    artifact = entry.artifact
+    record = entry_record(entry)
+    pieces = piece_records(artifact)
+    for number, piece in enumerate(pieces):
+        piece["letter"] = _letter(number)
+        piece["ops"] = _ops(cache, piece)
+    sizes = {binding.name: _bytes(binding.tensor) for binding in artifact.bindings}
+    variants = [_variant(variant, number, pieces) for number, variant in enumerate(artifact.variants)]
+    data = {
+        "variants": [found[0] for found in variants],
+        "pieces": [{**piece, "bytes": piece["blob"]["bytes"]} for piece in pieces],
+        "weights": {b.name: [binding_text(b), sizes[b.name]] for b in artifact.bindings},
+        "disk": _disk(entry, pieces),
+    }
+    title = artifact.label or artifact.graph_hash[:12]
+    return page(
+        f"{title} · stitchcache",
+        tag("h1", title),
+        _overview(entry, record, pieces, sum(sizes.values())),
+        Markup(asset("drawing.html")),
+        *_sections(artifact, record, pieces),
+        tag("section", tag("h2", "Code", id="code"), *[found[1] for found in variants]),
+        data=data,
+    )
+
+
+def _letter(number: int) -> str:
+    """``A`` to ``Z``, then ``AA`` and on."""
+    return (_letter(number // 26 - 1) if number >= 26 else "") + chr(65 + number % 26)
+
+
+def _bytes(tensor: TensorSpec) -> int:
+    """Bytes of a tensor's elements; 0 where a size may vary."""
+    if not all(isinstance(size, int) for size in tensor.shape):
+        return 0
+    bits = re.search(r"\d+", tensor.dtype)
+    return math.prod(map(int, tensor.shape)) * max(1, int(bits[0]) // 8 if bits else 1)
+
+
+def _variant(variant: Variant, number: int, pieces: list[Record]) -> tuple[Record, Markup]:
+    """The data of a variant's drawing, and its code with links to the steps."""
+    title = f"sizes {variant.size_range or 'all'}"
+    names = {name: at for at, piece in enumerate(pieces) for name in piece["calls"]}
+    by_key = {piece["key"]: at for at, piece in enumerate(pieces)}
+    names |= {piece.name: by_key[piece.key] for piece in variant.pieces}
+    steps: list[Step] = []
+    problem = ""
+    try:
+        steps = steps_of(variant)
+    except UNREADABLE as error:
+        problem = f"the code cannot be read: {error}"
+    found = {"title": title, "problem": problem, "steps": step_records(steps, names)}
+    begins = {step.first: at for at, step in enumerate(steps) if step.kind != "input"}
+    lines = []
+    for at, line in enumerate(variant.code.splitlines(), 1):
+        where = f"v{number}L{at}"
+        if at in begins:
+            lines.append(tag("a", line or " ", class_="line", id=where, href=f"#v{number}s{begins[at]}"))
+        else:
+            lines.append(tag("span", line or " ", class_="line", id=where))
+    heading = tag("h3", title) if variant.size_range else Markup()
+    return found, Markup(heading + tag("pre", tag("code", *lines), tabindex="0"))
+
+
+def _ops(cache: Cache, piece: Record) -> list[tuple[str, int]]:
+    """What a piece runs, each with how often it is called, as far as its file says."""
+    data = _blob(cache, BlobRef(digest=piece["blob"]["digest"], size=piece["blob"]["bytes"]))
+    if data is None:
+        return []
+    if piece["backend"] == "eager":
+        try:
+            record = msgpack.unpackb(data)
+            code = record.get("code") if isinstance(record, dict) else None
+            steps = steps_of(
+                Variant(size_range=None, code=str(code), submod_names=(), consts=None, pieces=())
+            )
+        except (*UNREADABLE, msgpack.UnpackException):
+            return []
+        return Counter(step.name for step in steps if step.kind == "op").most_common(_MOST_OPS)
+    kernels: Counter[str] = Counter()
+    for found in set(_KERNEL.findall(data)):
+        name = found.decode()
+        # torch's runtime checks each call by its text, which stands once for each in the library.
+        kernels[name.removeprefix("aoti_torch_")] = max(1, len(set(re.findall(found + rb"\([^\0]*", data))))
+    return kernels.most_common(_MOST_OPS)
+
+
+def _blob(cache: Cache, ref: BlobRef) -> bytes | None:
+    """A blob's bytes; ``None`` where it is gone, damaged or too large to look into."""
+    for place in map(str, cache.roots):
+        root = Root(place, files=Files(), durable=False, read_only=True)
+        try:
+            fd = root.open(keyed_path(place, Area.BLOBS, ref.digest)) if ref.size <= _MOST_BLOB else None
+        except OSError:
+            continue
+        if fd is None:
+            continue
+        with root.files.opened(fd):
+            known = os.fstat(fd)
+            if stat.S_ISREG(known.st_mode) and known.st_size == ref.size:
+                data = root.files.read_exactly(fd, ref.size)
+                if hashlib.sha256(data).hexdigest() == ref.digest:
+                    return data
+    return None
+
+
+def _disk(entry: Entry, pieces: list[Record]) -> list[tuple[str, int, int]]:
+    """What takes bytes on disk: label, bytes, and the number of the piece."""
+    artifact = entry.artifact
+    code = sum(len(variant.code.encode(errors="replace")) for variant in artifact.variants)
+    consts = sum(len(variant.consts or b"") for variant in artifact.variants)
+    constants = {b.name: b.blob.size for b in artifact.bindings if b.blob is not None}
+    return [
+        *[(f"piece {p['letter']}", p["blob"]["bytes"], at) for at, p in enumerate(pieces)],
+        *[(f"constant {name}", size, -1) for name, size in constants.items()],
+        ("code", code, -1),
+        *([("consts table", consts, -1)] if consts else []),
+        # Of older formats, parts may be packed.
+        ("keys and contract", max(0, entry.file_bytes - code - consts), -1),
+    ]
+
+
+def _overview(entry: Entry, record: Record, pieces: list[Record], weights: int) -> Markup:
+    artifact = entry.artifact
+    factors = {factor.name: factor.value for factor in artifact.factors}
+    said = "; ".join(filter(None, (artifact.check.state, artifact.check.reason))) if artifact.check else ""
+    pairs = [
+        ("graph hash", tag("code", artifact.graph_hash)),
+        ("created", moment_text(artifact.created)),
+        ("compiled in", seconds_text(artifact.compile_seconds) if artifact.compile_seconds else ""),
+        ("torch", factors.get("env.torch", "")),
+        ("backend", ", ".join(record["backends"])),
+        ("pieces", f"{count_text(len(artifact.pieces), 'call')} of {len(pieces)} different"),
+        ("weights", size_text(weights) if weights else ""),
+        ("on disk", f"{size_text(entry.file_bytes)} and {size_text(record['blob_bytes'])} of blobs"),
+        ("compared with the model", said),
+        ("format", artifact.format_version),
+        ("file", entry.path),
+    ]
+    return tag("div", facts((name, value) for name, value in pairs if value != ""), class_="overview")
+
+
+def _sections(artifact: Artifact, record: Record, pieces: list[Record]) -> list[Markup]:
+    """What is read rather than looked at; long tables are folded."""
+    rows = [
+        (
+            p["letter"],
+            len(p["calls"]),
+            p["backend"],
+            size_text(p["blob"]["bytes"]),
+            ", ".join(p["calls"][:4]) + (", …" if len(p["calls"]) > 4 else ""),
+            tag("code", p["key"][:12]),
+            ", ".join(f"{times} x {name}" if times > 1 else name for name, times in p["ops"][:12]),
+        )
+        for p in pieces
+    ]
+    consts = enumerate(text for variant in record["variants"] for text in variant["consts"])
+    numbered = [(str(at), text) for at, text in consts]
+    bindings = [(b.kind, b.name, binding_text(b)) for b in artifact.bindings]
+    factors = [(factor.name, factor.value) for factor in artifact.factors]
+    titles = ("Piece", "Calls", "Backend", "Size", "Called as", "Key", "Runs")
+    return [
+        _section("Different pieces", table(titles, rows)),
+        _section("Input", facts(input_lines(artifact))),
+        _section("Output", facts(output_lines(artifact))),
+        *([_section("Constants", facts(numbered))] if numbered else []),
+        _folded("Tensors of the model", table(("Kind", "Name", "Tensor"), bindings), len(bindings)),
+        _folded("Factors of its keys", facts(factors), len(factors)),
+    ]
+
+
+def _section(title: str, content: Markup) -> Markup:
+    # Tables that scroll must be reached by the keyboard.
+    inside = tag("div", content, class_="wide", tabindex="0", role="region", aria_label=title)
+    return tag("section", tag("h2", title), inside)
+
+
+def _folded(title: str, content: Markup, count: int) -> Markup:
+    inside = tag("div", content, class_="wide")
+    return tag("details", tag("summary", f"{shown(title)} ({count})"), inside)
