@@ -381,6 +381,25 @@ class Artifact:
     def _flaw(self) -> tuple[str, str] | None:
         return None if self.variants else ("variants", "none")
 
+    def _repr_html_(self, *more: tuple[str, object]) -> str:
+        """What a notebook shows."""
+        # Only notebooks ask for it.
+        from stitchcache.html import facts
+        from stitchcache.words import count_text, moment_text, seconds_text, size_text
+
+        different = len({piece.key for piece in self.pieces})
+        pairs = [
+            ("label", self.label),
+            ("graph hash", self.graph_hash),
+            *more,
+            ("made", f"{moment_text(self.created)}, in {seconds_text(self.compile_seconds)}"),
+            ("pieces", f"{count_text(len(self.pieces), 'call')} of {different} different"),
+            ("backends", ", ".join(sorted({piece.backend for piece in self.pieces}))),
+            ("tensors of the model", len(self.bindings)),
+            ("blobs", size_text(sum(blob.size for blob in self.blobs))),
+        ]
+        return facts(pairs)
+
     @property
     def code(self) -> str:
         """Source of the first variant."""

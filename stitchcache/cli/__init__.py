@@ -27,6 +27,7 @@ _HOMES = {
     "rm": "upkeep",
     "clear": "upkeep",
     "stats": "upkeep",
+    "report": "report",
     "config": "machine",
     "doctor": "machine",
     "machine": "preflight",

@@ -271,8 +271,9 @@ def _print_code(artifact: Artifact) -> None:
 @click.command()
 @click.argument("a")
 @click.argument("b")
+@out.html_option
 @out.shared_options
-def diff(a: str, b: str, as_json: bool, root: str | None) -> None:
+def diff(a: str, b: str, html: str | None, as_json: bool, root: str | None) -> None:
     """Show what tells two entries apart; A and B are the beginnings of their graph hashes.
 
     Exit status 0 says that they are the same, 1 that they differ, 2 that they cannot be compared.
@@ -285,7 +286,8 @@ def diff(a: str, b: str, as_json: bool, root: str | None) -> None:
     except StitchCacheError as error:
         # As in diff(1): status 1 is kept for entries that were compared.
         raise Misuse(error.message) from error
-    out.show(record, as_json, _print_comparison, finding=not record["same"])
+    title = f"{record['a']['graph_hash'][:12]} and {record['b']['graph_hash'][:12]}"
+    out.show(record, as_json, _print_comparison, finding=not record["same"], html=html, title=title)
 
 
 def _print_comparison(record: out.Record) -> None:
@@ -294,12 +296,12 @@ def _print_comparison(record: out.Record) -> None:
         sizes = f"entry {out.size_text(side['entry_bytes'])}, blobs {out.size_text(side['blob_bytes'])}"
         out.print_pairs([(name.upper(), f"{side['graph_hash']}  {side['label'] or '-'}  {sizes}")])
     if record["same"]:
-        click.echo("They are the same entry.")
+        out.print_line("They are the same entry.")
         return
     pieces = record["pieces"]
     parts = [record["factors"], record["contract"], record["code"], pieces["only_a"], pieces["only_b"]]
     if not any(parts):
-        click.echo("Nothing that is recorded in them differs.")
+        out.print_line("Nothing that is recorded in them differs.")
     for part in ("factors", "contract"):
         if record[part]:
             out.print_heading(part.capitalize())
@@ -307,8 +309,8 @@ def _print_comparison(record: out.Record) -> None:
     if record["code"]:
         out.print_heading("Code")
         for line in record["code"]:
-            colour = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1])
-            click.echo(click.style(printable(line.replace("\t", "    ")), fg=colour))
+            colour = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "reset")
+            out.print_line(line.replace("\t", "    "), colour)
     out.print_heading("Pieces")
     columns: out.Fields = {
         "WHERE": "where",

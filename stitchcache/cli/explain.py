@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -23,8 +24,9 @@ _VERDICTS = {"direct": "direct hit", "miss": "miss", "off": "direct lookup is of
 @click.argument("what", metavar="TARGET|KEY")
 @click.option("--trace", is_flag=True, help="Trace the target too, and look its graph up.")
 @click.option("--factors", is_flag=True, help="Show all factors, and all that differ.")
+@out.html_option
 @out.shared_options
-def explain(what: str, trace: bool, factors: bool, as_json: bool, root: str | None) -> None:
+def explain(what: str, trace: bool, factors: bool, html: str | None, as_json: bool, root: str | None) -> None:
     """Say why a start is warm or cold, or what a key stands for.
 
     TARGET is 'pkg.module:name' or 'path/to/file.py:name', as for prewarm: its model is built and looked up,
@@ -37,7 +39,8 @@ def explain(what: str, trace: bool, factors: bool, as_json: bool, root: str | No
         # Read-only: what is looked at stays as it is, damaged files included.
         record = _explain_targets(what, trace, out.open_cache(root, read_only=True))
         wrong = bool(record["failed"]) or any(found["verdict"] != "direct" for found in record["targets"])
-        out.show(record, as_json, lambda found: _print_targets(found, factors), finding=wrong)
+        view = partial(_print_targets, everything=factors or html is not None)
+        out.show(record, as_json, view, finding=wrong, html=html, title=what)
         return
     from stitchcache.report.entry import explain_key
 
@@ -49,7 +52,9 @@ def explain(what: str, trace: bool, factors: bool, as_json: bool, root: str | No
     if trace:
         raise click.UsageError("--trace needs a target: a key cannot be traced")
     record = explain_key(out.open_cache(root), what)
-    out.show(record, as_json, lambda found: _print_key(found, factors), finding=bool(record["problem"]))
+    show_key = partial(_print_key, everything=factors or html is not None)
+    title = f"{record['label'] or record['kind']} {record['key'][:12]}"
+    out.show(record, as_json, show_key, finding=bool(record["problem"]), html=html, title=title)
 
 
 def _explain_targets(reference: str, trace: bool, cache: Cache) -> out.Record:
@@ -70,7 +75,7 @@ def _explain_targets(reference: str, trace: bool, cache: Cache) -> out.Record:
 def _print_targets(record: out.Record, everything: bool) -> None:
     for index, target in enumerate(record["targets"]):
         if index:
-            click.echo("")
+            out.print_line("")
         _print_target(target, everything)
     for failed in record["failed"]:
         out.say(f"{failed['name']}: {failed['message']}")
@@ -131,9 +136,9 @@ def _print_key(record: out.Record, everything: bool) -> None:
         out.print_heading(f"What the capture of {targets[0]['target_key'][:12]} read")
         out.print_table({"MODULE": "module", "SIZE": "bytes", "DIGEST": "digest"}, targets[0]["sources"])
         count = out.count_text(len(targets[0]["globals"]), "global")
-        click.echo(f"and {count} and environment variables")
+        out.print_line(f"and {count} and environment variables")
     else:
-        click.echo("\nNo target leads here: it is found by tracing, or by its graph hash.")
+        out.print_line("No target leads here: it is found by tracing, or by its graph hash.")
     _print_nearest(record["nearest"], everything, "HERE")
     _print_factors(record["factors"], everything)
 
@@ -156,11 +161,11 @@ def _print_factors(factors: list[out.Record], everything: bool) -> None:
     asked = [factor for factor in factors if factor["name"].startswith(_ASKED)]
     _print_some({"FACTOR": "name", "VALUE": "value"}, factors, factors if everything else asked)
     if not factors:
-        click.echo("none recorded")
+        out.print_line("none recorded")
 
 
 def _print_some(fields: out.Fields, found: list[out.Record], shown: list[out.Record]) -> None:
     if shown:
         out.print_table(fields, shown)
     if len(shown) < len(found):
-        click.echo(f"and {len(found) - len(shown)} more; --factors shows all")
+        out.print_line(f"and {len(found) - len(shown)} more; --factors shows all")

@@ -24,13 +24,17 @@ from stitchcache.words import size_text as size_text
 
 if TYPE_CHECKING:
     from stitchcache.cache import Cache
+    from stitchcache.html import Markup
 
 JSON_SCHEMA = 1
+_PAGE = "stitchcache.page"
 F = TypeVar("F", bound=Callable[..., Any])
 Record = dict[str, Any]
 Fields = Mapping[str, str | Callable[[Record], object]]
 
-_RIGHT = re.compile("BLOBS|CALLS|COMPILED IN|DIFFERENT|FORMAT|ONE CALL|RUNS|SHARED BY|SIZE|TIME|.* OUTPUT")
+_RIGHT = re.compile(
+    "BLOBS|CALLS|COMPILED IN|DIFFERENT|ENTRIES|FORMAT|ONE CALL|OWN|RUNS|SHARED BY|SIZE|TIME|UNUSED|.* OUTPUT"
+)
 """Titles of columns of numbers."""
 
 
@@ -93,21 +97,58 @@ def open_cache(
     return cache
 
 
-def show(record: Record, as_json: bool, view: Callable[[Record], None], *, finding: bool = False) -> None:
-    """Print what a command found, as JSON or by a view for people; exit status 1 if it is a finding."""
+def show(
+    record: Record,
+    as_json: bool,
+    view: Callable[[Record], None],
+    *,
+    finding: bool = False,
+    html: str | None = None,
+    title: str = "",
+) -> None:
+    """Print what a command found, as JSON or by a view for people; exit status 1 if it is a finding.
+
+    With ``html``, what the view prints becomes a page under a title instead.
+    """
+    if html is not None:
+        from stitchcache.html import tag
+        from stitchcache.report.page import page
+
+        parts = click.get_current_context().meta[_PAGE] = [tag("h1", title)]
+        view(record)
+        del click.get_current_context().meta[_PAGE]
+        write_page(html, page(f"{title} · stitchcache", *parts))
     if as_json:
         import json
 
         text = json.dumps({"schema": JSON_SCHEMA, **record}, indent=2, ensure_ascii=False)
         # JSON escapes only some of what a terminal acts on.
         click.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
-    else:
+    elif html is None:
         view(record)
     if finding:
         click.get_current_context().exit(1)
 
 
 # -- printing --------------------------------------------------------------------------------------
+
+
+def _page() -> list[Markup] | None:
+    """The parts of the page that is made now; ``None`` where a view prints."""
+    context = click.get_current_context(silent=True)
+    return None if context is None else context.meta.get(_PAGE)
+
+
+def print_line(text: str, colour: str | None = None) -> None:
+    """Print a line of text."""
+    page = _page()
+    if page is None:
+        click.echo(click.style(printable(text), fg=colour))
+        return
+    from stitchcache.html import tag
+
+    kind = {"green": "line add", "red": "line del", "cyan": "line at"}.get(colour or "", "line")
+    page.append(tag("code", text or " ", class_=kind) if colour is not None else tag("p", text))
 
 
 def on_terminal() -> bool:
@@ -122,7 +163,13 @@ def say(text: str) -> None:
 
 def print_heading(text: str) -> None:
     """Print a section's heading."""
-    click.echo("\n" + click.style(printable(text), bold=True))
+    page = _page()
+    if page is None:
+        click.echo("\n" + click.style(printable(text), bold=True))
+        return
+    from stitchcache.html import tag
+
+    page.append(tag("h2", text))
 
 
 def print_facts(fields: Fields, record: Record, indent: str = "") -> None:
@@ -133,6 +180,11 @@ def print_facts(fields: Fields, record: Record, indent: str = "") -> None:
 
 def print_pairs(pairs: Sequence[tuple[str, str]], indent: str = "") -> None:
     """Print names and values below each other."""
+    if (page := _page()) is not None:
+        from stitchcache.html import facts
+
+        page.append(facts(pairs))
+        return
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
         click.echo(f"{indent}{printable(name):<{width}}  {printable(value)}")
@@ -141,6 +193,11 @@ def print_pairs(pairs: Sequence[tuple[str, str]], indent: str = "") -> None:
 def print_table(fields: Fields, records: Iterable[Record], digits: int = 12) -> None:
     """Print a line a record: plain text in full, or bold titles and lines that fit the terminal."""
     lines = [[cell(field, record, digits) for field in fields.values()] for record in records]
+    if (page := _page()) is not None:
+        from stitchcache.html import table
+
+        page.append(table(list(fields), lines))
+        return
     if on_terminal():
         _print_rich(list(fields), lines)
         return

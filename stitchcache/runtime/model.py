@@ -222,6 +222,15 @@ class CompiledModel(torch.nn.Module):
         name = visible(self.artifact.label) or type(self.model).__name__
         return f"<CompiledModel {name} {self.graph_hash[:12]} {hit}>"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        stages = ", ".join(f"{name} {seconds:.3f}" for name, seconds in self.timings.items())
+        return self.artifact._repr_html_(
+            ("came about", f"{self.cache_hit} hit" if self.cache_hit else "compiled"),
+            ("seconds", stages),
+            ("compared with the model", self.check.state),
+        )
+
     def __reduce__(self) -> NoReturn:
         """Refused: what is mapped into this process means nothing to another one."""
         raise TypeError(

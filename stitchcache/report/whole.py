@@ -1,0 +1,88 @@
+"""A whole cache: what takes space, what entries share, what was hit and saved, and what nobody used."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from stitchcache.cache import Cache
+
+_STORED_WITHIN = 120.0
+"""Seconds after an entry was made in which storing it, and not a use, may have set its file's time."""
+_NOTED_EVERY = 3600.0
+"""Seconds that the store lets pass before it notes another use of an entry."""
+
+
+def cache_report(cache: Cache) -> dict[str, Any]:
+    """Everything that is known of a cache; only headers of entries are read."""
+    headers = cache.entries()
+    users = Counter(blob for header in headers for blob in header.blobs)
+    entries = []
+    for header in headers:
+        last = 0.0
+        with suppress(OSError):
+            last = os.stat(header.path).st_mtime
+        alone = sum(blob.size for blob in header.blobs if users[blob] == 1)
+        stored = header.created + header.compile_seconds + _STORED_WITHIN
+        known = 0 < header.created < time.time() - _NOTED_EVERY or last > stored
+        entries.append(
+            {
+                "graph_hash": header.graph_hash,
+                "label": header.label,
+                "created": header.created,
+                "last_used": last,
+                # Of entries without a date, and of new ones, it is not known.
+                "used": last > stored if known else None,
+                "compile_seconds": header.compile_seconds,
+                "bytes": header.file_bytes + header.blob_bytes,
+                "own_bytes": header.file_bytes + alone,
+            }
+        )
+    shared = {blob: number for blob, number in users.items() if number > 1}
+    stats = cache.stats()
+    return {
+        "root": str(cache.root),
+        "stats": asdict(stats),
+        "entries": sorted(entries, key=lambda entry: (-entry["own_bytes"], entry["graph_hash"])),
+        "labels": _by_label(entries),
+        "shared": {
+            "blobs": len(shared),
+            "bytes": sum(blob.size for blob in shared),
+            "saved_bytes": sum(blob.size * (number - 1) for blob, number in shared.items()),
+        },
+        **_starts(stats.counters),
+    }
+
+
+def _by_label(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        empty = {"label": entry["label"], "entries": 0, "unused": 0, "own_bytes": 0, "last_used": 0.0}
+        row = found.setdefault(entry["label"], empty)
+        row["entries"] += 1
+        row["unused"] += entry["used"] is False
+        row["own_bytes"] += entry["own_bytes"]
+        row["last_used"] = max(row["last_used"], entry["last_used"])
+    return sorted(found.values(), key=lambda row: (-row["own_bytes"], row["label"]))
+
+
+def _starts(counters: Any) -> dict[str, Any]:
+    """Starts by what they found, with the share of hits; ``None`` where none was counted."""
+    hits = {name: counters.get(name, 0) for name in ("hit.direct", "hit.graph")}
+    compiled = counters.get("compiled", 0)
+    starts = sum(hits.values()) + compiled
+    misses = {name.removeprefix("miss."): n for name, n in counters.items() if name.startswith("miss.")}
+    return {
+        "starts": starts,
+        "direct_hits": hits["hit.direct"],
+        "graph_hits": hits["hit.graph"],
+        "compiled": compiled,
+        "hit_rate": sum(hits.values()) / starts if starts else None,
+        "misses": misses,
+        "spent_seconds": counters.get("microseconds.spent", 0) / 1e6,
+        "saved_seconds": counters.get("microseconds.saved", 0) / 1e6,
+    }
