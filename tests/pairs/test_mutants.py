@@ -61,7 +61,7 @@ def test_zoo():
 
 
 # Name of the model and its classes' prefix; how many mutants of it the full run takes.
-COPIES = {"llama": ("Llama", 900), "qwen3": ("Qwen3", 700)}
+COPIES = {"llama": ("Llama", 800), "qwen3": ("Qwen3", 800)}
 
 
 @pytest.mark.parametrize("name", COPIES if FULL else ["llama"])
