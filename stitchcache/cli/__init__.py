@@ -1,6 +1,6 @@
 """The ``stitchcache`` command: finds subcommands when they are asked for, and words for errors.
 
-Exit status: 0 fine, 1 a finding (a target failed, a damaged entry, no such entry), 2 usage.
+Exit status: 0 fine, 1 a finding (a target failed, a damaged entry, no such entry), 2 usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -55,6 +55,12 @@ class Misuse(Failure):
     exit_code = 2
 
 
+class Interrupted(Failure):
+    """Ctrl-C, as a shell tells it."""
+
+    exit_code = 130
+
+
 class Commands(click.Group):
     """Commands that are imported when they are used."""
 
@@ -78,8 +84,12 @@ class Commands(click.Group):
         except StitchCacheError as error:
             if os.environ.get("STITCHCACHE_DEBUG", "") not in ("", "0"):
                 raise
-            kind = Misuse if isinstance(error, (OptionError, TargetError)) else Failure
+            kind: type[Failure] = Misuse if isinstance(error, (OptionError, TargetError)) else Failure
             raise kind(error.message) from error
+        except KeyboardInterrupt:
+            # Files are put in place whole, entries after their pieces.
+            said = "interrupted. What was stored until now is kept; the same command goes on from there."
+            raise Interrupted(said) from None
 
 
 @click.command(

@@ -83,7 +83,7 @@ def _print_list(record: out.Record, wide: bool) -> None:
 
 
 @click.command()
-@click.argument("prefix")
+@click.argument("prefix", shell_complete=out.complete_entry)
 @click.option("--code", is_flag=True, help="Only the generated code.")
 @click.option("--pieces", is_flag=True, help="Only the pieces, one line a call.")
 @click.option("--bindings", is_flag=True, help="Only the tensors taken from the model.")
@@ -269,8 +269,8 @@ def _print_code(artifact: Artifact) -> None:
 
 
 @click.command()
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", shell_complete=out.complete_entry)
+@click.argument("b", shell_complete=out.complete_entry)
 @out.html_option
 @out.shared_options
 def diff(a: str, b: str, html: str | None, as_json: bool, root: str | None) -> None:

@@ -21,7 +21,7 @@ _VERDICTS = {"direct": "direct hit", "miss": "miss", "off": "direct lookup is of
 
 
 @click.command()
-@click.argument("what", metavar="TARGET|KEY")
+@click.argument("what", metavar="TARGET|KEY", shell_complete=out.complete_entry)
 @click.option("--trace", is_flag=True, help="Trace the target too, and look its graph up.")
 @click.option("--factors", is_flag=True, help="Show all factors, and all that differ.")
 @out.html_option

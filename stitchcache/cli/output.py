@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from stitchcache.errors import OptionError
+from stitchcache.errors import OptionError, StitchCacheError
 from stitchcache.explanation import printable
 from stitchcache.types import is_digest
 from stitchcache.words import age_text as age_text
@@ -23,6 +23,8 @@ from stitchcache.words import seconds_text as seconds_text
 from stitchcache.words import size_text as size_text
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from stitchcache.cache import Cache
     from stitchcache.html import Markup
 
@@ -59,6 +61,21 @@ def reading_options(function: F) -> F:
     """``shared_options`` for a command that says what a cache holds: a missing one is no empty one."""
     allowed = click.option("--allow-missing", is_flag=True, help="Take a missing directory for an empty one.")
     return shared_options(allowed(function))
+
+
+def complete_entry(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Entries that a shell offers where a command takes the beginning of a graph hash."""
+    from click.shell_completion import CompletionItem
+
+    try:
+        entries = open_cache(ctx.params.get("root")).entries()
+    except StitchCacheError:
+        # A shell that completes has no place for messages.
+        return []
+    digits = short_length(entry.graph_hash for entry in entries)
+    found = [entry for entry in entries if entry.graph_hash.startswith(incomplete)]
+    shown = [(entry.graph_hash[: max(digits, len(incomplete))], printable(entry.label)) for entry in found]
+    return [CompletionItem(prefix, help=label or None) for prefix, label in shown]
 
 
 def html_option(function: F) -> F:

@@ -172,7 +172,7 @@ def _print_removed(record: out.Record) -> None:
 
 
 @click.command()
-@click.argument("prefixes", metavar="PREFIX...", nargs=-1, required=True)
+@click.argument("prefixes", metavar="PREFIX...", nargs=-1, required=True, shell_complete=out.complete_entry)
 @out.shared_options
 def rm(prefixes: tuple[str, ...], as_json: bool, root: str | None) -> None:
     """Remove entries, by the beginnings of their graph hashes, and what nothing needs any more then.

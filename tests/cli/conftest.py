@@ -46,11 +46,14 @@ def run_cli():
 def run_on_terminal():
     """What the command writes to a terminal of a given width."""
 
-    def run(*args: object, columns: int = 100) -> str:
+    def run(
+        *args: object, columns: int = 100, env: dict[str, str] | None = None, cwd: Path | None = None
+    ) -> str:
         ours, theirs = pty.openpty()
         with subprocess.Popen(
             [sys.executable, "-m", "stitchcache", *map(str, args)],
-            env=environment(TERM="xterm-256color", COLUMNS=str(columns)),
+            env=environment(TERM="xterm-256color", COLUMNS=str(columns), **(env or {})),
+            cwd=cwd,
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
