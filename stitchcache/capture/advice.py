@@ -40,9 +40,10 @@ def advice(
         return f"args and kwargs must be those of a call: forward{_signature(forward)}."
     except ValueError:
         pass  # A forward of C's has no signature.
-    refused = re.search(r"(?:Found|input type) <class '([^']+)'>", said)
+    # The last is how torch 2.11 says it, without the class's module.
+    refused = re.search(r"(?:Found|input type) <class '([^']+)'>|unhashable type: '(\w+)'", said)
     if refused is not None:
-        return _about_type(refused[1])
+        return _about_type(refused[1] or refused[2])
     if shapes is not None and _is_about_shapes(said, error):
         return _about_shapes(forward)
     return next((what for words, what in _BY_WORDS if re.search(words, said)), _OTHERWISE)

@@ -29,7 +29,6 @@ from stitchcache.explanation import Explanation, differences_text, explain_diffe
 from stitchcache.pieces import children
 from stitchcache.pipeline import start, started_or_miss
 from stitchcache.pipeline.find import Miss, OnProgress, Progress, Request, Wanted, find, want
-from stitchcache.pipeline.trace import compile_traced
 from stitchcache.runtime.eager import as_it_is
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.types import Artifact, Check
@@ -201,6 +200,9 @@ class EagerFirst(CompiledModel):
             request = replace(request, check="example")
 
         def work(tell: OnProgress) -> str:
+            # In the child: what captures and compiles takes a second to import, and the server needs none of it.
+            from stitchcache.pipeline.trace import compile_traced
+
             site = replace(wanted.site, on_progress=tell, ready=None, timings={})
             return compile_traced(replace(wanted, request=request, site=site), miss).graph_hash
 

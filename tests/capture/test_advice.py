@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -77,9 +78,10 @@ def test_a_branch_on_a_value(tmp_path):
 
 
 def test_dataclasses_name_the_registration(tmp_path):
-    name = f"{Pair.__module__}.Pair"
     for said in (refused(tmp_path, Takes(), (Pair(x),)), refused(tmp_path, Gives(), (x,))):
-        assert f"register_dataclass(Pair, serialized_type_name='{name}')" in said
+        assert re.search(
+            rf"register_dataclass\(Pair, serialized_type_name='({Pair.__module__}\.)?Pair'\)", said
+        )
     torch.export.register_dataclass(Pair)
     assert "serialized_type_name=" in refused(tmp_path, Gives(), (x,))
 

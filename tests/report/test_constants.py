@@ -61,4 +61,4 @@ assert "torch" not in sys.modules
     assert lines[2] == "inf"
     assert lines[3].startswith("op 'aten::add'")
     assert "slice" in lines[4]
-    assert lines[5] == "OrderedDict([('a', 1)])"
+    assert lines[5] == repr(OrderedDict(a=1))
