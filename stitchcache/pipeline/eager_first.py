@@ -200,7 +200,7 @@ class EagerFirst(CompiledModel):
             request = replace(request, check="example")
 
         def work(tell: OnProgress) -> str:
-            # In the child: what captures and compiles takes a second to import, and the server needs none of it.
+            # In the child: importing what captures and compiles takes a second; no server needs it.
             from stitchcache.pipeline.trace import compile_traced
 
             site = replace(wanted.site, on_progress=tell, ready=None, timings={})
