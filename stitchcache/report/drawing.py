@@ -31,9 +31,10 @@ from stitchcache.words import count_text, moment_text, seconds_text, size_text
 
 _MOST_BLOB = 64 << 20
 _MOST_OPS = 64
+_MOST_STEPS = 5000
 _KERNEL = re.compile(
-    rb"(?:cpp|triton_[a-z]{2,6})_fused_[A-Za-z0-9_]{1,200}(?=\0)|"
-    rb"aoti_torch_(?:cpu|cuda|xpu|mps)_\w{1,80}(?=[(\0])"
+    rb"((?:cpp|triton_[a-z]{2,6})_fused_[A-Za-z0-9_]{1,200}(?=\0)|"
+    rb"aoti_torch_(?:cpu|cuda|xpu|mps)_\w{1,80})(?:(\([^\0]{0,4000})|\0)"
 )
 """Kernels that a compiled library names: loops that Inductor fused, and calls of torch's own."""
 
@@ -91,6 +92,8 @@ def _variant(variant: Variant, number: int, pieces: list[Record]) -> tuple[Recor
         steps = steps_of(variant)
     except UNREADABLE as error:
         problem = f"the code cannot be read: {error}"
+    if len(steps) > _MOST_STEPS:
+        steps, problem = [], f"{len(steps)} steps are too many to be drawn"
     found = {"title": title, "problem": problem, "steps": step_records(steps, names)}
     begins = {step.first: at for at, step in enumerate(steps) if step.kind != "input"}
     lines = []
@@ -119,11 +122,11 @@ def _ops(cache: Cache, piece: Record) -> list[tuple[str, int]]:
         except (*UNREADABLE, msgpack.UnpackException):
             return []
         return Counter(step.name for step in steps if step.kind == "op").most_common(_MOST_OPS)
-    kernels: Counter[str] = Counter()
-    for found in set(_KERNEL.findall(data)):
-        name = found.decode()
-        # torch's runtime checks each call by its text, which stands once for each in the library.
-        kernels[name.removeprefix("aoti_torch_")] = max(1, len(set(re.findall(found + rb"\([^\0]*", data))))
+    # torch's runtime checks each call by its text, which stands once for each in the library.
+    found = {(name, call) for name, call in _KERNEL.findall(data)}
+    named = {name for name, _ in found}
+    counted = Counter(name for name, call in found if call)
+    kernels = Counter({n.decode().removeprefix("aoti_torch_"): max(1, counted[n]) for n in named})
     return kernels.most_common(_MOST_OPS)
 
 
