@@ -10,7 +10,8 @@ import torch
 from stitchcache.codegen import CodeObjects
 from stitchcache.runtime import run_quietly
 from stitchcache.runtime.contract import share_memory
-from stitchcache.runtime.model import bind_tensors, devices_in, link
+from stitchcache.runtime.link import bind_tensors, link
+from stitchcache.runtime.model import devices_in
 from stitchcache.types import Artifact
 
 

@@ -15,7 +15,7 @@ from stitchcache import CudaGraphs, Dim
 from stitchcache.errors import OptionError
 from stitchcache.runtime import build_call
 from stitchcache.runtime.cuda_graphs import Graphs
-from stitchcache.runtime.model import link
+from stitchcache.runtime.link import link
 
 
 class Tape(TorchDispatchMode):
