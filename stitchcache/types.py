@@ -39,6 +39,8 @@ COMPILER_OPTIONS = {"fallback_random": True}
 """Options that compiled pieces get unless the user says otherwise. Random ops draw eager's numbers under
 eager's seed; Inductor's own generator is quicker and draws others."""
 
+CALLER_MARK = b"stitchcaller\n"
+"""Ends a library of AOTInductor that lets go of the GIL while it runs, see ``torchside/caller.py``."""
 _HEX = frozenset("0123456789abcdef")
 
 

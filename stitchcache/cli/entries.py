@@ -114,7 +114,7 @@ def inspect(
 
     def view(record: out.Record) -> None:
         if not any(parts.values()) and html is None:
-            _print_overview(entry, record, digits)
+            _print_overview(cache, entry, record, digits)
         if parts["pieces"]:
             _print_pieces(record, digits)
         if parts["bindings"]:
@@ -169,8 +169,8 @@ def _read(cache: Cache, prefix: str) -> Entry:
         raise ambiguous(prefix, candidates, "graph hashes") from error
 
 
-def _print_overview(entry: Entry, record: out.Record, digits: int) -> None:
-    from stitchcache.report.entry import input_lines, output_lines, piece_records
+def _print_overview(cache: Cache, entry: Entry, record: out.Record, digits: int) -> None:
+    from stitchcache.report.entry import gil_words, input_lines, output_lines, piece_records
 
     artifact = entry.artifact
     distinct = piece_records(artifact)
@@ -211,12 +211,14 @@ def _print_overview(entry: Entry, record: out.Record, digits: int) -> None:
         out.print_pairs([(str(index), text) for index, text in enumerate(shown)], indent="  ")
     if distinct:
         out.print_heading("Different pieces")
+        words = gil_words(cache, artifact)
         columns: out.Fields = {
             "CALLS": lambda piece: len(piece["calls"]),
             "KEY": "key",
             "BACKEND": "backend",
             "BLOB": lambda piece: piece["blob"]["digest"],
             "SIZE": lambda piece: out.size_text(piece["blob"]["bytes"]),
+            "GIL": lambda piece: words.get(piece["key"]),
             "CALLED AS": lambda piece: names_text(piece["calls"]),
         }
         out.print_table(columns, distinct, digits)

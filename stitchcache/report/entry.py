@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,9 +23,10 @@ from stitchcache.explanation import (
     stored_targets,
 )
 from stitchcache.report.constants import shown_consts
-from stitchcache.store import Area, Files, possible_paths
+from stitchcache.store import Area, Files, keyed_path, possible_paths
 from stitchcache.store.root import Root
 from stitchcache.types import (
+    CALLER_MARK,
     Artifact,
     BindingSpec,
     InputSpec,
@@ -147,6 +150,25 @@ def piece_records(artifact: Artifact) -> list[Record]:
         first = {"key": piece.key, "backend": piece.backend, "calls": [], "blob": blob}
         found.setdefault(piece.key, first)["calls"].append(piece.name)
     return list(found.values())
+
+
+def gil_words(cache: Cache, artifact: Artifact) -> dict[str, str]:
+    """What each different piece does with the GIL while it runs, by its key: ``let go`` or ``kept``.
+
+    Pieces that run op by op leave it to torch's ops. A blob that is not in the cache tells nothing.
+    """
+    found = {}
+    for piece in artifact.pieces:
+        if piece.backend != "aoti":
+            found[piece.key] = "by op" if piece.backend == "eager" else "kept"
+            continue
+        for root in map(str, cache.roots):
+            path = keyed_path(root, Area.BLOBS, piece.blob.digest)
+            with suppress(OSError), open(Files().open_read(path), "rb") as file:
+                file.seek(-len(CALLER_MARK), os.SEEK_END)
+                found[piece.key] = "let go" if file.read() == CALLER_MARK else "kept"
+                break
+    return found
 
 
 # -- two entries ----------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from torch.utils import _config_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_traceable_wrapper_subclass
 
 from stitchcache.errors import BackendError
+from stitchcache.types import CALLER_MARK
 
 SEEN = ("2.11", "2.13", "2.15")
 
@@ -253,7 +254,7 @@ def custom_op_parts(op: CustomOpDef) -> dict[str, Any]:
 # -- libraries ------------------------------------------------------------------------------------
 # Behind a library lie the caller (``torchside.caller``), its length in so many bytes, and a mark.
 
-LENGTH, MAGIC = 8, b"stitchcaller\n"
+LENGTH, MAGIC = 8, CALLER_MARK
 _MOST = 1 << 20
 
 

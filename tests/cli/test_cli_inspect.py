@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from cli_entries import CODE, entry_file, key, put
 
+from stitchcache.cache import Cache
+from stitchcache.types import CALLER_MARK, Artifact, PieceRef, Variant
+
 LEGACY = Path(__file__).parents[1] / "data" / "legacy"
 
 
@@ -31,6 +34,25 @@ def test_the_overview(run_cli, root):
     assert "s0 1..64 (rows) s1 2 and more must hold s0 <= 2*s1" in text
     assert "returns * writes to buffer cache.k writes to input batch['mask']" in text
     assert "submod_2, submod_4" in text
+
+
+def test_what_pieces_do_with_the_gil(run_cli, tmp_path):
+    cache = Cache(tmp_path)
+    blobs = {"aoti": b"a library" + CALLER_MARK, "eager": b"a graph", "inductor": b"a pickle"}
+    pieces = [
+        PieceRef(name=f"submod_{number}", key=key(backend), backend=backend, blob=cache.put_blob(data))
+        for number, (backend, data) in enumerate(blobs.items())
+    ]
+    other = PieceRef(
+        name="submod_3", key=key("older"), backend="aoti", blob=cache.put_blob(b"an older library")
+    )
+    names = tuple(piece.name for piece in [*pieces, other])
+    variant = Variant(size_range=None, code=CODE, submod_names=names, consts=None, pieces=(*pieces, other))
+    cache.put(Artifact(graph_hash=key("g"), variants=(variant,)))
+    lines = run_cli("inspect", key("g"), "--cache", tmp_path).out.splitlines()
+    said = {line.split()[-1]: line for line in lines if line.split()[-1:] and line.split()[-1] in names}
+    words = ["let go", "by op", "kept", "kept"]
+    assert [word in said[name] for word, name in zip(words, names, strict=True)] == [True] * 4, lines
 
 
 def test_parts(run_cli, root):
