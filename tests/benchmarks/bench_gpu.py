@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_gpu.py [--dir DIR] [--minutes 9] [--steps cold,start,...] [--rounds 3]
 
 Every measurement is a fresh process that prints one JSON line; a step that fails is noted, and the next one
-runs. Machines with GPUs are lent for minutes, so nothing is begun that could not end in time.
+runs. Time on a GPU is often short, so nothing is begun that could not end in time.
 """
 
 from __future__ import annotations
