@@ -180,7 +180,7 @@ class CudaGraphs:
             more are recorded. ``None`` is unlimited.
 
     Raises:
-        ValueError: A value makes no sense.
+        OptionError: A value makes no sense.
     """
 
     sizes: Sequence[int] | None = None
@@ -197,7 +197,7 @@ class CudaGraphs:
         given = self.sizes if self.sizes is not None else ()
         for name, some in (("inside", self.inside), ("sizes", given)):
             if isinstance(some, str) or not isinstance(some, Sequence):
-                raise ValueError(f"CudaGraphs({name}={some!r}): needs a list")
+                raise OptionError(f"CudaGraphs({name}={some!r}): needs a list", option="cuda_graphs")
         choices: dict[str, tuple[object, ...]] = {
             "mode": ("whole", "pieces"),
             "outputs": ("copied", "kept"),
@@ -206,15 +206,24 @@ class CudaGraphs:
         }
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
-                raise ValueError(f"CudaGraphs({name}={value!r}): there is {', '.join(map(str, known))}")
+                raise OptionError(
+                    f"CudaGraphs({name}={value!r}): there is {', '.join(map(str, known))}",
+                    option="cuda_graphs",
+                )
         if any(type(size) is not int or size < 1 for size in given):
-            raise ValueError(f"CudaGraphs(sizes={self.sizes!r}): sizes are whole numbers from 1 on")
+            raise OptionError(
+                f"CudaGraphs(sizes={self.sizes!r}): sizes are whole numbers from 1 on", option="cuda_graphs"
+            )
         if (self.pad or self.at == "load") and self.sizes is not None and not given:
-            raise ValueError("CudaGraphs(sizes=[]): to pad, or to record at load, it needs sizes")
+            raise OptionError(
+                "CudaGraphs(sizes=[]): to pad, or to record at load, it needs sizes", option="cuda_graphs"
+            )
         if self.pad and self.sizes is None:
-            raise ValueError("CudaGraphs(pad=True): needs sizes to pad to")
+            raise OptionError("CudaGraphs(pad=True): needs sizes to pad to", option="cuda_graphs")
         if self.max_graphs < 1 or (self.max_bytes is not None and self.max_bytes < 1):
-            raise ValueError("CudaGraphs(max_graphs=..., max_bytes=...): need to be positive")
+            raise OptionError(
+                "CudaGraphs(max_graphs=..., max_bytes=...): need to be positive", option="cuda_graphs"
+            )
 
 
 # -- what an artifact is made of ------------------------------------------------------------------

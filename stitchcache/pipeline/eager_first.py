@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import torch
 
 from stitchcache import collection_paused
+from stitchcache.cache import Cache
 from stitchcache.errors import CaptureError, OptionError, StaleEntryError, StitchCacheError, check_kind
 from stitchcache.explanation import Explanation, differences_text, explain_differences
 from stitchcache.pieces import children
@@ -199,18 +200,19 @@ class EagerFirst(CompiledModel):
             # Nobody waits for the child, and a thread of it would end with it.
             request = replace(request, check="example")
 
-        def work(tell: OnProgress) -> str:
+        def work(tell: OnProgress) -> tuple[str, str, str]:
             # In the child: importing what captures and compiles takes a second; no server needs it.
             from stitchcache.pipeline.trace import compile_traced
 
             site = replace(wanted.site, on_progress=tell, ready=None, timings={})
-            return compile_traced(replace(wanted, request=request, site=site), miss).graph_hash
+            made = compile_traced(replace(wanted, request=request, site=site), miss)
+            return made.graph_hash, made.check.state, made.check.reason
 
         given = (wanted.args, wanted.kwargs, request, wanted.site.cache)
         self._aside = Aside(
             wanted.site.label,
             work,
-            lambda graph_hash: self._take(graph_hash, *given),
+            lambda made: self._take(made, *given),
             backend=request.backend,
             nice=request.nice,
             refused=_unkeyable(miss),
@@ -297,9 +299,18 @@ class EagerFirst(CompiledModel):
         self._stand_for(model, as_it_is(model, self._device))
 
     def _take(
-        self, graph_hash: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], request: Any, cache: Any
+        self,
+        made: tuple[str, Any, str],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        request: Request,
+        cache: Cache,
     ) -> None:
-        """Load what the child stored. Calls go there from then on; one under way ends where it began."""
+        """Load what the child stored. Calls go there from then on; one under way ends where it began.
+
+        ``made`` has the graph hash, and how the child's look at it ended.
+        """
+        graph_hash, looked, why = made
         with self._swapped, collection_paused():
             before, wanted = self._target.factors, want(self.model, args, kwargs, request, cache)
             # The child looked at this very model; that it is still the same one, its key and sources tell.
@@ -323,7 +334,10 @@ class EagerFirst(CompiledModel):
                 raise StaleEntryError(f"entry {graph_hash[:12]} is not used: {served.reason}.")
             state = dict(vars(served))
             state["cache_hit"] = None
-            state["check"] = Check(state="agreed", reason="compared by the process that compiled it")
+            state["check"] = Check(state=looked, reason=why)
+            if served.graph_hash != graph_hash:
+                # Another process has compiled it again meanwhile.
+                state["check"] = Check(state="unchecked", reason="the child compared another entry")
             state["lookup"] = self.lookup
             del state["_eager"], state["mismatches"]
             vars(self).update(state)

@@ -100,6 +100,12 @@ def test_until_then_it_says_what_there_is_not(cache):
     assert "Scaled: compiled" in str(served.explain())
 
 
+def test_it_says_whether_the_child_compared(cache):
+    served = _eagerly(cache, Scaled(), torch.randn(2, 4), check="none")
+    assert served.wait(60)
+    assert (served.check.state, served.check.reason) == ("unchecked", "check='none'")
+
+
 def test_weights_that_change_in_place_meanwhile_are_seen(cache):
     model, x = Scaled().eval(), torch.randn(2, 4)
     served = _eagerly(cache, model, x)

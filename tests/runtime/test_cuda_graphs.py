@@ -365,7 +365,7 @@ def test_threads(graphed):
     ],
 )
 def test_options_that_make_no_sense(options, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(OptionError, match=words):
         CudaGraphs(**options)
 
 
