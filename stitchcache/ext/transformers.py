@@ -143,7 +143,8 @@ class _Lane:
         several = isinstance(masks, dict)
         return {
             "input_ids": ids,
-            "attention_mask": {n: whole(m) for n, m in masks.items()} if several else whole(masks),
+            # Sorted: transformers fills this dict from a set, whose order moves with the hash seed.
+            "attention_mask": {n: whole(masks[n]) for n in sorted(masks)} if several else whole(masks),
             # A prefill in chunks passes a part of a longer row.
             "position_ids": given["position_ids"].contiguous(),
         }
