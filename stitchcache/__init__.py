@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from stitchcache.graph.canonical import graph_hash as graph_hash
     from stitchcache.graph.split import SplitItem as SplitItem
     from stitchcache.graph.split import split_graph as split_graph
+    from stitchcache.options import CudaGraphs as CudaGraphs
+    from stitchcache.options import Dim as Dim
+    from stitchcache.options import Secret as Secret
+    from stitchcache.options import SizeRange as SizeRange
     from stitchcache.pipeline.find import Progress as Progress
     from stitchcache.pipeline.look import verify as verify
     from stitchcache.runtime.model import CompiledModel as CompiledModel
     from stitchcache.types import Artifact as Artifact
     from stitchcache.types import Check as Check
-    from stitchcache.types import CudaGraphs as CudaGraphs
-    from stitchcache.types import Dim as Dim
-    from stitchcache.types import Secret as Secret
-    from stitchcache.types import SizeRange as SizeRange
 
 __version__ = "0.2.0"
 
@@ -57,10 +57,11 @@ _HOMES = {
     "explanation": "Explanation",
     "graph.canonical": "graph_hash",
     "graph.split": "SplitItem split_graph",
+    "options": "CudaGraphs Dim Secret SizeRange",
     "pipeline.find": "Progress",
     "pipeline.look": "verify",
     "runtime.model": "CompiledModel",
-    "types": "Artifact Check CudaGraphs Dim Secret SizeRange",
+    "types": "Artifact Check",
 }
 _HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names.split()}
 

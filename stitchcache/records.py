@@ -14,6 +14,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 T = TypeVar("T")
 
+# Kinds of fields: the text of a record's annotation says how its values are read and checked.
+Digest = str  # 64 lowercase hex digits: see is_digest
+Name = str  # at most 65,536 characters, which a person may read: names, labels, paths
+Expression = str  # arithmetic over symbols: at most 16,384 characters, and no number of more than 20 digits
+Count = int  # from 0 to 2**63 - 1
+Length = int  # how many things there are: from 0 to 2**20, because all of them are held in memory
+Seconds = float  # finite; at most 250 thousand million, so that a time has a date
+Amount = float  # finite and not negative
+Size = int | str  # a Count, or an Expression
+Shape = tuple[Size, ...]  # one size a dimension; at most 64
+Scalar = bool | int | float | str | None
+
 
 def _quick_dataclass(
     *, frozen: bool = False, slots: bool = False, kw_only: bool = False

@@ -1,7 +1,8 @@
 """The tensors of a model by every road that leads to them, and what else its modules and objects hold.
 
 A tensor in plain attributes, containers and objects, such as a static cache's, is named by its path:
-``cache.layers[0].keys``, ``tables['long']``. No code of the user's runs: no property and no ``__getattr__``.
+``cache.layers[0].keys``, ``tables['long']``. By these names :func:`bind_tensors` finds an artifact's.
+No code of the user's runs: no property and no ``__getattr__``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 import random
 import re
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import is_
 from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
@@ -19,7 +20,9 @@ from typing import Any
 import torch
 
 from stitchcache import encoding
+from stitchcache.errors import BindError
 from stitchcache.torchside import INTERNALS, negated, storage_id
+from stitchcache.types import BindingSpec
 
 # What holds no tensors of the model's own, however much can be reached through it.
 _PLAIN = (str, bytes, int, float, complex, type(None), torch.Size, torch.dtype, torch.device)
@@ -176,6 +179,79 @@ def elements_of(tensor: torch.Tensor) -> tuple[object, ...] | None:
     if tensor.layout != torch.strided:
         return None
     return (storage_id(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def bind_tensors(
+    bindings: tuple[BindingSpec, ...], model: torch.nn.Module, constants: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Look up the tensors that stitching code uses, by reference.
+
+    Raises:
+        BindError: One is missing, or differs in shape, strides, dtype or device type.
+    """
+    state = state_of(model)
+    dtypes: dict[str, object] = {}
+    found: dict[str, torch.Tensor] = {}
+    for binding in bindings:
+        if binding.kind == "attribute":
+            tensor = tensor_at(model, binding.name)
+        else:
+            tensor = (constants if binding.kind == "constant" else state).get(binding.name)
+        if tensor is None:
+            what = f"the model has no {binding.kind} {binding.name!r}, which the artifact uses"
+            raise _unfit(what, binding.name, binding.kind, "nothing")
+        for alias in binding.aliases:
+            other = state.get(alias)
+            if other is None:
+                other = tensor_at(model, alias)
+            # Another object over the same memory is the same to whoever reads or writes it.
+            if other is not tensor and (other is None or elements_of(other) != elements_of(tensor)):
+                raise BindError(
+                    f"{alias!r} and {binding.name!r} were one tensor when the artifact was compiled and are "
+                    "two now. Tie them again, or compile this model.",
+                    name=alias,
+                    expected=f"the same tensor as {binding.name}",
+                    actual="another tensor",
+                )
+        spec = binding.tensor
+        if spec.dtype not in dtypes:
+            dtypes[spec.dtype] = getattr(torch, spec.dtype, None)
+        # Nearly always all is as it was; what is not, and whether it matters, is found out apart.
+        if (
+            tensor.shape != spec.shape
+            or tensor.dtype is not dtypes[spec.dtype]
+            or tensor.device.type != spec.device
+            or tensor.stride() != spec.stride
+        ):
+            _check_bound(binding, tensor)
+        found[binding.name] = tensor
+    return found
+
+
+def _check_bound(binding: BindingSpec, tensor: torch.Tensor) -> None:
+    spec = binding.tensor
+    strides = [
+        (s, w) for size, s, w in zip(tensor.shape, tensor.stride(), spec.stride, strict=False) if size > 1
+    ]
+    facts = (
+        ("shape", spec.shape, tuple(tensor.shape)),
+        ("dtype", spec.dtype, str(tensor.dtype).removeprefix("torch.")),
+        ("device", spec.device, tensor.device.type),
+        ("strides", [w for _, w in strides], [s for s, _ in strides]),
+    )
+    for fact, wanted, actual in facts:
+        if wanted != actual:
+            what = f"{binding.kind} {binding.name!r} has {fact} {actual}, the artifact needs {wanted}"
+            raise _unfit(what, binding.name, f"{fact} {wanted}", str(actual))
+
+
+def _unfit(what: str, name: str, expected: str, actual: str) -> BindError:
+    return BindError(
+        f"{what}. Load it with the model that it was compiled from, or compile this one.",
+        name=name,
+        expected=expected,
+        actual=actual,
+    )
 
 
 class Held:

@@ -17,6 +17,7 @@ from stitchcache.cache import Cache
 from stitchcache.encoding import UnkeyableError
 from stitchcache.errors import BindError, GraphHashError, OptionError, check_kind
 from stitchcache.keys.model import model_factors
+from stitchcache.options import CudaGraphs, SizeRange
 from stitchcache.pipeline import changed_from, first_change, start, started_or_miss
 from stitchcache.pipeline.find import (
     Hit,
@@ -34,7 +35,7 @@ from stitchcache.pipeline.find import (
 from stitchcache.runtime.model import CompiledModel, check_environment, refuse_change
 from stitchcache.state import devices_of
 from stitchcache.store import flag
-from stitchcache.types import Change, Check, CudaGraphs, SizeRange
+from stitchcache.types import Change, Check
 
 if TYPE_CHECKING:
     from stitchcache.api.preload import Preloaded

@@ -29,9 +29,9 @@ from stitchcache.errors import (
     UntrustedEntryError,
     check_kind,
 )
+from stitchcache.options import CudaGraphs, SizeRange
 from stitchcache.pipeline.find import OnProgress, Request, chosen_cache
 from stitchcache.torchside import without_data
-from stitchcache.types import CudaGraphs, SizeRange
 
 if TYPE_CHECKING:
     from stitchcache.runtime.graph import CompiledGraph

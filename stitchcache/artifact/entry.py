@@ -14,19 +14,8 @@ from typing import Any
 
 from stitchcache.artifact import FieldError, pack, read_packed, read_value, reader, record
 from stitchcache.errors import EntryDamagedError, EntryFormatError, FutureFormatError, UntrustedEntryError
-from stitchcache.records import dataclass
-from stitchcache.types import (
-    ENTRY_VERSION,
-    Artifact,
-    BlobRef,
-    Digest,
-    Factor,
-    Length,
-    Name,
-    Seconds,
-    TargetRecord,
-    Variant,
-)
+from stitchcache.records import Digest, Length, Name, Seconds, dataclass
+from stitchcache.types import ENTRY_VERSION, Artifact, BlobRef, Factor, TargetRecord, Variant
 
 # -- the frame around every file: sizes and digests (docs/format.md has its grammar) ---------------
 # No byte is decoded before its digest was checked, and no size believed before it was held against a cap and

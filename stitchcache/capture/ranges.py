@@ -19,9 +19,10 @@ from stitchcache.capture.export import Capture, capture
 from stitchcache.errors import OptionError
 from stitchcache.graph import symbols
 from stitchcache.keys import dims_of_leaf, split_path
+from stitchcache.options import Dim, SizeRange
 from stitchcache.torchside import has_fakes, tree
 from stitchcache.torchside.ops import guarded_facts
-from stitchcache.types import Dim, InputSpec, SizeRange
+from stitchcache.types import InputSpec
 
 Variants = Sequence[tuple[SizeRange | None, Capture]]
 """A capture for each size range, or one for all sizes."""

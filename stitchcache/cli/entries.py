@@ -11,7 +11,7 @@ from stitchcache.cli import Misuse
 from stitchcache.cli import output as out
 from stitchcache.errors import AmbiguousPrefixError, StitchCacheError
 from stitchcache.explanation import names_text, printable
-from stitchcache.types import SizeRange
+from stitchcache.options import SizeRange
 
 if TYPE_CHECKING:
     from stitchcache.artifact.entry import Header

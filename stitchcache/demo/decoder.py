@@ -108,7 +108,7 @@ def decoder_target(config: DecoderConfig, backend: str = "aoti") -> Target:
     """The decoder as a prewarm target, rows and tokens dynamic."""
     # Not at the top: eager runs of the demo import nothing of stitchcache but this file.
     from stitchcache.api.prewarm import Target
-    from stitchcache.types import Dim
+    from stitchcache.options import Dim
 
     dims = {0: Dim("rows", min=1, max=MOST_ROWS), 1: Dim("tokens", min=2, max=MOST_TOKENS)}
     return Target(

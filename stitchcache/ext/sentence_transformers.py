@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 import stitchcache
 from stitchcache.errors import OptionError, check_kind
-from stitchcache.types import Dim
+from stitchcache.options import Dim
 
 ATTENTION = "aten::scaled_dot_product_attention"
 

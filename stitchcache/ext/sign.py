@@ -33,11 +33,10 @@ from stitchcache.ext.openssh import (
     require_cryptography,
     signer_line,
 )
-from stitchcache.records import dataclass
+from stitchcache.records import Count, Digest, Name, dataclass
 from stitchcache.store import Files, distrust, words, write_error
 from stitchcache.store.root import Root
 from stitchcache.store.signed import keys_directory, signature_namespace
-from stitchcache.types import Count, Digest, Name
 
 YEAR = 365 * 86400.0
 # Clocks of machines differ; more than this is a wrong clock, or a wrong statement.

@@ -20,9 +20,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import stitchcache
 from stitchcache.errors import InputMismatchError, OptionError, check_kind
+from stitchcache.options import Dim
 from stitchcache.pipeline.find import check_model
 from stitchcache.runtime.model import CompiledModel
-from stitchcache.types import Dim
 
 ATTENTION = "aten::scaled_dot_product_attention"
 _CACHE_NAMES = ("cache", "past_key_values")

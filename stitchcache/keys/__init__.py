@@ -28,9 +28,10 @@ from stitchcache.keys.environment import (
 from stitchcache.keys.model import class_factors, memory_factor, model_factors, readable
 from stitchcache.keys.values import own_attributes, stands_for_itself, tensor_span
 from stitchcache.keys.walk import Walk, plain_bytes
+from stitchcache.options import Dim, SizeRange
 from stitchcache.records import dataclass
 from stitchcache.state import devices_of
-from stitchcache.types import Dim, Factor, SizeRange
+from stitchcache.types import Factor
 
 # Compiled where one is needed: most paths are an argument's name, and compiling takes part of a warm start.
 _STEP = r"\[(-?\d+)\]|\['([^']*)'\]|\.(\w+)"

@@ -20,7 +20,7 @@ import torch
 from stitchcache import containers, encoding
 from stitchcache.encoding import Handler, Layout, Numbers, Step, Writer, text_bytes
 from stitchcache.keys import code, values
-from stitchcache.torchside import CustomOpDef, custom_op_parts
+from stitchcache.torchside import CustomOpDef, OpOverload, OpOverloadPacket, custom_op_parts
 
 # -- where code comes from -----------------------------------------------------------------------
 
@@ -324,8 +324,8 @@ def _families() -> Sequence[tuple[type, Handler]]:
     return [
         (type, KeyWriter.put_class),
         *values.TORCH_FAMILIES,
-        (type(torch.ops.aten.add.Tensor), values.by_text(b"operator")),
-        (type(torch.ops.aten.add), values.by_text(b"operator")),
+        (OpOverload, values.by_text(b"operator")),
+        (OpOverloadPacket, values.by_text(b"operator")),
         (CustomOpDef, containers.once(_put_custom_op)),
         (ModuleType, _put_module_reference),
         *values.late_families(),

@@ -21,11 +21,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from stitchcache.errors import BackendError, CompilerMissingError, OptionError
+from stitchcache.options import BACKENDS, COMPILER_OPTIONS
 from stitchcache.records import dataclass
 from stitchcache.torchside import inductor, load_library
 from stitchcache.torchside.caller import append_caller, compile_caller
 from stitchcache.torchside.ops import OpOverload, is_view, known_range
-from stitchcache.types import BACKENDS, COMPILER_OPTIONS
 
 if TYPE_CHECKING:
     from stitchcache.pieces.deferred import Deferred

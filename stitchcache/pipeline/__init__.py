@@ -30,11 +30,12 @@ from stitchcache.errors import (
 from stitchcache.keys import TargetKey
 from stitchcache.keys.check import check_sources
 from stitchcache.keys.walk import Walk
+from stitchcache.options import CudaGraphs
 from stitchcache.pipeline.find import Hit, Miss, Site, Wanted
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.state import state_attributes
 from stitchcache.torchside import load_library
-from stitchcache.types import Artifact, BindingSpec, Change, CudaGraphs, Factor, TargetRecord
+from stitchcache.types import Artifact, BindingSpec, Change, Factor, TargetRecord
 
 if TYPE_CHECKING:
     from stitchcache.runtime.graph import CompiledGraph

@@ -19,12 +19,13 @@ from stitchcache.errors import EntryFormatError, OptionError, UntrustedEntryErro
 from stitchcache.keys import TargetKey, target_key
 from stitchcache.keys.check import check_sources
 from stitchcache.keys.walk import Walk
+from stitchcache.options import BACKENDS, COMPILER_OPTIONS, CudaGraphs, SizeRange
 from stitchcache.records import dataclass
 from stitchcache.runtime import misfit
 from stitchcache.state import devices_of
 from stitchcache.store import CHECKS, choice, required
 from stitchcache.torchside import tree
-from stitchcache.types import BACKENDS, COMPILER_OPTIONS, Artifact, CudaGraphs, SizeRange, TargetRecord
+from stitchcache.types import Artifact, TargetRecord
 
 if TYPE_CHECKING:
     from stitchcache.api.preload import Preloaded

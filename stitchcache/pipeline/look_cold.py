@@ -25,12 +25,13 @@ from stitchcache.compare import HIGH, Beside, Both, Compared, disagreement, meas
 from stitchcache.errors import CaptureError, ModelMismatchError, PieceMismatchError
 from stitchcache.graph import symbols
 from stitchcache.graph.effects import written_placeholders
+from stitchcache.options import SizeRange
 from stitchcache.pieces import FAILURES
 from stitchcache.pieces.check import stand_in, undefined_outputs
 from stitchcache.pipeline.look import LASTING, record_of
 from stitchcache.state import clone_all, drawn_back
 from stitchcache.torchside import has_fakes, tree
-from stitchcache.types import Check, CheckRecord, OutputBound, SizeRange
+from stitchcache.types import Check, CheckRecord, OutputBound
 
 if TYPE_CHECKING:
     from stitchcache.pipeline.find import Wanted

@@ -37,22 +37,14 @@ from stitchcache.graph.split import split_graph
 from stitchcache.graph.stitching import bind_placeholders, lower_sizes, pin_strides
 from stitchcache.graph.symbols import SymbolNames, without_guards
 from stitchcache.keys.walk import plain_bytes
+from stitchcache.options import SizeRange
 from stitchcache.pieces import FAILURES, Backend, Piece, get_backend
 from stitchcache.pieces.build import at_once, build
 from stitchcache.pipeline.find import Hit, Request, Site
 from stitchcache.state import clone_all, drawn_back, state_of, unwritten
 from stitchcache.torchside import has_fakes
 from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, is_view
-from stitchcache.types import (
-    Artifact,
-    BindingSpec,
-    BlobRef,
-    Factor,
-    PieceRef,
-    SizeRange,
-    SourceRef,
-    Variant,
-)
+from stitchcache.types import Artifact, BindingSpec, BlobRef, Factor, PieceRef, SourceRef, Variant
 
 log = logging.getLogger("stitchcache")
 

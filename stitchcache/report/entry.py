@@ -22,6 +22,7 @@ from stitchcache.explanation import (
     printable,
     stored_targets,
 )
+from stitchcache.options import SizeRange
 from stitchcache.report.constants import shown_consts
 from stitchcache.store import Area, Files, keyed_path, possible_paths
 from stitchcache.store.root import Root
@@ -31,7 +32,6 @@ from stitchcache.types import (
     BindingSpec,
     InputSpec,
     OutputSpec,
-    SizeRange,
     TargetRecord,
     TensorSpec,
     row_major,

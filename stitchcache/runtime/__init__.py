@@ -1,6 +1,7 @@
-"""From an artifact to a callable.
+"""From an artifact to a callable. Does no I/O.
 
-Here is the function behind a compiled model: written out, compiled, and bound.
+Here are linking, which binds pieces and tensors to stitching code, and the function around that: written out,
+compiled, and bound.
 """
 
 from __future__ import annotations
@@ -16,11 +17,90 @@ from typing import Any
 import torch
 
 from stitchcache.artifact import well_formed
-from stitchcache.codegen import CodeObjects, show_source
-from stitchcache.errors import BindError, EntryFormatError, InputMismatchError
+from stitchcache.codegen import CodeObjects, bind_execution_fn, show_source
+from stitchcache.errors import BindError, EntryFormatError, InputMismatchError, LinkError
+from stitchcache.options import SizeRange
 from stitchcache.runtime.contract import CALLED, CallSource, mismatch
 from stitchcache.torchside import is_fake, set_grad_enabled, storage_id, tree
-from stitchcache.types import Artifact, InputSpec, OutputSpec, SizeRange
+from stitchcache.types import BOUND, Artifact, InputSpec, OutputSpec, Variant
+
+
+def link(
+    artifact: Artifact,
+    pieces: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    objects: CodeObjects,
+    around: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+) -> Callable[..., Any]:
+    """Make an artifact callable over the leaves that its stitching function takes; returns flat results.
+
+    Takes a loaded piece for each piece key, and a tensor for each binding's name. Does no I/O. Each variant's
+    function is put through ``around``.
+
+    Raises:
+        LinkError: A piece or a tensor is missing; ``missing`` lists the names.
+        EntryFormatError: The code is not what stitchcache generates, or the entry has no contract.
+    """
+    _contract(artifact)
+    functions = [
+        (variant.size_range, _link_variant(variant, pieces, tensors, objects))
+        for variant in artifact.variants
+    ]
+    if around is not None:
+        functions = [(size_range, around(function)) for size_range, function in functions]
+    if len(functions) == 1 and functions[0][0] is None:
+        return functions[0][1]
+    argument, dim, name = _dispatch_on(artifact)
+    ranged = [(size_range, function) for size_range, function in functions if size_range is not None]
+    return dispatch_over_ranges(ranged, argument=argument, dim=dim, name=name)
+
+
+def _contract(artifact: Artifact) -> tuple[InputSpec, OutputSpec]:
+    if artifact.input_spec is None or artifact.output_spec is None:
+        raise EntryFormatError(
+            f"entry {artifact.graph_hash[:12]} was made through the engine API and says nothing about "
+            "arguments; load it with stitchcache.load_execution.",
+            field="input_spec",
+            reason="missing",
+        )
+    return artifact.input_spec, artifact.output_spec
+
+
+def _link_variant(
+    variant: Variant, pieces: Mapping[str, Any], tensors: Mapping[str, Any], objects: CodeObjects
+) -> Callable[..., Any]:
+    callables = {piece.name: pieces.get(piece.key) for piece in variant.pieces}
+    for name in variant.submod_names:
+        if name.startswith(f"{BOUND}."):
+            callables[name] = tensors.get(name.removeprefix(f"{BOUND}."))
+    missing = [name for name, found in callables.items() if found is None]
+    if missing:
+        raise LinkError(
+            f"the stitching code needs {', '.join(missing)}, which this entry does not have. "
+            "Run 'stitchcache verify --repair' and compile again.",
+            missing=missing,
+        )
+    consts: list[Any] = []
+    if variant.consts is not None:
+        # Most code has none, and what reads them is one of the larger modules.
+        from stitchcache.artifact.consts import load_consts
+
+        consts = load_consts(variant.consts)
+    return bind_execution_fn(variant.code, callables, variant.submod_names, consts, objects)
+
+
+def _dispatch_on(artifact: Artifact) -> tuple[int, int, str]:
+    """Which argument's size chooses the variant."""
+    wanted = next((v.size_range.dim for v in artifact.variants if v.size_range is not None), None)
+    spec = artifact.input_spec
+    if spec is not None:
+        symbols = [symbol.name for symbol in spec.symbols if wanted in (None, symbol.label)]
+        taken = [leaf for leaf in spec.leaves if leaf.kind != "constant"]
+        for position, leaf in enumerate(taken):
+            if leaf.tensor is not None and symbols and symbols[0] in leaf.tensor.shape:
+                dim = leaf.tensor.shape.index(symbols[0])
+                return position, dim, f"{leaf.path}.shape[{dim}]"
+    raise LinkError("the artifact has variants by size, and no argument has that size.", missing=[])
 
 
 def build_call(
@@ -39,14 +119,7 @@ def build_call(
     Raises:
         EntryFormatError: The contract cannot be what a capture wrote.
     """
-    inputs, outputs = artifact.input_spec, artifact.output_spec
-    if inputs is None or outputs is None:
-        raise EntryFormatError(
-            f"entry {artifact.graph_hash[:12]} was made through the engine API and says nothing about "
-            "arguments; load it with stitchcache.load_execution.",
-            field="input_spec",
-            reason="missing",
-        )
+    inputs, outputs = _contract(artifact)
     with well_formed("input_spec or output_spec"):
         return _built_call(function, artifact, inputs, outputs, tensors, forward, objects, fakes)
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from stitchcache.errors import EntryFormatError, InputMismatchError
+from stitchcache.records import Size
 from stitchcache.torchside import storage_id
-from stitchcache.types import InputSpec, LeafSpec, OutputSpec, Size, TensorSpec, row_major
+from stitchcache.types import InputSpec, LeafSpec, OutputSpec, TensorSpec, row_major
 
 _WORDS = frozenset({"distinct", "plain", "apart"})  # of constraints; InputSpec says what they mean
 

@@ -19,10 +19,11 @@ import torch
 
 from stitchcache import collection_paused
 from stitchcache.errors import BackendError, StitchCacheError
+from stitchcache.options import CudaGraphs
 from stitchcache.runtime.cuda_sizes import GraphRecord, inouts, place_of_size, refuse_elsewhere
 from stitchcache.torchside import cuda, storage_id
 from stitchcache.torchside.ops import OpOverload
-from stitchcache.types import Artifact, CudaGraphs
+from stitchcache.types import Artifact
 
 log = logging.getLogger("stitchcache")
 

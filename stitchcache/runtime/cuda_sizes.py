@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from stitchcache.errors import OptionError
-from stitchcache.records import dataclass
-from stitchcache.types import Artifact, CudaGraphs, LeafSpec, Size, SymbolSpec
+from stitchcache.options import CudaGraphs
+from stitchcache.records import Size, dataclass
+from stitchcache.types import Artifact, LeafSpec, SymbolSpec
 
 Place = tuple[int, int, dict[int, tuple[int, ...]]]
 """Position of an argument and its dimension that has the size; and all such dimensions by argument."""

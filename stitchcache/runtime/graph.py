@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from stitchcache.codegen import CodeObjects
-from stitchcache.runtime import run_quietly
+from stitchcache.runtime import link, run_quietly
 from stitchcache.runtime.contract import share_memory
-from stitchcache.runtime.link import bind_tensors, link
 from stitchcache.runtime.model import devices_in
+from stitchcache.state import bind_tensors
 from stitchcache.types import Artifact
 
 

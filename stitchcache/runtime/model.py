@@ -24,8 +24,8 @@ from stitchcache.errors import (
     visible,
 )
 from stitchcache.keys.environment import environment_factors
-from stitchcache.runtime import build_call
-from stitchcache.runtime.link import bind_tensors, link
+from stitchcache.runtime import build_call, link
+from stitchcache.state import bind_tensors, modules_of
 from stitchcache.torchside import has_fakes
 from stitchcache.types import Artifact, Change, Check
 
@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     from stitchcache.cache import Cache
     from stitchcache.explanation import Explanation
     from stitchcache.keys import TargetKey
+    from stitchcache.options import CudaGraphs
     from stitchcache.pipeline.find import Miss
     from stitchcache.runtime.cuda_graphs import Graphs
     from stitchcache.runtime.cuda_sizes import GraphRecord
-    from stitchcache.types import CudaGraphs
 
 log = logging.getLogger("stitchcache")
 
+_HOLDERS = (torch.nn.ModuleDict, torch.nn.ParameterDict)
 _ANY = Signature([Parameter("args", Parameter.VAR_POSITIONAL), Parameter("kwargs", Parameter.VAR_KEYWORD)])
 
 
@@ -120,7 +121,8 @@ class CompiledModel(torch.nn.Module):
                 What the model returns, in the same containers.
 
             Raises:
-                InputMismatchError: The capture does not cover this call; names the argument.
+                InputMismatchError: The capture does not cover this call, or the model chooses another adapter
+                    than when it was bound; names the argument, or the attribute.
             """
 
     def is_current(self) -> bool:
@@ -284,6 +286,11 @@ class CompiledModel(torch.nn.Module):
         wanted = self._wanted_graphs is not None and not has_fakes(tensors.values())
         graphs = self._graphs_over(tensors) if wanted else None
         function = graphs.call if graphs else link(self.artifact, self._pieces, tensors, self._objects)
+        if any(isinstance(module, _HOLDERS) for _, module in modules_of(model)):
+            # Most models hold no parts to choose from.
+            from stitchcache.runtime.choices import over_choices
+
+            function = over_choices(function, model)
         return build_call(function, self.artifact, tensors, model.forward, self._objects), tensors, graphs
 
     def _graphs_over(self, tensors: Mapping[str, torch.Tensor]) -> Graphs:

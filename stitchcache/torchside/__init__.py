@@ -17,7 +17,8 @@ the names of ``nn.Module``'s hook tables and other attributes, ``torch.nn.module
 ``torch.library._impls``,
 ``UntypedStorage._cdata``, ``Tensor._version``, ``torch._neg_view``, ``FakeTensor.fake_mode``,
 ``torch._subclasses.FakeTensorMode``, ``torch.utils._python_dispatch.is_traceable_wrapper_subclass`` and
-``torch._library.custom_ops.CustomOpDef``, a tensor's ``_cdata``, and the runners in ``torch._C._aoti``.
+``torch._library.custom_ops.CustomOpDef``, ``torch._ops.OpOverload`` and its packets, a tensor's ``_cdata``,
+and the runners in ``torch._C._aoti``.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from typing import Any
 
 import torch
 from torch._library.custom_ops import CustomOpDef as CustomOpDef
+from torch._ops import OpOverload as OpOverload
+from torch._ops import OpOverloadPacket as OpOverloadPacket
 from torch.nn.modules import module as nn_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _config_module

@@ -14,8 +14,9 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stitchcache.codegen import CodeObjects
-from stitchcache.runtime.link import bind_tensors, link
+from stitchcache.runtime import link
 from stitchcache.runtime.model import CompiledModel
+from stitchcache.state import bind_tensors
 from stitchcache.torchside import tree
 
 _SECONDS = 0.02

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from stitchcache.cache import Cache
+from stitchcache.options import SizeRange
 from stitchcache.types import (
     Artifact,
     BindingSpec,
@@ -14,7 +15,6 @@ from stitchcache.types import (
     LeafSpec,
     OutputSpec,
     PieceRef,
-    SizeRange,
     SourceRef,
     SymbolSpec,
     TargetRecord,

@@ -19,9 +19,9 @@ from torch import fx
 
 import stitchcache
 import stitchcache.codegen as execution
-from stitchcache.codegen import CodeObjects, bind_execution_fn, compile_execution_fn
+from stitchcache.codegen import CodeObjects, bind_execution_fn, compile_execution_fn, gate
 from stitchcache.codegen.generate import generate_execution_code
-from stitchcache.errors import EntryFormatError, LinkError
+from stitchcache.errors import CacheMissError, EntryFormatError, LinkError
 from stitchcache.store import Area
 
 BOUND = """import torch
@@ -195,3 +195,30 @@ def test_a_record_without_code_or_with_foreign_code_is_served_all_the_same(tmp_p
     for code in ((), foreign, junk):
         cache.put_target(key, dataclasses.replace(record, code=code))
         assert compiled(stitchcache.Cache(tmp_path)).cache_hit == "direct"
+
+
+def test_after_an_update_of_stitchcache_the_source_passes_the_gate_again(tmp_path, monkeypatch):
+    first = compiled(stitchcache.Cache(tmp_path))
+    checked = []
+    real = gate.check_code
+    monkeypatch.setattr(gate, "check_code", lambda code, *more: checked.append(code) or real(code, *more))
+    assert compiled(stitchcache.Cache(tmp_path)).cache_hit == "direct"
+    assert first.artifact.code not in checked
+    monkeypatch.setattr(stitchcache, "__version__", "99.0")
+    assert compiled(stitchcache.Cache(tmp_path)).cache_hit == "direct"
+    assert first.artifact.code in checked
+
+
+@pytest.mark.parametrize(("where", "name"), [(torch, "__version__"), (torch.version, "git_version")])
+def test_an_update_of_torch_is_a_miss_that_says_so(tmp_path, monkeypatch, where, name):
+    compiled(stitchcache.Cache(tmp_path))
+    monkeypatch.setattr(where, name, f"{getattr(where, name)}1")
+    with pytest.raises(CacheMissError, match=r"env\.torch") as caught:
+        stitchcache.compile(
+            models.decoder(),
+            (models.ids(),),
+            cache=stitchcache.Cache(tmp_path),
+            require="direct",
+            **models.decoder_options(),
+        )
+    assert list(caught.value.differences) == ["env.torch"]

@@ -16,7 +16,7 @@ from stitchcache import torchside
 from stitchcache.explanation import explain_differences
 from stitchcache.keys import environment as environment_module
 from stitchcache.keys import target_key
-from stitchcache.types import SizeRange
+from stitchcache.options import SizeRange
 
 DOCS = Path(__file__).parents[2] / "docs" / "keys.md"
 HERE = __name__

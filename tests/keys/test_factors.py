@@ -22,8 +22,8 @@ from stitchcache.explanation import explain_differences
 from stitchcache.keys import input_factors, target_key
 from stitchcache.keys.environment import environment_factors, torch_state_factors, tracing_obstacle
 from stitchcache.keys.model import model_factors
+from stitchcache.options import SizeRange
 from stitchcache.torchside import tree
-from stitchcache.types import SizeRange
 
 
 class Color(enum.Enum):

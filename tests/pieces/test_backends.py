@@ -13,6 +13,7 @@ from torch import nn
 
 import stitchcache
 from stitchcache.capture import capture
+from stitchcache.options import COMPILER_OPTIONS
 from stitchcache.pieces import (
     ENOUGH,
     HEADERS,
@@ -21,7 +22,6 @@ from stitchcache.pieces import (
     thread_options,
 )
 from stitchcache.pipeline.find import Request
-from stitchcache.types import COMPILER_OPTIONS
 
 cpu_vec_isa = pytest.importorskip("torch._inductor.cpu_vec_isa")
 

@@ -12,7 +12,8 @@ import torch
 
 import stitchcache
 from stitchcache.artifact.entry import encode, encode_target
-from stitchcache.types import LeafSpec, SizeRange, SourceRef, SymbolSpec
+from stitchcache.options import SizeRange
+from stitchcache.types import LeafSpec, SourceRef, SymbolSpec
 
 ROWS = stitchcache.Dim("rows", 2, 64)
 X = torch.arange(12.0).reshape(4, 3)

@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import stitchcache
 from stitchcache import CudaGraphs, Dim
 from stitchcache.errors import OptionError
-from stitchcache.runtime import build_call
+from stitchcache.runtime import build_call, link
 from stitchcache.runtime.cuda_graphs import Graphs
-from stitchcache.runtime.link import link
 
 
 class Tape(TorchDispatchMode):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from stitchcache.errors import InputMismatchError
+from stitchcache.options import SizeRange
 from stitchcache.runtime import dispatch_over_ranges
-from stitchcache.types import SizeRange
 
 
 def named(name: str) -> Any:
