@@ -40,7 +40,13 @@ UNPROMISED = {
 }  # fmt: skip
 PRIVATE_MODULE = re.compile(r"torch(\.\w+)*\.(_[a-z]\w*|_C)(\.\w+)*\b|torch\.fx\.experimental\b")
 # Where everything that users' code may raise is caught: one failure there must not stop the rest.
-BOUNDARIES = {"api/prewarm.py", "artifact/unpickle.py", "capture/export.py", "compare.py"}
+BOUNDARIES = {
+    "api/prewarm.py",
+    "artifact/unpickle.py",
+    "capture/export.py",
+    "compare.py",
+    "pipeline/aside.py",
+}
 EVERYTHING = {"all", "Exception", "BaseException"}
 
 

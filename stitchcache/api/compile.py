@@ -87,9 +87,9 @@ def compile(
         key_factors: Anything else that the result depends on, name to plain value.
         options: Inductor options, as ``torch.compile(options=...)`` takes them; also
             ``"stitchcache.jobs"`` (processes), ``"stitchcache.nice"`` (priority of what compiles for
-            ``on_miss="eager"``, 0 to 19), ``"stitchcache.verify"`` (compare fresh pieces with
-            eager; on by default) and ``"stitchcache.effects"`` (names of ops, with whether they write
-            what their schemas do not show).
+            ``on_miss="eager"``, 0 to 19; by default only cores that are idle), ``"stitchcache.verify"``
+            (compare fresh pieces with eager; on by default) and ``"stitchcache.effects"`` (names of ops,
+            with whether they write what their schemas do not show).
         cuda_graphs: How calls are recorded into CUDA graphs; ``None`` records none. In no key.
         preloaded: What ``stitchcache.preload`` returned. Its cache is used; nothing else depends on it.
         on_progress: Called with a ``stitchcache.Progress`` as things happen; ``"bar"`` shows them on stderr,
@@ -195,9 +195,9 @@ def _compile(wanted: Wanted, miss: Miss) -> CompiledModel:
         wanted.site.ready.wait()
     # A direct hit must not pay for importing what captures, splits and compiles.
     if wanted.request.on_miss == "eager" and not wanted.request.miss_is_error:
-        from stitchcache.pipeline.eager_first import serve_eagerly
+        from stitchcache.pipeline.eager_first import EagerFirst
 
-        return serve_eagerly(wanted, miss)
+        return EagerFirst(wanted, miss)
     from stitchcache.pipeline.trace import compile_traced
 
     return compile_traced(wanted, miss)

@@ -181,12 +181,13 @@ def _compiled(
 
         def aside(miss: Miss) -> Any:
             # Few choose it.
+            from stitchcache.pipeline.aside import with_few_jobs
             from stitchcache.pipeline.eager_first import EagerGraph
 
             def work(tell: OnProgress) -> None:
-                there = replace(planned, source=replace(source, site=replace(site, on_progress=tell)))
+                there = replace(source, request=with_few_jobs(request), site=replace(site, on_progress=tell))
                 with outside_tracing():
-                    compile_planned(there, miss, begin=begin, refuse=refuse)
+                    compile_planned(replace(planned, source=there), miss, begin=begin, refuse=refuse)
 
             def take() -> Any:
                 found = find_by_graph(planned.graph_hash, site)

@@ -8,6 +8,7 @@ the parent do not exist in the child, so the child runs torch on one thread, whi
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import pickle
@@ -44,6 +45,8 @@ _STACK = 64 << 20
 # What compilers and linkers put before what they complain about.
 _COMPILER = re.compile(r"(?:fatal )?error: |undefined reference|cannot find -l|No space left")
 _EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception|Refused)\b")
+# A step below the lowest priority: only cores that nobody else wants.
+IDLE = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class Job:
     run: Callable[[], Any]  # its result must survive pickling
     log: Path  # gets what the child prints
     backend: str
+    nice: int | None = None  # as of the command of that name, or ``IDLE``; ``None`` keeps the parent's
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,7 @@ def run_all(jobs: Sequence[Job], limit: int) -> Generator[tuple[int, Any], None,
             for sentinel, child in list(running.items()):
                 if sentinel in ready or child.connection in ready:
                     del running[sentinel]
-                    yield child.index, _finish(child)
+                    yield child.index, finish(child, _died)
     finally:
         for child in running.values():
             end(child)
@@ -198,7 +202,7 @@ class Trial:
             self._log.seek(0)
             lines = [line for line in self._log.read().splitlines() if line.strip()]
         if code < 0:
-            raise _crashed(piece, backend, -code, lines)
+            raise _crashed(piece, backend, code, lines)
         last = lines[-1] if lines else "it said nothing"
         raise BackendError(
             f"piece {piece}, compiled by {backend}, cannot be loaded: {last}. Nothing was stored.",
@@ -240,6 +244,10 @@ def _wait_for_looks() -> None:
 
 def _child(job: Job, sender: Connection, receiver: Connection, parent: int) -> None:
     """Body of a child: what it prints goes to the job's log."""
+    if job.nice is not None:
+        _give_way(job.nice)
+    # A collection here would write to every object of the parent's, and so copy the memory of them all.
+    gc.freeze()
     receiver.close()
     # A group of its own, so that compilers that it starts end with it.
     os.setpgid(0, 0)
@@ -254,7 +262,9 @@ def _child(job: Job, sender: Connection, receiver: Connection, parent: int) -> N
     sys.stdout = os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", closefd=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _end_group)
+    # Where a server ignores it, or reaps children itself, nobody here would learn how a compiler ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         sender.send((True, _in_new_thread(job.run)))
     except StitchCacheError as error:
@@ -262,6 +272,28 @@ def _child(job: Job, sender: Connection, receiver: Connection, parent: int) -> N
             sender.send((False, error))
         except (pickle.PicklingError, TypeError, AttributeError):
             sender.send((False, BackendError(str(error), backend=job.backend, piece=job.name)))
+
+
+def _give_way(nice: int) -> None:
+    """Lower this process's priority, before it has threads; what it starts inherits that."""
+    with suppress(OSError):
+        # A server may be a real-time one; a sandbox may forbid this. Idle processes are last at disks, too.
+        policy = os.SCHED_IDLE if nice == IDLE else os.SCHED_OTHER
+        os.sched_setscheduler(0, policy, os.sched_param(0))
+    # It cannot be raised again.
+    os.setpriority(os.PRIO_PROCESS, 0, min(max(nice, os.getpriority(os.PRIO_PROCESS, 0)), 19))
+    with suppress(OSError):
+        # Where memory runs out, this goes and not who serves.
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _end_group(*_: object) -> None:
+    """End this process and the groups of its own children, whose compilers would go on alone."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(int(process.pid or 0), signal.SIGTERM)
+    os.killpg(0, signal.SIGTERM)
 
 
 def _in_new_thread(run: Callable[[], Any]) -> Any:
@@ -280,14 +312,15 @@ def end(child: Child) -> None:
     """End a child and what it started, if it has not ended by itself."""
     if child.process.is_alive():
         # Asked first: a compiler removes half-written files then, and precompiled headers are shared.
-        _signal(child, signal.SIGTERM)
+        signal_group(child, signal.SIGTERM)
         child.process.join(_PATIENCE)
-        _signal(child, signal.SIGKILL)
+        signal_group(child, signal.SIGKILL)
     child.process.join()
     child.connection.close()
 
 
-def _signal(child: Child, number: signal.Signals) -> None:
+def signal_group(child: Child, number: signal.Signals) -> None:
+    """Send a signal to a child and what it started."""
     try:
         os.killpg(int(child.process.pid or 0), number)
     except (ProcessLookupError, PermissionError):
@@ -295,8 +328,8 @@ def _signal(child: Child, number: signal.Signals) -> None:
             child.process.kill()
 
 
-def answer_of(child: Child) -> tuple[bool, Any] | None:
-    """Whether a child's job went well, and its result or error; ``None`` where the child died."""
+def finish(child: Child, died: Callable[[Job, int, Sequence[str]], StitchCacheError]) -> Any:
+    """The result of a child that is done or dead; ``died`` makes an error of its exit code and its lines."""
     answer: tuple[bool, Any] | None = None
     try:
         if child.connection.poll():
@@ -306,43 +339,38 @@ def answer_of(child: Child) -> tuple[bool, Any] | None:
     finally:
         child.connection.close()
     child.process.join()
-    return answer
-
-
-def _finish(child: Child) -> Any:
-    """The result of a child that is done or dead."""
-    answer = answer_of(child)
     if answer is None:
-        job, lines, code = child.job, lines_of(child.job.log), child.process.exitcode or 0
-        raise _failed(job, lines) if code >= 0 else _crashed(job.name, job.backend, -code, lines)
+        lines = []
+        with suppress(OSError):
+            lines = child.job.log.read_text(errors="replace").splitlines()
+        raise died(child.job, child.process.exitcode or 0, [line.strip() for line in lines if line.strip()])
     fine, result = answer
     if not fine:
         raise result
     return result
 
 
-def lines_of(path: Path) -> list[str]:
-    """What a child printed."""
+def signal_name(code: int) -> str:
+    """The signal of a negative exit code."""
     try:
-        return path.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-
-
-def _crashed(piece: str, backend: str, number: int, lines: Sequence[str]) -> PieceCrashError:
-    try:
-        name = signal.Signals(number).name
+        return signal.Signals(-code).name
     except ValueError:
-        name = f"signal {number}"
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    said = f" It said: {last[:300]}." if last else ""
+        return f"signal {-code}"
+
+
+def _died(job: Job, code: int, lines: Sequence[str]) -> StitchCacheError:
+    return _failed(job, lines) if code >= 0 else _crashed(job.name, job.backend, code, lines)
+
+
+def _crashed(piece: str, backend: str, code: int, lines: Sequence[str]) -> PieceCrashError:
+    name, said = signal_name(code), f" It said: {lines[-1][:300]}." if lines else ""
     return PieceCrashError(
         f"piece {piece}, compiled by {backend}, killed the process that tried it with {name}.{said} "
         "Nothing was stored. The C++ toolchain links something that torch was not built with "
         "(see 'stitchcache doctor'), or memory ran out; backend='eager' works without it.",
         backend=backend,
         piece=piece,
-        exit_code=-number,
+        exit_code=code,
     )
 
 

@@ -1,183 +1,29 @@
 """Eager first: the model serves as it is while a child process compiles it; then the artifact takes over.
 
-The child is a fork, as those that compile pieces are: it has the model without a second start-up, a crash
-stays inside it, and what it allocates is not the server's. Only the direct lookup runs here, and at the end
-the loading of what was stored.
+Only the direct lookup runs in this process, and at the end the loading of what the child stored.
 """
 
 from __future__ import annotations
 
-import atexit
-import logging
-import multiprocessing
-import os
-import signal
-import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
-from multiprocessing.connection import wait
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from stitchcache import collection_paused
 from stitchcache.cache import Cache
-from stitchcache.errors import CaptureError, OptionError, StaleEntryError, StitchCacheError, check_kind
+from stitchcache.errors import StaleEntryError, check_kind
 from stitchcache.explanation import Explanation, differences_text, explain_differences
-from stitchcache.pieces import children
 from stitchcache.pipeline import start, started_or_miss
-from stitchcache.pipeline.find import Miss, OnProgress, Progress, Request, Wanted, find, want
+from stitchcache.pipeline.aside import Aside, with_few_jobs
+from stitchcache.pipeline.find import Miss, OnProgress, Request, Wanted, find, want
 from stitchcache.runtime.eager import as_it_is
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.types import Artifact, Check
-
-log = logging.getLogger("stitchcache")
-
-T = TypeVar("T")
-
-# A call that is served beside the compilers takes nine tenths of the processor from them. At 19, the lowest
-# priority, a server that is always busy would never be done.
-_NICE = 10
-
-
-class Aside:
-    """Work in a child process, and a step in this one that ends it; both are watched by a thread.
-
-    Args:
-        label: What to call it in the log.
-        work: Runs in the child; what it returns survives pickling.
-        take: Gets that in this process, in the thread.
-        backend: The backend's name, for errors.
-        nice: Priority of the child, as of the command ``nice``.
-        refused: Why nothing is to be compiled at all.
-    """
-
-    def __init__(
-        self,
-        label: str,
-        work: Callable[[OnProgress], T],
-        take: Callable[[T], None],
-        *,
-        backend: str,
-        nice: int | None = None,
-        refused: StitchCacheError | None = None,
-    ) -> None:
-        self.status = "eager"
-        self.error: StitchCacheError | None = None
-        self._label, self._backend, self._nice = label, backend, _NICE if nice is None else nice
-        self._process = os.getpid()
-        self._begun, self._ended = threading.Event(), threading.Event()
-        self._mutex = threading.Lock()
-        self._callbacks: list[Callable[[], None]] = []
-        if refused is not None:
-            self._end(f"failed: {refused}", refused)
-            return
-        # A thread forks the child, as the kernel ends a child when the thread that forked it ends.
-        threading.Thread(target=self._run, args=(work, take), name="stitchcache aside", daemon=True).start()
-        # The caller holds no lock while it waits here, which a child would inherit for ever.
-        self._begun.wait()
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait until it is done, at most so many seconds; whether it was done well."""
-        # A forked process has no such thread, and a callback of the thread may ask, too.
-        if os.getpid() == self._process and self.status != "compiled":
-            self._ended.wait(seconds)
-        return self.status == "compiled"
-
-    def on_ready(self, callback: Callable[[], None]) -> None:
-        """Call something when it is done well, at once where it is."""
-        with self._mutex:
-            if self.status != "compiled":
-                self._callbacks.append(callback)
-                return
-        callback()
-
-    def _run(self, work: Callable[[OnProgress], T], take: Callable[[T], None]) -> None:
-        # Stands where something raises that nobody thought of; the thread's traceback is printed then.
-        status, failure = "failed: it ended in an error, see the traceback", None
-        try:
-            take(self._in_child(work))
-            status = "compiled"
-        except StitchCacheError as error:
-            status, failure = f"failed: {error}", error
-        except OSError as error:
-            # No room for a process, or for its log.
-            status = f"failed: no child process can compile: {error}"
-        finally:
-            self._begun.set()
-            self._end(status, failure)
-
-    def _end(self, status: str, error: StitchCacheError | None) -> None:
-        if status != "compiled":
-            # Before whoever waits goes on.
-            log.warning("%s: the model goes on running as it is: %s", self._label, status)
-        with self._mutex:
-            self.status, self.error = status, error
-        try:
-            for callback in self._callbacks if status == "compiled" else ():
-                callback()
-        finally:
-            self._ended.set()
-
-    def _in_child(self, work: Callable[[OnProgress], Any]) -> Any:
-        receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
-
-        def run() -> Any:
-            receiver.close()
-            os.setpriority(os.PRIO_PROCESS, 0, self._nice)
-            return work(sender.send)
-
-        with tempfile.TemporaryDirectory(prefix="stitchcache-aside-") as directory:
-            job = children.Job(name=self._label, run=run, log=Path(directory) / "log", backend=self._backend)
-            with sender:
-                child = children.start(job)
-            self._begun.set()
-            # multiprocessing waits for children at exit. Whoever wants that calls wait().
-            ending = partial(children.end, child)
-            atexit.register(ending)
-            try:
-                self._watch(child, receiver)
-                return self._result(child)
-            finally:
-                atexit.unregister(ending)
-                children.end(child)
-                receiver.close()
-
-    def _watch(self, child: children.Child, receiver: Any) -> None:
-        """Follow what the child tells until it is done or dead."""
-        sources = {child.process.sentinel, child.connection, receiver}
-        while True:
-            ready = wait(sources)
-            if receiver in ready:
-                try:
-                    self._note(receiver.recv())
-                except EOFError:
-                    sources.discard(receiver)
-            elif ready:
-                return
-
-    def _note(self, progress: Progress) -> None:
-        if progress.stage == "compile":
-            self.status = f"compiling {min(progress.done + 1, progress.total)} of {progress.total}"
-
-    def _result(self, child: children.Child) -> Any:
-        answer = children.answer_of(child)
-        if answer is None:
-            lines, code = children.lines_of(child.job.log), child.process.exitcode or 0
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-            said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-            raise CaptureError(
-                f"the process that compiled {self._label} {how}: {said[:300]}. Pieces that it finished are "
-                "stored, and the next start goes on from there.",
-                reason=said,
-            )
-        fine, result = answer
-        if not fine:
-            raise result
-        return result
 
 
 class EagerFirst(CompiledModel):
@@ -195,7 +41,7 @@ class EagerFirst(CompiledModel):
         self.lookup, self._target = (wanted.site.label, wanted.target, miss), wanted.target
         self._device, self._swapped = wanted.site.device, threading.Lock()
         self._serve(wanted.model)
-        request = replace(wanted.request, on_miss="compile")
+        request = replace(with_few_jobs(wanted.request), on_miss="compile")
         if request.checked == "background":
             # Nobody waits for the child, and a thread of it would end with it.
             request = replace(request, check="example")
@@ -208,11 +54,18 @@ class EagerFirst(CompiledModel):
             made = compile_traced(replace(wanted, request=request, site=site), miss)
             return made.graph_hash, made.check.state, made.check.reason
 
-        given = (wanted.args, wanted.kwargs, request, wanted.site.cache)
+        given, mine = (wanted.args, wanted.kwargs, request, wanted.site.cache), weakref.ref(self)
+
+        def take(made: tuple[str, str, str]) -> None:
+            served = mine()
+            if served is not None:
+                served._take(made, *given)
+
         self._aside = Aside(
+            self,
             wanted.site.label,
             work,
-            lambda made: self._take(made, *given),
+            take,
             backend=request.backend,
             nice=request.nice,
             refused=_unkeyable(miss),
@@ -224,21 +77,13 @@ class EagerFirst(CompiledModel):
         return self._aside.status
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait until the compiled model serves, or until compiling has failed.
-
-        Args:
-            seconds: At most so long; ``None`` waits as long as it takes.
-
-        Returns:
-            Whether the compiled model serves.
-        """
+        """Wait until the compiled model serves, or compiling has failed; whether it serves."""
         return self._aside.wait(seconds)
 
     def on_ready(self, callback: Callable[[CompiledModel], None]) -> None:
-        """Call something once the compiled model serves; at once if it does. Not called after a failure.
+        """Call something in the thread that swaps the compiled model in, after that; at once if it serves.
 
-        Args:
-            callback: Gets this object, in the thread that swapped the compiled model in.
+        Not called after a failure. A callback that fails is logged.
         """
         check_kind("callback", callback, Callable, "a function of one argument")
         self._aside.on_ready(lambda: callback(self))
@@ -250,7 +95,7 @@ class EagerFirst(CompiledModel):
     def rebind(self, model: torch.nn.Module, *, trust_model: bool = False) -> CompiledModel:
         """As :meth:`CompiledModel.rebind`. While nothing is compiled, another model simply runs instead."""
         check_kind("model", model, torch.nn.Module, "a torch.nn.Module")
-        with self._swapped:
+        with self._unswapped():
             if self._artifact is not None:
                 return super().rebind(model, trust_model=trust_model)
             self._serve(model)
@@ -258,7 +103,7 @@ class EagerFirst(CompiledModel):
 
     def leave_misfits(self, device: str, noted: Callable[[str], None]) -> None:
         """As :meth:`CompiledModel.leave_misfits`, from the swap on."""
-        with self._swapped:
+        with self._unswapped():
             if self._artifact is not None:
                 super().leave_misfits(device, noted)
             else:
@@ -294,6 +139,10 @@ class EagerFirst(CompiledModel):
             said = f"there is no {name} while the model runs as it is (status: {self.status}): call wait()"
             raise AttributeError(said)
         return super().__getattr__(name)
+
+    def _unswapped(self) -> AbstractContextManager[Any]:
+        """A block that no swap interrupts. A forked process has none, and may have the lock as held."""
+        return self._swapped if self._aside.here else nullcontext()
 
     def _serve(self, model: torch.nn.Module) -> None:
         self._stand_for(model, as_it_is(model, self._device))
@@ -367,14 +216,17 @@ class EagerGraph:
         work: Callable[[OnProgress], None],
         take: Callable[[], Callable[..., Any]],
     ) -> None:
-        check_children()
         self.__call__ = as_it_is(gm, device)
 
-        def swap(_: None) -> None:
-            # Dynamo's guards stand for what the graph relies on: nothing about it can have changed.
-            self.__call__ = take()
+        mine = weakref.ref(self)
 
-        self.aside = Aside(label, work, swap, backend=request.backend, nice=request.nice)
+        def swap(_: None) -> None:
+            graph = mine()
+            if graph is not None:
+                # Dynamo's guards stand for what the graph relies on: nothing about it can have changed.
+                graph.__call__ = take()
+
+        self.aside = Aside(self, label, work, swap, backend=request.backend, nice=request.nice)
 
 
 def _unkeyable(miss: Miss) -> StaleEntryError | None:
@@ -384,23 +236,3 @@ def _unkeyable(miss: Miss) -> StaleEntryError | None:
         f"nothing could tell at the end whether the model is still what was compiled: {miss.reason}. Mend "
         "that, or compile it before it serves (on_miss='compile')."
     )
-
-
-def serve_eagerly(wanted: Wanted, miss: Miss) -> CompiledModel:
-    """Serve a model that has no direct hit as it is, and compile it in a child process.
-
-    Raises:
-        OptionError: No child process can compile here.
-    """
-    check_children()
-    return EagerFirst(wanted, miss)
-
-
-def check_children() -> None:
-    """Refuse ``on_miss="eager"`` where no child process can compile."""
-    if not children.available():
-        raise OptionError(
-            "on_miss='eager' compiles in a forked child, and none can be forked here: CUDA is in use, or "
-            "this is a daemonic process of multiprocessing. Prewarm the model, or use on_miss='compile'.",
-            option="on_miss",
-        )

@@ -108,7 +108,7 @@ class Request:
 
     @property
     def nice(self) -> int | None:
-        """Priority of the process that compiles for ``on_miss="eager"``; ``None`` takes 10."""
+        """Priority of what compiles for ``on_miss="eager"``; ``None`` leaves it only idle cores."""
         return self.options.get("stitchcache.nice")
 
     @property

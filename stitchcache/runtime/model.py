@@ -233,9 +233,11 @@ class CompiledModel(torch.nn.Module):
 
     def __reduce__(self) -> NoReturn:
         """Refused: what is mapped into this process means nothing to another one."""
+        # One that is still eager has no graph hash.
+        name = vars(self).get("graph_hash", "GRAPH HASH")[:12]
         raise TypeError(
             "a CompiledModel cannot be pickled or copied. Send the model and the graph hash, and call "
-            f"stitchcache.load({self.graph_hash[:12]!r}, model) there: it maps the same files."
+            f"stitchcache.load({name!r}, model) there: it maps the same files."
         )
 
     def _bind(self, model: torch.nn.Module) -> None:
