@@ -30,11 +30,12 @@ from stitchcache.errors import (
     check_kind,
 )
 from stitchcache.options import CudaGraphs, SizeRange
-from stitchcache.pipeline.find import OnProgress, Request, chosen_cache
+from stitchcache.pipeline.find import Hit, OnProgress, Request, Wanted, check_model, chosen_cache, find, want
 from stitchcache.torchside import without_data
 
 if TYPE_CHECKING:
     from stitchcache.runtime.graph import CompiledGraph
+    from stitchcache.runtime.model import CompiledModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,8 @@ class PrewarmResult:
     """What became of one target."""
 
     name: str
-    status: str  # ``direct`` or ``graph`` (it was there), ``compiled``, or ``failed``
+    # ``direct``, ``graph`` (it was there), ``compiled``, ``failed``; by shards ``shard``, ``left`` for later
+    status: str
     graph_hash: str = ""  # its entry
     more_graphs: tuple[str, ...] = ()  # entries of its other graphs, where torch.compile captured several
     stored: bool = False  # the cache holds that entry now, so that other processes find it
@@ -155,6 +157,7 @@ def prewarm(
     on_progress: OnProgress | Literal["bar"] | None = None,
     on_miss: str = "compile",
     fake: bool = False,
+    shard: tuple[int, int] | None = None,
 ) -> PrewarmReport:
     """Compile targets that are not in the cache yet.
 
@@ -171,6 +174,9 @@ def prewarm(
         on_progress: Called with a ``stitchcache.Progress`` as things happen; ``"bar"`` shows them on stderr.
         on_miss: ``"compile"``, or ``"error"`` to check that everything is there already.
         fake: Call each target's ``build`` where every tensor that it makes has no data.
+        shard: ``(i, n)``: compile the pieces of shard ``i`` of ``n``, counted from 0, and store no entry yet.
+            Where pieces of all shards are in the cache, a call without ``shard`` compiles nothing and stores
+            the entries.
 
     Returns:
         What became of each.
@@ -182,24 +188,28 @@ def prewarm(
     check_kind("targets", targets, (Target, str, Iterable), "Targets, or references 'pkg.module:name'")
     if on_progress == "bar":
         with bar() as told:
-            return prewarm(targets, jobs=jobs, cache=cache, on_progress=told, on_miss=on_miss, fake=fake)
+            how: dict[str, Any] = {"on_progress": told, "on_miss": on_miss, "fake": fake, "shard": shard}
+            return prewarm(targets, jobs=jobs, cache=cache, **how)
     check_kind("on_progress", on_progress, (Callable, NoneType), "a function of one argument, or 'bar'")
     # Not of one target, so it is no failure of each: refused before any model is built.
     Request(options={} if jobs is None else {"stitchcache.jobs": jobs}, on_miss=on_miss)  # type: ignore[arg-type]
+    check_kind("shard", shard, (tuple, NoneType), "(i, n)")
+    if shard is not None and (list(map(type, shard)) != [int, int] or shard[0] not in range(shard[1])):
+        raise OptionError(f"shard={shard!r}: give (i, n) with i from 0 to n - 1.", option="shard")
     found: list[Target] = []
     for item in [targets] if isinstance(targets, (Target, str)) else targets:
         check_kind("targets", item, (Target, str), "Targets, or references 'pkg.module:name'")
         found += find_targets(item) if isinstance(item, str) else [item]
     check_names(found)
     store = chosen_cache(cache)
-    results = [_one(target, jobs, on_miss, fake, store, on_progress) for target in found]
+    results = [_one(target, jobs, on_miss, fake, shard, store, on_progress) for target in found]
     return PrewarmReport(tuple(looked_up(results, store)))
 
 
 def looked_up(results: Iterable[PrewarmResult], cache: Cache) -> Iterator[PrewarmResult]:
     """Results with what the cache holds after all of them: a later target may have evicted an earlier one."""
     for result in results:
-        if result.error is not None:
+        if result.error is not None or result.status in ("shard", "left"):
             yield result
             continue
         error: StitchCacheError | None = None
@@ -224,6 +234,7 @@ def _one(
     jobs: int | None,
     on_miss: str,
     fake: bool,
+    shard: tuple[int, int] | None,
     cache: Cache,
     on_progress: OnProgress | None,
 ) -> PrewarmResult:
@@ -232,8 +243,14 @@ def _one(
         request = request_for(target, jobs, on_miss)
         if fake and target.torch_compile is not None:
             raise target._error("needs real weights: torch.compile runs the model.")
+        if shard is not None and target.torch_compile is not None:
+            # Its graphs are known only while it runs.
+            return PrewarmResult(name=target.name, status="left")
         model, args, kwargs = target.made(fake=fake)
         began = time.perf_counter()
+        if shard is not None:
+            check_model(model, args, kwargs)
+            return _share(want(model, args, kwargs, request, cache, on_progress), shard, began)
         if target.torch_compile is not None:
             # Not at the top: most targets need nothing of Dynamo.
             from stitchcache.api.dynamo import compile_graphs
@@ -247,27 +264,31 @@ def _one(
                     raise inner from None
                 said = f"torch.compile cannot run the model: {type(error).__name__}: {error}"
                 raise CaptureError(f"target {target.name!r}: {said}", reason=said) from error
-            return _of_graphs(target.name, graphs, time.perf_counter() - began)
+            return _counted(target.name, graphs, time.perf_counter() - began)
         compiled = compile_request(model, args, kwargs, request, cache, on_progress)
     except StitchCacheError as error:
-        return PrewarmResult(
-            name=target.name, status="failed", seconds=time.perf_counter() - began, error=error
-        )
-    pieces = compiled.artifact.pieces
-    return PrewarmResult(
-        name=target.name,
-        status=compiled.cache_hit or "compiled",
-        graph_hash=compiled.graph_hash,
-        pieces=len(pieces),
-        distinct=len({piece.key for piece in pieces}),
-        blob_bytes=sum({piece.blob.digest: piece.blob.size for piece in pieces}.values()),
-        seconds=time.perf_counter() - began,
-        timings=compiled.timings,
-    )
+        spent = time.perf_counter() - began
+        return PrewarmResult(name=target.name, status="failed", seconds=spent, error=error)
+    result = _counted(target.name, [compiled], time.perf_counter() - began)
+    return replace(result, status=compiled.cache_hit or "compiled", timings=compiled.timings)
 
 
-def _of_graphs(name: str, graphs: Sequence[CompiledGraph], seconds: float) -> PrewarmResult:
-    """What became of a target that ``torch.compile`` captured, maybe as several graphs."""
+def _share(wanted: Wanted, shard: tuple[int, int], began: float) -> PrewarmResult:
+    """Compile a shard's pieces of a target that has no entry yet."""
+    name, found = wanted.site.label, find(wanted)
+    if isinstance(found, Hit):
+        return PrewarmResult(name=name, status="direct", graph_hash=found.artifact.graph_hash)
+    from stitchcache.pipeline.trace import compile_share  # A hit needs nothing of what compiles.
+
+    graph_hash, blobs = compile_share(wanted, found, shard)
+    size = sum({blob.digest: blob.size for blob in blobs.values()}.values())
+    spent: dict[str, Any] = {"seconds": time.perf_counter() - began, "timings": wanted.site.timings}
+    counted = PrewarmResult(name=name, status="shard", distinct=len(blobs), blob_bytes=size, stored=True)
+    return replace(counted, graph_hash=graph_hash, **spent)
+
+
+def _counted(name: str, graphs: Sequence[CompiledGraph | CompiledModel], seconds: float) -> PrewarmResult:
+    """What became of a target; ``torch.compile`` may have captured several graphs of it."""
     pieces = [piece for graph in graphs for piece in graph.artifact.pieces]
     return PrewarmResult(
         name=name,

@@ -36,6 +36,7 @@ _HOMES = {
     "sign": "trust",
     "export": "trust",
     "import": "trust",
+    "image": "trust",
     "migrate": "upkeep",
 }
 """Commands in the order of the help page, with the module that has them."""

@@ -39,7 +39,7 @@ def machine() -> None:
 def check(source: str | None, node: str, target: str | None, as_json: bool, root: str | None) -> None:
     """Say for each entry whether it will hit on another machine, and which factor stands in the way.
 
-    SOURCE is a cache's directory or a bundle.  [default: the cache]
+    SOURCE is a cache's directory, a bundle, or an image's directory.  [default: the cache]
 
     TARGET is 'pkg.module:name' or 'path/to/file.py:name', as for prewarm. Without it neither torch nor a GPU
     nor the model is needed. Exit status 1 says that something will not hit there.

@@ -17,11 +17,23 @@ if TYPE_CHECKING:
 _STATUS = {"direct": "hit direct", "graph": "hit graph"}
 
 
+def _shard(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    index, slash, count = value.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise click.BadParameter(f"{value!r}: write I/N with I from 0 to N - 1, such as 0/4")
+    return int(index), int(count)
+
+
 @click.command()
 @click.argument("references", metavar="REF...", nargs=-1, required=True)
 @click.option("--jobs", type=click.IntRange(min=1), help="Pieces to compile at a time.  [default: all cores]")
 @click.option("--require", is_flag=True, help="Compile nothing: a target that is not in the cache fails.")
 @click.option("--fake", is_flag=True, help="Build models without weights: nothing is loaded or allocated.")
+@click.option(
+    "--shard", callback=_shard, metavar="I/N", help="Compile pieces of shard I of N only; I from 0."
+)
 @click.option("-v", "--verbose", is_flag=True, help="Say why each target was a hit or a miss.")
 @out.shared_options
 def prewarm(
@@ -29,6 +41,7 @@ def prewarm(
     jobs: int | None,
     require: bool,
     fake: bool,
+    shard: tuple[int, int] | None,
     verbose: bool,
     as_json: bool,
     root: str | None,
@@ -38,6 +51,9 @@ def prewarm(
     REF is 'pkg.module:name' or 'path/to/file.py:name', where name is a stitchcache.Target, a list of them, or
     a function that returns either. A target that fails does not stop the others; exit status 1 says that one
     did, or that one is not stored.
+
+    With --shard each of N processes compiles pieces that no other does. Then the same command without
+    --shard, in a cache that has the pieces of all, stores the entries.
     """
     cache = out.open_cache(root)
     if verbose:
@@ -65,6 +81,7 @@ def prewarm(
                 on_miss="error" if require else "compile",
                 on_progress=on_progress,
                 fake=fake,
+                shard=shard,
             ).results
             status = _STATUS.get(result.status, result.status)
             update(target.name, f"{status} in {out.seconds_text(result.seconds)}")

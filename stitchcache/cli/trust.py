@@ -1,4 +1,4 @@
-"""``stitchcache keys``, ``sign``, ``export`` and ``import``: who vouches for entries, and bundles."""
+"""``stitchcache keys``, ``sign``, ``export``, ``import`` and ``image``: vouching for entries, moving them."""
 
 from __future__ import annotations
 
@@ -179,12 +179,21 @@ def sign(prefixes: tuple[str, ...], days: float, as_json: bool, root: str | None
 # -- bundles ---------------------------------------------------------------------------------------
 
 
+def _choosing(function: out.F) -> out.F:
+    """Add what chooses entries that are to leave a cache."""
+    for add in (
+        age_option("--max-age", help="Only entries compiled at most so long ago, such as 30d."),
+        click.option("--target", metavar="KEY", help="Only entries that a target key beginning so leads to."),
+        click.option("--label", help="Only entries with such a label; * and ? stand for others."),
+        click.argument("prefixes", metavar="[PREFIX]...", nargs=-1),
+    ):
+        function = add(function)
+    return function
+
+
 @click.command()
 @click.argument("file", type=click.Path())
-@click.argument("prefixes", metavar="[PREFIX]...", nargs=-1)
-@click.option("--label", help="Only entries with such a label; * and ? stand for others.")
-@click.option("--target", metavar="KEY", help="Only entries that a target key beginning so leads to.")
-@age_option("--max-age", help="Only entries compiled at most so long ago, such as 30d.")
+@_choosing
 @out.shared_options
 def export(file: str, prefixes: tuple[str, ...], as_json: bool, root: str | None, **only: Any) -> None:
     """Write entries to a signed bundle; without a PREFIX all entries of the cache."""
@@ -221,3 +230,56 @@ def _print_bundle(record: out.Record, what: str) -> None:
     )
     size = out.size_text(record["bytes"])
     out.say(f"{what} {record['file']}: {entries}, {targets}, {size}, signed by {record['signer']}")
+
+
+# -- images ----------------------------------------------------------------------------------------
+
+
+@click.group()
+def image() -> None:
+    """Make an OCI image of entries, and push it: nodes mount it as a read-only layer of their cache."""
+
+
+@image.command()
+@click.argument("directory", type=click.Path())
+@_choosing
+@click.option("--mounted-at", metavar="PATH", help="Where KServe is to mount it, by a label.")
+@click.option("--arch", help="The GPU's architecture, such as sm_90.  [default: by the GPU's name]")
+@click.option("--layout", help="'vllm' names directories and labels for extractors that know no other.")
+@out.shared_options
+def build(directory: str, prefixes: tuple[str, ...], as_json: bool, root: str | None, **how: Any) -> None:
+    """Write entries to DIRECTORY in OCI's image layout; without a PREFIX all entries of the cache.
+
+    The same entries give the same bytes. With a key of yours, they are signed.
+    """
+    # Not at the top: the help pages answer without it.
+    from stitchcache.ext.image import build_image
+
+    cache = out.open_cache(root, allow_missing=False)
+    given = {name: value for name, value in how.items() if value is not None}
+    made = build_image(cache, directory, [cache.find(prefix) for prefix in prefixes], **given)
+    record = {"root": str(cache.root), "directory": directory, **asdict(made)}
+
+    def view(_record: out.Record) -> None:
+        click.echo(made.digest)
+        entries = out.count_text(len(made.entries), "entry")
+        out.say(f"wrote {directory}: {entries}, {out.size_text(made.bytes)} compressed")
+
+    out.show(record, as_json, view)
+
+
+@image.command()
+@click.argument("directory", type=click.Path())
+@click.argument("reference")
+@click.option("--insecure", is_flag=True, help="Take a registry without TLS, or with an unknown certificate.")
+@out.json_option
+def push(directory: str, reference: str, insecure: bool, as_json: bool) -> None:
+    """Copy the image in DIRECTORY to a registry; REFERENCE is such as registry.example.com/team/cache:1.
+
+    It needs skopeo, and logs in as skopeo does. What is printed names the image by its digest.
+    """
+    from stitchcache.ext.image import push_image
+
+    pushed = push_image(directory, reference, insecure=insecure)
+    record = {"directory": directory, "pushed": pushed}
+    out.show(record, as_json, lambda _: click.echo(pushed))

@@ -66,10 +66,12 @@ class Bundle:
     bytes: int = 0
 
 
-def header(name: str, size: int) -> bytes:
-    """A member's header: nothing in it depends on who writes it, where or when."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mode = size, 0o644
+def header(name: str, size: int, modified: int = 0) -> bytes:
+    """A member's header; who writes it, where and when is not in it. A directory's name ends in a slash."""
+    info = tarfile.TarInfo(name.rstrip("/"))
+    info.size, info.mode, info.mtime = size, 0o644, modified
+    if name.endswith("/"):
+        info.type, info.mode = tarfile.DIRTYPE, 0o755
     return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
 
 

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
+from typing import Any
 
 from stitchcache.artifact.entry import (
     DIGEST_SIZE,
@@ -24,6 +25,7 @@ from stitchcache.cache import Cache
 from stitchcache.errors import StoreError, UntrustedEntryError
 from stitchcache.ext.bundle import BLOCK, SIGNATURE, Bundle, chunks, header, place
 from stitchcache.ext.sign import YEAR, Keys, read_statement
+from stitchcache.records import dataclass
 from stitchcache.store import Area, keyed_path, write_error
 from stitchcache.types import Artifact, BlobRef, is_digest
 
@@ -88,6 +90,64 @@ def _trusted(cache: Cache, graph_hash: str, wanted: Collection[str]) -> Artifact
 # -- export ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Entries that are to leave a cache."""
+
+    members: dict[str, bytes | BlobRef]  # by path below a root: entries, what leads to them, their blobs
+    artifacts: dict[str, Artifact]  # the entries, by graph hash
+    targets: int  # how many records lead to them
+    signed: int  # Unix seconds of the newest signature of ours
+
+
+def select(
+    cache: Cache,
+    keys: Keys | None,
+    graph_hashes: Collection[str] = (),
+    *,
+    label: str | None = None,
+    target: str | None = None,
+    max_age: float | None = None,
+) -> Selection:
+    """Choose entries, as :func:`export_bundle` tells; without keys, signatures stay as they are."""
+    led = _records(cache, target or "")
+    members: dict[str, bytes | BlobRef] = {}
+    chosen: dict[str, Artifact] = {}
+    newest = 0
+    for listed in cache.entries():
+        key = listed.graph_hash
+        if label is not None and not fnmatchcase(listed.label, label):
+            continue
+        if max_age is not None and listed.created < time.time() - max_age:
+            continue
+        if target is not None and not any(r.graph_hash == key for found in led.values() for r, _ in found):
+            continue
+        artifact = _trusted(cache, key, graph_hashes)
+        if artifact is not None:
+            with open(listed.path, "rb") as file:
+                there = signature_in(file.read())
+            data = encode(artifact)
+            own, created = _own_signature(keys, "entry", key, data[-DIGEST_SIZE:].hex(), there)
+            members[keyed_path("", Area.ENTRIES, key)[1:]] = with_signature(data, Kind.ENTRY, own)
+            members |= {keyed_path("", Area.BLOBS, blob.digest)[1:]: blob for blob in artifact.blobs}
+            chosen[key] = artifact
+            newest = max(newest, created)
+    records = 0
+    for key, found in led.items():
+        kept = [(record, its) for record, its in found if record.graph_hash in chosen]
+        if kept:
+            signed = [_own_signature(keys, "target", key, packed_digest(r), its) for r, its in kept]
+            data = encode_target(key, [record for record, _ in kept], [own for own, _ in signed])
+            members[keyed_path("", Area.TARGETS, key)[1:]] = data
+            records += len(kept)
+            newest = max(newest, *(created for _, created in signed))
+    if not chosen:
+        raise StoreError(
+            f"{cache.root}: no entry is asked for that is there and trusted", path=str(cache.root)
+        )
+    return Selection(members=members, artifacts=chosen, targets=records, signed=newest)
+
+
 def export_bundle(
     cache: Cache,
     path: str | os.PathLike[str],
@@ -113,43 +173,9 @@ def export_bundle(
         StoreWriteError: The file cannot be written.
     """
     keys: Keys = cache.keys
-    led = _records(cache, target or "")
-    members: dict[str, bytes | BlobRef] = {}
-    chosen: set[str] = set()
-    newest = 0
-    for listed in cache.entries():
-        key = listed.graph_hash
-        if label is not None and not fnmatchcase(listed.label, label):
-            continue
-        if max_age is not None and listed.created < time.time() - max_age:
-            continue
-        if target is not None and not any(r.graph_hash == key for found in led.values() for r, _ in found):
-            continue
-        artifact = _trusted(cache, key, graph_hashes)
-        if artifact is not None:
-            with open(listed.path, "rb") as file:
-                there = signature_in(file.read())
-            data = encode(artifact)
-            own, created = _own_signature(keys, "entry", key, data[-DIGEST_SIZE:].hex(), there)
-            members[keyed_path("", Area.ENTRIES, key)[1:]] = with_signature(data, Kind.ENTRY, own)
-            members |= {keyed_path("", Area.BLOBS, blob.digest)[1:]: blob for blob in artifact.blobs}
-            chosen.add(key)
-            newest = max(newest, created)
-    records = 0
-    for key, found in led.items():
-        kept = [(record, its) for record, its in found if record.graph_hash in chosen]
-        if kept:
-            signed = [_own_signature(keys, "target", key, packed_digest(r), its) for r, its in kept]
-            data = encode_target(key, [record for record, _ in kept], [own for own, _ in signed])
-            members[keyed_path("", Area.TARGETS, key)[1:]] = data
-            records += len(kept)
-            newest = max(newest, *(created for _, created in signed))
-    if not chosen:
-        raise StoreError(
-            f"{cache.root}: no entry is asked for that is there and trusted", path=str(cache.root)
-        )
-    size, signer = _write(cache, keys, os.fspath(path), members, newest)
-    return Bundle(signer=signer, entries=tuple(sorted(chosen)), targets=records, bytes=size)
+    found = select(cache, keys, graph_hashes, label=label, target=target, max_age=max_age)
+    size, signer = _write(cache, keys, os.fspath(path), found.members, found.signed)
+    return Bundle(signer=signer, entries=tuple(sorted(found.artifacts)), targets=found.targets, bytes=size)
 
 
 def _records(cache: Cache, prefix: str) -> dict[str, SignedRecords]:
@@ -158,8 +184,10 @@ def _records(cache: Cache, prefix: str) -> dict[str, SignedRecords]:
     return {key: cache.signed_records(key) for key in sorted(found)}
 
 
-def _own_signature(keys: Keys, kind: str, key: str, digest: str, there: bytes) -> tuple[bytes, int]:
+def _own_signature(keys: Keys | None, kind: str, key: str, digest: str, there: bytes) -> tuple[bytes, int]:
     """Our signature and its time: the one that is there if it is good, so that bundles stay the same."""
+    if keys is None:
+        return there, 0
     there = there.removeprefix(OUTSIDE)
     try:
         said = keys.verify(there, kind, key, digest, path="")
@@ -184,10 +212,10 @@ def _write(
                 files.write_all(fd, chunk)
 
             for name in sorted(members, key=place):
-                _put_member(put, cache, name, members[name])
+                put_member(put, cache, name, members[name])
             whole = digest.hexdigest()
             signature = keys.sign("bundle", whole, whole, created=created)
-            _put_member(put, cache, SIGNATURE, signature)
+            put_member(put, cache, SIGNATURE, signature)
             put(bytes(2 * BLOCK))
             files.fsync(fd)
             size = files.fstat(fd).st_size
@@ -201,9 +229,12 @@ def _write(
     return size, read_statement(signature)[1].signer
 
 
-def _put_member(put: Callable[[bytes], None], cache: Cache, name: str, content: bytes | BlobRef) -> None:
+def put_member(
+    put: Callable[[bytes], Any], cache: Cache, name: str, content: bytes | BlobRef, modified: int = 0
+) -> None:
+    """Write a member of a tar file, a blob's digest checked on the way."""
     size = len(content) if isinstance(content, bytes) else content.size
-    put(header(name, size))
+    put(header(name, size, modified))
     if isinstance(content, bytes):
         put(content)
     else:

@@ -91,6 +91,11 @@ class EntryPlan:
     bindings: tuple[BindingSpec, ...]  # tensors that the stitching code uses
     constants: Mapping[str, torch.Tensor]  # those that the artifact carries
 
+    @property
+    def distinct(self) -> dict[str, Piece]:
+        """Pieces by key."""
+        return {piece.key: piece for _, planned in self.plans for piece in planned.pieces}
+
 
 def plan_entry(source: Source) -> EntryPlan:
     """Plan the compilation of a captured model; a ``SplitError`` if it cannot be split as asked."""
@@ -209,12 +214,24 @@ def make(planned: EntryPlan) -> Hit:
 
     A store that cannot be written costs the storing, not the compiling.
     """
+    began, site = time.perf_counter(), planned.source.site
+    distinct = planned.distinct
+    shelf = fill(planned, distinct)
+    site.tell("store", len(distinct), len(distinct))
+    constants = {name: shelf.keep(dump_consts([tensor]) or b"") for name, tensor in planned.constants.items()}
+    artifact = _assemble(planned, shelf.blobs, constants, site.label, time.perf_counter() - began)
+    # Copies, as every later process has them: a change to the model's own must not show in one only.
+    copies = {name: tensor.clone() for name, tensor in planned.constants.items()}
+    return Hit(artifact=artifact, way=None, loaded=(shelf.pieces, copies), store=shelf.put)
+
+
+def fill(planned: EntryPlan, distinct: Mapping[str, Piece]) -> Shelf:
+    """Take those of some pieces that are stored already, and compile, load and store the others."""
     began = time.perf_counter()
     request, site = planned.source.request, planned.source.site
     cache, tell = site.cache, site.tell
+    shelf = Shelf(cache, site.label, site.device)
     seen: list[float] = []
-    shelf = _Shelf(cache, site.label, site.device)
-    distinct = {piece.key: piece for _, one in planned.plans for piece in one.pieces}
     missing = {key for key, piece in distinct.items() if not shelf.find(piece)}
     done = len(distinct) - len(missing)
     together = max(1, at_once(len(missing), request.jobs))
@@ -251,12 +268,7 @@ def make(planned: EntryPlan) -> Hit:
                 devices=site.devices,
                 on_built=on_built,
             )
-    tell("store", done, len(distinct))
-    constants = {name: shelf.keep(dump_consts([tensor]) or b"") for name, tensor in planned.constants.items()}
-    artifact = _assemble(planned, shelf.blobs, constants, site.label, time.perf_counter() - began)
-    # Copies, as every later process has them: a change to the model's own must not show in one only.
-    copies = {name: tensor.clone() for name, tensor in planned.constants.items()}
-    return Hit(artifact=artifact, way=None, loaded=(shelf.pieces, copies), store=shelf.put)
+    return shelf
 
 
 def seconds_left(rounds: int, seen: Sequence[float], spent: float) -> float | None:
@@ -357,12 +369,12 @@ def _assemble(
     )
 
 
-class _Shelf:
-    """Compiled pieces of one run: stored where possible, loaded in any case."""
+class Shelf:
+    """Compiled pieces of one run, loaded; ``stored`` is whether all of them could be stored too."""
 
     def __init__(self, cache: Cache, label: str, device: str) -> None:
         self._cache, self._label, self._device = cache, label, device
-        self._stored = True
+        self.stored = True
         self.blobs: dict[str, BlobRef] = {}
         self.pieces: dict[str, Any] = {}
 
@@ -407,10 +419,10 @@ class _Shelf:
         self._try(lambda: self._cache.put(artifact))
 
     def _try(self, write: Callable[[], Any]) -> None:
-        if not self._stored:
+        if not self.stored:
             return
         try:
             write()
         except StoreWriteError as error:
-            self._stored = False
+            self.stored = False
             log.warning("%s: compiled, but not stored: %s", self._label, error)

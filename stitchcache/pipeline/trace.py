@@ -20,7 +20,7 @@ from stitchcache.capture.dynamo import capture_graph
 from stitchcache.capture.ranges import capture_ranges
 from stitchcache.codegen import CodeObjects
 from stitchcache.encoding import UnkeyableError, make_factor
-from stitchcache.errors import CacheMissError, StaleEntryError
+from stitchcache.errors import CacheMissError, StaleEntryError, StoreWriteError
 from stitchcache.explanation import differences_text
 from stitchcache.graph.effects import matches
 from stitchcache.keys.environment import environment_factors, torch_state_factors
@@ -32,13 +32,13 @@ from stitchcache.pipeline import changed_from, start, started_or_miss, store_tar
 from stitchcache.pipeline.find import Hit, Miss, Request, Site, Wanted, find_by_graph
 from stitchcache.pipeline.look import looker
 from stitchcache.pipeline.look_cold import look_cold, prove_ranges
-from stitchcache.pipeline.make import EntryPlan, Source, make, plan_entry
+from stitchcache.pipeline.make import EntryPlan, Source, fill, make, plan_entry
 from stitchcache.pipeline.miss import graph_differences, miss_error, with_facts
 from stitchcache.runtime.graph import held_tensors
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.state import devices_of
 from stitchcache.store import Area, keyed_path
-from stitchcache.types import Factor, TargetRecord
+from stitchcache.types import BlobRef, Factor, TargetRecord
 
 log = logging.getLogger("stitchcache")
 
@@ -163,6 +163,32 @@ def compile_traced(wanted: Wanted, miss: Miss) -> CompiledModel:
         store_target(wanted, record)
     compiled.changed = changed_from(wanted, record, compiled.artifact.bindings)
     return compiled
+
+
+def compile_share(wanted: Wanted, miss: Miss, shard: tuple[int, int]) -> tuple[str, dict[str, BlobRef]]:
+    """Trace a model, and compile and store those of its pieces that fall to a shard.
+
+    A piece's key alone says whose it is: not what else there is, what failed, or what is in the cache. So
+    shards that know nothing of each other compile each piece once. Whoever finds all pieces stores the entry.
+
+    Returns:
+        The entry's graph hash, and blobs by the keys of these pieces.
+
+    Raises:
+        StoreWriteError: One of them could not be stored.
+    """
+    request, site, (index, count) = wanted.request, wanted.site, shard
+    if request.miss_is_error:
+        raise miss_error(wanted, miss)
+    with warming(request.backend, site.devices, request.backend_options):
+        source = export_source(wanted)
+        planned = site.timed("plan", lambda: plan_entry(source))
+    mine = {key: piece for key, piece in planned.distinct.items() if int(key, 16) % count == index}
+    shelf = site.timed("compile", lambda: fill(planned, mine))
+    if not shelf.stored:
+        said = f"{site.label}: pieces of shard {index}/{count} are not stored: {site.cache.failure}"
+        raise StoreWriteError(said, path=str(site.cache.root), reason=site.cache.failure)
+    return planned.graph_hash, shelf.blobs
 
 
 def compile_planned(

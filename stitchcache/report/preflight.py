@@ -89,34 +89,35 @@ def read_machine(path: str | os.PathLike[str]) -> Machine:
 
 
 def preflight(source: str | os.PathLike[str] | Cache, machine: Machine) -> list[Verdict]:
-    """Say for each entry of a cache or a bundle whether it will hit on a machine, and what stands in the way.
+    """Say for each entry of a source whether it will hit on a machine, and what stands in the way.
 
     Args:
-        source: A cache, its directory, or the file of a bundle.
+        source: A cache, its directory, the file of a bundle, or the directory of an image.
         machine: From :func:`read_machine`.
 
     Returns:
         A verdict an entry, by label and graph hash.
 
     Raises:
-        OptionError: ``source`` is neither.
-        EntryFormatError: An entry of a bundle is damaged.
+        OptionError: ``source`` is none of these.
+        EntryFormatError: An entry of a bundle or an image is damaged.
     """
     found = [_verdict(artifact, machine) for artifact in _artifacts(source)]
     return sorted(found, key=lambda verdict: (verdict.label, verdict.graph_hash))
 
 
 def _artifacts(source: str | os.PathLike[str] | Cache) -> Iterator[Artifact]:
-    if isinstance(source, Cache) or os.path.isdir(source):
+    image = None if isinstance(source, Cache) else _layer(os.fspath(source))
+    if isinstance(source, Cache) or (image is None and os.path.isdir(source)):
         cache = source if isinstance(source, Cache) else Cache(source, read_only=True)
         for header in cache.entries():
             yield read_entry(cache, header.graph_hash).artifact
         return
     try:
-        with tarfile.open(source, "r:") as bundle:
+        with tarfile.open(image or source, "r:gz" if image else "r:") as bundle:
             for member in bundle:
-                area, _, name = member.name.partition("/")
-                graph_hash = key_of(Area.ENTRIES, os.path.basename(name))
+                *_, area, _, name = ("", "", *member.name.split("/"))
+                graph_hash = key_of(Area.ENTRIES, name)
                 if area != Area.ENTRIES or graph_hash is None or member.size > _MOST_BYTES << 6:
                     continue
                 file = bundle.extractfile(member)
@@ -124,8 +125,23 @@ def _artifacts(source: str | os.PathLike[str] | Cache) -> Iterator[Artifact]:
                     yield decode_named(file.read(), graph_hash, f"{os.fspath(source)}:{member.name}")
     except (OSError, tarfile.TarError) as error:
         raise OptionError(
-            f"{os.fspath(source)} is neither a cache's directory nor a bundle ({error}).", option="SOURCE"
+            f"{os.fspath(source)} is no cache's directory, no bundle and no image ({error}).", option="SOURCE"
         ) from error
+
+
+def _layer(source: str) -> str | None:
+    """The layer of an image that ``stitchcache image build`` made; ``None`` for anything else."""
+    if not os.path.isfile(os.path.join(source, "oci-layout")):
+        return None
+    path = os.path.join(source, "index.json")
+    try:
+        for field in ("manifests", "layers"):
+            with open(path, "rb") as file:
+                digest = json.loads(file.read(_MOST_BYTES))[field][0]["digest"].removeprefix("sha256:")
+            path = os.path.join(source, "blobs", "sha256", os.path.basename(digest))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise OptionError(f"{source} is a damaged image ({error}).", option="SOURCE") from error
+    return path
 
 
 def _verdict(artifact: Artifact, machine: Machine) -> Verdict:

@@ -149,11 +149,11 @@ _NO_LOCKS = (
     "on NFS check the lock service"
 )
 _NO_EXEC = (
-    "compiled pieces cannot be loaded from here (mounted noexec?): remount with exec, or set STITCHCACHE_DIR "
-    "to another directory"
+    "compiled pieces cannot be mapped from here (mounted noexec?): each process reads them into memory of "
+    "its own, and shares none with others. Remount with exec, or set STITCHCACHE_DIR to another directory"
 )
 _ACTS: tuple[tuple[str, Level, Callable[[Files, str], None], str], ...] = (
     ("write", "problem", _write, _NOTHING_STORED),
     ("lock", "note", _lock, _NO_LOCKS),
-    ("exec", "problem", _exec, _NO_EXEC),
+    ("exec", "note", _exec, _NO_EXEC),
 )

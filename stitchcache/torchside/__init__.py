@@ -28,7 +28,7 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
@@ -270,16 +270,34 @@ def load_library(path: Path, device: str) -> Callable[[list[Any]], Sequence[Any]
     Raises:
         BackendError: It cannot be mapped, or was made for another torch.
     """
-    name = _new_name(str(path))
     try:
-        return load_with_caller(name, device) or load_with_runner(name, device)
-    except RuntimeError as error:
+        with _executable(path) as usable:
+            name = _new_name(usable)
+            return load_with_caller(name, device) or load_with_runner(name, device)
+    except (OSError, RuntimeError) as error:
         where, said = os.path.realpath(path), str(error).splitlines()[0]
         raise BackendError(
-            f"{where} cannot be loaded: {said}. If it lies on a file system mounted noexec, set "
-            "STITCHCACHE_DIR to another; else run 'stitchcache verify --repair'.",
+            f"{where} cannot be loaded: {said}. If it lies on a file system mounted noexec, and this system "
+            "runs nothing from memory, set STITCHCACHE_DIR to another; else run 'stitchcache verify "
+            "--repair'.",
             backend="aoti",
         ) from error
+
+
+@contextlib.contextmanager
+def _executable(path: Path) -> Iterator[str]:
+    """A path to map a library by: its own, or one to a copy in memory.
+
+    Volumes of images may be mounted noexec. Memory of a copy is the process's own; mapped files share theirs.
+    """
+    if not os.statvfs(path).f_flag & getattr(os, "ST_NOEXEC", 0):
+        yield str(path)
+        return
+    # What is mapped stays when the descriptor is closed.
+    with open(path, "rb") as stored, open(os.memfd_create("stitchcache-piece"), "wb") as memory:
+        memory.write(stored.read())
+        memory.flush()
+        yield f"/proc/self/fd/{memory.fileno()}"
 
 
 def _new_name(path: str) -> str:

@@ -179,3 +179,89 @@ def test_a_terminal_gets_live_lines(run_on_terminal, project, first, monkeypatch
     shown = run_on_terminal("prewarm", "nets.py:net", "--cache", project / "cache")
     assert "hit direct" in shown
     assert "\x1b[" in shown
+
+
+# -- shards ----------------------------------------------------------------------------------------
+
+SHARED = """
+import torch
+from stitchcache import Target
+
+
+class Deep(torch.nn.Module):
+    def __init__(self, *widths):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, width) for width in widths)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.relu(layer(x[:, :8]))
+        return x
+
+
+def made(name, *widths):
+    build = lambda: (Deep(*widths).eval(), (torch.ones(3, 8),))
+    return Target(name, build, backend="eager", splitting_ops=["aten::relu"])
+
+
+targets = [made("one", 8, 9, 10, 11), made("two", 12, 9, 13, 10), made("three", 14, 8, 15)]
+lazy = Target("lazy", lambda: (Deep(8).eval(), (torch.ones(3, 8),)), backend="eager", torch_compile={})
+"""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    path = tmp_path_factory.mktemp("shared")
+    (path / "deep.py").write_text(SHARED)
+    return path
+
+
+def compiled_pieces(run_cli, root) -> int:
+    return run_cli("stats", "--json", "--cache", root).json["counters"].get("piece.compiled.eager", 0)
+
+
+def test_shards_that_know_nothing_of_each_other_compile_each_piece_once(run_cli, shared, tmp_path):
+    whole = run_cli("prewarm", "deep.py:targets", "--json", "--cache", tmp_path / "whole", cwd=shared)
+    assert whole.status == 0, whole.err
+    distinct = {path.name for path in (tmp_path / "whole" / "pieces").glob("*/*")}
+    assert len(distinct) == compiled_pieces(run_cli, tmp_path / "whole")
+    by_shard = []
+    for index in range(3):
+        root = tmp_path / f"shard{index}"
+        words = ("deep.py:targets", "deep.py:lazy", "--shard", f"{index}/3", "--json", "--cache", root)
+        shard = run_cli("prewarm", *words, cwd=shared)
+        assert shard.status == 0, shard.err
+        results = {each["name"]: each for each in shard.json["targets"]}
+        assert {name: each["status"] for name, each in results.items()} == {
+            **dict.fromkeys(("one", "two", "three"), "shard"),
+            "lazy": "left",
+        }
+        assert not (root / "entries").exists()
+        by_shard.append({path.name for path in (root / "pieces").glob("*/*")})
+        assert compiled_pieces(run_cli, root) == len(by_shard[-1])
+    assert sum(map(len, by_shard)) == len(distinct)
+    assert set.union(*by_shard) == distinct
+    # Their directories as layers: nothing is compiled, and the entries are those of one process.
+    layers = ":".join(str(tmp_path / name) for name in ("all", "shard0", "shard1", "shard2"))
+    joined = run_cli("prewarm", "deep.py:targets", "--json", "--cache", layers, cwd=shared)
+    assert joined.status == 0, joined.err
+    assert [each["graph_hash"] for each in joined.json["targets"]] == [
+        each["graph_hash"] for each in whole.json["targets"]
+    ]
+    assert compiled_pieces(run_cli, tmp_path / "all") == 0
+    again = run_cli("prewarm", "deep.py:targets", "--shard", "1/3", "--json", "--cache", layers, cwd=shared)
+    assert {each["status"] for each in again.json["targets"]} == {"direct"}
+
+
+def test_a_shard_that_stores_nothing_fails(run_cli, shared, tmp_path):
+    words = ("prewarm", "deep.py:targets", "--shard", "0/1", "--cache", tmp_path)
+    outcome = run_cli(*words, cwd=shared, env={"STITCHCACHE_READONLY": "1"})
+    assert (outcome.status, "are not stored" in outcome.err) == (1, True), outcome.err
+    outcome = run_cli(*words, "--require", cwd=shared)
+    assert (outcome.status, "not in the cache" in outcome.err) == (1, True), outcome.err
+
+
+@pytest.mark.parametrize("shard", ["3/3", "1", "-1/3", "a/b", "0/0", "1/"])
+def test_a_shard_that_makes_no_sense_is_usage(run_cli, shared, shard):
+    outcome = run_cli("prewarm", "deep.py:targets", "--shard", shard, cwd=shared)
+    assert (outcome.status, "such as 0/4" in outcome.err) == (2, True)

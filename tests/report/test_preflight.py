@@ -1,7 +1,7 @@
 """Foretold hits and misses are what a start on that machine would be."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -28,17 +28,32 @@ def build():
 
 
 TARGET = stitchcache.Target("scaled", build, backend="eager")
+# Made-up machines, by what is different there from here; and whether pieces of each backend hit all the same.
 OTHERS = {
-    "env.torch": "2.99.0",
-    "env.python": "cpython 3.99",
-    "env.libc": "glibc 2.1",
-    "env.cpu": "AVX2, 9 instruction sets",
-    "env.platform": "linux aarch64 little",
-    "env.numpy": "9.9",
-    "env.variables": "TORCHINDUCTOR_MAX_AUTOTUNE=1",
-    "env.op_libraries": "1 loaded by path",
-    "env.cxx_abi": "False",
-    "env.schema": "99",
+    "the same": {},
+    "torch": {"env.torch": "2.99.0"},
+    "python": {"env.python": "cpython 3.99"},
+    "libc": {"env.libc": "glibc 2.1"},
+    "older processor": {"env.cpu": "AVX2, 9 instruction sets"},
+    "newer processor": {"env.cpu": "AVX512, 99 instruction sets"},
+    "arm": {"env.platform": "linux aarch64 little", "env.cpu": "DEFAULT, 20 instruction sets"},
+    "big endian": {"env.platform": "linux s390x big"},
+    "numpy": {"env.numpy": "9.9"},
+    "no numpy": {"env.numpy": "none"},
+    "autotuned": {"env.variables": "TORCHINDUCTOR_MAX_AUTOTUNE=1"},
+    "capability": {"env.variables": "ATEN_CPU_CAPABILITY=default"},
+    "a library of ops": {"env.op_libraries": "1 loaded by path"},
+    "another ABI": {"env.cxx_abi": "False"},
+    "another schema": {"env.schema": "99"},
+    "a GPU": {"env.gpu": "NVIDIA H100 80GB HBM3", "env.cuda": "cuda 13.0 hip None"},
+    "another GPU": {"env.gpu": "gfx90a", "env.cuda": "cuda None hip 7.0"},
+    "a factor of tomorrow": {"env.tomorrow": "1"},
+    "python and libc": {"env.python": "cpython 3.99", "env.libc": "glibc 2.1"},
+    "everything": {"env.torch": "2.99.0", "env.libc": "musl", "env.cpu": "x", "env.numpy": "9.9"},
+}
+NOT_LOOKED_AT = {
+    "eager": {"env.libc", "env.cpu", "env.cxx_abi"},
+    "aoti": {"env.python"},
 }
 
 
@@ -49,14 +64,20 @@ def cache(tmp_path_factory):
     return cache
 
 
+@pytest.fixture(scope="module")
+def compiled(compiled_root):
+    cache = stitchcache.Cache(compiled_root / "preflight")
+    assert stitchcache.prewarm([replace(TARGET, backend="aoti")], cache=cache).ok
+    return cache
+
+
 @pytest.fixture
 def here(tmp_path):
     def write(**changed):
         record = machine_record()
-        for factor in record["factors"]:
-            if factor["name"] in changed:
-                value = changed[factor["name"]]
-                factor.update(value=value, digest=make_factor(factor["name"], value).digest)
+        factors = {factor["name"]: factor for factor in record["factors"]}
+        factors |= {name: asdict(make_factor(name, value)) for name, value in changed.items()}
+        record["factors"] = list(factors.values())
         path = tmp_path / "node.json"
         path.write_text(json.dumps(record))
         return read_machine(path)
@@ -78,11 +99,13 @@ def test_this_machine_hits(cache, here):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_another_machine_is_foretold_as_a_start_there_would_go(cache, here, name, monkeypatch):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aoti", marks=pytest.mark.compile)])
+def test_another_machine_is_foretold_as_a_start_there_would_go(backend, name, here, monkeypatch, request):
     """What is foretold is what a lookup with that machine's factors finds."""
-    there = here(**{name: OTHERS[name]})
+    cache = request.getfixturevalue("cache" if backend == "eager" else "compiled")
+    there, target = here(**OTHERS[name]), replace(TARGET, backend=backend)
     (verdict,) = preflight(cache, there)
-    found = check_target(TARGET, cache, there)
+    found = check_target(target, cache, there)
     real = environment.environment_factors
 
     def factors_there(backend, devices):
@@ -91,15 +114,21 @@ def test_another_machine_is_foretold_as_a_start_there_would_go(cache, here, name
 
     monkeypatch.setattr("stitchcache.keys.environment_factors", factors_there)
     model, args = build()
-    start = stitchcache.compile(
-        model, args, backend="eager", cache=stitchcache.Cache(cache.root, read_only=True)
-    )
-    foretold = "direct" if verdict.hit else None
-    assert (start.cache_hit == "direct") == verdict.hit == found["hit"], (foretold, start.cache_hit, found)
-    if not verdict.hit:
-        assert list(verdict.differences) == [name]
-        assert verdict.differences[name][1].startswith(OTHERS[name])
-        assert [each["name"] for each in found["nearest"][0]["differences"]] == [name]
+    cache = stitchcache.Cache(cache.root, read_only=True)
+    try:
+        start = stitchcache.compile(model, args, backend=backend, cache=cache, require="direct").cache_hit
+    except stitchcache.errors.CacheMissError:
+        start = None
+    assert (start == "direct") == verdict.hit == found["hit"], (start, found)
+    known = {factor.name for factor in real(backend, {"cpu"})}
+    in_the_way = known & OTHERS[name].keys()
+    assert not in_the_way & NOT_LOOKED_AT[backend]
+    assert set(verdict.differences) == in_the_way
+    assert verdict.hit == (not in_the_way)
+    for factor in in_the_way:
+        assert verdict.differences[factor][1].startswith(OTHERS[name][factor])
+    if in_the_way:
+        assert {each["name"] for each in found["nearest"][0]["differences"]} == in_the_way
 
 
 def test_settings_of_the_program_are_told_apart(tmp_path, here):
@@ -140,5 +169,5 @@ def test_a_file_that_is_something_else(tmp_path, text):
 def test_a_source_that_is_something_else(tmp_path, here):
     path = tmp_path / "some.txt"
     path.write_text("no bundle")
-    with pytest.raises(OptionError, match="neither a cache's directory nor a bundle"):
+    with pytest.raises(OptionError, match="no cache's directory, no bundle and no image"):
         preflight(path, here())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -12,8 +14,9 @@ import torch
 from torch import nn
 
 import stitchcache
+from stitchcache.errors import BackendError
 from stitchcache.pieces import find_compiler
-from stitchcache.torchside import load_with_caller, load_with_runner
+from stitchcache.torchside import load_library, load_with_caller, load_with_runner
 from stitchcache.torchside.caller import append_caller, compile_caller
 
 pytestmark = pytest.mark.compile
@@ -178,3 +181,29 @@ def test_many_calls_at_once_give_each_its_own(library):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_library_on_a_noexec_mount_is_loaded_from_memory(library, tmp_path):
+    """As a runtime may mount the volume of an image."""
+    path, model = library
+    place = tmp_path / "volume"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "mode=0755,noexec", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a file system here")
+    try:
+        there = place / "piece"
+        there.write_bytes(Path(path).read_bytes())
+        fds = len(os.listdir("/proc/self/fd"))
+        with open(there, "rb") as file:
+            loaded = [load_library(each, "cpu") for each in (there, Path(f"/proc/self/fd/{file.fileno()}"))]
+        _, _, inputs = in_order(model, 5)
+        with torch.no_grad():
+            expected = load_with_runner(path, "cpu")(list(inputs))
+            for piece in loaded:
+                assert all(map(torch.equal, piece(list(inputs)), expected))
+        assert len(os.listdir("/proc/self/fd")) <= fds + 1, "but for the caller, which stays open"
+        with pytest.raises(BackendError, match="noexec"):
+            load_library(place / "gone", "cpu")
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
