@@ -183,9 +183,9 @@ def check_target(target: Target, cache: Cache, machine: Machine, *, most: int = 
     model, args, kwargs = target.made()
     check_model(model, args, kwargs)
     wanted = want(model, args, kwargs, request_for(target), cache)
+    found: Record = {"name": target.name, "hit": False, "reason": "", "graph_hash": None, "nearest": []}
     if wanted.target.key is None:
-        reason = f"direct lookup is off: {wanted.target.reason}"
-        return {"name": target.name, "hit": False, "reason": reason, "graph_hash": None, "nearest": []}
+        return {**found, "reason": f"direct lookup is off: {wanted.target.reason}"}
     factors = [machine.get(f.name, f) if f.name.startswith("env.") else f for f in wanted.target.factors]
     records = cache.get_target(key_of_factors(factors))
     reason, graph_hash = "no entry for this target there", None
@@ -195,22 +195,10 @@ def check_target(target: Target, cache: Cache, machine: Machine, *, most: int = 
         if why is None and cache.get(record.graph_hash) is None:
             why = f"entry {record.graph_hash[:12]} is gone or damaged"
         if why is None:
-            return {
-                "name": target.name,
-                "hit": True,
-                "reason": "",
-                "graph_hash": record.graph_hash,
-                "nearest": [],
-            }
+            return {**found, "hit": True, "graph_hash": record.graph_hash}
         reason = why
     near = nearest_entries(cache.roots, factors, label=target.name, most=most) if not records else []
-    return {
-        "name": target.name,
-        "hit": False,
-        "reason": reason,
-        "graph_hash": graph_hash,
-        "nearest": near_records(near),
-    }
+    return {**found, "reason": reason, "graph_hash": graph_hash, "nearest": near_records(near)}
 
 
 def verdict_record(verdict: Verdict) -> Record:

@@ -229,3 +229,102 @@ def test_targets_that_torch_compile_captures(cache):
         stitchcache.Target("a", build, dynamic_shapes=(None,), torch_compile={})
     (faked,) = stitchcache.prewarm(target, cache=cache, fake=True).results
     assert "needs real weights" in str(faked.error)
+
+
+# -- shards ----------------------------------------------------------------------------------------
+
+SHARED = """
+import torch
+from stitchcache import Target
+
+
+class Deep(torch.nn.Module):
+    def __init__(self, *widths):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, width) for width in widths)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.relu(layer(x[:, :8]))
+        return x
+
+
+def made(name, *widths):
+    build = lambda: (Deep(*widths).eval(), (torch.ones(3, 8),))
+    return Target(name, build, backend="eager", splitting_ops=["aten::relu"])
+
+
+targets = [made("one", 8, 9, 10), made("two", 12, 9), made("three", 14, 8)]
+lazy = Target("lazy", lambda: (Deep(8).eval(), (torch.ones(3, 8),)), backend="eager", torch_compile={})
+"""
+# What a worker does, in a process of its own.
+WORKER = """
+import json, stitchcache
+done = stitchcache.prewarm({reference!r}, cache=stitchcache.Cache({root!r}), shard=({index}, 3))
+print(json.dumps([result.status for result in done.results]))
+"""
+
+
+def piece_keys(root):
+    return {path.name for path in root.glob("pieces/*/*")}
+
+
+def compiled_here(cache):
+    return cache.stats().counters.get("piece.compiled.eager", 0)
+
+
+def test_shards_that_know_nothing_of_each_other_compile_each_piece_once(tmp_path, fresh_process):
+    (tmp_path / "deep_targets.py").write_text(SHARED)
+    reference = f"{tmp_path}/deep_targets.py:targets"
+    whole = stitchcache.Cache(tmp_path / "whole")
+    expected = stitchcache.prewarm(reference, cache=whole)
+    assert expected.ok
+    roots = [tmp_path / f"shard{index}" for index in range(3)]
+    worker = WORKER.format(reference=reference, root=str(roots[0]), index=0)
+    statuses = [fresh_process(worker)]
+    counts = [compiled_here(stitchcache.Cache(roots[0]))]
+    for index in (1, 2):
+        cache = stitchcache.Cache(roots[index])
+        report = stitchcache.prewarm(reference, cache=cache, shard=(index, 3))
+        statuses.append([result.status for result in report.results])
+        counts.append(compiled_here(cache))
+        assert report.ok
+    assert statuses == [["shard"] * 3] * 3
+    pieces = [piece_keys(root) for root in roots]
+    assert counts == list(map(len, pieces))
+    assert sum(counts) == len(piece_keys(whole.root)) == compiled_here(whole)
+    assert set.union(*pieces) == piece_keys(whole.root)
+    assert not any((root / "entries").exists() for root in roots)
+    # Their directories as layers: nothing is compiled, and the entries are those of one process.
+    layers = stitchcache.Cache([tmp_path / "all", *roots])
+    joined = stitchcache.prewarm(reference, cache=layers)
+    assert [(r.graph_hash, r.status, r.stored) for r in joined.results] == [
+        (r.graph_hash, "compiled", True) for r in expected.results
+    ]
+    assert compiled_here(layers) == 0
+    again = stitchcache.prewarm(reference, cache=layers, shard=(1, 3))
+    assert {result.status for result in again.results} == {"direct"}
+
+
+def test_shards_leave_what_torch_compile_captures(tmp_path):
+    (tmp_path / "lazy_targets.py").write_text(SHARED)
+    (result,) = stitchcache.prewarm(f"{tmp_path}/lazy_targets.py:lazy", shard=(0, 2)).results
+    assert (result.status, result.error) == ("left", None)
+
+
+def test_a_shard_that_stores_nothing_has_failed(tmp_path, module):
+    read_only = stitchcache.Cache(tmp_path / "cache", read_only=True)
+    (result,) = stitchcache.prewarm(f"{module}:target", cache=read_only, shard=(0, 1)).failed
+    assert "shard 0/1 are not stored" in result.error.message
+    assert isinstance(result.error, errors.StoreWriteError)
+    cache = stitchcache.Cache(tmp_path / "cache")
+    (result,) = stitchcache.prewarm(f"{module}:target", cache=cache, shard=(0, 1), on_miss="error").failed
+    assert isinstance(result.error, errors.CacheMissError)
+
+
+@pytest.mark.parametrize(
+    "shard", [(1, 1), (-1, 2), (0, 0), (0,), (0, 1, 2), ("0", 2), (True, 2), "0/2", [0, 2]]
+)
+def test_a_shard_that_makes_no_sense(module, shard):
+    with pytest.raises(errors.OptionError, match="shard"):
+        stitchcache.prewarm(f"{module}:target", shard=shard)

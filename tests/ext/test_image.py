@@ -29,6 +29,7 @@ from stitchcache.artifact.entry import OUTSIDE
 from stitchcache.cache import Cache
 from stitchcache.errors import OptionError, StoreError, StoreWriteError, UntrustedEntryError
 from stitchcache.ext.image import build_image, push_image
+from stitchcache.report.preflight import machine_record
 from stitchcache.types import Factor
 
 TARGET = """
@@ -340,8 +341,7 @@ def test_a_registry_that_refuses_is_quoted(cache, tmp_path, registry):
 
 
 def test_an_image_is_checked_before_it_is_pushed(prewarmed, tmp_path):
-    node = run("machine")
-    (tmp_path / "node.json").write_text(node.stdout)
+    (tmp_path / "node.json").write_text(json.dumps(machine_record()))
     build_image(Cache(prewarmed / "cache"), tmp_path / "image")
     answers = [
         json.loads(run("check", source, "--machine", tmp_path / "node.json", "--json").stdout)
