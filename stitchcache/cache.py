@@ -403,9 +403,11 @@ class Cache(Store):
         done = []
         for item in legacy:
             try:
-                found = self._top.read(item.path, Area.ENTRIES)
+                # What is written is ours, so nothing that others could have written becomes that.
+                found = self._top.read(item.path, Area.ENTRIES, trusted=self._top.trust == "owner")
                 if found is None:
                     continue
+                self._admit(self._top, item.path, Area.ENTRIES, item.key, found[0])
                 old = decode_named(found[0], item.key, item.path)
             except (EntryFormatError, OSError) as error:
                 self.warn(item.path, f"{item.path}: cannot be read ({error}); it is left where it is")

@@ -538,6 +538,16 @@ def test_a_damaged_legacy_entry_is_not_migrated_and_not_lost(old_root, caplog):
     assert (old_root / name).read_bytes() == b"\x84junk"
 
 
+def test_migrate_makes_nothing_its_users_own_that_others_could_have_written(old_root, caplog):
+    name = legacy_cases()[0]["file"]
+    (old_root / name).chmod(0o666)
+    with caplog.at_level(logging.WARNING, "stitchcache"):
+        assert len(Cache(old_root).migrate()) == 4
+        assert Cache(old_root, trust="signed").migrate() == []
+    assert f"{name} has mode 0666" in caplog.text
+    assert (old_root / name).exists()
+
+
 def test_migrate_on_a_read_only_store_says_so_and_loses_nothing(old_root):
     before = files_under(old_root)
     with pytest.raises(StoreWriteError):

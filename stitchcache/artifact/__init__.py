@@ -28,6 +28,8 @@ Reader = Callable[[Any], Any]
 
 _MOST_ITEMS = 1 << 20
 _MOST_COUNT = (1 << 63) - 1
+# An empty array is a byte in a file and 64 in memory: items of longer files are counted, 2^20 in all.
+_UNCOUNTED = 512 << 10
 
 # The largest size has 19 digits. Arithmetic with a number of a million digits takes seconds.
 _LONG_NUMBER = r"\d{21}"
@@ -99,17 +101,20 @@ def _plain(value: Any, skip: Collection[str] = ()) -> Any:
 
 def read_packed(read: Callable[[Any], T], data: bytes, path: str, root: str = "") -> T:
     """What msgpack holds; an ``EntryFormatError`` says where it is wrong, by a path that ``root`` begins."""
-    # unpackb caps every length at len(data), so a forged length allocates nothing. What it makes of an
-    # extension type is taken by no reader.
+    # What unpackb makes of an extension type is taken by no reader.
+    counted = _counter() if len(data) > _UNCOUNTED else None
     try:
         value = msgpack.unpackb(
             data,
             raw=False,
             strict_map_key=True,
-            object_pairs_hook=_unique,
+            object_pairs_hook=_unique if counted is None else lambda pairs: _unique(counted(pairs)),
+            list_hook=counted,
+            max_array_len=min(len(data), _MOST_ITEMS),
+            max_map_len=min(len(data), _MOST_ITEMS),
             unicode_errors=_SURROGATES,
         )
-    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, RecursionError, MemoryError, msgpack.UnpackException) as error:
         reason = f"not valid msgpack: {error or type(error).__name__}"
         raise EntryFormatError.at(path, root or "payload", reason) from error
     return read_value(read, value, path, root)
@@ -122,6 +127,19 @@ def read_value(read: Callable[[Any], T], value: Any, path: str, root: str = "") 
     except FieldError as error:
         where = error.within(root) if root else error
         raise EntryFormatError.at(path, where.field or "payload", where.reason) from None
+
+
+def _counter() -> Callable[[list[Any]], list[Any]]:
+    left = _MOST_ITEMS
+
+    def count(items: list[Any]) -> list[Any]:
+        nonlocal left
+        left -= 1 + len(items)
+        if left < 0:
+            raise ValueError(f"more than {_MOST_ITEMS} items in all")
+        return items
+
+    return count
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

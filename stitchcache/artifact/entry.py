@@ -287,7 +287,7 @@ def _header(encoded: bytes, version: int, where: str, **place: Any) -> Header:
 
 # -- formats 0, 1 and 2: flat in the cache's root, code and constants alone, no digest. They load for ever.
 
-_MOST_LEGACY = 256 << 20
+MOST_LEGACY = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,9 +306,9 @@ def _is_legacy(data: bytes) -> bool:
 
 
 def _decode_legacy(data: bytes, path: str) -> Artifact:
-    if len(data) > _MOST_LEGACY:
+    if len(data) > MOST_LEGACY:
         raise EntryFormatError.at(
-            path, "size", f"{len(data)} bytes are more than a legacy entry's {_MOST_LEGACY}"
+            path, "size", f"{len(data)} bytes are more than a legacy entry's {MOST_LEGACY}"
         )
     if data[:1] != b"\x80":
         return read_packed(_legacy, data, path)

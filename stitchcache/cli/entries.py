@@ -200,7 +200,8 @@ def _print_overview(cache: Cache, entry: Entry, record: out.Record, digits: int)
     if "inductor" in record["backends"]:
         click.echo(
             "Pieces of backend 'inductor' are pickles, which run what they say when they are loaded. They "
-            "are loaded only where the owner of their files or a signature vouches for them."
+            "are loaded only where the owner of their files or a signature vouches for them, and hold the "
+            "source of the piece and paths of the machine that compiled it."
         )
     for title, lines in (("Input", input_lines(artifact)), ("Output", output_lines(artifact))):
         out.print_heading(title)

@@ -37,12 +37,12 @@ class CodeObjects:
     def get(self, filename: str, source: str) -> types.CodeType | None:
         """The code object of a source (with what else the gate held it against), if it is kept."""
         kept = self._kept.get(_digest(filename, source), b"N")
-        if kept[:1] not in (b"c", b"\xe3"):
-            # No code object, so marshal would only take time. What begins as one is as trusted as a piece.
+        if kept[:1] not in (b"c", b"\xe3") or not _claims_fit(kept):
+            # What is a code object, and all there, is as trusted as a piece.
             return None
         try:
             code = marshal.loads(kept)
-        except (ValueError, EOFError, TypeError):
+        except (ValueError, EOFError, TypeError, SystemError):
             return None
         return code if isinstance(code, types.CodeType) else None
 
@@ -53,6 +53,49 @@ class CodeObjects:
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
         """Digests and marshalled code objects, to be stored."""
         return iter(self._kept.items())
+
+
+# What marshal writes of a code object: the bytes of each kind of object, or those of the length before its
+# bytes or items. Python 3.11 to 3.14 agree.
+_FIXED = {**dict.fromkeys(b"NTFS.", 0), **dict.fromkeys(b"ir", 4), ord("g"): 8, ord("y"): 16}
+_MEASURED = {**dict.fromkeys(b"zZ)", 1), **dict.fromkeys(b"sutaAl(>", 4)}
+_BEFORE, _PARTS, _LINE, _TABLES = 20, 8, 4, 2  # of a code object: numbers, objects, a number, objects
+
+
+def _claims_fit(data: bytes) -> bool:
+    """Whether a marshalled code object is as long as the lengths in it say.
+
+    Reading one makes room for all items that a tuple claims before it looks for them.
+    """
+    at, owed, todo = 0, 1, [1]
+    while todo:
+        count = todo.pop()
+        if count <= 0:  # bytes between objects
+            at -= count
+            continue
+        todo.append(count - 1)
+        owed -= 1
+        kind = data[at] & 0x7F if at < len(data) else 0  # the highest bit only says that it is named
+        at += 1
+        if kind == ord("c"):
+            at += _BEFORE
+            todo += (_TABLES, -_LINE, _PARTS)
+            owed += _PARTS + _TABLES
+        elif kind in _FIXED:
+            at += _FIXED[kind]
+        elif kind in _MEASURED:
+            length = int.from_bytes(data[at : at + _MEASURED[kind]], "little")
+            at += _MEASURED[kind]
+            if kind in b"()>":
+                todo.append(length)
+                owed += length
+            else:  # digits of a number have two bytes, and its sign is that of their number
+                at += 2 * min(length, (1 << 32) - length) if kind == ord("l") else length
+        else:
+            return False
+        if owed > len(data) - at:  # an object has a byte at least
+            return False
+    return at == len(data)
 
 
 def _digest(filename: str, source: str) -> str:

@@ -189,10 +189,13 @@ def read_signers(text: str, path: str) -> list[Signer]:
         UntrustedEntryError: A line cannot be understood. Then nobody may sign, for it may be a limit.
     """
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # A line ends where OpenSSH ends it: what Python takes for a line break too may stand in a comment.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
+            if not line.replace("\t", " ").removesuffix("\r").isprintable():
+                raise ValueError("it has characters that cannot be seen")
             found += _signers(line.strip())
         except (ValueError, OverflowError, EntryFormatError) as error:
             raise UntrustedEntryError(f"{path}:{number}: {error}: mend the line", path=path) from None

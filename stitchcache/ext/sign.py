@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 import time
 from contextlib import suppress
@@ -43,6 +44,8 @@ YEAR = 365 * 86400.0
 _SKEW = 600
 # The format has room for 4096, the mark of what was imported among them.
 _MOST_BYTES = 4096 - len(OUTSIDE)
+# Keys of other kinds sign nothing here.
+_NO_KEY = ("#", "ssh-rsa ", "ssh-dss ", "ecdsa-", "sk-")
 # Seconds for which one look at the directories counts: a start verifies several signatures in a row.
 _LOOKED_FOR = 0.5
 
@@ -120,15 +123,19 @@ class Keys:
     def revoked(self) -> set[bytes]:
         """Keys that are revoked: a public key a line, as ``ssh-keygen -Y verify -r`` takes them."""
         path = self.path("revoked_keys")
-        lines = [line for line in self._read("revoked_keys").splitlines() if line.strip()]
-        return {read_public(line, path)[0] for line in lines if not line.startswith("#")}
+        lines = [line.strip() for line in self._read("revoked_keys").split("\n")]
+        try:
+            return {read_public(each, path)[0] for each in lines if each and not each.startswith(_NO_KEY)}
+        except EntryFormatError as error:
+            raise UntrustedEntryError(f"{error.message}: mend the line", path=path) from error
 
     def _read(self, name: str) -> str:
         path = self.path(name)
         try:
             # It names the keys that may run code here, so it is held to the rules for that code.
             self._require_own(path)
-            with open(path, encoding="utf-8") as file:
+            # A FIFO is not waited for.
+            with open(self._files.open_read(path), encoding="utf-8") as file:
                 return file.read()
         except FileNotFoundError:
             return ""
@@ -263,7 +270,10 @@ class Keys:
         """
         private, public = self._private()
         # As reproducible builds set the time.
-        now = int(os.environ.get("SOURCE_DATE_EPOCH") or time.time()) if created is None else created
+        epoch = os.environ.get("SOURCE_DATE_EPOCH") or str(int(time.time()))
+        if not re.fullmatch(r"[0-9]{1,12}", epoch):
+            raise OptionError(f"SOURCE_DATE_EPOCH={epoch!r}: use Unix seconds", option="SOURCE_DATE_EPOCH")
+        now = int(epoch) if created is None else created
         said = {"version": 1, "kind": kind, "key": key, "digest": digest, "signer": self.name_of(public)}
         said |= {"created": now, "expires": now + int(seconds)}
         text = json.dumps(said, separators=(",", ":")) + "\n"
@@ -363,6 +373,7 @@ class Keys:
         temporary = f"{path}.{os.urandom(6).hex()}"
         try:
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            self._require_own(os.path.dirname(path))
             try:
                 with self._files.opened(self._files.create(temporary, mode)) as fd:
                     self._files.write_all(fd, text.encode())

@@ -306,9 +306,14 @@ class AotiBackend(InductorBackend):
 
     def _caller(self) -> Path | None:
         """The caller's library, compiled now if it is not there; without it torch's runner will do."""
+        from stitchcache.store import distrusted_way  # a warm start builds nothing
+
         compiler = find_compiler()
         try:
-            return compile_caller(compiler) if compiler else None
+            path = compile_caller(compiler) if compiler else None
+            if path is not None and (reason := distrusted_way(str(path.parent), of_torch=True)):
+                raise OSError(reason)
+            return path
         except (OSError, subprocess.CalledProcessError) as error:
             said = str(getattr(error, "stderr", "") or error)
             log.debug("pieces will hold the GIL: %s", said.strip().partition("\n")[0])
@@ -352,7 +357,7 @@ def _require_own_directory() -> None:
     from stitchcache.store import distrusted_way
 
     place = inductor.directory()
-    reason = distrusted_way(place)
+    reason = distrusted_way(place, of_torch=True)
     if reason is not None:
         raise BackendError(
             f"torch builds in {place}, and loads what it finds there: {reason}; or set "

@@ -14,6 +14,7 @@ from typing import Any
 import msgpack
 from torch.fx import GraphModule
 
+from stitchcache.artifact import read_packed, well_formed
 from stitchcache.artifact.consts import dump_consts, load_consts
 from stitchcache.codegen import compile_execution_fn
 from stitchcache.codegen.generate import generate_execution_code
@@ -37,24 +38,17 @@ class EagerBackend(Backend):
 
     def load(self, path: Path, device: str) -> BoxedPiece:
         """Bind the stored source."""
-        function = _function_of(_read(path))
+        with well_formed(os.path.realpath(path)):
+            function = _function_of(_read(path))
         # It takes its inputs one by one, not as a list.
         return lambda inputs: function(*inputs)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        record, reason = msgpack.unpackb(path.read_bytes()), "wrong magic"
-    except (ValueError, msgpack.UnpackException) as error:
-        record, reason = None, str(error)
+    where = os.path.realpath(path)
+    record: Any = read_packed(lambda value: value, path.read_bytes(), where, "eager piece")
     if not isinstance(record, dict) or record.get("magic") != _MAGIC:
-        where = os.path.realpath(path)
-        raise EntryFormatError(
-            f"{where} is not an eager piece: {reason}. Run 'stitchcache verify --repair'.",
-            path=where,
-            field="magic",
-            reason=reason,
-        )
+        raise EntryFormatError.at(where, "magic", "no eager piece: run 'stitchcache verify --repair'")
     return record
 
 

@@ -201,12 +201,12 @@ class Calls:
 
     close = staticmethod(os.close)
     read = staticmethod(os.read)
+    pread = staticmethod(os.pread)
     write = staticmethod(os.write)
     fsync = staticmethod(os.fsync)
     fstat = staticmethod(os.fstat)
     stat = staticmethod(os.stat)
     lstat = staticmethod(os.lstat)
-    rmdir = staticmethod(os.rmdir)
     rename = staticmethod(os.rename)
     unlink = staticmethod(os.unlink)
     statvfs = staticmethod(os.statvfs)
@@ -409,8 +409,10 @@ def distrust(path: str, facts: os.stat_result, *, above: bool = False) -> str | 
     return refusal(path, facts, above=above)
 
 
-def distrusted_way(path: str) -> str | None:
+def distrusted_way(path: str, *, of_torch: bool = False) -> str | None:
     """Why a directory is not trusted, or one above it; ``None`` where nobody else can exchange it.
+
+    One ``of_torch`` has the modes that the umask gives: a user's private group may write it.
 
     From the top down: the name of what was looked at cannot be given to something else any more when the
     next is looked at. So what is opened by this path afterwards is what was looked at.
@@ -432,7 +434,8 @@ def distrusted_way(path: str) -> str | None:
             target = os.readlink(at)
             at = os.sep if target.startswith(os.sep) else os.path.dirname(at)
             todo += _parts(target)
-    return reason or distrust(at, os.lstat(at))
+    facts = os.lstat(at)
+    return reason or distrust(at, facts, above=of_torch and not facts.st_mode & stat.S_ISVTX)
 
 
 _MOST_LINKS = 40

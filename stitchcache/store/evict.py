@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import time
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -295,7 +296,11 @@ class _Removal:
                     return False
                 if not all(map(self.remove, first)):
                     return False
-                self._unlink(item.path)
+                try:
+                    self._root.files.unlink(item.path)
+                except IsADirectoryError:
+                    # It follows no link, also not one that takes the place of a directory meanwhile.
+                    shutil.rmtree(item.path)
         except FileNotFoundError:
             return True
         except OSError as error:
@@ -323,11 +328,3 @@ class _Removal:
                     root.lock_blob(self._locks, item.key, fcntl.F_UNLCK)
         else:
             yield True
-
-    def _unlink(self, path: str) -> None:
-        try:
-            self._root.files.unlink(path)
-        except IsADirectoryError:
-            for entry in self._root.scan(path):
-                self._unlink(entry.path)
-            self._root.files.rmdir(path)

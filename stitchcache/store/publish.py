@@ -142,6 +142,9 @@ def _acquire(
     while True:
         try:
             root.make_dir(os.path.dirname(path))
+            if distrust(os.path.dirname(path), files.lstat(os.path.dirname(path))):
+                # Somebody else could hold the lock for ever.
+                return None
             fd = files.open_or_create(path)
         except OSError:
             return None

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import stat
 import threading
 import time
@@ -49,7 +50,12 @@ _DIGESTED_AT_ONCE = 256 << 10
 # What others have no business in: locks that they could hold, files that are not whole.
 _PRIVATE = (Area.LOCKS, Area.TMP)
 _BLOB_LOCKS = "blobs"
-_HEAD = 1 << 20
+_OURS = {
+    Area.TMP: r".+\.[0-9a-f]{16}\.(part|scratch)",
+    Area.LOCKS: r"(prune|[0-9a-f]{64})\.lock",
+    Area.QUARANTINE: r"[0-9a-f]{64}(\.[a-z]+)?\.[0-9a-f]{8}(\.reason)?",
+}
+_LARGE, _HEAD = 1 << 20, 4096
 _LOOK_LASTS = 0.05
 
 
@@ -102,9 +108,13 @@ class Root:
     # -- reading ---------------------------------------------------------------------------------
 
     def scan(self, path: str) -> list[os.DirEntry[str]]:
-        """A directory's entries; none where it is missing."""
+        """A directory's entries; none where it is missing, or where a link below the root stands for it.
+
+        What is listed may be removed. Whoever can write the root could have a link lead anywhere.
+        """
         try:
-            return self.files.scan(path)
+            is_link = path != self.path and stat.S_ISLNK(self.files.lstat(path).st_mode)
+            return [] if is_link else self.files.scan(path)
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -117,7 +127,9 @@ class Root:
             found = [each for shard in shards for each in self.scan(shard.path)]
             named = [(each.path, key_of(area, each.name)) for each in found]
         else:
-            named = [(each.path, each.name) for each in self.scan(self.area(area))]
+            # Others are not ours to remove, wherever the way leads when it is gone a second time.
+            pattern, found = _OURS[area], self.scan(self.area(area))
+            named = [(each.path, each.name) for each in found if re.fullmatch(pattern, each.name)]
         if area is Area.ENTRIES:
             old = [(each.path, *os.path.splitext(each.name)) for each in self.scan(self.path)]
             named += [(path, key) for path, key, kind in old if kind in LEGACY_SUFFIXES and is_digest(key)]
@@ -183,11 +195,10 @@ class Root:
             return None
         with self.files.opened(fd):
             facts = self.files.fstat(fd)
-            if stat.S_ISREG(facts.st_mode) and facts.st_size <= cap:
-                head = self.files.read_exactly(fd, min(facts.st_size, _HEAD))
-                # Nothing of ours begins with zeros, and a file with a hole may be of any size.
-                if len(head) < _HEAD or head.strip(b"\0"):
-                    return head + self.files.read_exactly(fd, facts.st_size - len(head)), facts
+            # Nothing of ours begins with zeros, and a file with a hole may be of any size.
+            hollow = facts.st_size > _LARGE and not self.files.pread(fd, _HEAD, 0).strip(b"\0")
+            if stat.S_ISREG(facts.st_mode) and facts.st_size <= cap and not hollow:
+                return self.files.read_exactly(fd, facts.st_size), facts
         raise EntryDamagedError.at(path, "size", reason)
 
     def require_trust(self, path: str) -> None:
@@ -329,6 +340,8 @@ class Root:
         self._mkdir(path)
         if self.trust == "owner":
             self.require_own(path)
+        elif path != self.path and stat.S_ISLNK(self.files.lstat(path).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         if path == self.path:
             # A courtesy to backup programs.
             with suppress(OSError), self.files.opened(self._create(f"{path}/{TAG_NAME}")) as fd:

@@ -89,6 +89,10 @@ def own_copy(store: Store, root: Root, path: str, ref: BlobRef) -> Path | None:
 
     copy = Path(tempfile.mkdtemp(prefix="stitchcache-")) / ref.digest
     weakref.finalize(store, rmtree, copy.parent, ignore_errors=True)
+    if (reason := root.files.distrusted_way(str(copy.parent))) is not None:
+        root.files.close_quietly(fd)
+        said = f"{reason}; or set TMPDIR to a directory of your own: pieces that others can write are copied"
+        raise UntrustedEntryError(said, path=path)
     with root.files.opened(fd):
         right_size = root.files.fstat(fd).st_size == ref.size
         copy.write_bytes(root.files.read_exactly(fd, ref.size) if right_size else b"")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from stitchcache.artifact.entry import (
+    MOST_LEGACY,
     Header,
     decode_header,
     decode_named,
@@ -25,7 +26,7 @@ from stitchcache.errors import (
     UntrustedEntryError,
     visible,
 )
-from stitchcache.store import CAP, KEYED, LEGACY_SUFFIXES, Area, Files, keyed_path, possible_paths, words
+from stitchcache.store import KEYED, LEGACY_SUFFIXES, Area, Files, keyed_path, possible_paths, words
 from stitchcache.store.publish import quarantine
 from stitchcache.store.root import Item, Root, host_name
 from stitchcache.types import BlobRef
@@ -74,8 +75,8 @@ def read_header(root: Root, path: str) -> Header | None:
         return None
     with root.files.opened(fd):
         size = root.files.fstat(fd).st_size
-        # Older formats have no header: all of the file is read.
-        most = CAP[Area.ENTRIES] if path.endswith(LEGACY_SUFFIXES) else _HEAD_READ
+        # Older formats have no header: all of the file is read, and one byte more of one that is too long.
+        most = MOST_LEGACY + 1 if path.endswith(LEGACY_SUFFIXES) else _HEAD_READ
         prefix = root.files.read_exactly(fd, min(size, most))
         if most == _HEAD_READ:
             prefix += root.files.read_exactly(fd, header_end(prefix, path=path) - len(prefix))

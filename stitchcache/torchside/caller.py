@@ -37,7 +37,7 @@ def compile_caller(compiler: str) -> Path:
     name = hashlib.sha256(b"\0".join((source, compiler.encode(), torch.__version__.encode()))).hexdigest()
     path = Path(cache_dir(), "stitchcache", f"caller-{name[:32]}.so")
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as directory:
             made = Path(directory, "caller.so")
             libraries = Path(torch.__file__).parent / "lib"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import os
 import re
+import resource
 import struct
 import typing
 from pathlib import Path
@@ -440,6 +442,29 @@ def test_sizes_are_checked_before_anything_is_allocated():
         body = PRELUDE.pack(MAGIC, 3, 1, *sizes, 0) + b"\0" * 32
         with pytest.raises(EntryFormatError):
             decode(body + hashlib.sha256(body).digest())
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"\xdc\0\x10" + (b"\xdd\0\x10\0\0" + b"\x90" * (1 << 20)) * 16,
+     b"\xdc\0\x10" + (b"\xdd\0\x10\0\0" + b"\xc0" * (1 << 20)) * 16,
+     b"\xdd\0\x20\0\0" + b"\xc0" * (1 << 21), (b"\xdd\0\x10\0\0" * 900) + b"\xc0" * (1 << 20)],
+    ids=["empty arrays", "nils", "a long array", "claims in claims"],
+)  # fmt: skip
+def test_few_bytes_cannot_fill_the_memory(payload):
+    """Whoever writes a file can give it a right digest; 16 MB of one may be a gigabyte of objects."""
+    pid = os.fork()
+    if pid == 0:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
+        try:
+            decode_target(seal(Kind.TARGET, b"", payload), "ab" * 32)
+        except EntryFormatError:
+            os._exit(0)
+        except BaseException:  # noqa: BLE001 - told by the status
+            os._exit(1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_kinds_are_not_confused():

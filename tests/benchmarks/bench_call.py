@@ -27,7 +27,7 @@ from subjects import CALL_SIZES, Subject
 SUBJECTS = "decoder-4,decoder-16,decoder-4x768,minilm"
 GPU_SUBJECTS = "decoder-4x512"
 # The mega-cache ends in the same code as torch.compile.
-WAYS = tuple(way for way in ways.WAYS if way not in ways.PREPARED_BY)
+WAYS = (*(way for way in ways.WAYS if way not in ways.PREPARED_BY), ways.RUNNER)
 # A GPU's calls do not ask how many threads the CPU may use.
 THREADS = {"cpu": ("1 thread", "all threads"), "cuda": ("",)}
 

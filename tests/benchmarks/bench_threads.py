@@ -26,7 +26,7 @@ from subjects import ONE_CORE
 
 SUBJECTS = "decoder-4x256,decoder-4"
 SIZES = {"decoder-4x256": (1, 256), "decoder-4": (1, 16)}
-WAYS = (ways.EAGER, ways.UNCHECKED, ways.COMPILE, ways.PACKAGE)
+WAYS = (ways.EAGER, ways.UNCHECKED, ways.RUNNER, ways.COMPILE, ways.PACKAGE)
 
 
 def options_of(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -281,8 +281,8 @@ def ways_list(text: str) -> list[str]:
     """A comma-separated option that names ways."""
     names = split_list(text)
     for name in names:
-        if name not in ways.WAYS:
-            raise argparse.ArgumentTypeError(f"no such way: {name}; there are {', '.join(ways.WAYS)}")
+        if name not in ways.ALL:
+            raise argparse.ArgumentTypeError(f"no such way: {name}; there are {', '.join(ways.ALL)}")
     return names
 
 
@@ -308,7 +308,7 @@ def common_options(parser: argparse.ArgumentParser) -> None:
     default = Path(tempfile.gettempdir()) / "stitchcache-bench"
     parser.add_argument("--dir", type=Path, default=default, help="caches and results, kept between runs")
     parser.add_argument("--json", type=Path, help="the result's file; by default in --dir")
-    parser.add_argument("--ways", type=ways_list, help=f"some of {','.join(ways.WAYS)}")
+    parser.add_argument("--ways", type=ways_list, help=f"some of {','.join(ways.ALL)}")
     parser.add_argument("--again", action="store_true", help="measure again what the result's file has")
     parser.add_argument("--quick", action="store_true", help="one round of little, for a look")
 

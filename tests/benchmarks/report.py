@@ -196,7 +196,7 @@ def conditions(record: Record) -> str:
 
 def in_order(names: Any) -> list[str]:
     """Ways in the order of all tables and plots."""
-    return [way for way in ways.WAYS if way in names]
+    return [way for way in ways.ALL if way in names]
 
 
 def sections(directory: Path, plots: Sequence[str]) -> dict[str, str]:

@@ -22,8 +22,10 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 EAGER, OURS, COMPILE, MEGA = "eager", "stitchcache", "compile", "mega"
 AOT, PACKAGE, VLLM = "aot_compile", "package", "vllm"
 IMPORTED, PRELOADED, WHOLE = "imported", "preloaded", "whole"
-UNCHECKED, BACKGROUND = "unchecked", "background"
+UNCHECKED, BACKGROUND, RUNNER = "unchecked", "background", "runner"
 WAYS = (EAGER, OURS, UNCHECKED, BACKGROUND, IMPORTED, PRELOADED, WHOLE, COMPILE, MEGA, AOT, PACKAGE, VLLM)
+ALL = (*WAYS, RUNNER)
+"""With what only a comparison of calls asks for: our stitching code over torch's own runner."""
 LABELS = {
     EAGER: "eager",
     OURS: "stitchcache",
@@ -37,9 +39,10 @@ LABELS = {
     AOT: "aot_compile",
     PACKAGE: "AOTInductor package",
     VLLM: "vLLM's way",
+    RUNNER: "stitchcache, torch's runner",
 }
 """What tables and plots call them."""
-PREPARED_BY = {MEGA: COMPILE, IMPORTED: OURS, PRELOADED: OURS, UNCHECKED: OURS, BACKGROUND: OURS}
+PREPARED_BY = {MEGA: COMPILE} | dict.fromkeys((IMPORTED, PRELOADED, UNCHECKED, BACKGROUND, RUNNER), OURS)
 """The artifacts of the mega-cache are saved at the end of torch.compile's own cold process; our ways start
 from one cache."""
 IN_TURN = (OURS, UNCHECKED, BACKGROUND, PRELOADED)
@@ -128,6 +131,19 @@ def stitched(
         preloaded=preloaded,
         check=check,
     )
+
+
+def _with_runner(subject: Subject, model: Any, inputs: Inputs, directory: Path) -> Call:
+    """The same entry, its pieces called by torch's ``AOTIModelContainerRunner``, which holds the GIL."""
+    import stitchcache
+    from stitchcache.runtime.model import CompiledModel
+    from stitchcache.torchside import load_with_runner
+
+    compiled: Any = stitched(subject, model, inputs, directory, check="none")
+    cache, pieces = stitchcache.Cache(directory / "cache"), dict(compiled._pieces)
+    for piece in {piece.key: piece for piece in compiled.artifact.pieces if piece.backend == "aoti"}.values():
+        pieces[piece.key] = load_with_runner(str(cache.blob_path(piece.blob)), subject.device)
+    return CompiledModel(compiled.artifact, model, pieces, compiled._constants)
 
 
 def _compile(subject: Subject, model: Any, inputs: Inputs, directory: Path) -> Call:
@@ -261,6 +277,7 @@ _LOAD: dict[str, Callable[[Subject, Any, Inputs, Path], Call]] = {
     WHOLE: partial(stitched, split=False),
     UNCHECKED: partial(stitched, check="none"),
     BACKGROUND: partial(stitched, check="background"),
+    RUNNER: _with_runner,
     IMPORTED: stitched,
     COMPILE: _compile,
     MEGA: _load_mega,

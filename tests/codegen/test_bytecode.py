@@ -7,6 +7,7 @@ import gc
 import hashlib
 import linecache
 import marshal
+import struct
 import sys
 import traceback
 import types
@@ -98,6 +99,36 @@ def test_junk_is_passed_over(junk):
     ((name, _),) = kept_for()
     junked = CodeObjects([(name, junk)])
     assert bind_execution_fn(BOUND, {"first": add}, ["first"], [5], junked)(2) == 7
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["1", "x = (1, -7, 2**70, -(2**70), 10**400, 1.5, -0.0, 2j, b'\\0', 'a', 'name', 'é€', None, True, ...)",
+     "y = z in {1, 2, 'a'}\nnested = ((((), (1,)),), 'x' * 3, '" + "long " * 99 + "', '" + "é" * 300 + "')",
+     "class A:\n  def f(self, *a, b=1, **k) -> int:\n    return lambda: [a for b in k for a in self]\n",
+     "t = (" + "1000, " * 300 + ")", BOUND],
+)  # fmt: skip
+def test_what_python_writes_of_code_is_read(source):
+    objects = CodeObjects()
+    code = compile(source, "<a file>", "exec")
+    objects.add("<a file>", source, code)
+    assert objects.get("<a file>", source) == code
+
+
+@pytest.mark.parametrize("count", [1000, (1 << 31) - 1, 1 << 31, (1 << 32) - 1])
+def test_a_code_object_that_claims_more_than_there_is_is_not_read(count, monkeypatch):
+    """Marshal makes room for all items of a tuple before it looks for the first."""
+    objects = CodeObjects()
+    objects.add("<a file>", "source", compile("x = (1, 2, 3)\ny = {4} | {5, 6}", "<a file>", "exec"))
+    ((name, good),) = objects
+    monkeypatch.setattr(marshal, "loads", lambda data: pytest.fail("it was read"))
+    begun = good[:21] + b"s\0\0\0\0"
+    size = struct.pack("<I", count)
+    bombs = [begun + kind + size + b"N" * 500 for kind in (b"(", b">", b"\xa8", b"s", b"u", b"a", b"l")]
+    # Each claims no more than there is, all together do; and kinds that code has not.
+    bombs += [begun + (b"(" + struct.pack("<I", 200)) * 30 + b"N" * 200, begun + b"[\1\0\0\0N", good + b"N"]
+    for bomb in (*bombs, good[:-1], good[:40]):
+        assert CodeObjects([(name, bomb)]).get("<a file>", "source") is None
 
 
 def test_an_op_that_is_missing_here_is_named_as_ever():

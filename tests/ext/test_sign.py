@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from stitchcache.artifact.entry import (
     with_signature,
 )
 from stitchcache.cache import Cache
-from stitchcache.errors import EntryFormatError, OptionError, UntrustedEntryError
+from stitchcache.errors import EntryFormatError, OptionError, StoreWriteError, UntrustedEntryError
 from stitchcache.ext.openssh import Signature, read_signature, read_signers
 from stitchcache.ext.sign import Keys
 
@@ -90,6 +91,14 @@ def test_blobs_that_others_can_write_are_copied_before_they_are_loaded(cache):
     assert path.read_bytes() == b"one"
     (cache.root / "blobs" / found.blobs[1].digest[:2] / found.blobs[1].digest).write_bytes(b"owt")
     assert cache.blob_path(found.blobs[1]) is None
+
+
+def test_pieces_are_not_copied_to_where_others_could_exchange_them(cache, tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp").chmod(0o777)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    with pytest.raises(UntrustedEntryError, match="TMPDIR"):
+        cache.blob_path(cache.get(key("a")).blobs[0])
 
 
 def test_without_a_key_a_signed_cache_says_what_it_will_refuse(tmp_path, monkeypatch, caplog):
@@ -254,6 +263,62 @@ def test_a_limit_cannot_smuggle_another_line_or_option(keys):
     for value in ('x",valid-before="20990101', "x\ny * ssh-ed25519 AAAA"):
         with pytest.raises(OptionError):
             keys.trust(public(keys), "a", {"namespaces": value})
+
+
+def test_a_comment_cannot_smuggle_another_signer(keys, tmp_path):
+    """What only Python takes for a line break: OpenSSH sees one line, with a comment."""
+    evil = new_keys(tmp_path / "evil", "evil@example.com")
+    theirs = Path(evil.path("id.pub")).read_text().split()
+    own = Path(keys.path("id.pub")).read_text().split()
+    for mark in ("\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\r"):
+        line = f"ci@example.com {own[0]} {own[1]} build{mark}* {theirs[0]} {theirs[1]}\n"
+        with open(keys.path("allowed_signers"), "w", encoding="utf-8", newline="") as file:
+            file.write(line)
+        for signer in (keys, evil):
+            with pytest.raises(UntrustedEntryError, match=r"allowed_signers:1: .*cannot be seen"):
+                keys.verify(signer.sign(*ENTRY), *ENTRY, path="p")
+    with open(keys.path("allowed_signers"), "w", newline="") as file:
+        file.write(f"ci@example.com\t{own[0]} {own[1]} build\r\n")
+    assert keys.verify(keys.sign(*ENTRY), *ENTRY, path="p")
+
+
+def test_revoked_keys_that_are_not_understood_let_nobody_sign_and_cost_no_entry(cache, keys):
+    path = Path(keys.path("revoked_keys"))
+    path.write_text("# revoked\nssh-rsa AAAAB3 old\n  \necdsa-sha2-nistp256 AAAA x\n")
+    assert cache.get(key("a")) is not None
+    for text in ("ssh-ed25519 AAAA\n", "SSHKRL\n\0", "a word\n"):
+        path.write_text(text)
+        assert "revoked_keys" in refused(Cache(cache.root, trust="signed"))
+        assert Cache(cache.root, trust="signed").get_target(key("t")) == ()
+    path.unlink()
+    assert Cache(cache.root, trust="signed").get(key("a")) is not None
+    assert Cache(cache.root, trust="signed").get_target(key("t"))
+
+
+def test_no_key_is_put_where_others_can_exchange_it(tmp_path):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(StoreWriteError, match="mode 0777"):
+        Keys(str(tmp_path / "open")).generate("ci@example.com")
+    assert os.listdir(tmp_path / "open") == []
+
+
+def test_a_fifo_in_place_of_a_list_is_not_waited_for(keys):
+    data = keys.sign(*ENTRY)
+    for name in ("allowed_signers", "revoked_keys"):
+        os.rename(keys.path(name), keys.path("aside")) if os.path.exists(keys.path(name)) else None
+        os.mkfifo(keys.path(name), 0o600)
+    with pytest.raises(UntrustedEntryError):
+        keys.verify(data, *ENTRY, path="p")
+
+
+def test_a_time_that_is_none_is_an_error_of_ours(keys, tmp_path, monkeypatch, caplog):
+    for text in ("soon", "-1", "9" * 5000, "1.5"):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", text)
+        with pytest.raises(OptionError, match="SOURCE_DATE_EPOCH"):
+            keys.sign(*ENTRY)
+    put(Cache(tmp_path / "c"), "a", [b"one"])
+    assert "stored unsigned" in caplog.text
 
 
 # -- attacks ---------------------------------------------------------------------------------------

@@ -16,6 +16,12 @@ NUMBERS = [
     0, 1, -1, 2, 7, 8, 63, 64, 127, 255, 256, 65535, 1 << 20, (1 << 20) + 1, 1 << 31, (1 << 32) - 1,
     (1 << 63) - 1, 1 << 63, (1 << 64) - 1, -(1 << 63), 10**9, 0.0, -0.0, 1.5, 1e308, float("inf"), float("nan"), -1e-300,
 ]  # fmt: skip
+SIZES = [
+    "s0", "s1", "0", "1", "7", "(", ")", " + ", " - ", "*", "**", "**9", "**10", "//", " % ", "-", "not ", " and ", " or ",
+    " <= ", " == ", " < ", ",", "max(", "min(", "max", "s0, s1)", "9" * 20, "9" * 21, "0" * 30, "#", "\n", "\\", ";", "'", "f''",
+    "lambda: ", "[", "if", ":=", "s2", "s0.real", "__import__('os')", "1e9", "0x" + "f" * 40, "1_0", "\x0c", "\u0663", "j",
+    "(s0 + 1)**9", "s0**3*s1**3", "(" * 99, "-" * 999, "s0*" * 300, "True", "None", "...", "~", "<<", "@", "is", "in", "!=",
+]  # fmt: skip
 TEXTS = [
     "", "s0", "s1", "s0 + 1", "9**9**9", "9**999999999", "s0**s0", "2**63", "1" * 21, "1" * 20, "(" * 200, "-" * 4000,
     "s0//0", "s0 % 0", "Mod(s0, 0)", "0**-1", "1/0", "s0 <= ", "__import__('os')", "s0 if s0 else s1", "lambda: 0",
@@ -60,6 +66,9 @@ class Mutator:
             places = list(_places(root))
             container, key = self.pick(places)
             self._change(container, key, places)
+            if _weight(root) > MOST:
+                # Parts doubled within doubled parts would measure the mutator's own memory.
+                return None
         return root[0]
 
     def _change(self, container: Any, key: Any, places: list[tuple[Any, Any]]) -> None:
@@ -76,7 +85,7 @@ class Mutator:
             case 2 if isinstance(container, dict):
                 container[self.pick(TEXTS)[:60]] = self._value()
             case 2:
-                container[key:key] = [_copied(old)] * self.pick((1, 1, 2, 9, 65, 300))
+                container[key:key] = [_copied(old) for _ in range(self.pick((1, 1, 2, 9, 65, 300)))]
             case 3:
                 container[key] = self._value()
             case 4 if isinstance(old, dict) and old:
@@ -106,9 +115,6 @@ class Mutator:
         try:
             data = msgpack.packb(tree, use_bin_type=True, unicode_errors="surrogatepass")
         except (ValueError, OverflowError):
-            data = msgpack.packb(None)
-        if len(data) > 4 << 20:
-            # Parts doubled within doubled parts: a test of the mutator's own memory.
             data = msgpack.packb(None)
         return self.bytes(data) if self.random.random() < 0.08 else data
 
@@ -203,6 +209,19 @@ class Mutator:
             b"\x96" + struct.pack("<Q", number), b"\x97", b"\x98", b"o", b"i" + name + b"\n" + name + b"\n", b"P0\n", b".",
             b"(" * 300, b"]\x94" * 40, (b"h\0" * 2 + b"\x86") * 30,
         ))  # fmt: skip
+
+
+MOST = 1 << 20
+
+
+def _weight(value: Any) -> int:
+    """About the bytes of memory that a tree takes, or more than the limit."""
+    found, todo = 0, [value]
+    while todo and found <= MOST:
+        each = todo.pop()
+        found += 64 + (len(each) if isinstance(each, (str, bytes)) else 0)
+        todo += [*each, *each.values()] if isinstance(each, dict) else each if isinstance(each, list) else ()
+    return found
 
 
 def _copied(value: Any) -> Any:

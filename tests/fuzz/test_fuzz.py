@@ -1,7 +1,7 @@
 """Mutated input with right digests and signatures: only our own refusals come out, soon, in little memory.
 
-50,000 executions, and 1,000,000 with ``STITCHCACHE_FULL=1``. A failure names its surface and number:
-``SURFACES["payload"](world, Mutator("payload 123"))`` runs it again.
+50,000 executions, and 1,000,000 with ``STITCHCACHE_FULL=1``; ``-s`` shows what each surface took. A failure
+names its surface and number: ``SURFACES["payload"](world, Mutator("payload 123"))`` runs it again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "ext"))
 
 import torch
 from cli_entries import artifact as rich_artifact
-from mutate import Mutator
+from mutate import SIZES, Mutator
 from signing import new_keys
 from stores import key
 
@@ -60,9 +60,23 @@ from stitchcache.codegen.gate import check_code
 from stitchcache.errors import EntryFormatError, LinkError, UntrustedEntryError
 from stitchcache.ext.bundle import header, import_bundle, place
 from stitchcache.ext.openssh import Signature, read_signers
+from stitchcache.pieces import get_backend
+from stitchcache.pieces.eager import _MAGIC as EAGER
 from stitchcache.runtime import misfit
+from stitchcache.runtime.expressions import check_expression, evaluator, names_in
 from stitchcache.store import Area, keyed_path
-from stitchcache.types import Factor, SourceRef, TargetRecord
+from stitchcache.torchside import tree
+from stitchcache.types import (
+    Artifact,
+    Factor,
+    InputSpec,
+    LeafSpec,
+    OutputSpec,
+    SourceRef,
+    SymbolSpec,
+    TargetRecord,
+    TensorSpec,
+)
 
 FULL = os.environ.get("STITCHCACHE_FULL") == "1"
 TIMES = 20 if FULL else 1
@@ -103,6 +117,30 @@ def execution_fn(x, s0, *, __vllm_submods__):
 """
 
 
+EXAMPLE = ((torch.ones(2, 4), [torch.ones(4, 8)]), {"flag": True, "count": 3})
+
+
+def contracted(artifact: Artifact) -> Artifact:
+    """The artifact with a contract that the example fulfils."""
+    x = TensorSpec(dtype="float32", device="cpu", shape=("s0", 4), stride=(4, 1))
+    y = TensorSpec(dtype="float32", device="cpu", shape=("2*s0", "s0**3"), stride=("s0**3", 1))
+    leaves = (
+        LeafSpec(path="x", kind="tensor", tensor=x),
+        LeafSpec(path="y[0]", kind="inout", tensor=y),
+        LeafSpec(path="flag", kind="constant", value=True),
+        LeafSpec(path="count", kind="symbol", symbol="s0 + 1"),
+    )
+    spec = InputSpec(
+        tree=tree.dumps(tree.flatten(EXAMPLE)[1]),
+        leaves=leaves,
+        symbols=(SymbolSpec(name="s0", min=1, max=64, label="rows"),),
+        constraints=("s0 <= 2*s0", "max(s0, 3) // 2 > 0", "distinct", "plain", "apart"),
+    )
+    results = tree.dumps(tree.flatten({"a": (x, [x])})[1])
+    outputs = OutputSpec(tree=results, count=2, mutations=("buffer:scale", "input:1"))
+    return dataclasses.replace(artifact, input_spec=spec, output_spec=outputs)
+
+
 class World:
     """Good data of every kind, a key, and caches that take what it signs."""
 
@@ -134,6 +172,11 @@ class World:
         )
         self.consts = [dump_consts(CONSTS), *(dump_consts([value]) for value in CONSTS)]
         self.model = torch.nn.Linear(4, 3).eval()
+        self.contract = msgpack.unpackb(open_frame(encode(contracted(self.artifact)), Kind.ENTRY)[2])
+        eager = {"magic": EAGER, "code": BOUND, "names": ["a", "b"], "consts": dump_consts([1.5])}
+        values = {"attributes": {"a": dump_consts([torch.ones(2)]), "b": dump_consts([torch.ones(2)])}}
+        self.eager = {**eager, **values, "bodies": {}}
+        self.piece = directory / "piece.eager"
         self.blobs = {blob.digest: self.cache.blob_path(blob).read_bytes() for blob in self.artifact.blobs}
 
     def signed(self, kind: Kind, header_: bytes, payload: bytes, name: str) -> bytes:
@@ -206,13 +249,36 @@ def payload(world: World, mutator: Mutator) -> None:
 
 def contract(world: World, mutator: Mutator) -> None:
     """An entry whose contract is turned into checks, and an example held against them."""
-    body = {**world.payload}
+    body = {**world.contract}
     name = mutator.pick(("input_spec", "input_spec", "output_spec", "bindings"))
     body[name] = mutator.tree(body[name])
+    if mutator.random.random() < 0.5:
+        at, spec = mutator.pick((0, 1)), world.contract["input_spec"]
+        changed = [*spec["constraints"]]
+        changed[at] = mutator.text(changed[at], SIZES)
+        body["input_spec"] = {**spec, "constraints": changed}
     data = seal(Kind.ENTRY, msgpack.packb(world.header), mutator.packed(body))
-    found = decode_named(data, GRAPH, "x.stitch")
-    if found.input_spec is not None:
-        misfit(found, world.model.forward, (torch.ones(2, 4),), {}, CodeObjects())
+    misfit(decode_named(data, GRAPH, "x.stitch"), world.model.forward, *EXAMPLE, CodeObjects())
+
+
+def expressions(world: World, mutator: Mutator) -> None:
+    """Sizes over symbols, checked and evaluated at small, large and absurd values."""
+    text = mutator.pick(
+        ("s0 + 1", "(2*s0 + s1) // 3", "max(s0, s1) - 1", "s0**2 <= 4*s1", "not s0 % s1 == 0")
+    )
+    for _ in range(mutator.pick((1, 2, 3))):
+        text = mutator.text(text, SIZES)
+    refused(lambda: names_in(text))
+    check_expression(text, {"s0", "s1"}, "field")
+    value = evaluator(text)
+    for size in (0, 1, -1, 4096, (1 << 63) - 1):
+        refused(lambda size=size: value({"s0": size, "s1": 7}))
+
+
+def eager_piece(world: World, mutator: Mutator) -> None:
+    """A piece that is source and constants."""
+    world.piece.write_bytes(mutator.packed(mutator.tree(world.eager)))
+    get_backend("eager").load(world.piece, "cpu")
 
 
 def consts(world: World, mutator: Mutator) -> None:
@@ -241,8 +307,14 @@ def code_objects(world: World, mutator: Mutator) -> None:
     digest.add("<x>", "source", compile("1", "<x>", "exec"))
     ((name, _),) = digest
     size = struct.pack("<I", mutator.pick((0, 1, 1 << 20, 0x7FFFFFFF, 0xFFFFFFFF)))
+    huge = struct.pack("<I", mutator.pick((1000, 1 << 20, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)))
+    begun = mutator.pick((b"c", b"\xe3")) + mutator.random.randbytes(20) + b"s\0\0\0\0"
     data = mutator.pick((
         world.code[: mutator.random.randrange(len(world.code))],
+        # Claims of more than there is, in a code object: marshal would make room for them first.
+        begun + bytes([mutator.pick(b"(>\xa8\xbesulaA")]) + huge + b"N" * mutator.pick((0, 9, 900)),
+        begun + (b"(" + struct.pack("<I", 900)) * mutator.pick((1, 9, 900)) + b"N" * 900,
+        begun + b"i\0\0\0" * mutator.pick((0, 2)),
         marshal.dumps(mutator.tree([1, "a", {"b": 2.5}])),
         bytes([mutator.pick(b"[(<>{sziIylrR?")]) + size,
         b"(" + b"\1\0\0\0(" * 3000,
@@ -322,9 +394,12 @@ def bundle(world: World, mutator: Mutator) -> None:
 
 
 SURFACES = {
-    envelope: 12_000, payload: 9_500, consts: 15_500, gate: 6_500, target: 5_000, code_objects: 500,
-    signature: 700, cached: 150, bundle: 150,
+    envelope: 12_000, payload: 8_500, consts: 12_000, gate: 6_000, target: 5_000, expressions: 3_000,
+    contract: 1_000, eager_piece: 1_000, code_objects: 500, signature: 700, cached: 150, bundle: 150,
 }  # fmt: skip
+
+
+FEW_REFUSED = (envelope, gate, signature, code_objects, cached)
 
 
 def write(world: World, area: Area, name: str, data: bytes) -> None:
@@ -359,6 +434,14 @@ def test_good_data_of_every_kind_is_taken(world):
     assert [load_consts(data) for data in world.consts]
     for source in (BOUND, LIST):
         assert check_code(source, 2, 1)
+    data = seal(Kind.ENTRY, msgpack.packb(world.header), msgpack.packb(world.contract))
+    found = decode_named(data, GRAPH, "x.stitch")
+    assert misfit(found, world.model.forward, *EXAMPLE, CodeObjects()) is None
+    world.piece.write_bytes(msgpack.packb(world.eager))
+    assert get_backend("eager").load(world.piece, "cpu")
+    objects = CodeObjects()
+    objects.add("<x>", "source", compile(BOUND, "<x>", "exec"))
+    assert objects.get("<x>", "source") == compile(BOUND, "<x>", "exec")
     write(world, Area.ENTRIES, GRAPH, world.signed_entry)
     assert world.cache.get(GRAPH) == world.artifact
     signature = world.keys.sign("target", key("t"), packed_digest(world.record))
@@ -402,7 +485,9 @@ def test_only_refusals_come_out(surface, world, caplog):
     # A collection of the whole suite's garbage, or a busy machine, may fall into any one of them.
     assert slowest[0] < 1.0 or min(_again(surface, world, slowest[1]) for _ in range(3)) < 1.0, slowest
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+    count = f"{SURFACES[surface] * TIMES} executions of {surface.__name__}, {taken} not refused"
+    print(f"{count}; the longest {slowest[0] * 1e3:.0f} ms ({slowest[1]}); memory grew by {grown >> 20} MiB")
     assert grown < MEMORY, f"{grown} bytes"
     # Mutations that are all refused, or all taken, would show nothing.
     assert taken > 0
-    assert taken < SURFACES[surface] * TIMES or surface in (envelope, gate, signature, code_objects, cached)
+    assert taken < SURFACES[surface] * TIMES or surface in FEW_REFUSED

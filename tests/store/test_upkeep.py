@@ -11,6 +11,7 @@ from hostile import Intercepted
 from stores import artifact, files_under, key, put, read_back, target
 
 from stitchcache.cache import Cache
+from stitchcache.errors import StoreWriteError
 from stitchcache.store.probe import probe
 from stitchcache.store.publish import MAX_FILES
 
@@ -228,6 +229,96 @@ def test_a_good_entry_published_meanwhile_is_not_quarantined(cache):
     path = str(entry_path(cache, made.graph_hash))
     assert quarantine(cache._top, path, os.stat(path).st_ino + 1, "it was damaged, but that was another file")
     assert cache.get(made.graph_hash) == made
+
+
+# -- a directory that somebody else can write as well -----------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path):
+    """Somebody's files, long unused: some named as if a cache had left them."""
+    home = tmp_path / "home"
+    (home / "project").mkdir(parents=True)
+    names = [
+        "letter",
+        "uv.lock",
+        "project/main.py",
+        f"{key('other')}.lock.bak",
+        *(f"n{i}" for i in range(80)),
+    ]
+    for name in names:
+        (home / name).write_text("mine")
+        os.utime(home / name, (0, 0))
+    return home
+
+
+@pytest.mark.parametrize("area", ["tmp", "locks", "quarantine", "entries", "blobs", "targets", "pieces"])
+def test_nothing_is_removed_or_put_where_a_link_in_a_cache_leads(tmp_path, home, area):
+    """Whoever could write the cache would choose what its next prune removes, as whoever runs that."""
+    put(Cache(home / "cache"), "theirs", [b"theirs"])
+    for shard in (home / "cache").rglob("*"):
+        os.utime(shard, (0, 0))
+    before = files_under(home)
+    cache = Cache(tmp_path / "shared", trust="any")
+    put(cache, "a", [b"one"])
+    there = home / "cache" / area if area in ("entries", "blobs") else home
+    if (cache.root / area).exists():
+        (cache.root / area).rename(tmp_path / "aside")
+    (cache.root / area).symlink_to(there)
+    again = Cache(cache.root, trust="any", max_bytes=0)
+    again.plan_prune(max_bytes=0, max_files=0, grace_seconds=0.0).execute()
+    again.clear()
+    if area in ("entries", "blobs"):
+        with pytest.raises(StoreWriteError):
+            put(again, "b", [b"two"])
+    elif area != "tmp":
+        put(again, "b", [b"two"])
+        entry_path(again, key("b")).parent.mkdir(parents=True, exist_ok=True)
+        entry_path(again, key("b")).write_bytes(b"junk")
+        assert again.get(key("b")) is None
+    assert files_under(home) == before
+
+
+def test_what_a_cache_did_not_name_is_left_alone(cache):
+    put(cache, "a", [b"one"])
+    for name in ("tmp/notes.txt", "tmp/work/deep/file", "locks/uv.lock", "quarantine/letter"):
+        (cache.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache.root / name).write_text("mine")
+        os.utime(cache.root / name, (0, 0))
+    os.utime(cache.root / "tmp" / "work", (0, 0))
+    old = cache.root / "tmp" / f"elsewhere.{'0' * 16}.scratch"
+    (old / "deep").mkdir(parents=True)
+    (old / "deep" / "link").symlink_to(cache.root / "entries")
+    os.utime(old, (0, 0))
+    assert cache.clear().failed == []
+    assert not old.exists()
+    assert {name for name in files_under(cache.root) if "/" in name and "stats" not in name} == {
+        "tmp/notes.txt", "tmp/work/deep/file", "locks/uv.lock", "locks/blobs", "quarantine/letter"
+    }  # fmt: skip
+
+
+def test_a_lock_directory_that_others_can_write_is_as_good_as_none(tmp_path):
+    """Else one of them could hold a lock for ever, and everybody would wait to compile."""
+    cache = Cache(tmp_path / "c", trust="any")
+    put(cache, "a", [b"one"])
+    with cache.lock(key("x")) as held:
+        assert held
+        (cache.root / "locks").chmod(0o777)
+        with Cache(cache.root, trust="any").lock(key("x")) as second:
+            assert not second
+
+
+def test_a_list_of_entries_reads_no_more_of_an_old_one_than_may_be_in_it(cache):
+    put(cache, "a", [b"one"])
+    with open(cache.root / f"{key('b')}.pkl", "wb") as file:
+        file.write(b"\x80")
+        file.truncate(2 << 30)
+
+    class Watching(Intercepted):
+        def before(self, name, args):
+            assert name != "read" or args[1] <= (256 << 20) + 1
+
+    assert [each.graph_hash for each in Cache(cache.root, _files=Watching()).entries()] == [key("a")]
 
 
 # -- statistics ------------------------------------------------------------------------------------

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 # Imported before a child becomes a user who may not be able to read them.
-import grp  # noqa: F401
+import ast
+import grp
 import os
-import pwd  # noqa: F401
+import pwd
 import secrets  # noqa: F401
 import shutil
 import stat
@@ -25,6 +26,7 @@ import stitchcache.store.evict
 import stitchcache.store.refusal  # noqa: F401
 from stitchcache.cache import Cache
 from stitchcache.errors import StoreWriteError, UntrustedEntryError
+from stitchcache.store import distrusted_way
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be two users")
 
@@ -171,6 +173,21 @@ def test_what_another_user_could_exchange_is_refused_with_the_way_to_mend_it(pla
     assert re.search(said, found), found
 
 
+def test_a_device_in_place_of_a_file_is_not_read(place):
+    root = place / "home" / "cache"
+    as_user(OWNER, fill, root)
+    for path in blob_and_entry(root):
+        path.unlink()
+        try:
+            os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5))
+        except PermissionError:
+            pytest.skip("no devices can be made here")
+        os.chown(path, OWNER, OWNER)
+        assert as_user(OWNER, look, root) == "None"
+        as_user(OWNER, fill, root)
+        assert as_user(OWNER, look, root) == "[b'one', b'two']"
+
+
 def test_a_directory_above_that_is_sticky_or_roots_is_fine(place):
     shared = place / "shared"
     shared.mkdir()
@@ -307,6 +324,89 @@ def test_what_is_swapped_between_check_and_use_is_never_run(place, full):
     assert "EVIL" not in said
     assert "one" not in said, "an owner of a directory above could exchange it at any time"
     assert "refused" in said
+
+
+def test_what_is_swapped_in_a_directory_of_another_is_loaded_only_as_it_was_signed(place, full):
+    """Trust "signed": who owns all the files exchanges entries and blobs, without pause."""
+    pytest.importorskip("cryptography")
+    from stitchcache.ext import sign
+    from stitchcache.store import signed  # noqa: F401
+
+    there, mine = place / "there", place / "home" / "keys"
+    there.mkdir()
+    os.environ["STITCHCACHE_KEYS"] = str(mine)
+
+    def begin(root):
+        sign.Keys().generate("ci@example.com")
+        fill(root)
+        put(Cache(root), "b", [b"six", b"ten"])
+
+    as_user(OWNER, os.mkdir, place / "home" / "cache", 0o755)
+    assert as_user(OWNER, begin, place / "home" / "cache") == "None"
+    root = there / "cache"
+    (place / "home" / "cache").rename(root)
+    for path in [there, root, *root.rglob("*")]:
+        os.chown(path, STRANGER, STRANGER)
+    swapped = [*root.glob("blobs/*/*"), *root.glob("entries/*/*")]
+    other = {
+        path: next(each for each in swapped if each.parts[-3] == path.parts[-3] and each != path)
+        for path in swapped
+    }
+    files = {path: [path.read_bytes(), other[path].read_bytes(), b"EVI"] for path in swapped}
+    pid = os.fork()
+    if pid == 0:
+        os.setgid(STRANGER)
+        os.setuid(STRANGER)
+        while True:
+            for index in range(3):
+                for path, contents in files.items():
+                    (there / "new").write_bytes(contents[index])
+                    os.rename(there / "new", path)
+
+    def use(root):
+        found = {}
+        for _ in range(10_000 if full else 200):
+            for name in ("a", "b"):
+                try:
+                    said = f"{name} {read_back(Cache(root, trust='signed'), key(name))}"
+                except UntrustedEntryError:
+                    said = f"{name} refused"
+                found[said] = found.get(said, 0) + 1
+        return found
+
+    try:
+        said = as_user(OWNER, use, root)
+    finally:
+        del os.environ["STITCHCACHE_KEYS"]
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+    good = {"a [b'one', b'two']", "a None", "a refused", "b [b'six', b'ten']", "b None", "b refused"}
+    assert set(ast.literal_eval(said)) <= good, said
+    print(said)
+
+
+def test_a_private_group_may_write_where_torch_builds_and_nobody_else(place):
+    """With a umask of 002, which many systems have, torch's directory is the group's too."""
+    try:
+        user = pwd.getpwnam("daemon")
+        assert grp.getgrgid(user.pw_gid).gr_name == "daemon"
+    except (KeyError, AssertionError):
+        pytest.skip("no user with a group of its own")
+    built = place / "torchinductor"
+    built.mkdir()
+    os.chown(built, user.pw_uid, user.pw_gid)
+
+    def asked(mode):
+        built.chmod(mode)
+        return as_user(user.pw_uid, lambda: (distrusted_way(str(built), of_torch=True) or "fine")[:99])
+
+    assert asked(0o700) == asked(0o755) == asked(0o775) == "'fine'"
+    for mode in (0o777, 0o1777, 0o1775, 0o1757):
+        assert "others can write it" in asked(mode), oct(mode)
+    built.chmod(0o775)
+    assert "others can write it" in as_user(user.pw_uid, distrusted_way, str(built))
+    os.chown(built, user.pw_uid, OWNER)
+    assert "others can write it" in asked(0o775)
 
 
 def test_what_is_written_over_after_the_check_is_not_what_runs(tmp_path):
