@@ -142,7 +142,7 @@ def _acquire(
     while True:
         try:
             root.make_dir(os.path.dirname(path))
-            if distrust(os.path.dirname(path), files.lstat(os.path.dirname(path))):
+            if root.trust == "signed" and distrust(os.path.dirname(path), files.lstat(os.path.dirname(path))):
                 # Somebody else could hold the lock for ever.
                 return None
             fd = files.open_or_create(path)

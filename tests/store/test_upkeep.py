@@ -299,12 +299,12 @@ def test_what_a_cache_did_not_name_is_left_alone(cache):
 
 def test_a_lock_directory_that_others_can_write_is_as_good_as_none(tmp_path):
     """Else one of them could hold a lock for ever, and everybody would wait to compile."""
-    cache = Cache(tmp_path / "c", trust="any")
+    cache = Cache(tmp_path / "c", trust="signed")
     put(cache, "a", [b"one"])
     with cache.lock(key("x")) as held:
         assert held
         (cache.root / "locks").chmod(0o777)
-        with Cache(cache.root, trust="any").lock(key("x")) as second:
+        with Cache(cache.root, trust="signed").lock(key("x")) as second:
             assert not second
 
 
