@@ -13,7 +13,7 @@ import pytest
 
 HERE = Path(__file__).parent
 BENCHMARKS = ["bench_warm", "bench_cold", "bench_call", "bench_threads", "bench_eager"]
-BENCHMARKS += ["bench_trust", "report"]
+BENCHMARKS += ["bench_trust", "bench_serve", "report"]
 PAGE = (
     "<!-- begin warm -->\nold\n<!-- end warm -->\nkept\n<!-- begin cold -->\nold cold\n<!-- end cold -->\n"
     "<!-- begin call-cuda -->\ngpu old\n<!-- end call-cuda -->\n"
