@@ -268,7 +268,7 @@ class AotiBackend(InductorBackend):
                 "backend='inductor' or 'eager'.",
                 backend=self.name,
             )
-        places = (str(directory), inductor.directory(), str(Path(torch.__file__).parent), sys.prefix)
+        places = (str(directory), *inductor.directories(), str(Path(torch.__file__).parent), sys.prefix)
 
         def finish() -> Path:
             if deferred is not None:
@@ -356,14 +356,14 @@ def _require_own_directory() -> None:
     # A warm start builds nothing.
     from stitchcache.store import distrusted_way
 
-    place = inductor.directory()
-    reason = distrusted_way(place, of_torch=True)
-    if reason is not None:
-        raise BackendError(
-            f"torch builds in {place}, and loads what it finds there: {reason}; or set "
-            "TORCHINDUCTOR_CACHE_DIR to a directory of your own.",
-            backend="inductor",
-        )
+    for place in inductor.directories():
+        reason = distrusted_way(place, of_torch=True)
+        if reason is not None:
+            raise BackendError(
+                f"torch builds in {place}, and loads what it finds there: {reason}; or set "
+                "TORCHINDUCTOR_CACHE_DIR, and TMPDIR for precompiled headers, to directories of your own.",
+                backend="inductor",
+            )
 
 
 def _named(node: Node) -> str:

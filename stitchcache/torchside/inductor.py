@@ -33,11 +33,17 @@ def import_compiler() -> None:
             continue
 
 
-def directory() -> str:
-    """Where Inductor builds, and keeps what it built; it is made if it is missing."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+def directories() -> tuple[str, str]:
+    """Where Inductor builds and keeps what it built, and where it keeps precompiled headers; both are made.
 
-    return str(cache_dir())
+    The second is in the system's temporary directory, whatever ``TORCHINDUCTOR_CACHE_DIR`` says.
+    """
+    from torch._inductor.runtime import cache_dir_utils
+
+    headers = str(cache_dir_utils.default_cache_dir())
+    # As nobody else has made it, nobody else will.
+    os.makedirs(headers, 0o700, exist_ok=True)
+    return str(cache_dir_utils.cache_dir()), headers
 
 
 def draws_in_order() -> bool:

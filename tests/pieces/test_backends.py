@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 import stitchcache
 from stitchcache.capture import capture
+from stitchcache.errors import BackendError
 from stitchcache.options import COMPILER_OPTIONS
 from stitchcache.pieces import (
     ENOUGH,
@@ -22,6 +24,7 @@ from stitchcache.pieces import (
     thread_options,
 )
 from stitchcache.pipeline.find import Request
+from stitchcache.torchside import inductor
 
 cpu_vec_isa = pytest.importorskip("torch._inductor.cpu_vec_isa")
 
@@ -77,6 +80,24 @@ def test_two_pieces_share_headers_and_probes(tmp_path, fresh_process):
     probes = [line.split()[0] for line in commands if line.startswith(str(tmp_path / "inductor"))]
     assert 0 < len(probes) == len(set(probes)) <= 4, "only those that decide, and each once"
     assert not list((tmp_path / "tmp").glob("stitchcache-*"))
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["what it built", "precompiled headers"])
+def test_a_directory_of_torch_that_others_can_write_is_not_used(which, tmp_path, monkeypatch):
+    """Headers are not where TORCHINDUCTOR_CACHE_DIR says, and who makes that directory first could fill it."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "built"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    os.chmod(inductor.directories()[which], 0o777)
+    with pytest.raises(BackendError, match="mode 0777.*TMPDIR"):
+        get_backend("inductor").load(tmp_path / "piece", "cpu")
+
+
+@pytest.mark.compile
+def test_a_caller_that_others_could_have_put_there_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert get_backend("aoti")._caller() is not None
+    os.chmod(tmp_path / "stitchcache", 0o777)
+    assert get_backend("aoti")._caller() is None
 
 
 @pytest.mark.parametrize(
