@@ -84,11 +84,11 @@ def test_two_pieces_share_headers_and_probes(tmp_path, fresh_process):
 
 @pytest.mark.parametrize("which", [0, 1], ids=["what it built", "precompiled headers"])
 def test_a_directory_of_torch_that_others_can_write_is_not_used(which, tmp_path, monkeypatch):
-    """Headers are not where TORCHINDUCTOR_CACHE_DIR says, and who makes that directory first could fill it."""
+    """Headers are not where TORCHINDUCTOR_CACHE_DIR says; who makes that directory first could fill it."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "built"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     os.chmod(inductor.directories()[which], 0o777)
-    with pytest.raises(BackendError, match="mode 0777.*TMPDIR"):
+    with pytest.raises(BackendError, match=r"mode 0777.*TMPDIR"):
         get_backend("inductor").load(tmp_path / "piece", "cpu")
 
 
