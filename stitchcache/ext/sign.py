@@ -134,8 +134,8 @@ class Keys:
         try:
             # It names the keys that may run code here, so it is held to the rules for that code.
             self._require_own(path)
-            # A FIFO is not waited for.
-            with open(self._files.open_read(path), encoding="utf-8") as file:
+            # A FIFO is not waited for, and only a line feed ends a line.
+            with open(self._files.open_read(path), encoding="utf-8", newline="") as file:
                 return file.read()
         except FileNotFoundError:
             return ""

@@ -25,6 +25,7 @@ from stitchcache.errors import (
     BackendError,
     CaptureError,
     EntryFormatError,
+    LinkError,
     SplitError,
     StitchCacheError,
     StoreWriteError,
@@ -389,7 +390,7 @@ class Shelf:
                 if path is None:
                     return False
                 self.pieces[piece.key] = get_backend(record.backend).load(path, self._device)
-        except (UntrustedEntryError, BackendError, EntryFormatError, OSError) as error:
+        except (UntrustedEntryError, BackendError, EntryFormatError, LinkError, OSError) as error:
             log.warning("%s: a stored piece cannot be used and is compiled again: %s", self._label, error)
             return False
         self.blobs[piece.key] = record.blob

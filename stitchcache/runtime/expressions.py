@@ -99,7 +99,7 @@ def _check(node: ast.AST) -> None:
             parts = node.values
         case ast.Compare(ops=[ast.Eq() | ast.NotEq() | ast.Lt() | ast.LtE() | ast.Gt() | ast.GtE()]):
             parts = [node.left, *node.comparators]
-        case ast.Call(func=ast.Name(id="max" | "min"), args=[_, *_], keywords=[]):
+        case ast.Call(func=ast.Name(id="max" | "min"), args=[_, _, *_], keywords=[]):
             parts = node.args
         case _:
             raise ValueError(f"it holds {type(node).__name__}")
