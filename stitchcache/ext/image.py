@@ -224,7 +224,7 @@ def push_image(path: str | os.PathLike[str], reference: str, *, insecure: bool =
     try:
         with open(os.path.join(path, "index.json"), "rb") as file:
             (digest,) = (named["digest"] for named in json.load(file)["manifests"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         said = f"{path} is no image that 'stitchcache image build' made ({error})."
         raise OptionError(said, option="path") from error
     tool = shutil.which("skopeo")

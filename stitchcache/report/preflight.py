@@ -6,9 +6,11 @@ entries, whoever may write them; nothing is loaded, stored or counted.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
@@ -123,7 +125,7 @@ def _artifacts(source: str | os.PathLike[str] | Cache) -> Iterator[Artifact]:
                 file = bundle.extractfile(member)
                 if file is not None:
                     yield decode_named(file.read(), graph_hash, f"{os.fspath(source)}:{member.name}")
-    except (OSError, tarfile.TarError) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise OptionError(
             f"{os.fspath(source)} is no cache's directory, no bundle and no image ({error}).", option="SOURCE"
         ) from error
@@ -139,7 +141,10 @@ def _layer(source: str) -> str | None:
             with open(path, "rb") as file:
                 digest = json.loads(file.read(_MOST_BYTES))[field][0]["digest"].removeprefix("sha256:")
             path = os.path.join(source, "blobs", "sha256", os.path.basename(digest))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                raise ValueError(f"layer {digest[:12]} is of other bytes than its name says")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise OptionError(f"{source} is a damaged image ({error}).", option="SOURCE") from error
     return path
 

@@ -29,7 +29,7 @@ from stitchcache.artifact.entry import OUTSIDE
 from stitchcache.cache import Cache
 from stitchcache.errors import OptionError, StoreError, StoreWriteError, UntrustedEntryError
 from stitchcache.ext.image import build_image, push_image
-from stitchcache.report.preflight import machine_record
+from stitchcache.report.preflight import machine_record, preflight, read_machine
 from stitchcache.types import Factor
 
 TARGET = """
@@ -349,7 +349,14 @@ def test_an_image_is_checked_before_it_is_pushed(prewarmed, tmp_path):
     ]
     assert answers[0] == answers[1]
     assert answers[0]["missed"] == 0
-    (tmp_path / "image" / "index.json").write_text("{}")
+    (described,) = manifest_of(tmp_path / "image")["layers"]
+    layer = blob(tmp_path / "image", described["digest"])
+    whole = layer.read_bytes()
+    for cut in (b"", whole[:-9], whole[: len(whole) // 2], whole[:300] + b"junk" + whole[304:]):
+        layer.write_bytes(cut)
+        with pytest.raises(OptionError, match="of other bytes than its name"):
+            preflight(tmp_path / "image", read_machine(tmp_path / "node.json"))
+    (tmp_path / "image" / "index.json").write_text('{"manifests": [{"digest": "sha256:../../x"}]}')
     damaged = run("check", tmp_path / "image", "--machine", tmp_path / "node.json")
     assert (damaged.returncode, "damaged image" in damaged.stderr) == (2, True)
 
