@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stitchcache.api import prewarm as api
@@ -20,7 +21,7 @@ from stitchcache.artifact.entry import decode_named, decode_signed
 from stitchcache.cache import Cache
 from stitchcache.errors import StitchCacheError, TargetError, check_kind
 from stitchcache.ext.export import select
-from stitchcache.pipeline.find import OnProgress, Progress, chosen_cache
+from stitchcache.pipeline.find import OnProgress, chosen_cache
 from stitchcache.store import Area
 
 # Seconds between two looks at what nodes tell.
@@ -62,8 +63,9 @@ def prewarm(
     targets = [(reference, target) for reference in listed for target in api.find_targets(reference)]
     api.check_names([target for _, target in targets])
     if on_progress is not None:
+        # On this node, so that it lives as long as who reads it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        board = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     waiting = {}
     for reference, target in targets:
         chosen = resources(target.name) if callable(resources) else resources
@@ -73,26 +75,12 @@ def prewarm(
     found: dict[str, PrewarmResult] = {}
     while waiting:
         done, _ = ray.wait(list(waiting), timeout=None if board is None else _LOOKED_EVERY)
-        for progress in ray.get(board.take.remote()) if board is not None else ():
-            on_progress(progress)  # type: ignore[misc]
+        while board is not None and not board.empty():
+            on_progress(board.get())  # type: ignore[misc]
         for each in done:
             name = waiting.pop(each)
             found[name] = _stored(store, name, each)
     return PrewarmReport(tuple(api.looked_up([found[target.name] for _, target in targets], store)))
-
-
-class _Board:
-    """Where nodes write what they are at, and the caller reads it."""
-
-    def __init__(self) -> None:
-        self._told: list[Progress] = []
-
-    def tell(self, progress: Progress) -> None:
-        self._told.append(progress)
-
-    def take(self) -> list[Progress]:
-        told, self._told = self._told, []
-        return told
 
 
 def _compiled(
@@ -101,7 +89,7 @@ def _compiled(
     """On a node: a target's result, and the files that its entries need, by path below a root."""
     cache = Cache()
     targets = [target for target in api.find_targets(reference) if target.name == name]
-    tell = None if board is None else board.tell.remote
+    tell = None if board is None else board.put
     (result,) = api.prewarm(targets, jobs=jobs, cache=cache, fake=fake, on_progress=tell).results
     if result.error is not None:
         return result, {}
