@@ -21,7 +21,7 @@ import torch
 
 from stitchcache import encoding
 from stitchcache.errors import BindError
-from stitchcache.torchside import INTERNALS, negated, storage_id
+from stitchcache.torchside import INTERNALS, is_wrapper, negated, storage_id
 from stitchcache.types import BindingSpec
 
 # What holds no tensors of the model's own, however much can be reached through it.
@@ -31,6 +31,7 @@ _REGISTERED = ("_parameters", "_buffers", "_modules")
 # Compiled where a path is met, which most models have none of.
 _STEP = r"\.?([^.\[\]]+)|\[(?:(-?\d{1,18})|'([^']*)')\]"
 _CONTAINERS = (list, dict, set)
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _Slots = dict[type, list[tuple[str, MemberDescriptorType]]]
 
 
@@ -67,6 +68,89 @@ def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
                 if tensor is not None:
                     state[prefix + name] = tensor
     return state
+
+
+def taken_apart(model: torch.nn.Module) -> torch.nn.Module:
+    """A model of plain tensors for one with tensors made of others, as torchao's quantized weights are.
+
+    It is the model itself where there are none. Else its modules are copied and share all that they hold, but
+    for such a tensor: a module of its name has the inner ones, as in ``layer.weight.qdata``. During a call of
+    the copy the tensor is whole. torch's own kinds (``DTensor``) are left as they are.
+    """
+    made_of_others = {
+        id(tensor): tensor
+        for tensor in state_of(model).values()
+        if type(tensor) not in _PLAIN_TENSORS and is_wrapper(tensor) and not _is_of_torch(type(tensor))
+    }
+    if not made_of_others:
+        return model
+    copies: dict[int, torch.nn.Module] = {}
+    for _, module in modules_of(model):
+        if id(module) not in copies:
+            copies[id(module)] = made = type(module).__new__(type(module))
+            for name, value in vars(module).items():
+                # torchao sets extra_repr to a method of the module that was, for people only.
+                if name != "extra_repr":
+                    vars(made)[name] = (
+                        value.copy() if name in INTERNALS and isinstance(value, dict) else value
+                    )
+    whole = _Whole()
+    parts = {identity: _Parts(tensor) for identity, tensor in made_of_others.items()}
+    for module in copies.values():
+        for name, child in module._modules.items():
+            module._modules[name] = None if child is None else copies[id(child)]
+        for registry in ("_parameters", "_buffers"):
+            table = vars(module)[registry]
+            for name in [name for name, tensor in table.items() if id(tensor) in parts]:
+                held = parts[id(table.pop(name))]
+                module._modules[name] = held
+                whole.places.append((held, module, registry, name))
+    copy = copies[id(model)]
+    copy.register_forward_pre_hook(whole.begin, prepend=True)
+    copy.register_forward_hook(whole.end, always_call=True)
+    return copy
+
+
+def _is_of_torch(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == "torch"
+
+
+class _Parts(torch.nn.Module):
+    """The tensors that one tensor is made of, and what else it takes to make it."""
+
+    def __init__(self, tensor: Any) -> None:
+        super().__init__()
+        self.training = False
+        names, self.context = tensor.__tensor_flatten__()
+        self.cls, self.size, self.strides = type(tensor), tuple(tensor.shape), tensor.stride()
+        for name in names:
+            part = getattr(tensor, name)
+            inner = is_wrapper(part)
+            (self._modules if inner else self._buffers)[name] = _Parts(part) if inner else part
+
+    def whole(self) -> Any:
+        nested: Any = self._modules
+        parts = {**self._buffers, **{name: part.whole() for name, part in nested.items()}}
+        return self.cls.__tensor_unflatten__(parts, self.context, self.size, self.strides)
+
+
+class _Whole:
+    """Hooks around a model's call, in which tensors that were taken apart are whole."""
+
+    def __init__(self) -> None:
+        self.places: list[tuple[_Parts, torch.nn.Module, str, str]] = []
+
+    def begin(self, *_: Any) -> None:
+        made: dict[int, Any] = {}
+        for parts, module, registry, name in self.places:
+            if id(parts) not in made:
+                made[id(parts)] = parts.whole()
+            # Found before the submodule of this name.
+            vars(module)[registry][name] = made[id(parts)]
+
+    def end(self, *_: Any) -> None:
+        for _parts, module, registry, name in self.places:
+            vars(module)[registry].pop(name, None)
 
 
 def plain_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -193,10 +277,10 @@ def bind_tensors(
     dtypes: dict[str, object] = {}
     found: dict[str, torch.Tensor] = {}
     for binding in bindings:
-        if binding.kind == "attribute":
+        tensor = (constants if binding.kind == "constant" else state).get(binding.name)
+        if tensor is None and binding.kind != "constant":
+            # In a plain attribute, or one of those that a quantized parameter is made of.
             tensor = tensor_at(model, binding.name)
-        else:
-            tensor = (constants if binding.kind == "constant" else state).get(binding.name)
         if tensor is None:
             what = f"the model has no {binding.kind} {binding.name!r}, which the artifact uses"
             raise _unfit(what, binding.name, binding.kind, "nothing")

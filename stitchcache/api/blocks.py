@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import is_
@@ -18,11 +20,13 @@ from stitchcache.keys.model import model_factors
 from stitchcache.pipeline.find import check_model, chosen_cache
 from stitchcache.pipeline.look import verify
 from stitchcache.runtime.model import CompiledModel
+from stitchcache.state import taken_apart
 from stitchcache.torchside import COMPILED_CALL
 
 log = logging.getLogger("stitchcache")
 
 _PLAIN = (dict, list, OrderedDict)
+_BUNDLE = "stitchcache.bundle"
 
 
 class CompiledBlocks:
@@ -42,6 +46,22 @@ class CompiledBlocks:
     def compiled(self) -> dict[str, CompiledModel]:
         """What each block runs at present, by name; equal blocks run one entry."""
         return {name: block.variants[0] for name, block in self._calls.items()}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what the blocks have run, adapters included, to a bundle signed with the user's own key.
+
+        Args:
+            path: The file, or a directory (a checkout of a repository on the Hub, say) that gets
+                ``stitchcache.bundle``.
+
+        Raises:
+            UntrustedEntryError: There is no key to sign with.
+            StoreError: An entry is not stored, or the file cannot be written.
+        """
+        # By name: an extra, which other starts have no use for.
+        export = importlib.import_module("stitchcache.ext.export")
+        hashes = dict.fromkeys(compiled.graph_hash for compiled, _ in self._known)
+        export.export_bundle(self._cache, _bundle_at(path), list(hashes))
 
     def undo(self) -> None:
         """Let the blocks run as they were before."""
@@ -82,7 +102,7 @@ def _kind_of(block: torch.nn.Module) -> object | None:
     What else a trace depends on is this process's, and blocks that were compiled go on through its changes.
     """
     try:
-        factors = [(factor.name, factor.digest) for factor in model_factors(block)]
+        factors = [(factor.name, factor.digest) for factor in model_factors(taken_apart(block))]
         return [*map(type, block.modules())], factors
     except UnkeyableError:
         return None
@@ -120,6 +140,10 @@ def _agree(
             difference=shared.check.difference,
             module=type(block).__name__,
         )
+
+
+def _bundle_at(path: str | os.PathLike[str]) -> str:
+    return os.path.join(path, _BUNDLE) if os.path.isdir(path) else os.fspath(path)
 
 
 class _Block:
@@ -196,6 +220,7 @@ def compile_blocks(
     kwargs: Mapping[str, Any] | None = None,
     *,
     blocks: Sequence[str] | Sequence[torch.nn.Module] | None = None,
+    source: str | os.PathLike[str] | None = None,
     cache: Cache | None = None,
     **options: Any,
 ) -> CompiledBlocks:
@@ -213,6 +238,9 @@ def compile_blocks(
         kwargs: Example keyword arguments.
         blocks: Class names of the blocks, or the blocks. ``None`` takes ``_repeated_blocks`` of the module,
             as models of diffusers have it, or else the longest ``ModuleList`` of modules of one class.
+        source: What ``save`` wrote, which is stored in the cache first: a file, or a directory with a
+            ``stitchcache.bundle``, such as a snapshot in the local cache of the Hub. Its signer must be
+            trusted.
         cache: Where to look and store; the default cache if ``None``.
         **options: As for :func:`stitchcache.compile`, for each block.
 
@@ -221,6 +249,9 @@ def compile_blocks(
 
     Raises:
         OptionError: The module has no such blocks, or an argument makes no sense.
+        EntryFormatError: ``source`` is damaged; nothing of it was stored.
+        UntrustedEntryError: ``source`` is not signed by a key that is trusted.
+        StoreError: ``source`` cannot be read, or not be stored.
         ModelMismatchError: A compiled block does something else than the block, on the example.
         CaptureError: A block cannot be captured.
         BackendError: A piece cannot be compiled.
@@ -229,6 +260,8 @@ def compile_blocks(
     check_model(module, args, {} if kwargs is None else kwargs)
     wanted = _blocks(module, blocks)
     made = CompiledBlocks(options, chosen_cache(cache))
+    if source is not None:
+        importlib.import_module("stitchcache.ext.bundle").import_bundle(made._cache, _bundle_at(source))
     hooks: dict[str, Any] = {}
 
     def note(name: str, block: torch.nn.Module) -> Callable[..., None]:

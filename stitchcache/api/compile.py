@@ -33,7 +33,7 @@ from stitchcache.pipeline.find import (
     want,
 )
 from stitchcache.runtime.model import CompiledModel, check_environment, refuse_change
-from stitchcache.state import devices_of
+from stitchcache.state import devices_of, taken_apart
 from stitchcache.store import flag
 from stitchcache.types import Change, Check
 
@@ -308,6 +308,7 @@ def load(
 
     def changed(other: torch.nn.Module) -> Change | None:
         """Without an example, the factors of the model alone tell."""
+        other = taken_apart(other)
         try:
             now = model_factors(other)
         except UnkeyableError as error:

@@ -22,8 +22,15 @@ _BY_WORDS = (
         'torch.cond, or torch.compile(model, backend="stitchcache"), which breaks the graph there.',
     ),
     (
+        r"cast NotImplemented",
+        "An op gets a tensor that is made of others, whose class knows it in __torch_dispatch__ only. Its "
+        "__torch_function__ has to know it, as torchao's does for linear layers. Leave that parameter as "
+        "it was (filter_fn= of torchao's quantize_).",
+    ),
+    (
         r"quantized|PackedParams|qint8|quint8|AffineQuantized",
-        "Quantized tensors and modules are out of scope. Compile the model that was quantized.",
+        "Quantized tensors and modules of torch.ao are out of scope. Quantize the model with torchao "
+        "(torchao.quantization.quantize_), whose weights can be compiled.",
     ),
 )
 

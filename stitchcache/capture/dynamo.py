@@ -113,7 +113,7 @@ def _refuse_unusual(tensors: Sequence[torch.Tensor]) -> None:
 def _unusual(what: str) -> CaptureError:
     return CaptureError(
         f"a graph that torch.compile captured has {what}; only plain tensors with strides can be passed to "
-        "compiled pieces.",
+        "compiled pieces. stitchcache.compile takes models with quantized weights.",
         reason=what,
     )
 

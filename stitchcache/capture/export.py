@@ -27,8 +27,9 @@ from stitchcache.compare import unchanged
 from stitchcache.errors import CaptureError, StitchCacheError
 from stitchcache.graph.effects import written_placeholders
 from stitchcache.graph.symbols import SymbolNames
-from stitchcache.state import clone_all, drawn_back, elements_of, plain_tensors, state_of
+from stitchcache.state import clone_all, drawn_back, elements_of, plain_tensors, state_of, taken_apart
 from stitchcache.torchside import has_fakes, is_wrapper, storage_id, tree
+from stitchcache.torchside.ops import made_of_others
 from stitchcache.types import InputSpec, OutputSpec
 
 _VALUE_READS = frozenset(
@@ -73,6 +74,7 @@ def capture(
 ) -> Capture:
     """Trace a model into one graph, as ``torch.export.export``; a CaptureError says where that fails."""
     leaves, spec = tree.flatten((args, dict(kwargs)))
+    whole, model = model, taken_apart(model)
     state, plain = state_of(model), plain_tensors(model)
     _refuse_unfinished([*state.values(), *leaves])
     if any(base.__name__ == "CompiledModel" for module in model.modules() for base in type(module).__mro__):
@@ -84,9 +86,9 @@ def capture(
     for name, tensor in (*state.items(), *given):
         if is_wrapper(tensor):
             raise CaptureError(
-                f"{name} is a {type(tensor).__qualname__}, a tensor that is made of others, as quantized "
-                "and distributed ones are; only plain tensors can be bound. Compile the model as it was "
-                "before it was converted.",
+                f"{name} is a {type(tensor).__qualname__}, a tensor that is made of others. Parameters and "
+                "buffers may be, as torchao quantizes them, but not arguments, nor torch's own (DTensor). "
+                "Pass plain tensors, or compile the model as it was before it was converted.",
                 reason=f"{name} is a {type(tensor).__qualname__}",
             )
     leaves = _separate(leaves, [*state.values(), *plain.values()])
@@ -98,7 +100,8 @@ def capture(
         # A mode slows the trace down, so only where there is something to see. What the forward keeps of a
         # trace has no data, and would spoil the model.
         seen = reads if real else nullcontext()
-        with torch.no_grad(), unchanged(model, registered=False), drawn_back(()), seen:
+        opened = _Opened() if model is not whole else nullcontext()
+        with torch.no_grad(), unchanged(model, registered=False), drawn_back(()), seen, opened:
             program = torch.export.export(
                 model, example[0], example[1], dynamic_shapes=dynamic_shapes, strict=False
             )
@@ -110,7 +113,7 @@ def capture(
         way_out = advice(model, args, kwargs, dynamic_shapes, error)
         raise _capture_error(model, error, way_out) from error
     gm = program.graph_module
-    bound, user_inputs = _inputs(program, _named_by_memory(state, plain))
+    bound, user_inputs = _inputs(program, _named_by_memory(state, plain if model is whole else state | plain))
     _refuse_read_state(gm, bound, reads.seen)
     if len(leaves) != len(user_inputs):
         raise CaptureError(
@@ -173,6 +176,8 @@ def _named_by_memory(
     state: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Tensor]
 ) -> dict[object, BoundTensor]:
     """The model's tensors that plain attributes, lists or objects lead to, by their memory.
+
+    For a copy of the model, all: what holds the model that it was copied from leads to them too.
 
     torch.export takes such a tensor for a constant. Copied into an artifact it would be another tensor than
     the model's: what one compiled model writes, no other would see, nor the model itself.
@@ -244,6 +249,27 @@ class _ValueReads(TorchFunctionMode):
         if args and id(args[0]) in self._watched and getattr(func, "__name__", "") in _VALUE_READS:
             self.seen.add(storage_id(args[0]))
         return func(*args, **(kwargs or {}))
+
+
+class _Opened(TorchFunctionMode):
+    """Traces into a library's ops that are made of torch's, as torchao's are.
+
+    No key has what is in them, and between pieces they would run one by one.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call the function, or what it is made of."""
+        op = made_of_others(func)
+        if op is None:
+            return func(*args, **(kwargs or {}))
+        with self:
+            return op.decompose(*args, **(kwargs or {}))
 
 
 def _refuse_read_state(gm: GraphModule, bound: Sequence[BoundTensor], seen: set[int]) -> None:

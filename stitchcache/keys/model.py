@@ -236,16 +236,16 @@ class _ModelWalk:
             order += b"i%d;" % len(names) + b"".join(map(text_bytes, names))
         yield make_factor("model.attribute_order", f"{len(orders)} orders", bytes(order))
 
-    def _encode(self, path: str, name: str, value: Any, module: torch.nn.Module | None = None) -> bytes:
+    def _encode(self, path: str, name: str, value: Any, owner: Any) -> bytes:
         writer = self.writer
         if name == COMPILED_CALL:
             raise UnkeyableError(path, "Module.compile() was called; pass the model as it was before")
-        if name == "_flat_weights" and isinstance(module, torch.nn.RNNBase) and _are_own(module, value):
+        if name == "_flat_weights" and isinstance(owner, torch.nn.RNNBase) and _are_own(owner, value):
             # Export puts its own tensors there as it does among the parameters.
             return b"[flat weights 0:"
         step = f".{name}"
         writer.begin(step, path, [path, step])
-        if name in HF_SETS and type(value) is set and ignored_names(type(module)) is HF_NOTES:
+        if name in HF_SETS and type(value) is set and ignored_names(type(owner)) is HF_NOTES:
             put_members(writer, value)
         else:
             writer.put(value)
@@ -258,7 +258,7 @@ class _ModelWalk:
         kind.put_class(type(config))
         items = state_of(config, ignored_names(type(config)), slots_of(type(config)))
         for name, value in items:
-            data = self._encode("(config)", name, value)
+            data = self._encode("(config)", name, value, config)
             yield make_factor(f"model.config.{name}", readable(value, name), data)
         names = b"".join(text_bytes(name) for name, _ in items)
         yield make_factor("model.config_order", f"{len(items)} fields", bytes(kind.out) + names)

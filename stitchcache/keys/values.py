@@ -45,9 +45,14 @@ HF_NOTES = frozenset(
 """What transformers keeps for itself: where a model came from, a hash that moves with the seed, and checks
 that run when a field of a configuration is set."""
 
-HF_SETS = frozenset({"_no_split_modules", "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"})
-"""Attributes of transformers' models that hold sets of names for placing weights: only asked ``in``.
-Their order would move with the hash seed, and with it the key of most models."""
+HF_SETS = frozenset(
+    """_no_split_modules _keep_in_fp32_modules _keep_in_fp32_modules_strict _skip_keys_device_placement
+    _keys_to_ignore_on_load_unexpected _keys_to_ignore_on_load_missing _keys_to_ignore_on_save
+    ignore_keys_at_rope_validation""".split()  # noqa: SIM905
+)
+"""Attributes of transformers' models and configurations that hold sets of names for loading and placing
+weights and for checks: no forward reads them. Their order would move with the hash seed, and with it the key
+of most models."""
 
 # Dynamo of torch 2.11 notes the second on parameters when it traces torch.cond.
 _TENSOR_NOTES = frozenset({"_is_hf_initialized", "_dynamo_static_input_type"})

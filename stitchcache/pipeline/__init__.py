@@ -33,7 +33,7 @@ from stitchcache.keys.walk import Walk
 from stitchcache.options import CudaGraphs
 from stitchcache.pipeline.find import Hit, Miss, Site, Wanted
 from stitchcache.runtime.model import CompiledModel
-from stitchcache.state import state_attributes
+from stitchcache.state import state_attributes, taken_apart
 from stitchcache.torchside import load_library
 from stitchcache.types import Artifact, BindingSpec, Change, Factor, TargetRecord
 
@@ -219,6 +219,7 @@ def changed_from(
         now = key_again(model, leaves, walk) if reason is None else target
         if reason is not None or now.key is None:
             return Change(name="model", was="", now=reason or now.reason or "", unknown=True)
+        model = taken_apart(model)
         # Of the other factors, the example's and the options' are fixed, and a process keeps its machine.
         found = first_change(target.factors, now.factors, ("model.", "code.", "torch."), model, bindings)
         # A model that was called has warm caches, and is the same model.

@@ -22,7 +22,7 @@ from stitchcache.keys.walk import Walk
 from stitchcache.options import BACKENDS, COMPILER_OPTIONS, CudaGraphs, SizeRange
 from stitchcache.records import dataclass
 from stitchcache.runtime import misfit
-from stitchcache.state import devices_of
+from stitchcache.state import devices_of, taken_apart
 from stitchcache.store import CHECKS, choice, required
 from stitchcache.torchside import tree
 from stitchcache.types import Artifact, TargetRecord
@@ -282,7 +282,8 @@ def want(
     options = (request.backend, request.backend_options, request.key_factors)
 
     def key_of(model: torch.nn.Module, leaves: Sequence[Any], walk: Walk) -> TargetKey:
-        return target_key(model, list(zip(paths, leaves, strict=True)), text, *how, *options, walk)
+        given = list(zip(paths, leaves, strict=True))
+        return target_key(taken_apart(model), given, text, *how, *options, walk)
 
     device, devices = devices_of(model, leaves)
     if request.cuda_graphs is not None and devices != ("cuda",):

@@ -21,7 +21,7 @@ import torch
 from stitchcache.errors import OptionError, StaleEntryError, StoreWriteError, check_kind
 from stitchcache.pipeline import store_target
 from stitchcache.pipeline.find import check_arguments
-from stitchcache.state import clone_all, drawn_back, plain_tensors, state_of, tensor_at
+from stitchcache.state import clone_all, drawn_back, plain_tensors, state_of, taken_apart, tensor_at
 from stitchcache.torchside import has_fakes, tree, version_of
 from stitchcache.types import LOOK_THREAD, Check, CheckRecord, OutputBound, TargetRecord
 
@@ -143,7 +143,7 @@ def _why_not(wanted: Wanted) -> str:
     for op in request.splitting_ops:
         if request.effects.get(op.rpartition(".")[0] or op):
             return f"splitting op {op} writes what cannot be put back, as 'stitchcache.effects' says"
-    no_data = has_fakes([*wanted.leaves, *state_of(wanted.model).values()])
+    no_data = has_fakes([*wanted.leaves, *state_of(taken_apart(wanted.model)).values()])
     return "the model or its example has no data" if no_data else ""
 
 

@@ -42,7 +42,7 @@ from stitchcache.options import SizeRange
 from stitchcache.pieces import FAILURES, Backend, Piece, get_backend
 from stitchcache.pieces.build import at_once, build
 from stitchcache.pipeline.find import Hit, Request, Site
-from stitchcache.state import clone_all, drawn_back, state_of, unwritten
+from stitchcache.state import clone_all, drawn_back, state_of, taken_apart, unwritten
 from stitchcache.torchside import has_fakes
 from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, is_view
 from stitchcache.types import Artifact, BindingSpec, BlobRef, Factor, PieceRef, SourceRef, Variant
@@ -192,7 +192,7 @@ def _bindings(source: Source, plans: Sequence[Plan]) -> tuple[BindingSpec, ...]:
     mutations = source.variants[0][1].output_spec.mutations
     used |= {m.removeprefix("buffer:") for m in mutations if m.startswith("buffer:")}
     shared: dict[int, list[str]] = {}
-    for name, tensor in state_of(source.model).items():
+    for name, tensor in state_of(taken_apart(source.model)).items():
         shared.setdefault(id(tensor), []).append(name)
     every = [item for _, captured in source.variants for item in captured.bound]
     found = []

@@ -1,6 +1,6 @@
 """Operators and symbolic sizes: what nodes of a graph hold.
 
-Uses ``torch._ops``, ``OpOverload._schema``, ``_overloadname``, ``_qualified_op_name``,
+Uses ``torch._ops``, ``OpOverload._schema``, ``_overloadname``, ``_qualified_op_name``, ``_can_decompose``,
 ``torch._C._dispatch_has_kernel_for_dispatch_key``, fields of
 ``SymNode`` and ``ShapeEnv`` that torch documents for writers of backends, and ``torch.utils._sympy``.
 """
@@ -60,6 +60,14 @@ def qualified_name(op: OpOverload | OpOverloadPacket | HigherOrderOperator) -> t
     if isinstance(op, OpOverloadPacket):
         return op._qualified_op_name, None
     return f"higher_order::{op.name()}", None  # type: ignore[no-untyped-call]
+
+
+def made_of_others(op: Any) -> OpOverload | None:
+    """The op that a function is, if it is a library's and made of other ops; ``None`` for any other."""
+    if isinstance(op, OpOverloadPacket) and len(op.overloads()) == 1:
+        op = getattr(op, op.overloads()[0])
+    ours = isinstance(op, OpOverload) and op.namespace not in {"aten", "prim", "prims"}
+    return op if ours and op._can_decompose() else None
 
 
 def autocast_has_rule(op: OpOverload, device: str) -> bool:

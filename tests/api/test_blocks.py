@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
+from functools import partial
 
 import block_models
 import pytest
@@ -146,3 +148,50 @@ def test_blocks_may_be_named_or_given(cache):
         made = stitchcache.compile_blocks(model, (X, SHIFT), cache=cache, backend="eager", blocks=given)
         assert len(made.blocks) == (2 if chosen == "list" else 4)
         assert differs(model, made) == 0.0
+
+
+def test_saved_blocks_start_elsewhere_from_a_snapshot_of_the_hub(tmp_path, monkeypatch):
+    """The Hub's local cache: a snapshot is a directory of links to blobs."""
+    pytest.importorskip("cryptography")
+    sign = importlib.import_module("stitchcache.ext.sign")
+    monkeypatch.setenv("STITCHCACHE_KEYS", str(tmp_path / "builder"))
+    ours = sign.Keys()
+    ours.generate("ci@example.com")
+    model = block_models.model()
+    first = stitchcache.compile_blocks(
+        model, (X, SHIFT), cache=stitchcache.Cache(tmp_path / "a"), backend="eager"
+    )
+    block_models.adapt(model, 2, seed=1)
+    with torch.no_grad():
+        model(X, SHIFT)
+    repository = tmp_path / "hub" / "models--org--dit"
+    snapshot = repository / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    first.save(snapshot)
+    (snapshot / "stitchcache.bundle").rename(repository / "blobs" / "f00d")
+    (snapshot / "stitchcache.bundle").symlink_to("../../blobs/f00d")
+
+    monkeypatch.setenv("STITCHCACHE_KEYS", str(tmp_path / "server"))
+    cache, model = stitchcache.Cache(tmp_path / "b"), block_models.model()
+    start = partial(
+        stitchcache.compile_blocks,
+        model,
+        (X, SHIFT),
+        source=snapshot,
+        cache=cache,
+        backend="eager",
+        on_miss="error",
+    )
+    with pytest.raises(errors.UntrustedEntryError):
+        start()
+    assert cache.entries() == []
+    sign.Keys().trust(importlib.import_module("ext.signing").public(ours), "ci@example.com", {})
+    cache = stitchcache.Cache(tmp_path / "b")
+    blocks = start(cache=cache)
+    assert hits(blocks) == ["direct"] * 4
+    block_models.adapt(model, 2, seed=5)
+    assert differs(model, blocks) == 0.0
+    assert hits(blocks) == ["direct"] * 4
+    with pytest.raises(errors.StoreError, match=r"stitchcache\.bundle: cannot be read"):
+        start(cache=cache, source=tmp_path)

@@ -6,6 +6,7 @@ import dataclasses
 import re
 
 import pytest
+import scaled_models
 import torch
 from torch import nn
 
@@ -93,41 +94,15 @@ def test_a_call_that_the_model_does_not_take(tmp_path):
 
 def test_quantized_modules(tmp_path):
     model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear})
-    assert "Quantized tensors and modules are out of scope" in refused(tmp_path, model, (x,))
+    assert (
+        "Quantized tensors and modules of torch.ao are out of scope. Quantize the model with torchao"
+        in refused(tmp_path, model, (x,))
+    )
 
 
-class Wrapped(torch.Tensor):
-    """As torchao's quantized weights: a tensor made of others, with no memory of its own."""
-
-    @staticmethod
-    def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=torch.float32)
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    def __tensor_flatten__(self):
-        return ["inner"], None
-
-    @classmethod
-    def __tensor_unflatten__(cls, inner, meta, size, stride):
-        return cls(inner["inner"])
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        def plain(value):
-            return value.inner.float() if isinstance(value, Wrapped) else value
-
-        if func is torch.ops.aten.detach.default:
-            return Wrapped(args[0].inner)
-        return func(*torch.utils._pytree.tree_map(plain, args), **(kwargs or {}))
-
-
-def test_parameters_made_of_other_tensors(tmp_path):
-    model = nn.Linear(4, 4, bias=False)
-    model.weight = nn.Parameter(Wrapped(torch.ones(4, 4, dtype=torch.int8)), requires_grad=False)
-    said = refused(tmp_path, model, (x,))
-    assert "weight is a Wrapped" in said
+def test_arguments_made_of_other_tensors(tmp_path):
+    said = refused(tmp_path, Double(), (scaled_models.weight(4, 4, 7).data,))
+    assert "x is a Scaled, a tensor that is made of others. Parameters and buffers may be" in said
 
 
 def test_a_cache_of_transformers(tmp_path):

@@ -59,6 +59,8 @@ MODELS = {
         "Qwen3ForCausalLM", "Qwen3Config", UNCACHED, **SMALL, num_key_value_heads=2, head_dim=16
     ),
     "bert": from_config("BertModel", "BertConfig", IDS, **SMALL),
+    # Holds sets of two names, which these two seeds give two orders.
+    "gpt_neox": from_config("GPTNeoXForCausalLM", "GPTNeoXConfig", UNCACHED, **SMALL),
     "gpt2": from_config("GPT2LMHeadModel", "GPT2Config", UNCACHED, **TEXT, n_embd=64, n_layer=2, n_head=4),
     "vit": from_config(
         "ViTModel",

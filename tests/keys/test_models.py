@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.examples
 
-NAMES = ["minilm", "llama", "qwen3", "bert", "gpt2", "vit", "resnet"]
+NAMES = ["minilm", "llama", "qwen3", "bert", "gpt_neox", "gpt2", "vit", "resnet"]
 
 
 @pytest.fixture(scope="module")

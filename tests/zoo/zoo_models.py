@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -94,6 +95,22 @@ _ENCODERS: dict[str, dict[str, Any]] = {
     },
 }
 _SHARED = {"num_key_value_heads": 2}
+_EIGHT = {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+_QUANTIZED = (
+    "int8 weight-only",
+    "int8 dynamic",
+    "int4 weight-only",
+    "int8 dynamic, int4",
+    "float8 weight-only",
+)
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 _DECODERS: dict[str, dict[str, Any]] = {
     "llama": _SHARED,
@@ -198,7 +215,37 @@ _TIMM = (
 )
 
 
+_TORCHVISION = (
+    "resnet18",
+    "mobilenet_v3_small",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "efficientnet_b0",
+    "regnet_y_400mf",
+    "vgg11",
+    "swin_t",
+)
+_DECLARED: list[torch.library.Library] = []
+
+
+def _torchvision_or_its_python() -> Any:
+    """torchvision, also where its C++ part does not fit this build of torch: these models need none of it."""
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _DECLARED.append(library)
+        return importlib.import_module("torchvision")
+
+
+def _torchvision(name: str) -> Built:
+    made = getattr(_torchvision_or_its_python().models, name)(weights=None, num_classes=10)
+    return made.eval(), (torch.linspace(-1, 1, 2 * 3 * 64 * 64).view(2, 3, 64, 64),), {}
+
+
 def _timm(name: str) -> Built:
+    _torchvision_or_its_python()
     import timm
 
     size = {"img_size": 64} if name.startswith(("vit", "mixer")) else {}
@@ -294,12 +341,81 @@ def _sentences() -> Built:
     return Sentences().eval(), (), _encoder_call()
 
 
-def _quantized() -> Built:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+def _quantized(kind: str) -> Built:
+    import torchao.quantization as ao
 
-    made = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8)).eval()
-    quantize_(made, Int8WeightOnlyConfig())
-    return made, (torch.linspace(-1, 1, 64).view(2, 32),), {}
+    groups = ao.PerGroup(32)
+    config = {
+        "int8 weight-only": lambda: ao.Int8WeightOnlyConfig(),
+        "int8 dynamic": lambda: ao.Int8DynamicActivationInt8WeightConfig(),
+        "int4 weight-only": lambda: ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups),
+        "int8 dynamic, int4": lambda: ao.Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=torch.int4, weight_granularity=groups
+        ),
+        "float8 weight-only": lambda: ao.Float8WeightOnlyConfig(),
+    }[kind]()
+    made, args, kwargs = _of_config("llama", "AutoModelForCausalLM", _decoder_call, **{**SMALL, **_SHARED})
+    ao.quantize_(made, config)
+    return made, args, kwargs
+
+
+def _adapted() -> Built:
+    import peft
+
+    made, args, kwargs = _of_config("bert", "AutoModel", _encoder_call, **SMALL)
+    config = peft.LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False)
+    return peft.get_peft_model(made, config).eval(), args, kwargs
+
+
+@dataclass
+class Boxes:
+    """A part of a result."""
+
+    corners: torch.Tensor
+    scores: torch.Tensor
+
+
+@dataclass
+class Found:
+    """A result with another one in it."""
+
+    boxes: Boxes
+    count: torch.Tensor
+
+
+torch.export.register_dataclass(Boxes, serialized_type_name="zoo_models.Boxes")
+torch.export.register_dataclass(Found, serialized_type_name="zoo_models.Found")
+
+
+class Detects(torch.nn.Module):
+    """Gives dataclasses in one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.corners, self.score = torch.nn.Linear(8, 4), torch.nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> Found:
+        scores = self.score(x).sigmoid()
+        return Found(Boxes(self.corners(x), scores), (scores > 0.5).sum())
+
+
+class Branches(torch.nn.Module):
+    """Takes a branch by a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = torch.cond(x.sum() > 0, self.one, self.other, (x,))
+        return found
+
+
+class Counts(torch.nn.Module):
+    """Whole numbers in and out."""
+
+    def forward(self, x: torch.Tensor, by: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return x * by, torch.bincount(x.flatten(), minlength=16)
 
 
 def _own(kind: str) -> Built:
@@ -313,6 +429,12 @@ def _own(kind: str) -> Built:
     if kind == "bfloat16":
         made = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).to(torch.bfloat16)
         return made.eval(), (torch.linspace(-1, 1, 160).view(2, 5, 16).to(torch.bfloat16),), {}
+    if kind == "dataclasses":
+        return Detects().eval(), (torch.linspace(-1, 1, 16).view(2, 8),), {}
+    if kind == "cond":
+        return Branches().eval(), (torch.linspace(-1, 2, 16).view(2, 8),), {}
+    if kind == "integers":
+        return Counts().eval(), (torch.arange(12).view(3, 4), 3), {}
     made = torch.nn.Linear(8, 8, dtype=torch.complex64)
     return made.eval(), (torch.linspace(-1, 1, 16).view(2, 8).to(torch.complex64),), {}
 
@@ -339,8 +461,18 @@ def zoo() -> dict[str, Callable[[], Built]]:
     for name, build in (("DiT", _dit), ("UNet2D", _unet), ("AutoencoderKL", _vae), ("Flux", _flux)):
         found[f"diffusers/{name}"] = build
     found["sentence_transformers/bert"] = _sentences
-    found["torchao/int8 weight-only"] = _quantized
-    for kind in ("LSTM", "GRU", "EmbeddingBag", "bfloat16", "complex64"):
+    for name in _TORCHVISION:
+        found[f"torchvision/{name}"] = partial(_torchvision, name)
+    for kind in _QUANTIZED:
+        found[f"torchao/llama, {kind}"] = partial(_quantized, kind)
+    found["peft/bert with LoRA"] = _adapted
+    for name in ("llama", "qwen3"):
+        found[f"transformers/{name}, 8 layers"] = partial(
+            _of_config, name, "AutoModelForCausalLM", _decoder_call, **{**_EIGHT, **_DECODERS[name]}
+        )
+    for kind in (
+        "LSTM", "GRU", "EmbeddingBag", "bfloat16", "complex64", "integers", "cond", "dataclasses",
+    ):  # fmt: skip
         found[f"torch/{kind}"] = partial(_own, kind)
     return found
 
