@@ -126,7 +126,8 @@ class _Parts(torch.nn.Module):
         for name in names:
             part = getattr(tensor, name)
             inner = is_wrapper(part)
-            (self._modules if inner else self._buffers)[name] = _Parts(part) if inner else part
+            table: Any = self._modules if inner else self._buffers
+            table[name] = _Parts(part) if inner else part
 
     def whole(self) -> Any:
         nested: Any = self._modules

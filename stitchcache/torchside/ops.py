@@ -64,8 +64,8 @@ def qualified_name(op: OpOverload | OpOverloadPacket | HigherOrderOperator) -> t
 
 def made_of_others(op: Any) -> OpOverload | None:
     """The op that a function is, if it is a library's and made of other ops; ``None`` for any other."""
-    if isinstance(op, OpOverloadPacket) and len(op.overloads()) == 1:
-        op = getattr(op, op.overloads()[0])
+    names = op.overloads() if type(op) is OpOverloadPacket else []  # type: ignore[no-untyped-call]
+    op = getattr(op, names[0]) if len(names) == 1 else op
     ours = isinstance(op, OpOverload) and op.namespace not in {"aten", "prim", "prims"}
     return op if ours and op._can_decompose() else None
 
