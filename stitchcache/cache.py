@@ -7,7 +7,7 @@ written, and the caller goes on without having stored anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -118,7 +118,7 @@ class Cache(Store):
             # What only the replaced entry named needs no grace period: it was not put by a worker just now.
             for blob in set(replaced.blobs if replaced else ()).difference(blobs):
                 self._top.touch(keyed_path(self._top.path, Area.BLOBS, blob.digest), 0)
-        self._top.release(blob.digest for blob in blobs)
+        self.release(blobs)
         self.count("put")
         self.count("put.bytes", len(data) + sum(blob.size for blob in blobs))
         self._keep_within_limits()
@@ -138,7 +138,11 @@ class Cache(Store):
         try:
             yield
         finally:
-            self._top.release(blob.digest for blob in artifact.blobs)
+            self.release(artifact.blobs)
+
+    def release(self, blobs: Iterable[BlobRef]) -> None:
+        """Let blobs that this process keeps be evicted where nothing names them."""
+        self._top.release(blob.digest for blob in blobs)
 
     def find(self, prefix: str) -> str:
         """The full graph hash that a prefix means.
@@ -228,7 +232,7 @@ class Cache(Store):
                 good = [(record, OUTSIDE + its.removeprefix(OUTSIDE)) for record, its in good]
             return tuple(good) or None
 
-        return self._record(Area.TARGETS, key, decode_signed, vouched) or ()
+        return self.record(Area.TARGETS, key, decode_signed, vouched) or ()
 
     def _vouch(
         self, root: Root, path: str, key: str, record: TargetRecord, its: bytes, trust: str | None = None
@@ -276,7 +280,7 @@ class Cache(Store):
 
     def get_piece(self, key: str) -> PieceRecord | None:
         """The piece of a key, its blob kept until an artifact is put; ``None`` where either is gone."""
-        record = self._record(Area.PIECES, key, decode_piece)
+        record = self.record(Area.PIECES, key, decode_piece)
         try:
             if record is not None and self._hold(record.blob):
                 self.count("hit.piece")
@@ -294,7 +298,8 @@ class Cache(Store):
         data = self._signed(Kind.PIECE, key, data)
         self._top.publish(keyed_path(self._top.path, Area.PIECES, key), data)
 
-    def _record(self, area: Area, key: str, decode: Callable[..., T], *vouched: Any) -> T | None:
+    def record(self, area: Area, key: str, decode: Callable[..., T], *vouched: Any) -> T | None:
+        """What a key's file holds; one that nobody vouches for is taken as missing, with a warning."""
         try:
             return self._first(area, key, decode, *vouched)
         except UntrustedEntryError as error:

@@ -130,6 +130,7 @@ class PrewarmResult:
     seconds: float = 0.0  # the building of the model not counted
     timings: Mapping[str, float] | None = None  # seconds by stage
     error: StitchCacheError | None = None  # why it failed, or is not stored
+    without_source: int = 0  # different pieces whose generated source was asked for, and is not kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +159,7 @@ def prewarm(
     on_miss: str = "compile",
     fake: bool = False,
     shard: tuple[int, int] | None = None,
+    keep_sources: bool = False,
 ) -> PrewarmReport:
     """Compile targets that are not in the cache yet.
 
@@ -177,6 +179,8 @@ def prewarm(
         shard: ``(i, n)``: compile the pieces of shard ``i`` of ``n``, counted from 0, and store no entry yet.
             Where pieces of all shards are in the cache, a call without ``shard`` compiles nothing and stores
             the entries.
+        keep_sources: Keep what the compiler generated (C++, Triton) beside each entry that is compiled, for
+            ``stitchcache inspect --source``. It is in no key.
 
     Returns:
         What became of each.
@@ -189,7 +193,7 @@ def prewarm(
     if on_progress == "bar":
         with bar() as told:
             how: dict[str, Any] = {"on_progress": told, "on_miss": on_miss, "fake": fake, "shard": shard}
-            return prewarm(targets, jobs=jobs, cache=cache, **how)
+            return prewarm(targets, jobs=jobs, cache=cache, keep_sources=keep_sources, **how)
     check_kind("on_progress", on_progress, (Callable, NoneType), "a function of one argument, or 'bar'")
     # Not of one target, so it is no failure of each: refused before any model is built.
     Request(options={} if jobs is None else {"stitchcache.jobs": jobs}, on_miss=on_miss)  # type: ignore[arg-type]
@@ -202,7 +206,9 @@ def prewarm(
         found += find_targets(item) if isinstance(item, str) else [item]
     check_names(found)
     store = chosen_cache(cache)
-    results = [_one(target, jobs, on_miss, fake, shard, store, on_progress) for target in found]
+    options: dict[str, Any] = {} if jobs is None else {"stitchcache.jobs": jobs}
+    options |= {"stitchcache.keep_sources": True} if keep_sources else {}
+    results = [_one(target, options, on_miss, fake, shard, store, on_progress) for target in found]
     return PrewarmReport(tuple(looked_up(results, store)))
 
 
@@ -231,7 +237,7 @@ def looked_up(results: Iterable[PrewarmResult], cache: Cache) -> Iterator[Prewar
 
 def _one(
     target: Target,
-    jobs: int | None,
+    options: Mapping[str, Any],
     on_miss: str,
     fake: bool,
     shard: tuple[int, int] | None,
@@ -240,7 +246,7 @@ def _one(
 ) -> PrewarmResult:
     began = time.perf_counter()
     try:
-        request = request_for(target, jobs, on_miss)
+        request = request_for(target, options, on_miss)
         if fake and target.torch_compile is not None:
             raise target._error("needs real weights: torch.compile runs the model.")
         if shard is not None and target.torch_compile is not None:
@@ -270,6 +276,11 @@ def _one(
         spent = time.perf_counter() - began
         return PrewarmResult(name=target.name, status="failed", seconds=spent, error=error)
     result = _counted(target.name, [compiled], time.perf_counter() - began)
+    if request.keep_sources:
+        # Few ask for it.
+        from stitchcache.store.sources import unkept
+
+        result = replace(result, without_source=len(unkept(compiled.artifact, cache)))
     return replace(result, status=compiled.cache_hit or "compiled", timings=compiled.timings)
 
 
@@ -302,8 +313,10 @@ def _counted(name: str, graphs: Sequence[CompiledGraph | CompiledModel], seconds
     )
 
 
-def request_for(target: Target, jobs: int | None = None, on_miss: str = "compile") -> Request:
-    """A target's options in one record."""
+def request_for(
+    target: Target, options: Mapping[str, Any] | None = None, on_miss: str = "compile"
+) -> Request:
+    """A target's options in one record, with some of the caller's."""
     request = request_of(
         dynamic_shapes=target.dynamic_shapes,
         splitting_ops=target.splitting_ops,
@@ -315,9 +328,7 @@ def request_for(target: Target, jobs: int | None = None, on_miss: str = "compile
         cuda_graphs=target.cuda_graphs,
         label=target.name,
     )
-    if jobs is None:
-        return request
-    return replace(request, options={**request.options, "stitchcache.jobs": jobs})
+    return replace(request, options={**request.options, **options}) if options else request
 
 
 def find_targets(reference: str) -> list[Target]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import click
 
 from stitchcache.cli import Misuse
 from stitchcache.cli import output as out
-from stitchcache.errors import AmbiguousPrefixError, StitchCacheError
+from stitchcache.errors import AmbiguousPrefixError, OptionError, StitchCacheError, StoreError
 from stitchcache.explanation import names_text, printable
 from stitchcache.options import SizeRange
 
@@ -89,16 +90,32 @@ def _print_list(record: out.Record, wide: bool) -> None:
 @click.option("--bindings", is_flag=True, help="Only the tensors taken from the model.")
 @click.option("--factors", is_flag=True, help="Only the named parts of its keys.")
 @click.option("--signature", is_flag=True, help="Only its signature: the statement, and the SSHSIG block.")
+@click.option("--source", is_flag=True, help="Only what the compiler generated, where prewarm kept it.")
+@click.option(
+    "--piece", metavar="NAME", help="The piece that --source shows: a call's name, or a key's beginning."
+)
+@click.option("--profile", is_flag=True, help="Run it here on made-up inputs; time by piece and op.")
+@click.option("--size", "sizes", metavar="NAME=N", multiple=True, help="A size for --profile that may vary.")
+@click.option("--import", "imports", metavar="MODULE", multiple=True, help="Registers ops for --profile.")
 @click.option("--wide", is_flag=True, help="Show keys and digests in full.")
 @out.html_option
 @out.shared_options
 def inspect(
-    prefix: str, wide: bool, html: str | None, as_json: bool, root: str | None, **parts: bool
+    prefix: str,
+    piece: str | None,
+    sizes: tuple[str, ...],
+    imports: tuple[str, ...],
+    wide: bool,
+    html: str | None,
+    as_json: bool,
+    root: str | None,
+    **parts: bool,
 ) -> None:
     """Show what an entry holds; PREFIX is the beginning of its graph hash.
 
     Without an option: its header, what a call must bring, what it returns and the different pieces; the other
-    parts have an option each. Entries of all formats can be shown. Nothing of the entry is run.
+    parts have an option each. Entries of all formats can be shown. Nothing of the entry is run but by
+    --profile, which needs no model: --size s0=8, or --size ids.shape[0]=8, sets a size that may vary.
 
     --html writes one page with the stitching graph drawn, which any browser opens without a network.
     """
@@ -107,10 +124,13 @@ def inspect(
     cache = out.open_cache(root)
     entry = _read(cache, prefix)
     digits = 64 if wide else 12
+    measured = _profiled(cache, entry, sizes, imports) if parts["profile"] else None
+    parts["source"] |= piece is not None
+    source = _source(cache, entry, piece) if parts["source"] else {}
     if html is not None:
         from stitchcache.report.drawing import entry_page
 
-        out.write_page(html, entry_page(cache, entry))
+        out.write_page(html, entry_page(cache, entry, measured))
 
     def view(record: out.Record) -> None:
         if not any(parts.values()) and html is None:
@@ -126,9 +146,61 @@ def inspect(
             click.echo("\n".join(map(printable, _signature_text(entry).splitlines())))
         if parts["code"]:
             _print_code(entry.artifact)
+        for key, files in source.items():
+            for name, text in files.items():
+                click.echo(f"// piece {key[:digits]}: {name}")
+                click.echo("\n".join(printable(line.replace("\t", "    ")) for line in text.splitlines()))
+        if measured is not None and html is None:
+            _print_profile(measured, digits)
 
     record = {**entry_record(entry), "signature": _signature_record(entry)}
+    record |= {} if measured is None else {"profile": measured}
+    record |= {"source": source} if source else {}
     out.show(record, as_json, view, finding=parts["signature"] and not entry.signature)
+
+
+def _source(cache: Cache, entry: Entry, piece: str | None) -> dict[str, dict[str, str]]:
+    from stitchcache.store.sources import kept_sources
+
+    name, artifact = piece or "", entry.artifact
+    wanted = {p.key for p in artifact.pieces if p.name == name or p.key.startswith(name)}
+    found = {key: files for key, files in kept_sources(cache, artifact.graph_hash).items() if key in wanted}
+    if not found:
+        what = f"piece {piece}" if piece and wanted else f"a piece {piece}" if piece else "its pieces"
+        said = f"entry {artifact.graph_hash[:12]} has no source of {what}: prewarm --keep-sources keeps it."
+        raise StoreError(said, path=entry.path)
+    return found
+
+
+def _profiled(cache: Cache, entry: Entry, sizes: Sequence[str], imports: Sequence[str]) -> out.Record:
+    # Not at the top: it imports torch, and nothing else here does.
+    from stitchcache.report.profile import profile
+
+    given = {}
+    for each in sizes:
+        name, _, number = each.partition("=")
+        if not (name and number.isdecimal() and len(number) < 10):
+            raise OptionError(f"--size {each}: write NAME=N, such as s0=8", option="--size")
+        given[name] = int(number)
+    return profile(cache, entry.artifact.graph_hash, given, imports)
+
+
+def _print_profile(record: out.Record, digits: int) -> None:
+    sizes = ", ".join(f"{name}={value}" for name, value in record["sizes"].items())
+    facts: out.Fields = {
+        "run on": lambda _: f"{record['device']}, {out.count_text(record['threads'], 'thread')}",
+        "sizes": lambda _: sizes or None,
+        "one call": lambda _: f"{out.seconds_text(record['seconds'])}, the median of {record['calls']}",
+        "between pieces": "between_seconds",
+    }
+    out.print_facts(facts, record)
+    shares: out.Fields = {"SHARE": lambda row: f"{100 * row['share']:.0f}%"}
+    out.print_heading("Pieces")
+    out.print_table({"PIECE": "key", "CALLS": "calls", "TIME": "seconds", **shares}, record["pieces"], digits)
+    if record["ops"]:
+        out.print_heading("Ops, as torch's profiler sees them; what a compiler fused is not among them")
+        columns: out.Fields = {"OP": "op", "PIECE": "piece", "CALLS": "calls", "TIME": "seconds"}
+        out.print_table(columns, record["ops"][:20], digits)
 
 
 def _signature_text(entry: Entry) -> str:

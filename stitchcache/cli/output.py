@@ -35,7 +35,8 @@ Record = dict[str, Any]
 Fields = Mapping[str, str | Callable[[Record], object]]
 
 _RIGHT = re.compile(
-    "BLOBS|CALLS|COMPILED IN|DIFFERENT|ENTRIES|FORMAT|ONE CALL|OWN|RUNS|SHARED BY|SIZE|TIME|UNUSED|.* OUTPUT"
+    "BLOBS|CALLS|COMPILED IN|DIFFERENT|ENTRIES|FORMAT|HITS|ONE CALL|OWN|RUNS|SAVED|SHARE|SHARED BY|SIZE|"
+    "STARTS|TIME|UNUSED|.* OUTPUT"
 )
 """Titles of columns of numbers."""
 

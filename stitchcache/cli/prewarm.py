@@ -34,6 +34,7 @@ def _shard(_ctx: click.Context, _param: click.Parameter, value: str | None) -> t
 @click.option(
     "--shard", callback=_shard, metavar="I/N", help="Compile pieces of shard I of N only; I from 0."
 )
+@click.option("--keep-sources", is_flag=True, help="Keep the C++ or Triton of pieces for inspect --source.")
 @click.option("-v", "--verbose", is_flag=True, help="Say why each target was a hit or a miss.")
 @out.shared_options
 def prewarm(
@@ -42,6 +43,7 @@ def prewarm(
     require: bool,
     fake: bool,
     shard: tuple[int, int] | None,
+    keep_sources: bool,
     verbose: bool,
     as_json: bool,
     root: str | None,
@@ -82,6 +84,7 @@ def prewarm(
                 on_progress=on_progress,
                 fake=fake,
                 shard=shard,
+                keep_sources=keep_sources,
             ).results
             status = _STATUS.get(result.status, result.status)
             update(target.name, f"{status} in {out.seconds_text(result.seconds)}")
@@ -114,3 +117,8 @@ def _print_targets(record: out.Record) -> None:
     for found in record["targets"]:
         if found["error"] is not None:
             out.say(f"{found['name']}: {found['error']['message']}")
+        if number := found["without_source"]:
+            said = f"source not kept of {out.count_text(number, 'piece')}, compiled before without it"
+            out.say(
+                f"{found['name']}: {said}. 'stitchcache rm {found['graph_hash'][:12]}', and prewarm again."
+            )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ def generate_execution_code(
     boxed: Collection[str] = (),
     graph_hash: str = "",
     results: Mapping[str, int] | None = None,
+    describe: Callable[[Node], str] | None = None,
 ) -> tuple[str, list[str], list[Any]]:
     """Write a Python function that does what a stitching graph does.
 
@@ -56,6 +58,8 @@ def generate_execution_code(
         graph_hash: Named in the function's docstring.
         results: How many values submodules return, by qualified name, where the graph does not tell: those
             are unpacked. Indexing them one by one costs a quarter more than a call written by hand.
+        describe: What a node's value is, in one line, such as ``float32[s0, 64]``: a comment says it where
+            the value is made.
 
     Returns:
         The source; the names of the submodules, parameters and buffers that it takes, in order of
@@ -70,13 +74,13 @@ def generate_execution_code(
         raise OptionError(f"graph_hash is {graph_hash!r}, which is no hash.", option="graph_hash")
     scope = Scope()
     parameters, names = _parameters(split_gm.graph, scope)
-    lowering = Lowering(split_gm, scope, boxed, results or {})
+    lowering = Lowering(split_gm, scope, boxed, results or {}, describe)
     output = lowering.run(split_gm.graph, "")
     result = "None" if output is None else scope.text(output, output.args[0], "args[0]")
     graph = f"graph {graph_hash}" if graph_hash else "a graph"
     pieces = len(lowering.pieces)
     title = f'{_INDENT}"""Run {graph}: {pieces} {"piece" if pieces == 1 else "pieces"}."""'
-    body = [title, *_body_lines(names, lowering.statements, result)]
+    body = [title, *_body_lines(names, lowering.statements, result, lowering.described)]
     lines = ["import torch", "import operator", "", *_bind_lines(scope, parameters, body), ""]
     return "\n".join(lines), list(scope.slots), scope.consts
 
@@ -110,7 +114,12 @@ class Lowering:
     """Turns a graph, and the graphs of the modules that it inlines, into statements."""
 
     def __init__(
-        self, root: GraphModule, scope: Scope, boxed: Collection[str], results: Mapping[str, int]
+        self,
+        root: GraphModule,
+        scope: Scope,
+        boxed: Collection[str],
+        results: Mapping[str, int],
+        describe: Callable[[Node], str] | None = None,
     ) -> None:
         self._root = root
         self._results = results
@@ -118,6 +127,8 @@ class Lowering:
         self._boxed = frozenset(boxed)
         self.pieces: set[str] = set()
         self.statements: list[Statement] = []
+        self._describe = describe
+        self.described: dict[str, str] = {}  # what the value of a name is
 
     def run(self, graph: Graph, prefix: str) -> Node | None:
         """Lower every node but the placeholders, which the scope knows; gives the output node, if any."""
@@ -139,9 +150,15 @@ class Lowering:
         return None
 
     def _assign(self, node: Node, expression: str, *, effect: bool = True) -> None:
-        name = self._scope.take(node.name)
+        name = self._named(node)
         self.statements.append(Statement((name,), expression, effect=effect))
         self._scope.define(node, variable(name))
+
+    def _named(self, node: Node) -> str:
+        name = self._scope.take(node.name)
+        if self._describe is not None:
+            self.described[name] = self._describe(node)
+        return name
 
     def _assign_call(
         self, node: Node, expression: str, module: torch.nn.Module | None = None, length: int | None = None
@@ -156,7 +173,7 @@ class Lowering:
         targets = []
         for place in range(length) if unpack and length is not None else wanted:
             users = wanted.get(place, [])
-            targets.append(self._scope.take(users[0].name) if users else "_")
+            targets.append(self._named(users[0]) if users else "_")
             for user in users:
                 self._scope.define(user, variable(targets[-1]))
         text = expression if unpack else f"{expression}[{next(iter(wanted))}]"
@@ -345,7 +362,9 @@ def _bind_placeholders(node: Node, graph: Graph) -> Iterator[tuple[Node, Any]]:
         raise refusal(node, str(node.target), f"is called with {extra} arguments.")
 
 
-def _body_lines(parameters: Sequence[str], statements: Sequence[Statement], result: str) -> list[str]:
+def _body_lines(
+    parameters: Sequence[str], statements: Sequence[Statement], result: str, described: Mapping[str, str]
+) -> list[str]:
     """Write a function's body, freeing each value right after its last use.
 
     What the return reads is not freed: the frame that ends does that.
@@ -360,7 +379,7 @@ def _body_lines(parameters: Sequence[str], statements: Sequence[Statement], resu
         used = dict.fromkeys(_VARIABLE.findall(statement.expression))
         last = [name for name in used if name not in needed]
         needed.update(last)
-        backwards.append(_statement_lines(statement, live, last))
+        backwards.append(_statement_lines(statement, live, last, described))
     unused = [name for name in parameters if name not in needed]
     lines = [f"{_INDENT}del {', '.join(unused)}"] if unused else []
     for written in reversed(backwards):
@@ -368,13 +387,18 @@ def _body_lines(parameters: Sequence[str], statements: Sequence[Statement], resu
     return [*lines, *_folded(f"{_INDENT}return {_VARIABLE.sub(_NAME, result)}")]
 
 
-def _statement_lines(statement: Statement, live: Sequence[bool], freed: list[str]) -> list[str]:
+def _statement_lines(
+    statement: Statement, live: Sequence[bool], freed: list[str], described: Mapping[str, str]
+) -> list[str]:
     text = _VARIABLE.sub(_NAME, statement.expression)
     names = [name if alive else _THROWAWAY for name, alive in zip(statement.targets, live, strict=True)]
     if any(live):
         text = f"{_listed(names) if statement.unpack else names[0]} = {text}"
         freed = freed if all(live) else [*freed, _THROWAWAY]
     lines = _folded(f"{_INDENT}{text}")
+    if said := [described[name] for name in names if name in described]:
+        counted = [(kind, len(list(same))) for kind, same in groupby(said)]
+        lines[-1] += f"  # {', '.join(kind if n == 1 else f'{n} x {kind}' for kind, n in counted)}"
     return [*lines, f"{_INDENT}del {', '.join(freed)}"] if freed else lines
 
 

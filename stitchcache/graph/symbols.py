@@ -129,6 +129,19 @@ class SymbolNames:
         return int(expr) if expr.is_Integer else text(expr)
 
 
+def described(names: SymbolNames, node: torch.fx.Node) -> str:
+    """What the value of a node is, in a line: ``float32[s0, 64]``; ``?`` where that cannot be said."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        return "int" if isinstance(value, (int, torch.SymInt)) else "?"
+    try:
+        shape = ", ".join(str(names.size(size)) for size in value.shape)
+    except SplitError:
+        # A size that has no form as text; nothing checks it on calls.
+        return "?"
+    return f"{str(value.dtype).removeprefix('torch.')}[{shape}]"
+
+
 def text(expr: Any) -> str:
     """Print an expression as Python that our call checks can run; refuse one that has no such form."""
     if expr.is_Integer or expr.is_Symbol:

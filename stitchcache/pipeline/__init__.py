@@ -112,8 +112,10 @@ def start_with(
     if miss is not None:
         cache.count(f"miss.{miss.cause}")
     cache.count("microseconds.spent", int(spent * 1e6))
-    if counted.startswith("hit."):
-        cache.count("microseconds.saved", max(0, int((artifact.compile_seconds - spent) * 1e6)))
+    saved = max(0.0, artifact.compile_seconds - spent) if counted.startswith("hit.") else 0.0
+    if saved:
+        cache.count("microseconds.saved", int(saved * 1e6))
+    cache.started(artifact.graph_hash, counted, saved, site.timings)
     why = f" (no direct hit: {miss.reason}{miss.hint})" if miss else ""
     log.info("%s: %s %s in %.3f s%s", site.label, said, artifact.graph_hash[:12], spent, why)
     site.tell("done")

@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 _OWN_OPTIONS = {
     "stitchcache.jobs": int,
+    "stitchcache.keep_sources": bool,
     "stitchcache.nice": int,
     "stitchcache.verify": bool,
     "stitchcache.effects": dict,
@@ -115,6 +116,11 @@ class Request:
     def verify(self) -> bool:
         """Whether fresh pieces are compared with eager."""
         return bool(self.options.get("stitchcache.verify", True))
+
+    @property
+    def keep_sources(self) -> bool:
+        """Whether source that the backend generates is kept beside the entry."""
+        return bool(self.options.get("stitchcache.keep_sources"))
 
     @property
     def effects(self) -> Mapping[str, bool]:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,7 +32,7 @@ from stitchcache.errors import (
     StoreWriteError,
     UntrustedEntryError,
 )
-from stitchcache.graph import effects
+from stitchcache.graph import effects, symbols
 from stitchcache.graph.canonical import graph_hash
 from stitchcache.graph.effects import alias_hazards, attribute_of, called, mutates, target_name
 from stitchcache.graph.split import split_graph
@@ -43,6 +44,7 @@ from stitchcache.pieces import FAILURES, Backend, Piece, get_backend
 from stitchcache.pieces.build import at_once, build
 from stitchcache.pipeline.find import Hit, Request, Site
 from stitchcache.state import clone_all, drawn_back, state_of, taken_apart, unwritten
+from stitchcache.store.sources import Sources, generated_in, keep_sources, kept_sources
 from stitchcache.torchside import has_fakes
 from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, is_view
 from stitchcache.types import Artifact, BindingSpec, BlobRef, Factor, PieceRef, SourceRef, Variant
@@ -233,7 +235,11 @@ def fill(planned: EntryPlan, distinct: Mapping[str, Piece]) -> Shelf:
     cache, tell = site.cache, site.tell
     shelf = Shelf(cache, site.label, site.device)
     seen: list[float] = []
-    missing = {key for key, piece in distinct.items() if not shelf.find(piece)}
+    shelf.sources = kept_sources(cache, planned.graph_hash) if request.keep_sources else {}
+    # A piece that was compiled before without its source is compiled again.
+    unkept = {key for key, piece in distinct.items() if request.keep_sources and piece.backend != "eager"}
+    unkept -= shelf.sources.keys()
+    missing = {key for key, piece in distinct.items() if key in unkept or not shelf.find(piece)}
     done = len(distinct) - len(missing)
     together = max(1, at_once(len(missing), request.jobs))
     rounds = -(-len(missing) // together)
@@ -249,6 +255,8 @@ def fill(planned: EntryPlan, distinct: Mapping[str, Piece]) -> Shelf:
         if piece.backend == request.backend:
             seen.append(seconds)
         shelf.take(piece, path)
+        if piece.key in unkept:
+            shelf.sources[piece.key] = generated_in(path.parent)
         left = seconds_left(rounds, seen, time.perf_counter() - began) if done < len(distinct) else None
         tell("compile", done, len(distinct), left)
 
@@ -341,9 +349,12 @@ def _assemble(
     seconds: float,
 ) -> Artifact:
     source, variants = planned.source, []
-    for size_range, one in planned.plans:
+    for (size_range, one), (_, captured) in zip(planned.plans, source.variants, strict=True):
         code, names, consts = generate_execution_code(
-            one.split_gm, boxed=[piece.name for piece in one.pieces], graph_hash=planned.graph_hash
+            one.split_gm,
+            boxed=[piece.name for piece in one.pieces],
+            graph_hash=planned.graph_hash,
+            describe=partial(symbols.described, captured.names),
         )
         pieces = [PieceRef(name=p.name, key=p.key, backend=p.backend, blob=blobs[p.key]) for p in one.pieces]
         variants.append(
@@ -378,6 +389,7 @@ class Shelf:
         self.stored = True
         self.blobs: dict[str, BlobRef] = {}
         self.pieces: dict[str, Any] = {}
+        self.sources: Sources = {}
 
     def find(self, piece: Piece) -> bool:
         """Take a piece that is stored already."""
@@ -416,8 +428,10 @@ class Shelf:
         return BlobRef(digest=hashlib.sha256(data).hexdigest(), size=len(data))
 
     def put(self, artifact: Artifact) -> None:
-        """Store the entry, if its blobs are stored."""
+        """Store the entry, if its blobs are stored, and the source of its pieces, if there is any."""
         self._try(lambda: self._cache.put(artifact))
+        if self.sources:
+            self._try(lambda: keep_sources(self._cache, artifact.graph_hash, self.sources))
 
     def _try(self, write: Callable[[], Any]) -> None:
         if not self.stored:

@@ -21,17 +21,20 @@ from stitchcache.report.entry import (
     input_lines,
     output_lines,
     piece_records,
+    symbol_names,
 )
 from stitchcache.report.page import asset, page
 from stitchcache.report.steps import UNREADABLE, Step, step_records, steps_of
 from stitchcache.store import Area, Files, keyed_path
 from stitchcache.store.root import Root
+from stitchcache.store.sources import kept_sources
 from stitchcache.types import Artifact, BlobRef, TensorSpec, Variant
 from stitchcache.words import count_text, moment_text, seconds_text, size_text
 
 _MOST_BLOB = 64 << 20
 _MOST_OPS = 64
 _MOST_STEPS = 5000
+_MOST_SOURCE = 400_000
 _KERNEL = re.compile(
     rb"((?:cpp|triton_[a-z]{2,6})_fused_[A-Za-z0-9_]{1,200}(?=\0)|"
     rb"aoti_torch_(?:cpu|cuda|xpu|mps)_\w{1,80})(?:(\([^\0]{0,4000})|\0)"
@@ -39,21 +42,30 @@ _KERNEL = re.compile(
 """Kernels that a compiled library names: loops that Inductor fused, and calls of torch's own."""
 
 
-def entry_page(cache: Cache, entry: Entry) -> str:
-    """One page that shows all that is known of an entry. Nothing of it is run, and torch is not imported."""
+def entry_page(cache: Cache, entry: Entry, profile: Record | None = None) -> str:
+    """One page that shows all that is known of an entry. Nothing of it is run, and torch is not imported.
+
+    ``profile`` is what ``report.profile`` measured.
+    """
     artifact = entry.artifact
     record = entry_record(entry)
     pieces = piece_records(artifact)
     for number, piece in enumerate(pieces):
         piece["letter"] = _letter(number)
         piece["ops"] = _ops(cache, piece)
+        timed = [found for found in profile["pieces"] if found["key"] == piece["key"]] if profile else []
+        piece["seconds"] = timed[0]["seconds"] / timed[0]["calls"] if timed else None
     sizes = {binding.name: _bytes(binding.tensor) for binding in artifact.bindings}
-    variants = [_variant(variant, number, pieces) for number, variant in enumerate(artifact.variants)]
+    variants = [_variant(artifact, number, pieces) for number in range(len(artifact.variants))]
+    spec = artifact.input_spec
+    names = symbol_names(spec)
     data = {
         "variants": [found[0] for found in variants],
         "pieces": [{**piece, "bytes": piece["blob"]["bytes"]} for piece in pieces],
         "weights": {b.name: [binding_text(b), sizes[b.name]] for b in artifact.bindings},
+        "symbols": [[s.name, names[s.name], s.min, s.max] for s in spec.symbols] if spec is not None else [],
         "disk": _disk(entry, pieces),
+        "seconds": profile["seconds"] if profile else None,
     }
     title = artifact.label or artifact.graph_hash[:12]
     return page(
@@ -61,10 +73,69 @@ def entry_page(cache: Cache, entry: Entry) -> str:
         tag("h1", title),
         _overview(entry, record, pieces, sum(sizes.values())),
         Markup(asset("drawing.html")),
+        *_times(cache, artifact, pieces, profile),
         *_sections(artifact, record, pieces),
         tag("section", tag("h2", "Code", id="code"), *[found[1] for found in variants]),
+        *_sources(cache, artifact, pieces),
         data=data,
     )
+
+
+def _times(cache: Cache, artifact: Artifact, pieces: list[Record], profile: Record | None) -> list[Markup]:
+    """The last start by stage, as the cache counted it, and where a call's time went."""
+    found = []
+    facts = cache.starts().get(artifact.graph_hash[:12], {})
+    stages = {n.removeprefix("last."): us / 1e6 for n, us in facts.items() if n.startswith("last.")}
+    at, total = min(stages.pop("at", 0.0) * 1e6, 2.0**35), stages.pop("total", 0.0)
+    if stages:
+        total = max(total, sum(stages.values()), 1e-6)
+        stages["other"] = total - sum(stages.values())
+        hits = sum(number for name, number in facts.items() if name.startswith("hit."))
+        said = f"{moment_text(at)}, {seconds_text(total)} in all; {count_text(hits, 'hit')} counted so far"
+        found.append(_section("Last start by stage", _timeline(stages, total, said)))
+    if profile is not None:
+        letters = {piece["key"]: piece["letter"] for piece in pieces}
+        spent = {f"piece {letters[p['key']]} x {p['calls']}": p["seconds"] for p in profile["pieces"]}
+        spent["between pieces"] = profile["between_seconds"]
+        sizes = ", ".join(f"{name}={value}" for name, value in profile["sizes"].items())
+        said = f"{seconds_text(profile['seconds'])} a call, on made-up inputs ({sizes or 'no size varies'})"
+        found.append(_section("Time of a call", _timeline(spent, profile["seconds"], said)))
+        rows = [
+            (row["op"], letters.get(row["piece"], ""), f"{row['calls']:g}", seconds_text(row["seconds"]))
+            for row in profile["ops"]
+        ]
+        ops = table(("Op", "Piece", "Calls", "Time"), rows, "What a compiler fused is not among them.")
+        found += [_folded("Ops of a call", ops, len(rows))] if rows else []
+    return found
+
+
+def _timeline(parts: dict[str, float], total: float, said: str) -> Markup:
+    """Bars one after the other, each on a line of its own."""
+    rows, begin = [], 0.0
+    for at, (name, spent) in enumerate(parts.items()):
+        x, y, width = 150 + 600 * begin / total, 20 * at, max(1.0, 600 * spent / total)
+        bar = tag("rect", x=f"{x:.1f}", y=str(y + 2), width=f"{width:.1f}", height="15")
+        text = f"{seconds_text(spent)} ({100 * spent / total:.0f}%)"
+        rows += [tag("text", name, x="0", y=str(y + 14)), bar, tag("text", text, x="765", y=str(y + 14))]
+        begin += spent
+    box = {"viewBox": f"0 0 900 {20 * len(parts)}", "role": "img", "aria-label": said}
+    return Markup(tag("p", said, class_="note") + tag("svg", *rows, class_="times", **box))
+
+
+def _sources(cache: Cache, artifact: Artifact, pieces: list[Record]) -> list[Markup]:
+    """What the compiler generated, where it was kept, as far as a page should carry it."""
+    kept = kept_sources(cache, artifact.graph_hash)
+    files = [(piece, name, text) for piece in pieces for name, text in kept.get(piece["key"], {}).items()]
+    found, room = [], _MOST_SOURCE
+    for piece, name, text in files:
+        if len(text) <= room:
+            room -= len(text)
+            code = tag("pre", tag("code", Markup("\n".join(map(shown, text.splitlines())))), tabindex="0")
+            title = f"Piece {piece['letter']}: {name} ({size_text(len(text))})"
+            found.append(tag("details", tag("summary", title), code))
+        else:
+            found.append(tag("p", f"Piece {piece['letter']}: {name} is long; 'inspect --source' shows it."))
+    return [tag("section", tag("h2", "Generated source"), *found)] if found else []
 
 
 def _letter(number: int) -> str:
@@ -80,8 +151,9 @@ def _bytes(tensor: TensorSpec) -> int:
     return math.prod(map(int, tensor.shape)) * max(1, int(bits[0]) // 8 if bits else 1)
 
 
-def _variant(variant: Variant, number: int, pieces: list[Record]) -> tuple[Record, Markup]:
+def _variant(artifact: Artifact, number: int, pieces: list[Record]) -> tuple[Record, Markup]:
     """The data of a variant's drawing, and its code with links to the steps."""
+    variant, spec = artifact.variants[number], artifact.input_spec
     title = f"sizes {variant.size_range or 'all'}"
     names = {name: at for at, piece in enumerate(pieces) for name in piece["calls"]}
     by_key = {piece["key"]: at for at, piece in enumerate(pieces)}
@@ -92,6 +164,9 @@ def _variant(variant: Variant, number: int, pieces: list[Record]) -> tuple[Recor
         steps = steps_of(variant)
     except UNREADABLE as error:
         problem = f"the code cannot be read: {error}"
+    tensors = [leaf.tensor for leaf in spec.leaves if leaf.kind != "constant"] if spec is not None else []
+    for step, tensor in zip((step for step in steps if step.kind == "input"), tensors, strict=False):
+        step.said = "int" if tensor is None else f"{tensor.dtype}[{', '.join(map(str, tensor.shape))}]"
     if len(steps) > _MOST_STEPS:
         steps, problem = [], f"{len(steps)} steps are too many to be drawn"
     found = {"title": title, "problem": problem, "steps": step_records(steps, names)}

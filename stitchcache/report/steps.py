@@ -14,6 +14,7 @@ _MOST_FOLDED = 4096
 _TABLES = ("__submods__", "__vllm_submods__")
 UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
 """What parsing any text may raise."""
+_MOST_SAID = 4000
 
 
 @dataclass(slots=True)
@@ -29,6 +30,8 @@ class Step:
     weights: list[str] = field(default_factory=list)  # names of tensors of the model, as the code has them
     makes: list[str] = field(default_factory=list)
     held: int = 0  # values that are held while it runs
+    said: str = ""  # what it makes: ``float32[s0, 64], 2 x int64[s0]``
+    frees: list[str] = field(default_factory=list)
     fold: tuple[int, int] | None = None  # first step that it repeats, and the number of repetitions
 
 
@@ -45,7 +48,7 @@ def steps_of(variant: Variant) -> list[Step]:
     if not found:
         raise SyntaxError("it has no function execution_fn")
     keys = {piece.name: piece.key for piece in variant.pieces}
-    reader = _Reader(_named(tree, variant), keys, variant.submod_names)
+    reader = _Reader(_named(tree, variant), keys, variant.submod_names, variant.code.splitlines())
     reader.function(found[-1])
     _fold(reader.steps)
     return reader.steps
@@ -87,9 +90,13 @@ class _Reader:
     """Follows values through one function."""
 
     def __init__(
-        self, names: Mapping[str, tuple[str, str]], keys: Mapping[str, str], submods: Sequence[str]
+        self,
+        names: Mapping[str, tuple[str, str]],
+        keys: Mapping[str, str],
+        submods: Sequence[str],
+        lines: Sequence[str],
     ) -> None:
-        self._names, self._keys, self._submods = names, keys, submods
+        self._names, self._keys, self._submods, self._lines = names, keys, submods, lines
         self._made: dict[str, int] = {}  # local name to the step whose value it is
         self.steps: list[Step] = []
 
@@ -103,8 +110,11 @@ class _Reader:
         for node in function.body:
             match node:
                 case ast.Delete(targets=targets):
-                    for target in targets:
-                        self._made.pop(getattr(target, "id", ""), None)
+                    names = [target.id for target in targets if isinstance(target, ast.Name)]
+                    if self.steps:
+                        self.steps[-1].frees += names
+                    for name in names:
+                        self._made.pop(name, None)
                 case ast.Assign(
                     targets=[ast.Name(id=name)], value=ast.Subscript(value=ast.Name(id=whole))
                 ) if whole in self._made:
@@ -133,6 +143,9 @@ class _Reader:
                 step.weights.append(self._names[part.id][1].removeprefix(f"{BOUND}."))
         step.reads = [(self._made[local], local) for local in read]
         step.makes = [local for local in makes if local != "_"]
+        # A comment behind it says what it makes.
+        behind = self._lines[step.last - 1].encode()[node.end_col_offset or 0 :].decode(errors="replace")
+        step.said = behind.removeprefix("  # ")[:_MOST_SAID] if behind.startswith("  # ") else ""
         step.held = len(self._made.keys() | set(step.makes))
         self.steps.append(step)
         self._made.update(dict.fromkeys(step.makes, at))
@@ -198,6 +211,8 @@ def step_records(steps: list[Step], pieces: Mapping[str, int]) -> list[dict[str,
             "weights": step.weights,
             "makes": step.makes,
             "held": step.held,
+            "said": step.said,
+            "frees": step.frees,
             "fold": step.fold,
         }
         for step in steps

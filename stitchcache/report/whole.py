@@ -15,19 +15,22 @@ _STORED_WITHIN = 120.0
 """Seconds after an entry was made in which storing it, and not a use, may have set its file's time."""
 _NOTED_EVERY = 3600.0
 """Seconds that the store lets pass before it notes another use of an entry."""
+_SUMMED = ("own_bytes", "hits", "compiled", "saved_seconds")
 
 
 def cache_report(cache: Cache) -> dict[str, Any]:
     """Everything that is known of a cache; only headers of entries are read."""
     headers = cache.entries()
     users = Counter(blob for header in headers for blob in header.blobs)
-    entries = []
+    entries, counted = [], cache.starts()
     for header in headers:
         last = 0.0
         with suppress(OSError):
             last = os.stat(header.path).st_mtime
         alone = sum(blob.size for blob in header.blobs if users[blob] == 1)
         stored = header.created + header.compile_seconds + _STORED_WITHIN
+        facts = counted.pop(header.graph_hash[:12], {})
+        hits = sum(number for name, number in facts.items() if name.startswith("hit."))
         known = 0 < header.created < time.time() - _NOTED_EVERY or last > stored
         entries.append(
             {
@@ -36,7 +39,10 @@ def cache_report(cache: Cache) -> dict[str, Any]:
                 "created": header.created,
                 "last_used": last,
                 # Of entries without a date, and of new ones, it is not known.
-                "used": last > stored if known else None,
+                "used": hits > 0 or last > stored if known or hits else None,
+                "hits": hits,
+                "compiled": facts.get("compiled", 0),
+                "saved_seconds": facts.get("saved", 0) / 1e6,
                 "compile_seconds": header.compile_seconds,
                 "bytes": header.file_bytes + header.blob_bytes,
                 "own_bytes": header.file_bytes + alone,
@@ -61,12 +67,16 @@ def cache_report(cache: Cache) -> dict[str, Any]:
 def _by_label(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for entry in entries:
-        empty = {"label": entry["label"], "entries": 0, "unused": 0, "own_bytes": 0, "last_used": 0.0}
-        row = found.setdefault(entry["label"], empty)
+        empty = {"label": entry["label"], "entries": 0, "unused": 0, "last_used": 0.0}
+        row = found.setdefault(entry["label"], empty | dict.fromkeys(_SUMMED, 0))
         row["entries"] += 1
         row["unused"] += entry["used"] is False
-        row["own_bytes"] += entry["own_bytes"]
         row["last_used"] = max(row["last_used"], entry["last_used"])
+        for name in _SUMMED:
+            row[name] += entry[name]
+    for row in found.values():
+        starts = row["hits"] + row["compiled"]
+        row["hit_rate"] = row["hits"] / starts if starts else None
     return sorted(found.values(), key=lambda row: (-row["own_bytes"], row["label"]))
 
 

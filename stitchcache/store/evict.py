@@ -187,6 +187,9 @@ class _Look:
         self.unreadable = tuple(item.path for item in self.entries if found[item] is None)
         self.everything = [*self._blobs.values(), *found]
         self._ever_named = {name for item in self.entries for name in self.named[item]}
+        # A piece record under an entry's own hash names what is kept beside it: see ``store.sources``.
+        self._beside = {item.key: self.named[item] for item in self._pieces}
+        self._ever_named.update(*(self._beside.get(item.key, ()) for item in self.entries))
         # Whoever leads to an entry of a layer beneath stays.
         self._targets = [
             item
@@ -207,6 +210,7 @@ class _Look:
         staying = self.entries[count:]
         keys = {item.key for item in staying}
         needed = {name for item in staying for name in self.named[item]}
+        needed.update(*(self._beside.get(key, ()) for key in keys))
         targets = [item for item in self._targets if keys.isdisjoint(self.named[item])]
         blobs = [
             item

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -28,8 +28,6 @@ from stitchcache.errors import (
     visible,
 )
 from stitchcache.store import (
-    MOST_TRIES,
-    PAUSE,
     Area,
     Files,
     Roots,
@@ -49,6 +47,8 @@ T = TypeVar("T")
 log = logging.getLogger("stitchcache")
 
 _USE_NOTED_EVERY = 3600.0
+# Starts that one object holds in memory before it writes them.
+_MOST_PENDING = 256
 # Bytes that take longer to digest, some six milliseconds, than threads take to start and take turns.
 _WORTH_THREADS = 8 << 20
 
@@ -354,6 +354,16 @@ class Store:
         """Add to a statistic, such as ``hit.direct`` or ``miss.new``; written later, at no cost now."""
         self._counters.add(event, amount)
 
+    def started(self, graph_hash: str, how: str, saved: float, stages: Mapping[str, float]) -> None:
+        """Count a start of an entry, and keep the seconds by stage of the last one."""
+        self._counters.started.append((graph_hash, how, saved, time.time(), dict(stages)))
+        if len(self._counters.started) > _MOST_PENDING:
+            self._counters.flush()
+
+    def starts(self) -> dict[str, dict[str, int]]:
+        """What was counted of single entries, as ``store.counters.starts_in`` tells."""
+        return self._counters.starts()
+
     def counted(self) -> dict[str, int]:
         """What was counted, this process's own included; looks at no entry."""
         return self._counters.read()[0]
@@ -369,11 +379,12 @@ def _identity(facts: os.stat_result) -> tuple[int, ...]:
     return (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
 
-_SINCE = "since"
+Start = tuple[str, str, float, float, dict[str, float]]
+"""A start of an entry: graph hash, how it came about, seconds saved, Unix time, seconds by stage."""
 
 
 class Counters:
-    """One process's counts, on their way to ``stats/counters``, which has a line ``name=number`` for each.
+    """One process's counts, on their way to ``stats/counters`` (``store.counters``).
 
     What a killed process had not yet written is lost: these are statistics.
     """
@@ -382,7 +393,7 @@ class Counters:
         self._root = root
         self._mutex = threading.Lock()
         self._pending: Counter[str] = Counter()
-        self._path = os.path.join(root.area(Area.STATS), "counters")
+        self.started: list[Start] = []
 
     def add(self, name: str, amount: int = 1) -> None:
         """Count something; ``name`` has no space, quote or ``=``."""
@@ -391,44 +402,33 @@ class Counters:
 
     def read(self) -> tuple[dict[str, int], float]:
         """All counts so far, this process's included, and since when."""
+        # Not at the top: a warm start counts, and writes at its end.
+        from stitchcache.store.counters import SINCE, counts_in, stored_lines
+
         counts: Counter[str] = Counter()
         with suppress(OSError):
-            counts = self._stored()
+            counts = counts_in(stored_lines(self._root))
         with self._mutex:
             counts.update(self._pending)
-        since = counts.pop(_SINCE, 0)
+        since = counts.pop(SINCE, 0)
         return dict(sorted(counts.items())), float(since)
+
+    def starts(self) -> dict[str, dict[str, int]]:
+        """What was counted of single entries, this process's starts included."""
+        from stitchcache.store.counters import starts_in, stored_lines
+
+        with suppress(OSError):
+            return starts_in(stored_lines(self._root), self.started)
+        return {}
 
     def flush(self) -> None:
         """Write what was counted. Where that cannot be kept, it is lost."""
         with self._mutex:
             pending, self._pending = self._pending, Counter()
-        if pending and not self._root.read_only:
-            with suppress(OSError):
-                self._write(pending)
+            started, self.started = self.started, []
+        if (pending or started) and not self._root.read_only:
+            # A process without file descriptors cannot import either.
+            with suppress(OSError, ImportError):
+                from stitchcache.store.counters import write_counts
 
-    def _stored(self) -> Counter[str]:
-        counts: Counter[str] = Counter()
-        try:
-            found = self._root.read(self._path, Area.STATS)
-        except EntryFormatError:
-            found = None
-        for line in found[0].decode("ascii", "replace").splitlines() if found else ():
-            name, _, value = line.partition("=")  # and no number that takes long to read
-            if " " not in name and value.isdigit() and len(value) < 20:
-                counts[name] = int(value)
-        return counts
-
-    def _write(self, pending: Counter[str]) -> None:
-        files = self._root.files
-        self._root.make_dir(os.path.dirname(self._path))
-        with files.opened(self._root.in_dir(f"{self._path}.lock", files.open_or_create)) as fd:
-            # Without the lock another process's counts may be lost, and that is all.
-            for _ in range(MOST_TRIES):
-                if files.try_lock(fd, plain=True) is not False:
-                    break
-                time.sleep(PAUSE)
-            counts = self._stored() + pending
-            counts[_SINCE] = counts[_SINCE] or int(time.time())
-            text = "".join(f"{name}={number}\n" for name, number in sorted(counts.items()))
-            self._root.publish(self._path, text.encode(), last=False)
+                write_counts(self._root, pending, started)

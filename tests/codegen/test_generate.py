@@ -488,3 +488,15 @@ def test_long_lines_are_folded_and_pass_the_gate() -> None:
     code, names, consts = generate_execution_code(gm, results={"one": 22})
     assert sum(len(line) > 110 for line in code.splitlines()) == 1  # The text itself.
     assert len(compile_execution_fn(code, {"one": root.one}, names, consts)(torch.ones(1))) == 22
+
+
+def test_a_description_stands_behind_what_makes_a_value():
+    def describe(node: fx.Node) -> str:
+        return {"leaf": "float32[3]", "mul": "float32[3]"}.get(node.name, "?")
+
+    code, names, consts = generate_execution_code(inner(), describe=describe)
+    assert "leaf = leaf_1(x)  # float32[3]\n" in code
+    # It is a comment, and changes nothing else.
+    plain = generate_execution_code(inner())
+    assert (names, consts) == plain[1:]
+    assert ast.dump(ast.parse(code)) == ast.dump(ast.parse(plain[0]))

@@ -24,10 +24,11 @@ def decoder(layers: int) -> str:
     names = [f"submod_{2 * at}" for at in range(layers + 1)]
     lines = ["def bind(__submods__, __consts__):", f"    {', '.join(names)} = __submods__"]
     lines += ["    op_attention = torch.ops.demo.attention.default", "", "    def execution_fn(ids):"]
-    lines += ["        (q, k, rest, mask) = submod_0([ids])", "        del ids"]
+    lines += ["        (q, k, rest, mask) = submod_0([ids])  # 3 x float32[s0, s1, 64], bool[s0, s1]"]
+    lines += ["        del ids"]
     for name in names[1:]:
         lines += ["        a = op_attention(q, k, mask)", "        del q, k"]
-        lines += [f"        (q, k, rest) = {name}([a, rest])", "        del a"]
+        lines += [f"        (q, k, rest) = {name}([a, rest])  # 3 x float32[s0, s1, 64]", "        del a"]
     return "\n".join([*lines, "        return (rest,)", "", "    return execution_fn", ""])
 
 
@@ -99,6 +100,16 @@ def test_code_and_steps_lead_to_each_other(shown):
     assert shown.locator(".line.chosen").count() == 1
     shown.locator("#detail a", has_text="of the code").click()
     assert shown.evaluate("location.hash").startswith("#v0L")
+
+
+def test_memory_follows_the_sizes(shown):
+    assert "At most" in shown.locator("#unknown").inner_text()
+    shown.locator("#sizes input").first.fill("1")
+    shown.locator("#sizes input").last.fill("2")
+    # Three tensors of 512 bytes, the mask, ids (int64) and what the op makes, of which nothing is known.
+    assert shown.locator("#unknown").inner_text() == "At most 2.5 KiB. 34 values are of unknown size."
+    assert "1.5 KiB" in shown.locator("#held title").nth(1).text_content()
+    assert "KiB" in shown.locator("#held").get_attribute("aria-label")
 
 
 def test_unfolded_and_zoomed(shown):

@@ -49,6 +49,14 @@ def variant(code: str, *names: str) -> Variant:
     return Variant(size_range=None, code=code, submod_names=names, consts=None, pieces=pieces)
 
 
+def test_what_is_made_is_what_comments_say():
+    said = CODE.replace("([weight, ids])", "([weight, ids])  # 2 x float32[s0, 64]")
+    said = said.replace("y.permute(0, 1)", "y.permute('# int8[9]')  # int8[(s0 + 1)], \u00e9")
+    steps = steps_of(variant(said, "bound.head.weight", "submod_0", "submod_2", "submod_4"))
+    assert [step.said for step in steps if step.said] == ["2 x float32[s0, 64]", "int8[(s0 + 1)], \u00e9"]
+    assert [step.frees for step in steps][:3] == [[], ["ids"], ["q"]]
+
+
 def test_what_a_step_reads_and_makes():
     steps = steps_of(variant(CODE, "bound.head.weight", "submod_0", "submod_2", "submod_4"))
     assert [(step.kind, step.name) for step in steps] == [

@@ -12,8 +12,10 @@ from stores import artifact, files_under, key, put, read_back, target
 
 from stitchcache.cache import Cache
 from stitchcache.errors import StoreWriteError
+from stitchcache.store import Area
 from stitchcache.store.probe import probe
 from stitchcache.store.publish import MAX_FILES
+from stitchcache.store.sources import keep_sources, kept_sources
 
 
 @pytest.fixture
@@ -359,7 +361,7 @@ def test_counting_costs_nothing_until_the_process_ends(cache):
 def test_torn_counts_are_left_out_and_odd_files_are_none(cache):
     cache.count("hit.direct", 3)
     cache._counters.flush()
-    path = Path(cache._counters._path)
+    path = cache.root / "stats" / "counters"
     with path.open("ab") as file:
         file.write(
             b"12345678 put=5\n\xff\xff=\n00000000\nlooks=-1\nputs=\n"
@@ -371,6 +373,65 @@ def test_torn_counts_are_left_out_and_odd_files_are_none(cache):
     path.unlink()
     os.mkfifo(path)
     assert Cache(cache.root).stats().counters == {}
+
+
+def test_starts_are_counted_by_entry(cache):
+    made = put(cache, "a", [b"one"])
+    for way, seconds in (("compiled", 9.0), ("hit.direct", 0.5), ("hit.direct", 0.25)):
+        # One process each.
+        mine = Cache(cache.root)
+        mine.count(way)
+        mine.started(made.graph_hash, way, 9.0 - seconds, {"key": seconds, "total": seconds})
+        del mine
+    with (cache.root / "stats" / "counters").open("ab") as file:
+        file.write(
+            b"start.short=hit.direct:1\nstart.abcdefabcdef=no number:1,x,hit.direct:" + b"9" * 5000 + b"\n"
+        )
+    found = Cache(cache.root).starts()
+    facts = found[made.graph_hash[:12]]
+    assert abs(facts.pop("last.at") - time.time()) < 60
+    assert facts == {
+        "compiled": 1,
+        "hit.direct": 2,
+        "saved": 17_250_000,
+        "last.key": 250_000,
+        "last.total": 250_000,
+    }
+    assert found["abcdefabcdef"] == {}
+    assert Cache(cache.root).stats().counters["hit.direct"] == 2
+
+
+def test_only_so_many_entries_have_their_starts_counted(cache):
+    for number in range(600):
+        cache.started(f"{number:064x}"[::-1], "hit.graph", 0.0, {"total": 0.1})
+    cache.count("hit.graph", 600)
+    cache._counters.flush()
+    found = Cache(cache.root).starts()
+    assert len(found) == 512
+    assert f"{599:064x}"[::-1][:12] in found
+    assert (cache.root / "stats" / "counters").stat().st_size < 100_000
+
+
+def test_source_is_kept_beside_an_entry_and_goes_with_it(cache):
+    first, second = put(cache, "a", [b"one"]), put(cache, "b", [b"two"])
+    assert kept_sources(cache, first.graph_hash) == {}
+    keep_sources(cache, first.graph_hash, {key("p"): {"piece.cpp": "int main() {}\n" * 1000}})
+    keep_sources(cache, first.graph_hash, {key("q"): {"other.cpp": "// \x1b[31m"}})
+    keep_sources(cache, second.graph_hash, {key("p"): {"piece.cpp": "void"}})
+    assert kept_sources(Cache(cache.root), first.graph_hash).keys() == {key("p"), key("q")}
+    assert cache.get(first.graph_hash) == first
+    assert cache.verify().clean
+    # Nothing of it goes before the entry does, however old it is.
+    for path in cache.root.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    # What was replaced goes.
+    assert len(cache.plan_prune().items) == 1
+    cache.plan_prune().execute()
+    assert kept_sources(Cache(cache.root), first.graph_hash).keys() == {key("p"), key("q")}
+    cache.remove([first.graph_hash])
+    assert kept_sources(Cache(cache.root), first.graph_hash) == {}
+    assert kept_sources(Cache(cache.root), second.graph_hash) == {key("p"): {"piece.cpp": "void"}}
+    assert {item.key for item in cache._top.items(Area.PIECES)} == {second.graph_hash}
 
 
 def test_prometheus(cache):

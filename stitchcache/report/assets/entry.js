@@ -211,9 +211,10 @@ function tell() {
   const bytes = step.weights.reduce((sum, w) => sum + (data.weights[w]?.[1] ?? 0), 0);
   const facts = [`Step ${chosen + 1} of ${steps().length} · ${step.kind} · ${step.held} values held`];
   if (piece) facts.push(`Piece ${piece.letter}: ${piece.backend}, ${sizeText(piece.bytes)} on disk, called ${piece.calls.length}×, key ${piece.key.slice(0, 12)}`);
+  if (piece?.seconds != null) facts.push(`Takes ${(piece.seconds * 1e6).toFixed(0)} µs, ${(100 * piece.seconds / data.seconds).toFixed(0)} % of a call`);
   $("detail").replaceChildren(html("h3", name), ...facts.map((f) => html("p", f)), html("p", code),
     ...list("Reads", step.reads.map(([from, value]) => [`${value} from `, link(from, steps()[from].name)])),
-    ...list("Makes", step.makes), ...list("Used by", users),
+    ...list(step.said ? `Makes ${step.said}` : "Makes", step.makes), ...list("Used by", users),
     ...list(`Weights, ${sizeText(bytes)}`, step.weights.map((w) => `${w}: ${data.weights[w]?.[0] ?? ""}`)),
     ...list(piece?.backend === "eager" ? "Ops" : "Kernels", (piece?.ops ?? []).map(([op, times]) => (times > 1 ? `${op} ×${times}` : op))),
     ...list("The same piece", alike));
@@ -222,13 +223,66 @@ window.addEventListener("hashchange", select);
 
 // -- charts
 
+const JOINTS = { "+": (a, b) => a + b, "-": (a, b) => a - b, "*": (a, b) => a * b, "//": (a, b) => Math.floor(a / b), "%": (a, b) => a - b * Math.floor(a / b), "**": (a, b) => a ** b, max: Math.max, min: Math.min };
+const RANK = { "+": 1, "-": 1, "*": 2, "//": 2, "%": 2, "**": 3 };
+// Numbers that a text such as "s0, (2 * s1), max(s0, 3)" stands for; NaN for what is no arithmetic of sizes.
+function computed(text, sizes) {
+  const words = text.match(/\d+|[A-Za-z_]\w*|\*\*|\/\/|\S/g) ?? [];
+  let at = 0;
+  const list = () => { const found = [sum(1)]; while (words[at] === ",") { at++; found.push(sum(1)); } return found; };
+  const one = () => {
+    const word = words[at++], call = { max: Math.max, min: Math.min }[word];
+    if (word === "(" || (call && words[at] === "(")) { if (call) at++; const inside = list(); at++; return (call ?? Number)(...inside); }
+    return /^\d/.test(word) ? Number(word) : sizes.get(word) ?? NaN;
+  };
+  const sum = (rank) => { let left = one(); while (RANK[words[at]] >= rank) { const joint = words[at++]; left = JOINTS[joint](left, sum(RANK[joint] + 1)); } return left; };
+  try { return words.length ? list() : []; } catch (error) { return [NaN]; }
+}
+// Bytes of the values that a comment such as "3 x float32[s0, 64], ?" tells of.
+function bytesSaid(said, sizes) {
+  const found = [];
+  for (const [, times, dtype, shape] of said.matchAll(/(?:(\d{1,3}) x )?(?:(\w+)\[([^\]]*)\]|int|\?)/g)) {
+    const item = Math.max(1, (/\d+/.exec(dtype ?? "")?.[0] ?? 8) / 8), bytes = dtype ? computed(shape, sizes).reduce((a, b) => a * b, item) : NaN;
+    for (let n = 0; n < Number(times ?? 1); n++) found.push(bytes);
+  }
+  return found;
+}
+// What the code holds while each step runs, at the sizes that were chosen; values of unknown size count nothing.
+function heldBytes() {
+  const sizes = new Map([...$("sizes").querySelectorAll("input")].map((box) => [box.dataset.symbol, Number(box.value)])), held = new Map();
+  let unknown = 0;
+  const at = steps().map((step) => {
+    const bytes = bytesSaid(step.said, sizes);
+    step.makes.forEach((name, i) => { if (!(bytes[i] >= 0)) unknown++; held.set(name, bytes[i] >= 0 ? bytes[i] : 0); });
+    const sum = [...held.values()].reduce((a, b) => a + b, 0);
+    for (const name of step.frees) held.delete(name);
+    return sum;
+  });
+  return { at, unknown };
+}
+function sizeBoxes() {
+  $("sizes").replaceChildren(...data.symbols.map(([name, label, min, max]) => {
+    const box = html("input");
+    Object.assign(box, { type: "number", min, max: max ?? "", value: max ?? Math.max(min, 16) });
+    box.dataset.symbol = name;
+    box.addEventListener("input", drawHeld);
+    return html("label", `${label ? `${label} (${name})` : name} `, box);
+  }));
+}
+
 function drawHeld() {
-  const most = Math.max(1, ...steps().map((s) => s.held)), width = 1000 / Math.max(1, steps().length), chart = $("held");
+  // Entries of older formats say nothing of the sizes of results: there values are counted.
+  const bytes = heldBytes(), known = steps().some((s) => s.kind !== "input" && s.said), held = known ? bytes.at : steps().map((s) => s.held);
+  const text = (n) => (known ? sizeText(n) : `${n} values`);
+  $("sizes").hidden = !known;
+  $("heldtitle").textContent = known ? "Memory at each step" : "Values held at each step";
+  $("unknown").textContent = !known ? "This entry does not say how large results are, so values are counted." : `At most ${sizeText(Math.max(0, ...held))}.${bytes.unknown ? ` ${bytes.unknown} values are of unknown size.` : ""}`;
+  const most = Math.max(1, ...held), width = 1000 / Math.max(1, steps().length), chart = $("held");
   chart.setAttribute("viewBox", "0 0 1000 110");
   chart.setAttribute("preserveAspectRatio", "none");
-  chart.setAttribute("aria-label", `Values held at each of ${steps().length} steps: at most ${most}`);
+  chart.setAttribute("aria-label", `${$("heldtitle").textContent}, of ${steps().length} steps: at most ${text(most)}`);
   chart.replaceChildren(...steps().map((s, i) => {
-    const height = 2 + 104 * s.held / most, bar = make("rect", { x: i * width, y: 108 - height, width: Math.max(0.5, width - (width > 3 ? 1 : 0)), height, "data-step": i }, make("title", {}, `${i + 1}. ${s.name}: ${s.held} values`));
+    const height = 2 + 104 * held[i] / most, bar = make("rect", { x: i * width, y: 108 - height, width: Math.max(0.5, width - (width > 3 ? 1 : 0)), height, "data-step": i }, make("title", {}, `${i + 1}. ${s.name}: ${text(held[i])}`));
     bar.style.fill = s.kind === "piece" ? colours.get(s.piece) ?? "var(--soft)" : "var(--line)";
     bar.addEventListener("click", () => go(i));
     return bar;
@@ -282,6 +336,7 @@ $("pick").hidden = data.variants.length < 2;
 $("variant").addEventListener("change", () => { shownVariant = Number($("variant").value); chosen = -1; all(); });
 window.addEventListener("resize", maps);
 $("tools").hidden = false;
+sizeBoxes();
 try { graphviz = await globalThis.Graphviz.load(); } catch (error) { $("said").textContent = "Graphviz cannot run here; the steps stand below each other."; }
 all();
 select();
