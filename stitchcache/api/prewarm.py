@@ -130,7 +130,6 @@ class PrewarmResult:
     seconds: float = 0.0  # the building of the model not counted
     timings: Mapping[str, float] | None = None  # seconds by stage
     error: StitchCacheError | None = None  # why it failed, or is not stored
-    without_source: int = 0  # different pieces whose generated source was asked for, and is not kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +160,7 @@ def prewarm(
     shard: tuple[int, int] | None = None,
     keep_sources: bool = False,
 ) -> PrewarmReport:
-    """Compile targets that are not in the cache yet.
-
-    A target that fails does not stop the others.
+    """Compile targets that are not in the cache yet; one that fails does not stop the others.
 
     With ``fake`` no weights are needed, and none take any memory: models are built with tensors that
     have no data. Keys are those of the real model, which then gets a direct hit. Pieces are compared
@@ -179,8 +176,7 @@ def prewarm(
         shard: ``(i, n)``: compile the pieces of shard ``i`` of ``n``, counted from 0, and store no entry yet.
             Where pieces of all shards are in the cache, a call without ``shard`` compiles nothing and stores
             the entries.
-        keep_sources: Keep what the compiler generated (C++, Triton) beside each entry that is compiled, for
-            ``stitchcache inspect --source``. It is in no key.
+        keep_sources: Keep the generated C++ or Triton of what is compiled, for ``inspect --source``.
 
     Returns:
         What became of each.
@@ -196,7 +192,9 @@ def prewarm(
             return prewarm(targets, jobs=jobs, cache=cache, keep_sources=keep_sources, **how)
     check_kind("on_progress", on_progress, (Callable, NoneType), "a function of one argument, or 'bar'")
     # Not of one target, so it is no failure of each: refused before any model is built.
-    Request(options={} if jobs is None else {"stitchcache.jobs": jobs}, on_miss=on_miss)  # type: ignore[arg-type]
+    options: dict[str, Any] = {} if jobs is None else {"stitchcache.jobs": jobs}
+    options |= {"stitchcache.keep_sources": True} if keep_sources else {}
+    Request(options=options, on_miss=on_miss)  # type: ignore[arg-type]
     check_kind("shard", shard, (tuple, NoneType), "(i, n)")
     if shard is not None and (list(map(type, shard)) != [int, int] or shard[0] not in range(shard[1])):
         raise OptionError(f"shard={shard!r}: give (i, n) with i from 0 to n - 1.", option="shard")
@@ -206,8 +204,6 @@ def prewarm(
         found += find_targets(item) if isinstance(item, str) else [item]
     check_names(found)
     store = chosen_cache(cache)
-    options: dict[str, Any] = {} if jobs is None else {"stitchcache.jobs": jobs}
-    options |= {"stitchcache.keep_sources": True} if keep_sources else {}
     results = [_one(target, options, on_miss, fake, shard, store, on_progress) for target in found]
     return PrewarmReport(tuple(looked_up(results, store)))
 
@@ -276,11 +272,6 @@ def _one(
         spent = time.perf_counter() - began
         return PrewarmResult(name=target.name, status="failed", seconds=spent, error=error)
     result = _counted(target.name, [compiled], time.perf_counter() - began)
-    if request.keep_sources:
-        # Few ask for it.
-        from stitchcache.store.sources import unkept
-
-        result = replace(result, without_source=len(unkept(compiled.artifact, cache)))
     return replace(result, status=compiled.cache_hit or "compiled", timings=compiled.timings)
 
 
@@ -313,9 +304,7 @@ def _counted(name: str, graphs: Sequence[CompiledGraph | CompiledModel], seconds
     )
 
 
-def request_for(
-    target: Target, options: Mapping[str, Any] | None = None, on_miss: str = "compile"
-) -> Request:
+def request_for(target: Target, more: Mapping[str, Any] | None = None, on_miss: str = "compile") -> Request:
     """A target's options in one record, with some of the caller's."""
     request = request_of(
         dynamic_shapes=target.dynamic_shapes,
@@ -328,7 +317,7 @@ def request_for(
         cuda_graphs=target.cuda_graphs,
         label=target.name,
     )
-    return replace(request, options={**request.options, **options}) if options else request
+    return replace(request, options={**request.options, **more}) if more else request
 
 
 def find_targets(reference: str) -> list[Target]:

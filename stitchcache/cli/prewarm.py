@@ -65,6 +65,7 @@ def prewarm(
     from stitchcache.api import prewarm as api
     from stitchcache.api.prewarm import check_names, find_targets, looked_up
     from stitchcache.api.progress import progress_shown
+    from stitchcache.store.sources import unkept
 
     targets = [target for reference in references for target in find_targets(reference)]
     check_names(targets)
@@ -90,6 +91,10 @@ def prewarm(
             update(target.name, f"{status} in {out.seconds_text(result.seconds)}")
             found.append(result)
     records = [_record(result) for result in looked_up(found, cache)]
+    for artifact in (cache.get(each["graph_hash"]) for each in records if keep_sources and each["stored"]):
+        if artifact is not None and unkept(artifact, cache):
+            short = artifact.graph_hash[:12]
+            out.say(f"{artifact.label}: compiled before without its source; 'stitchcache rm {short}' first")
     failed = any(target["error"] is not None for target in records)
     out.show({"root": str(cache.root), "targets": records}, as_json, _print_targets, finding=failed)
 
@@ -117,8 +122,3 @@ def _print_targets(record: out.Record) -> None:
     for found in record["targets"]:
         if found["error"] is not None:
             out.say(f"{found['name']}: {found['error']['message']}")
-        if number := found["without_source"]:
-            said = f"source not kept of {out.count_text(number, 'piece')}, compiled before without it"
-            out.say(
-                f"{found['name']}: {said}. 'stitchcache rm {found['graph_hash'][:12]}', and prewarm again."
-            )

@@ -23,11 +23,12 @@ from stitchcache.errors import GraphHashError, LinkError, OptionError
 from stitchcache.pieces import FAILURES
 from stitchcache.pipeline import load_blobs
 from stitchcache.pipeline.find import Site
+from stitchcache.records import Size
 from stitchcache.report.entry import symbol_names
 from stitchcache.runtime import link
 from stitchcache.runtime.expressions import evaluator
 from stitchcache.runtime.model import check_environment, devices_in
-from stitchcache.types import Artifact, Size, TensorSpec, span
+from stitchcache.types import Artifact, TensorSpec, span
 
 _WARM_CALLS, _FEWEST, _MOST, _SECONDS = 3, 5, 200, 1.0
 _OPS_CALLS, _MOST_OPS = 3, 100

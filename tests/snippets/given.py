@@ -6,6 +6,7 @@ A function is called as its page is, and returns both.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -161,6 +162,16 @@ def howto_explain() -> Given:
     # The target is in the cache, as a miss is a finding; and so are entries that differ.
     stitchcache.prewarm(ranker_target())
     return names, {"3108b4": first[:6], "15acdc": second[:6]}
+
+
+def howto_fleet() -> Given:
+    os.mkdir("serving")
+    source = "from given import ranker_target\n\ntargets = [ranker_target()]\n"
+    Path("serving", "targets.py").write_text(source)
+    from stitchcache.report.preflight import machine_record
+
+    Path("h100.json").write_text(json.dumps({"schema": 1, **machine_record()}))
+    return {}, {}
 
 
 def howto_inspect() -> Given:

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 SHELLS = ("sh", "bash")
 # What is shown and has nothing to run.
-SHOWN = ("text", "dockerfile")
+SHOWN = ("text", "dockerfile", "yaml")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _MARKER = re.compile(r"<!-- not run: (\S[^\n]*\S) -->\n$")
 # A snippet that is a file names it in its first line, or the line above it does.
