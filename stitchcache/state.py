@@ -80,7 +80,9 @@ def taken_apart(model: torch.nn.Module) -> torch.nn.Module:
     made_of_others = {
         id(tensor): tensor
         for tensor in state_of(model).values()
-        if type(tensor) not in _PLAIN_TENSORS and is_wrapper(tensor) and not _is_of_torch(type(tensor))
+        if type(tensor) not in _PLAIN_TENSORS
+        and is_wrapper(tensor)
+        and type(tensor).__module__.partition(".")[0] != "torch"
     }
     if not made_of_others:
         return model
@@ -109,10 +111,6 @@ def taken_apart(model: torch.nn.Module) -> torch.nn.Module:
     copy.register_forward_pre_hook(whole.begin, prepend=True)
     copy.register_forward_hook(whole.end, always_call=True)
     return copy
-
-
-def _is_of_torch(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] == "torch"
 
 
 class _Parts(torch.nn.Module):

@@ -77,7 +77,7 @@ def test_an_op_that_the_class_does_not_take_is_refused_with_a_way_out(tmp_path):
 
 
 def test_what_stands_beside_the_numbers_is_in_the_key(fresh_process):
-    for offset, hit in ((7, None), (7, "direct"), (5, None), (5, "direct")):
+    for offset, hit in ((7, None), (5, None), (7, "direct")):
         found, same, why = fresh_process(SOURCE.replace("OFFSET", str(offset)))
         assert (found, same) == (hit, True), why
 
