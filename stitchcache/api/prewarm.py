@@ -217,13 +217,10 @@ def looked_up(results: Iterable[PrewarmResult], cache: Cache) -> Iterator[Prewar
         error: StitchCacheError | None = None
         try:
             if any(cache.get(each) is None for each in (result.graph_hash, *result.more_graphs)):
-                limits = cache.max_bytes is not None or cache.max_files is not None
-                over = "it was evicted: the limits (max_bytes, max_files) have no room for all targets"
-                why = (
-                    cache.problem(result.graph_hash)[0]
-                    or cache.failure
-                    or (over if limits else "it was removed")
-                )
+                gone = "it was evicted: the limits (max_bytes, max_files) have no room for all targets"
+                if cache.max_bytes is None and cache.max_files is None:
+                    gone = "it was removed"
+                why = cache.problem(result.graph_hash)[0] or cache.failure or gone
                 message = f"target {result.name!r} is compiled, and not stored in {cache.root}: {why}"
                 error = StoreWriteError(message, path=str(cache.root), reason=why)
         except UntrustedEntryError as untrusted:
@@ -330,8 +327,11 @@ def find_targets(reference: str) -> list[Target]:
         TargetError: The name is something else, or importing it failed.
     """
 
-    def not_found(what: str) -> TargetNotFoundError:
-        return TargetNotFoundError(f"{reference!r}{what}", target=reference)
+    def wrong(said: str) -> TargetError:
+        return TargetError(f"{reference!r}: {said}", target=reference)
+
+    def not_found(said: str) -> TargetNotFoundError:
+        return TargetNotFoundError(f"{reference!r}{said}", target=reference)
 
     where, _, name = reference.rpartition(":")
     if not where or not name:
@@ -340,19 +340,13 @@ def find_targets(reference: str) -> list[Target]:
         raise not_found(f": there is no file {where}.")
     try:
         module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (where == error.name or where.startswith(error.name + ".")):
-            raise not_found(
-                f": no module {where!r}; run from the directory that has it, or install it."
-            ) from error
-        raise TargetError(
-            f"{reference!r}: importing {where} needs {error.name!r}, which is not installed: {_told(error)}",
-            target=reference,
-        ) from error
     except Exception as error:
         # A boundary: the module is the user's, and runs here.
-        said = f"{where} cannot be imported: {_told(error)}"
-        raise TargetError(f"{reference!r}: {said}", target=reference) from error
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{where}.".startswith(f"{missing}."):
+            advice = "run from the directory that has it, or install it."
+            raise not_found(f": no module {where!r}; {advice}") from error
+        raise wrong(f"{where} cannot be imported: {_told(error)}") from error
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
@@ -365,20 +359,14 @@ def find_targets(reference: str) -> list[Target]:
             found = found()
         except Exception as error:
             # A boundary again: the function is the user's, or none that returns targets.
-            said = f"{name}() of {where} is to return targets, and failed: {_told(error)}"
-            raise TargetError(f"{reference!r}: {said}", target=reference) from error
-    targets = [found] if isinstance(found, Target) else found
-    listed = (
-        list(targets) if isinstance(targets, Iterable) and not isinstance(targets, (str, bytes)) else [found]
-    )
-    for target in listed:
+            raise wrong(f"{name}() of {where} is to return targets, and failed: {_told(error)}") from error
+    several = isinstance(found, Iterable) and not isinstance(found, (str, bytes))
+    targets = list(found) if several else [found]
+    for target in targets:
         if not isinstance(target, Target):
-            raise TargetError(
-                f"{reference!r} is or holds a {type(target).__qualname__}; it must be a Target, a list of "
-                "them, or a function that returns either.",
-                target=reference,
-            )
-    return listed
+            kind = type(target).__qualname__
+            raise wrong(f"it is or holds a {kind}; give a Target, a list, or a function that returns either.")
+    return targets
 
 
 def _told(error: BaseException) -> str:
