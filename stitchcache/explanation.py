@@ -176,20 +176,20 @@ class Explanation:
 
 def explained(
     lookup: tuple[str, TargetKey, Miss | None] | None,
-    artifact: Artifact,
+    artifact: Artifact | None,
     hit: str | None,
     seconds: Mapping[str, float],
     check: Check,
 ) -> Explanation:
     """An explanation of what a start kept: label, target key, miss; ``None`` where no key was looked up."""
-    label, key, miss = lookup or (artifact.label, None, None)
+    label, key, miss = lookup or (artifact.label if artifact else "", None, None)
     reason = "" if lookup is not None else "it was loaded by its graph hash"
     return Explanation(
         label=label,
         hit=hit,
         reason=reason if miss is None else miss.reason,
         target_key=None if key is None else key.key,
-        graph_hash=artifact.graph_hash,
+        graph_hash=artifact.graph_hash if artifact else "",
         factors=() if key is None else key.factors,
         changed={} if miss is None else miss.changed,
         nearest=None if miss is None else miss.nearest,

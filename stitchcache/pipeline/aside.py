@@ -59,7 +59,7 @@ class Aside:
         *,
         backend: str,
         nice: int | None = None,
-        refused: StitchCacheError | None = None,
+        refused: str = "",
     ) -> None:
         if not children.available():
             raise OptionError(
@@ -75,7 +75,7 @@ class Aside:
         self._begun, self._ended = threading.Event(), threading.Event()
         self._mutex = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
-        if refused is not None:
+        if refused:
             self._end(f"failed: {refused}")
             return
         # A thread forks the child, as the kernel ends a child when the thread that forked it ends.
@@ -124,11 +124,9 @@ class Aside:
         try:
             take(self._in_child(work))
             status = "compiled"
-        except StitchCacheError as error:
+        except (StitchCacheError, OSError) as error:
+            # Or there is no room for a process, or for its log.
             status = f"failed: {error}"
-        except OSError as error:
-            # No room for a process, or for its log.
-            status = f"failed: no child process can compile: {error}"
         finally:
             self._begun.set()
             self._end(status)
@@ -204,15 +202,13 @@ class Aside:
                 log.warning(said, self._label, self._status, _LONG)
             elif receiver in ready:
                 try:
-                    self._note(receiver.recv())
+                    told: Progress = receiver.recv()
+                    if told.stage == "compile":
+                        self._status = f"compiling {min(told.done + 1, told.total)} of {told.total}"
                 except EOFError:
                     sources.discard(receiver)
             else:
                 return
-
-    def _note(self, progress: Progress) -> None:
-        if progress.stage == "compile":
-            self._status = f"compiling {min(progress.done + 1, progress.total)} of {progress.total}"
 
 
 def _died(job: children.Job, code: int, lines: Sequence[str]) -> CaptureError:

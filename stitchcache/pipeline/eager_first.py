@@ -17,8 +17,8 @@ import torch
 from stitchcache import collection_paused
 from stitchcache.cache import Cache
 from stitchcache.errors import StaleEntryError, check_kind
-from stitchcache.explanation import Explanation, differences_text, explain_differences
-from stitchcache.pipeline import start, started_or_miss
+from stitchcache.explanation import differences_text, explain_differences
+from stitchcache.pipeline import start
 from stitchcache.pipeline.aside import Aside, with_few_jobs
 from stitchcache.pipeline.find import Miss, OnProgress, Request, Wanted, find, want
 from stitchcache.runtime.eager import as_it_is
@@ -61,6 +61,10 @@ class EagerFirst(CompiledModel):
             if served is not None:
                 served._take(made, *given)
 
+        refused = (
+            "nothing could tell at the end whether the model is still what was compiled: "
+            f"{miss.reason}. Mend that, or compile it before it serves (on_miss='compile')."
+        )
         self._aside = Aside(
             self,
             wanted.site.label,
@@ -68,7 +72,7 @@ class EagerFirst(CompiledModel):
             take,
             backend=request.backend,
             nice=request.nice,
-            refused=_unkeyable(miss),
+            refused=refused if miss.cause == "unkeyable" else "",
         )
 
     @property
@@ -108,22 +112,6 @@ class EagerFirst(CompiledModel):
                 super().leave_misfits(device, noted)
             else:
                 self._eager = (device, noted)
-
-    def explain(self) -> Explanation:
-        """As :meth:`CompiledModel.explain`; before there is an artifact, what the lookup found out."""
-        if self._artifact is not None:
-            return super().explain()
-        label, key, miss = self.lookup or ("", None, None)
-        return Explanation(
-            label=label,
-            hit=None,
-            reason="" if miss is None else miss.reason,
-            target_key=None if key is None else key.key,
-            graph_hash="",
-            factors=() if key is None else key.factors,
-            check=self.check,
-            status=self.status,
-        )
 
     def __repr__(self) -> str:
         if self._artifact is not None:
@@ -174,20 +162,12 @@ class EagerFirst(CompiledModel):
                     expected=graph_hash,
                     differences=differences,
                 )
-            served = started_or_miss(
-                found.artifact,
-                wanted.site,
-                lambda: start(replace(found, way="aside"), wanted.model, wanted.site, target=wanted.target),
-            )
-            if isinstance(served, Miss):
-                raise StaleEntryError(f"entry {graph_hash[:12]} is not used: {served.reason}.")
-            state = dict(vars(served))
-            state["cache_hit"] = None
-            state["check"] = Check(state=looked, reason=why)
+            served = start(replace(found, way="aside"), wanted.model, wanted.site, target=wanted.target)
+            check = Check(state=looked, reason=why)
             if served.graph_hash != graph_hash:
                 # Another process has compiled it again meanwhile.
-                state["check"] = Check(state="unchecked", reason="the child compared another entry")
-            state["lookup"] = self.lookup
+                check = Check(state="unchecked", reason="the child compared another entry")
+            state = vars(served) | {"cache_hit": None, "check": check, "lookup": self.lookup}
             del state["_eager"], state["mismatches"]
             vars(self).update(state)
             self._bind(self.model)
@@ -205,7 +185,7 @@ class EagerGraph:
         take: Loads it; what it returns is called from then on.
     """
 
-    __slots__ = ("__call__", "__weakref__", "aside")
+    __slots__ = ("__call__", "__weakref__")
 
     def __init__(
         self,
@@ -217,7 +197,6 @@ class EagerGraph:
         take: Callable[[], Callable[..., Any]],
     ) -> None:
         self.__call__ = as_it_is(gm, device)
-
         mine = weakref.ref(self)
 
         def swap(_: None) -> None:
@@ -226,13 +205,4 @@ class EagerGraph:
                 # Dynamo's guards stand for what the graph relies on: nothing about it can have changed.
                 graph.__call__ = take()
 
-        self.aside = Aside(self, label, work, swap, backend=request.backend, nice=request.nice)
-
-
-def _unkeyable(miss: Miss) -> StaleEntryError | None:
-    if miss.cause != "unkeyable":
-        return None
-    return StaleEntryError(
-        f"nothing could tell at the end whether the model is still what was compiled: {miss.reason}. Mend "
-        "that, or compile it before it serves (on_miss='compile')."
-    )
+        Aside(self, label, work, swap, backend=request.backend, nice=request.nice)

@@ -214,8 +214,9 @@ class CompiledModel(torch.nn.Module):
         """
         from stitchcache.explanation import explained
 
-        found = explained(self.lookup, self.artifact, self.cache_hit, self.timings, self.check)
-        return replace(found, mismatches=dict(self.mismatches))
+        # There is no artifact as long as the model itself serves.
+        kept = (self.lookup, vars(self).get("artifact"), self.cache_hit, self.timings, self.check)
+        return replace(explained(*kept), mismatches=dict(self.mismatches), status=self.status)
 
     def __repr__(self) -> str:
         hit = self.cache_hit or "compiled"

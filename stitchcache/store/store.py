@@ -356,6 +356,7 @@ class Store:
 
     def started(self, graph_hash: str, how: str, saved: float, stages: Mapping[str, float]) -> None:
         """Count a start of an entry, and keep the seconds by stage of the last one."""
+        self._counters.own()
         self._counters.started.append((graph_hash, how, saved, time.time(), dict(stages)))
         if len(self._counters.started) > _MOST_PENDING:
             self._counters.flush()
@@ -394,10 +395,17 @@ class Counters:
         self._mutex = threading.Lock()
         self._pending: Counter[str] = Counter()
         self.started: list[Start] = []
+        self._process = os.getpid()
+
+    def own(self) -> None:
+        """Forget what was counted before this process was forked: its parent writes that."""
+        if self._process != os.getpid():
+            self._process, self._pending, self.started = os.getpid(), Counter(), []
 
     def add(self, name: str, amount: int = 1) -> None:
         """Count something; ``name`` has no space, quote or ``=``."""
         with self._mutex:
+            self.own()
             self._pending[name] += amount
 
     def read(self) -> tuple[dict[str, int], float]:
@@ -424,6 +432,7 @@ class Counters:
     def flush(self) -> None:
         """Write what was counted. Where that cannot be kept, it is lost."""
         with self._mutex:
+            self.own()
             pending, self._pending = self._pending, Counter()
             started, self.started = self.started, []
         if (pending or started) and not self._root.read_only:

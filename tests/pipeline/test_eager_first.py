@@ -111,6 +111,10 @@ def test_serves_at_once_and_then_what_a_child_compiled(cache):
     assert again.status == "compiled"
     assert again.wait()
     assert cache.counted()["swapped"] == 1
+    # A child that is forked now does not write what this process has counted.
+    other = _eagerly(cache, Scaled(), torch.randn(2, 4))
+    assert other.wait(60), other.status
+    assert cache.counted()["swapped"] == 2
 
 
 def test_until_then_it_says_what_there_is_not(cache):
