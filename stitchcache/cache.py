@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stitchcache.artifact.entry import (
@@ -22,6 +23,7 @@ from stitchcache.artifact.entry import (
     decode_piece,
     decode_signed,
     packed_digest,
+    signature_in,
     with_signature,
 )
 from stitchcache.errors import (
@@ -61,6 +63,8 @@ class Cache(Store):
         read_only: Write nothing; also set by ``STITCHCACHE_READONLY``.
         max_bytes: Evict down to this after a put; default ``STITCHCACHE_MAX_SIZE``, or no limit.
         max_files: Likewise for the number of files.
+        remote: URL of a store behind the roots, such as ``s3://bucket/prefix``: what no root has is fetched
+            from there, and what is compiled is uploaded. Default ``STITCHCACHE_REMOTE``; ``""`` is none.
         trust: Who vouches for files, for all roots or for each: ``"owner"``, if nobody but the user or root
             can write them; ``"signed"``, if a key that the user trusts has signed them; ``"any"``, nobody
             has to. Default ``STITCHCACHE_TRUST``, or ``"owner"``. What was imported needs a signature under
@@ -71,6 +75,12 @@ class Cache(Store):
         StoreError: A root is something other than a directory.
         OptionError: An environment variable makes no sense.
     """
+
+    def _send(self, area: Area, key: str, data: bytes, *blobs: BlobRef) -> None:
+        """Upload what was stored now; what came from outside is not this cache's to give."""
+        if self.remote and not signature_in(data).startswith(OUTSIDE):
+            size = sum(blob.size for blob in blobs)
+            self.tier.give(key, size, partial(self.tier.send, self, area, key, data, blobs))
 
     # -- entries ---------------------------------------------------------------------------------
 
@@ -123,6 +133,7 @@ class Cache(Store):
         self.count("put.bytes", len(data) + sum(blob.size for blob in blobs))
         self._keep_within_limits()
         self._counters.flush()
+        self._send(Area.ENTRIES, key, data, *blobs)
         return key
 
     def _signed(self, kind: Kind, key: str, data: bytes, signature: bytes | None = None) -> bytes:
@@ -241,7 +252,7 @@ class Cache(Store):
         if needs_signature(trust or root.trust, its):
             from stitchcache.store.signed import require_signed_record
 
-            require_signed_record(self, root, path, key, record, its)
+            require_signed_record(self, root.path, path, key, record, its)
 
     def _signature(self, kind: str, key: str, digest: str) -> bytes:
         from stitchcache.store.signed import own_signature
@@ -277,6 +288,8 @@ class Cache(Store):
         with self._top.writing(path):
             standing(self._top, Area.TARGETS, key, decode_signed)
         self._top.publish(path, data)
+        if self.remote and not signature.startswith(OUTSIDE):
+            self.tier.give(key, 0, partial(self.tier.send_target, self, key, record, signature))
 
     def get_piece(self, key: str) -> PieceRecord | None:
         """The piece of a key, its blob kept until an artifact is put; ``None`` where either is gone."""
@@ -289,14 +302,15 @@ class Cache(Store):
             self.warn(key, f"blob {key} of a piece cannot be read ({words(error)}): taken as missing")
         return None
 
-    def put_piece(self, key: str, backend: str, blob: BlobRef) -> None:
+    def put_piece(self, key: str, backend: str, blob: BlobRef, *, signature: bytes | None = None) -> None:
         """Note that a piece key's compiled piece is this blob; the blob comes first."""
         from stitchcache.artifact.entry import PieceRecord, encode_piece
 
         data = encode_piece(PieceRecord(key=check_key(key), backend=backend, blob=blob))
         decode_piece(data, key)
-        data = self._signed(Kind.PIECE, key, data)
+        data = self._signed(Kind.PIECE, key, data, signature)
         self._top.publish(keyed_path(self._top.path, Area.PIECES, key), data)
+        self._send(Area.PIECES, key, data, blob)
 
     def record(self, area: Area, key: str, decode: Callable[..., T], *vouched: Any) -> T | None:
         """What a key's file holds; one that nobody vouches for is taken as missing, with a warning."""

@@ -21,6 +21,7 @@ TORCH_FREE = {
     "containers",
     "store",
     "cache",
+    "remote",
     "artifact",
     "nearest",
     "explanation",

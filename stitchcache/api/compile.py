@@ -35,7 +35,7 @@ from stitchcache.pipeline.find import (
 from stitchcache.runtime.model import CompiledModel, check_environment, refuse_change
 from stitchcache.state import devices_of, taken_apart
 from stitchcache.store import flag
-from stitchcache.types import Change, Check
+from stitchcache.types import Change, Check, is_digest
 
 if TYPE_CHECKING:
     from stitchcache.api.preload import Preloaded
@@ -194,7 +194,7 @@ def _compile(wanted: Wanted, miss: Miss) -> CompiledModel:
         # Children are forked from here on, and must not inherit locks that its thread holds.
         wanted.site.ready.wait()
     # A direct hit must not pay for importing what captures, splits and compiles.
-    if wanted.request.on_miss == "eager" and not wanted.request.miss_is_error:
+    if wanted.request.eager_first:
         from stitchcache.pipeline.eager_first import EagerFirst
 
         return EagerFirst(wanted, miss)
@@ -280,7 +280,8 @@ def load(
             said = f"it has {len(entries)} entries, which are imported now: load one by its graph hash"
             raise OptionError(f"{prefix}: {said}", option="source")
         (prefix,) = entries
-    found = find_by_graph(store.find(prefix), site)
+    # The remote can be asked for a whole hash only.
+    found = find_by_graph(prefix if store.remote and is_digest(prefix) else store.find(prefix), site)
     if isinstance(found, Miss):
         raise GraphHashError(
             f"entry {prefix[:12]} in {store.root} cannot be read. Compile the model again.", prefix=prefix

@@ -185,7 +185,8 @@ def _compiled(
             from stitchcache.pipeline.eager_first import EagerGraph
 
             def work(tell: OnProgress) -> None:
-                there = replace(source, request=with_few_jobs(request), site=replace(site, on_progress=tell))
+                asking = replace(site, on_progress=tell, asks=True)
+                there = replace(source, request=with_few_jobs(request), site=asking)
                 with outside_tracing():
                     compile_planned(replace(planned, source=there), miss, begin=begin, refuse=refuse)
 
@@ -207,5 +208,5 @@ def _compiled(
             Miss(reason="no entry for this graph", cause="new"),
             begin=begin,
             refuse=refuse,
-            aside=aside if request.on_miss == "eager" else None,
+            aside=aside if request.eager_first else None,
         )

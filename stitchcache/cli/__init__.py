@@ -26,7 +26,7 @@ _GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "explain": ("explain", "serving.targets:targets", "3d94ec"),
         "diff": ("entries", "3d94ec 81f0b2", "3d94ec 81f0b2 --html page.html"),
         "report": ("report", "--all", "--html report.html"),
-        "stats": ("upkeep", "--prometheus"),
+        "stats": ("upkeep", "--prometheus", "--remote"),
     },
     "Keep in order": {
         "verify": ("upkeep", "--repair"),
@@ -46,6 +46,8 @@ _GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "sign": ("trust", "3d94ec --days 30"),
         "export": ("trust", "models.bundle", "ranker.bundle --label 'ranker*'"),
         "import": ("trust", "models.bundle"),
+        "push": ("trust", "--label 'ranker*'", "--remote s3://bucket/models"),
+        "pull": ("trust", "--max-age 30d"),
         "image": ("trust", "build layout", "push layout registry.example.com/cache:1"),
     },
 }

@@ -11,10 +11,11 @@ from dataclasses import asdict
 import click
 
 from stitchcache.cli import output as out
-from stitchcache.errors import OptionError
+from stitchcache.errors import OptionError, StoreError
 from stitchcache.explanation import printable
 from stitchcache.store import (
     CHECKS,
+    REMOTES,
     choice,
     default_roots,
     flag,
@@ -26,7 +27,10 @@ from stitchcache.store import (
 from stitchcache.store.probe import Level, Trial, probe, probe_lower
 from stitchcache.store.signed import keys_directory, signature_namespace
 
-_SETTINGS = ("max_size", "require", "check", "read_only", "audit", "trust", "keys", "namespace", "debug")
+_SETTINGS = (
+    *("max_size", "require", "check", "read_only", "audit", "trust", "keys", "namespace", "debug"),
+    *("remote", "remote_wait"),
+)
 # Others' variables that change what is compiled, with what, or where.
 _FOREIGN = ("CXX", "ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
 
@@ -66,7 +70,7 @@ def _variable(name: str) -> str:
     return f"STITCHCACHE_{'READONLY' if name == 'read_only' else name.upper()}"
 
 
-def _value(name: str) -> str | int | bool | None:
+def _value(name: str) -> str | float | bool | None:
     """A setting's value; an OptionError if its variable makes no sense."""
     if name == "max_size":
         return max_size()
@@ -75,6 +79,13 @@ def _value(name: str) -> str | int | bool | None:
         return needed if needed == "direct" else needed == "hit"
     if name == "trust":
         return ":".join(trust_of(None, 1 + os.environ.get("STITCHCACHE_TRUST", "").count(":")))
+    if name == "remote":
+        return out.open_cache(None, remote=None).remote
+    if name == "remote_wait":
+        # Not at the top: few have a remote.
+        from stitchcache.remote import wait_seconds
+
+        return wait_seconds()
     if name in ("keys", "namespace"):
         return keys_directory() if name == "keys" else signature_namespace()
     return choice(_variable(name), CHECKS) if name == "check" else flag(_variable(name))
@@ -110,7 +121,7 @@ def doctor(path: str | None, as_json: bool, root: str | None) -> None:
         # Among the environment's findings.
         trust = ["owner"] * (1 + len(lower))
     layers = [*probe(place, trust=trust[0]), *map(probe_lower, lower, trust[1:])]
-    trials = [*layers, _signing(trust), python, _torch(), _compiler(), *_environment()]
+    trials = [*layers, *_remote(), _signing(trust), python, _torch(), _compiler(), *_environment()]
     record = {
         "root": place,
         "problems": sum(trial.level == "problem" for trial in trials),
@@ -151,6 +162,27 @@ def _signing(trust: list[str]) -> Trial:
         meaning = "STITCHCACHE_TRUST=signed, so nothing is loaded: 'stitchcache keys trust' adds a signer"
         return Trial(name="signatures", level="problem", found=found, meaning=meaning)
     return Trial(name="signatures", level="ok", found=found)
+
+
+def _remote() -> Iterator[Trial]:
+    url = os.environ.get("STITCHCACHE_REMOTE", "").strip()
+    if url.startswith(REMOTES):
+        # Not at the top: few have a remote.
+        from stitchcache.remote import Remote
+
+        remote, name = Remote(url, lambda *_: None), f"probe/{os.urandom(8).hex()}"
+        level: Level = "ok"
+        meaning = ""
+        try:
+            if [remote.now(remote.write, name, b"probe") for _ in range(2)] != [True, False]:
+                level, meaning = (
+                    "note",
+                    "several nodes may compile one piece: it creates what is there already",
+                )
+            remote.now(remote.ask, "delete", name)
+        except StoreError as error:
+            level, meaning = "problem", f"{error.message}: starts go on without it"
+        yield Trial(name="remote", level=level, found=url, meaning=meaning)
 
 
 def _torch() -> Trial:

@@ -96,15 +96,20 @@ def write_page(path: str, text: str) -> None:
 
 
 def open_cache(
-    root: str | None, *, read_only: bool = False, trust: str | None = None, allow_missing: bool = True
+    root: str | None,
+    *,
+    read_only: bool = False,
+    trust: str | None = None,
+    remote: str | None = "",
+    allow_missing: bool = True,
 ) -> Cache:
-    """The cache that ``--cache`` names."""
+    """The cache that ``--cache`` names; without a remote, unless ``remote`` is ``None`` or a URL."""
     # Not at the top: the help pages answer without it.
     from stitchcache.cache import Cache
     from stitchcache.store import split_roots
 
     layers = None if root is None else split_roots(root, option="--cache")
-    cache = Cache(layers, read_only=read_only, trust=trust)
+    cache = Cache(layers, read_only=read_only, trust=trust, remote=remote)
     missing = [place for place in cache.roots if not place.is_dir()]
     if missing and not allow_missing:
         raise OptionError(

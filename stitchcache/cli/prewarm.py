@@ -57,7 +57,7 @@ def prewarm(
     With --shard each of N processes compiles pieces that no other does. Then the same command without
     --shard, in a cache that has the pieces of all, stores the entries.
     """
-    cache = out.open_cache(root)
+    cache = out.open_cache(root, remote=None)
     if verbose:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("stitchcache").setLevel(logging.INFO)

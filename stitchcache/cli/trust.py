@@ -1,4 +1,4 @@
-"""``stitchcache keys``, ``sign``, ``export``, ``import`` and ``image``: vouching for entries, moving them."""
+"""``stitchcache keys``, ``sign``, ``export``, ``import``, ``push``, ``pull``, ``image``: vouching, moving."""
 
 from __future__ import annotations
 
@@ -243,6 +243,7 @@ def image() -> None:
 @image.command()
 @click.argument("directory", type=click.Path())
 @_choosing
+@click.option("--mounted-at", metavar="PATH", help="Where KServe is to mount it, by a label.")
 @click.option("--arch", help="The GPU's architecture, such as sm_90.  [default: by the GPU's name]")
 @click.option("--layout", help="'vllm' names directories and labels for extractors that know no other.")
 @out.shared_options
@@ -267,18 +268,68 @@ def build(directory: str, prefixes: tuple[str, ...], as_json: bool, root: str | 
     out.show(record, as_json, view)
 
 
-@image.command()
+@image.command("push")
 @click.argument("directory", type=click.Path())
 @click.argument("reference")
 @click.option("--insecure", is_flag=True, help="Take a registry without TLS, or with an unknown certificate.")
 @out.json_option
-def push(directory: str, reference: str, insecure: bool, as_json: bool) -> None:
+def push_image(directory: str, reference: str, insecure: bool, as_json: bool) -> None:
     """Copy the image in DIRECTORY to a registry; REFERENCE is such as registry.example.com/team/cache:1.
 
     It needs skopeo, and logs in as skopeo does. What is printed names the image by its digest.
     """
-    from stitchcache.ext.image import push_image
+    from stitchcache.ext.image import push_image as push_directory
 
-    pushed = push_image(directory, reference, insecure=insecure)
+    pushed = push_directory(directory, reference, insecure=insecure)
     record = {"directory": directory, "pushed": pushed}
     out.show(record, as_json, lambda _: click.echo(pushed))
+
+
+# -- remotes ---------------------------------------------------------------------------------------
+
+
+def _moving(function: out.F) -> out.F:
+    said = "URL, such as s3://bucket/prefix.  [default: STITCHCACHE_REMOTE]"
+    return _choosing(click.option("--remote", metavar="URL", help=said)(out.shared_options(function)))
+
+
+@click.command()
+@_moving
+def push(**how: Any) -> None:
+    """Upload entries to the remote; without a PREFIX all entries of the cache.
+
+    What is there already is not sent again, so a push that was interrupted goes on where it was.
+    """
+    _move("push", "sent", **how)
+
+
+@click.command()
+@_moving
+def pull(**how: Any) -> None:
+    """Store entries of the remote; without a PREFIX all that it has.
+
+    A start fetches what it needs by itself. This is for images, and for nodes without a network.
+    """
+    _move("pull", "fetched", **how)
+
+
+def _move(
+    verb: str,
+    done: str,
+    prefixes: tuple[str, ...],
+    remote: str | None,
+    as_json: bool,
+    root: str | None,
+    **only: Any,
+) -> None:
+    # Not at the top: it needs an extra.
+    from stitchcache.ext import export as moves
+
+    cache = out.open_cache(root, remote=remote)
+    keys = prefixes if verb == "pull" else [cache.find(prefix) for prefix in prefixes]
+    found = getattr(moves, verb)(cache, keys, on_progress=lambda said: out.say(said), **only)
+    words = {True: done, False: "there already"}
+    entries = {key: how if isinstance(how, str) else words[how] for key, how in found.items()}
+    record = {"root": str(cache.root), "remote": cache.remote, "entries": entries}
+    failed = any(isinstance(how, str) for how in found.values())
+    out.show(record, as_json, lambda _: out.print_pairs(list(entries.items())), finding=failed)

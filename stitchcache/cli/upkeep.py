@@ -213,17 +213,34 @@ def migrate(as_json: bool, root: str | None, allow_missing: bool) -> None:
 
 @click.command()
 @click.option("--prometheus", is_flag=True, help="Print Prometheus' text format.")
+@click.option("--remote", is_flag=True, help="Show what the remote holds instead; lists all of it.")
 @out.reading_options
-def stats(prometheus: bool, as_json: bool, root: str | None, allow_missing: bool) -> None:
+def stats(prometheus: bool, remote: bool, as_json: bool, root: str | None, allow_missing: bool) -> None:
     """Show what a cache holds, and its hits and misses."""
-    if prometheus and as_json:
-        raise click.UsageError("--prometheus and --json are two formats; choose one")
+    if prometheus and (as_json or remote):
+        raise click.UsageError("--prometheus goes neither with --json, which is another format, nor --remote")
+    if remote:
+        _remote_stats(as_json)
+        return
     cache = out.open_cache(root, allow_missing=allow_missing)
     found = cache.stats()
     if prometheus:
         click.echo(found.prometheus(), nl=False)
     else:
         out.show({"root": str(cache.root), **asdict(found)}, as_json, _print_stats)
+
+
+def _remote_stats(as_json: bool) -> None:
+    """Objects and bytes of a remote, by area."""
+    cache, areas = out.open_cache(None, remote=None), dict[str, list[int]]()
+    if not cache.remote:
+        raise OptionError("STITCHCACHE_REMOTE is not set, so there is no remote", option="remote")
+    remote = cache.tier.remote
+    for name, size in remote.now(remote.names, "") or ():
+        areas.setdefault(name.partition("/")[0], []).append(size)
+    rows = [{"area": name, "objects": len(some), "bytes": sum(some)} for name, some in areas.items()]
+    columns: out.Fields = {"AREA": "area", "ENTRIES": "objects", "SIZE": "bytes"}
+    out.show({"remote": cache.remote, "areas": rows}, as_json, lambda _: out.print_table(columns, rows))
 
 
 def _print_stats(record: out.Record) -> None:

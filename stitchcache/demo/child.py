@@ -79,7 +79,7 @@ def _compiled(job: Record, config: Any, model: Any, ids: Any) -> Any:
 
         told = bar()  # type: ignore[assignment]
     with told as on_progress:
-        return compile_request(model, (ids,), {}, request, Cache(job["cache"]), on_progress)
+        return compile_request(model, (ids,), {}, request, Cache(job["cache"], remote=""), on_progress)
 
 
 def main() -> None:

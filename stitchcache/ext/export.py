@@ -1,4 +1,4 @@
-"""Vouching for what a cache holds: signing it in place, and exporting it to a bundle."""
+"""Vouching for what a cache holds: signing it in place, exporting it to a bundle, pushing it to a remote."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,6 +16,8 @@ from stitchcache.artifact.entry import (
     OUTSIDE,
     Kind,
     SignedRecords,
+    decode_named,
+    decode_signed,
     encode,
     encode_target,
     packed_digest,
@@ -22,11 +25,12 @@ from stitchcache.artifact.entry import (
     with_signature,
 )
 from stitchcache.cache import Cache
-from stitchcache.errors import StoreError, UntrustedEntryError
+from stitchcache.errors import OptionError, StoreError, UntrustedEntryError
 from stitchcache.ext.bundle import BLOCK, SIGNATURE, Bundle, chunks, header, place
 from stitchcache.ext.sign import YEAR, Keys, read_statement
 from stitchcache.records import dataclass
-from stitchcache.store import Area, keyed_path, write_error
+from stitchcache.remote.tier import Tier, object_name
+from stitchcache.store import Area, key_of, keyed_path, write_error
 from stitchcache.types import Artifact, BlobRef, is_digest
 
 log = logging.getLogger("stitchcache")
@@ -249,3 +253,100 @@ def put_member(
         if found.hexdigest() != content.digest:
             raise StoreError(f"{blob}: changed while it was read", path=str(blob))
     put(bytes(-size % BLOCK))
+
+
+# -- remotes ---------------------------------------------------------------------------------------
+
+_PUSHES = 8
+# Seconds without an answer: nobody's start waits.
+_PATIENCE = 30.0
+Moved = dict[str, bool | str]
+"""Graph hash to whether the entry was moved, or why not; ``False`` where it was there already."""
+
+
+def push(
+    cache: Cache,
+    graph_hashes: Collection[str] = (),
+    *,
+    on_progress: Callable[[str], None] = log.info,
+    **only: Any,
+) -> Moved:
+    """Upload entries to the cache's remote, with the target records that lead to them, unless it has them.
+
+    Arguments are as for :func:`export_bundle`, and ``on_progress`` is told how far it is.
+
+    Raises:
+        OptionError: The cache has no remote.
+        UntrustedEntryError: An entry that was named is not trusted.
+        StoreError: Nothing is there to push, or the remote failed.
+    """
+    tier, moved = _tier(cache), Moved()
+    found = select(cache, cache.keys if cache.keys.can_sign() else None, graph_hashes, **only)
+
+    def one(key: str) -> bool | str:
+        data: Any = found.members[object_name(Area.ENTRIES, key)]
+        try:
+            return tier.send(cache, Area.ENTRIES, key, data, found.artifacts[key].blobs)
+        except OSError as error:
+            # The remote's, a disk's, or a missing signature.
+            return str(error)
+
+    with ThreadPoolExecutor(_PUSHES, "stitchcache-push") as pool:
+        for key, outcome in zip(found.artifacts, pool.map(one, found.artifacts), strict=True):
+            moved[key] = outcome
+            on_progress(f"{len(moved)} of {len(found.artifacts)}: {key[:12]}")
+    for name, packed in found.members.items():
+        if name.startswith(Area.TARGETS) and isinstance(packed, bytes):
+            key = name.rpartition("/")[2]
+            for record, its in reversed(decode_signed(packed, key)):
+                if not isinstance(moved[record.graph_hash], str):
+                    tier.send_target(cache, key, record, its)
+    return moved
+
+
+def pull(
+    cache: Cache,
+    prefixes: Collection[str] = (),
+    *,
+    label: str | None = None,
+    target: str | None = None,
+    max_age: float | None = None,
+    on_progress: Callable[[str], None] = log.info,
+) -> Moved:
+    """Store entries of the cache's remote, with what leads to them; arguments are as for :func:`push`.
+
+    A start needs no pull. It is for images, and for nodes that will have no network.
+    """
+    tier, moved, led = _tier(cache), Moved(), dict[str, set[str]]()
+    oldest = 0.0 if max_age is None else time.time() - max_age
+
+    def keys(area: Area, prefixes: Collection[str]) -> list[str]:
+        tier.remote.begin(_PATIENCE)
+        names = [name.rpartition("/")[2] for name, _ in tier.remote.now(tier.remote.names, area) or ()]
+        found = [key for key in (key_of(area, name) for name in names) if key is not None]
+        return [key for key in found if key.startswith(tuple(prefixes) or "")]
+
+    for name, found, _ in tier.read(cache, Area.TARGETS, keys(Area.TARGETS, [target or ""]), decode_signed):
+        led[name.rpartition("/")[2]] = {record.graph_hash for record, _ in found}
+    ends = set().union(*led.values())
+    wanted = [key for key in keys(Area.ENTRIES, prefixes) if target is None or key in ends]
+    for done, key in enumerate(wanted, 1):
+        tier.remote.begin(_PATIENCE)
+        moved[key] = tier.remote.reason or "not trusted, or damaged"
+        for name, artifact, its in tier.read(cache, Area.ENTRIES, [key], decode_named):
+            if not fnmatchcase(artifact.label, label or "*") or artifact.created < oldest:
+                del moved[key]
+            elif (there := cache.get(key) is not None) or tier.keep(cache, name, artifact, its):
+                moved[key] = not there
+        on_progress(f"{done} of {len(wanted)}: {key[:12]}")
+    here = {key for key, outcome in moved.items() if not isinstance(outcome, str)}
+    for key in [key for key, found in led.items() if found & here]:
+        tier.records(cache, key)
+    return moved
+
+
+def _tier(cache: Cache) -> Tier:
+    if not cache.remote:
+        raise OptionError("there is no remote: give --remote, or set STITCHCACHE_REMOTE", option="remote")
+    tier: Tier = cache.tier
+    return tier

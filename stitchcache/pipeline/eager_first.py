@@ -50,7 +50,7 @@ class EagerFirst(CompiledModel):
             # In the child: importing what captures and compiles takes a second; no server needs it.
             from stitchcache.pipeline.trace import compile_traced
 
-            site = replace(wanted.site, on_progress=tell, ready=None, timings={})
+            site = replace(wanted.site, on_progress=tell, ready=None, asks=True, timings={})
             made = compile_traced(replace(wanted, request=request, site=site), miss)
             return made.graph_hash, made.check.state, made.check.reason
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field, replace
 from functools import partial
 from types import NoneType
@@ -139,6 +139,11 @@ class Request:
         return self.on_miss == "error" or self.require is not None or required() != "nothing"
 
     @property
+    def eager_first(self) -> bool:
+        """Whether a miss is served by the model itself, while a child process compiles it."""
+        return self.on_miss == "eager" and not self.miss_is_error
+
+    @property
     def checked(self) -> str:
         """When a hit is compared with the model: the argument, else ``STITCHCACHE_CHECK``, else at once."""
         return self.check or choice("STITCHCACHE_CHECK", CHECKS)
@@ -203,6 +208,7 @@ class Site:
     device: str  # the device that pieces are loaded for
     devices: tuple[str, ...]  # types of all in use, sorted
     ready: Preloaded | None = None  # taken only where it is what was found
+    asks: bool = True  # the remote; whoever forks a child that shall ask it must not have done so
     on_progress: OnProgress | None = None  # decides nothing
     began: float = field(default_factory=time.perf_counter)
     timings: dict[str, float] = field(default_factory=dict)  # seconds by stage
@@ -301,6 +307,7 @@ def want(
         device=device,
         devices=devices,
         ready=ready,
+        asks=not request.eager_first,
         on_progress=on_progress,
         began=began,
     )
@@ -329,7 +336,7 @@ def find(wanted: Wanted) -> Hit | Miss:
         return Miss(reason=wanted.target.reason or "this target has no key", cause="unkeyable")
     looked = wanted.request.checked != "none"
     first: Miss | None = None
-    for record in site.cache.get_target(key):
+    for record in _records(key, site):
         try:
             with well_formed(f"target {key[:12]}"):
                 changed = site.timed("sources", partial(check_sources, record, wanted.walk, looked=looked))
@@ -345,6 +352,13 @@ def find(wanted: Wanted) -> Hit | Miss:
             break
     reason, cause = site.cache.problem(key)
     return first or Miss(reason=reason or "no entry for this target", cause=cause)
+
+
+def _records(key: str, site: Site) -> Iterator[TargetRecord]:
+    """Records of a target key: the cache's, and if none of them is served, what the remote has besides."""
+    yield from site.cache.get_target(key)
+    if site.asks and site.cache.remote:
+        yield from site.cache.tier.records(site.cache, key)
 
 
 def _find_by_record(wanted: Wanted, record: TargetRecord, changed: str | None) -> Hit | Miss:
@@ -373,6 +387,8 @@ def find_by_graph(graph_hash: str, site: Site) -> Hit | Miss:
     if artifact is None:
         try:
             artifact = site.cache.get(graph_hash)
+            if artifact is None and site.asks and site.cache.remote:
+                artifact = site.cache.tier.entry(site.cache, graph_hash)
         except UntrustedEntryError as error:
             log.warning("%s", error)
             return Miss(reason=error.message, cause="refused")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -240,16 +241,18 @@ def fill(planned: EntryPlan, distinct: Mapping[str, Piece]) -> Shelf:
     unkept = {key for key, piece in distinct.items() if request.keep_sources and piece.backend != "eager"}
     unkept -= shelf.sources.keys()
     missing = {key for key, piece in distinct.items() if key in unkept or not shelf.find(piece)}
-    done = len(distinct) - len(missing)
+    shared: AbstractContextManager[Iterable[Collection[str]]] = nullcontext([missing])
+    if cache.remote and site.asks and not unkept:
+        cache.tier.pieces(cache, missing)
+        missing = {key for key in missing if not shelf.find(distinct[key])}
+        shared = cache.tier.share(cache, missing, lambda key: shelf.find(distinct[key]), lambda: tell("wait"))
     together = max(1, at_once(len(missing), request.jobs))
     rounds = -(-len(missing) // together)
     counts = (len(missing), len(distinct), request.backend, together)
     log.info("%s: compiling %d of %d different pieces with %s, %d at a time", site.label, *counts)
-    tell("compile", done, len(distinct))
+    tell("compile", len(shelf.pieces), len(distinct))
 
     def on_built(piece: Piece, path: Path, seconds: float) -> None:
-        nonlocal done
-        done += 1
         cache.count(f"piece.compiled.{piece.backend}")
         cache.count(f"microseconds.piece.{piece.backend}", int(seconds * 1e6))
         if piece.backend == request.backend:
@@ -257,26 +260,29 @@ def fill(planned: EntryPlan, distinct: Mapping[str, Piece]) -> Shelf:
         shelf.take(piece, path)
         if piece.key in unkept:
             shelf.sources[piece.key] = generated_in(path.parent)
+        done = len(shelf.pieces)
         left = seconds_left(rounds, seen, time.perf_counter() - began) if done < len(distinct) else None
         tell("compile", done, len(distinct), left)
 
-    for (_, one), (_, captured) in zip(planned.plans, planned.source.variants, strict=True):
-        pieces = {piece.key: piece for piece in one.pieces if piece.key in missing - shelf.pieces.keys()}
-        if not pieces:
-            continue
-        # A process that only loads makes no assumptions about sizes, so compiling must add none.
-        with cache.scratch() as scratch, without_guards(captured.gm.graph):
-            wanted = list(pieces.values())
-            build(
-                wanted,
-                _examples(one, wanted, captured, site.label) if request.verify else None,
-                scratch,
-                request.backend_options,
-                jobs=request.jobs,
-                device=site.device,
-                devices=site.devices,
-                on_built=on_built,
-            )
+    with shared as batches:
+        for keys in batches:
+            for (_, one), (_, captured) in zip(planned.plans, planned.source.variants, strict=True):
+                found = {each.key: each for each in one.pieces if each.key in keys}
+                pieces = [piece for key, piece in found.items() if key not in shelf.pieces]
+                if not pieces:
+                    continue
+                # A process that only loads makes no assumptions about sizes, so compiling must add none.
+                with cache.scratch() as scratch, without_guards(captured.gm.graph):
+                    build(
+                        pieces,
+                        _examples(one, pieces, captured, site.label) if request.verify else None,
+                        scratch,
+                        request.backend_options,
+                        jobs=request.jobs,
+                        device=site.device,
+                        devices=site.devices,
+                        on_built=on_built,
+                    )
     return shelf
 
 

@@ -84,10 +84,19 @@ def dynamo_source(gm: GraphModule, example_inputs: Sequence[Any], request: Reque
     held = held_tensors([item.tensor.detach() for item in captured.bound])
     device, devices = devices_of(held, example_inputs)
     environment = _environment(request, devices, label)
+    if cache.remote:
+        cache.tier.remote.begin()
     return Source(
         model=held,
         request=request,
-        site=Site(cache=cache, label=label, device=device, devices=devices, began=began),
+        site=Site(
+            cache=cache,
+            label=label,
+            device=device,
+            devices=devices,
+            asks=not request.eager_first,
+            began=began,
+        ),
         whole=captured,
         variants=[(None, captured)],
         environment=environment,

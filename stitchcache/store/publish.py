@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from stitchcache.errors import LockTimeoutError, StoreWriteError
+from stitchcache.errors import EntryDamagedError, LockTimeoutError, StoreWriteError
 from stitchcache.store import Area, Files, distrust, distrusted_way, keyed_path, words
 from stitchcache.store.root import Item, Root
 from stitchcache.types import BlobRef
@@ -32,10 +32,13 @@ _CHUNK = 1 << 20
 # -- blobs ---------------------------------------------------------------------------------------
 
 
-def publish_blob(root: Root, source: bytes | str | Iterable[bytes]) -> BlobRef:
+def publish_blob(
+    root: Root, source: bytes | str | Iterable[bytes], expected: BlobRef | None = None
+) -> BlobRef:
     """Put a blob in place under its digest, and hold it.
 
-    ``source`` is its bytes, in one or in several parts, or the path of a file that has them.
+    ``source`` is its bytes, in one or in several parts, or the path of a file that has them. If another blob
+    was ``expected``, an ``EntryDamagedError`` is raised, and nothing is put in place.
     """
     with root.writing(root.area(Area.BLOBS)), root.temporary() as (temp, fd):
         found, size = hashlib.sha256(), 0
@@ -44,6 +47,8 @@ def publish_blob(root: Root, source: bytes | str | Iterable[bytes]) -> BlobRef:
             size += len(chunk)
             root.files.write_all(fd, chunk)
         ref = BlobRef(digest=found.hexdigest(), size=size)
+        if expected not in (None, ref):
+            raise EntryDamagedError.at("", "blob", f"sha256 {ref.digest} of {size} bytes")
         target = keyed_path(root.path, Area.BLOBS, ref.digest)
         root.make_dir(os.path.dirname(target))
         root.sync(fd)

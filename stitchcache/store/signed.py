@@ -40,24 +40,27 @@ def signature_namespace() -> str:
     return name
 
 
-def require_signed_file(store: Store, root: Root, path: str, area: Area, key: str, data: bytes) -> None:
-    """Raise ``UntrustedEntryError`` where the signature of an entry or piece is not good."""
+def require_signed_file(store: Store, place: str, path: str, area: Area, key: str, data: bytes) -> None:
+    """Raise ``UntrustedEntryError`` where the signature of an entry or piece is not good.
+
+    ``place`` is the root or remote that it is in.
+    """
     kind = Kind.ENTRY if area is Area.ENTRIES else Kind.PIECE
     try:
         digest = signed_digest(data, kind)
     except UntrustedEntryError as error:
         raise UntrustedEntryError(f"{path}: {error.message}", path=path) from error
     its = signature_in(data).removeprefix(OUTSIDE)
-    store.keys.verify(its, kind.name.lower(), key, digest, path=path, about=root.path)
+    store.keys.verify(its, kind.name.lower(), key, digest, path=path, about=place)
 
 
 def require_signed_record(
-    store: Store, root: Root, path: str, key: str, record: TargetRecord, its: bytes
+    store: Store, place: str, path: str, key: str, record: TargetRecord, its: bytes
 ) -> None:
-    """Raise ``UntrustedEntryError`` where the signature of a target record is not good."""
+    """Raise ``UntrustedEntryError`` where the signature of a target record is not good; likewise."""
     # Configurations of one key have their own histories.
     what = [*(source.digest for source in record.sources), *(f"{n}={v}" for n, v in record.globals)]
-    about = f"{root.path}\0{chr(0).join(what)}"
+    about = f"{place}\0{chr(0).join(what)}"
     its = its.removeprefix(OUTSIDE)
     store.keys.verify(its, "target", key, packed_digest(record), path=path, about=about)
 

@@ -28,6 +28,7 @@ from stitchcache.errors import (
     visible,
 )
 from stitchcache.store import (
+    REMOTES,
     Area,
     Files,
     Roots,
@@ -65,6 +66,7 @@ class Store:
         max_files: int | None = None,
         durability: Literal["full", "fast"] = "full",
         trust: str | Sequence[str] | None = None,
+        remote: str | None = None,
         _files: Files | None = None,
     ) -> None:
         if durability not in ("full", "fast"):
@@ -74,6 +76,11 @@ class Store:
         self.read_only = read_only or flag("STITCHCACHE_READONLY")
         self.max_bytes = max_size() if max_bytes is None else max_bytes
         self.max_files = max_files
+        check_kind("remote", remote, (str, type(None)), "a URL such as 's3://bucket/prefix'")
+        self.remote = os.environ.get("STITCHCACHE_REMOTE", "").strip() if remote is None else remote
+        if self.remote and not self.remote.startswith(REMOTES):
+            said = f"use {', '.join(REMOTES)} (a registry, oci://, holds images, and no cache that grows)"
+            raise OptionError(f"remote={self.remote!r}: {said}", option="remote")
         self._files = _files or Files()
         paths = root_paths(root)
         self._roots = [
@@ -178,6 +185,11 @@ class Store:
         # By name: an extra, which a start without signatures does without.
         return importlib.import_module("stitchcache.ext.sign").Keys()
 
+    @cached_property
+    def tier(self) -> Any:
+        """The remote (:class:`stitchcache.remote.tier.Tier`); a start from local files does without it."""
+        return importlib.import_module("stitchcache.remote.tier").Tier(self.remote, self._counters.add)
+
     def require_voucher(self, backend: str) -> None:
         """Raise ``UntrustedEntryError`` for pieces that are pickles where nobody vouches for files."""
         if backend == "inductor" and any(root.trust == "any" for root in self._roots):
@@ -197,7 +209,7 @@ class Store:
         if area is not Area.TARGETS and needs_signature(trust or root.trust, signature_in(data)):
             from stitchcache.store.signed import require_signed_file
 
-            require_signed_file(self, root, path, area, key, data)
+            require_signed_file(self, root.path, path, area, key, data)
 
     def blob_path(self, ref: BlobRef) -> Path | None:
         """A blob's file, its size and digest checked; ``None`` where it is missing, or damaged.

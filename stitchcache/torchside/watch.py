@@ -11,12 +11,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
-from stitchcache.records import dataclass
 from stitchcache.torchside import storage_id
 
 SEEN = ("2.11", "2.13", "2.15")
@@ -47,8 +46,7 @@ class StoppedError(RuntimeError):
     """An op was about to do what nobody could put back; the message says what."""
 
 
-@dataclass(frozen=True, slots=True)
-class Saved:
+class Saved(NamedTuple):
     """Memory that is written: a tensor over it, the memory itself, and what it held before."""
 
     tensor: torch.Tensor
@@ -66,8 +64,7 @@ class Saved:
         self.storage.copy_(self.before)
 
 
-@dataclass(frozen=True, slots=True)
-class _Op:
+class _Op(NamedTuple):
     """What a schema says: which arguments an op writes, whether it makes new tensors, whether it draws.
 
     ``shapes`` ops change sizes or strides of what they write, such as ``t_``. Those with ``parts`` are seen
