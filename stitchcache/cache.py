@@ -365,7 +365,8 @@ class Cache(Store):
         from stitchcache.store.evict import plan_removal
 
         with self._listing():
-            return plan_removal(self._roots, graph_hashes).execute()
+            plan = plan_removal(self._roots, graph_hashes)
+        return plan.execute()
 
     def clear(self) -> PruneResult:
         """Remove all entries, blobs, targets and pieces of the first root that are not in use."""
@@ -444,6 +445,5 @@ class Cache(Store):
         try:
             yield
         except OSError as error:
-            raise StoreError(
-                f"{self.root}: cannot be listed ({words(error)})", path=str(self.root)
-            ) from error
+            said = f"{error.filename or self.root}: cannot be listed ({words(error)})"
+            raise StoreError(said, path=str(self.root)) from error

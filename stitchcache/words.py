@@ -47,5 +47,5 @@ def moment_text(created: float) -> str:
 
 def count_text(number: int, one: str) -> str:
     """``1 entry``, ``2 entries``."""
-    many = one[:-1] + "ies" if one.endswith("y") else one + "s"
+    many = one[:-1] + "ies" if one.endswith("y") and one[-2] not in "aeiou" else one + "s"
     return f"{number} {one if number == 1 else many}"

@@ -246,6 +246,9 @@ def compile_blocks(
     """
     check_model(module, args, {} if kwargs is None else kwargs)
     wanted = _blocks(module, blocks)
+    if taken := [name for name, each in wanted.items() if getattr(each, COMPILED_CALL) is not None]:
+        said = f"{', '.join(taken)} run compiled already. Call undo() of what compiled them first."
+        raise OptionError(f"{type(module).__name__}: {said}", option="blocks")
     made = CompiledBlocks(options, chosen_cache(cache))
     if source is not None:
         importlib.import_module("stitchcache.ext.bundle").import_bundle(made._cache, _bundle_at(source))
@@ -271,11 +274,8 @@ def compile_blocks(
         for each in hooks.values():
             each.remove()
     if not made.blocks:
-        raise OptionError(
-            f"{type(module).__name__} calls none of {', '.join(wanted)} on the example. Give an example that "
-            "does, or name other blocks.",
-            option="blocks",
-        )
+        said = f"calls none of {', '.join(wanted)} on the example. Give one that does, or name other blocks."
+        raise OptionError(f"{type(module).__name__} {said}", option="blocks")
     return made
 
 
@@ -294,9 +294,6 @@ def _blocks(
     ids = {id(each) for each in given if isinstance(each, torch.nn.Module)}
     found = {name: each for name, each in named.items() if type(each).__name__ in names or id(each) in ids}
     if len(found) == 0 or len(ids) > len({id(each) for each in found.values()} & ids):
-        raise OptionError(
-            f"blocks={blocks!r}: {type(module).__name__} has no such blocks. Give the names of their "
-            "classes, or the modules themselves.",
-            option="blocks",
-        )
+        said = "has no such blocks. Give the names of their classes, or the modules themselves."
+        raise OptionError(f"blocks={blocks!r}: {type(module).__name__} {said}", option="blocks")
     return found

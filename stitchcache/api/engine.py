@@ -116,7 +116,8 @@ def _given_pieces(
         if name not in names:
             raise OptionError(
                 f"pieces[{name!r}]: the code takes no such submodule; submod_names has "
-                f"{', '.join(names) or 'none'}.",
+                f"{', '.join(names) or 'none'}. The code of a GraphModule is written out: put another module "
+                "in its place before you generate the code.",
                 option="pieces",
             )
         check_kind(f"pieces[{name!r}]", piece, (bytes, os.PathLike), "the piece's bytes, or a pathlib.Path")

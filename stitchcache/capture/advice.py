@@ -90,7 +90,7 @@ def _about_shapes(forward: Any) -> str:
         "dynamic_shapes does not fit: give one item for each argument of the example, in order or by name "
         f"(forward{_signature(forward)}): a dict such as {{0: Dim('batch', 1, 64)}}, whose keys are "
         "dimensions that the tensor has and whose ranges hold the example's sizes, or None where all sizes "
-        f"are static. Leave out a size that the model fixes.{more}"
+        f"are static. Leave out a size that the model fixes; an example's size of 0 or 1 is fixed too.{more}"
     )
 
 

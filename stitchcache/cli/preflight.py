@@ -58,7 +58,7 @@ def check(source: str | None, node: str, target: str | None, as_json: bool, root
     found = preflight(source or out.open_cache(root, read_only=True, allow_missing=False), there)
     missed = sum(not verdict.hit for verdict in found)
     record = {"entries": [verdict_record(verdict) for verdict in found], "missed": missed}
-    out.show(record, as_json, _print_entries, finding=missed > 0)
+    out.show(record, as_json, _print_entries, finding=missed > 0 or not found)
 
 
 def _check_targets(reference: str, there: Machine, root: str | None) -> list[out.Record]:
@@ -95,10 +95,10 @@ def _print_entries(record: out.Record) -> None:
         out.print_heading("Differences")
         rows = [{"name": name, "old": old, "new": new} for name, old, new in seen]
         out.print_table({"FACTOR": "name", "ENTRY": "old", "MACHINE": "new"}, rows)
-    count = out.count_text(len(record["entries"]), "entry")
-    out.say(
-        f"{count}, {record['missed']} will not hit there" if record["missed"] else f"{count}, all hit there"
-    )
+    count, verdict = out.count_text(len(record["entries"]), "entry"), "all hit there"
+    if record["missed"] or not record["entries"]:
+        verdict = f"{record['missed']} will not hit there" if record["entries"] else "nothing will hit there"
+    out.say(f"{count}, {verdict}")
 
 
 def _print_targets(record: out.Record) -> None:

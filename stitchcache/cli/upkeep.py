@@ -44,7 +44,8 @@ def verify(
 def _print_findings(record: out.Record) -> None:
     findings = record["findings"]
     if findings:
-        columns = {"PROBLEM": "problem", "REPAIRED": "repaired", "FILE": "path", "DETAIL": "detail"}
+        columns: out.Fields = {"PROBLEM": "problem", "REPAIRED": "repaired", "FILE": "path"}
+        columns = {**columns, "DETAIL": lambda found: found["detail"].removeprefix(f"{found['path']}: ")}
         out.print_table(columns, findings)
     kinds = {"entries": "entry", "blobs": "blob", "targets": "target", "pieces": "piece"}
     seen = ", ".join(out.count_text(record[name], kind) for name, kind in kinds.items())
@@ -185,11 +186,9 @@ def rm(prefixes: tuple[str, ...], as_json: bool, root: str | None) -> None:
     done = cache.remove(list(wanted))
     record: out.Record = {"root": str(cache.root), "done": asdict(done)}
     left = [key for key in wanted if key not in done.entries]
+    why = "a file of it cannot be removed" if done.failed else "it is in a lower layer"
     for key in () if done.busy else left:
-        out.say(
-            f"entry {key[:12]} stayed: "
-            + ("it is in use" if key in done.in_use else "it is in a lower layer")
-        )
+        out.say(f"entry {key[:12]} stayed: {'it is in use' if key in done.in_use else why}")
     out.show(record, as_json, _print_removed, finding=bool(left) or _incomplete(record))
 
 

@@ -132,8 +132,9 @@ class _Gate:
                     self._bind_name(name, "op", 0)
                 case _:
                     _refuse(node, "anything but a binding in bind")
-        if {"submod": 0, "const": 0, **unpacked} != self._counts:
-            _refuse(bind, f"{unpacked} names for {self._counts} slots")
+        if (taken := {"submod": 0, "const": 0, **unpacked}) != self._counts:
+            said = [f"{taken[kind]} of {number} {kind}s" for kind, number in self._counts.items()]
+            _refuse(bind, f"names for {' and '.join(said)}")
         self._function(function)
 
     def list_module(self, functions: list[ast.FunctionDef]) -> None:

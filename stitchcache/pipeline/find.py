@@ -390,7 +390,7 @@ def find_by_graph(graph_hash: str, site: Site) -> Hit | Miss:
             if artifact is None and site.asks and site.cache.remote:
                 artifact = site.cache.tier.entry(site.cache, graph_hash)
         except UntrustedEntryError as error:
-            log.warning("%s", error)
+            site.cache.warn(error.path, error.message, cause="refused")
             return Miss(reason=error.message, cause="refused")
     if artifact is None:
         reason, cause = site.cache.problem(graph_hash)

@@ -341,12 +341,9 @@ def _arithmetic(text: str, symbols: Collection[str], field: str) -> str:
 
 def mismatch(argument: str, expected: object, actual: object, advice: str = "") -> InputMismatchError:
     """An error about one argument."""
-    return InputMismatchError(
-        f"argument {argument}: expected {expected}, got {actual}.{' ' + advice if advice else ''}",
-        argument=argument,
-        expected=str(expected),
-        actual=str(actual),
-    )
+    place = argument if argument == "arguments" else f"argument {argument}"
+    said = f"{place}: expected {expected}, got {actual}.{' ' + advice if advice else ''}"
+    return InputMismatchError(said, argument=argument, expected=str(expected), actual=str(actual))
 
 
 def no_tensor(argument: str, value: Any) -> InputMismatchError:

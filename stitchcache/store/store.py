@@ -305,10 +305,11 @@ class Store:
         return next((said for path, said in self._problems.items() if key in path), ("", "new"))
 
     def warn(self, path: str, message: str, *, again: bool = False, cause: str = "entry") -> None:
-        """Warn of a file, once; one that stays would be warned of at each look."""
+        """Warn of a file once, and of a root that is not trusted once for all of its files."""
         self._problems[path] = (message, cause)
-        if again or path not in self._warned:
-            self._warned.add(path)
+        said = {path, message.removesuffix(" (taken as missing)")}
+        if again or self._warned.isdisjoint(said):
+            self._warned |= said
             log.warning("%s", visible(message))
 
     # -- writing ---------------------------------------------------------------------------------

@@ -43,13 +43,16 @@ def leftovers(root: Root) -> list[Item]:
     own = f"{host_name()}."
     # Of another host, and where locks do not work, only the age tells.
     newest = (time.time() - _OLD_SECONDS) * 1e9
+    try:
+        temporary, locks = list(root.items(Area.TMP)), list(root.items(Area.LOCKS))
+    except PermissionError:
+        return []  # both are private, and what their owner left is the owner's to remove
     found = [
         item
-        for item in root.items(Area.TMP)
+        for item in temporary
         if item.modified < newest or (item.key.startswith(own) and _is_free(root, item))
     ]
-    locks = [item for item in root.items(Area.LOCKS) if item.key.endswith(".lock")]
-    return found + [item for item in locks if _is_free(root, item)]
+    return found + [item for item in locks if item.key.endswith(".lock") and _is_free(root, item)]
 
 
 def _is_free(root: Root, item: Item) -> bool:

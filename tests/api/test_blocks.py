@@ -195,3 +195,16 @@ def test_saved_blocks_start_elsewhere_from_a_snapshot_of_the_hub(tmp_path, monke
     assert hits(blocks) == ["direct"] * 4
     with pytest.raises(errors.StoreError, match=r"stitchcache\.bundle: cannot be read"):
         start(cache=cache, source=tmp_path)
+
+
+def test_blocks_that_run_compiled_are_not_compiled_again(cache):
+    model = block_models.model()
+    blocks = stitchcache.compile_blocks(model, (X, SHIFT), cache=cache, backend="eager")
+    with pytest.raises(errors.OptionError, match=r"blocks\.0, .* run compiled already\. Call undo\(\)"):
+        stitchcache.compile_blocks(model, (X, SHIFT), cache=cache, backend="eager")
+    # The blocks go on as they were.
+    assert all("_compiled_call_impl" in vars(block) for block in model.blocks)
+    assert differs(model, blocks) == 0.0
+    blocks.undo()
+    again = stitchcache.compile_blocks(model, (X, SHIFT), cache=cache, backend="eager")
+    assert differs(model, again) == 0.0

@@ -70,6 +70,16 @@ def test_a_forbidden_miss_says_what_is_wrong_with_the_cache(tmp_path, monkeypatc
     assert compile_decoder(stitchcache.Cache(root)).cache_hit == "direct"
 
 
+def test_a_root_that_is_not_trusted_is_warned_of_once(tmp_path, caplog):
+    """Not for each file that was looked for in it."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    with caplog.at_level(logging.WARNING, logger="stitchcache"):
+        check(compile_decoder(stitchcache.Cache(tmp_path / "cache")))
+    said = [each.message for each in caplog.records if "has mode 0777" in each.message]
+    assert len([line for line in said if "stored" not in line]) == 1, said
+
+
 def test_a_forbidden_miss_says_what_is_wrong_with_a_file(tmp_path, monkeypatch):
     monkeypatch.setenv("STITCHCACHE_REQUIRE", "1")
     for area, said in (("targets", "damaged"), ("entries", "damaged"), ("blobs", "not there")):

@@ -121,3 +121,8 @@ def test_a_part_that_is_compiled_already(tmp_path):
     model[0] = stitchcache.compile(model[0], (x,), backend="eager", cache=cache)
     assert "A part of the model is compiled already" in refused(tmp_path, model, (x,))
     assert "compiled already" in refused(tmp_path, model[0], (x,))
+
+
+def test_a_size_of_one_is_fixed(tmp_path):
+    said = refused(tmp_path, Double(), (torch.ones(1, 4),), dynamic_shapes=({0: B},))
+    assert "an example's size of 0 or 1 is fixed too" in said

@@ -72,3 +72,11 @@ def test_what_is_missing_is_said(made, run_cli):
     assert (nothing.status, "stitchcache machine > FILE" in nothing.err) == (2, True)
     gone = run_cli("check", "--cache", made / "gone", "--machine", made / "node.json")
     assert (gone.status, "no such directory" in gone.err) == (2, True)
+
+
+def test_an_empty_cache_does_not_pass(made, run_cli, tmp_path):
+    """A mount that is missing leaves an empty directory: all would be cold."""
+    (tmp_path / "cache").mkdir()
+    text = run_cli("check", tmp_path / "cache", "--machine", made / "node.json")
+    assert (text.status, "0 entries, nothing will hit there" in text.out + text.err) == (1, True)
+    assert run_cli("check", tmp_path / "cache", "--machine", made / "node.json", "--json").status == 1

@@ -42,7 +42,7 @@ def test_verify_finds_and_repairs(run_cli, root):
     outcome = run_cli("verify", "--cache", root)
     assert outcome.status == 1
     assert "damaged" in outcome.out
-    assert str(file) in outcome.out
+    assert outcome.out.count(str(file)) == 1  # the detail does not say it again
     assert file.exists()
     record = run_cli("verify", "--json", "--cache", root)
     assert record.status == 1
@@ -186,7 +186,10 @@ def test_rm_of_a_lower_layer_or_a_read_only_one(run_cli, root, tmp_path_factory)
     outcome = run_cli("rm", key("a"), "--cache", f"{upper}:{root}")
     assert outcome.status == 1
     assert "in a lower layer" in outcome.err
-    assert run_cli("rm", key("a"), "--cache", root, env={"STITCHCACHE_READONLY": "1"}).status == 1
+    outcome = run_cli("rm", key("a"), "--cache", root, env={"STITCHCACHE_READONLY": "1"})
+    assert outcome.status == 1
+    assert "opened read-only" in outcome.err
+    assert "cannot be listed" not in outcome.err
     assert entry_file(root, key("a")).exists()
 
 

@@ -25,6 +25,7 @@ def test_a_good_place(run_cli, tmp_path):
     for name in ("directory", "trust", "write", "lock", "exec", "torch"):
         assert found[name]["level"] == "ok", found[name]
     assert {"space", "python", "compiler"} <= found.keys()
+    assert " keys trusted in " in found["signatures"]["found"]
     levels = [each["level"] for each in outcome.json["findings"]]
     assert outcome.json["problems"] == levels.count("problem")
     assert outcome.status == (1 if "problem" in levels else 0)

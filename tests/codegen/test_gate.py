@@ -419,6 +419,11 @@ def test_nothing_runs_before_all_is_checked(tmp_path: Path) -> None:
     assert not witness.exists()
 
 
+def test_too_many_or_too_few_names_are_counted() -> None:
+    with pytest.raises(EntryFormatError, match="names for 1 of 2 submods and 1 of 1 consts"):
+        check_code(bound("x = submod_0(x)"), 2, 1)
+
+
 def test_the_message_names_line_and_construct() -> None:
     code = bound("y = 1\n        x = torch.os.system('true')")
     line = 1 + code[: code.index("torch.os")].count("\n")

@@ -181,3 +181,8 @@ def test_an_argument_that_is_the_state_that_the_model_writes(build):
     for given in (model.last, model.last.view(4), model.last[:]):
         assert "memory of a tensor of the model" in refused(compiled, "x", given)
     assert torch.equal(compiled(model.last.clone()), torch.full((4,), 2.0))
+
+
+def test_arguments_that_forward_does_not_take(build):
+    said = refused(build(First(), X, b=X), "arguments", X, X)
+    assert said.startswith("arguments: expected those of the model's forward, got too many")

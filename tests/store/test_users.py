@@ -24,7 +24,8 @@ import pytest
 from stores import key, put, read_back, target
 
 import stitchcache.store.evict
-import stitchcache.store.refusal  # noqa: F401
+import stitchcache.store.refusal
+import stitchcache.store.upkeep  # noqa: F401
 from stitchcache.cache import Cache
 from stitchcache.errors import StoreWriteError, UntrustedEntryError
 from stitchcache.store import distrusted_way
@@ -283,6 +284,26 @@ def test_a_user_who_may_only_read_stops_nobody(place):
     finally:
         reader.kill()
         reader.wait()
+
+
+def test_a_user_who_may_only_read_checks_what_root_has_built(place):
+    root = place / "image"
+    root.mkdir(0o755)
+    fill(root)
+
+    def verify(root):
+        report = Cache(root).verify()
+        return report.clean, report.entries, report.findings
+
+    assert as_user(STRANGER, verify, root) == "(True, 1, ())"
+
+    def remove(root):
+        return [len(found) for found in (Cache(root).remove([key("a")]).failed, Cache(root).entries())]
+
+    assert as_user(STRANGER, remove, root) == "[1, 1]"
+    # What cannot be listed is named.
+    (root / "entries").chmod(0o700)
+    assert f"{root}/entries: cannot be listed" in as_user(STRANGER, verify, root)
 
 
 def test_what_is_swapped_between_check_and_use_is_never_run(place, full):
