@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -72,7 +72,8 @@ class Both:
     moved: bool = False  # the model gave its modules something else to hold, such as a number counted up
 
 
-class _Results(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Results:
     """What the model gave. Of a written tensor: its name, what the model made of it, and itself."""
 
     returned: list[tuple[str, Any]]

@@ -243,7 +243,6 @@ def image() -> None:
 @image.command()
 @click.argument("directory", type=click.Path())
 @_choosing
-@click.option("--mounted-at", metavar="PATH", help="Where KServe is to mount it, by a label.")
 @click.option("--arch", help="The GPU's architecture, such as sm_90.  [default: by the GPU's name]")
 @click.option("--layout", help="'vllm' names directories and labels for extractors that know no other.")
 @out.shared_options

@@ -31,9 +31,9 @@ from stitchcache.store import write_error
 from stitchcache.types import Artifact, BlobRef
 
 _OCI = "application/vnd.oci.image"
-# The whole cache is mounted, as it is a root.
-_MOUNTED = {"cache-mount-subpath": ".", "cache-type": "stitchcache", "framework": "pytorch"}
-_MOST_LABEL = 4096  # what consumers of labels allow for one
+# For KServe: the whole cache is mounted, as it is a root.
+_MOUNTED = {"cache-type": "stitchcache", "cache-mount-subpath": ".", "framework": "pytorch"}
+_MOUNTED |= {"cache-root-env": "STITCHCACHE_DIR=/home/kserve/.cache/stitchcache"}
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}  # as Go names them
 # Compute capability by what NVIDIA calls a card: entries know its name only.
 _CARDS = {"V100": 70, "T4": 75, "A100": 80, "A30": 80, "A10": 86, "L4": 89, "L40": 89, "L40S": 89, "H20": 90}
@@ -55,7 +55,6 @@ def build_image(
     path: str | os.PathLike[str],
     graph_hashes: Collection[str] = (),
     *,
-    mounted_at: str = "/home/kserve/.cache/stitchcache",
     arch: str | None = None,
     layout: str = "stitchcache",
     **only: Any,
@@ -66,7 +65,6 @@ def build_image(
         cache: Where they are. Only what it trusts is taken.
         path: A directory that does not exist yet.
         graph_hashes: Which entries; all where none is named.
-        mounted_at: Where KServe is to mount it, by a label.
         arch: The GPU's architecture for a label, such as ``sm_90``; default by the GPU's name.
         layout: What directories and labels are named after: ``"vllm"`` where an extractor knows no other.
         **only: ``label``, ``target`` and ``max_age``, as for a bundle.
@@ -80,8 +78,6 @@ def build_image(
     path = os.path.abspath(path)
     if layout not in ("stitchcache", "vllm"):
         raise OptionError(f"layout={layout!r}: there is stitchcache, vllm.", option="layout")
-    if not re.fullmatch(r"/[^$:\0]+", mounted_at):
-        raise OptionError(f"mounted_at={mounted_at!r}: give an absolute path.", option="mounted_at")
     if os.path.lexists(path):
         raise OptionError(f"{path} exists: remove it, or name another directory.", option="path")
     found = select(cache, cache.keys if cache.keys.can_sign() else None, graph_hashes, **only)
@@ -89,14 +85,13 @@ def build_image(
     machine = _machine(entries)
     size = sum(len(c) if isinstance(c, bytes) else c.size for c in found.members.values())
     hardware = {_dumped(_hardware(entry, machine, arch)) for entry in entries}
-    hashes = ",".join(entry.graph_hash[:12] for entry in entries)
-    fits = len(hashes) <= _MOST_LABEL
+    # One for all: a label may be too short for a list.
+    together = hashlib.sha256("".join(entry.graph_hash for entry in entries).encode()).hexdigest()
     labels = {
         f"cache.{layout}.image/entry-count": str(len(entries)),
         f"cache.{layout}.image/summary": f'{{"targets":[{",".join(sorted(hardware))}]}}',
         f"cache.{layout}.image/cache-size-bytes": str(size),
-        "io.kserve.km/cache-hash": hashes if fits else hashlib.sha256(hashes.encode()).hexdigest(),
-        "io.kserve.km/cache-root-env": f"STITCHCACHE_DIR={mounted_at}",
+        "io.kserve.km/cache-hash": together,
         **{f"io.kserve.km/{name}": value for name, value in _MOUNTED.items()},
     }
     # An extractor that knows only vLLM's caches would read a list of ours as one of vLLM's.

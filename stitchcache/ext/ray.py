@@ -95,10 +95,10 @@ def _compiled(
         return result, {}
     files: dict[str, bytes] = {}
     for path, content in select(cache, None, (result.graph_hash, *result.more_graphs)).members.items():
-        blob = None if isinstance(content, bytes) else cache.blob_path(content)
-        # One that is gone is missed where the entry is stored.
-        if isinstance(content, bytes) or blob is not None:
-            files[path] = content if blob is None else blob.read_bytes()  # type: ignore[assignment]
+        found = content if isinstance(content, bytes) else cache.blob_path(content)
+        # A blob that is gone is missed where the entry is stored.
+        if found is not None:
+            files[path] = found if isinstance(found, bytes) else found.read_bytes()
     return result, files
 
 

@@ -27,7 +27,7 @@ from stitchcache.keys.environment import (
 )
 from stitchcache.keys.model import class_factors, memory_factor, model_factors, readable
 from stitchcache.keys.values import own_attributes, stands_for_itself, tensor_span
-from stitchcache.keys.walk import Walk, plain_bytes
+from stitchcache.keys.walk import Walk
 from stitchcache.options import Dim, SizeRange
 from stitchcache.records import dataclass
 from stitchcache.state import devices_of
@@ -100,7 +100,10 @@ def target_key(
 def key_of(factors: Iterable[Factor]) -> str:
     """The target key (64 hex digits) that is made of some factors, in any order."""
     pairs = sorted((factor.name, factor.digest) for factor in factors)
-    return hashlib.sha256(plain_bytes(("target", *pairs))).hexdigest()
+    # The tuple ("target", *pairs), as a walk would write it; one more walk takes half a millisecond.
+    head = b"[tuple %d:" % (1 + len(pairs)) + text_bytes("target")
+    written = [b"[tuple 2:" + text_bytes(name) + text_bytes(digest) for name, digest in pairs]
+    return hashlib.sha256(head + b"".join(written)).hexdigest()
 
 
 def _option_factors(

@@ -15,9 +15,7 @@ import os
 import sys
 import types
 from _abc import _get_dump  # type: ignore[import-not-found]
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import compress, repeat
-from operator import attrgetter, is_, ne
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -350,7 +348,7 @@ def _is_generated(walk: Walk, function: types.FunctionType) -> bool:
 
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-_FUNCTIONS = frozenset({types.FunctionType, types.BuiltinFunctionType})
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _CALLABLES = (types.FunctionType, types.MethodType, functools.partial, functools.partialmethod)
 _LOOKED_INTO = frozenset({*_FUNCTIONS, *_CALLABLES, CACHE, property, staticmethod, classmethod})
 # transformers adds this to Module when it makes its first model, to initialise weights. If it were in keys,
@@ -364,55 +362,42 @@ def replaced_factor(walk: Walk, factor: str, owners: Iterable[Any]) -> Factor:
     Also by another function of torch's, which shows in a name that is not its own.
     """
     writer, names = walk.writer(factor), []
-    for owner, name, value in _not_as_shipped(walk, owners):
-        scalar = SCALARS.get(type(value))
-        if scalar is None:
+    # Thousands of names are looked at: what is as usual is told by its kind, or by its name and file.
+    builtin, function = types.BuiltinFunctionType, types.FunctionType
+    inert: set[type] = set()
+    of_torch: set[str] = set()
+    for owner in owners:
+        in_class = isinstance(owner, type)
+        prefix = owner.__qualname__ + "." if in_class else ""
+        for name, value in vars(owner).items():
+            kind = type(value)
+            if kind is builtin:
+                if value.__name__ == name:
+                    continue
+            elif kind is function:
+                if value.__qualname__ == prefix + name:
+                    file = value.__code__.co_filename
+                    if file in of_torch:
+                        continue
+                    if file.startswith(_TORCH) or walk.origin(file)[0]:
+                        of_torch.add(file)
+                        continue
+                    # dataclass generates methods without a file.
+                    if file == "<string>" and hasattr(owner, "__dataclass_params__"):
+                        continue
+            elif kind in inert:
+                continue
+            elif (scalar := SCALARS.get(kind)) is not None:
+                if in_class and name[:2] != "__":
+                    writer.text(f"{prefix}{name}")
+                    writer.out += scalar(value)
+                continue
+            elif kind not in _LOOKED_INTO and (issubclass(kind, type) or walk.is_versioned(kind.__module__)):
+                inert.add(kind)
+                continue
             if _put_other(writer, f"{owner.__name__}.{name}", value):
                 names.append(f"{owner.__name__}.{name}")
-        elif isinstance(owner, type) and name[:2] != "__":
-            writer.text(f"{owner.__qualname__}.{name}")
-            writer.out += scalar(value)
     return make_factor(factor, ", ".join(names) or "as shipped", bytes(writer.out))
-
-
-def _not_as_shipped(walk: Walk, owners: Iterable[Any]) -> list[tuple[Any, str, Any]]:
-    """What namespaces of torch's hold, in order, but functions from torch's own files under their own names.
-
-    Each start looks at thousands of names, so loops made in C go over all of them at once.
-    """
-    owned, names, full, values = list[Any](), list[str](), list[str](), list[Any]()
-    for owner in owners:
-        # A copy, for another thread may be importing.
-        space = vars(owner).copy()
-        owned += [owner] * len(space)
-        names += space
-        full += map(f"{owner.__qualname__}.".__add__, space) if isinstance(owner, type) else space
-        values += space.values()
-    kinds = [*map(type, values)]
-    # Types, and objects of torch's and the library's own.
-    inert = {
-        kind
-        for kind in {*kinds} - _LOOKED_INTO - SCALARS.keys()
-        if issubclass(kind, type) or walk.is_versioned(kind.__module__)
-    }
-    odd = {index for index, kind in enumerate(kinds) if kind not in _FUNCTIONS and kind not in inert}
-
-    def found(kind: type, name_of: str, expected: Sequence[str]) -> tuple[list[int], list[Any]]:
-        at = [*compress(range(len(kinds)), map(is_, kinds, repeat(kind)))]
-        functions = [*map(values.__getitem__, at)]
-        own = map(attrgetter(name_of), functions)
-        odd.update(compress(at, map(ne, own, map(expected.__getitem__, at))))
-        return at, functions
-
-    found(types.BuiltinFunctionType, "__name__", names)
-    at, functions = found(types.FunctionType, "__qualname__", full)
-    files = [*map(attrgetter("__code__.co_filename"), functions)]
-    foreign = {file for file in {*files} if not (file.startswith(_TORCH) or walk.origin(file)[0])}
-    for index, file in zip(at, files, strict=True) if foreign else ():
-        # dataclass generates methods without a file.
-        if file in foreign and not (file == "<string>" and hasattr(owned[index], "__dataclass_params__")):
-            odd.add(index)
-    return [(owned[index], names[index], values[index]) for index in sorted(odd)]
 
 
 def _put_other(writer: KeyWriter, name: str, value: Any) -> bool:

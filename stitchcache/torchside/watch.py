@@ -11,11 +11,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
+from stitchcache.records import dataclass
 from stitchcache.torchside import storage_id
 
 SEEN = ("2.11", "2.13", "2.15")
@@ -46,7 +47,8 @@ class StoppedError(RuntimeError):
     """An op was about to do what nobody could put back; the message says what."""
 
 
-class Saved(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Saved:
     """Memory that is written: a tensor over it, the memory itself, and what it held before."""
 
     tensor: torch.Tensor
@@ -64,7 +66,8 @@ class Saved(NamedTuple):
         self.storage.copy_(self.before)
 
 
-class _Op(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Op:
     """What a schema says: which arguments an op writes, whether it makes new tensors, whether it draws.
 
     ``shapes`` ops change sizes or strides of what they write, such as ``t_``. Those with ``parts`` are seen

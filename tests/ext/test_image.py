@@ -120,7 +120,7 @@ def test_labels_are_those_that_gkm_and_kserve_read(cache, tmp_path):
     assert labels == {
         "cache.stitchcache.image/entry-count": "2",
         "cache.stitchcache.image/cache-size-bytes": str(size),
-        "io.kserve.km/cache-hash": ",".join(sorted([key("a")[:12], key("b")[:12]])),
+        "io.kserve.km/cache-hash": key("".join(sorted([key("a"), key("b")]))),
         "io.kserve.km/cache-type": "stitchcache",
         "io.kserve.km/cache-root-env": "STITCHCACHE_DIR=/home/kserve/.cache/stitchcache",
         "io.kserve.km/cache-mount-subpath": ".",
@@ -203,8 +203,6 @@ def test_what_cannot_be_an_image_is_refused(cache, tmp_path, monkeypatch):
     for how, said in (
         ({"path": tmp_path / "there"}, "exists: remove it"),
         ({"layout": "triton"}, "there is stitchcache, vllm"),
-        ({"mounted_at": "here"}, "absolute path"),
-        ({"mounted_at": "/a:/b"}, "absolute path"),
     ):
         with pytest.raises(OptionError, match=said):
             build_image(cache, **{"path": tmp_path / "image", **how})
@@ -230,13 +228,6 @@ def test_a_damaged_blob_ends_the_making_and_leaves_nothing(cache, tmp_path):
     with pytest.raises(StoreError, match="missing"):
         build_image(cache, tmp_path / "image")
     assert [path.name for path in tmp_path.iterdir()] == ["built"]
-
-
-def test_very_many_entries_have_one_hash(cache, tmp_path):
-    for index in range(400):
-        put(cache, index, [b""])
-    label = build_image(cache, tmp_path / "image").labels["io.kserve.km/cache-hash"]
-    assert len(label) == 64
 
 
 def test_with_a_key_it_is_signed_and_a_stranger_can_own_it(cache, tmp_path, monkeypatch):

@@ -124,10 +124,13 @@ def test_adapters_of_peft(build, adapted):
     with adapted.disable_adapter(), pytest.raises(InputMismatchError, match="_disable_adapters"):
         compiled(X)
     torch.testing.assert_close(compiled(X), adapted(X))
-    adapted.base_model.set_scale("one", 3.0)
+    layers = [module for module in adapted.modules() if hasattr(type(module), "set_scale")]
+    for layer in layers:
+        layer.set_scale("one", 3.0)
     with pytest.raises(InputMismatchError, match="scaling"):
         compiled(X)
-    adapted.base_model.set_scale("one", 1.0)
+    for layer in layers:
+        layer.set_scale("one", 1.0)
     torch.testing.assert_close(compiled(X), adapted(X))
     adapted.merge_adapter()
     with pytest.raises(InputMismatchError, match="merged_adapters"):
