@@ -115,7 +115,7 @@ def inspect(
 
     Without an option: its header, what a call must bring, what it returns and the different pieces; the other
     parts have an option each. Entries of all formats can be shown. Nothing of the entry is run but by
-    --profile, which needs no model: --size s0=8, or --size ids.shape[0]=8, sets a size that may vary.
+    --profile, which needs no model: --size s0=8 sets a size that may vary.
 
     --html writes one page with the stitching graph drawn, which any browser opens without a network.
     """

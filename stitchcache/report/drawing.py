@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import stat
@@ -21,14 +20,13 @@ from stitchcache.report.entry import (
     input_lines,
     output_lines,
     piece_records,
-    symbol_names,
 )
 from stitchcache.report.page import asset, page
 from stitchcache.report.steps import UNREADABLE, Step, step_records, steps_of
 from stitchcache.store import Area, Files, keyed_path
 from stitchcache.store.root import Root
 from stitchcache.store.sources import kept_sources
-from stitchcache.types import Artifact, BlobRef, TensorSpec, Variant
+from stitchcache.types import Artifact, BlobRef, Variant
 from stitchcache.words import count_text, moment_text, seconds_text, size_text
 
 _MOST_BLOB = 64 << 20
@@ -53,27 +51,23 @@ def entry_page(cache: Cache, entry: Entry, profile: Record | None = None) -> str
     for number, piece in enumerate(pieces):
         piece["letter"] = _letter(number)
         piece["ops"] = _ops(cache, piece)
-        timed = [found for found in profile["pieces"] if found["key"] == piece["key"]] if profile else []
-        piece["seconds"] = timed[0]["seconds"] / timed[0]["calls"] if timed else None
-    sizes = {binding.name: _bytes(binding.tensor) for binding in artifact.bindings}
     variants = [_variant(artifact, number, pieces) for number in range(len(artifact.variants))]
     spec = artifact.input_spec
-    names = symbol_names(spec)
     data = {
         "variants": [found[0] for found in variants],
         "pieces": [{**piece, "bytes": piece["blob"]["bytes"]} for piece in pieces],
-        "weights": {b.name: [binding_text(b), sizes[b.name]] for b in artifact.bindings},
-        "symbols": [[s.name, names[s.name], s.min, s.max] for s in spec.symbols] if spec is not None else [],
+        "weights": {binding.name: binding_text(binding) for binding in artifact.bindings},
+        "symbols": [[s.name, s.label, s.min, s.max] for s in spec.symbols] if spec is not None else [],
         "disk": _disk(entry, pieces),
-        "seconds": profile["seconds"] if profile else None,
+        "profile": profile,
+        "last": _last_start(cache, artifact),
     }
     title = artifact.label or artifact.graph_hash[:12]
     return page(
         f"{title} · stitchcache",
         tag("h1", title),
-        _overview(entry, record, pieces, sum(sizes.values())),
+        _overview(entry, record, pieces),
         Markup(asset("drawing.html")),
-        *_times(cache, artifact, pieces, profile),
         *_sections(artifact, record, pieces),
         tag("section", tag("h2", "Code", id="code"), *[found[1] for found in variants]),
         *_sources(cache, artifact, pieces),
@@ -81,45 +75,13 @@ def entry_page(cache: Cache, entry: Entry, profile: Record | None = None) -> str
     )
 
 
-def _times(cache: Cache, artifact: Artifact, pieces: list[Record], profile: Record | None) -> list[Markup]:
-    """The last start by stage, as the cache counted it, and where a call's time went."""
-    found = []
+def _last_start(cache: Cache, artifact: Artifact) -> Record:
+    """When the last start was, as the cache counted it, and the seconds of its stages."""
     facts = cache.starts().get(artifact.graph_hash[:12], {})
-    stages = {n.removeprefix("last."): us / 1e6 for n, us in facts.items() if n.startswith("last.")}
-    at, total = min(stages.pop("at", 0.0) * 1e6, 2.0**35), stages.pop("total", 0.0)
-    if stages:
-        total = max(total, sum(stages.values()), 1e-6)
-        stages["other"] = total - sum(stages.values())
-        hits = sum(number for name, number in facts.items() if name.startswith("hit."))
-        said = f"{moment_text(at)}, {seconds_text(total)} in all; {count_text(hits, 'hit')} counted so far"
-        found.append(_section("Last start by stage", _timeline(stages, total, said)))
-    if profile is not None:
-        letters = {piece["key"]: piece["letter"] for piece in pieces}
-        spent = {f"piece {letters[p['key']]} x {p['calls']}": p["seconds"] for p in profile["pieces"]}
-        spent["between pieces"] = profile["between_seconds"]
-        sizes = ", ".join(f"{name}={value}" for name, value in profile["sizes"].items())
-        said = f"{seconds_text(profile['seconds'])} a call, on made-up inputs ({sizes or 'no size varies'})"
-        found.append(_section("Time of a call", _timeline(spent, profile["seconds"], said)))
-        rows = [
-            (row["op"], letters.get(row["piece"], ""), f"{row['calls']:g}", seconds_text(row["seconds"]))
-            for row in profile["ops"]
-        ]
-        ops = table(("Op", "Piece", "Calls", "Time"), rows, "What a compiler fused is not among them.")
-        found += [_folded("Ops of a call", ops, len(rows))] if rows else []
-    return found
-
-
-def _timeline(parts: dict[str, float], total: float, said: str) -> Markup:
-    """Bars one after the other, each on a line of its own."""
-    rows, begin = [], 0.0
-    for at, (name, spent) in enumerate(parts.items()):
-        x, y, width = 150 + 600 * begin / total, 20 * at, max(1.0, 600 * spent / total)
-        bar = tag("rect", x=f"{x:.1f}", y=str(y + 2), width=f"{width:.1f}", height="15")
-        text = f"{seconds_text(spent)} ({100 * spent / total:.0f}%)"
-        rows += [tag("text", name, x="0", y=str(y + 14)), bar, tag("text", text, x="765", y=str(y + 14))]
-        begin += spent
-    box = {"viewBox": f"0 0 900 {20 * len(parts)}", "role": "img", "aria-label": said}
-    return Markup(tag("p", said, class_="note") + tag("svg", *rows, class_="times", **box))
+    last = {name.removeprefix("last."): each for name, each in facts.items() if name.startswith("last.")}
+    at, hits = min(last.pop("at", 0), 2**35), sum(n for name, n in facts.items() if name.startswith("hit."))
+    stages = {name: microseconds / 1e6 for name, microseconds in last.items()}
+    return {"said": f"{moment_text(at)}; {count_text(hits, 'hit')} counted so far", "stages": stages}
 
 
 def _sources(cache: Cache, artifact: Artifact, pieces: list[Record]) -> list[Markup]:
@@ -141,14 +103,6 @@ def _sources(cache: Cache, artifact: Artifact, pieces: list[Record]) -> list[Mar
 def _letter(number: int) -> str:
     """``A`` to ``Z``, then ``AA`` and on."""
     return (_letter(number // 26 - 1) if number >= 26 else "") + chr(65 + number % 26)
-
-
-def _bytes(tensor: TensorSpec) -> int:
-    """Bytes of a tensor's elements; 0 where a size may vary."""
-    if not all(isinstance(size, int) for size in tensor.shape):
-        return 0
-    bits = re.search(r"\d+", tensor.dtype)
-    return math.prod(map(int, tensor.shape)) * max(1, int(bits[0]) // 8 if bits else 1)
 
 
 def _variant(artifact: Artifact, number: int, pieces: list[Record]) -> tuple[Record, Markup]:
@@ -226,21 +180,15 @@ def _blob(cache: Cache, ref: BlobRef) -> bytes | None:
 
 def _disk(entry: Entry, pieces: list[Record]) -> list[tuple[str, int, int]]:
     """What takes bytes on disk: label, bytes, and the number of the piece."""
-    artifact = entry.artifact
-    code = sum(len(variant.code.encode(errors="replace")) for variant in artifact.variants)
-    consts = sum(len(variant.consts or b"") for variant in artifact.variants)
-    constants = {b.name: b.blob.size for b in artifact.bindings if b.blob is not None}
+    carried = [(b.name, b.blob.size) for b in entry.artifact.bindings if b.blob is not None]
     return [
         *[(f"piece {p['letter']}", p["blob"]["bytes"], at) for at, p in enumerate(pieces)],
-        *[(f"constant {name}", size, -1) for name, size in constants.items()],
-        ("code", code, -1),
-        *([("consts table", consts, -1)] if consts else []),
-        # Of older formats, parts may be packed.
-        ("keys and contract", max(0, entry.file_bytes - code - consts), -1),
+        *[(f"constant {name}", size, -1) for name, size in carried],
+        ("code, contract and keys", entry.file_bytes, -1),
     ]
 
 
-def _overview(entry: Entry, record: Record, pieces: list[Record], weights: int) -> Markup:
+def _overview(entry: Entry, record: Record, pieces: list[Record]) -> Markup:
     artifact = entry.artifact
     factors = {factor.name: factor.value for factor in artifact.factors}
     said = "; ".join(filter(None, (artifact.check.state, artifact.check.reason))) if artifact.check else ""
@@ -251,7 +199,6 @@ def _overview(entry: Entry, record: Record, pieces: list[Record], weights: int) 
         ("torch", factors.get("env.torch", "")),
         ("backend", ", ".join(record["backends"])),
         ("pieces", f"{count_text(len(artifact.pieces), 'call')} of {len(pieces)} different"),
-        ("weights", size_text(weights) if weights else ""),
         ("on disk", f"{size_text(entry.file_bytes)} and {size_text(record['blob_bytes'])} of blobs"),
         ("compared with the model", said),
         ("format", artifact.format_version),

@@ -339,16 +339,6 @@ def input_lines(artifact: Artifact) -> list[tuple[str, str]]:
     return lines or [("", "no arguments")]
 
 
-def symbol_names(spec: InputSpec | None) -> dict[str, str]:
-    """What a person calls each symbol: its dimension's name, or the first place that has it."""
-    places = {
-        str(size): f"{leaf.path}.shape[{dim}]"
-        for leaf in reversed(spec.leaves if spec is not None else ())
-        for dim, size in reversed(list(enumerate(leaf.tensor.shape if leaf.tensor else ())))
-    }
-    return {s.name: s.label or places.get(s.name, s.name) for s in (spec.symbols if spec is not None else ())}
-
-
 def output_lines(artifact: Artifact) -> list[tuple[str, str]]:
     """What a call returns, and what it writes to, as names and values."""
     spec = artifact.output_spec

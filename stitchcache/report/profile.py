@@ -19,12 +19,11 @@ from torch.profiler import profile as watched
 
 from stitchcache.cache import Cache
 from stitchcache.codegen import CodeObjects
-from stitchcache.errors import GraphHashError, LinkError, OptionError
+from stitchcache.errors import GraphHashError, OptionError
 from stitchcache.pieces import FAILURES
 from stitchcache.pipeline import load_blobs
 from stitchcache.pipeline.find import Site
 from stitchcache.records import Size
-from stitchcache.report.entry import symbol_names
 from stitchcache.runtime import link
 from stitchcache.runtime.expressions import evaluator
 from stitchcache.runtime.model import check_environment, devices_in
@@ -39,10 +38,9 @@ _MARK = "stitchcache piece "
 def profile(
     cache: Cache, graph_hash: str, sizes: Mapping[str, int], imports: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Run an entry and time it; ``sizes`` go by symbol, or by what ``symbol_names`` calls it.
+    """Run an entry and time it, at sizes by symbol; ``imports`` are modules that register custom ops.
 
-    ``imports`` are modules that register custom ops. Raises an ``OptionError`` for sizes that the entry does
-    not cover, an ``EnvironmentMismatchError`` where it is for another machine, and what loading raises.
+    Raises an ``OptionError`` for sizes that the entry does not cover, and what loading raises.
     """
     for name in imports:
         importlib.import_module(name)
@@ -58,11 +56,7 @@ def profile(
     pieces = {key: clock.around(key, piece) for key, piece in pieces.items()}
     rest = [binding for binding in artifact.bindings if binding.name not in constants]
     tensors = constants | {binding.name: _made_up(binding.tensor, values, device) for binding in rest}
-    try:
-        function = link(artifact, pieces, tensors, CodeObjects())
-    except LinkError as error:
-        said = f"{error.message} Where a module of yours registers an op, give --import MODULE."
-        raise LinkError(said, missing=error.missing) from error
+    function = link(artifact, pieces, tensors, CodeObjects())
     leaves = [
         _made_up(leaf.tensor, values, device) if leaf.tensor else evaluator(str(leaf.symbol))(values)
         for leaf in (artifact.input_spec.leaves if artifact.input_spec is not None else ())
@@ -80,19 +74,17 @@ def profile(
 
 
 def _chosen(artifact: Artifact, sizes: Mapping[str, int]) -> dict[str, int]:
-    """A value for each symbol."""
     spec, left, values = artifact.input_spec, dict(sizes), dict[str, int]()
     symbols, rules = (spec.symbols, spec.constraints) if spec is not None else ((), ())
-    names = symbol_names(spec)
     for symbol in symbols:
         most = symbol.max if symbol.max is not None else 2**31
-        value = left.pop(symbol.name, left.pop(names[symbol.name], max(symbol.min, min(_USUAL, most))))
+        value = left.pop(symbol.name, left.pop(symbol.label, max(symbol.min, min(_USUAL, most))))
         if not symbol.min <= value <= most:
-            said = f"{names[symbol.name]}={value}: the entry covers {symbol.min} to {most}"
+            said = f"{symbol.name}={value}: the entry covers {symbol.min} to {most}"
             raise OptionError(said, option="--size")
         values[symbol.name] = value
     if left:
-        known = ", ".join(f"{name} ({place})" for name, place in names.items()) or "none"
+        known = ", ".join(symbol.name for symbol in symbols) or "none"
         raise OptionError(f"--size {', '.join(left)}: sizes that may vary are {known}", option="--size")
     # Rules of one word are about tensors.
     broken = [rule for rule in rules if not rule.isidentifier() and not evaluator(rule)(values)]

@@ -1,8 +1,8 @@
 """What processes counted: ``stats/counters``, which has a line ``name=number`` for each count.
 
 A line ``start.<12 digits of a graph hash>=name:number,...`` is about the starts of one entry: how many of
-each kind (``hit.direct``), what they ``saved``, when the last one was (``last.at``) and how long its stages
-took (``last.<stage>``). Times are in microseconds, but for ``last.at``, which is in Unix seconds.
+each kind (``hit.direct``), what they ``saved``, the stages of the last one (``last.<stage>``), in
+microseconds, and when it was (``last.at``), in Unix seconds.
 """
 
 from __future__ import annotations

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgpack
 
-from stitchcache.errors import EntryFormatError, UntrustedEntryError
+from stitchcache.errors import EntryFormatError
 from stitchcache.store import Area
 from stitchcache.types import ENGINE
 
@@ -23,18 +22,14 @@ if TYPE_CHECKING:
     from stitchcache.types import Artifact
 
 Sources = dict[str, dict[str, str]]
-
 _BACKEND = "sources"
-_SUFFIXES = (".cpp", ".cu", ".h", ".py")
-_MOST_FILE = 8 << 20
 _MOST = 256 << 20
 
 
 def generated_in(directory: Path) -> dict[str, str]:
     """Source files that a backend left where it compiled a piece, by name."""
-    found = sorted(path for path in directory.rglob("*") if path.suffix in _SUFFIXES and path.is_file())
-    texts = {path.name: path.read_bytes()[:_MOST_FILE].decode("utf-8", "replace") for path in found}
-    return {name: text for name, text in texts.items() if text}
+    found = [path for path in directory.rglob("*") if path.suffix in (".cpp", ".cu", ".h", ".py")]
+    return {path.name: text for path in sorted(found) if (text := path.read_text("utf-8", "replace"))}
 
 
 def keep_sources(cache: Cache, graph_hash: str, sources: Mapping[str, Mapping[str, str]]) -> None:
@@ -50,12 +45,17 @@ def kept_sources(cache: Cache, graph_hash: str) -> Sources:
     """The source of an entry's pieces by key, as far as it was kept; it is shown, and never run."""
     from stitchcache.artifact.entry import decode_piece
 
-    with suppress(UntrustedEntryError):
-        record = cache.record(Area.PIECES, graph_hash, decode_piece)
-        if record is not None and record.backend == _BACKEND:
-            with cache.opened([record.blob]) as (path,):
-                return {} if path is None else _decoded(path.read_bytes(), str(path))
-    return {}
+    record = cache.record(Area.PIECES, graph_hash, decode_piece)
+    if record is None or record.backend != _BACKEND:
+        return {}
+    with cache.opened([record.blob]) as (path,):
+        data = b"" if path is None else path.read_bytes()
+    try:
+        found = msgpack.unpackb(zlib.decompressobj().decompress(data, _MOST)) if data else {}
+        return {str(key): {str(n): str(t) for n, t in files.items()} for key, files in found.items()}
+    except (zlib.error, ValueError, AttributeError, msgpack.UnpackException) as error:
+        said = f"blob {record.blob.digest[:12]} is no kept source: {error}"
+        raise EntryFormatError(said, path="", field="sources", reason=str(error)) from error
 
 
 def unkept(artifact: Artifact, cache: Cache) -> list[str]:
@@ -63,12 +63,3 @@ def unkept(artifact: Artifact, cache: Cache) -> list[str]:
     kept = kept_sources(cache, artifact.graph_hash)
     made = dict.fromkeys(piece.key for piece in artifact.pieces if piece.backend not in ("eager", ENGINE))
     return [key for key in made if key not in kept]
-
-
-def _decoded(data: bytes, path: str) -> Sources:
-    try:
-        found = msgpack.unpackb(zlib.decompressobj().decompress(data, _MOST))
-        return {str(key): {str(n): str(t) for n, t in files.items()} for key, files in found.items()}
-    except (zlib.error, ValueError, AttributeError, msgpack.UnpackException) as error:
-        reason = f"it is no kept source: {error}"
-        raise EntryFormatError(f"{path}: {reason}", path=path, field="sources", reason=reason) from error

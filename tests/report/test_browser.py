@@ -106,8 +106,8 @@ def test_memory_follows_the_sizes(shown):
     assert "At most" in shown.locator("#unknown").inner_text()
     shown.locator("#sizes input").first.fill("1")
     shown.locator("#sizes input").last.fill("2")
-    # Three tensors of 512 bytes, the mask, ids (int64) and what the op makes, of which nothing is known.
-    assert shown.locator("#unknown").inner_text() == "At most 2.5 KiB. 34 values are of unknown size."
+    # Three tensors of 512 bytes and the mask; of what the op makes, nothing is known.
+    assert shown.locator("#unknown").inner_text() == "At most 1.5 KiB. 32 values are of unknown size."
     assert "1.5 KiB" in shown.locator("#held title").nth(1).text_content()
     assert "KiB" in shown.locator("#held").get_attribute("aria-label")
 

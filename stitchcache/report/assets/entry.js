@@ -10,6 +10,7 @@ const make = (name, attributes = {}, ...inside) => {
 };
 const html = (name, ...inside) => { const found = document.createElement(name); found.append(...inside); return found; };
 const sizeText = (n) => { let at = 0; while (n >= 1024 && at < 4) { n /= 1024; at++; } return `${at ? n.toFixed(1) : n} ${["B", "KiB", "MiB", "GiB", "TiB"][at]}`; };
+const secondsText = (s) => (s < 1e-3 ? `${(s * 1e6).toFixed(0)} µs` : s < 1 ? `${(s * 1e3).toFixed(1)} ms` : `${s.toFixed(1)} s`);
 const cut = (text, most) => (text.length > most ? text.slice(0, most - 1) + "…" : text);
 
 // Pieces that are called more than once get a colour each, in order of their calls.
@@ -208,14 +209,15 @@ function tell() {
   const alike = steps().flatMap((s, i) => (i !== chosen && step.piece >= 0 && s.piece === step.piece ? [link(i, s.name)] : []));
   const code = html("a", `line ${step.lines[0]} of the code`);
   code.href = `#v${shownVariant}L${step.lines[0]}`;
-  const bytes = step.weights.reduce((sum, w) => sum + (data.weights[w]?.[1] ?? 0), 0);
+  const bytes = weightBytes(step);
   const facts = [`Step ${chosen + 1} of ${steps().length} · ${step.kind} · ${step.held} values held`];
   if (piece) facts.push(`Piece ${piece.letter}: ${piece.backend}, ${sizeText(piece.bytes)} on disk, called ${piece.calls.length}×, key ${piece.key.slice(0, 12)}`);
-  if (piece?.seconds != null) facts.push(`Takes ${(piece.seconds * 1e6).toFixed(0)} µs, ${(100 * piece.seconds / data.seconds).toFixed(0)} % of a call`);
+  const timed = data.profile?.pieces.find((p) => p.key === piece?.key);
+  if (timed) facts.push(`Takes ${secondsText(timed.seconds / timed.calls)}, ${(100 * timed.share / timed.calls).toFixed(0)} % of a call`);
   $("detail").replaceChildren(html("h3", name), ...facts.map((f) => html("p", f)), html("p", code),
     ...list("Reads", step.reads.map(([from, value]) => [`${value} from `, link(from, steps()[from].name)])),
     ...list(step.said ? `Makes ${step.said}` : "Makes", step.makes), ...list("Used by", users),
-    ...list(`Weights, ${sizeText(bytes)}`, step.weights.map((w) => `${w}: ${data.weights[w]?.[0] ?? ""}`)),
+    ...list(`Weights, ${sizeText(bytes)}`, step.weights.map((w) => `${w}: ${data.weights[w] ?? ""}`)),
     ...list(piece?.backend === "eager" ? "Ops" : "Kernels", (piece?.ops ?? []).map(([op, times]) => (times > 1 ? `${op} ×${times}` : op))),
     ...list("The same piece", alike));
 }
@@ -247,6 +249,7 @@ function bytesSaid(said, sizes) {
   }
   return found;
 }
+const weightBytes = (step) => step.weights.reduce((sum, w) => sum + (bytesSaid(data.weights[w] ?? "", new Map())[0] || 0), 0);
 // What the code holds while each step runs, at the sizes that were chosen; values of unknown size count nothing.
 function heldBytes() {
   const sizes = new Map([...$("sizes").querySelectorAll("input")].map((box) => [box.dataset.symbol, Number(box.value)])), held = new Map();
@@ -323,7 +326,37 @@ function treemap(svg, items) {
 }
 function maps() {
   treemap($("disk"), data.disk.map(([label, bytes, piece]) => ({ label, bytes, colour: colours.get(piece) ?? "var(--plain)" })));
-  treemap($("weights"), steps().map((s) => ({ label: s.name, bytes: s.weights.reduce((sum, w) => sum + (data.weights[w]?.[1] ?? 0), 0), colour: colourOf(s) })));
+  treemap($("weights"), steps().map((s) => ({ label: s.name, bytes: weightBytes(s), colour: colourOf(s) })));
+}
+
+// Bars one after the other, each on a line of its own: what is left of the whole comes last.
+function timeline(svg, parts, total, rest) {
+  const left = total - parts.reduce((sum, [, s]) => sum + s, 0);
+  let begin = 0;
+  svg.setAttribute("viewBox", `0 0 900 ${20 * parts.length + 20}`);
+  svg.setAttribute("aria-label", parts.map(([name, s]) => `${name} ${secondsText(s)}`).join(", "));
+  svg.replaceChildren(...[...parts, [rest, Math.max(0, left)]].flatMap(([name, s], i) => {
+    const x = 150 + 600 * begin / total, y = 20 * i;
+    begin += s;
+    return [make("text", { x: 0, y: y + 14 }, cut(name, 20)), make("rect", { x, y: y + 2, width: Math.max(1, 600 * s / total), height: 15 }),
+      make("text", { x: 765, y: y + 14 }, `${secondsText(s)} (${(100 * s / total).toFixed(0)}%)`)];
+  }));
+}
+function times() {
+  const stages = Object.entries(data.last.stages).filter(([name]) => name !== "total"), profile = data.profile;
+  if (stages.length) {
+    const total = Math.max(data.last.stages.total ?? 0, stages.reduce((sum, [, s]) => sum + s, 0)) || 1;
+    $("laststart").hidden = false;
+    $("lastsaid").textContent = `${secondsText(total)} in all, on ${data.last.said}`;
+    timeline($("stages"), stages, total, "other");
+  }
+  if (profile) {
+    const sizes = Object.entries(profile.sizes).map(([name, n]) => `${name}=${n}`).join(", "), letter = (key) => data.pieces.find((p) => p.key === key)?.letter ?? "";
+    $("profiled").hidden = false;
+    $("profilesaid").textContent = `${secondsText(profile.seconds)} a call on ${profile.device}, made-up inputs (${sizes || "no size varies"}). What a compiler fused is not among the ops.`;
+    timeline($("pieces"), profile.pieces.map((p) => [`piece ${letter(p.key)} ×${p.calls}`, p.seconds]), profile.seconds, "between pieces");
+    $("ops").replaceChildren(...profile.ops.map((row) => html("tr", ...[row.op, letter(row.piece), String(row.calls), secondsText(row.seconds)].map((cell) => html("td", cell)))));
+  }
 }
 
 function all() {
@@ -337,6 +370,7 @@ $("variant").addEventListener("change", () => { shownVariant = Number($("variant
 window.addEventListener("resize", maps);
 $("tools").hidden = false;
 sizeBoxes();
+times();
 try { graphviz = await globalThis.Graphviz.load(); } catch (error) { $("said").textContent = "Graphviz cannot run here; the steps stand below each other."; }
 all();
 select();
