@@ -22,7 +22,7 @@ _GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "Look": {
         "ls": ("entries", "--sort size", "--json --cache /models/cache"),
-        "inspect": ("entries", "3d94ec", "3d94ec --html page.html", "3d94ec --profile --size s0=8"),
+        "inspect": ("entries", "3d94ec", "3d94ec --html page.html", "3d94ec --profile --size s0 8"),
         "explain": ("explain", "serving.targets:targets", "3d94ec"),
         "diff": ("entries", "3d94ec 81f0b2", "3d94ec 81f0b2 --html page.html"),
         "report": ("report", "--all", "--html report.html"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ import click
 
 from stitchcache.cli import Misuse
 from stitchcache.cli import output as out
-from stitchcache.errors import AmbiguousPrefixError, OptionError, StitchCacheError, StoreError
+from stitchcache.errors import AmbiguousPrefixError, StitchCacheError, StoreError
 from stitchcache.explanation import names_text, printable
 from stitchcache.options import SizeRange
 
@@ -95,7 +94,7 @@ def _print_list(record: out.Record, wide: bool) -> None:
     "--piece", metavar="NAME", help="The piece that --source shows: a call's name, or a key's beginning."
 )
 @click.option("--profile", is_flag=True, help="Run it here on made-up inputs; time by piece and op.")
-@click.option("--size", "sizes", metavar="NAME=N", multiple=True, help="A size for --profile that may vary.")
+@click.option("--size", "sizes", type=(str, int), multiple=True, help="A size that may vary, for --profile.")
 @click.option("--import", "imports", metavar="MODULE", multiple=True, help="Registers ops for --profile.")
 @click.option("--wide", is_flag=True, help="Show keys and digests in full.")
 @out.html_option
@@ -103,7 +102,7 @@ def _print_list(record: out.Record, wide: bool) -> None:
 def inspect(
     prefix: str,
     piece: str | None,
-    sizes: tuple[str, ...],
+    sizes: tuple[tuple[str, int], ...],
     imports: tuple[str, ...],
     wide: bool,
     html: str | None,
@@ -115,7 +114,7 @@ def inspect(
 
     Without an option: its header, what a call must bring, what it returns and the different pieces; the other
     parts have an option each. Entries of all formats can be shown. Nothing of the entry is run but by
-    --profile, which needs no model: --size s0=8 sets a size that may vary.
+    --profile, which needs no model: '--size s0 8' sets a size that may vary.
 
     --html writes one page with the stitching graph drawn, which any browser opens without a network.
     """
@@ -124,7 +123,12 @@ def inspect(
     cache = out.open_cache(root)
     entry = _read(cache, prefix)
     digits = 64 if wide else 12
-    measured = _profiled(cache, entry, sizes, imports) if parts["profile"] else None
+    measured = None
+    if parts["profile"]:
+        # Not at the top: it imports torch, and nothing else here does.
+        from stitchcache.report.profile import profile
+
+        measured = profile(cache, entry.artifact.graph_hash, dict(sizes), imports)
     parts["source"] |= piece is not None
     source = _source(cache, entry, piece) if parts["source"] else {}
     if html is not None:
@@ -166,23 +170,9 @@ def _source(cache: Cache, entry: Entry, piece: str | None) -> dict[str, dict[str
     wanted = {p.key for p in artifact.pieces if p.name == name or p.key.startswith(name)}
     found = {key: files for key, files in kept_sources(cache, artifact.graph_hash).items() if key in wanted}
     if not found:
-        what = f"piece {piece}" if piece and wanted else f"a piece {piece}" if piece else "its pieces"
-        said = f"entry {artifact.graph_hash[:12]} has no source of {what}: prewarm --keep-sources keeps it."
-        raise StoreError(said, path=entry.path)
+        said = f"entry {artifact.graph_hash[:12]} has no source of {piece or 'its pieces'}"
+        raise StoreError(f"{said}: 'prewarm --keep-sources' keeps it.", path=entry.path)
     return found
-
-
-def _profiled(cache: Cache, entry: Entry, sizes: Sequence[str], imports: Sequence[str]) -> out.Record:
-    # Not at the top: it imports torch, and nothing else here does.
-    from stitchcache.report.profile import profile
-
-    given = {}
-    for each in sizes:
-        name, _, number = each.partition("=")
-        if not (name and number.isdecimal() and len(number) < 10):
-            raise OptionError(f"--size {each}: write NAME=N, such as s0=8", option="--size")
-        given[name] = int(number)
-    return profile(cache, entry.artifact.graph_hash, given, imports)
 
 
 def _print_profile(record: out.Record, digits: int) -> None:
@@ -242,33 +232,12 @@ def _read(cache: Cache, prefix: str) -> Entry:
 
 
 def _print_overview(cache: Cache, entry: Entry, record: out.Record, digits: int) -> None:
-    from stitchcache.report.entry import gil_words, input_lines, output_lines, piece_records
+    from stitchcache.report.entry import gil_words, input_lines, output_lines, overview, piece_records
 
     artifact = entry.artifact
     distinct = piece_records(artifact)
-    factors = {factor["name"]: factor["value"] for factor in record["factors"]}
-    ranges = f" for {len(artifact.variants)} size ranges" if len(artifact.variants) > 1 else ""
-    consts = sum(variant["consts_bytes"] or 0 for variant in record["variants"])
-    blobs = out.size_text(record["blob_bytes"])
-    facts: out.Fields = {
-        "graph hash": "graph_hash",
-        "label": "label",
-        "created": lambda _: out.moment_text(artifact.created),
-        "compiled in": "compile_seconds",
-        "format": "format_version",
-        "backend": "backends",
-        "torch": lambda _: factors.get("env.torch"),
-        "pieces": lambda _: f"{out.count_text(len(artifact.pieces), 'call')} of {len(distinct)} different",
-        "submodules": lambda _: () if artifact.bindings else artifact.submod_names,
-        "bindings": lambda _: f"{out.count_text(len(artifact.bindings), 'tensor')} of the model",
-        "factors": lambda _: len(factors),
-        "code": lambda _: out.count_text(record["code_lines"], "line") + ranges,
-        "constants": lambda _: out.size_text(consts),
-        "size": lambda _: f"{out.size_text(entry.file_bytes)} and {blobs} of blobs",
-        "file": "path",
-        "signature": lambda _: _signature_words(record["signature"]),
-    }
-    out.print_facts(facts, record)
+    signed = _signature_words(record["signature"])
+    out.print_pairs([*overview(entry), *([("signature", signed)] if signed else [])])
     if "inductor" in record["backends"]:
         click.echo(
             "Pieces of backend 'inductor' are pickles, which run what they say when they are loaded. They "

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import stat
 from collections import Counter
+from contextlib import suppress
+from pathlib import Path
 
 import msgpack
 
@@ -19,15 +19,15 @@ from stitchcache.report.entry import (
     entry_record,
     input_lines,
     output_lines,
+    overview,
     piece_records,
 )
 from stitchcache.report.page import asset, page
 from stitchcache.report.steps import UNREADABLE, Step, step_records, steps_of
-from stitchcache.store import Area, Files, keyed_path
-from stitchcache.store.root import Root
+from stitchcache.store import Area, keyed_path
 from stitchcache.store.sources import kept_sources
 from stitchcache.types import Artifact, BlobRef, Variant
-from stitchcache.words import count_text, moment_text, seconds_text, size_text
+from stitchcache.words import count_text, moment_text, size_text
 
 _MOST_BLOB = 64 << 20
 _MOST_OPS = 64
@@ -66,7 +66,7 @@ def entry_page(cache: Cache, entry: Entry, profile: Record | None = None) -> str
     return page(
         f"{title} · stitchcache",
         tag("h1", title),
-        _overview(entry, record, pieces),
+        tag("div", facts(overview(entry)), class_="overview"),
         Markup(asset("drawing.html")),
         *_sections(artifact, record, pieces),
         tag("section", tag("h2", "Code", id="code"), *[found[1] for found in variants]),
@@ -160,19 +160,13 @@ def _ops(cache: Cache, piece: Record) -> list[tuple[str, int]]:
 
 
 def _blob(cache: Cache, ref: BlobRef) -> bytes | None:
-    """A blob's bytes; ``None`` where it is gone, damaged or too large to look into."""
+    """A blob's bytes, whoever may write them; ``None`` where it is gone, damaged or too large."""
     for place in map(str, cache.roots):
-        root = Root(place, files=Files(), durable=False, read_only=True)
-        try:
-            fd = root.open(keyed_path(place, Area.BLOBS, ref.digest)) if ref.size <= _MOST_BLOB else None
-        except OSError:
-            continue
-        if fd is None:
-            continue
-        with root.files.opened(fd):
-            known = os.fstat(fd)
-            if stat.S_ISREG(known.st_mode) and known.st_size == ref.size:
-                data = root.files.read_exactly(fd, ref.size)
+        path = Path(keyed_path(place, Area.BLOBS, ref.digest))
+        with suppress(OSError):
+            # A pipe under its name must not be waited for.
+            if ref.size <= _MOST_BLOB and path.is_file() and path.stat().st_size == ref.size:
+                data = path.read_bytes()
                 if hashlib.sha256(data).hexdigest() == ref.digest:
                     return data
     return None
@@ -186,25 +180,6 @@ def _disk(entry: Entry, pieces: list[Record]) -> list[tuple[str, int, int]]:
         *[(f"constant {name}", size, -1) for name, size in carried],
         ("code, contract and keys", entry.file_bytes, -1),
     ]
-
-
-def _overview(entry: Entry, record: Record, pieces: list[Record]) -> Markup:
-    artifact = entry.artifact
-    factors = {factor.name: factor.value for factor in artifact.factors}
-    said = "; ".join(filter(None, (artifact.check.state, artifact.check.reason))) if artifact.check else ""
-    pairs = [
-        ("graph hash", tag("code", artifact.graph_hash)),
-        ("created", moment_text(artifact.created)),
-        ("compiled in", seconds_text(artifact.compile_seconds) if artifact.compile_seconds else ""),
-        ("torch", factors.get("env.torch", "")),
-        ("backend", ", ".join(record["backends"])),
-        ("pieces", f"{count_text(len(artifact.pieces), 'call')} of {len(pieces)} different"),
-        ("on disk", f"{size_text(entry.file_bytes)} and {size_text(record['blob_bytes'])} of blobs"),
-        ("compared with the model", said),
-        ("format", artifact.format_version),
-        ("file", entry.path),
-    ]
-    return tag("div", facts((name, value) for name, value in pairs if value != ""), class_="overview")
 
 
 def _sections(artifact: Artifact, record: Record, pieces: list[Record]) -> list[Markup]:

@@ -36,6 +36,7 @@ from stitchcache.types import (
     TensorSpec,
     row_major,
 )
+from stitchcache.words import count_text, moment_text, seconds_text, size_text
 
 Record = dict[str, Any]
 """A report as ``--json`` prints it."""
@@ -90,6 +91,34 @@ def summary(entry: Entry) -> Record:
         "blob_bytes": sum(blob.size for blob in artifact.blobs),
         "code_lines": sum(variant.code.count("\n") for variant in artifact.variants),
     }
+
+
+def overview(entry: Entry) -> list[tuple[str, str]]:
+    """The same as names and values."""
+    artifact, known = entry.artifact, summary(entry)
+    factors = {factor.name: factor.value for factor in artifact.factors}
+    check, different = artifact.check, len({piece.key for piece in artifact.pieces})
+    sizes = [] if artifact.variants[0].size_range is None else [str(v.size_range) for v in artifact.variants]
+    pairs = [
+        ("graph hash", artifact.graph_hash),
+        ("label", artifact.label),
+        ("created", moment_text(artifact.created)),
+        ("compiled in", seconds_text(artifact.compile_seconds) if artifact.compile_seconds else ""),
+        ("format", str(artifact.format_version)),
+        ("backend", ", ".join(sorted({piece.backend for piece in artifact.pieces}))),
+        ("torch", factors.get("env.torch", "")),
+        ("pieces", f"{count_text(len(artifact.pieces), 'call')} of {different} different"),
+        ("submodules", "" if artifact.bindings else ", ".join(artifact.submod_names)),
+        ("bindings", f"{count_text(len(artifact.bindings), 'tensor')} of the model"),
+        ("factors", str(len(factors))),
+        ("code", count_text(known["code_lines"], "line")),
+        ("size ranges", ", ".join(sizes)),
+        ("constants", size_text(sum(len(variant.consts or b"") for variant in artifact.variants))),
+        ("size", f"{size_text(entry.file_bytes)} and {size_text(known['blob_bytes'])} of blobs"),
+        ("compared", "; ".join(filter(None, (check.state, check.reason))) if check is not None else ""),
+        ("file", entry.path),
+    ]
+    return [(name, text) for name, text in pairs if text]
 
 
 def entry_record(entry: Entry) -> Record:

@@ -29,7 +29,6 @@ class Step:
     reads: list[tuple[int, str]] = field(default_factory=list)  # the step a value comes from, and its name
     weights: list[str] = field(default_factory=list)  # names of tensors of the model, as the code has them
     makes: list[str] = field(default_factory=list)
-    held: int = 0  # values that are held while it runs
     said: str = ""  # what it makes: ``float32[s0, 64], 2 x int64[s0]``
     frees: list[str] = field(default_factory=list)
     fold: tuple[int, int] | None = None  # first step that it repeats, and the number of repetitions
@@ -146,7 +145,6 @@ class _Reader:
         # A comment behind it says what it makes.
         behind = self._lines[step.last - 1].encode()[node.end_col_offset or 0 :].decode(errors="replace")
         step.said = behind.removeprefix("  # ")[:_MOST_SAID] if behind.startswith("  # ") else ""
-        step.held = len(self._made.keys() | set(step.makes))
         self.steps.append(step)
         self._made.update(dict.fromkeys(step.makes, at))
         if not makes and found == "op":
@@ -210,7 +208,6 @@ def step_records(steps: list[Step], pieces: Mapping[str, int]) -> list[dict[str,
             "reads": step.reads,
             "weights": step.weights,
             "makes": step.makes,
-            "held": step.held,
             "said": step.said,
             "frees": step.frees,
             "fold": step.fold,

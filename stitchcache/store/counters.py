@@ -34,18 +34,13 @@ def stored_lines(root: Root) -> list[str]:
     return found[0].decode("ascii", "replace").splitlines() if found else []
 
 
-def counts_in(lines: Iterable[str]) -> Counter[str]:
-    """The counts that lines say."""
-    return Counter(_numbers(lines, "="))
-
-
 def starts_in(lines: Iterable[str], started: Iterable[Start]) -> dict[str, dict[str, int]]:
     """What lines say of single entries, and starts since, the last one at the end."""
     found = {}
     for line in lines:
         name, _, facts = line.partition("=")
         if name.startswith(_PREFIX) and len(name) == len(_PREFIX) + _DIGITS:
-            found[name.removeprefix(_PREFIX)] = _numbers(facts.split(","), ":")
+            found[name.removeprefix(_PREFIX)] = numbers_in(facts.split(","), ":")
     for graph_hash, how, saved, at, stages in started:
         before = found.pop(graph_hash[:_DIGITS], {})
         now = {name: number for name, number in before.items() if not name.startswith("last.")}
@@ -57,7 +52,8 @@ def starts_in(lines: Iterable[str], started: Iterable[Start]) -> dict[str, dict[
     return found
 
 
-def _numbers(pairs: Iterable[str], joint: str) -> dict[str, int]:
+def numbers_in(pairs: Iterable[str], joint: str) -> dict[str, int]:
+    """Numbers by name; other text is left out."""
     split = (pair.partition(joint) for pair in pairs)
     # And no number that takes long to read.
     return {n: int(v) for n, _, v in split if " " not in n and v.isdigit() and len(v) < 20}
@@ -74,7 +70,7 @@ def write_counts(root: Root, pending: Counter[str], started: Iterable[Start]) ->
                 break
             time.sleep(PAUSE)
         lines = stored_lines(root)
-        counts = counts_in(lines) + pending
+        counts = Counter(numbers_in(lines, "=")) + pending
         counts[SINCE] = counts[SINCE] or int(time.time())
         text = "".join(f"{name}={number}\n" for name, number in sorted(counts.items()))
         for graph, facts in list(starts_in(lines, started).items())[-_MOST_STARTS:]:

@@ -424,11 +424,11 @@ class Counters:
     def read(self) -> tuple[dict[str, int], float]:
         """All counts so far, this process's included, and since when."""
         # Not at the top: a warm start counts, and writes at its end.
-        from stitchcache.store.counters import SINCE, counts_in, stored_lines
+        from stitchcache.store.counters import SINCE, numbers_in, stored_lines
 
         counts: Counter[str] = Counter()
         with suppress(OSError):
-            counts = counts_in(stored_lines(self._root))
+            counts.update(numbers_in(stored_lines(self._root), "="))
         with self._mutex:
             counts.update(self._pending)
         since = counts.pop(SINCE, 0)

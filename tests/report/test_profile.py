@@ -71,14 +71,15 @@ def test_the_command_names_what_registers_an_op(entry):
         "--import",
         "stitchcache.demo.decoder",
         "--size",
-        "s1=4",
+        "s1",
+        "4",
     )
     done = run(cache, *words)
     assert done.returncode == 0, done.stderr
     assert "s0=16, s1=4" in done.stdout
     assert ATTENTION in done.stdout
     assert "SHARE" in done.stdout
-    assert run(cache, "inspect", graph_hash[:8], "--profile", "--size", "tokens").returncode == 2
+    assert run(cache, "inspect", graph_hash[:8], "--profile", "--size", "s0", "x").returncode == 2
 
 
 def test_the_page_shows_it(entry):
@@ -118,5 +119,5 @@ def test_source_is_kept_and_shown(tmp_path):
     cache.root.joinpath("pieces", first.graph_hash[:2], first.graph_hash).unlink()
     done = run(cache, "inspect", first.graph_hash[:8], "--source")
     assert done.returncode == 1
-    assert "prewarm --keep-sources keeps it" in done.stderr
+    assert "prewarm --keep-sources' keeps it" in done.stderr
     assert len(unkept(cache.get(first.graph_hash), cache)) == 1

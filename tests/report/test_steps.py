@@ -71,7 +71,7 @@ def test_what_a_step_reads_and_makes():
     ]
     first, attention, second = steps[1:4]
     assert (first.reads, first.weights, first.makes) == ([(0, "ids")], ["head.weight"], ["q", "out"])
-    assert (first.first, first.held) == (11, 3)
+    assert first.first == 11
     assert attention.reads == [(1, "q"), (1, "out")]
     # The op returned nothing: it wrote into ``out``, so the next piece waits for it.
     assert second.reads == [(2, "out")]

@@ -210,7 +210,7 @@ function tell() {
   const code = html("a", `line ${step.lines[0]} of the code`);
   code.href = `#v${shownVariant}L${step.lines[0]}`;
   const bytes = weightBytes(step);
-  const facts = [`Step ${chosen + 1} of ${steps().length} · ${step.kind} · ${step.held} values held`];
+  const facts = [`Step ${chosen + 1} of ${steps().length} · ${step.kind} · ${heldBytes().counts[chosen]} values held`];
   if (piece) facts.push(`Piece ${piece.letter}: ${piece.backend}, ${sizeText(piece.bytes)} on disk, called ${piece.calls.length}×, key ${piece.key.slice(0, 12)}`);
   const timed = data.profile?.pieces.find((p) => p.key === piece?.key);
   if (timed) facts.push(`Takes ${secondsText(timed.seconds / timed.calls)}, ${(100 * timed.share / timed.calls).toFixed(0)} % of a call`);
@@ -254,14 +254,15 @@ const weightBytes = (step) => step.weights.reduce((sum, w) => sum + (bytesSaid(d
 function heldBytes() {
   const sizes = new Map([...$("sizes").querySelectorAll("input")].map((box) => [box.dataset.symbol, Number(box.value)])), held = new Map();
   let unknown = 0;
-  const at = steps().map((step) => {
+  const counts = [], at = steps().map((step) => {
     const bytes = bytesSaid(step.said, sizes);
     step.makes.forEach((name, i) => { if (!(bytes[i] >= 0)) unknown++; held.set(name, bytes[i] >= 0 ? bytes[i] : 0); });
+    counts.push(held.size);
     const sum = [...held.values()].reduce((a, b) => a + b, 0);
     for (const name of step.frees) held.delete(name);
     return sum;
   });
-  return { at, unknown };
+  return { at, counts, unknown };
 }
 function sizeBoxes() {
   $("sizes").replaceChildren(...data.symbols.map(([name, label, min, max]) => {
@@ -275,7 +276,7 @@ function sizeBoxes() {
 
 function drawHeld() {
   // Entries of older formats say nothing of the sizes of results: there values are counted.
-  const bytes = heldBytes(), known = steps().some((s) => s.kind !== "input" && s.said), held = known ? bytes.at : steps().map((s) => s.held);
+  const bytes = heldBytes(), known = steps().some((s) => s.kind !== "input" && s.said), held = known ? bytes.at : bytes.counts;
   const text = (n) => (known ? sizeText(n) : `${n} values`);
   $("sizes").hidden = !known;
   $("heldtitle").textContent = known ? "Memory at each step" : "Values held at each step";
