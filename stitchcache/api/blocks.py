@@ -111,11 +111,7 @@ def _kind_of(block: torch.nn.Module) -> object | None:
 
 
 def _share(known: CompiledModel, block: torch.nn.Module) -> CompiledModel:
-    """What a start for an equal block would give, without reading the cache or loading pieces.
-
-    Raises:
-        BindError: The tensors of the block do not fit.
-    """
+    """What a start for an equal block would give, without reading the cache or loading pieces."""
     shared = CompiledModel(
         known.artifact,
         block,
@@ -168,7 +164,8 @@ class _Block:
         finally:
             if own is not None:
                 setattr(self._block, COMPILED_CALL, own)
-        self._seen = [(table, list(table), _values(table)) for table in _tables(self._block)]
+        tables = [each for module in self._block.modules() for each in _tables(vars(module))]
+        self._seen = [(table, list(table), _values(table)) for table in tables]
 
     def _is_same(self) -> bool:
         """Whether each attribute, parameter, submodule and item of a plain container is the object it was.
@@ -184,17 +181,12 @@ class _Block:
         return True
 
 
-def _tables(block: torch.nn.Module) -> Iterator[Any]:
-    """The attributes of a block's modules, and the plain containers in them."""
-    for module in block.modules():
-        yield from _containers(vars(module))
-
-
-def _containers(table: Any) -> Iterator[Any]:
+def _tables(table: Any) -> Iterator[Any]:
+    """A plain container, and those in it."""
     yield table
     for value in _values(table):
         if type(value) in _PLAIN:
-            yield from _containers(value)
+            yield from _tables(value)
 
 
 def _values(table: Any) -> list[Any]:
