@@ -178,7 +178,7 @@ def _compiled(
         def aside(miss: Miss) -> Any:
             # Few choose it.
             from stitchcache.pipeline.aside import with_few_jobs
-            from stitchcache.pipeline.eager_first import EagerGraph
+            from stitchcache.pipeline.eager_first import eager_graph
 
             def work(tell: OnProgress) -> None:
                 asking = replace(site, on_progress=tell, asks=True)
@@ -197,7 +197,7 @@ def _compiled(
                     )
                 return begin(replace(found, way="aside"), miss)
 
-            return EagerGraph(gm, site.label, request, site.device, work, take)
+            return eager_graph(gm, site.label, request, site.device, work, take)
 
         return compile_planned(
             planned,

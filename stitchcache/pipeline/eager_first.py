@@ -173,36 +173,23 @@ class EagerFirst(CompiledModel):
             self._bind(self.model)
 
 
-class EagerGraph:
-    """One of Dynamo's graphs, which runs op by op until a child process has compiled it.
+def eager_graph(
+    gm: torch.nn.Module,
+    label: str,
+    request: Request,
+    device: str,
+    work: Callable[[OnProgress], None],
+    take: Callable[[], Callable[..., Any]],
+) -> Callable[..., Any]:
+    """One of Dynamo's graphs: itself until a child has done the ``work``, then what ``take`` gives."""
+    served = [as_it_is(gm, device)]
 
-    Args:
-        gm: The graph.
-        label: What to call it in the log.
-        request: Options.
-        device: The device type that it runs on.
-        work: Compiles and stores it, in the child.
-        take: Loads it; what it returns is called from then on.
-    """
+    def call(*args: Any) -> Any:
+        return served[0](*args)
 
-    __slots__ = ("__call__", "__weakref__")
+    def swap(_: None) -> None:
+        # Dynamo's guards stand for what the graph relies on: nothing about it can have changed.
+        served[0] = take()
 
-    def __init__(
-        self,
-        gm: torch.nn.Module,
-        label: str,
-        request: Request,
-        device: str,
-        work: Callable[[OnProgress], None],
-        take: Callable[[], Callable[..., Any]],
-    ) -> None:
-        self.__call__ = as_it_is(gm, device)
-        mine = weakref.ref(self)
-
-        def swap(_: None) -> None:
-            graph = mine()
-            if graph is not None:
-                # Dynamo's guards stand for what the graph relies on: nothing about it can have changed.
-                graph.__call__ = take()
-
-        Aside(self, label, work, swap, backend=request.backend, nice=request.nice)
+    Aside(call, label, work, swap, backend=request.backend, nice=request.nice)
+    return call

@@ -121,44 +121,31 @@ def build_call(
     """
     inputs, outputs = _contract(artifact)
     with well_formed("input_spec or output_spec"):
-        return _built_call(function, artifact, inputs, outputs, tensors, forward, objects, fakes)
-
-
-def _built_call(
-    function: Callable[..., Any] | None,
-    artifact: Artifact,
-    inputs: InputSpec,
-    outputs: OutputSpec,
-    tensors: Mapping[str, torch.Tensor],
-    forward: Callable[..., Any],
-    objects: CodeObjects,
-    fakes: Collection[type],
-) -> Callable[..., Any]:
-    source, arguments = CallSource(inputs, artifact.narrowed), _Arguments(inputs, forward)
-    leaves = source.open(arguments.collected)
-    source.check(leaves)
-    source.lines.append("if function is None: return None")
-    _check_converted(source, artifact, tensors)
-    _check_results(artifact, outputs)
-    _write_body(source, outputs, leaves, tensors)
-    source.names.update(
-        CALLED,
-        fakes=fakes,
-        function=function,
-        refuse=None,
-        take_apart=arguments.take_apart,
-        state=frozenset(map(storage_id, tensors.values())) if "apart" in inputs.constraints else frozenset(),
-        grad_enabled=torch.is_grad_enabled,
-        set_grad_enabled=set_grad_enabled,
-        autocast_enabled=torch.is_autocast_enabled,
-        run_quietly=run_quietly,
-        converted=converted,
-        unflatten=_unflattener(outputs),
-    )
-    if fakes:
-        # Tensors without data have no memory that could be shared.
-        source.names["share_memory"] = lambda *_: False
-    return _compile(source, arguments, artifact.graph_hash, objects)
+        source, arguments = CallSource(inputs, artifact.narrowed), _Arguments(inputs, forward)
+        leaves, apart = source.open(arguments.collected), "apart" in inputs.constraints
+        source.check(leaves)
+        source.lines.append("if function is None: return None")
+        _check_converted(source, artifact, tensors)
+        _check_results(artifact, outputs)
+        _write_body(source, outputs, leaves, tensors)
+        source.names.update(
+            CALLED,
+            fakes=fakes,
+            function=function,
+            refuse=None,
+            take_apart=arguments.take_apart,
+            state=frozenset(map(storage_id, tensors.values())) if apart else frozenset(),
+            grad_enabled=torch.is_grad_enabled,
+            set_grad_enabled=set_grad_enabled,
+            autocast_enabled=torch.is_autocast_enabled,
+            run_quietly=run_quietly,
+            converted=converted,
+            unflatten=_unflattener(outputs),
+        )
+        if fakes:
+            # Tensors without data have no memory that could be shared.
+            source.names["share_memory"] = lambda *_: False
+        return _compile(source, arguments, artifact.graph_hash, objects)
 
 
 def misfit(

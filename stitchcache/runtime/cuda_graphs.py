@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import CellType, FunctionType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -34,34 +34,6 @@ Function = Callable[..., Any]
 _OWN = ("aten", "prims", "prim")
 # Shapes that were called once; beyond, they are forgotten.
 _MOST_WARM = 1000
-
-
-class Recorder(Protocol):
-    """What ``torchside.cuda.Recorder`` does; tests have one for the CPU."""
-
-    def begin(self) -> None:
-        """Record from here on."""
-
-    def end(self) -> Callable[[], None]:
-        """What replays it."""
-
-    def abandon(self) -> None:
-        """Stop after an error."""
-
-    def taken(self) -> int:
-        """Bytes of memory in use."""
-
-    def stream(self) -> int:
-        """The current stream's number, and :meth:`current` itself."""
-
-    def current(self) -> Any:
-        """The current stream."""
-
-    def recorded_by_others(self) -> bool:
-        """Whether the caller records."""
-
-    def borrow(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor over the same memory that does not keep it."""
 
 
 class Recorded:
@@ -92,7 +64,7 @@ class Graphs:
         tensors: The model's, by binding.
         linked: Makes the stitching function, or with each variant's function put through another one.
         timings: Gets the seconds of recording, as ``graphs``.
-        recorder: Makes the recorder for a GPU.
+        recorder: Makes the recorder for a GPU; tests have one for the CPU.
         kind: The type of device that everything lies on.
 
     Raises:
@@ -106,7 +78,7 @@ class Graphs:
         tensors: Iterable[torch.Tensor],
         linked: Callable[[Callable[[Function], Function] | None], Function],
         timings: dict[str, float],
-        recorder: Callable[[int], Recorder],
+        recorder: Callable[[int], cuda.Recorder] = cuda.Recorder,
         *,
         kind: str = "cuda",
     ) -> None:
@@ -117,7 +89,7 @@ class Graphs:
         self._inner = linked(partial(with_ops, put=self._outside))
         self._state = {storage_id(tensor) for tensor in self._tensors}
         self._make_recorder = recorder
-        self._recorder: Recorder | None = None
+        self._recorder: cuda.Recorder | None = None
         self._lock = threading.RLock()
         self._records: dict[Any, GraphRecord] = {}
         self._graphs: dict[Any, Recorded] = {}
@@ -226,7 +198,7 @@ class Graphs:
         return min((s for s in sizes if s > size), default=None) if self._wanted.pad else None
 
     def _record(
-        self, recorder: Recorder, key: Any, larger: Any, leaves: Sequence[Any], shapes: list[Any]
+        self, recorder: cuda.Recorder, key: Any, larger: Any, leaves: Sequence[Any], shapes: list[Any]
     ) -> Any:
         """Make a call for real, and record it; where that fails, make it without a graph."""
         began, before = time.perf_counter(), recorder.taken()
@@ -259,7 +231,8 @@ class Graphs:
         seconds, taken = time.perf_counter() - began, max(0, recorder.taken() - before)
         count = sum(1 for step in recorded.steps if not isinstance(step, partial))
         found = GraphRecord(sizes=_plain_sizes(larger), seconds=seconds, bytes=taken, graphs=count)
-        log.info("%s: recorded %s as %d CUDA graphs in %.3f s, %d bytes", self._label, *_said(found))
+        said = (self._label, found.sizes, count, seconds, taken)
+        log.info("%s: recorded %s as %d CUDA graphs in %.3f s, %d bytes", *said)
         self._timings["graphs"] = self._timings.get("graphs", 0.0) + seconds
         self._bytes += taken
         if self._bytes > (self._wanted.max_bytes or self._bytes):
@@ -310,7 +283,7 @@ class Graphs:
 
     # -- later calls ---------------------------------------------------------------------------------
 
-    def _follow_stream(self, recorder: Recorder) -> None:
+    def _follow_stream(self, recorder: cuda.Recorder) -> None:
         """Let the current stream wait for the call before, where that was on another one."""
         stream = recorder.stream()
         if self._last is None or self._last[0] != stream:
@@ -352,7 +325,7 @@ class Graphs:
                 out.append(part.clone() if copied and own else part.detach())
         return out
 
-    def _kept(self, results: Iterable[Any], inputs: Sequence[Any], recorder: Recorder) -> list[Any]:
+    def _kept(self, results: Iterable[Any], inputs: Sequence[Any], recorder: cuda.Recorder) -> list[Any]:
         """Results as a recorded call keeps them."""
         kept: list[Any] = []
         places = {id(leaf): index for index, leaf in enumerate(inputs) if isinstance(leaf, torch.Tensor)}
@@ -371,17 +344,6 @@ class Graphs:
         log.info("%s: a tensor of the model was moved; its CUDA graphs are recorded anew", self._label)
         self._known, self._graphs, self._warm, self._records, self._bytes = {}, {}, {}, {}, 0
         self._in_place = cuda.in_place(self._tensors)
-
-
-def graphs_over(
-    wanted: CudaGraphs,
-    artifact: Artifact,
-    tensors: Mapping[str, torch.Tensor],
-    linked: Callable[[Callable[[Function], Function] | None], Function],
-    timings: dict[str, float],
-) -> Graphs:
-    """Graphs on the GPU that the model is on."""
-    return Graphs(wanted, artifact, tensors.values(), linked, timings, cuda.Recorder)
 
 
 class _Leaf:
@@ -438,7 +400,3 @@ def _laid_out_as(leaf: Any, made: Any) -> Any:
 
 def _plain_sizes(key: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(tuple(each) if isinstance(each, torch.Size) else each for each in key)
-
-
-def _said(found: GraphRecord) -> tuple[Any, ...]:
-    return found.sizes, found.graphs, found.seconds, found.bytes

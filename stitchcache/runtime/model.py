@@ -111,14 +111,7 @@ class CompiledModel(torch.nn.Module):
     if TYPE_CHECKING:
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            """Run the model.
-
-            Args:
-                *args: As the capture's example, within its ranges.
-                **kwargs: Likewise.
-
-            Returns:
-                What the model returns, in the same containers.
+            """Run the model, on arguments as in the example and within its ranges.
 
             Raises:
                 InputMismatchError: The capture does not cover this call, or the model chooses another adapter
@@ -298,13 +291,13 @@ class CompiledModel(torch.nn.Module):
 
     def _graphs_over(self, tensors: Mapping[str, torch.Tensor]) -> Graphs:
         # Most starts have no graphs.
-        from stitchcache.runtime.cuda_graphs import graphs_over
+        from stitchcache.runtime.cuda_graphs import Graphs
 
         def linked(around: Callable[..., Any] | None) -> Callable[..., Any]:
             return link(self.artifact, self._pieces, tensors, self._objects, around)
 
         wanted: Any = self._wanted_graphs
-        return graphs_over(wanted, self.artifact, tensors, linked, self.timings)
+        return Graphs(wanted, self.artifact, tensors.values(), linked, self.timings)
 
 
 def refuse_change(
