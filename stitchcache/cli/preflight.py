@@ -11,7 +11,11 @@ from stitchcache.cli import output as out
 from stitchcache.errors import StitchCacheError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from stitchcache.report.preflight import Machine
+
+_DIFFERENCES = {"FACTOR": "name", "ENTRY": "old", "MACHINE": "new"}
 
 
 @click.command()
@@ -39,7 +43,7 @@ def machine() -> None:
 def check(source: str | None, node: str, target: str | None, as_json: bool, root: str | None) -> None:
     """Say for each entry whether it will hit on another machine, and which factor stands in the way.
 
-    SOURCE is a cache's directory, a bundle, or an image's directory.  [default: the cache]
+    SOURCE is a cache's directory or a bundle.  [default: the cache]
 
     TARGET is 'pkg.module:name' or 'path/to/file.py:name', as for prewarm. Without it neither torch nor a GPU
     nor the model is needed. Exit status 1 says that something will not hit there.
@@ -51,31 +55,28 @@ def check(source: str | None, node: str, target: str | None, as_json: bool, root
         raise click.UsageError("SOURCE and --cache name the same thing; give one of them")
     there = read_machine(node)
     if target is not None:
-        targets = _check_targets(target, there, root or source)
-        missed = sum(not found["hit"] for found in targets)
-        out.show({"targets": targets, "missed": missed}, as_json, _print_targets, finding=missed > 0)
-        return
-    found = preflight(source or out.open_cache(root, read_only=True, allow_missing=False), there)
-    missed = sum(not verdict.hit for verdict in found)
-    record = {"entries": [verdict_record(verdict) for verdict in found], "missed": missed}
-    out.show(record, as_json, _print_entries, finding=missed > 0 or not found)
+        found = list(_check_targets(target, there, root or source))
+    else:
+        verdicts = preflight(source or out.open_cache(root, read_only=True, allow_missing=False), there)
+        found = [verdict_record(verdict) for verdict in verdicts]
+    missed = sum(not each["hit"] for each in found)
+    kind, view = ("entries", _print_entries) if target is None else ("targets", _print_targets)
+    out.show({kind: found, "missed": missed}, as_json, view, finding=missed > 0 or not found)
 
 
-def _check_targets(reference: str, there: Machine, root: str | None) -> list[out.Record]:
+def _check_targets(reference: str, there: Machine, root: str | None) -> Iterator[out.Record]:
     # Not at the top: they import torch, which entries do without.
     from stitchcache.api.prewarm import find_targets
     from stitchcache.report.preflight import check_target
 
-    cache, found = out.open_cache(root, read_only=True, allow_missing=False), []
+    cache = out.open_cache(root, read_only=True, allow_missing=False)
     for each in find_targets(reference):
         try:
-            found.append(check_target(each, cache, there))
+            yield check_target(each, cache, there)
         except StitchCacheError as error:
             # Like one that cannot be prewarmed, it does not stop the others.
-            found.append(
-                {"name": each.name, "hit": False, "reason": error.message, "graph_hash": None, "nearest": []}
-            )
-    return found
+            found: out.Record = {"name": each.name, "hit": False, "reason": error.message}
+            yield {**found, "graph_hash": None, "nearest": []}
 
 
 def _print_entries(record: out.Record) -> None:
@@ -83,18 +84,15 @@ def _print_entries(record: out.Record) -> None:
         "ENTRY": lambda found: found["graph_hash"][:12],
         "LABEL": "label",
         "THERE": lambda found: "hit" if found["hit"] else "miss",
-        "IN THE WAY": lambda found: ", ".join(each["name"] for each in found["differences"]) or None,
-        "SET BY THE PROGRAM": lambda found: ", ".join(each["name"] for each in found["settings"]) or None,
+        "IN THE WAY": lambda found: [each["name"] for each in found["differences"]] or None,
+        "SET BY THE PROGRAM": lambda found: [each["name"] for each in found["settings"]] or None,
     }
     out.print_table(columns, record["entries"])
-    seen: dict[tuple[str, str, str], None] = {}
-    for found in record["entries"]:
-        for each in (*found["differences"], *found["settings"]):
-            seen[each["name"], each["old"], each["new"]] = None
-    if seen:
+    # Each once: most entries of a cache have the same.
+    every = [each for found in record["entries"] for each in (*found["differences"], *found["settings"])]
+    if every:
         out.print_heading("Differences")
-        rows = [{"name": name, "old": old, "new": new} for name, old, new in seen]
-        out.print_table({"FACTOR": "name", "ENTRY": "old", "MACHINE": "new"}, rows)
+        out.print_table(_DIFFERENCES, {tuple(each.values()): each for each in every}.values())
     count, verdict = out.count_text(len(record["entries"]), "entry"), "all hit there"
     if record["missed"] or not record["entries"]:
         verdict = f"{record['missed']} will not hit there" if record["entries"] else "nothing will hit there"
@@ -112,4 +110,4 @@ def _print_targets(record: out.Record) -> None:
     for found in record["targets"]:
         for near in found["nearest"][:1]:
             out.print_heading(f"{found['name']}: near is {near['graph_hash'][:12]}")
-            out.print_table({"FACTOR": "name", "ENTRY": "old", "MACHINE": "new"}, near["differences"])
+            out.print_table(_DIFFERENCES, near["differences"])

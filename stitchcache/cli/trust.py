@@ -244,7 +244,11 @@ def image() -> None:
 @click.argument("directory", type=click.Path())
 @_choosing
 @click.option("--arch", help="The GPU's architecture, such as sm_90.  [default: by the GPU's name]")
-@click.option("--layout", help="'vllm' names directories and labels for extractors that know no other.")
+@click.option(
+    "--layout",
+    default="stitchcache",
+    help="'vllm' names directories and labels for extractors that know no other.",
+)
 @out.shared_options
 def build(directory: str, prefixes: tuple[str, ...], as_json: bool, root: str | None, **how: Any) -> None:
     """Write entries to DIRECTORY in OCI's image layout; without a PREFIX all entries of the cache.
@@ -255,8 +259,7 @@ def build(directory: str, prefixes: tuple[str, ...], as_json: bool, root: str | 
     from stitchcache.ext.image import build_image
 
     cache = out.open_cache(root, allow_missing=False)
-    given = {name: value for name, value in how.items() if value is not None}
-    made = build_image(cache, directory, [cache.find(prefix) for prefix in prefixes], **given)
+    made = build_image(cache, directory, [cache.find(prefix) for prefix in prefixes], **how)
     record = {"root": str(cache.root), "directory": directory, **asdict(made)}
 
     def view(_record: out.Record) -> None:

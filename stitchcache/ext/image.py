@@ -196,8 +196,8 @@ def _hardware(entry: Artifact, machine: str, arch: str | None) -> dict[str, Any]
 
 def _described(entry: Artifact) -> dict[str, Any]:
     """What tells, without unpacking, where an entry will hit."""
-    told = {"graph_hash": entry.graph_hash, "label": entry.label, "created": entry.created}
-    return {**told, "factors": {f.name: f.value for f in entry.factors if f.name.startswith("env.")}}
+    factors = {f.name: f.value for f in entry.factors if f.name.startswith("env.")}
+    return {"graph_hash": entry.graph_hash, "label": entry.label, "factors": factors}
 
 
 def push_image(path: str | os.PathLike[str], reference: str, *, insecure: bool = False) -> str:
@@ -212,27 +212,22 @@ def push_image(path: str | os.PathLike[str], reference: str, *, insecure: bool =
         The reference by digest, which manifests should name.
 
     Raises:
-        OptionError: There is no image there, or no skopeo here.
+        OptionError: There is no skopeo here.
         StoreWriteError: skopeo failed; its words are in the message.
     """
-    path = os.path.abspath(path)
-    try:
-        with open(os.path.join(path, "index.json"), "rb") as file:
-            (digest,) = (named["digest"] for named in json.load(file)["manifests"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        said = f"{path} is no image that 'stitchcache image build' made ({error})."
-        raise OptionError(said, option="path") from error
     tool = shutil.which("skopeo")
-    if tool is None or ":" in path:
+    if tool is None or ":" in os.path.abspath(path):
         said = "pushing needs skopeo on PATH; 'oras cp --from-oci-layout' and 'crane push' do it too."
         raise OptionError(said if tool is None else f"{path}: skopeo takes no colon.", option="path")
-    words = ["copy", "--preserve-digests", "--retry-times", "3", f"--dest-tls-verify={not insecure}".lower()]
-    words += [f"oci:{path}", f"docker://{reference}"]
-    done = subprocess.run([tool, *words], capture_output=True, text=True, check=False)
+    words = ["copy", "--quiet", "--preserve-digests", "--retry-times", "3", "--digestfile", "/dev/stdout"]
+    words += [f"--dest-tls-verify={not insecure}".lower(), f"oci:{os.path.abspath(path)}"]
+    done = subprocess.run(
+        [tool, *words, f"docker://{reference}"], capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         reason = [f"exit status {done.returncode}", *done.stderr.strip().splitlines()][-1]
         message = f"{reference}: the image was not pushed: {reason}. 'skopeo login' logs in."
         raise StoreWriteError(message, path=reference, reason=reason)
     # A tag stands behind the last slash; what stands before may name a port.
     parent, slash, name = reference.partition("@")[0].rpartition("/")
-    return f"{parent}{slash}{name.partition(':')[0]}@{digest}"
+    return f"{parent}{slash}{name.partition(':')[0]}@{done.stdout.strip()}"

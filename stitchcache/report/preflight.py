@@ -6,11 +6,9 @@ entries, whoever may write them; nothing is loaded, stored or counted.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tarfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
@@ -37,21 +35,14 @@ Machine = Mapping[str, Factor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What a start from an entry would be on a machine.
-
-    Args:
-        graph_hash: The entry.
-        label: The model's class or the target's name.
-        hit: Whether nothing about the machine stands in the way.
-        differences: Factors that stand in the way, to ``(value of the entry, value on the machine)``.
-        settings: Likewise for torch's settings, which the serving program has to make as the compiling one
-            did: the machine cannot tell.
-    """
+    """What a start from an entry would be on a machine."""
 
     graph_hash: str
-    label: str
-    hit: bool
+    label: str  # the model's class or the target's name
+    hit: bool  # whether nothing about the machine stands in the way
+    # Factors that stand in the way, to the entry's value and the machine's.
     differences: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    # Likewise torch's settings, which the program makes: the machine cannot tell.
     settings: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
@@ -78,101 +69,72 @@ def read_machine(path: str | os.PathLike[str]) -> Machine:
             found = json.loads(file.read(_MOST_BYTES))
         if found["kind"] != KIND:
             raise ValueError(f"it is of kind {found['kind']!r}")
-        factors = [
-            Factor(**{name: str(each[name]) for name in ("name", "value", "digest")})
-            for each in found["factors"]
-        ]
+        told = [[str(each[name]) for name in ("name", "value", "digest")] for each in found["factors"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         said = f"{os.fspath(path)} is not what 'stitchcache machine' prints ({type(error).__name__}: {error})"
-        raise OptionError(
-            f"{said}. Run 'stitchcache machine > FILE' on that machine.", option="--machine"
-        ) from error
-    return {factor.name: factor for factor in factors}
+        said += ". Run 'stitchcache machine > FILE' on that machine."
+        raise OptionError(said, option="--machine") from error
+    return {name: Factor(name=name, value=value, digest=digest) for name, value, digest in told}
 
 
 def preflight(source: str | os.PathLike[str] | Cache, machine: Machine) -> list[Verdict]:
     """Say for each entry of a source whether it will hit on a machine, and what stands in the way.
 
     Args:
-        source: A cache, its directory, the file of a bundle, or the directory of an image.
+        source: A cache, its directory, or the file of a bundle.
         machine: From :func:`read_machine`.
 
     Returns:
         A verdict an entry, by label and graph hash.
 
     Raises:
-        OptionError: ``source`` is none of these.
-        EntryFormatError: An entry of a bundle or an image is damaged.
+        OptionError: ``source`` is neither.
+        EntryFormatError: An entry of a bundle is damaged.
     """
     found = [_verdict(artifact, machine) for artifact in _artifacts(source)]
     return sorted(found, key=lambda verdict: (verdict.label, verdict.graph_hash))
 
 
 def _artifacts(source: str | os.PathLike[str] | Cache) -> Iterator[Artifact]:
-    image = None if isinstance(source, Cache) else _layer(os.fspath(source))
-    if isinstance(source, Cache) or (image is None and os.path.isdir(source)):
+    if isinstance(source, Cache) or os.path.isdir(source):
         cache = source if isinstance(source, Cache) else Cache(source, read_only=True)
         for header in cache.entries():
             yield read_entry(cache, header.graph_hash).artifact
         return
     try:
-        with tarfile.open(image or source, "r:gz" if image else "r:") as bundle:
+        with tarfile.open(source, "r:") as bundle:
             for member in bundle:
-                *_, area, _, name = ("", "", *member.name.split("/"))
-                graph_hash = key_of(Area.ENTRIES, name)
+                area, _, name = member.name.partition("/")
+                graph_hash = key_of(Area.ENTRIES, os.path.basename(name))
                 if area != Area.ENTRIES or graph_hash is None or member.size > _MOST_BYTES << 6:
                     continue
-                file = bundle.extractfile(member)
-                if file is not None:
+                if (file := bundle.extractfile(member)) is not None:
                     yield decode_named(file.read(), graph_hash, f"{os.fspath(source)}:{member.name}")
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise OptionError(
-            f"{os.fspath(source)} is no cache's directory, no bundle and no image ({error}).", option="SOURCE"
-        ) from error
-
-
-def _layer(source: str) -> str | None:
-    """The layer of an image that ``stitchcache image build`` made; ``None`` for anything else."""
-    if not os.path.isfile(os.path.join(source, "oci-layout")):
-        return None
-    path = os.path.join(source, "index.json")
-    try:
-        for field in ("manifests", "layers"):
-            with open(path, "rb") as file:
-                digest = json.loads(file.read(_MOST_BYTES))[field][0]["digest"].removeprefix("sha256:")
-            path = os.path.join(source, "blobs", "sha256", os.path.basename(digest))
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                raise ValueError(f"layer {digest[:12]} is of other bytes than its name says")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise OptionError(f"{source} is a damaged image ({error}).", option="SOURCE") from error
-    return path
+    except (OSError, tarfile.TarError) as error:
+        said = f"{os.fspath(source)} is neither a cache's directory nor a bundle ({error})."
+        raise OptionError(said, option="SOURCE") from error
 
 
 def _verdict(artifact: Artifact, machine: Machine) -> Verdict:
-    needed = [factor for factor in artifact.factors if factor.name.startswith("env.")]
-    differences = _differences(needed, machine)
-    settings = [
-        factor
-        for factor in artifact.factors
-        if factor.name.startswith(_OF_PROCESS) and factor.name in machine
-    ]
+    def differences(named: tuple[str, ...], *, known: bool) -> dict[str, tuple[str, str]]:
+        there = {f.name: f for f in artifact.factors if f.name.startswith(named)}
+        both = [machine[name] for name in there if name in machine]
+        wanted = [f for name, f in there.items() if name in machine or not known]
+        return explain_differences(wanted, both)
+
+    stand = differences(("env.",), known=False)
+    # An entry that says nothing of its machine is of a format before factors, and hits nowhere directly.
+    told = any(factor.name.startswith("env.") for factor in artifact.factors)
     return Verdict(
         graph_hash=artifact.graph_hash,
         label=artifact.label,
-        # An entry that says nothing of its machine is of a format before factors, and hits nowhere directly.
-        hit=bool(needed) and not differences,
-        differences=differences,
-        settings=_differences(settings, machine),
+        hit=told and not stand,
+        differences=stand,
+        settings=differences(_OF_PROCESS, known=True),
     )
 
 
-def _differences(needed: list[Factor], machine: Machine) -> dict[str, tuple[str, str]]:
-    there = [machine[factor.name] for factor in needed if factor.name in machine]
-    return explain_differences(needed, there)
-
-
-def check_target(target: Target, cache: Cache, machine: Machine, *, most: int = 3) -> Record:
+def check_target(target: Target, cache: Cache, machine: Machine) -> Record:
     """Whether a target will hit directly on a machine; its model is built here.
 
     Its key is computed with the machine's factors in place of this one's. Sources are compared with those
@@ -202,16 +164,11 @@ def check_target(target: Target, cache: Cache, machine: Machine, *, most: int = 
         if why is None:
             return {**found, "hit": True, "graph_hash": record.graph_hash}
         reason = why
-    near = nearest_entries(cache.roots, factors, label=target.name, most=most) if not records else []
+    near = nearest_entries(cache.roots, factors, label=target.name, most=3) if not records else []
     return {**found, "reason": reason, "graph_hash": graph_hash, "nearest": near_records(near)}
 
 
 def verdict_record(verdict: Verdict) -> Record:
     """A verdict as ``check --json`` prints it."""
-    return {
-        "graph_hash": verdict.graph_hash,
-        "label": verdict.label,
-        "hit": verdict.hit,
-        "differences": difference_records(verdict.differences),
-        "settings": difference_records(verdict.settings),
-    }
+    found = {name: difference_records(getattr(verdict, name)) for name in ("differences", "settings")}
+    return {**asdict(verdict), **found}

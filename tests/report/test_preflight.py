@@ -171,5 +171,5 @@ def test_a_file_that_is_something_else(tmp_path, text):
 def test_a_source_that_is_something_else(tmp_path, here):
     path = tmp_path / "some.txt"
     path.write_text("no bundle")
-    with pytest.raises(OptionError, match="no cache's directory, no bundle and no image"):
+    with pytest.raises(OptionError, match="neither a cache's directory nor a bundle"):
         preflight(path, here())
