@@ -111,7 +111,11 @@ def _kind_of(block: torch.nn.Module) -> object | None:
 
 
 def _share(known: CompiledModel, block: torch.nn.Module) -> CompiledModel:
-    """What a start for an equal block would give, without reading the cache or loading pieces."""
+    """What a start for an equal block would give, without reading the cache or loading pieces.
+
+    Raises:
+        BindError: The tensors of the block do not fit.
+    """
     shared = CompiledModel(
         known.artifact,
         block,
@@ -164,8 +168,7 @@ class _Block:
         finally:
             if own is not None:
                 setattr(self._block, COMPILED_CALL, own)
-        tables = [each for module in self._block.modules() for each in _tables(vars(module))]
-        self._seen = [(table, list(table), _values(table)) for table in tables]
+        self._seen = [(table, list(table), _values(table)) for table in _tables(self._block)]
 
     def _is_same(self) -> bool:
         """Whether each attribute, parameter, submodule and item of a plain container is the object it was.
@@ -181,12 +184,17 @@ class _Block:
         return True
 
 
-def _tables(table: Any) -> Iterator[Any]:
-    """A plain container, and those in it."""
+def _tables(block: torch.nn.Module) -> Iterator[Any]:
+    """The attributes of a block's modules, and the plain containers in them."""
+    for module in block.modules():
+        yield from _containers(vars(module))
+
+
+def _containers(table: Any) -> Iterator[Any]:
     yield table
     for value in _values(table):
         if type(value) in _PLAIN:
-            yield from _tables(value)
+            yield from _containers(value)
 
 
 def _values(table: Any) -> list[Any]:

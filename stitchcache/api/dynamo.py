@@ -109,7 +109,11 @@ def compile_graphs(
     cache: Cache,
     how: Mapping[str, Any],
 ) -> list[CompiledGraph]:
-    """Let ``torch.compile`` capture a model on its example; its graphs, in the order of their capture."""
+    """Let ``torch.compile`` capture a model on its example; its graphs, in the order of their capture.
+
+    Raises:
+        CaptureError: No graph of it can be stored. Dynamo and the forward raise what they will.
+    """
     graphs: list[CompiledGraph] = []
 
     def backend(gm: GraphModule, inputs: Sequence[Any], **more: Any) -> Any:

@@ -88,12 +88,7 @@ def save_execution(
     table = load_consts(consts) if isinstance(consts, bytes) else list(consts or ())
     check_code(code, len(names), len(table))
     given = _given_pieces(pieces, names)
-    known = _factors(factors)
-    if given:
-        # Code and constants alone depend on nothing of the machine.
-        used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        devices = {"cpu", "cuda"} if used else {"cpu"}
-        known = [make_factor("options.backend", ENGINE), *environment_factors(ENGINE, devices), *known]
+    known = [*_environment(bool(given)), *_factors(factors)]
     blobs = {name: store.put_blob(piece) for name, piece in given.items()}
     variant = Variant(
         size_range=None,
@@ -129,6 +124,15 @@ def _given_pieces(
         if not isinstance(piece, bytes) and not Path(piece).is_file():
             raise OptionError(f"pieces[{name!r}]: there is no file {os.fspath(piece)}.", option="pieces")
     return given
+
+
+def _environment(compiled: bool) -> list[Factor]:
+    """What compiled pieces may depend on; code and constants alone depend on nothing of it."""
+    if not compiled:
+        return []
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = {"cpu", "cuda"} if used else {"cpu"}
+    return [make_factor("options.backend", ENGINE), *environment_factors(ENGINE, devices)]
 
 
 def _factors(factors: Mapping[str, Any] | None) -> list[Factor]:
@@ -219,16 +223,18 @@ def _find(source: str | os.PathLike[str], store: Cache) -> Artifact:
     return artifact
 
 
-def _files(artifact: Artifact, store: Cache) -> dict[str, Path | None]:
+def _files(artifact: Artifact, store: Cache) -> dict[str, Path]:
     # By name and not by descriptor: an engine may keep the path, or map it after this.
-    found = {piece.name: store.blob_path(piece.blob) for piece in artifact.pieces}
-    for name, path in found.items():
+    paths = [store.blob_path(piece.blob) for piece in artifact.pieces]
+    found = {}
+    for piece, path in zip(artifact.pieces, paths, strict=True):
         if path is None:
             raise EntryDamagedError(
-                f"piece {name!r} of entry {artifact.graph_hash[:12]} in {store.root} is missing or "
+                f"piece {piece.name!r} of entry {artifact.graph_hash[:12]} in {store.root} is missing or "
                 "damaged. Compile it and save the entry again.",
                 path=str(store.root),
-                field=f"pieces[{name}]",
+                field=f"pieces[{piece.name}]",
                 reason="missing or damaged",
             )
+        found[piece.name] = path
     return found

@@ -8,7 +8,6 @@ import importlib.util
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -37,12 +36,6 @@ from stitchcache.torchside import without_data
 if TYPE_CHECKING:
     from stitchcache.runtime.graph import CompiledGraph
     from stitchcache.runtime.model import CompiledModel
-
-
-_OF_REQUESTS = tuple(
-    "dynamic_shapes splitting_ops size_ranges backend key_factors options cuda_graphs".split()  # noqa: SIM905
-)
-"""Fields of a target that are options of a compilation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +186,11 @@ def prewarm(
         OptionError: An argument makes no sense.
     """
     check_kind("targets", targets, (Target, str, Iterable), "Targets, or references 'pkg.module:name'")
-    if on_progress != "bar":
-        check_kind("on_progress", on_progress, (Callable, NoneType), "a function of one argument, or 'bar'")
+    if on_progress == "bar":
+        with bar() as told:
+            how: dict[str, Any] = {"on_progress": told, "on_miss": on_miss, "fake": fake, "shard": shard}
+            return prewarm(targets, jobs=jobs, cache=cache, keep_sources=keep_sources, **how)
+    check_kind("on_progress", on_progress, (Callable, NoneType), "a function of one argument, or 'bar'")
     # Not of one target, so it is no failure of each: refused before any model is built.
     options: dict[str, Any] = {} if jobs is None else {"stitchcache.jobs": jobs}
     options |= {"stitchcache.keep_sources": True} if keep_sources else {}
@@ -208,8 +204,7 @@ def prewarm(
         found += find_targets(item) if isinstance(item, str) else [item]
     check_names(found)
     store = chosen_cache(cache)
-    with bar() if on_progress == "bar" else nullcontext(on_progress) as told:
-        results = [_one(target, options, on_miss, fake, shard, store, told) for target in found]
+    results = [_one(target, options, on_miss, fake, shard, store, on_progress) for target in found]
     return PrewarmReport(tuple(looked_up(results, store)))
 
 
@@ -308,16 +303,28 @@ def _counted(name: str, graphs: Sequence[CompiledGraph | CompiledModel], seconds
 
 def request_for(target: Target, more: Mapping[str, Any] | None = None, on_miss: str = "compile") -> Request:
     """A target's options in one record, with some of the caller's."""
-    given = {name: getattr(target, name) for name in _OF_REQUESTS}
-    request = request_of(**given, on_miss=on_miss, label=target.name)
+    request = request_of(
+        dynamic_shapes=target.dynamic_shapes,
+        splitting_ops=target.splitting_ops,
+        size_ranges=target.size_ranges,
+        backend=target.backend,
+        on_miss=on_miss,
+        key_factors=target.key_factors,
+        options=target.options,
+        cuda_graphs=target.cuda_graphs,
+        label=target.name,
+    )
     return replace(request, options={**request.options, **more}) if more else request
 
 
 def find_targets(reference: str) -> list[Target]:
     """Find the targets that ``pkg.module:name`` or ``path/to/file.py:name`` means.
 
-    The name is that of a :class:`Target`, a list of them, or a function that returns either. Anything else is
-    a ``TargetError``, and so is a module that cannot be imported.
+    The name is that of a :class:`Target`, a list of them, or a function that returns either.
+
+    Raises:
+        TargetNotFoundError: There is no such module, file or name.
+        TargetError: The name is something else, or importing it failed.
     """
 
     def wrong(said: str) -> TargetError:
@@ -373,11 +380,13 @@ def _told(error: BaseException) -> str:
 
 def check_names(targets: Sequence[Target]) -> None:
     """Refuse two targets of one name."""
-    for name, count in Counter(target.name for target in targets).items():
-        if count > 1:
+    seen: set[str] = set()
+    for target in targets:
+        if target.name in seen:
             raise DuplicateTargetError(
-                f"two targets are called {name!r}; give each a name of its own.", target=name
+                f"two targets are called {target.name!r}; give each a name of its own.", target=target.name
             )
+        seen.add(target.name)
 
 
 def _import_module(name: str) -> ModuleType:

@@ -206,12 +206,11 @@ class _Generate:
         # A call that is no step of a generate is the model's own.
         return self.model.forward(*args, **kwargs) if lane is None else lane.run(kwargs)
 
-    def generate(self, proxy: Any, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
+    def generate(self, proxy: Any, inputs: Any, generation_config: Any = None, **kwargs: Any) -> Any:
         given = kwargs.get("input_ids", inputs)
         check_kind("inputs", given, torch.Tensor, "the prompt's token ids")
         config = generation_config or self.model.generation_config
-        names = ("use_cache", "num_beams", "num_return_sequences", "max_new_tokens")
-        asked = {name: kwargs.get(name, getattr(config, name, None)) for name in names}
+        asked = {name: kwargs.get(name, getattr(config, name, None)) for name in _ASKED}
         for name in (*_CACHE_NAMES, "cache_implementation", "assistant_model", "inputs_embeds"):
             if kwargs.get(name) is not None:
                 raise _refused(name, kwargs[name])
@@ -236,6 +235,9 @@ class _Generate:
             # On a GPU generate would call torch.compile for a static cache.
             own = {self.cache_name: lane.cache, "disable_compile": True}
             return type(self.model).generate(proxy, inputs, generation_config, **{**kwargs, **own})
+
+
+_ASKED = ("use_cache", "num_beams", "num_return_sequences", "max_new_tokens")
 
 
 def _refused(name: str, value: Any) -> OptionError:
@@ -309,9 +311,15 @@ def compile_generate(
     plain: Any = model
     proxy = copy.copy(plain)
 
-    generate = functools.partial(compiled.generate, proxy)
-    proxy.forward = functools.update_wrapper(functools.partial(compiled.forward), plain.forward)
-    proxy.generate = functools.update_wrapper(generate, plain.generate)
+    @functools.wraps(plain.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return compiled.forward(*args, **kwargs)
+
+    @functools.wraps(plain.generate)
+    def generate(inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return compiled.generate(proxy, inputs, *args, **kwargs)
+
+    proxy.forward, proxy.generate = forward, generate
     proxy.steps = {
         f"{name} {size}": step
         for size, lane in lanes.items()

@@ -56,20 +56,15 @@ def readable(value: Any, called: str = "", room: int = LONG, depth: int = 0) -> 
     if type(value) in SCALARS or isinstance(value, (torch.dtype, torch.device)):
         return shorten(repr(value), 40)
     if type(value) in {list, tuple, dict} and value and depth < _DEEPEST:
-        texts: list[str] = []
-        for item in value:
+        texts, named = list[str](), type(value) is dict
+        for key, item in value.items() if named else enumerate(value):
             if room <= 0:
                 texts.append("...")
                 break
-            text = readable(item, "" if type(value) is dict else called, room, depth + 1)
-            if type(value) is dict:
-                text += (
-                    f": {readable(value[item], str(item) if type(item) is str else called, room, depth + 1)}"
-                )
-            texts.append(text)
+            text = readable(item, key if named and type(key) is str else called, room, depth + 1)
+            texts.append(f"{readable(key, '', room, depth + 1)}: {text}" if named else text)
             room -= len(texts[-1])
-        opening, closing = "{}" if type(value) is dict else "[]"
-        return f"{opening}{', '.join(texts)}{closing}"
+        return f"{{{', '.join(texts)}}}" if named else f"[{', '.join(texts)}]"
     if type(value) in {list, tuple, set, frozenset, dict}:
         return f"{type(value).__name__} of {len(value)}"
     # Others are not asked: a __getattr__ of theirs may raise anything.

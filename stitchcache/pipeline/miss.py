@@ -101,21 +101,18 @@ def miss_error(wanted: Wanted, miss: Miss, graph_hash: str | None = None) -> Cac
         "Run 'stitchcache prewarm' where compiling is allowed, with the same model and options; "
         "'stitchcache explain' shows all that differs."
     )
-    root, forbidden = site.cache.root, "tracing" if graph_hash is None else "a miss"
+    what, reason = f"no direct hit in the cache at {site.cache.root}", miss.reason
     if miss.cause == "refused":
-        what = f"the cache at {root} cannot be used ({miss.reason}), and {forbidden} is an error here."
+        what = f"the cache at {site.cache.root} cannot be used"
         advice = (
             "Mend that first; another prewarm may meet the same. 'stitchcache doctor' tries the directory."
         )
-    elif graph_hash is None:
-        what = f"no direct hit in the cache at {root} ({miss.reason}), and {forbidden} is an error here."
-    else:
-        what = (
-            f"not in the cache at {root} ({miss.reason}; no entry for graph {graph_hash[:12]} "
-            f"either), and {forbidden} is an error here."
-        )
+    elif graph_hash is not None:
+        what = f"not in the cache at {site.cache.root}"
+        reason = f"{miss.reason}; no entry for graph {graph_hash[:12]} either"
+    forbidden = "tracing" if graph_hash is None else "a miss"
     return CacheMissError(
-        f"{site.label}: {what}{detail} {advice}",
+        f"{site.label}: {what} ({reason}), and {forbidden} is an error here.{detail} {advice}",
         target=site.label,
         key=wanted.target.key or "",
         reason=miss.reason,

@@ -7,9 +7,9 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
-from operator import attrgetter
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -18,24 +18,27 @@ from stitchcache.errors import InputMismatchError
 from stitchcache.state import modules_of
 from stitchcache.torchside import INTERNALS
 
-PARTS = (torch.nn.ModuleDict, torch.nn.ParameterDict)
+HOLDERS = (torch.nn.ModuleDict, torch.nn.ParameterDict)
+_NAMES = (str, list, tuple, set)
+# Not every truth value: each one that is looked at takes a part of each call.
+_SWITCHES = ("active", "adapter", "disable", "enable", "merge")
 
 
 class _Choice:
     """What one module's plain attributes say of its parts, and what they said when it was bound."""
 
-    __slots__ = ("known", "module", "names", "path", "read")
+    __slots__ = ("known", "names", "own", "path", "read")
 
     def __init__(self, path: str, module: torch.nn.Module, names: list[str]) -> None:
-        self.path, self.module, self.names = path, module, names
-        # The class comes along so that it is a tuple even for one name.
-        self.read = attrgetter("__class__", *names)
-        self.known = deepcopy(self.read(module))
+        self.path, self.own, self.names = path, vars(module), names
+        self.read = itemgetter(*names)
+        self.known = deepcopy(self.read(self.own))
 
     def look_again(self) -> None:
         """Raise if another part is chosen; take over what was added, and is not chosen."""
-        now = self.read(self.module)
-        for name, was, found in zip(self.names, self.known[1:], now[1:], strict=True):
+        known = self.known if len(self.names) > 1 else (self.known,)
+        for name, was in zip(self.names, known, strict=True):
+            found = self.own.get(name)
             kept = {key: found.get(key) for key in was} if type(was) is type(found) is dict else found
             if kept != was:
                 raise InputMismatchError(
@@ -45,7 +48,7 @@ class _Choice:
                     expected=repr(was),
                     actual=repr(found),
                 )
-        self.known = deepcopy(now)
+        self.known = deepcopy(self.read(self.own))
 
 
 def over_choices(function: Callable[..., Any], model: torch.nn.Module) -> Callable[..., Any]:
@@ -53,13 +56,12 @@ def over_choices(function: Callable[..., Any], model: torch.nn.Module) -> Callab
     choices: dict[tuple[type, bool], _Choice] = {}
     for path, module in modules_of(model):
         if names := _choosing(module):
-            last = (type(module), False) in choices
-            choices[type(module), last] = _Choice(path, module, names)
-    watched = tuple(choices.values())
+            choices[type(module), (type(module), False) in choices] = _Choice(path, module, names)
+    watched = tuple((choice, choice.read, choice.own) for choice in choices.values())
 
     def checked(*args: Any) -> Any:
-        for choice in watched:
-            if choice.read(choice.module) != choice.known:
+        for choice, read, own in watched:
+            if read(own) != choice.known:
                 choice.look_again()
         return function(*args)
 
@@ -67,38 +69,22 @@ def over_choices(function: Callable[..., Any], model: torch.nn.Module) -> Callab
 
 
 def _choosing(module: torch.nn.Module) -> list[str]:
-    """Plain attributes of a module of which one names parts that it holds; none where no attribute does."""
-    held = [child for child in module._modules.values() if isinstance(child, PARTS)]
-    parts = {key for child in held for key in child}
-    plain = {name: value for name, value in _attributes(module) if _is_plain(value, parts)} if parts else {}
-    named = (
-        {value} if type(value) is str else value for value in plain.values() if type(value) not in _SWITCHES
-    )
-    return [*plain] if any(some and parts.issuperset(some) for some in named) else []
+    """Attributes of a module that choose among parts that it holds; none where no attribute names a part."""
+    parts = {key for child in module._modules.values() if isinstance(child, HOLDERS) for key in child}
+    own = {name: value for name, value in vars(module).items() if name not in INTERNALS} if parts else {}
+    if not any(value and _names_parts(value, parts) for value in own.values() if type(value) in _NAMES):
+        return []
+    return [name for name, value in own.items() if _names_parts(value, parts) or _sets(name, value, parts)]
 
 
-_SWITCHES = (bool, float, dict)
+def _names_parts(value: Any, parts: set[str]) -> bool:
+    """Whether a value is the name of a part, or names of some, or of none yet."""
+    some = (value,) if type(value) not in _NAMES or type(value) is str else value
+    return all(type(item) is str and item in parts for item in some)
 
 
-def _is_plain(value: Any, parts: set[str]) -> bool:
-    """Whether a value may be a choice: a name or several, a switch, or a setting for each part."""
-    if type(value) in (list, tuple, set):
-        return all(type(item) is str for item in value)
+def _sets(name: str, value: Any, parts: set[str]) -> bool:
+    """Whether an attribute is a switch, by its name, or a factor, or has one for each part."""
     if type(value) is dict:
-        return (
-            bool(value)
-            and parts.issuperset(value)
-            and all(type(v) in (bool, float, str) for v in value.values())
-        )
-    return type(value) in (str, bool, float)
-
-
-def _attributes(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """A module's attributes, with those of its classes that are not torch's; no property is run."""
-    of_class = dict[str, Any]()
-    for base in reversed(type(module).__mro__):
-        if base.__module__.partition(".")[0] not in ("torch", "builtins"):
-            of_class |= vars(base)
-    for name, value in {**of_class, **vars(module)}.items():
-        if name[:2] != "__" and name not in INTERNALS and not hasattr(type(of_class.get(name)), "__set__"):
-            yield name, value
+        return bool(value) and parts.issuperset(value) and {*map(type, value.values())} == {float}
+    return type(value) is float or (type(value) is bool and any(word in name for word in _SWITCHES))
