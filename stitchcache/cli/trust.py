@@ -109,6 +109,8 @@ def trust(public_key: str, name: str | None, as_json: bool, **limits: str | None
     if not named:
         raise Misuse(f"{public_key}: the key has no comment: say who it is with --name")
     found = _keys()
+    if public in found.revoked():
+        raise Misuse(f"{found.path('revoked_keys')}: {named}'s key is revoked; remove its line there first")
     found.trust(public, named, {option.replace("_", "-"): value for option, value in limits.items()})
     record = {"directory": found.directory, "name": named, "fingerprint": fingerprint(public)}
     out.show(record, as_json, lambda _: click.echo(f"trusted: {named} {record['fingerprint']}"))

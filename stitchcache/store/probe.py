@@ -58,7 +58,7 @@ def probe(path: str, *, files: Files | None = None, trust: str = "owner") -> lis
     found = "exists" if place == asked else f"missing; tried {place} in its place"
     trials = [
         Trial(name="directory", level="ok", found=found),
-        _trust(files, place, trust),
+        _trust(files, asked, trust),
         _room(files, place),
     ]
     made = os.path.join(place, f".stitchcache-probe-{os.urandom(8).hex()}")

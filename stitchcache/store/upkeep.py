@@ -40,7 +40,6 @@ _HEAD_READ = 4096
 
 def leftovers(root: Root) -> list[Item]:
     """What processes that died left in ``tmp``, and locks that nobody holds."""
-    own = f"{host_name()}."
     # Of another host, and where locks do not work, only the age tells.
     newest = (time.time() - _OLD_SECONDS) * 1e9
     try:
@@ -50,7 +49,7 @@ def leftovers(root: Root) -> list[Item]:
     found = [
         item
         for item in temporary
-        if item.modified < newest or (item.key.startswith(own) and _is_free(root, item))
+        if item.modified < newest or (item.key.startswith(f"{host_name()}.") and _is_free(root, item))
     ]
     return found + [item for item in locks if item.key.endswith(".lock") and _is_free(root, item)]
 

@@ -43,6 +43,8 @@ def test_sign_verify_and_revoke(run_cli, home, tmp_path):
     assert signer["fingerprint"] == made.json["fingerprint"]
     revoked = run_cli("keys", "revoke", "ci@example.com", env=home)
     assert made.json["fingerprint"] in revoked.out
+    again = run_cli("keys", "trust", tmp_path / "keys" / "id.pub", env=home)
+    assert (again.status, "revoked_keys: ci@example.com's key is revoked" in again.err) == (2, True)
     late = run_cli("verify", "--require-signature", env={**home, "STITCHCACHE_TRUST": "signed"})
     assert late.status == 1
     assert "revoked" in late.out

@@ -39,6 +39,13 @@ def test_the_default_place_that_is_not_made_yet(run_cli, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_directory_is_made_in_is_not_taken_for_a_cache(run_cli):
+    """Or the advice would be to take everyone's right to write /tmp away."""
+    for missing in ("/nonexistent/cache", "/tmp/nonexistent/cache"):
+        found = findings(run_cli("doctor", "--json", missing))["trust"]
+        assert (found["level"], "chmod" in found["found"]) == ("ok", False), found
+
+
 def test_a_file_where_the_cache_should_be(run_cli, tmp_path):
     (tmp_path / "file").touch()
     outcome = run_cli("doctor", tmp_path / "file")
