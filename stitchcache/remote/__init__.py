@@ -135,9 +135,11 @@ class Remote:
         raised here.
         """
         answers: list[T | None] = [None] * len(jobs)
-        left = seconds or self.left
+        left, began = seconds or self.left, time.monotonic()
         if not jobs or left <= 0 or not self._ready():
             return answers
+        # To open it counts too.
+        left -= time.monotonic() - began
         flight = Flight()
 
         def answer(index: int) -> None:
@@ -181,8 +183,11 @@ class Remote:
 
     def _ready(self) -> bool:
         """Open it, if it is usable."""
+        if self._process or not self.usable:
+            # Without the lock, which a forked child may have inherited.
+            return self.usable
         with self._mutex:
-            if self.usable and not self._process:
+            if not self._process:
                 try:
                     # By name: an extra, which a start from local files does without.
                     self._obstore = importlib.import_module("obstore")
@@ -293,9 +298,16 @@ class Leases:
         self.release(done)
         if len(done) < len(claimed):
             yield [key for key in claimed if key not in done]
-        for key in (key for key in keys if key not in claimed):
+        rest = [key for key in keys if key not in claimed]
+        while rest:
+            key = rest.pop(0)
             if self._wait_for(key, began, fetched, on_wait):
-                yield [key]
+                # Whoever had it and is gone had others too.
+                more = self._claim(rest) if self._remote.usable else list(rest)
+                done = fetched(more)
+                self.release(done)
+                rest = [each for each in rest if each not in more]
+                yield [key, *(each for each in more if each not in done)]
 
     def _wait_for(
         self,

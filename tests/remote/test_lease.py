@@ -65,6 +65,15 @@ def test_the_lease_of_a_dead_node_is_taken_over(leases, url):
     assert not list((Path(url[7:]) / "leases").rglob("*.*")), "nothing of it is left"
 
 
+def test_what_a_dead_node_held_is_taken_over_together(leases):
+    """One piece after the other would be compiled on one core."""
+    dead, other = leases(1.0), leases(1.0)
+    keys = [key(n) for n in range(5)]
+    next(dead.share(keys, lambda keys: [], lambda: None))
+    dead._held.clear()
+    assert [len(batch) for batch in other.share(keys, lambda keys: [], lambda: None)] == [5]
+
+
 def test_a_holder_that_lives_is_waited_for(leases):
     done, compiled = [], []
     slow = threading.Thread(target=work, args=(leases(), done, compiled, "slow", 2.5))

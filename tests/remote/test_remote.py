@@ -42,11 +42,12 @@ def starts(cache, count: int) -> list[float]:
 
 
 @pytest.mark.parametrize("fault", [403, 429, 503, "reset", "slow", "hang"])
-def test_a_start_loses_the_wait_at_most_and_three_failures_are_the_last(node, filled, fault, caplog):
+def test_a_start_loses_the_wait_at_most_and_three_failures_are_the_last(node, filled, fault, caplog, full):
     cache = node(BUCKET)
     filled.fault = fault
     spent = starts(cache, 4)
-    assert max(spent) < 1.2, spent
+    # A busy machine gets more room than the second and a fifth that are promised.
+    assert max(spent) < (1.2 if full else 2.5), spent
     assert cache.tier.remote.broken
     asked = len(filled.asked)
     assert starts(cache, 2)[0] < 0.05
@@ -77,7 +78,7 @@ def test_a_remote_that_recovers_is_used(node, filled):
     assert fetched(cache) is not None
 
 
-def test_a_stopped_server_costs_the_wait_once(node, tmp_path, keys, monkeypatch):
+def test_a_stopped_server_costs_the_wait_once(node, tmp_path, keys, monkeypatch, full):
     """SIGSTOP: the kernel goes on accepting connections, and nobody answers."""
     port_file = tmp_path / "port"
     script = Path(__file__).with_name("s3_server.py")
@@ -94,7 +95,7 @@ def test_a_stopped_server_costs_the_wait_once(node, tmp_path, keys, monkeypatch)
         server.send_signal(signal.SIGSTOP)
         cache = node(BUCKET)
         (spent,) = starts(cache, 1)
-        assert 0.9 < spent < 1.2
+        assert 0.9 < spent < (1.2 if full else 2.5)
     finally:
         server.send_signal(signal.SIGCONT)
         server.kill()
