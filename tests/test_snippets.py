@@ -52,8 +52,6 @@ def run_page(page: Path, directory: Path) -> tuple[list[str], str]:
 def test_snippets_run(page, tmp_path):
     found = snippets(page)
     unmarked = [f"{page.name}:{s.line}" for s in found if s.language in ("python", *SHELLS) and not s.reason]
-    if page.stem == "howto-models":
-        pytest.importorskip("transformers")
     if not unmarked:
         return
     ran, said = run_page(page, tmp_path)

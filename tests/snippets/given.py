@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -205,12 +204,6 @@ def howto_torch_compile() -> Given:
 
 
 def howto_models() -> Given:
-    import transformers
-
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024}
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
-    ids = torch.ones(1, 4, dtype=torch.long)
     transformer = Transformer().eval()
 
     class Pipeline:
@@ -221,8 +214,6 @@ def howto_models() -> Given:
             transformer.blocks[0].qkv.weight.data.mul_(2)
 
     names = {
-        "AutoModelForCausalLM": SimpleNamespace(from_pretrained=lambda _: llama),
-        "tokens": {"input_ids": ids, "attention_mask": ids},
         "transformer": transformer,
         "example_kwargs": {"x": torch.zeros(1, 4, 16)},
         "pipeline": Pipeline(),
