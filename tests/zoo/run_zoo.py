@@ -64,8 +64,8 @@ def _start(
         compiled = stitchcache.compile(model, args, kwargs, backend=backend)
         pieces = compiled.artifact.pieces
         facts = {"hit": compiled.cache_hit, "pieces": len(pieces), "distinct": len({p.key for p in pieces})}
-        if compiled.cache_hit != "direct" and compiled.lookup is not None:
-            facts["reason"] = compiled.lookup[2]
+        if compiled.cache_hit != "direct":
+            facts["reason"] = compiled.explain().reason
     else:
         compiled, facts = torch.compile(model, backend="stitchcache", options={"backend": backend}), {}
     said: list[str] = []
