@@ -181,8 +181,7 @@ def _compiled(
 
         def aside(miss: Miss) -> Any:
             # Few choose it.
-            from stitchcache.pipeline.aside import with_few_jobs
-            from stitchcache.pipeline.eager_first import eager_graph
+            from stitchcache.pipeline.eager_first import eager_graph, with_few_jobs
 
             def work(tell: OnProgress) -> None:
                 asking = replace(site, on_progress=tell, asks=True)
