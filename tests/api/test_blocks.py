@@ -193,6 +193,7 @@ def test_saved_blocks_start_elsewhere_from_a_snapshot_of_the_hub(tmp_path, monke
     block_models.adapt(model, 2, seed=5)
     assert differs(model, blocks) == 0.0
     assert hits(blocks) == ["direct"] * 4
+    blocks.undo()
     with pytest.raises(errors.StoreError, match=r"stitchcache\.bundle: cannot be read"):
         start(cache=cache, source=tmp_path)
 

@@ -467,7 +467,7 @@ def test_a_good_directory_has_no_problem_and_nothing_is_left(tmp_path):
         ("rename", "write", "problem"),
         ("flock", "lock", "note"),
         ("fsync", "write", "problem"),
-        ("open_read", "exec", "problem"),
+        ("open_read", "exec", "note"),
     ],
 )
 def test_what_does_not_work_is_named_with_its_meaning(tmp_path, call, trial, level):
