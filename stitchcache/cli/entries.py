@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 import click
@@ -45,7 +45,8 @@ def ls(sort: str, wide: bool, as_json: bool, root: str | None, allow_missing: bo
 
 
 def _listed(header: Header) -> out.Record:
-    record = asdict(header)
+    # Not by asdict(), which copies each value: there may be thousands.
+    record: out.Record = {field.name: getattr(header, field.name) for field in fields(header)}
     record["entry_bytes"] = record.pop("file_bytes")
     record["blob_bytes"] = header.blob_bytes
     record["blobs"] = [{"digest": blob.digest, "bytes": blob.size} for blob in header.blobs]

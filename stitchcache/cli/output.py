@@ -226,12 +226,16 @@ def print_table(fields: Fields, records: Iterable[Record], digits: int = 12) -> 
         return
     lines.insert(0, list(fields))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        aligned = [
-            text.rjust(width) if _RIGHT.fullmatch(title) else text.ljust(width)
-            for title, text, width in zip(fields, line, widths, strict=True)
+    numbers = [_RIGHT.fullmatch(title) is not None for title in fields]
+    aligned = [
+        [
+            text.rjust(width) if number else text.ljust(width)
+            for text, width, number in zip(line, widths, numbers, strict=True)
         ]
-        click.echo("  ".join(aligned).rstrip())
+        for line in lines
+    ]
+    # At once: each echo is flushed.
+    click.echo("\n".join("  ".join(line).rstrip() for line in aligned))
 
 
 def _print_rich(titles: list[str], lines: list[list[str]]) -> None:

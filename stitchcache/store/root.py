@@ -96,10 +96,13 @@ class Root:
         self._locks: int | None = None
         self._mutex = threading.Lock()
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # When the interpreter ends, names of modules are gone: what it needs comes along.
         if self._locks is not None:
-            with suppress(OSError):
-                os.close(self._locks)
+            try:
+                close(self._locks)
+            except OSError:
+                pass
 
     def area(self, area: Area) -> str:
         """The directory of an area."""
