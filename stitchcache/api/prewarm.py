@@ -362,6 +362,9 @@ def find_targets(reference: str) -> list[Target]:
             raise wrong(f"{name}() of {where} is to return targets, and failed: {_told(error)}") from error
     several = isinstance(found, Iterable) and not isinstance(found, (str, bytes))
     targets = list(found) if several else [found]
+    if not targets:
+        # Compiling nothing would pass for success.
+        raise wrong("it holds no target.")
     for target in targets:
         if not isinstance(target, Target):
             kind = type(target).__qualname__

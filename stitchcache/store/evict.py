@@ -30,6 +30,7 @@ from stitchcache.store import Area
 from stitchcache.store.publish import excess, exclusive
 from stitchcache.store.root import Item, Root
 from stitchcache.store.upkeep import has_entry, led_to, leftovers, open_to_lock, read_header
+from stitchcache.words import size_text
 
 GRACE_SECONDS = 3600.0
 _PATIENCE = 10.0
@@ -128,7 +129,7 @@ def plan_prune(
 
     count = min(bisect_left(range(len(entries) + 1), True, lo=aged, key=fits), len(entries))
     if max_bytes is not None and total_bytes > max_bytes:
-        over = f"{total_bytes} bytes are over the limit of {max_bytes}"
+        over = f"{size_text(total_bytes)} are over the limit of {size_text(max_bytes)}"
     else:
         over = f"{total_files} files are over the limit of {max_files}"
     reasons = [f"not used for {look.age(item) / 86400:.1f} days" for item in entries[:aged]]

@@ -23,6 +23,7 @@ def make():
     return both
 number = 3
 mixed = [target, 4]
+nothing = []
 """
 
 
@@ -54,6 +55,7 @@ def test_references(module, name, found, monkeypatch):
         ("{file}:nope", errors.TargetNotFoundError, "has no 'nope'.*target"),
         ("{file}:number", errors.TargetError, "int"),
         ("{file}:mixed", errors.TargetError, "int"),
+        ("{file}:nothing", errors.TargetError, "no target"),
         ("missing/file.py:target", errors.TargetNotFoundError, "no file"),
         ("no_such_package.module:target", errors.TargetNotFoundError, "no_such_package"),
     ],
