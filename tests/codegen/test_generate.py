@@ -495,7 +495,7 @@ def test_a_description_stands_behind_what_makes_a_value():
         return {"leaf": "float32[3]", "mul": "float32[3]"}.get(node.name, "?")
 
     code, names, consts = generate_execution_code(inner(), describe=describe)
-    assert "leaf = leaf_1(x)  # float32[3]\n" in code
+    assert "leaf_1 = leaf(x)  # float32[3]\n" in code
     # It is a comment, and changes nothing else.
     plain = generate_execution_code(inner())
     assert (names, consts) == plain[1:]
