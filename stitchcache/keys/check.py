@@ -20,6 +20,7 @@ from stitchcache.containers import code_digest
 from stitchcache.encoding import SCALARS, UnkeyableError
 from stitchcache.keys.code import CACHE, WRAPPED, filled_cells
 from stitchcache.keys.walk import Walk, find_class, installed_path, module_by_label, module_stands_by_version
+from stitchcache.torchside import RESUMED
 from stitchcache.types import SourceRef, TargetRecord
 
 REGISTRIES = frozenset({"transformers.utils.output_capturing:_CAN_RECORD_REGISTRY"})
@@ -407,7 +408,8 @@ def _codes_of(module: ModuleType) -> list[CodeType]:
             if item.__module__ == module.__name__:
                 todo += vars(item).values()
         elif isinstance(item, FunctionType):
-            if item.__code__.co_filename == file:
+            # Dynamo adds functions to go on after graph breaks, which no file has. What ran is looked for.
+            if item.__code__.co_filename == file and not item.__code__.co_name.startswith(RESUMED):
                 found.append(item.__code__)
             # A decorator's own function closes over the one that it was given.
             todo += filled_cells(item)

@@ -50,6 +50,8 @@ SEEN = ("2.11", "2.13", "2.15")
 
 INDUCTOR_SETTINGS = "torch._inductor.config"
 DYNAMO = "torch._dynamo"
+RESUMED = "torch_dynamo_resume_in"
+"""What the code of functions is named that Dynamo adds to modules, to go on after a graph break."""
 GUARD = "___make_guard_fn."
 """What the names of guards begin with that Dynamo of torch 2.11 writes in Python."""
 

@@ -468,6 +468,21 @@ def test_what_runs_is_compared_with_what_lies_there(imported, name):
     assert "changed since it was imported" in found
 
 
+def test_what_dynamo_adds_to_a_module_is_no_change_of_its_file(imported):
+    """A graph break leaves a function in the module's globals whose code stands in no file."""
+    module = imported(
+        "import torch\n"
+        "def f(x):\n    return x + 1\n"
+        "def g(x):\n    x = x * 2\n    torch._dynamo.graph_break()\n    return f(x)\n"
+    )
+    torch._dynamo.reset()
+    torch.compile(module.g, backend="eager")(torch.ones(2))
+    added = [value.__code__.co_name for value in vars(module).values() if hasattr(value, "__code__")]
+    assert any(name.startswith("torch_dynamo_resume_in") for name in added)
+    assert recorded_call(module.f, torch.ones(2)).unsound is None
+    torch._dynamo.reset()
+
+
 def test_two_lambdas_on_one_line_of_an_installed_file_differ(monkeypatch, tmp_path):
     place = tmp_path / "site-packages"
     place.mkdir()
