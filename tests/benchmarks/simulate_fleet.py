@@ -3,11 +3,12 @@
 Nodes start within a minute. Each asks for a target, an entry and its blobs, as ``stitchcache.remote`` does:
 blobs side by side, each request tried three times, one second of patience that received bytes give back. In
 a cold fleet the pieces are compiled once, under leases, and the others poll. What the store answers is
-bounded by its published limits; what a node does with the bytes takes the time that was measured.
+bounded by its published limits.
 
-Published: S3 answers 5,500 GET and 3,500 PUT a second and prefix, and 503 beyond that; 100 to 200 ms to the
-first byte of small objects, often 30; a GET costs $0.0004 and a PUT $0.005 per 1,000. A registry (ECR): 3,000
-layer URLs a second and account. Measured here: 0.09 s from the bytes to the first output; 25 s for a piece.
+Published: S3 answers 5,500 GET and 3,500 PUT a second and prefix, and 503 beyond that. Assumed, and
+measured nowhere: 30 ms in the median to the first byte (S3's guide says 100 to 200 ms for small objects),
+prices of $0.0004 for 1,000 GETs and $0.005 for 1,000 PUTs, 3,000 layers a second from a registry, 0.09 s from
+the bytes to the first output, 25 s for a piece.
 """
 
 from __future__ import annotations
