@@ -48,7 +48,7 @@ _GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "import": ("trust", "models.bundle"),
         "push": ("trust", "--label 'ranker*'", "--remote s3://bucket/models"),
         "pull": ("trust", "--max-age 30d"),
-        "image": ("trust", "build layout", "push layout registry.example.com/cache:1"),
+        "image": ("trust", "build layout", "push layout registry.example/cache:1"),
     },
 }
 """Commands in the order of the help page, each with the module that has it, and with examples."""

@@ -170,7 +170,7 @@ def howto_fleet() -> Given:
     from stitchcache.report.preflight import machine_record
 
     Path("h100.json").write_text(json.dumps({"schema": 1, **machine_record()}))
-    return {}, {}
+    return {}, {"/models/cache": os.environ["STITCHCACHE_DIR"]}
 
 
 def howto_inspect() -> Given:
