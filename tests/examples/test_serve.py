@@ -146,7 +146,8 @@ async def _load(url, workers, count, pause):
                 await asyncio.sleep(pause)
                 kills.append(time.monotonic())
                 os.kill(known.pop(0), signal.SIGKILL)
-                for _ in range(400):
+                deadline = time.monotonic() + 120
+                while time.monotonic() < deadline:
                     with contextlib.suppress(httpx.HTTPError):
                         worker = (await client.get(f"{url}/ready")).json()["worker"]
                         if worker not in known and worker not in workers:

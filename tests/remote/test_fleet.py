@@ -18,6 +18,12 @@ HERE = Path(__file__).parent
 PATH = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch):
+    # A busy machine may take a second to answer: a node that gives up compiles by itself.
+    monkeypatch.setenv("STITCHCACHE_REMOTE_WAIT", "20")
+
+
 def begin(script: str, **job) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(HERE / script), json.dumps(job)],
