@@ -42,6 +42,8 @@ T = TypeVar("T")
 
 # Seconds after which the log says that the server leaves the child too little.
 _LONG = 600.0
+# Seconds that the thread, and users' callbacks in it, have to end when the process exits.
+_AT_EXIT = 10.0
 
 
 class Aside:
@@ -89,13 +91,16 @@ class Aside:
             self._end(f"failed: {refused}")
             return
         # A thread forks the child, as the kernel ends a child when the thread that forked it ends.
-        thread = threading.Thread(target=self._run, args=([work], take), name="stitchcache aside")
-        thread.daemon = True
+        self._thread = threading.Thread(target=self._run, args=([work], take), name="stitchcache aside")
+        self._thread.daemon = True
+        # multiprocessing waits for children at exit. Whoever wants that calls wait().
+        atexit.register(self._leave)
         try:
-            thread.start()
+            self._thread.start()
         except RuntimeError as error:
             # No room for a thread.
             self._end(f"failed: {error}")
+            atexit.unregister(self._leave)
             return
         # The caller holds no lock while it waits here, which a child would inherit for ever.
         self._begun.wait()
@@ -140,6 +145,7 @@ class Aside:
         finally:
             self._begun.set()
             self._end(status)
+            atexit.unregister(self._leave)
 
     def _end(self, status: str) -> None:
         if status != "compiled" and not self._dropped:
@@ -177,22 +183,21 @@ class Aside:
             # The child has the model now. Here it goes with its owner.
             work.clear()
             self._begun.set()
-            # multiprocessing waits for children at exit. Whoever wants that calls wait().
-            atexit.register(self._end_child, child)
             try:
                 self._watch(child, receiver)
                 result: T = children.finish(child, _died)
                 return result
             finally:
-                atexit.unregister(self._end_child)
                 children.end(child)
                 receiver.close()
 
-    def _end_child(self, child: children.Child) -> None:
-        # A process that is forked from this one inherits this call, and not the child.
+    def _leave(self) -> None:
+        """End the child and the thread with the process."""
+        # A process that is forked from this one inherits this call, and neither of them.
         if self.here:
-            self._dropped = True
-            children.end(child)
+            self._drop()
+            # The interpreter stops threads wherever they are. Inside of torch that aborts the process.
+            self._thread.join(_AT_EXIT)
 
     def _drop(self) -> None:
         # The collector may call this anywhere, so the rest is the thread's.
