@@ -429,9 +429,11 @@ def test_the_end_of_the_process_waits_for_no_child(fresh_process, tmp_path, comp
     began = time.monotonic()
     done = fresh_process(
         f"""
-        import contextlib, json, multiprocessing, pathlib, time
+        import atexit, contextlib, json, multiprocessing, pathlib, threading, time
         import models, torch, stitchcache
-        ids = torch.randint(0, 32, (2, 8))
+        ids, said = torch.randint(0, 32, (2, 8)), []
+        # What is registered first is called last.
+        atexit.register(lambda: print(json.dumps([*said, [t.name for t in threading.enumerate()]])))
         served = stitchcache.compile(
             models.Decoder(12).eval(), (ids,), splitting_ops=[models.ATTENTION], on_miss="eager",
             cache=stitchcache.Cache({str(tmp_path / "cache")!r}), options={{"stitchcache.nice": 0}},
@@ -444,11 +446,12 @@ def test_the_end_of_the_process_waits_for_no_child(fresh_process, tmp_path, comp
                 with contextlib.suppress(OSError):
                     line = path.read_bytes().decode()
                     compilers += [line] if "cc1plus" in line and {str(tmp_path)!r} in line else []
-        print(json.dumps([child.pid, compilers]))
+        said += [child.pid, compilers]
         """
     )
     assert time.monotonic() - began < 120
-    pid, compilers = done
+    pid, compilers, threads = done
+    assert "stitchcache aside" not in threads
     assert bool(compilers) == compiling
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
