@@ -356,6 +356,8 @@ def test_what_is_swapped_in_a_directory_of_another_is_loaded_only_as_it_was_sign
 
     there, mine = place / "there", place / "home" / "keys"
     there.mkdir()
+    # Imports all that is needed: the other users may not read the directory of this environment.
+    sign.Keys(str(place / "none")).generate("none@example.com")
     os.environ["STITCHCACHE_KEYS"] = str(mine)
 
     def begin(root):
