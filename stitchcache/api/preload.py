@@ -6,6 +6,7 @@ that it found by itself, and a loaded piece by the digest of its bytes.
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import logging
 import os
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("stitchcache")
 
+# Seconds that the thread has to end when the process exits.
+_AT_EXIT = 10.0
 # In this order: what needs no torch comes first, for the caller may be importing that.
 _ROAD = ("stitchcache.cache", "stitchcache.api.compile")
 
@@ -49,6 +52,8 @@ class Preloaded:
         self._thread = threading.Thread(
             target=self._run, args=(wanted,), name="stitchcache-preload", daemon=True
         )
+        # The interpreter stops threads wherever they are. Inside of torch that may abort the process.
+        atexit.register(self._thread.join, _AT_EXIT)
         self._thread.start()
 
     @property
@@ -109,6 +114,7 @@ class Preloaded:
         except (StitchCacheError, OSError) as error:
             # compile() meets it too, and says what is to be said.
             log.debug("preload: %s", error)
+        atexit.unregister(self._thread.join)
         log.debug("preload: %s in %.3f s", what, time.perf_counter() - began)
 
     def _find(self, wanted: str | None) -> Artifact | None:
@@ -136,9 +142,7 @@ class Preloaded:
             for blob, path in zip(artifact.blobs, paths, strict=True):
                 if path is None or not on_cpu or blob.digest not in alike:
                     continue
-                piece = load_library(path, "cpu")
-                with self._mutex:
-                    self._ready["aoti", blob.digest] = piece
+                self._ready["aoti", blob.digest] = load_library(path, "cpu")
 
 
 def preload(target: Target | str | None = None, *, cache: Cache | None = None) -> Preloaded:

@@ -160,6 +160,19 @@ def test_before_torch_is_imported(cache, fresh_process):
     assert result["difference"] < 1e-5
 
 
+def test_a_process_that_ends_meanwhile_ends_the_thread_first(fresh_process):
+    """The interpreter would stop it in the middle of an import, or of torch, and may abort on that."""
+    threads = fresh_process(
+        """
+        import atexit, json, threading, stitchcache
+        # What is registered first is called last.
+        atexit.register(lambda: print(json.dumps([t.name for t in threading.enumerate()])))
+        stitchcache.preload("nothing of this name")
+        """
+    )
+    assert threads == ["MainThread"]
+
+
 def test_a_forked_process_does_without_it(tmp_path, fresh_process):
     result = fresh_process(
         f"""
