@@ -13,19 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stitchcache.artifact.entry import (
-    DIGEST_SIZE,
-    OUTSIDE,
-    Kind,
-    SignedRecords,
-    decode,
-    decode_named,
-    decode_piece,
-    decode_signed,
-    packed_digest,
-    signature_in,
-    with_signature,
-)
+from stitchcache.artifact import entry
 from stitchcache.errors import (
     AmbiguousPrefixError,
     EntryFormatError,
@@ -39,7 +27,6 @@ from stitchcache.store.store import Store, log, needs_signature
 from stitchcache.types import BlobRef, TargetRecord, is_digest
 
 if TYPE_CHECKING:
-    from stitchcache.artifact.entry import Header, PieceRecord
     from stitchcache.store.evict import PrunePlan, PruneResult
     from stitchcache.store.root import Item, Root
     from stitchcache.store.upkeep import CacheStats, VerifyReport
@@ -78,7 +65,7 @@ class Cache(Store):
 
     def _send(self, area: Area, key: str, data: bytes, *blobs: BlobRef) -> None:
         """Upload what was stored now; what came from outside is not this cache's to give."""
-        if self.remote and not signature_in(data).startswith(OUTSIDE):
+        if self.remote and not entry.signature_in(data).startswith(entry.OUTSIDE):
             size = sum(blob.size for blob in blobs)
             self.tier.give(key, size, partial(self.tier.send, self, area, key, data, blobs))
 
@@ -90,7 +77,7 @@ class Cache(Store):
         Raises:
             UntrustedEntryError: There is an entry, but others can write it, or its signature is not good.
         """
-        return self._first(Area.ENTRIES, graph_hash, decode_named)
+        return self._first(Area.ENTRIES, graph_hash, entry.decode_named)
 
     def put(self, artifact: Artifact, *, signature: bytes | None = None) -> str:
         """Store an artifact whose blobs are stored; its graph hash. After this the entry survives a crash.
@@ -103,13 +90,12 @@ class Cache(Store):
             StoreWriteError: The store cannot be written, lacks a blob, or has a newer stitchcache's entry.
             EntryFormatError: A value in it has no form in the format.
         """
-        from stitchcache.artifact.entry import encode
         from stitchcache.store.upkeep import standing
 
         key, blobs = check_key(artifact.graph_hash), artifact.blobs
-        data = self._signed(Kind.ENTRY, key, encode(artifact), signature)
+        data = self._signed(entry.Kind.ENTRY, key, entry.encode(artifact), signature)
         # What is written can be read: a mistyped field is the writer's error, not the next process's.
-        decode(data)
+        entry.decode(data)
         path = keyed_path(self._top.path, Area.ENTRIES, key)
         places = {blob: keyed_path(self._top.path, Area.BLOBS, blob.digest) for blob in blobs}
         with self._top.writing(path):
@@ -120,7 +106,7 @@ class Cache(Store):
                         "put_blob() comes before put()"
                     )
                     raise StoreWriteError(message, path=place, reason="a blob is missing")
-            replaced = standing(self._top, Area.ENTRIES, key, decode_named)
+            replaced = standing(self._top, Area.ENTRIES, key, entry.decode_named)
             self._top.publish(path, data)
             # Eviction that looked before this entry existed sees by the new times that it must look again.
             for place in places.values():
@@ -136,10 +122,10 @@ class Cache(Store):
         self._send(Area.ENTRIES, key, data, *blobs)
         return key
 
-    def _signed(self, kind: Kind, key: str, data: bytes, signature: bytes | None = None) -> bytes:
+    def _signed(self, kind: entry.Kind, key: str, data: bytes, signature: bytes | None = None) -> bytes:
         if signature is None:
-            signature = self._signature(kind.name.lower(), key, data[-DIGEST_SIZE:].hex())
-        return with_signature(data, kind, signature) if signature else data
+            signature = self._signature(kind.name.lower(), key, data[-entry.DIGEST_SIZE :].hex())
+        return entry.with_signature(data, kind, signature) if signature else data
 
     @contextmanager
     def kept(self, artifact: Artifact) -> Iterator[None]:
@@ -189,12 +175,12 @@ class Cache(Store):
                 return item.key
         return next((item.key for item in used if item.key.startswith(str(name))), None)
 
-    def entries(self) -> list[Header]:
+    def entries(self) -> list[entry.Header]:
         """Headers of all entries that can be read, older formats included, by layer.
 
         A damaged one is left out, with one warning; :meth:`verify` reports them.
         """
-        headers: dict[str, Header] = {}
+        headers: dict[str, entry.Header] = {}
         for item in self._items():
             if (header := self._header(item)) is not None:
                 headers.setdefault(item.key, header)
@@ -208,7 +194,7 @@ class Cache(Store):
             except OSError as error:
                 self.warn(root.path, f"{root.path}: cannot be listed ({words(error)})")
 
-    def _header(self, item: Item) -> Header | None:
+    def _header(self, item: Item) -> entry.Header | None:
         from stitchcache.store.upkeep import read_header
 
         try:
@@ -227,10 +213,10 @@ class Cache(Store):
         """
         return tuple(record for record, _ in self.signed_records(key))
 
-    def signed_records(self, key: str) -> SignedRecords:
+    def signed_records(self, key: str) -> entry.SignedRecords:
         """The same records with their signatures."""
 
-        def vouched(root: Root, path: str, found: SignedRecords) -> SignedRecords | None:
+        def vouched(root: Root, path: str, found: entry.SignedRecords) -> entry.SignedRecords | None:
             good = []
             for each in found:
                 try:
@@ -240,10 +226,10 @@ class Cache(Store):
                     self.warn(path, f"{error.message} (taken as missing)")
             if root.trust == "signed" and root is not self._top:
                 # Copied to the top layer, it is from outside.
-                good = [(record, OUTSIDE + its.removeprefix(OUTSIDE)) for record, its in good]
+                good = [(record, entry.OUTSIDE + its.removeprefix(entry.OUTSIDE)) for record, its in good]
             return tuple(good) or None
 
-        return self.record(Area.TARGETS, key, decode_signed, vouched) or ()
+        return self.record(Area.TARGETS, key, entry.decode_signed, vouched) or ()
 
     def _vouch(
         self, root: Root, path: str, key: str, record: TargetRecord, its: bytes, trust: str | None = None
@@ -270,7 +256,6 @@ class Cache(Store):
             StoreWriteError: The store cannot be written.
             EntryFormatError: A value in it has no form in the format.
         """
-        from stitchcache.artifact.entry import MOST_RECORDS, encode_target, unpack_factors
         from stitchcache.store.upkeep import standing
 
         others = [
@@ -279,21 +264,21 @@ class Cache(Store):
             if (each[0].sources, each[0].globals) != (record.sources, record.globals)
         ]
         if signature is None:
-            signature = self._signature("target", key, packed_digest(record))
-        records, signatures = zip(*[(record, signature), *others][:MOST_RECORDS], strict=True)
-        data = encode_target(key, records, signatures)
-        decode_signed(data, key)
-        unpack_factors(record.factors)
+            signature = self._signature("target", key, entry.packed_digest(record))
+        records, signatures = zip(*[(record, signature), *others][: entry.MOST_RECORDS], strict=True)
+        data = entry.encode_target(key, records, signatures)
+        entry.decode_signed(data, key)
+        entry.unpack_factors(record.factors)
         path = keyed_path(self._top.path, Area.TARGETS, key)
         with self._top.writing(path):
-            standing(self._top, Area.TARGETS, key, decode_signed)
+            standing(self._top, Area.TARGETS, key, entry.decode_signed)
         self._top.publish(path, data)
-        if self.remote and not signature.startswith(OUTSIDE):
+        if self.remote and not signature.startswith(entry.OUTSIDE):
             self.tier.give(key, 0, partial(self.tier.send_target, self, key, record, signature))
 
-    def get_piece(self, key: str) -> PieceRecord | None:
+    def get_piece(self, key: str) -> entry.PieceRecord | None:
         """The piece of a key, its blob kept until an artifact is put; ``None`` where either is gone."""
-        record = self.record(Area.PIECES, key, decode_piece)
+        record = self.record(Area.PIECES, key, entry.decode_piece)
         try:
             if record is not None and self._hold(record.blob):
                 self.count("hit.piece")
@@ -304,11 +289,9 @@ class Cache(Store):
 
     def put_piece(self, key: str, backend: str, blob: BlobRef, *, signature: bytes | None = None) -> None:
         """Note that a piece key's compiled piece is this blob; the blob comes first."""
-        from stitchcache.artifact.entry import PieceRecord, encode_piece
-
-        data = encode_piece(PieceRecord(key=check_key(key), backend=backend, blob=blob))
-        decode_piece(data, key)
-        data = self._signed(Kind.PIECE, key, data, signature)
+        data = entry.encode_piece(entry.PieceRecord(key=check_key(key), backend=backend, blob=blob))
+        entry.decode_piece(data, key)
+        data = self._signed(entry.Kind.PIECE, key, data, signature)
         self._top.publish(keyed_path(self._top.path, Area.PIECES, key), data)
         self._send(Area.PIECES, key, data, blob)
 
@@ -326,7 +309,7 @@ class Cache(Store):
         """What the first root holds, and what was counted."""
         from stitchcache.store.upkeep import CacheStats, take_stock
 
-        counters, since = self._counters.read()
+        counters, since, _ = self._counters.read()
         try:
             return take_stock(self._top, counters, since)
         except OSError as error:
@@ -403,8 +386,9 @@ class Cache(Store):
             if (trust or self._top.trust) == "owner":
                 self._top.require_trust(path)
             self._admit(self._top, path, area, key, data, trust)
-            for record, signature in decode_signed(data, key, path=path) if area is Area.TARGETS else ():
-                self._vouch(self._top, path, key, record, signature, trust)
+            if area is Area.TARGETS:
+                for each in entry.decode_signed(data, key, path=path):
+                    self._vouch(self._top, path, key, *each, trust)
 
         with self._listing():
             return verify(self._roots, repair=repair, admit=admit)
@@ -428,13 +412,13 @@ class Cache(Store):
                 if found is None:
                     continue
                 self._admit(self._top, item.path, Area.ENTRIES, item.key, found[0])
-                old = decode_named(found[0], item.key, item.path)
+                old = entry.decode_named(found[0], item.key, item.path)
             except (EntryFormatError, OSError) as error:
                 self.warn(item.path, f"{item.path}: cannot be read ({error}); it is left where it is")
                 continue
             with self._top.writing(item.path):
                 # An entry that was compiled since has more to it.
-                if standing(self._top, Area.ENTRIES, item.key, decode_named) is None:
+                if standing(self._top, Area.ENTRIES, item.key, entry.decode_named) is None:
                     self.put(replace(old, format_version=ENTRY_VERSION))
                 self._files.unlink(item.path)
             done.append(item.key)

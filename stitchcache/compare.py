@@ -110,13 +110,12 @@ class Beside:
         tensors = [leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)]
         self._inference = any(tensor.is_inference() for tensor in tensors)
         own = [memory for leaf in tensors if (memory := memory_of(leaf)) is not None]
-        self._new_watch = partial(
-            watch, effects or {}, only=own if apart else None, draw=not apart, quick=quick
-        )
+        only = own if apart else None
+        self._new_watch = partial(watch, effects or {}, only=only, draw=not apart, quick=quick)
         self._held, self._state = Held(model, deep=deep), state_of(model)
         there = {path: tensor_at(model, path) for path in reads}
         self._reads = {path: tensor for path, tensor in there.items() if tensor is not None}
-        self._generators = [] if apart else list(generators({leaf.device for leaf in tensors}))
+        self._generators = [] if apart else list(generators(tensors))
 
     def run(self, subject: Callable[..., Any], times: int = 1) -> Both:
         """Call the model and then the subject, each so many times in a row; the last results are compared."""

@@ -66,16 +66,6 @@ def _put_proxy(writer: Writer, value: MappingProxyType[Any, Any]) -> None:
     writer.put_at("", gc.get_referents(value)[0])
 
 
-def _put_slice(writer: Writer, value: slice | range) -> None:
-    writer.head(b"slice" if isinstance(value, slice) else b"range", 3)
-    writer.put_items((value.start, value.stop, value.step))
-
-
-def _put_sentinel(writer: Writer, value: object) -> None:
-    # It has no state; all it can be asked is whether it is the same one, and its number says that.
-    writer.head(b"sentinel", 0)
-
-
 _OF_EVERY_MEMBER = frozenset({"_name_", "_value_", "__objclass__", "_sort_order_"})
 
 
@@ -145,9 +135,10 @@ HANDLERS: Mapping[type, Handler] = {
     **{kind: once(write) for kind, write in _NUMBERED.items()},
     collections.OrderedDict: _put_ordered,
     MappingProxyType: once(_put_proxy),
-    slice: _put_slice,
-    range: _put_slice,
-    object: once(_put_sentinel),
+    slice: lambda writer, value: writer.parts(b"slice", value.start, value.stop, value.step),
+    range: lambda writer, value: writer.parts(b"range", value.start, value.stop, value.step),
+    # It has no state; all it can be asked is whether it is the same one, and its number says that.
+    object: once(lambda writer, value: writer.head(b"sentinel", 0)),
     SimpleNamespace: Writer.put_object,
 }
 
@@ -200,13 +191,7 @@ def code_digest(code: CodeType) -> bytes:
 def put_members(writer: Writer, value: set[Any] | frozenset[Any]) -> None:
     """Write a set of plain values of which nobody sees the order."""
     writer.head(b"members", len(value))
-    writer.out += b"".join(sorted(map(_alone, value)))
-
-
-def _alone(value: Any) -> bytes:
-    writer = PlainWriter()
-    writer.put(value)
-    return bytes(writer.out)
+    writer.out += b"".join(sorted(PlainWriter().bytes_with(item) for item in value))
 
 
 def _only_contains(code: CodeType, index: int) -> bool:

@@ -156,6 +156,9 @@ class Writer:
         self.out = bytearray()
         self.path = list(path)
         self.section, self.where, self.count = section, where, 0
+        # Whether all state of a class's instances is in sight, and their slots; attributes that are left out.
+        self.layout: Callable[[type], Layout] = layout_of
+        self.ignored: Callable[[type], frozenset[str]] = lambda cls: frozenset()
 
     def put(self, value: Any) -> None:
         """Write one value, or raise an UnkeyableError."""
@@ -180,6 +183,11 @@ class Writer:
         self.found[id(kind)] = (kind, handler)
         return handler
 
+    def bytes_with(self, value: Any) -> bytes:
+        """Write one value, and give all that was written."""
+        self.put(value)
+        return bytes(self.out)
+
     def put_at(self, step: Step, value: Any) -> None:
         """Write a part of a value, one step further down the path."""
         scalar = SCALARS.get(type(value))
@@ -200,6 +208,11 @@ class Writer:
         for key, item in items:
             self.put_at(" key", key)
             self.put_at((key,), item)
+
+    def parts(self, kind: bytes, *items: Any) -> None:
+        """Write a composite of these values."""
+        self.head(kind, len(items))
+        self.put_items(items)
 
     def head(self, kind: bytes, count: int) -> None:
         """Begin a composite of so many values. Each kind belongs to one place in the code."""
@@ -238,14 +251,6 @@ class Writer:
         """Write a class by name."""
         self.head(b"class", 1)
         self.text(self.class_label(cls))
-
-    def layout(self, cls: type) -> Layout:
-        """Whether all state of a class's instances is in sight, and their slots."""
-        return layout_of(cls)
-
-    def ignored(self, cls: type) -> frozenset[str]:
-        """Attributes of instances that are left out."""
-        return frozenset()
 
     def put_state(self, value: Any, ignore: frozenset[str] = frozenset()) -> None:
         """Write an object's own attributes, in their order: its dictionary, then its slots."""

@@ -7,26 +7,19 @@ write them; nothing is counted as a use, moved or warned of, and what cannot be 
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
 
 from stitchcache.artifact.entry import decode, decode_target, unpack_factors
 from stitchcache.errors import EntryFormatError, visible
-from stitchcache.store import Area, key_of
+from stitchcache.store import Area, Files
+from stitchcache.store.root import Item, Root
 from stitchcache.types import Check, Factor, TargetRecord
-
-if TYPE_CHECKING:
-    from stitchcache.keys import TargetKey
-    from stitchcache.pipeline.find import Miss
-    from stitchcache.types import Artifact
 
 ABSENT = "(absent)"
 """Stands for the value of a factor that a key does not have."""
 
-T = TypeVar("T")
 Roots = Sequence[str | os.PathLike[str]]
 Differences = Mapping[str, tuple[str, str]]
 
@@ -174,30 +167,6 @@ class Explanation:
         return "\n".join(printable(line) for line in lines)
 
 
-def explained(
-    lookup: tuple[str, TargetKey, Miss | None] | None,
-    artifact: Artifact | None,
-    hit: str | None,
-    seconds: Mapping[str, float],
-    check: Check,
-) -> Explanation:
-    """An explanation of what a start kept: label, target key, miss; ``None`` where no key was looked up."""
-    label, key, miss = lookup or (artifact.label if artifact else "", None, None)
-    reason = "" if lookup is not None else "it was loaded by its graph hash"
-    return Explanation(
-        label=label,
-        hit=hit,
-        reason=reason if miss is None else miss.reason,
-        target_key=None if key is None else key.key,
-        graph_hash=artifact.graph_hash if artifact else "",
-        factors=() if key is None else key.factors,
-        changed={} if miss is None else miss.changed,
-        nearest=None if miss is None else miss.nearest,
-        seconds=dict(seconds),
-        check=check,
-    )
-
-
 # -- stored keys -----------------------------------------------------------------------------------
 
 
@@ -232,13 +201,13 @@ def stored_targets(
 ) -> list[tuple[str, str, TargetRecord]]:
     """Targets of a cache by the beginning of their keys, or by entry: key, file and newest record."""
     found: dict[str, tuple[str, str, TargetRecord]] = {}
-    for root in roots:
-        for _, _, path, key in _newest([root], Area.TARGETS):
-            if key.startswith(prefix) and key not in found:
+    for at in roots:
+        for root, item in _newest([at], Area.TARGETS, prefix):
+            if item.key not in found:
                 with suppress(EntryFormatError, OSError):
-                    record = _read(decode_target, path, key)[0]
+                    record = decode_target(_read(root, item, Area.TARGETS), item.key, path=item.path)[0]
                     if graph_hash in (None, record.graph_hash):
-                        found[key] = (key, path, record)
+                        found[item.key] = (item.key, item.path, record)
     return sorted(found.values(), key=lambda target: -target[2].created)
 
 
@@ -247,45 +216,40 @@ def _stored(roots: Roots) -> Iterator[tuple[NearestEntry, Sequence[Factor]]]:
     left = MOST_BYTES
     met: set[str] = set()
     for area, most in ((Area.TARGETS, MOST_TARGETS), (Area.ENTRIES, MOST_ENTRIES)):
-        files = [file for file in _newest(roots, area) if file[-1] not in met]
-        for _, size, path, key in files[:most]:
-            left -= size
-            if left < 0 or key in met:
+        files = [(root, item) for root, item in _newest(roots, area) if item.key not in met]
+        for root, item in files[:most]:
+            left -= item.size
+            if left < 0 or item.key in met:
                 continue
             with suppress(EntryFormatError, OSError):
-                found, factors = _found(area, path, key)
+                found, factors = _found(area, item, _read(root, item, area))
                 if factors:
-                    met |= {key, found.graph_hash}
+                    met |= {item.key, found.graph_hash}
                     yield found, factors
 
 
-def _found(area: Area, path: str, key: str) -> tuple[NearestEntry, Sequence[Factor]]:
+def _found(area: Area, item: Item, data: bytes) -> tuple[NearestEntry, Sequence[Factor]]:
     if area is Area.ENTRIES:
-        entry = _read(decode, path)
-        found = NearestEntry(graph_hash=key, target_key=None, label=entry.label, created=entry.created)
+        entry = decode(data, path=item.path)
+        found = NearestEntry(graph_hash=item.key, target_key=None, label=entry.label, created=entry.created)
         return found, entry.factors
-    record = _read(decode_target, path, key)[0]
+    record = decode_target(data, item.key, path=item.path)[0]
     names = ("graph_hash", "label", "created", "refused")
-    found = NearestEntry(target_key=key, record=record, **{name: getattr(record, name) for name in names})
-    return found, unpack_factors(record.factors, path=path)
+    facts = {name: getattr(record, name) for name in names}
+    return NearestEntry(target_key=item.key, record=record, **facts), unpack_factors(record.factors)
 
 
-def _read(decoded: Callable[..., T], path: str, *key: str) -> T:
-    with open(path, "rb") as file:
-        return decoded(file.read(), *key, path=path)
+def _read(root: Root, item: Item, area: Area) -> bytes:
+    """A file's bytes; none where it is gone, which no decoder takes."""
+    found = root.read(item.path, area)
+    return b"" if found is None else found[0]
 
 
-def _newest(roots: Roots, area: Area) -> list[tuple[float, int, str, str]]:
-    """Time of the last noted use, size, path and key of an area's files, newest first."""
+def _newest(roots: Roots, area: Area, prefix: str = "") -> list[tuple[Root, Item]]:
+    """Files of an area whose keys begin so, last used first."""
     found = []
-    for root in roots:
-        for directory, _, names in os.walk(os.path.join(root, area)):
-            for name in names:
-                key = key_of(area, name)
-                # What is gone by now cannot be near.
-                with suppress(OSError):
-                    facts = os.stat(path := os.path.join(directory, name))
-                    # Opening a pipe would wait for somebody to write into it.
-                    if key is not None and stat.S_ISREG(facts.st_mode):
-                        found.append((facts.st_mtime, facts.st_size, path, key))
-    return sorted(found, reverse=True)
+    for path in roots:
+        root = Root(os.fspath(path), files=Files(), durable=False, read_only=True)
+        with suppress(OSError):
+            found += [(root, item) for item in root.items(area, prefix)]
+    return sorted(found, key=lambda one: one[1].modified, reverse=True)

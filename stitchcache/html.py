@@ -35,9 +35,8 @@ def facts(pairs: Iterable[tuple[str, object]]) -> Markup:
     return tag("table", *rows, class_="facts")
 
 
-def table(titles: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> Markup:
-    """Rows under titles; a ``caption`` says what they are."""
+def table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:
+    """Rows under titles."""
     head = tag("tr", *[tag("th", title, scope="col") for title in titles])
     body = [tag("tr", *[tag("td", cell) for cell in row]) for row in rows]
-    said = [tag("caption", caption)] if caption else []
-    return tag("table", *said, tag("thead", head), tag("tbody", *body))
+    return tag("table", tag("thead", head), tag("tbody", *body))

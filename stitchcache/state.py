@@ -32,7 +32,11 @@ _REGISTERED = ("_parameters", "_buffers", "_modules")
 _STEP = r"\.?([^.\[\]]+)|\[(?:(-?\d{1,18})|'([^']*)')\]"
 _CONTAINERS = (list, dict, set)
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-_Slots = dict[type, list[tuple[str, MemberDescriptorType]]]
+_Slots = Callable[[type], list[tuple[str, MemberDescriptorType]]]
+
+
+HOLDERS = (torch.nn.ModuleDict, torch.nn.ParameterDict)
+"""Modules that hold parts to choose from."""
 
 
 def modules_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -161,7 +165,7 @@ def _reached(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     """Tensors, and whatever is looked into on the way to them, by path."""
     seen = {id(module) for _, module in modules_of(model)}
     todo: list[tuple[str, Any]] = []
-    slots: _Slots = {}
+    slots = functools.cache(encoding.slots_of)
     for prefix, module in modules_of(model):
         # Not its tables of hooks: a deep model has thousands of them, nearly all empty.
         inside = [(prefix + name, value) for name, value in vars(module).items() if name not in INTERNALS]
@@ -192,17 +196,10 @@ def _inside(path: str, value: Any, slots: _Slots) -> Iterator[tuple[str, Any]]:
                 yield f"{path}.{name}", item
     elif type(value).__module__.partition(".")[0] == "torch":
         return
-    for name, item in _attributes(value, slots):
+    # An object's own attributes: those of its ``__dict__``, and its slots, which are found once a class.
+    for name, item in encoding.state_of(value, frozenset(), slots(type(value))):
         if name.isidentifier() and name not in _REGISTERED:
             yield f"{path}.{name}", item
-
-
-def _attributes(value: Any, slots: _Slots) -> list[tuple[str, Any]]:
-    """An object's own attributes: those of its ``__dict__``, and its slots, which are found once a class."""
-    cls = type(value)
-    if cls not in slots:
-        slots[cls] = encoding.slots_of(cls)
-    return encoding.state_of(value, frozenset(), slots[cls])
 
 
 def _written(key: int | str) -> str:
@@ -247,7 +244,8 @@ def _named(value: Any, name: str) -> Any:
         for registry in _REGISTERED:
             if name in vars(value)[registry]:
                 return vars(value)[registry][name]
-    return next((item for known, item in _attributes(value, {}) if known == name), None)
+    own = encoding.state_of(value, frozenset(), encoding.slots_of(type(value)))
+    return next((item for known, item in own if known == name), None)
 
 
 def _read(text: str) -> str:
@@ -385,9 +383,9 @@ def _differs(space: Any, items: Any) -> bool:
 
 
 @contextmanager
-def drawn_back(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Let a block draw random numbers, and leave the generators as they were."""
-    states = list(generators(devices))
+def drawn_back(values: Iterable[Any]) -> Iterator[None]:
+    """Let a block draw random numbers, and leave the generators as they were; see :func:`generators`."""
+    states = list(generators(values))
     try:
         yield
     finally:
@@ -395,14 +393,17 @@ def drawn_back(devices: Iterable[torch.device]) -> Iterator[None]:
             put(state)
 
 
-def generators(devices: Iterable[torch.device]) -> Iterator[tuple[Callable[[Any], Any], Any]]:
-    """Random number generators that a forward may use without naming them: how to set each, and its state."""
+def generators(values: Iterable[Any]) -> Iterator[tuple[Callable[[Any], Any], Any]]:
+    """Random number generators that a forward may use without naming them: how to set each, and its state.
+
+    Of GPUs, those that have a tensor among some values.
+    """
     yield torch.set_rng_state, torch.get_rng_state()
     yield random.setstate, random.getstate()
     numpy = sys.modules.get("numpy.random")
     if numpy is not None:
         yield numpy.set_state, numpy.get_state()
-    for device in devices:
+    for device in {value.device for value in values if isinstance(value, torch.Tensor)}:
         if device.type == "cuda":
             yield functools.partial(torch.cuda.set_rng_state, device=device), torch.cuda.get_rng_state(device)
 

@@ -11,7 +11,7 @@ record is its method ``_flaw``: it returns the field that is wrong and why, or `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from stitchcache.options import SizeRange
 from stitchcache.records import (
@@ -42,6 +42,13 @@ _HEX = frozenset("0123456789abcdef")
 def is_digest(value: object) -> bool:
     """Whether a value is 64 lowercase hex digits: a graph hash, a key, or a sha256."""
     return type(value) is str and len(value) == 64 and _HEX.issuperset(value)
+
+
+def follow(start: Any, path: str) -> Any:
+    """What a dotted path leads to from a value; ``None`` where it leads nowhere."""
+    for step in path.split("."):
+        start = getattr(start, step, None)
+    return start
 
 
 def span(shape: Sequence[int], stride: Sequence[int]) -> int:
@@ -250,6 +257,16 @@ class Artifact:
         return facts(pairs)
 
     @property
+    def leaves(self) -> tuple[LeafSpec, ...]:
+        """Leaves of a call, in tree order; none in entries made through the engine API."""
+        return self.input_spec.leaves if self.input_spec is not None else ()
+
+    @property
+    def taken(self) -> dict[int, LeafSpec]:
+        """Those that the stitching function takes, by their places among all."""
+        return {place: leaf for place, leaf in enumerate(self.leaves) if leaf.kind != "constant"}
+
+    @property
     def code(self) -> str:
         """Source of the first variant."""
         return self.variants[0].code
@@ -272,11 +289,9 @@ class Artifact:
     @property
     def narrowed(self) -> dict[str, str]:
         """Symbols that are served from a larger size than was asked for, with what to say and to do of it."""
-        spec, found = self.input_spec, dict[str, str]()
-        symbols = (
-            {symbol.name: symbol for symbol in spec.symbols if symbol.min > 1} if spec is not None else {}
-        )
-        if spec is None or not symbols:
+        known, found = self.input_spec.symbols if self.input_spec is not None else (), dict[str, str]()
+        symbols = {symbol.name: symbol for symbol in known if symbol.min > 1}
+        if not symbols:
             return found
         # Most entries have no such symbol, and a warm start then compiles no pattern.
         import re
@@ -284,20 +299,18 @@ class Artifact:
         # Sizes of a tensor, as keys.target writes them.
         sizes = re.compile(r"(?:\d+ as )?Dim\((\w+), min=(\d+), max=\w+\)(?: of Dim\([^)]*\))?|\d+")
         texts = {factor.name: factor.value.partition(" (")[2] for factor in self.factors}
-        for position, leaf in enumerate(spec.leaves):
+        for position, leaf in enumerate(self.leaves):
             given = sizes.finditer(texts.get(f"input.{position}.{leaf.path}", ""))
-            for size, symbol in zip(
-                given, leaf.tensor.shape if leaf.tensor is not None else (), strict=False
-            ):
-                asked, known = max(1, int(size[2] or 0)), symbols.get(str(symbol))
-                if size[1] and known is not None and asked < known.min:
-                    dim = f", dim={size[1]!r}" if len(spec.symbols) > 1 else ""
-                    found[known.name] = (
-                        f"{size[1]} may be from {asked}, and is served from {known.min}: what was "
+            for size, name in zip(given, leaf.tensor.shape if leaf.tensor is not None else (), strict=False):
+                asked, symbol = max(1, int(size[2] or 0)), symbols.get(str(name))
+                if size[1] and symbol is not None and asked < symbol.min:
+                    dim = f", dim={size[1]!r}" if len(known) > 1 else ""
+                    found[symbol.name] = (
+                        f"{size[1]} may be from {asked}, and is served from {symbol.min}: what was "
                         "captured could not be shown right below. Pad the input, or give small sizes "
                         "code of their own: "
-                        f"size_ranges=[SizeRange({asked}, {known.min - 1}{dim}), "
-                        f"SizeRange({known.min}, {'LARGEST' if known.max is None else known.max}{dim})]"
+                        f"size_ranges=[SizeRange({asked}, {symbol.min - 1}{dim}), "
+                        f"SizeRange({symbol.min}, {'LARGEST' if symbol.max is None else symbol.max}{dim})]"
                     )
         return found
 

@@ -9,12 +9,8 @@ def size_text(size: int) -> str:
     """Bytes, in powers of 1024: ``1.4 MiB``."""
     if size < 1024:
         return f"{size} B"
-    amount = size / 1024
-    for unit in ("KiB", "MiB", "GiB"):
-        if amount < 1024:
-            return f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:.1f} TiB"
+    power = min((size.bit_length() - 1) // 10, 4)
+    return f"{size / 1024**power:.1f} {' KMGT'[power]}iB"
 
 
 def seconds_text(seconds: float) -> str:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from operator import is_
 from typing import Any
 
@@ -71,8 +72,8 @@ class CompiledBlocks:
     def add(self, name: str, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compile a block with an example call, and run it in its place."""
         self.blocks[name] = block
-        setattr(block, COMPILED_CALL, _Block(name, block, self._compiled))
-        self._calls[name] = getattr(block, COMPILED_CALL)
+        self._calls[name] = _Block(name, block, self._compiled)
+        setattr(block, COMPILED_CALL, self._calls[name])
         self._calls[name].renew(args, kwargs)
 
     def _compiled(
@@ -139,7 +140,7 @@ class _Block:
     def __init__(self, name: str, block: torch.nn.Module, make: Callable[..., CompiledModel]) -> None:
         self._name, self._block, self._make = name, block, make
         self.variants: list[CompiledModel] = []  # for other shapes; the last one used comes first
-        self._seen: list[tuple[Any, list[Any], list[Any]]] = []
+        self._seen: list[tuple[Any, list[Any]]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._is_same():
@@ -168,37 +169,33 @@ class _Block:
         finally:
             if own is not None:
                 setattr(self._block, COMPILED_CALL, own)
-        self._seen = [(table, list(table), _values(table)) for table in _tables(self._block)]
+        self._seen = [
+            (table, _items(table)) for module in self._block.modules() for table in _containers(vars(module))
+        ]
 
     def _is_same(self) -> bool:
         """Whether each attribute, parameter, submodule and item of a plain container is the object it was.
 
         Identity is quick and safe: an equal object in place of another one costs a look-up.
         """
-        for table, keys, values in self._seen:
-            now = _values(table)
-            if len(now) != len(values) or not all(map(is_, now, values)):
-                return False
-            if isinstance(table, dict) and list(table) != keys:
+        for table, seen in self._seen:
+            now = _items(table)
+            if len(now) != len(seen) or not all(map(is_, now, seen)):
                 return False
         return True
 
 
-def _tables(block: torch.nn.Module) -> Iterator[Any]:
-    """The attributes of a block's modules, and the plain containers in them."""
-    for module in block.modules():
-        yield from _containers(vars(module))
-
-
 def _containers(table: Any) -> Iterator[Any]:
+    """A table, and the plain containers in it."""
     yield table
-    for value in _values(table):
+    for value in _items(table):
         if type(value) in _PLAIN:
             yield from _containers(value)
 
 
-def _values(table: Any) -> list[Any]:
-    return list(table.values()) if isinstance(table, dict) else list(table)
+def _items(table: Any) -> list[Any]:
+    """What a container holds, the keys of a dict too."""
+    return [*table, *table.values()] if isinstance(table, dict) else list(table)
 
 
 def compile_blocks(
@@ -254,20 +251,18 @@ def compile_blocks(
         importlib.import_module("stitchcache.ext.bundle").import_bundle(made._cache, _bundle_at(source))
     hooks: dict[str, Any] = {}
 
-    def note(name: str, block: torch.nn.Module) -> Callable[..., None]:
-        def hook(_module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            hooks.pop(name).remove()
-            # Before the block has run: what a run leaves in caches of functions cannot be in a key.
-            made.add(name, block, given, named)
-
-        return hook
+    def first_call(name: str, block: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        hooks.pop(name).remove()
+        # Before the block has run: what a run leaves in caches of functions cannot be in a key.
+        made.add(name, block, given, named)
 
     for name, block in wanted.items():
-        hooks[name] = block.register_forward_pre_hook(note(name, block), with_kwargs=True)
+        hooks[name] = block.register_forward_pre_hook(partial(first_call, name), with_kwargs=True)
     try:
         with torch.no_grad():
             module(*args, **(kwargs or {}))
     except BaseException:
+        # The user's module runs here: what it raises goes on, Ctrl-C too, with its blocks as they were.
         made.undo()
         raise
     finally:

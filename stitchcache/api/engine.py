@@ -88,7 +88,11 @@ def save_execution(
     table = load_consts(consts) if isinstance(consts, bytes) else list(consts or ())
     check_code(code, len(names), len(table))
     given = _given_pieces(pieces, names)
-    known = [*_environment(bool(given)), *_factors(factors)]
+    known = _factors(factors)
+    if given:
+        # Compiled pieces may depend on all of it; code and constants alone depend on nothing.
+        devices = {"cpu", "cuda"} if torch.cuda.is_initialized() else {"cpu"}  # type: ignore[no-untyped-call]
+        known = [make_factor("options.backend", ENGINE), *environment_factors(ENGINE, devices), *known]
     blobs = {name: store.put_blob(piece) for name, piece in given.items()}
     variant = Variant(
         size_range=None,
@@ -124,15 +128,6 @@ def _given_pieces(
         if not isinstance(piece, bytes) and not Path(piece).is_file():
             raise OptionError(f"pieces[{name!r}]: there is no file {os.fspath(piece)}.", option="pieces")
     return given
-
-
-def _environment(compiled: bool) -> list[Factor]:
-    """What compiled pieces may depend on; code and constants alone depend on nothing of it."""
-    if not compiled:
-        return []
-    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = {"cpu", "cuda"} if used else {"cpu"}
-    return [make_factor("options.backend", ENGINE), *environment_factors(ENGINE, devices)]
 
 
 def _factors(factors: Mapping[str, Any] | None) -> list[Factor]:
@@ -197,7 +192,19 @@ def load_execution(
         check_environment(artifact, name)
     # Kept, so that no process evicts a piece between its check and its loading.
     with store.kept(artifact):
-        files = _files(artifact, store)
+        files: dict[str, Path] = {}
+        for piece in artifact.pieces:
+            # By name and not by descriptor: an engine may keep the path, or map it after this.
+            path = store.blob_path(piece.blob)
+            if path is None:
+                raise EntryDamagedError(
+                    f"piece {piece.name!r} of {name} in {store.root} is missing or damaged. Compile it and "
+                    "save the entry again.",
+                    path=str(store.root),
+                    field=f"pieces[{piece.name}]",
+                    reason="missing or damaged",
+                )
+            files[piece.name] = path
         if isinstance(submod_callables, Mapping):
             callables = dict(submod_callables)
         else:
@@ -221,20 +228,3 @@ def _find(source: str | os.PathLike[str], store: Cache) -> Artifact:
             f"entry {source[:12]} in {store.root} cannot be read. Save it again.", prefix=source
         )
     return artifact
-
-
-def _files(artifact: Artifact, store: Cache) -> dict[str, Path]:
-    # By name and not by descriptor: an engine may keep the path, or map it after this.
-    paths = [store.blob_path(piece.blob) for piece in artifact.pieces]
-    found = {}
-    for piece, path in zip(artifact.pieces, paths, strict=True):
-        if path is None:
-            raise EntryDamagedError(
-                f"piece {piece.name!r} of entry {artifact.graph_hash[:12]} in {store.root} is missing or "
-                "damaged. Compile it and save the entry again.",
-                path=str(store.root),
-                field=f"pieces[{piece.name}]",
-                reason="missing or damaged",
-            )
-        found[piece.name] = path
-    return found

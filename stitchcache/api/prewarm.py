@@ -8,9 +8,10 @@ import importlib.util
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType, NoneType
 from typing import TYPE_CHECKING, Any, Literal
@@ -92,13 +93,11 @@ class Target:
         Raises:
             TargetError: ``build`` failed, or returned something else.
         """
-        try:
-            with without_data() if fake else nullcontext():
-                built = self.build()
-        except Exception as error:
-            # A boundary: build() is the user's, with their loaders of weights and all that those may raise.
-            # Whatever it is, it must not stop the targets after this one; Ctrl-C and exits still do.
-            raise self._error(f"failed: {type(error).__name__}: {error}") from error
+        with (
+            _users_code(lambda error: self._error(f"failed: {type(error).__name__}: {error}")),
+            without_data() if fake else nullcontext(),
+        ):
+            built = self.build()
         if not isinstance(built, tuple) or len(built) not in (2, 3):
             kind = type(built).__qualname__
             raise self._error(f"returned {kind}, not (model, args) or (model, args, kwargs).")
@@ -112,6 +111,18 @@ class Target:
 
     def _error(self, what: str) -> TargetError:
         return TargetError(f"target {self.name!r}: build() {what}", target=self.name)
+
+
+@contextmanager
+def _users_code(ours: Callable[[Exception], StitchCacheError]) -> Iterator[None]:
+    """A block that runs the user's code, the boundary where any error of theirs becomes one of ours.
+
+    So no target stops those after it. Ctrl-C and exits are no ``Exception``, and go through.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ours(error) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,11 +197,8 @@ def prewarm(
         OptionError: An argument makes no sense.
     """
     check_kind("targets", targets, (Target, str, Iterable), "Targets, or references 'pkg.module:name'")
-    if on_progress == "bar":
-        with bar() as told:
-            how: dict[str, Any] = {"on_progress": told, "on_miss": on_miss, "fake": fake, "shard": shard}
-            return prewarm(targets, jobs=jobs, cache=cache, keep_sources=keep_sources, **how)
-    check_kind("on_progress", on_progress, (Callable, NoneType), "a function of one argument, or 'bar'")
+    if on_progress != "bar":
+        check_kind("on_progress", on_progress, (Callable, NoneType), "a function of one argument, or 'bar'")
     # Not of one target, so it is no failure of each: refused before any model is built.
     options: dict[str, Any] = {} if jobs is None else {"stitchcache.jobs": jobs}
     options |= {"stitchcache.keep_sources": True} if keep_sources else {}
@@ -204,7 +212,8 @@ def prewarm(
         found += find_targets(item) if isinstance(item, str) else [item]
     check_names(found)
     store = chosen_cache(cache)
-    results = [_one(target, options, on_miss, fake, shard, store, on_progress) for target in found]
+    with bar() if on_progress == "bar" else nullcontext(on_progress) as told:
+        results = [_one(target, options, on_miss, fake, shard, store, told) for target in found]
     return PrewarmReport(tuple(looked_up(results, store)))
 
 
@@ -250,26 +259,27 @@ def _one(
         if shard is not None:
             check_model(model, args, kwargs)
             return _share(want(model, args, kwargs, request, cache, on_progress), shard, began)
-        if target.torch_compile is not None:
-            # Not at the top: most targets need nothing of Dynamo.
-            from stitchcache.api.dynamo import compile_graphs
+        if target.torch_compile is None:
+            compiled = compile_request(model, args, kwargs, request, cache, on_progress)
+            result = _counted(target.name, [compiled], began)
+            return replace(result, status=compiled.cache_hit or "compiled", timings=compiled.timings)
+        # Not at the top: most targets need nothing of Dynamo.
+        from stitchcache.api.dynamo import compile_graphs
 
-            try:
-                graphs = compile_graphs(model, args, kwargs, request, cache, target.torch_compile)
-            except Exception as error:
-                # A boundary: the user's forward runs in Dynamo, which wraps what a backend raises.
-                inner = getattr(error, "inner_exception", error)
-                if isinstance(inner, StitchCacheError):
-                    raise inner from None
-                said = f"torch.compile cannot run the model: {type(error).__name__}: {error}"
-                raise CaptureError(f"target {target.name!r}: {said}", reason=said) from error
-            return _counted(target.name, graphs, time.perf_counter() - began)
-        compiled = compile_request(model, args, kwargs, request, cache, on_progress)
+        def refused(error: Exception) -> StitchCacheError:
+            # Dynamo wraps what a backend raises.
+            inner = getattr(error, "inner_exception", error)
+            if isinstance(inner, StitchCacheError):
+                raise inner from None
+            said = f"torch.compile cannot run the model: {type(error).__name__}: {error}"
+            return CaptureError(f"target {target.name!r}: {said}", reason=said)
+
+        with _users_code(refused):
+            graphs = compile_graphs(model, args, kwargs, request, cache, target.torch_compile)
+        return _counted(target.name, graphs, began)
     except StitchCacheError as error:
         spent = time.perf_counter() - began
         return PrewarmResult(name=target.name, status="failed", seconds=spent, error=error)
-    result = _counted(target.name, [compiled], time.perf_counter() - began)
-    return replace(result, status=compiled.cache_hit or "compiled", timings=compiled.timings)
 
 
 def _share(wanted: Wanted, shard: tuple[int, int], began: float) -> PrewarmResult:
@@ -286,7 +296,7 @@ def _share(wanted: Wanted, shard: tuple[int, int], began: float) -> PrewarmResul
     return replace(counted, graph_hash=graph_hash, **spent)
 
 
-def _counted(name: str, graphs: Sequence[CompiledGraph | CompiledModel], seconds: float) -> PrewarmResult:
+def _counted(name: str, graphs: Sequence[CompiledGraph | CompiledModel], began: float) -> PrewarmResult:
     """What became of a target; ``torch.compile`` may have captured several graphs of it."""
     pieces = [piece for graph in graphs for piece in graph.artifact.pieces]
     return PrewarmResult(
@@ -297,23 +307,15 @@ def _counted(name: str, graphs: Sequence[CompiledGraph | CompiledModel], seconds
         pieces=len(pieces),
         distinct=len({piece.key for piece in pieces}),
         blob_bytes=sum({piece.blob.digest: piece.blob.size for piece in pieces}.values()),
-        seconds=seconds,
+        seconds=time.perf_counter() - began,
     )
 
 
 def request_for(target: Target, more: Mapping[str, Any] | None = None, on_miss: str = "compile") -> Request:
     """A target's options in one record, with some of the caller's."""
-    request = request_of(
-        dynamic_shapes=target.dynamic_shapes,
-        splitting_ops=target.splitting_ops,
-        size_ranges=target.size_ranges,
-        backend=target.backend,
-        on_miss=on_miss,
-        key_factors=target.key_factors,
-        options=target.options,
-        cuda_graphs=target.cuda_graphs,
-        label=target.name,
-    )
+    own = ("name", "build", "torch_compile")
+    asked = {each.name: getattr(target, each.name) for each in fields(Target) if each.name not in own}
+    request = request_of(**asked, on_miss=on_miss, label=target.name)
     return replace(request, options={**request.options, **more}) if more else request
 
 
@@ -338,15 +340,16 @@ def find_targets(reference: str) -> list[Target]:
         raise not_found(" is not a target: write 'pkg.module:name' or 'path/to/file.py:name'.")
     if where.endswith(".py") and not Path(where).is_file():
         raise not_found(f": there is no file {where}.")
-    try:
-        module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
-    except Exception as error:
-        # A boundary: the module is the user's, and runs here.
+
+    def not_imported(error: Exception) -> TargetError:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{where}.".startswith(f"{missing}."):
             advice = "run from the directory that has it, or install it."
-            raise not_found(f": no module {where!r}; {advice}") from error
-        raise wrong(f"{where} cannot be imported: {_told(error)}") from error
+            return not_found(f": no module {where!r}; {advice}")
+        return wrong(f"{where} cannot be imported: {_told(error)}")
+
+    with _users_code(not_imported):
+        module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
@@ -355,11 +358,9 @@ def find_targets(reference: str) -> list[Target]:
             raise not_found(f": {where} has no {name!r}{hint}.")
         found = getattr(found, part)
     if callable(found) and not isinstance(found, type):
-        try:
+        said = f"{name}() of {where} is to return targets, and failed"
+        with _users_code(lambda error: wrong(f"{said}: {_told(error)}")):
             found = found()
-        except Exception as error:
-            # A boundary again: the function is the user's, or none that returns targets.
-            raise wrong(f"{name}() of {where} is to return targets, and failed: {_told(error)}") from error
     several = isinstance(found, Iterable) and not isinstance(found, (str, bytes))
     targets = list(found) if several else [found]
     if not targets:
@@ -383,13 +384,10 @@ def _told(error: BaseException) -> str:
 
 def check_names(targets: Sequence[Target]) -> None:
     """Refuse two targets of one name."""
-    seen: set[str] = set()
-    for target in targets:
-        if target.name in seen:
-            raise DuplicateTargetError(
-                f"two targets are called {target.name!r}; give each a name of its own.", target=target.name
-            )
-        seen.add(target.name)
+    for name, count in Counter(target.name for target in targets).items():
+        if count > 1:
+            said = f"two targets are called {name!r}; give each a name of its own."
+            raise DuplicateTargetError(said, target=name)
 
 
 def _import_module(name: str) -> ModuleType:
@@ -424,6 +422,7 @@ def _import_file(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except BaseException:
+        # Raised again, to find_targets or, if it is Ctrl-C, to the user: nobody is to find half a module.
         del sys.modules[name]
         raise
     return module

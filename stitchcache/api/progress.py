@@ -13,40 +13,35 @@ from stitchcache.explanation import printable
 if TYPE_CHECKING:
     from stitchcache.pipeline.find import OnProgress, Progress
 
-Update = Callable[..., None]
-"""Says where a target is: its name, the stage, pieces that are done, all pieces, estimated seconds left."""
-
 
 @contextmanager
-def progress_shown() -> Iterator[Update]:
-    """Show progress for the length of a block. A direct hit shows nothing."""
+def bar() -> Iterator[OnProgress]:
+    """What ``on_progress="bar"`` tells, for the length of a block. A direct hit shows nothing."""
     last = ""
     with ExitStack() as shown:
-        live: Update | None = None
+        live: Callable[[str, int, int], None] | None = None
 
-        def update(name: str, stage: str, done: int = 0, total: int = 0, left: float | None = None) -> None:
+        def told(now: Progress) -> None:
             nonlocal last, live
-            if stage == "lookup":
+            if now.stage == "lookup":
                 return
-            line = printable(f"{name}: {stage}" + (f" {done}/{total}" if total else ""))
-            about = "" if left is None else f", {left_text(left)}"
-            if _is_live() and (live is not None or stage != "done"):
+            count = f" {now.done}/{now.total}" if now.total else ""
+            line = printable(f"{now.target}: {now.stage}{count}")
+            about = "" if now.left is None else f", {left_text(now.left)}"
+            # What is on stderr can be written over; in a notebook rich needs ipywidgets for that.
+            notebook = "ipykernel" in sys.modules and find_spec("ipywidgets") is not None
+            if (notebook or sys.stderr.isatty()) and (live is not None or now.stage != "done"):
                 live = live or _live_bar(shown)
-                live(line + about, done, total)
+                live(line + about, now.done, now.total)
             # A log has one line for each change of stage or count, whatever the estimate says meanwhile.
-            elif line != last and stage != "done":
+            elif line != last and now.stage != "done":
                 print(line + about, file=sys.stderr, flush=True)
                 last = line
 
-        yield update
+        yield told
 
 
-def _is_live() -> bool:
-    """Whether what is on stderr can be written over; in a notebook rich needs ipywidgets for that."""
-    return sys.stderr.isatty() or ("ipykernel" in sys.modules and find_spec("ipywidgets") is not None)
-
-
-def _live_bar(shown: ExitStack) -> Update:
+def _live_bar(shown: ExitStack) -> Callable[[str, int, int], None]:
     # Not at the top: a log is written without it, and a direct hit needs neither.
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -61,17 +56,6 @@ def _live_bar(shown: ExitStack) -> Update:
         )
 
     return show
-
-
-@contextmanager
-def bar() -> Iterator[OnProgress]:
-    """What ``on_progress="bar"`` tells."""
-    with progress_shown() as update:
-
-        def told(progress: Progress) -> None:
-            update(progress.target, progress.stage, progress.done, progress.total, progress.left)
-
-        yield told
 
 
 def left_text(seconds: float) -> str:

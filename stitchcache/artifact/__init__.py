@@ -185,10 +185,15 @@ def _number(kind: Any, least: float, most: float) -> Reader:
     return read
 
 
-def _digest(value: object) -> object:
-    if not is_digest(value):
-        raise FieldError("", f"{_shown(value)} is not 64 lowercase hex digits")
-    return value
+def _such(fits: Callable[[Any], bool], unfit: str) -> Reader:
+    """A value that fits; ``unfit`` is what to say of others."""
+
+    def read(value: Any) -> Any:
+        if not fits(value):
+            raise FieldError("", f"{_shown(value)} {unfit}")
+        return value
+
+    return read
 
 
 def _expression(value: Any) -> Any:
@@ -270,15 +275,6 @@ def _row(readers: list[Reader]) -> Reader:
     return read
 
 
-def _one_of(allowed: tuple[str, ...]) -> Reader:
-    def read(value: Any) -> Any:
-        if type(value) is not str or value not in allowed:
-            raise FieldError("", f"{_shown(value)} is none of {', '.join(allowed)}")
-        return value
-
-    return read
-
-
 def _wrong_keys(found: Mapping[Any, Any], keys: Collection[str]) -> FieldError:
     missing = next((name for name in keys if name not in found), None)
     if missing is not None:
@@ -304,7 +300,7 @@ _READERS: Mapping[str, Reader] = {
     "str": _long_text,
     "bytes": _of(bytes),
     "int": _number(int, _INT_MIN, _INT_MAX),
-    "Digest": _digest,
+    "Digest": _such(is_digest, "is not 64 lowercase hex digits"),
     "Name": _text(1 << 16),
     "Expression": _expression,
     "Count": _count,
@@ -354,5 +350,6 @@ def reader(text: str, module: Mapping[str, Any] | None = None) -> Reader:
     if kind == "tuple":
         return _row([reader(each, module) for each in inner.split(", ")])
     if kind == "Literal":
-        return _one_of(tuple(word.strip("\"'") for word in inner.split(", ")))
+        words = tuple(word.strip("\"'") for word in inner.split(", "))
+        return _such(words.__contains__, f"is none of {', '.join(words)}")
     return record((module or {})[text])

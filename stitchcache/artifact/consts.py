@@ -19,7 +19,6 @@ from stitchcache.artifact.unpickle import (
     READS_FILES,
     Refused,
     Unpickler,
-    forbidden,
     is_registered,
     is_small,
     name_of,
@@ -53,9 +52,9 @@ def load_consts(data: bytes | None, *, path: str = "") -> list[Any]:
     try:
         consts = _Reader().load(data)
     except Refused as error:
-        if not error.module:
+        if not error.names:
             raise EntryFormatError.at(path, "consts", str(error)) from error
-        facts = {"module": error.module, "name": error.name}
+        facts = dict(zip(("module", "name"), error.names, strict=True))
         raise ForbiddenGlobalError.at(path, "consts", str(error), **facts) from None
     if type(consts) is not list:
         raise EntryFormatError.at(path, "consts", f"{type(consts).__name__} where a list is expected")
@@ -217,7 +216,7 @@ class _Reader(Unpickler):
             return target(*arguments)
         if not isinstance(target, type) or not is_registered(target):
             name = getattr(target, "__qualname__", type(target).__name__)
-            raise forbidden(getattr(target, "__module__", None), name, "is not allowed to be called")
+            raise Refused("is not allowed to be called", getattr(target, "__module__", None), name)
         if issubclass(target, enum.Enum):
             return _member(target, None, *arguments)
         if issubclass(target, tuple) and hasattr(target, "_fields"):
@@ -252,7 +251,7 @@ class _Reader(Unpickler):
 def _with_state(target: Any, state: Any) -> Any:
     kind = type(target)
     if not is_registered(kind) or isinstance(target, (enum.Enum, tuple)):
-        raise forbidden(kind.__module__, kind.__qualname__, "is not allowed to be given state")
+        raise Refused("is not allowed to be given state", kind.__module__, kind.__qualname__)
     if hasattr(target, "__setstate__"):
         target.__setstate__(state)
         return target

@@ -10,6 +10,7 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 from stitchcache.artifact import FieldError, pack, read_packed, read_value, reader, record
@@ -27,9 +28,8 @@ PRELUDE = struct.Struct("<8sHHIQII")
 DIGEST_SIZE = 32
 HEADER_OFFSET = PRELUDE.size + DIGEST_SIZE
 
-MAX_HEADER = 16 << 20
-MAX_PAYLOAD = 1 << 30
-MAX_SIGNATURE = 4096
+# Most bytes of each part, in the prelude's order; its last field is zero.
+_MOST = {"header": 16 << 20, "payload": 1 << 30, "signature": 4096, "zero": 0}
 OUTSIDE = b"outside\n"
 """Begins the signature of what was imported: whoever owns the file now, its signature has to be good."""
 
@@ -49,17 +49,13 @@ NEWEST = {Kind.ENTRY: ENTRY_VERSION, Kind.TARGET: 7, Kind.PIECE: 3}
 
 def seal(kind: Kind, header: bytes, payload: bytes, signature: bytes = b"") -> bytes:
     """Put a frame around encoded bytes."""
-    caps = (
-        ("header", header, MAX_HEADER),
-        ("payload", payload, MAX_PAYLOAD),
-        ("signature", signature, MAX_SIGNATURE),
-    )
-    for name, part, cap in caps:
-        if len(part) > cap:
-            reason = f"{len(part)} bytes are more than the format's {cap}; keep large tensors in blobs"
-            raise EntryFormatError.at("", name, reason)
-    prelude = PRELUDE.pack(MAGIC, NEWEST[kind], kind, len(header), len(payload), len(signature), 0)
-    body = b"".join((prelude, hashlib.sha256(prelude + header).digest(), header, payload, signature))
+    parts = {"header": header, "payload": payload, "signature": signature}
+    for name, part in parts.items():
+        if len(part) > _MOST[name]:
+            most = f"the format's {_MOST[name]}; keep large tensors in blobs"
+            raise EntryFormatError.at("", name, f"{len(part)} bytes are more than {most}")
+    prelude = PRELUDE.pack(MAGIC, NEWEST[kind], kind, *map(len, parts.values()), 0)
+    body = b"".join((prelude, hashlib.sha256(prelude + header).digest(), *parts.values()))
     return body + hashlib.sha256(body).digest()
 
 
@@ -102,10 +98,9 @@ def open_frame(data: bytes, kind: Kind, *, path: str = "") -> tuple[int, bytes, 
 def header_end(prefix: bytes, *, path: str = "") -> int:
     """Bytes that must be read for the header to be whole, from the first ``HEADER_OFFSET`` bytes or more."""
     size: int = _prelude(prefix, path)[3]
-    if size > MAX_HEADER:
-        raise EntryDamagedError.at(
-            path, "header-size", f"{size} bytes are more than the format's {MAX_HEADER}"
-        )
+    if size > _MOST["header"]:
+        reason = f"{size} bytes are more than the format's {_MOST['header']}"
+        raise EntryDamagedError.at(path, "header-size", reason)
     return HEADER_OFFSET + size
 
 
@@ -127,21 +122,16 @@ def open_header(prefix: bytes, file_size: int, kind: Kind, *, path: str = "") ->
     if version < FIRST_VERSION:
         raise EntryFormatError.at(path, "version", f"{version} was never written in this layout")
     if found != kind:
-        raise EntryFormatError.at(
-            path, "kind", f"{found} where {int(kind)} ({kind.name.lower()}) is expected"
-        )
-    for field, size, cap in (
-        ("payload-size", payload, MAX_PAYLOAD),
-        ("signature-size", signature, MAX_SIGNATURE),
-        ("zero", zero, 0),
-    ):
-        if size > cap:
-            raise EntryFormatError.at(path, field, f"{size} is more than the format's {cap}")
+        reason = f"{found} where {int(kind)} ({kind.name.lower()}) is expected"
+        raise EntryFormatError.at(path, "kind", reason)
+    for (part, most), size in zip(_MOST.items(), (header, payload, signature, zero), strict=True):
+        if size > most:
+            field = f"{part}-size" if most else part
+            raise EntryFormatError.at(path, field, f"{size} is more than the format's {most}")
     total = HEADER_OFFSET + header + payload + signature + DIGEST_SIZE
     if total != file_size:
-        raise EntryDamagedError.at(
-            path, "size", f"{file_size} bytes where the sizes inside add up to {total}"
-        )
+        reason = f"{file_size} bytes where the sizes inside add up to {total}"
+        raise EntryDamagedError.at(path, "size", reason)
     return version, prefix[HEADER_OFFSET:end]
 
 
@@ -253,11 +243,10 @@ def decode(data: bytes, *, path: str = "") -> Artifact:
     header = _header(encoded, version, path)
     read = record(Artifact, (*_IN_HEADER, "check") if version == 3 else _IN_HEADER)
     above = {name: getattr(header, name) for name in _IN_HEADER}
-    artifact: Artifact = read_packed(lambda value: read(value, **above), payload, path)
+    artifact: Artifact = read_packed(partial(read, **above), payload, path)
     if header_of(artifact) != header:
-        raise EntryFormatError.at(
-            path, "header", "its counts, backends or blobs are not those of the payload"
-        )
+        reason = "its counts, backends or blobs are not those of the payload"
+        raise EntryFormatError.at(path, "header", reason)
     return artifact
 
 
@@ -278,10 +267,8 @@ def decode_header(prefix: bytes, file_size: int, *, path: str = "") -> Header:
 
 
 def _header(encoded: bytes, version: int, where: str, **place: Any) -> Header:
-    read = record(Header, _NOT_IN_HEADER)
-    found: Header = read_packed(
-        lambda value: read(value, format_version=version, **place), encoded, where, "header"
-    )
+    read = partial(record(Header, _NOT_IN_HEADER), format_version=version, **place)
+    found: Header = read_packed(read, encoded, where, "header")
     return found
 
 
@@ -307,9 +294,8 @@ def _is_legacy(data: bytes) -> bool:
 
 def _decode_legacy(data: bytes, path: str) -> Artifact:
     if len(data) > MOST_LEGACY:
-        raise EntryFormatError.at(
-            path, "size", f"{len(data)} bytes are more than a legacy entry's {MOST_LEGACY}"
-        )
+        reason = f"{len(data)} bytes are more than a legacy entry's {MOST_LEGACY}"
+        raise EntryFormatError.at(path, "size", reason)
     if data[:1] != b"\x80":
         return read_packed(_legacy, data, path)
     # Imported when one is met: a warm start does without.

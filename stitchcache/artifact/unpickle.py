@@ -15,6 +15,7 @@ import types
 from typing import Any, TypeVar
 
 from stitchcache.errors import OptionError
+from stitchcache.types import follow
 
 T = TypeVar("T", bound=type)
 
@@ -69,17 +70,11 @@ _MOST_IN_TUPLES = 10_000
 
 
 class Refused(Exception):
-    """Something that a pickle from outside may not have; a forbidden global has a module and a name."""
+    """What a pickle from outside may not have; ``names`` are a forbidden global's module and name."""
 
-    def __init__(self, reason: str, module: str = "", name: str = "") -> None:
-        super().__init__(reason)
-        self.module = module
-        self.name = name
-
-
-def forbidden(module: object, name: object, reason: str) -> Refused:
-    """An error for a global that may not be named, or not be called."""
-    return Refused(f"global {module}.{name} {reason}", str(module), str(name))
+    def __init__(self, reason: str, *names: object) -> None:
+        super().__init__(f"global {names[0]}.{names[1]} {reason}" if names else reason)
+        self.names = [str(name) for name in names]
 
 
 class Unpickler:
@@ -243,9 +238,7 @@ def register_const_type(cls: T) -> T:
     if not isinstance(cls, type):
         raise OptionError(f"register_const_type({cls!r}): give it a class", option="cls")
     module, qualname = cls.__module__, cls.__qualname__
-    found: Any = sys.modules.get(module)
-    for part in qualname.split("."):
-        found = getattr(found, part, None)
+    found = follow(sys.modules.get(module), qualname)
     # A class being decorated is not in its module yet.
     if module == "__main__" or "<locals>" in qualname or found not in (None, cls):
         raise OptionError(
@@ -284,7 +277,7 @@ def resolve(module: Any, qualname: Any) -> Any:
         reason = f"needs {module!r}: import it before loading this entry"
     else:
         reason = "does not exist here"
-    raise forbidden(module, qualname, reason)
+    raise Refused(reason, module, qualname)
 
 
 def _is_operator(found: object, name: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -31,7 +32,13 @@ from stitchcache.types import OutputSpec
 def capture_graph(gm: GraphModule, example_inputs: Sequence[Any]) -> Capture:
     """Bring a graph of ``torch.compile`` into the form that is planned; a CaptureError if that fails."""
     tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
-    _refuse_unusual(tensors)
+    for tensor in tensors:
+        if is_wrapper(tensor):
+            raise _unusual(f"an argument that is a {type(tensor).__qualname__}")
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise _unusual("a sparse, quantized or opaque argument")
+        if tensor.device.type == "meta":
+            raise _unusual("an argument on the meta device")
     mode = fake_mode()
     autocast = any(map(torch.is_autocast_enabled, {tensor.device.type for tensor in tensors}))
     traced = _trace(gm, example_inputs, mode, autocast)
@@ -98,16 +105,6 @@ def _trace(gm: GraphModule, example_inputs: Sequence[Any], mode: Any, autocast: 
         if is_wrapper(value):
             raise _unusual(f"a {type(value).__qualname__} in it")
     return traced
-
-
-def _refuse_unusual(tensors: Sequence[torch.Tensor]) -> None:
-    for tensor in tensors:
-        if is_wrapper(tensor):
-            raise _unusual(f"an argument that is a {type(tensor).__qualname__}")
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise _unusual("a sparse, quantized or opaque argument")
-        if tensor.device.type == "meta":
-            raise _unusual("an argument on the meta device")
 
 
 def _unusual(what: str) -> CaptureError:
@@ -183,10 +180,7 @@ def drop_modes(gm: GraphModule, autocast: bool) -> tuple[GraphModule, bool]:
 
 
 def _without(gm: GraphModule, gone: frozenset[str]) -> GraphModule:
-    graph = Graph()
-    output = graph.graph_copy(gm.graph, {}, return_output_node=True)
-    if isinstance(output, tuple):
-        graph.output(output[0])
+    graph = deepcopy(gm.graph)
     for node in reversed(list(graph.nodes)):
         if _name(node) in gone:
             graph.erase_node(node)

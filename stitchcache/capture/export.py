@@ -95,13 +95,12 @@ def capture(
     example: tuple[tuple[Any, ...], dict[str, Any]] = tree.unflatten(leaves, spec)
     # torch runs an op of which every argument is such a tensor for real.
     real = [tensor for tensor in plain.values() if not has_fakes([tensor])]
-    reads = _ValueReads(real)
+    calls = _Calls(real, opens=model is not whole)
     try:
         # A mode slows the trace down, so only where there is something to see. What the forward keeps of a
         # trace has no data, and would spoil the model.
-        seen = reads if real else nullcontext()
-        opened = _Opened() if model is not whole else nullcontext()
-        with torch.no_grad(), unchanged(model, registered=False), drawn_back(()), seen, opened:
+        seen = calls if real or model is not whole else nullcontext()
+        with torch.no_grad(), unchanged(model, registered=False), drawn_back(()), seen:
             program = torch.export.export(
                 model, example[0], example[1], dynamic_shapes=dynamic_shapes, strict=False
             )
@@ -114,7 +113,7 @@ def capture(
         raise _capture_error(model, error, way_out) from error
     gm = program.graph_module
     bound, user_inputs = _inputs(program, _named_by_memory(state, plain if model is whole else state | plain))
-    _refuse_read_state(gm, bound, reads.seen)
+    _refuse_read_state(gm, bound, calls.seen)
     if len(leaves) != len(user_inputs):
         raise CaptureError(
             f"the graph takes {len(user_inputs)} inputs where the call has {len(leaves)} leaves; "
@@ -125,7 +124,10 @@ def capture(
     inline_regions(gm, ambient_modes({tensor.device.type for tensor in tensors}))
     names, paths = SymbolNames(), tree.leaf_paths(model.forward, args, dict(kwargs))
     contract = input_spec(gm, user_inputs, paths, leaves, tree.dumps(spec), names, program.range_constraints)
-    if _writes_state(gm, bound, contract):
+    written = written_placeholders(gm)
+    inout = any(leaf.kind == "inout" for leaf in contract.leaves)
+    # It writes into a tensor of the model, or into an argument beside such tensors.
+    if any(item.placeholder in written or inout for item in bound):
         contract = replace(contract, constraints=(*contract.constraints, "apart"))
     return Capture(
         gm=gm,
@@ -136,13 +138,6 @@ def capture(
         example=tuple(leaves),
         names=names,
     )
-
-
-def _writes_state(gm: GraphModule, bound: Sequence[BoundTensor], contract: InputSpec) -> bool:
-    """Whether a graph writes into a tensor of the model, or into an argument beside such tensors."""
-    written = written_placeholders(gm)
-    inout = any(leaf.kind == "inout" for leaf in contract.leaves)
-    return any(item.placeholder in written or inout for item in bound)
 
 
 def _refuse_unfinished(values: Sequence[Any]) -> None:
@@ -226,16 +221,19 @@ def _inputs(
     return bound, user
 
 
-class _ValueReads(TorchFunctionMode):
+class _Calls(TorchFunctionMode):
     """Sees which of some tensors Python asks for their values, as ``int(x)``, ``if x`` and ``x.item()`` do.
 
     For parameters, buffers and arguments torch.export refuses that; other tensors have their data while it
     traces, so the answer is taken for a constant.
+
+    With ``opens`` it traces into a library's ops that are made of torch's, as torchao's are: no key has what
+    is in them, and between pieces they would run one by one.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], *, opens: bool) -> None:
         super().__init__()
-        self._watched = {id(tensor) for tensor in tensors}
+        self._watched, self._opens = {id(tensor) for tensor in tensors}, opens
         self.seen: set[int] = set()
 
     def __torch_function__(
@@ -245,27 +243,10 @@ class _ValueReads(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call the function, and note the tensor if it gives Python a value."""
+        """Call the function, or what it is made of; note the tensor if it gives Python a value."""
         if args and id(args[0]) in self._watched and getattr(func, "__name__", "") in _VALUE_READS:
             self.seen.add(storage_id(args[0]))
-        return func(*args, **(kwargs or {}))
-
-
-class _Opened(TorchFunctionMode):
-    """Traces into a library's ops that are made of torch's, as torchao's are.
-
-    No key has what is in them, and between pieces they would run one by one.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Call the function, or what it is made of."""
-        op = made_of_others(func)
+        op = made_of_others(func) if self._opens else None
         if op is None:
             return func(*args, **(kwargs or {}))
         with self:
@@ -349,20 +330,16 @@ def _capture_error(model: torch.nn.Module, error: BaseException, way_out: str) -
 
 def _user_line(error: BaseException) -> str:
     """The deepest frame that is neither torch's nor ours, nor the standard library's."""
-    skipped = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent))
-    frames = reversed(traceback.extract_tb(error.__traceback__))
+    skipped = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<")
     library = str(Path(traceback.__file__).parent)
-    found = next(
-        (
-            frame
-            for frame in frames
-            if not frame.filename.startswith((*skipped, "<"))
-            and (not frame.filename.startswith(library) or "site-packages" in frame.filename)
-        ),
-        None,
-    )
-    if found is not None and found.name != "<module>":
-        return f"{found.filename}:{found.lineno}"
+    found = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(skipped)
+        and (not frame.filename.startswith(library) or "site-packages" in frame.filename)
+    ]
+    if found and found[-1].name != "<module>":
+        return f"{found[-1].filename}:{found[-1].lineno}"
     before = error.__cause__ or error.__context__
     return _user_line(before) if before is not None else ""
 

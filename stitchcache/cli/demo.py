@@ -31,7 +31,7 @@ _HEADS = 4
 )
 @click.option("--runs", type=click.IntRange(1, 99), default=3, show_default=True, help="Processes a row.")
 @out.shared_options
-def demo(backend: str, runs: int, as_json: bool, root: str | None, **config: int) -> None:
+def demo(backend: str, runs: int, **config: int) -> None:
     """Compile a small decoder, start it again in fresh processes, and compare.
 
     Without --cache it uses a new cache in the directory for temporary files, so that cold is cold; the cache
@@ -42,7 +42,8 @@ def demo(backend: str, runs: int, as_json: bool, root: str | None, **config: int
         raise click.UsageError(
             f"--width {config['width']} is not a multiple of {_HEADS}, the number of heads"
         )
-    cache = out.open_cache(root if root is not None else tempfile.mkdtemp(prefix="stitchcache-demo-"))
+    named = out.asked("cache") is not None
+    cache = out.open_cache(None if named else tempfile.mkdtemp(prefix="stitchcache-demo-"))
     config |= {"heads": _HEADS, "vocabulary": 128}
     job: out.Record = {"config": config, "backend": backend, "cache": str(cache.root)}
     # Files that no process has read for a while cost the first one extra, whichever it is: not measured.
@@ -68,7 +69,7 @@ def demo(backend: str, runs: int, as_json: bool, root: str | None, **config: int
         "files": stats.files,
     }
     wrong = record["difference"] > TOLERANCE or set(record["hits"]) != {"direct"}
-    out.show(record, as_json, _print_demo, finding=wrong)
+    out.show(record, _print_demo, finding=wrong)
 
 
 def run_child(job: out.Record, mode: str, step: str, *, progress: bool = False) -> out.Record:

@@ -9,7 +9,7 @@ import click
 
 from stitchcache.cli import Misuse
 from stitchcache.cli import output as out
-from stitchcache.errors import AmbiguousPrefixError, StitchCacheError, StoreError
+from stitchcache.errors import StitchCacheError, StoreError
 from stitchcache.explanation import names_text, printable
 from stitchcache.options import SizeRange
 
@@ -33,15 +33,15 @@ _ORDERS = {
 @click.option("--sort", type=click.Choice(sorted(_ORDERS)), default="created", help="Order.")
 @click.option("--wide", is_flag=True, help="Show graph hashes in full.")
 @out.reading_options
-def ls(sort: str, wide: bool, as_json: bool, root: str | None, allow_missing: bool) -> None:
+def ls(sort: str, wide: bool) -> None:
     """List the entries of a cache.
 
     CALLS counts the calls of compiled pieces, BLOBS the different files behind them. SIZE is the entry with
     its blobs; a blob that entries share is counted in each of them.
     """
-    cache = out.open_cache(root, allow_missing=allow_missing)
+    cache = out.open_cache()
     entries = sorted(map(_listed, cache.entries()), key=_ORDERS[sort])
-    out.show({"root": str(cache.root), "entries": entries}, as_json, lambda found: _print_list(found, wide))
+    out.show({"root": str(cache.root), "entries": entries}, lambda found: _print_list(found, wide))
 
 
 def _listed(header: Header) -> out.Record:
@@ -106,9 +106,6 @@ def inspect(
     sizes: tuple[tuple[str, int], ...],
     imports: tuple[str, ...],
     wide: bool,
-    html: str | None,
-    as_json: bool,
-    root: str | None,
     **parts: bool,
 ) -> None:
     """Show what an entry holds; PREFIX is the beginning of its graph hash.
@@ -119,10 +116,10 @@ def inspect(
 
     --html writes one page with the stitching graph drawn, which any browser opens without a network.
     """
-    from stitchcache.report.entry import entry_record
+    from stitchcache.report.entry import entry_record, read_entry
 
-    cache = out.open_cache(root)
-    entry = _read(cache, prefix)
+    cache, html = out.open_cache(), out.asked("html")
+    entry = read_entry(cache, prefix)
     digits = 64 if wide else 12
     measured = None
     if parts["profile"]:
@@ -148,7 +145,7 @@ def inspect(
             digest = {"DIGEST": "digest"} if wide else {}
             out.print_table({"FACTOR": "name", **digest, "VALUE": "value"}, record["factors"], digits)
         if parts["signature"]:
-            click.echo("\n".join(map(printable, _signature_text(entry).splitlines())))
+            click.echo("\n".join(map(printable, entry.signature.decode("ascii", "replace").splitlines())))
         if parts["code"]:
             _print_code(entry.artifact)
         for key, files in source.items():
@@ -161,7 +158,7 @@ def inspect(
     record = {**entry_record(entry), "signature": _signature_record(entry)}
     record |= {} if measured is None else {"profile": measured}
     record |= {"source": source} if source else {}
-    out.show(record, as_json, view, finding=parts["signature"] and not entry.signature)
+    out.show(record, view, finding=parts["signature"] and not entry.signature)
 
 
 def _source(cache: Cache, entry: Entry, piece: str | None) -> dict[str, dict[str, str]]:
@@ -194,42 +191,24 @@ def _print_profile(record: out.Record, digits: int) -> None:
         out.print_table(columns, record["ops"][:20], digits)
 
 
-def _signature_text(entry: Entry) -> str:
-    from stitchcache.artifact.entry import OUTSIDE
-
-    return entry.signature.removeprefix(OUTSIDE).decode("ascii", "replace")
-
-
 def _signature_record(entry: Entry) -> out.Record | None:
     """What a signature says, and whether it is good here; ``None`` where there is none."""
     if not entry.signature:
         return None
     # Not at the top: most entries have none.
-    from stitchcache.artifact.entry import OUTSIDE, Kind, signed_digest
+    from stitchcache.artifact.entry import Kind, signed_digest
     from stitchcache.ext.sign import Keys, read_statement
 
-    said, imported = None, entry.signature.startswith(OUTSIDE)
-    signature = entry.signature.removeprefix(OUTSIDE)
+    said = None
     try:
-        said = asdict(read_statement(signature)[1])
+        said = asdict(read_statement(entry.signature)[1])
         with open(entry.path, "rb") as file:
             digest = signed_digest(file.read(), Kind.ENTRY)
-        Keys().verify(signature, "entry", entry.artifact.graph_hash, digest, path=entry.path)
+        Keys().verify(entry.signature, "entry", entry.artifact.graph_hash, digest, path=entry.path)
         problem = ""
     except (StitchCacheError, OSError) as error:
         problem = str(error)
-    return {"imported": imported, "good": not problem, "problem": problem, "statement": said}
-
-
-def _read(cache: Cache, prefix: str) -> Entry:
-    from stitchcache.report.entry import ambiguous, read_entry
-
-    try:
-        return read_entry(cache, prefix)
-    except AmbiguousPrefixError as error:
-        labels = {header.graph_hash: header.label for header in cache.entries()}
-        candidates = {key: labels.get(key, "") for key in error.candidates}
-        raise ambiguous(prefix, candidates, "graph hashes") from error
+    return {"imported": entry.imported, "good": not problem, "problem": problem, "statement": said}
 
 
 def _print_overview(cache: Cache, entry: Entry, record: out.Record, digits: int) -> None:
@@ -318,21 +297,21 @@ def _print_code(artifact: Artifact) -> None:
 @click.argument("b", shell_complete=out.complete_entry)
 @out.html_option
 @out.shared_options
-def diff(a: str, b: str, html: str | None, as_json: bool, root: str | None) -> None:
+def diff(a: str, b: str) -> None:
     """Show what tells two entries apart; A and B are the beginnings of their graph hashes.
 
     Exit status 0 says that they are the same, 1 that they differ, 2 that they cannot be compared.
     """
     from stitchcache.report.entry import compare, read_entry
 
-    cache = out.open_cache(root)
+    cache = out.open_cache()
     try:
         record = compare(read_entry(cache, a), read_entry(cache, b))
     except StitchCacheError as error:
         # As in diff(1): status 1 is kept for entries that were compared.
         raise Misuse(error.message) from error
     title = f"{record['a']['graph_hash'][:12]} and {record['b']['graph_hash'][:12]}"
-    out.show(record, as_json, _print_comparison, finding=not record["same"], html=html, title=title)
+    out.show(record, _print_comparison, finding=not record["same"], title=title)
 
 
 def _print_comparison(record: out.Record) -> None:

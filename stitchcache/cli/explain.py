@@ -26,7 +26,7 @@ _VERDICTS = {"direct": "direct hit", "miss": "miss", "off": "direct lookup is of
 @click.option("--factors", is_flag=True, help="Show all factors, and all that differ.")
 @out.html_option
 @out.shared_options
-def explain(what: str, trace: bool, factors: bool, html: str | None, as_json: bool, root: str | None) -> None:
+def explain(what: str, trace: bool, factors: bool) -> None:
     """Say why a start is warm or cold, or what a key stands for.
 
     TARGET is 'pkg.module:name' or 'path/to/file.py:name', as for prewarm: its model is built and looked up,
@@ -35,12 +35,12 @@ def explain(what: str, trace: bool, factors: bool, html: str | None, as_json: bo
 
     Exit status 1 says that a target is no direct hit, or that there is no such key.
     """
+    everything = factors or out.asked("html") is not None
     if ":" in what:
         # Read-only: what is looked at stays as it is, damaged files included.
-        record = _explain_targets(what, trace, out.open_cache(root, read_only=True))
+        record = _explain_targets(what, trace, out.open_cache(read_only=True))
         wrong = bool(record["failed"]) or any(found["verdict"] != "direct" for found in record["targets"])
-        view = partial(_print_targets, everything=factors or html is not None)
-        out.show(record, as_json, view, finding=wrong, html=html, title=what)
+        out.show(record, partial(_print_targets, everything=everything), finding=wrong, title=what)
         return
     from stitchcache.report.entry import explain_key
 
@@ -51,10 +51,10 @@ def explain(what: str, trace: bool, factors: bool, html: str | None, as_json: bo
         )
     if trace:
         raise click.UsageError("--trace needs a target: a key cannot be traced")
-    record = explain_key(out.open_cache(root), what)
-    show_key = partial(_print_key, everything=factors or html is not None)
+    record = explain_key(out.open_cache(), what)
+    show_key = partial(_print_key, everything=everything)
     title = f"{record['label'] or record['kind']} {record['key'][:12]}"
-    out.show(record, as_json, show_key, finding=bool(record["problem"]), html=html, title=title)
+    out.show(record, show_key, finding=bool(record["problem"]), title=title)
 
 
 def _explain_targets(reference: str, trace: bool, cache: Cache) -> out.Record:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import click
@@ -27,10 +27,28 @@ from stitchcache.store import (
 from stitchcache.store.probe import Level, Trial, probe, probe_lower
 from stitchcache.store.signed import keys_directory, signature_namespace
 
-_SETTINGS = (
-    *("max_size", "require", "check", "read_only", "audit", "trust", "keys", "namespace", "debug"),
-    *("remote", "remote_wait"),
-)
+
+def _remote_wait() -> float:
+    # Not at the top: few have a remote.
+    from stitchcache.remote import wait_seconds
+
+    return wait_seconds()
+
+
+_SETTINGS: dict[str, Callable[[], object]] = {
+    "max_size": max_size,
+    "require": lambda: {"nothing": False, "hit": True}.get(required(), required()),
+    "check": lambda: choice("STITCHCACHE_CHECK", CHECKS),
+    "read_only": lambda: flag("STITCHCACHE_READONLY"),
+    "audit": lambda: flag("STITCHCACHE_AUDIT"),
+    "trust": lambda: ":".join(trust_of(None, 1 + os.environ.get("STITCHCACHE_TRUST", "").count(":"))),
+    "keys": keys_directory,
+    "namespace": signature_namespace,
+    "debug": lambda: flag("STITCHCACHE_DEBUG"),
+    "remote": lambda: out.open_cache(remote=None).remote,
+    "remote_wait": _remote_wait,
+}
+"""Settings, each with what tells its value: an OptionError if its variable makes no sense."""
 # Others' variables that change what is compiled, with what, or where.
 _FOREIGN = ("CXX", "ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
 
@@ -40,18 +58,18 @@ _FOREIGN = ("CXX", "ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_
 
 @click.command()
 @out.shared_options
-def config(as_json: bool, root: str | None) -> None:
+def config() -> None:
     """Show each setting, its value and where it came from."""
-    place, *lower = map(str, out.open_cache(root).roots)
-    source = "option" if root is not None else _source("STITCHCACHE_DIR")
+    place, *lower = map(str, out.open_cache().roots)
+    source = "option" if out.asked("cache") is not None else _source("STITCHCACHE_DIR")
     settings: out.Record = {
         name: {"value": value, "source": source, "variable": "STITCHCACHE_DIR"}
         for name, value in (("root", place), ("lower_layers", lower))
     }
-    for name in _SETTINGS:
+    for name, value in _SETTINGS.items():
         variable = _variable(name)
-        settings[name] = {"value": _value(name), "source": _source(variable), "variable": variable}
-    out.show({"settings": settings}, as_json, _print_settings)
+        settings[name] = {"value": value(), "source": _source(variable), "variable": variable}
+    out.show({"settings": settings}, _print_settings)
 
 
 def _print_settings(record: out.Record) -> None:
@@ -70,27 +88,6 @@ def _variable(name: str) -> str:
     return f"STITCHCACHE_{'READONLY' if name == 'read_only' else name.upper()}"
 
 
-def _value(name: str) -> str | float | bool | None:
-    """A setting's value; an OptionError if its variable makes no sense."""
-    if name == "max_size":
-        return max_size()
-    if name == "require":
-        needed = required()
-        return needed if needed == "direct" else needed == "hit"
-    if name == "trust":
-        return ":".join(trust_of(None, 1 + os.environ.get("STITCHCACHE_TRUST", "").count(":")))
-    if name == "remote":
-        return out.open_cache(None, remote=None).remote
-    if name == "remote_wait":
-        # Not at the top: few have a remote.
-        from stitchcache.remote import wait_seconds
-
-        return wait_seconds()
-    if name in ("keys", "namespace"):
-        return keys_directory() if name == "keys" else signature_namespace()
-    return choice(_variable(name), CHECKS) if name == "check" else flag(_variable(name))
-
-
 def _source(variable: str) -> str:
     return "environment" if os.environ.get(variable, "").strip() else "default"
 
@@ -101,7 +98,7 @@ def _source(variable: str) -> str:
 @click.command()
 @click.argument("path", required=False, type=click.Path())
 @out.shared_options
-def doctor(path: str | None, as_json: bool, root: str | None) -> None:
+def doctor(path: str | None) -> None:
     """Try what a cache needs of a directory and of this machine.
 
     PATH is a cache's directory, existing or not.  [default: the cache]
@@ -109,10 +106,8 @@ def doctor(path: str | None, as_json: bool, root: str | None) -> None:
     Files are made in it for the trial, and removed again. Exit status 1 says that there is a problem; a note
     is something that stitchcache works around.
     """
-    if path is not None and root is not None:
-        raise click.UsageError("PATH and --cache name the same thing; give one of them")
     # Not through a Cache: one that cannot be opened is what this command is for.
-    named = path or root
+    named = out.one_place("PATH", path)
     place, *lower = default_roots() if named is None else split_roots(named, option="--cache")
     python = Trial(name="python", level="ok", found=sys.version.split()[0])
     try:
@@ -127,7 +122,7 @@ def doctor(path: str | None, as_json: bool, root: str | None) -> None:
         "problems": sum(trial.level == "problem" for trial in trials),
         "findings": [asdict(trial) for trial in trials],
     }
-    out.show(record, as_json, _print_trials, finding=record["problems"] != 0)
+    out.show(record, _print_trials, finding=record["problems"] != 0)
 
 
 def _print_trials(record: out.Record) -> None:
@@ -175,10 +170,8 @@ def _remote() -> Iterator[Trial]:
         meaning = ""
         try:
             if [remote.now(remote.write, name, b"probe") for _ in range(2)] != [True, False]:
-                level, meaning = (
-                    "note",
-                    "several nodes may compile one piece: it creates what is there already",
-                )
+                level = "note"
+                meaning = "several nodes may compile one piece: it creates what is there already"
             remote.now(remote.ask, "delete", name)
         except StoreError as error:
             level, meaning = "problem", f"{error.message}: starts go on without it"
@@ -222,7 +215,7 @@ def _environment() -> Iterator[Trial]:
             meaning = f"there is no such setting; 'stitchcache config' lists all of them. Unset {variable}"
         elif known.get(variable) in _SETTINGS:
             try:
-                _value(known[variable])
+                _SETTINGS[known[variable]]()
             except OptionError as error:
                 level, meaning = "problem", error.message
         shown = f"{variable}={os.environ[variable]}"

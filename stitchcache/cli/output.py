@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from stitchcache.cache import Cache
-    from stitchcache.html import Markup
 
 JSON_SCHEMA = 1
 _PAGE = "stitchcache.page"
+_ASKED = "stitchcache.asked"
 F = TypeVar("F", bound=Callable[..., Any])
 Record = dict[str, Any]
 Fields = Mapping[str, str | Callable[[Record], object]]
@@ -42,26 +42,50 @@ _RIGHT = re.compile(
 
 
 def shared_options(function: F) -> F:
-    """Add ``--json`` and ``--cache``, which every command has."""
-    cache = click.option(
-        "--cache",
-        "root",
-        metavar="DIR[:DIR...]",
-        help="The cache's directory, and layers beneath it that are only read.  [default: STITCHCACHE_DIR, "
-        "or the user's cache directory]",
+    """Add ``--json`` and ``--cache``, which nearly every command has."""
+    where = (
+        "The cache's directory, and layers beneath it that are only read.  [default: STITCHCACHE_DIR, or the "
+        "user's cache directory]"
     )
-    return json_option(cache(function))
+    return json_option(_option("--cache", metavar="DIR[:DIR...]", help=where)(function))
 
 
 def json_option(function: F) -> F:
     """Add ``--json`` alone."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+    return _option("--json", is_flag=True, help="Print JSON.")(function)
 
 
 def reading_options(function: F) -> F:
     """``shared_options`` for a command that says what a cache holds: a missing one is no empty one."""
-    allowed = click.option("--allow-missing", is_flag=True, help="Take a missing directory for an empty one.")
-    return shared_options(allowed(function))
+    said = "Take a missing directory for an empty one."
+    return shared_options(_option("--allow-missing", is_flag=True, default=False, help=said)(function))
+
+
+def html_option(function: F) -> F:
+    """Add ``--html``."""
+    return _option("--html", metavar="FILE", help="Write a page for a browser; '-' prints it.")(function)
+
+
+def _option(name: str, **settings: Any) -> Callable[[F], F]:
+    """An option that commands hand to nobody: ``open_cache`` and ``show`` look it up with :func:`asked`."""
+
+    def keep(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+        ctx.meta[f"{_ASKED}.{param.name}"] = value
+
+    return click.option(name, expose_value=False, callback=keep, **settings)
+
+
+def asked(name: str) -> Any:
+    """The value of a shared option of this command; ``None`` where it was not given, or there is none."""
+    return click.get_current_context().meta.get(f"{_ASKED}.{name}")
+
+
+def one_place(argument: str, value: str | None) -> str | None:
+    """What an argument or ``--cache`` names, where both name the same thing."""
+    root: str | None = asked("cache")
+    if value is not None and root is not None:
+        raise click.UsageError(f"{argument} and --cache name the same thing; give one of them")
+    return value or root
 
 
 def complete_entry(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -69,7 +93,8 @@ def complete_entry(ctx: click.Context, _param: click.Parameter, incomplete: str)
     from click.shell_completion import CompletionItem
 
     try:
-        entries = open_cache(ctx.params.get("root")).entries()
+        with ctx.scope(cleanup=False):
+            entries = open_cache().entries()
     except StitchCacheError:
         # A shell that completes has no place for messages.
         return []
@@ -77,11 +102,6 @@ def complete_entry(ctx: click.Context, _param: click.Parameter, incomplete: str)
     found = [entry for entry in entries if entry.graph_hash.startswith(incomplete)]
     shown = [(entry.graph_hash[: max(digits, len(incomplete))], printable(entry.label)) for entry in found]
     return [CompletionItem(prefix, help=label or None) for prefix, label in shown]
-
-
-def html_option(function: F) -> F:
-    """Add ``--html``."""
-    return click.option("--html", metavar="FILE", help="Write a page for a browser; '-' prints it.")(function)
 
 
 def write_page(path: str, text: str) -> None:
@@ -96,22 +116,21 @@ def write_page(path: str, text: str) -> None:
 
 
 def open_cache(
-    root: str | None,
-    *,
-    read_only: bool = False,
-    trust: str | None = None,
-    remote: str | None = "",
-    allow_missing: bool = True,
+    root: str | None = None, *, remote: str | None = "", exists: bool = False, **how: Any
 ) -> Cache:
-    """The cache that ``--cache`` names; without a remote, unless ``remote`` is ``None`` or a URL."""
+    """The cache at ``root`` or that ``--cache`` names; without a remote, unless ``remote`` says otherwise.
+
+    ``exists`` asks for the directory as ``reading_options`` do; ``how`` goes to the cache.
+    """
     # Not at the top: the help pages answer without it.
     from stitchcache.cache import Cache
     from stitchcache.store import split_roots
 
+    root = asked("cache") if root is None else root
     layers = None if root is None else split_roots(root, option="--cache")
-    cache = Cache(layers, read_only=read_only, trust=trust, remote=remote)
+    cache = Cache(layers, remote=remote, **how)
     missing = [place for place in cache.roots if not place.is_dir()]
-    if missing and not allow_missing:
+    if missing and (exists or asked("allow_missing") is False):
         raise OptionError(
             f"{missing[0]}: there is no such directory. If it is a mount, mount it; nothing may have been "
             "compiled yet; or name another (--cache, STITCHCACHE_DIR). --allow-missing takes it for empty.",
@@ -120,19 +139,12 @@ def open_cache(
     return cache
 
 
-def show(
-    record: Record,
-    as_json: bool,
-    view: Callable[[Record], None],
-    *,
-    finding: bool = False,
-    html: str | None = None,
-    title: str = "",
-) -> None:
+def show(record: Record, view: Callable[[Record], None], *, finding: bool = False, title: str = "") -> None:
     """Print what a command found, as JSON or by a view for people; exit status 1 if it is a finding.
 
-    With ``html``, what the view prints becomes a page under a title instead.
+    Under a title, what the view prints becomes the page that ``--html`` asks for instead.
     """
+    html = asked("html") if title else None
     if html is not None:
         from stitchcache.html import tag
         from stitchcache.report.page import page
@@ -141,7 +153,7 @@ def show(
         view(record)
         del click.get_current_context().meta[_PAGE]
         write_page(html, page(f"{title} · stitchcache", *parts))
-    if as_json:
+    if asked("json"):
         import json
 
         text = json.dumps({"schema": JSON_SCHEMA, **record}, indent=2, ensure_ascii=False)
@@ -156,22 +168,34 @@ def show(
 # -- printing --------------------------------------------------------------------------------------
 
 
-def _page() -> list[Markup] | None:
-    """The parts of the page that is made now; ``None`` where a view prints."""
+def _on_page(part: str, *content: Any, **attributes: str) -> bool:
+    """Add what a function of ``stitchcache.html`` makes to the page; False where a view prints."""
     context = click.get_current_context(silent=True)
-    return None if context is None else context.meta.get(_PAGE)
+    page = None if context is None else context.meta.get(_PAGE)
+    if page is None:
+        return False
+    from stitchcache import html
+
+    page.append(getattr(html, part)(*content, **attributes))
+    return True
 
 
 def print_line(text: str, colour: str | None = None) -> None:
     """Print a line of text."""
-    page = _page()
-    if page is None:
+    if colour is None:
+        done = _on_page("tag", "p", text)
+    else:
+        kind = {"green": "line add", "red": "line del", "cyan": "line at"}.get(colour, "line")
+        done = _on_page("tag", "code", text or " ", class_=kind)
+    if not done:
         click.echo(click.style(printable(text), fg=colour))
-        return
-    from stitchcache.html import tag
 
-    kind = {"green": "line add", "red": "line del", "cyan": "line at"}.get(colour or "", "line")
-    page.append(tag("code", text or " ", class_=kind) if colour is not None else tag("p", text))
+
+def print_keys(keys: Iterable[str], said: str) -> None:
+    """Print a key a line, and on stderr what was done with them."""
+    for key in keys:
+        click.echo(key)
+    say(said)
 
 
 def on_terminal() -> bool:
@@ -186,13 +210,8 @@ def say(text: str) -> None:
 
 def print_heading(text: str) -> None:
     """Print a section's heading."""
-    page = _page()
-    if page is None:
+    if not _on_page("tag", "h2", text):
         click.echo("\n" + click.style(printable(text), bold=True))
-        return
-    from stitchcache.html import tag
-
-    page.append(tag("h2", text))
 
 
 def print_facts(fields: Fields, record: Record, indent: str = "") -> None:
@@ -203,10 +222,7 @@ def print_facts(fields: Fields, record: Record, indent: str = "") -> None:
 
 def print_pairs(pairs: Sequence[tuple[str, str]], indent: str = "") -> None:
     """Print names and values below each other."""
-    if (page := _page()) is not None:
-        from stitchcache.html import facts
-
-        page.append(facts(pairs))
+    if _on_page("facts", pairs):
         return
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
@@ -216,26 +232,17 @@ def print_pairs(pairs: Sequence[tuple[str, str]], indent: str = "") -> None:
 def print_table(fields: Fields, records: Iterable[Record], digits: int = 12) -> None:
     """Print a line a record: plain text in full, or bold titles and lines that fit the terminal."""
     lines = [[cell(field, record, digits) for field in fields.values()] for record in records]
-    if (page := _page()) is not None:
-        from stitchcache.html import table
-
-        page.append(table(list(fields), lines))
+    if _on_page("table", list(fields), lines):
         return
     if on_terminal():
         _print_rich(list(fields), lines)
         return
     lines.insert(0, list(fields))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    numbers = [_RIGHT.fullmatch(title) is not None for title in fields]
-    aligned = [
-        [
-            text.rjust(width) if number else text.ljust(width)
-            for text, width, number in zip(line, widths, numbers, strict=True)
-        ]
-        for line in lines
-    ]
+    sides = [">" if _RIGHT.fullmatch(title) else "<" for title in fields]
+    layout = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
     # At once: each echo is flushed.
-    click.echo("\n".join("  ".join(line).rstrip() for line in aligned))
+    click.echo("\n".join(layout.format(*line).rstrip() for line in lines))
 
 
 def _print_rich(titles: list[str], lines: list[list[str]]) -> None:

@@ -40,7 +40,7 @@ def machine() -> None:
     "--target", "target", metavar="TARGET", help="Check the direct hit of such targets; imports torch."
 )
 @out.shared_options
-def check(source: str | None, node: str, target: str | None, as_json: bool, root: str | None) -> None:
+def check(source: str | None, node: str, target: str | None) -> None:
     """Say for each entry whether it will hit on another machine, and which factor stands in the way.
 
     SOURCE is a cache's directory or a bundle.  [default: the cache]
@@ -51,17 +51,15 @@ def check(source: str | None, node: str, target: str | None, as_json: bool, root
     # Not at the top: the help page answers without it.
     from stitchcache.report.preflight import preflight, read_machine, verdict_record
 
-    if source is not None and root is not None:
-        raise click.UsageError("SOURCE and --cache name the same thing; give one of them")
-    there = read_machine(node)
+    place, there = out.one_place("SOURCE", source), read_machine(node)
     if target is not None:
-        found = list(_check_targets(target, there, root or source))
+        found = list(_check_targets(target, there, place))
     else:
-        verdicts = preflight(source or out.open_cache(root, read_only=True, allow_missing=False), there)
+        verdicts = preflight(source or out.open_cache(read_only=True, exists=True), there)
         found = [verdict_record(verdict) for verdict in verdicts]
     missed = sum(not each["hit"] for each in found)
     kind, view = ("entries", _print_entries) if target is None else ("targets", _print_targets)
-    out.show({kind: found, "missed": missed}, as_json, view, finding=missed > 0 or not found)
+    out.show({kind: found, "missed": missed}, view, finding=missed > 0 or not found)
 
 
 def _check_targets(reference: str, there: Machine, root: str | None) -> Iterator[out.Record]:
@@ -69,7 +67,7 @@ def _check_targets(reference: str, there: Machine, root: str | None) -> Iterator
     from stitchcache.api.prewarm import find_targets
     from stitchcache.report.preflight import check_target
 
-    cache = out.open_cache(root, read_only=True, allow_missing=False)
+    cache = out.open_cache(root, read_only=True, exists=True)
     for each in find_targets(reference):
         try:
             yield check_target(each, cache, there)

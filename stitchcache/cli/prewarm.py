@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,7 +12,6 @@ from stitchcache.cli import output as out
 
 if TYPE_CHECKING:
     from stitchcache.api.prewarm import PrewarmResult
-    from stitchcache.pipeline.find import Progress
 
 _STATUS = {"direct": "hit direct", "graph": "hit graph"}
 
@@ -37,17 +36,7 @@ def _shard(_ctx: click.Context, _param: click.Parameter, value: str | None) -> t
 @click.option("--keep-sources", is_flag=True, help="Keep the C++ or Triton of pieces for inspect --source.")
 @click.option("-v", "--verbose", is_flag=True, help="Say why each target was a hit or a miss.")
 @out.shared_options
-def prewarm(
-    references: tuple[str, ...],
-    jobs: int | None,
-    require: bool,
-    fake: bool,
-    shard: tuple[int, int] | None,
-    keep_sources: bool,
-    verbose: bool,
-    as_json: bool,
-    root: str | None,
-) -> None:
+def prewarm(references: tuple[str, ...], require: bool, verbose: bool, **how: Any) -> None:
     """Compile targets that are not in the cache yet.
 
     REF is 'pkg.module:name' or 'path/to/file.py:name', where name is a stitchcache.Target, a list of them, or
@@ -57,46 +46,36 @@ def prewarm(
     With --shard each of N processes compiles pieces that no other does. Then the same command without
     --shard, in a cache that has the pieces of all, stores the entries.
     """
-    cache = out.open_cache(root, remote=None)
+    cache = out.open_cache(remote=None)
     if verbose:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("stitchcache").setLevel(logging.INFO)
     # Not at the top: it imports torch, and the help page answers without it.
     from stitchcache.api import prewarm as api
     from stitchcache.api.prewarm import check_names, find_targets, looked_up
-    from stitchcache.api.progress import progress_shown
+    from stitchcache.api.progress import bar
+    from stitchcache.pipeline.find import Progress
     from stitchcache.store.sources import unkept
 
     targets = [target for reference in references for target in find_targets(reference)]
     check_names(targets)
+    how["on_miss"] = "error" if require else "compile"
     found = []
-    with progress_shown() as update:
-
-        def on_progress(progress: Progress) -> None:
-            update(progress.target, progress.stage, progress.done, progress.total, progress.left)
-
+    with bar() as told:
         for target in targets:
-            update(target.name, "build")
-            (result,) = api.prewarm(
-                target,
-                jobs=jobs,
-                cache=cache,
-                on_miss="error" if require else "compile",
-                on_progress=on_progress,
-                fake=fake,
-                shard=shard,
-                keep_sources=keep_sources,
-            ).results
+            told(Progress(target=target.name, stage="build"))
+            (result,) = api.prewarm(target, cache=cache, on_progress=told, **how).results
             status = _STATUS.get(result.status, result.status)
-            update(target.name, f"{status} in {out.seconds_text(result.seconds)}")
+            told(Progress(target=target.name, stage=f"{status} in {out.seconds_text(result.seconds)}"))
             found.append(result)
     records = [_record(result) for result in looked_up(found, cache)]
-    for artifact in (cache.get(each["graph_hash"]) for each in records if keep_sources and each["stored"]):
+    stored = [each["graph_hash"] for each in records if how["keep_sources"] and each["stored"]]
+    for artifact in map(cache.get, stored):
         if artifact is not None and unkept(artifact, cache):
             short = artifact.graph_hash[:12]
             out.say(f"{artifact.label}: compiled before without its source; 'stitchcache rm {short}' first")
     failed = any(target["error"] is not None for target in records)
-    out.show({"root": str(cache.root), "targets": records}, as_json, _print_targets, finding=failed)
+    out.show({"root": str(cache.root), "targets": records}, _print_targets, finding=failed)
 
 
 def _record(result: PrewarmResult) -> out.Record:

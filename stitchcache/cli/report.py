@@ -13,7 +13,7 @@ _MOST = 20
 @click.option("--all", "everything", is_flag=True, help="Show all entries, not only the largest.")
 @out.html_option
 @out.reading_options
-def report(everything: bool, html: str | None, as_json: bool, root: str | None, allow_missing: bool) -> None:
+def report(everything: bool) -> None:
     """Tell what takes space in a cache, what entries share, how often it was hit, and what nobody used.
 
     A use is noted an hour after the last one at the soonest, so uses in an entry's first hour do not count.
@@ -22,9 +22,9 @@ def report(everything: bool, html: str | None, as_json: bool, root: str | None, 
     """
     from stitchcache.report.whole import cache_report
 
-    record = cache_report(out.open_cache(root, allow_missing=allow_missing))
-    whole = everything or html is not None
-    out.show(record, as_json, lambda found: _print_report(found, whole), html=html, title=record["root"])
+    record = cache_report(out.open_cache())
+    whole = everything or out.asked("html") is not None
+    out.show(record, lambda found: _print_report(found, whole), title=record["root"])
 
 
 def _print_report(record: out.Record, whole: bool) -> None:

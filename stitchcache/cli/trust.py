@@ -10,7 +10,7 @@ import click
 
 from stitchcache.cli import Failure, Misuse
 from stitchcache.cli import output as out
-from stitchcache.cli.upkeep import age_option
+from stitchcache.cli.upkeep import age
 from stitchcache.errors import EntryFormatError
 
 if TYPE_CHECKING:
@@ -39,16 +39,16 @@ def keys() -> None:
 @keys.command()
 @click.argument("name")
 @out.json_option
-def generate(name: str, as_json: bool) -> None:
+def generate(name: str) -> None:
     """Make a key pair, and trust it; NAME is what the signer is called, such as ci@example.com."""
     found = _keys()
     record = {"directory": found.directory, "name": name, "fingerprint": found.generate(name)}
-    out.show(record, as_json, lambda _: click.echo(f"{found.path('id')}: {name} {record['fingerprint']}"))
+    out.show(record, lambda _: click.echo(f"{found.path('id')}: {name} {record['fingerprint']}"))
 
 
 @keys.command("list")
 @out.json_option
-def list_keys(as_json: bool) -> None:
+def list_keys() -> None:
     """List who may sign."""
     from stitchcache.ext.openssh import fingerprint
 
@@ -71,7 +71,7 @@ def list_keys(as_json: bool) -> None:
         "can_sign": found.can_sign(),
         "signers": signers,
     }
-    out.show(record, as_json, _print_signers)
+    out.show(record, _print_signers)
 
 
 def _print_signers(record: out.Record) -> None:
@@ -100,7 +100,7 @@ def _moment(seconds: float | None) -> str:
 @click.option("--valid-after", metavar="TIME", help="YYYYMMDD or YYYYMMDDHHMM, with a Z for UTC.")
 @click.option("--valid-before", metavar="TIME", help="The same.")
 @out.json_option
-def trust(public_key: str, name: str | None, as_json: bool, **limits: str | None) -> None:
+def trust(public_key: str, name: str | None, **limits: str | None) -> None:
     """Trust a key: PUBLIC_KEY is a file such as id.pub."""
     from stitchcache.ext.openssh import fingerprint
 
@@ -113,13 +113,13 @@ def trust(public_key: str, name: str | None, as_json: bool, **limits: str | None
         raise Misuse(f"{found.path('revoked_keys')}: {named}'s key is revoked; remove its line there first")
     found.trust(public, named, {option.replace("_", "-"): value for option, value in limits.items()})
     record = {"directory": found.directory, "name": named, "fingerprint": fingerprint(public)}
-    out.show(record, as_json, lambda _: click.echo(f"trusted: {named} {record['fingerprint']}"))
+    out.show(record, lambda _: click.echo(f"trusted: {named} {record['fingerprint']}"))
 
 
 @keys.command()
 @click.argument("signer")
 @out.json_option
-def revoke(signer: str, as_json: bool) -> None:
+def revoke(signer: str) -> None:
     """Revoke a key; SIGNER is a name in allowed_signers, a fingerprint, or a file such as id.pub.
 
     What it signed is not loaded any more.
@@ -135,9 +135,7 @@ def revoke(signer: str, as_json: bool) -> None:
     for public in known:
         found.revoke(public)
     record = {"directory": found.directory, "revoked": sorted(map(fingerprint, known))}
-    out.show(
-        record, as_json, lambda _: click.echo("\n".join(f"revoked: {each}" for each in record["revoked"]))
-    )
+    out.show(record, lambda _: click.echo("\n".join(f"revoked: {each}" for each in record["revoked"])))
 
 
 def _read_key(path: str) -> tuple[bytes, str]:
@@ -159,7 +157,7 @@ def _read_key(path: str) -> tuple[bytes, str]:
 @click.argument("prefixes", metavar="[PREFIX]...", nargs=-1)
 @click.option("--days", type=click.FloatRange(min=0, min_open=True), default=365, help="How long it is good.")
 @out.shared_options
-def sign(prefixes: tuple[str, ...], days: float, as_json: bool, root: str | None) -> None:
+def sign(prefixes: tuple[str, ...], days: float) -> None:
     """Sign entries, with what leads to them; without a PREFIX all entries of the cache.
 
     Only what nobody but you could have written is signed, and what was imported with a good signature.
@@ -167,15 +165,10 @@ def sign(prefixes: tuple[str, ...], days: float, as_json: bool, root: str | None
     # Not at the top: it needs an extra.
     from stitchcache.ext.export import sign as sign_entries
 
-    cache = out.open_cache(root, trust="owner")
+    cache = out.open_cache(trust="owner")
     signed = sign_entries(cache, [cache.find(prefix) for prefix in prefixes], seconds=days * 86400)
-
-    def view(_record: out.Record) -> None:
-        for graph_hash in signed:
-            click.echo(graph_hash)
-        out.say(f"signed {out.count_text(len(signed), 'entry')} in {cache.root}")
-
-    out.show({"root": str(cache.root), "signed": signed}, as_json, view)
+    said = f"signed {out.count_text(len(signed), 'entry')} in {cache.root}"
+    out.show({"root": str(cache.root), "signed": signed}, lambda _: out.print_keys(signed, said))
 
 
 # -- bundles ---------------------------------------------------------------------------------------
@@ -183,8 +176,9 @@ def sign(prefixes: tuple[str, ...], days: float, as_json: bool, root: str | None
 
 def _choosing(function: out.F) -> out.F:
     """Add what chooses entries that are to leave a cache."""
+    recent = "Only entries compiled at most so long ago, such as 30d."
     for add in (
-        age_option("--max-age", help="Only entries compiled at most so long ago, such as 30d."),
+        click.option("--max-age", callback=age, metavar="AGE", help=recent),
         click.option("--target", metavar="KEY", help="Only entries that a target key beginning so leads to."),
         click.option("--label", help="Only entries with such a label; * and ? stand for others."),
         click.argument("prefixes", metavar="[PREFIX]...", nargs=-1),
@@ -197,41 +191,38 @@ def _choosing(function: out.F) -> out.F:
 @click.argument("file", type=click.Path())
 @_choosing
 @out.shared_options
-def export(file: str, prefixes: tuple[str, ...], as_json: bool, root: str | None, **only: Any) -> None:
+def export(file: str, prefixes: tuple[str, ...], **only: Any) -> None:
     """Write entries to a signed bundle; without a PREFIX all entries of the cache."""
     # Not at the top: it needs an extra.
     from stitchcache.ext.export import export_bundle
 
-    cache = out.open_cache(root)
+    cache = out.open_cache()
     made = export_bundle(cache, file, [cache.find(prefix) for prefix in prefixes], **only)
     record = {"root": str(cache.root), "file": file, **asdict(made)}
-    out.show(record, as_json, lambda _: _print_bundle(record, "wrote"))
+    out.show(record, lambda _: _print_bundle(record, "wrote"))
 
 
 @click.command("import")
 @click.argument("file", type=click.Path())
 @out.shared_options
-def import_(file: str, as_json: bool, root: str | None) -> None:
+def import_(file: str) -> None:
     """Store the entries of a bundle that a trusted key has signed.
 
     The bundle is refused whole if any part of it is wrong. Entries that are there already stay.
     """
     from stitchcache.ext.bundle import import_bundle
 
-    cache = out.open_cache(root)
+    cache = out.open_cache()
     record = {"root": str(cache.root), "file": file, **asdict(import_bundle(cache, file))}
-    out.show(record, as_json, lambda _: _print_bundle(record, "read"))
+    out.show(record, lambda _: _print_bundle(record, "read"))
 
 
 def _print_bundle(record: out.Record, what: str) -> None:
-    for graph_hash in record["entries"]:
-        click.echo(graph_hash + (" (there already)" if graph_hash in record["kept"] else ""))
-    entries, targets = (
-        out.count_text(number, one)
-        for number, one in ((len(record["entries"]), "entry"), (record["targets"], "target record"))
-    )
-    size = out.size_text(record["bytes"])
-    out.say(f"{what} {record['file']}: {entries}, {targets}, {size}, signed by {record['signer']}")
+    keys = [key + (" (there already)" if key in record["kept"] else "") for key in record["entries"]]
+    entries = out.count_text(len(keys), "entry")
+    targets, size = out.count_text(record["targets"], "target record"), out.size_text(record["bytes"])
+    said = f"{what} {record['file']}: {entries}, {targets}, {size}, signed by {record['signer']}"
+    out.print_keys(keys, said)
 
 
 # -- images ----------------------------------------------------------------------------------------
@@ -252,7 +243,7 @@ def image() -> None:
     help="'vllm' names directories and labels for extractors that know no other.",
 )
 @out.shared_options
-def build(directory: str, prefixes: tuple[str, ...], as_json: bool, root: str | None, **how: Any) -> None:
+def build(directory: str, prefixes: tuple[str, ...], **how: Any) -> None:
     """Write entries to DIRECTORY in OCI's image layout; without a PREFIX all entries of the cache.
 
     The same entries give the same bytes. With a key of yours, they are signed.
@@ -260,16 +251,12 @@ def build(directory: str, prefixes: tuple[str, ...], as_json: bool, root: str | 
     # Not at the top: the help pages answer without it.
     from stitchcache.ext.image import build_image
 
-    cache = out.open_cache(root, allow_missing=False)
+    cache = out.open_cache(exists=True)
     made = build_image(cache, directory, [cache.find(prefix) for prefix in prefixes], **how)
     record = {"root": str(cache.root), "directory": directory, **asdict(made)}
-
-    def view(_record: out.Record) -> None:
-        click.echo(made.digest)
-        entries = out.count_text(len(made.entries), "entry")
-        out.say(f"wrote {directory}: {entries}, {out.size_text(made.bytes)} compressed")
-
-    out.show(record, as_json, view)
+    entries = out.count_text(len(made.entries), "entry")
+    said = f"wrote {directory}: {entries}, {out.size_text(made.bytes)} compressed"
+    out.show(record, lambda _: out.print_keys([made.digest], said))
 
 
 @image.command("push")
@@ -277,7 +264,7 @@ def build(directory: str, prefixes: tuple[str, ...], as_json: bool, root: str | 
 @click.argument("reference")
 @click.option("--insecure", is_flag=True, help="Take a registry without TLS, or with an unknown certificate.")
 @out.json_option
-def push_image(directory: str, reference: str, insecure: bool, as_json: bool) -> None:
+def push_image(directory: str, reference: str, insecure: bool) -> None:
     """Copy the image in DIRECTORY to a registry; REFERENCE is such as registry.example.com/team/cache:1.
 
     It needs skopeo, and logs in as skopeo does. What is printed names the image by its digest.
@@ -286,7 +273,7 @@ def push_image(directory: str, reference: str, insecure: bool, as_json: bool) ->
 
     pushed = push_directory(directory, reference, insecure=insecure)
     record = {"directory": directory, "pushed": pushed}
-    out.show(record, as_json, lambda _: click.echo(pushed))
+    out.show(record, lambda _: click.echo(pushed))
 
 
 # -- remotes ---------------------------------------------------------------------------------------
@@ -317,23 +304,15 @@ def pull(**how: Any) -> None:
     _move("pull", "fetched", **how)
 
 
-def _move(
-    verb: str,
-    done: str,
-    prefixes: tuple[str, ...],
-    remote: str | None,
-    as_json: bool,
-    root: str | None,
-    **only: Any,
-) -> None:
+def _move(verb: str, done: str, prefixes: tuple[str, ...], remote: str | None, **only: Any) -> None:
     # Not at the top: it needs an extra.
     from stitchcache.ext import export as moves
 
-    cache = out.open_cache(root, remote=remote)
+    cache = out.open_cache(remote=remote)
     keys = prefixes if verb == "pull" else [cache.find(prefix) for prefix in prefixes]
     found = getattr(moves, verb)(cache, keys, on_progress=lambda said: out.say(said), **only)
     words = {True: done, False: "there already"}
     entries = {key: how if isinstance(how, str) else words[how] for key, how in found.items()}
     record = {"root": str(cache.root), "remote": cache.remote, "entries": entries}
     failed = any(isinstance(how, str) for how in found.values())
-    out.show(record, as_json, lambda _: out.print_pairs(list(entries.items())), finding=failed)
+    out.show(record, lambda _: out.print_pairs(list(entries.items())), finding=failed)

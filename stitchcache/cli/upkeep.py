@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -27,18 +26,16 @@ _NOT_DONE = "Nothing was removed. Repeat with --yes to remove it."
 @click.option("--repair", is_flag=True, help="Move damaged files to quarantine; remove what leads nowhere.")
 @click.option("--require-signature", is_flag=True, help="Report what no trusted key has signed.")
 @out.reading_options
-def verify(
-    repair: bool, require_signature: bool, as_json: bool, root: str | None, allow_missing: bool
-) -> None:
+def verify(repair: bool, require_signature: bool) -> None:
     """Check every byte of a cache.
 
     Exit status 1 says that something is wrong and was not repaired. What went to quarantine is compiled
     again when it is next asked for.
     """
-    cache = out.open_cache(root, allow_missing=allow_missing)
+    cache = out.open_cache()
     report = cache.verify(repair=repair, require_signature=require_signature)
     record = {"root": str(cache.root), "clean": report.clean, **asdict(report)}
-    out.show(record, as_json, _print_findings, finding=not report.clean)
+    out.show(record, _print_findings, finding=not report.clean)
 
 
 def _print_findings(record: out.Record) -> None:
@@ -63,7 +60,7 @@ def _size(_ctx: click.Context, param: click.Parameter, value: str | None) -> int
         raise click.BadParameter(error.message) from error
 
 
-def _age(_ctx: click.Context, _param: click.Parameter, value: str | None) -> float | None:
+def age(_ctx: click.Context, _param: click.Parameter, value: str | None) -> float | None:
     """Seconds in a text such as ``30d``."""
     if value is None:
         return None
@@ -71,11 +68,6 @@ def _age(_ctx: click.Context, _param: click.Parameter, value: str | None) -> flo
     if match is None:
         raise click.BadParameter(f"{value!r} is no age; write a number with s, m, h, d or w, such as 30d")
     return float(match[1]) * _UNITS[match[2]]
-
-
-def age_option(name: str, help: str) -> Callable[[out.F], out.F]:
-    """An option that is an age."""
-    return click.option(name, callback=_age, metavar="AGE", help=help)
 
 
 @click.command()
@@ -87,19 +79,19 @@ def age_option(name: str, help: str) -> Callable[[out.F], out.F]:
     help="Bytes to keep, such as 10G.  [default: STITCHCACHE_MAX_SIZE]",
 )
 @click.option("--max-files", type=click.IntRange(min=0), help="Files that may stay.")
-@age_option("--max-age", help="Entries unused for longer go, such as 30d.")
+@click.option("--max-age", callback=age, metavar="AGE", help="Entries unused for longer go, such as 30d.")
 @click.option("--yes", is_flag=True, help="Do it.")
 @out.reading_options
-def prune(yes: bool, as_json: bool, root: str | None, allow_missing: bool, **limits: Any) -> None:
+def prune(yes: bool, **limits: Any) -> None:
     """Remove what is over the limits, least recently used first, and what nothing needs any more.
 
     Prints what would go; nothing is removed without --yes. Entries in use stay.
     """
-    cache = out.open_cache(root, allow_missing=allow_missing)
+    cache = out.open_cache()
     plan = cache.plan_prune(**limits)
     record: out.Record = {"root": str(cache.root), "plan": _plan_record(plan)}
     record["done"] = asdict(plan.execute()) if yes else None
-    out.show(record, as_json, _print_pruned, finding=_incomplete(record))
+    out.show(record, _print_pruned, finding=_incomplete(record))
 
 
 def _plan_record(plan: PrunePlan) -> out.Record:
@@ -138,9 +130,9 @@ def _print_pruned(record: out.Record) -> None:
 @click.command()
 @click.option("--yes", is_flag=True, help="Do it.")
 @out.reading_options
-def clear(yes: bool, as_json: bool, root: str | None, allow_missing: bool) -> None:
+def clear(yes: bool) -> None:
     """Remove everything from a cache but what is in use. Nothing is removed without --yes."""
-    cache = out.open_cache(root, allow_missing=allow_missing)
+    cache = out.open_cache()
     held = cache.stats()
     done = asdict(cache.clear()) if yes else None
     record = {"root": str(cache.root), "files": held.files, "bytes": held.bytes, "done": done}
@@ -152,7 +144,7 @@ def clear(yes: bool, as_json: bool, root: str | None, allow_missing: bool) -> No
             files = f"{out.count_text(held.files, 'file')} in all, {out.size_text(held.bytes)}"
             click.echo(f"{cache.root} holds {out.count_text(held.entries, 'entry')}, {files}.\n{_NOT_DONE}")
 
-    out.show(record, as_json, view, finding=_incomplete(record))
+    out.show(record, view, finding=_incomplete(record))
 
 
 def _incomplete(record: out.Record) -> bool:
@@ -175,13 +167,13 @@ def _print_removed(record: out.Record) -> None:
 @click.command()
 @click.argument("prefixes", metavar="PREFIX...", nargs=-1, required=True, shell_complete=out.complete_entry)
 @out.shared_options
-def rm(prefixes: tuple[str, ...], as_json: bool, root: str | None) -> None:
+def rm(prefixes: tuple[str, ...]) -> None:
     """Remove entries, by the beginnings of their graph hashes, and what nothing needs any more then.
 
     That is the targets that lead to no other entry, and blobs and pieces that no other entry has. Nothing is
     removed where one PREFIX names no entry, or several. Entries in use stay.
     """
-    cache = out.open_cache(root)
+    cache = out.open_cache()
     wanted = dict.fromkeys(map(cache.find, prefixes))
     done = cache.remove(list(wanted))
     record: out.Record = {"root": str(cache.root), "done": asdict(done)}
@@ -189,22 +181,17 @@ def rm(prefixes: tuple[str, ...], as_json: bool, root: str | None) -> None:
     why = "a file of it cannot be removed" if done.failed else "it is in a lower layer"
     for key in () if done.busy else left:
         out.say(f"entry {key[:12]} stayed: {'it is in use' if key in done.in_use else why}")
-    out.show(record, as_json, _print_removed, finding=bool(left) or _incomplete(record))
+    out.show(record, _print_removed, finding=bool(left) or _incomplete(record))
 
 
 @click.command()
 @out.reading_options
-def migrate(as_json: bool, root: str | None, allow_missing: bool) -> None:
+def migrate() -> None:
     """Rewrite entries of older formats; each old file goes once its successor is stored."""
-    cache = out.open_cache(root, allow_missing=allow_missing)
+    cache = out.open_cache()
     done = cache.migrate()
-
-    def view(_record: out.Record) -> None:
-        for graph_hash in done:
-            click.echo(graph_hash)
-        out.say(f"rewrote {out.count_text(len(done), 'entry')} in {cache.root}")
-
-    out.show({"root": str(cache.root), "migrated": done}, as_json, view)
+    said = f"rewrote {out.count_text(len(done), 'entry')} in {cache.root}"
+    out.show({"root": str(cache.root), "migrated": done}, lambda _: out.print_keys(done, said))
 
 
 # -- stats -----------------------------------------------------------------------------------------
@@ -214,24 +201,24 @@ def migrate(as_json: bool, root: str | None, allow_missing: bool) -> None:
 @click.option("--prometheus", is_flag=True, help="Print Prometheus' text format.")
 @click.option("--remote", is_flag=True, help="Show what the remote holds instead; lists all of it.")
 @out.reading_options
-def stats(prometheus: bool, remote: bool, as_json: bool, root: str | None, allow_missing: bool) -> None:
+def stats(prometheus: bool, remote: bool) -> None:
     """Show what a cache holds, and its hits and misses."""
-    if prometheus and (as_json or remote):
+    if prometheus and (out.asked("json") or remote):
         raise click.UsageError("--prometheus goes neither with --json, which is another format, nor --remote")
     if remote:
-        _remote_stats(as_json)
+        _remote_stats()
         return
-    cache = out.open_cache(root, allow_missing=allow_missing)
+    cache = out.open_cache()
     found = cache.stats()
     if prometheus:
         click.echo(found.prometheus(), nl=False)
     else:
-        out.show({"root": str(cache.root), **asdict(found)}, as_json, _print_stats)
+        out.show({"root": str(cache.root), **asdict(found)}, _print_stats)
 
 
-def _remote_stats(as_json: bool) -> None:
+def _remote_stats() -> None:
     """Objects and bytes of a remote, by area."""
-    cache, areas = out.open_cache(None, remote=None), dict[str, list[int]]()
+    cache, areas = out.open_cache(remote=None), dict[str, list[int]]()
     if not cache.remote:
         raise OptionError("STITCHCACHE_REMOTE is not set, so there is no remote", option="remote")
     remote = cache.tier.remote
@@ -239,7 +226,7 @@ def _remote_stats(as_json: bool) -> None:
         areas.setdefault(name.partition("/")[0], []).append(size)
     rows = [{"area": name, "objects": len(some), "bytes": sum(some)} for name, some in areas.items()]
     columns: out.Fields = {"AREA": "area", "ENTRIES": "objects", "SIZE": "bytes"}
-    out.show({"remote": cache.remote, "areas": rows}, as_json, lambda _: out.print_table(columns, rows))
+    out.show({"remote": cache.remote, "areas": rows}, lambda _: out.print_table(columns, rows))
 
 
 def _print_stats(record: out.Record) -> None:

@@ -10,6 +10,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import MAGIC_NUMBER
 from typing import Any
 
@@ -165,10 +166,9 @@ def bind_execution_fn(
     compiled = objects.get(filename, checked_as) if not missing else None
     function = None
     if compiled is not None:
-        try:
+        # It may need an op that this process lacks: the gate says which.
+        with suppress(AttributeError):
             function = _run(compiled, submods, table)
-        except AttributeError:
-            pass  # It needs an op that this process lacks: the gate says which.
     if function is None:
         # Imported where it is needed: most warm starts find the code object.
         from stitchcache.codegen.gate import check_code

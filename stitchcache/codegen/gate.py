@@ -59,9 +59,8 @@ def check_code(code: str, submods: int, consts: int) -> tuple[ast.Module, bool, 
         raise
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None) or 0
-        raise EntryFormatError(
-            f"line {line} of the code cannot be read: {error}", field=f"code, line {line}", reason=str(error)
-        ) from error
+        said = f"line {line} of the code cannot be read: {error}"
+        raise EntryFormatError(said, field=f"code, line {line}", reason=str(error)) from error
     return tree, is_bound, gate.used
 
 
@@ -89,10 +88,8 @@ def _functions(tree: ast.Module) -> list[ast.FunctionDef]:
 
 def _statements(node: ast.Module | ast.FunctionDef) -> list[ast.stmt]:
     """The statements of a module or function, without its docstring."""
-    match node.body:
-        case [ast.Expr(value=ast.Constant(value=str())), *rest]:
-            return rest
-    return node.body
+    documented = ast.get_docstring(node, clean=False) is not None
+    return node.body[1:] if documented else node.body
 
 
 class _Gate:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from itertools import groupby
+from dataclasses import dataclass, field
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from stitchcache.torchside.ops import OpOverload, schema_of
 
 _GRAPH_HASH = re.compile(r"[0-9A-Za-z_.:-]*\Z")
 _VARIABLE = re.compile("\0([^\0]*)\0")
+# Literals as a whole (written with escapes), brackets, and commas at which a line may be broken.
+_TOKEN = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[(\[{]|[)\]}]|,(?= )""")
 _NAME = r"\1"
 _INDENT = "    "
 _WIDTH = 96
@@ -74,7 +77,7 @@ def generate_execution_code(
         raise OptionError(f"graph_hash is {graph_hash!r}, which is no hash.", option="graph_hash")
     scope = Scope()
     parameters, names = _parameters(split_gm.graph, scope)
-    lowering = Lowering(split_gm, scope, boxed, results or {}, describe)
+    lowering = Lowering(split_gm, scope, frozenset(boxed), results or {}, describe)
     output = lowering.run(split_gm.graph, "")
     result = "None" if output is None else scope.text(output, output.args[0], "args[0]")
     graph = f"graph {graph_hash}" if graph_hash else "a graph"
@@ -110,25 +113,18 @@ class Statement(NamedTuple):
     effect: bool = True  # runs even if nobody needs its values
 
 
+@dataclass(slots=True)
 class Lowering:
     """Turns a graph, and the graphs of the modules that it inlines, into statements."""
 
-    def __init__(
-        self,
-        root: GraphModule,
-        scope: Scope,
-        boxed: Collection[str],
-        results: Mapping[str, int],
-        describe: Callable[[Node], str] | None = None,
-    ) -> None:
-        self._root = root
-        self._results = results
-        self._scope = scope
-        self._boxed = frozenset(boxed)
-        self.pieces: set[str] = set()
-        self.statements: list[Statement] = []
-        self._describe = describe
-        self.described: dict[str, str] = {}  # what the value of a name is
+    _root: GraphModule
+    _scope: Scope
+    _boxed: Collection[str]
+    _results: Mapping[str, int]
+    _describe: Callable[[Node], str] | None
+    pieces: set[str] = field(default_factory=set)
+    statements: list[Statement] = field(default_factory=list)
+    described: dict[str, str] = field(default_factory=dict)  # what the value of a name is
 
     def run(self, graph: Graph, prefix: str) -> Node | None:
         """Lower every node but the placeholders, which the scope knows; gives the output node, if any."""
@@ -271,12 +267,10 @@ class Lowering:
         return True
 
     def _get_attr(self, node: Node, qualified_name: str) -> None:
-        name = qualified_name.rpartition(".")[2]
-        owner: Any = None
-        value: Any = self._root
+        path, _, name = qualified_name.rpartition(".")
         try:
-            for step in qualified_name.split("."):
-                owner, value = value, getattr(value, step)
+            owner = operator.attrgetter(path)(self._root) if path else self._root
+            value: Any = getattr(owner, name)
         except AttributeError as error:
             raise refusal(node, "target", f"is {qualified_name!r}, which is no attribute.") from error
         is_buffer = isinstance(owner, torch.nn.Module) and owner._buffers.get(name) is not None
@@ -382,8 +376,7 @@ def _body_lines(
         backwards.append(_statement_lines(statement, live, last, described))
     unused = [name for name in parameters if name not in needed]
     lines = [f"{_INDENT}del {', '.join(unused)}"] if unused else []
-    for written in reversed(backwards):
-        lines += written
+    lines += chain.from_iterable(reversed(backwards))
     return [*lines, *_folded(f"{_INDENT}return {_VARIABLE.sub(_NAME, result)}")]
 
 
@@ -410,25 +403,21 @@ def _listed(names: Collection[str]) -> str:
 
 def _folded(line: str) -> list[str]:
     """A line, broken at commas between brackets where it is too long to read."""
-    start = len(line) - len(line.lstrip())
+    start, depth = len(line) - len(line.lstrip()), 0
+    places = []
+    for token in _TOKEN.finditer(line):
+        depth += (token[0] in "([{") - (token[0] in ")]}")
+        if token[0] == "," and depth:
+            places.append(token.end())
     lines: list[str] = []
-    begin, depth, quote, place = 0, 0, "", 0
-    best = 0
-    while place < len(line):
-        char = line[place]
-        if quote:
-            # Literals are written with escapes: a quote of the other kind is part of the text.
-            place += char == "\\"
-            quote = "" if char == quote else quote
-        elif char in "'\"":
-            quote = char
-        else:
-            depth += (char in "([{") - (char in ")]}")
-            best = place + 1 if char == "," and depth and line[place + 1 : place + 2] == " " else best
-        place += 1
-        if place - begin + (0 if not lines else start + 8) > _WIDTH and best > begin:
+    begin = best = 0
+    for place in (*places, len(line)):
+        # A comma may stand where the line is full.
+        room = _WIDTH + (place < len(line)) - (start + 8 if lines else 0)
+        if place - begin > room and best > begin:
             lines.append(line[begin:best].strip())
             begin = best
+        best = place
     lines.append(line[begin:].strip())
     return [" " * (start if index == 0 else start + 8) + text for index, text in enumerate(lines)]
 

@@ -10,6 +10,7 @@ import builtins
 import keyword
 import operator
 import types
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -180,24 +181,17 @@ def _resolve_torch(path: Path) -> Any:
 def path_of(target: Any) -> Path | None:
     """Find a dotted path that `resolve` follows to exactly this op, function, method or class."""
     for path in _candidates(target):
-        try:
+        with suppress(NotAllowedError, LinkError):
             if resolve(path) is target:
                 return path
-        except (NotAllowedError, LinkError):
-            continue
     return None
 
 
 def _candidates(target: Any) -> list[Path]:
-    op: Any = target  # untyped where torch leaves methods of ops without annotations
-    if isinstance(target, ops.OpOverload):
-        space, _, rest = op.name().partition("::")
-        name, _, overload = rest.partition(".")
-        return [("torch", "ops", space, name, overload or "default")]
-    if isinstance(target, ops.OpOverloadPacket):
-        return [("torch", "ops", *str(target).split(".", 1))]
-    if isinstance(target, ops.HigherOrderOperator):
-        return [("torch", "ops", "higher_order", op.name())]
+    if isinstance(target, (ops.OpOverload, ops.OpOverloadPacket, ops.HigherOrderOperator)):
+        registered, overload = ops.qualified_name(target)
+        path = ("torch", "ops", *registered.split("::", 1))
+        return [path if overload is None else (*path, overload)]
     if not isinstance(target, (*_METHOD_TYPES, *_FUNCTION_TYPES, type)):
         return []
     name = target.__name__

@@ -186,9 +186,8 @@ class Scope:
             parts = joined((arg.start, arg.stop, arg.step), (".start", ".stop", ".step"))
             return f"{self.op(kind.__name__)}({parts})"
         if isinstance(arg, tuple) and hasattr(kind, "_fields"):
-            return (
-                f"{self.op_or_const(kind, node, path)}({joined(arg, [f'.{name}' for name in kind._fields])})"
-            )
+            steps = [f".{name}" for name in kind._fields]
+            return f"{self.op_or_const(kind, node, path)}({joined(arg, steps)})"
         if kind is torch.Size and any(type(size) is not int for size in arg):
             return f"{self.op('torch', 'Size')}({self.text(node, tuple(arg), path, depth + 1)})"
         return self._object_text(node, arg, path)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import BinaryIO
 
 from stitchcache.artifact.entry import (
@@ -31,9 +31,10 @@ from stitchcache.artifact.entry import (
     signed_digest,
 )
 from stitchcache.cache import Cache
-from stitchcache.errors import EntryFormatError, StoreError, UntrustedEntryError
+from stitchcache.errors import EntryFormatError, StitchCacheError, StoreError, UntrustedEntryError
 from stitchcache.ext.sign import Keys, Statement, read_statement
 from stitchcache.records import dataclass
+from stitchcache.remote.tier import object_name
 from stitchcache.store import CAP, Area, key_of, keyed_path, words
 from stitchcache.store.publish import publish_blob
 from stitchcache.types import Artifact
@@ -75,6 +76,13 @@ def header(name: str, size: int, modified: int = 0) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
 
 
+def key_in(name: str) -> tuple[Area, str] | None:
+    """Area and key in a member's name; ``None`` for the signature, and for what no bundle has."""
+    area, _, rest = name.partition("/")
+    key = key_of(Area(area), rest[3:]) if area in _AREAS else None
+    return (Area(area), key) if key and object_name(Area(area), key) == name else None
+
+
 def place(name: str) -> tuple[int, str]:
     """What members are sorted by."""
     area = name.partition("/")[0]
@@ -89,15 +97,6 @@ def chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 
 # -- import ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Member:
-    name: str
-    area: Area | None
-    key: str
-    begin: int
-    size: int
 
 
 def import_bundle(cache: Cache, path: str | os.PathLike[str]) -> Bundle:
@@ -122,9 +121,9 @@ def import_bundle(cache: Cache, path: str | os.PathLike[str]) -> Bundle:
     try:
         with open(path, "rb") as file:
             return _Import(cache, path, file).run()
+    except StitchCacheError:
+        raise
     except OSError as error:
-        if isinstance(error, (StoreError, UntrustedEntryError)):
-            raise
         raise StoreError(f"{path}: cannot be read ({words(error)})", path=path) from error
 
 
@@ -132,6 +131,8 @@ class _Import:
     def __init__(self, cache: Cache, path: str, file: BinaryIO) -> None:
         self._cache, self._path, self._file = cache, path, file
         self._keys: Keys = cache.keys
+        # By name: area and key, where its bytes begin, and how many there are.
+        self._members: dict[str, tuple[Area, str, int, int]] = {}
         self._entries: dict[str, tuple[Artifact, bytes]] = {}
         self._targets: dict[str, SignedRecords] = {}
 
@@ -139,121 +140,106 @@ class _Import:
         return EntryFormatError.at(self._path, name, f"{reason}; nothing of the bundle was stored")
 
     def run(self) -> Bundle:
-        members, said = self._walk()
-        self._check(members)
-        kept = self._store({member.key: member for member in members if member.area is Area.BLOBS})
+        said = self._walk()
+        self._check()
+        kept = tuple(self._store())
         return Bundle(
             signer=said.signer,
             entries=tuple(self._entries),
-            kept=tuple(kept),
+            kept=kept,
             targets=sum(map(len, self._targets.values())),
             bytes=os.fstat(self._file.fileno()).st_size,
         )
 
-    def _walk(self) -> tuple[list[_Member], Statement]:
-        """Members in their order, and what the signature over all of them says. Nothing is decoded."""
-        members: list[_Member] = []
-        digest, last = hashlib.sha256(), (-1, "")
-        while True:
-            member = self._next()
-            if place(member.name) <= last or len(members) == _MOST_MEMBERS:
-                raise self._refuse(member.name, "it is there twice, or not in its place")
-            last = place(member.name)
-            if member.area is None:
-                break
-            members.append(member)
-            self._file.seek(member.begin - BLOCK)
-            for chunk in chunks(self._file, BLOCK + member.size + -member.size % BLOCK):
-                digest.update(chunk)
-            self._file.seek(member.begin + member.size)
-            self._zeros(-member.size % BLOCK, member.name)
-        signature = self._file.read(min(member.size, 2 * BLOCK * 4))
-        self._zeros(-member.size % BLOCK + 2 * BLOCK, "end")
+    def _bytes(self, begin: int, size: int) -> Iterator[bytes]:
+        self._file.seek(begin)
+        return chunks(self._file, size)
+
+    def _digest(self, begin: int, size: int) -> str:
+        digest = hashlib.sha256()
+        for chunk in self._bytes(begin, size):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    def _walk(self) -> Statement:
+        """Find all members; what the signature over them says. Nothing is decoded."""
+        last = (-1, "")
+        while last[1] != SIGNATURE:
+            name, size = self._header()
+            if place(name) <= last or len(self._members) == _MOST_MEMBERS:
+                raise self._refuse(name, "it is there twice, or not in its place")
+            last, found, begin = place(name), key_in(name), self._file.tell()
+            if found is not None:
+                self._members[name] = (*found, begin, size)
+            self._file.seek(begin + size)
+            zeros = bytes(-size % BLOCK + (0 if found else 2 * BLOCK))
+            if self._file.read(len(zeros)) != zeros:
+                raise self._refuse(name, "it ends too early, or something stands between the members")
         if self._file.read(1):
             raise self._refuse("end", "bytes follow the end")
-        whole = digest.hexdigest()
-        return members, self._keys.verify(signature, "bundle", whole, whole, path=self._path)
+        whole = self._digest(0, begin - BLOCK)
+        signature = b"".join(self._bytes(begin, min(size, 8 * BLOCK)))
+        return self._keys.verify(signature, "bundle", whole, whole, path=self._path)
 
-    def _next(self) -> _Member:
-        begin = self._file.tell() + BLOCK
-        block = self._file.read(BLOCK)
+    def _header(self) -> tuple[str, int]:
+        """Name and size of the member that begins here."""
+        at, block = self._file.tell(), self._file.read(BLOCK)
         try:
             info = tarfile.TarInfo.frombuf(block, "ascii", "strict")
             canonical = header(info.name, info.size) == block
         except (tarfile.HeaderError, ValueError) as error:
-            raise self._refuse(f"byte {begin - BLOCK}", f"no header of a member ({error})") from None
-        name = info.name
-        parts = name.split("/")
-        area = next((each for each in _AREAS if each == parts[0]), None)
-        key = key_of(area, parts[-1]) if area is not None else None
-        named = keyed_path("", area, key)[1:] == name if area and key else name == SIGNATURE
+            raise self._refuse(f"byte {at}", f"no header of a member ({error})") from None
+        found = key_in(info.name)
         # So there are no links, no owners, no paths of another kind, no extensions.
-        if not canonical or not named:
-            raise self._refuse(name, "not a member as bundles have them")
-        if area is not None and info.size > CAP.get(area, info.size):
-            raise self._refuse(name, f"{info.size} bytes are too many")
-        return _Member(name=name, area=area, key=key or "", begin=begin, size=info.size)
+        if not canonical or (found is None and info.name != SIGNATURE):
+            raise self._refuse(info.name, "not a member as bundles have them")
+        if found is not None and info.size > CAP.get(found[0], info.size):
+            raise self._refuse(info.name, f"{info.size} bytes are too many")
+        return info.name, info.size
 
-    def _zeros(self, size: int, name: str) -> None:
-        if self._file.read(size) != bytes(size):
-            raise self._refuse(name, "it ends too early, or something stands between the members")
-
-    def _check(self, members: Sequence[_Member]) -> None:
+    def _check(self) -> None:
         """Every signature, every record, and that nothing is missing or left over."""
         blobs: dict[str, int] = {}
         total = 0
-        for member in members:
-            self._file.seek(member.begin)
-            if member.area is Area.BLOBS:
-                self._check_blob(member)
-                blobs[member.key] = member.size
+        for name, (area, key, begin, size) in self._members.items():
+            if area is Area.BLOBS:
+                if self._digest(begin, size) != key:
+                    raise self._refuse(name, "its bytes do not match its name")
+                blobs[key] = size
                 continue
-            total += member.size
+            total += size
             if total > _MOST_BYTES:
-                raise self._refuse(
-                    member.name, f"its entries have more than {_MOST_BYTES} bytes: make several"
-                )
-            data = b"".join(chunks(self._file, member.size))
-            where = f"{self._path}: {member.name}"
-            if member.area is Area.ENTRIES:
+                raise self._refuse(name, f"its entries have more than {_MOST_BYTES} bytes: make several")
+            data, where = b"".join(self._bytes(begin, size)), f"{self._path}: {name}"
+            if area is Area.ENTRIES:
                 signature, digest = signature_in(data), signed_digest(data, Kind.ENTRY)
-                self._keys.verify(signature, "entry", member.key, digest, path=where)
-                artifact = decode_named(data, member.key, where)
+                self._keys.verify(signature, "entry", key, digest, path=where)
+                artifact = decode_named(data, key, where)
                 # What is stored is written anew, and the signature has to be good for that too.
                 if encode(artifact)[-DIGEST_SIZE:].hex() != digest:
-                    raise self._refuse(member.name, "these are not the bytes that stitchcache writes for it")
-                self._entries[member.key] = artifact, signature
+                    raise self._refuse(name, "these are not the bytes that stitchcache writes for it")
+                self._entries[key] = artifact, signature
                 continue
-            found = decode_signed(data, member.key, path=where)
-            for record, signature in found:
-                self._keys.verify(signature, "target", member.key, packed_digest(record), path=where)
+            self._targets[key] = decode_signed(data, key, path=where)
+            for record, signature in self._targets[key]:
+                self._keys.verify(signature, "target", key, packed_digest(record), path=where)
                 if record.graph_hash not in self._entries:
-                    raise self._refuse(member.name, f"it leads to {record.graph_hash}, which is not there")
-            self._targets[member.key] = found
+                    raise self._refuse(name, f"it leads to {record.graph_hash}, which is not there")
         named = {blob.digest: blob.size for artifact, _ in self._entries.values() for blob in artifact.blobs}
         if named != blobs:
             wrong = min(key for key in {*named, *blobs} if named.get(key) != blobs.get(key))
             raise self._refuse(f"blob {wrong}", "missing, of another size, or named by no entry")
 
-    def _check_blob(self, member: _Member) -> None:
-        digest = hashlib.sha256()
-        for chunk in chunks(self._file, member.size):
-            digest.update(chunk)
-        if digest.hexdigest() != member.key:
-            raise self._refuse(member.name, "its bytes do not match its name")
-
-    def _store(self, blobs: dict[str, _Member]) -> list[str]:
-        """Blobs, entries, records, in this order; the entries that were there already."""
-        cache, kept = self._cache, []
+    def _store(self) -> Iterator[str]:
+        """Store blobs, entries and records, in this order; the entries that were there already."""
+        cache = self._cache
         for key, (artifact, signature) in self._entries.items():
-            if self._is_newer(keyed_path(cache._top.path, Area.ENTRIES, key), key, signature):
-                kept.append(key)
+            if self._is_newer(key, signature):
+                yield key
                 continue
             for ref in artifact.blobs:
-                member = blobs[ref.digest]
-                self._file.seek(member.begin)
-                if publish_blob(cache._top, chunks(self._file, member.size)) != ref:
-                    raise self._refuse(member.name, "the file was changed while it was read")
+                _, _, begin, size = self._members[object_name(Area.BLOBS, ref.digest)]
+                publish_blob(cache._top, self._bytes(begin, size), expected=ref)
             cache.put(artifact, signature=OUTSIDE + signature)
         for key, found in self._targets.items():
             there = {(r.sources, r.globals): its for r, its in cache.signed_records(key)}
@@ -262,11 +248,11 @@ class _Import:
                 its = there.get((record.sources, record.globals))
                 if its is None or (its.startswith(OUTSIDE) and _created(its) < _created(signature)):
                     cache.put_target(key, record, signature=OUTSIDE + signature)
-        return kept
 
-    def _is_newer(self, path: str, key: str, signature: bytes) -> bool:
+    def _is_newer(self, key: str, signature: bytes) -> bool:
         """Whether the entry that is there is trusted, and is the cache's own or was signed later."""
         root = self._cache._top
+        path = keyed_path(root.path, Area.ENTRIES, key)
         try:
             found = root.read(path, Area.ENTRIES, trusted=root.trust == "owner")
             if found is None:

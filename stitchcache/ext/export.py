@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
+import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
 from stitchcache.artifact.entry import (
     DIGEST_SIZE,
     OUTSIDE,
+    Header,
     Kind,
-    SignedRecords,
     decode_named,
     decode_signed,
     encode,
@@ -25,7 +28,7 @@ from stitchcache.artifact.entry import (
     with_signature,
 )
 from stitchcache.cache import Cache
-from stitchcache.errors import OptionError, StoreError, UntrustedEntryError
+from stitchcache.errors import OptionError, StitchCacheError, StoreError, UntrustedEntryError
 from stitchcache.ext.bundle import BLOCK, SIGNATURE, Bundle, chunks, header, place
 from stitchcache.ext.sign import YEAR, Keys, read_statement
 from stitchcache.records import dataclass
@@ -106,25 +109,25 @@ class Selection:
 
 def select(
     cache: Cache,
-    keys: Keys | None,
     graph_hashes: Collection[str] = (),
     *,
     label: str | None = None,
     target: str | None = None,
     max_age: float | None = None,
 ) -> Selection:
-    """Choose entries, as :func:`export_bundle` tells; without keys, signatures stay as they are."""
-    led = _records(cache, target or "")
+    """Choose entries, as :func:`export_bundle` tells; without a key, signatures stay as they are."""
+    keys: Keys | None = cache.keys if cache.keys.can_sign() else None
+    found = {item.key for root in cache._roots for item in root.items(Area.TARGETS, target or "")}
+    led = {key: cache.signed_records(key) for key in sorted(found)}
+    ends = {record.graph_hash for records in led.values() for record, _ in records}
+    wanted = _wanted(label, max_age)
+    # Each comes after what it names.
     members: dict[str, bytes | BlobRef] = {}
     chosen: dict[str, Artifact] = {}
-    newest = 0
+    signed = [0]
     for listed in cache.entries():
         key = listed.graph_hash
-        if label is not None and not fnmatchcase(listed.label, label):
-            continue
-        if max_age is not None and listed.created < time.time() - max_age:
-            continue
-        if target is not None and not any(r.graph_hash == key for found in led.values() for r, _ in found):
+        if not wanted(listed) or (target is not None and key not in ends):
             continue
         artifact = _trusted(cache, key, graph_hashes)
         if artifact is not None:
@@ -132,24 +135,29 @@ def select(
                 there = signature_in(file.read())
             data = encode(artifact)
             own, created = _own_signature(keys, "entry", key, data[-DIGEST_SIZE:].hex(), there)
-            members[keyed_path("", Area.ENTRIES, key)[1:]] = with_signature(data, Kind.ENTRY, own)
-            members |= {keyed_path("", Area.BLOBS, blob.digest)[1:]: blob for blob in artifact.blobs}
+            members |= {object_name(Area.BLOBS, blob.digest): blob for blob in artifact.blobs}
+            members[object_name(Area.ENTRIES, key)] = with_signature(data, Kind.ENTRY, own)
             chosen[key] = artifact
-            newest = max(newest, created)
-    records = 0
-    for key, found in led.items():
-        kept = [(record, its) for record, its in found if record.graph_hash in chosen]
-        if kept:
-            signed = [_own_signature(keys, "target", key, packed_digest(r), its) for r, its in kept]
-            data = encode_target(key, [record for record, _ in kept], [own for own, _ in signed])
-            members[keyed_path("", Area.TARGETS, key)[1:]] = data
-            records += len(kept)
-            newest = max(newest, *(created for _, created in signed))
+            signed.append(created)
     if not chosen:
-        raise StoreError(
-            f"{cache.root}: no entry is asked for that is there and trusted", path=str(cache.root)
-        )
-    return Selection(members=members, artifacts=chosen, targets=records, signed=newest)
+        said = f"{cache.root}: no entry is asked for that is there and trusted"
+        raise StoreError(said, path=str(cache.root))
+    targets = 0
+    for key, records in led.items():
+        kept = [(record, its) for record, its in records if record.graph_hash in chosen]
+        if kept:
+            own_ones = [_own_signature(keys, "target", key, packed_digest(r), its) for r, its in kept]
+            data = encode_target(key, [record for record, _ in kept], [own for own, _ in own_ones])
+            members[object_name(Area.TARGETS, key)] = data
+            targets += len(kept)
+            signed += [created for _, created in own_ones]
+    return Selection(members=members, artifacts=chosen, targets=targets, signed=max(signed))
+
+
+def _wanted(label: str | None, max_age: float | None) -> Callable[[Header | Artifact], bool]:
+    """Tells which entries have such a label and age."""
+    oldest = -math.inf if max_age is None else time.time() - max_age
+    return lambda entry: (label is None or fnmatchcase(entry.label, label)) and entry.created >= oldest
 
 
 def export_bundle(
@@ -177,15 +185,43 @@ def export_bundle(
         StoreWriteError: The file cannot be written.
     """
     keys: Keys = cache.keys
-    found = select(cache, keys, graph_hashes, label=label, target=target, max_age=max_age)
-    size, signer = _write(cache, keys, os.fspath(path), found.members, found.signed)
+    # Raises where there is none.
+    signer = keys.name_of(keys.public())
+    found = select(cache, graph_hashes, label=label, target=target, max_age=max_age)
+    path, digest = os.fspath(path), hashlib.sha256()
+    with replacing(path) as temporary, open(cache._files.create(temporary), "wb") as file:
+
+        def put(chunk: bytes) -> None:
+            digest.update(chunk)
+            file.write(chunk)
+
+        for name in sorted(found.members, key=place):
+            put_member(put, cache, name, found.members[name])
+        whole = digest.hexdigest()
+        put_member(put, cache, SIGNATURE, keys.sign("bundle", whole, whole, created=found.signed))
+        put(bytes(2 * BLOCK))
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
     return Bundle(signer=signer, entries=tuple(sorted(found.artifacts)), targets=found.targets, bytes=size)
 
 
-def _records(cache: Cache, prefix: str) -> dict[str, SignedRecords]:
-    """Trusted records of all layers, by target key."""
-    found = {item.key for root in cache._roots for item in root.items(Area.TARGETS, prefix)}
-    return {key: cache.signed_records(key) for key in sorted(found)}
+@contextmanager
+def replacing(path: str) -> Iterator[str]:
+    """A path beside another; what the block puts there takes the other's place at the end, or goes."""
+    temporary = f"{path}.{os.urandom(6).hex()}.part"
+    try:
+        yield temporary
+        os.rename(temporary, path)
+    except StitchCacheError:
+        raise
+    except OSError as error:
+        raise write_error(error, path) from error
+    finally:
+        # A directory, or a file.
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            os.unlink(temporary)
 
 
 def _own_signature(keys: Keys | None, kind: str, key: str, digest: str, there: bytes) -> tuple[bytes, int]:
@@ -203,42 +239,17 @@ def _own_signature(keys: Keys | None, kind: str, key: str, digest: str, there: b
     return made, read_statement(made)[1].created
 
 
-def _write(
-    cache: Cache, keys: Keys, path: str, members: dict[str, bytes | BlobRef], created: int
-) -> tuple[int, str]:
-    temporary = f"{path}.{os.urandom(6).hex()}.part"
-    files, digest = cache._files, hashlib.sha256()
-    try:
-        with files.opened(files.create(temporary)) as fd:
-
-            def put(chunk: bytes) -> None:
-                digest.update(chunk)
-                files.write_all(fd, chunk)
-
-            for name in sorted(members, key=place):
-                put_member(put, cache, name, members[name])
-            whole = digest.hexdigest()
-            signature = keys.sign("bundle", whole, whole, created=created)
-            put_member(put, cache, SIGNATURE, signature)
-            put(bytes(2 * BLOCK))
-            files.fsync(fd)
-            size = files.fstat(fd).st_size
-        files.rename(temporary, path)
-    except StoreError:
-        raise
-    except OSError as error:
-        raise write_error(error, path) from error
-    finally:
-        cache._top.discard(temporary)
-    return size, read_statement(signature)[1].signer
-
-
 def put_member(
     put: Callable[[bytes], Any], cache: Cache, name: str, content: bytes | BlobRef, modified: int = 0
 ) -> None:
     """Write a member of a tar file, a blob's digest checked on the way."""
     size = len(content) if isinstance(content, bytes) else content.size
-    put(header(name, size, modified))
+    try:
+        put(header(name, size, modified))
+    except ValueError as error:
+        # A size has eleven octal digits.
+        said = f"{name}: {size} bytes, and a tar file has room for less than 8 GiB: use a remote"
+        raise StoreError(said, path=name) from error
     if isinstance(content, bytes):
         put(content)
     else:
@@ -281,7 +292,7 @@ def push(
         StoreError: Nothing is there to push, or the remote failed.
     """
     tier, moved = _tier(cache), Moved()
-    found = select(cache, cache.keys if cache.keys.can_sign() else None, graph_hashes, **only)
+    found = select(cache, graph_hashes, **only)
 
     def one(key: str) -> bool | str:
         data: Any = found.members[object_name(Area.ENTRIES, key)]
@@ -318,7 +329,7 @@ def pull(
     A start needs no pull. It is for images, and for nodes that will have no network.
     """
     tier, moved, led = _tier(cache), Moved(), dict[str, set[str]]()
-    oldest = 0.0 if max_age is None else time.time() - max_age
+    chosen = _wanted(label, max_age)
 
     def keys(area: Area, prefixes: Collection[str]) -> list[str]:
         tier.remote.begin(_PATIENCE)
@@ -334,7 +345,7 @@ def pull(
         tier.remote.begin(_PATIENCE)
         moved[key] = tier.remote.reason or "not trusted, or damaged"
         for name, artifact, its in tier.read(cache, Area.ENTRIES, [key], decode_named):
-            if not fnmatchcase(artifact.label, label or "*") or artifact.created < oldest:
+            if not chosen(artifact):
                 del moved[key]
             elif (there := cache.get(key) is not None) or tier.keep(cache, name, artifact, its):
                 moved[key] = not there

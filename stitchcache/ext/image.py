@@ -23,11 +23,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from stitchcache.cache import Cache
-from stitchcache.errors import OptionError, StoreError, StoreWriteError
+from stitchcache.errors import OptionError, StoreWriteError
 from stitchcache.ext.bundle import BLOCK, header
-from stitchcache.ext.export import put_member, select
+from stitchcache.ext.export import put_member, replacing, select
 from stitchcache.records import dataclass
-from stitchcache.store import write_error
 from stitchcache.types import Artifact, BlobRef
 
 _OCI = "application/vnd.oci.image"
@@ -80,13 +79,14 @@ def build_image(
         raise OptionError(f"layout={layout!r}: there is stitchcache, vllm.", option="layout")
     if os.path.lexists(path):
         raise OptionError(f"{path} exists: remove it, or name another directory.", option="path")
-    found = select(cache, cache.keys if cache.keys.can_sign() else None, graph_hashes, **only)
-    entries = [found.artifacts[key] for key in sorted(found.artifacts)]
+    found = select(cache, graph_hashes, **only)
+    hashes = tuple(sorted(found.artifacts))
+    entries = [found.artifacts[key] for key in hashes]
     machine = _machine(entries)
     size = sum(len(c) if isinstance(c, bytes) else c.size for c in found.members.values())
     hardware = {_dumped(_hardware(entry, machine, arch)) for entry in entries}
     # One for all: a label may be too short for a list.
-    together = hashlib.sha256("".join(entry.graph_hash for entry in entries).encode()).hexdigest()
+    together = hashlib.sha256("".join(hashes).encode()).hexdigest()
     labels = {
         f"cache.{layout}.image/entry-count": str(len(entries)),
         f"cache.{layout}.image/summary": f'{{"targets":[{",".join(sorted(hardware))}]}}',
@@ -102,19 +102,9 @@ def build_image(
     newest = min(max(0, *(int(entry.created) for entry in entries)), 2**33 - 1)
     created = datetime.fromtimestamp(newest, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     config = {"architecture": machine, "os": "linux", "created": created, "config": {"Labels": labels}}
-    place = f"{path}.{os.urandom(6).hex()}.part"
-    try:
+    with replacing(path) as place:
         digest, packed = _write(cache, place, members, newest, config)
-        os.rename(place, path)
-    except StoreError:
-        raise
-    except OSError as error:
-        raise write_error(error, path) from error
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-    return Image(
-        digest=digest, labels=labels, entries=tuple(each.graph_hash for each in entries), bytes=packed
-    )
+    return Image(digest=digest, labels=labels, entries=hashes, bytes=packed)
 
 
 def _write(

@@ -94,7 +94,7 @@ def _compiled(
     if result.error is not None:
         return result, {}
     files: dict[str, bytes] = {}
-    for path, content in select(cache, None, (result.graph_hash, *result.more_graphs)).members.items():
+    for path, content in select(cache, (result.graph_hash, *result.more_graphs)).members.items():
         found = content if isinstance(content, bytes) else cache.blob_path(content)
         # A blob that is gone is missed where the entry is stored.
         if found is not None:
@@ -107,20 +107,17 @@ def _stored(cache: Cache, name: str, each: Any) -> PrewarmResult:
     try:
         result: PrewarmResult
         result, files = ray.get(each)
-        # Targets last, so that nothing leads to what is not there.
-        for area in (Area.BLOBS, Area.ENTRIES, Area.TARGETS):
-            for path, data in files.items():
-                key = path.rpartition("/")[2].partition(".")[0]
-                if not path.startswith(area):
-                    continue
-                if area is Area.BLOBS:
-                    cache.put_blob(data)
-                elif area is Area.ENTRIES:
-                    cache.put(decode_named(data, key, path))
-                else:
-                    # The oldest first, so that their order stays.
-                    for record, _ in reversed(decode_signed(data, key, path=path)):
-                        cache.put_target(key, record)
+        # Each comes after what it names.
+        for path, data in files.items():
+            area, _, key = path.partition(".")[0].split("/")
+            if area == Area.BLOBS:
+                cache.put_blob(data)
+            elif area == Area.ENTRIES:
+                cache.put(decode_named(data, key, path))
+            else:
+                # The oldest first, so that their order stays.
+                for record, _ in reversed(decode_signed(data, key, path=path)):
+                    cache.put_target(key, record)
     except StitchCacheError as error:
         return PrewarmResult(name=name, status="failed", error=error)
     except RayError as error:

@@ -16,6 +16,7 @@ import re
 import stat
 import time
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ from stitchcache.ext.openssh import (
     signer_line,
 )
 from stitchcache.records import Count, Digest, Name, dataclass
-from stitchcache.store import Files, distrust, words, write_error
+from stitchcache.store import Files, words, write_error
 from stitchcache.store.root import Root
 from stitchcache.store.signed import keys_directory, signature_namespace
 
@@ -46,8 +47,6 @@ _SKEW = 600
 _MOST_BYTES = 4096 - len(OUTSIDE)
 # Keys of other kinds sign nothing here.
 _NO_KEY = ("#", "ssh-rsa ", "ssh-dss ", "ecdsa-", "sk-")
-# Seconds for which one look at the directories counts: a start verifies several signatures in a row.
-_LOOKED_FOR = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +106,6 @@ class Keys:
         self.directory = directory or keys_directory()
         self.namespace = namespace or signature_namespace()
         self._files = Files()
-        self._looked = -_LOOKED_FOR
         self._root = Root(self.directory, files=self._files, durable=True, read_only=False)
 
     def path(self, name: str) -> str:
@@ -133,7 +131,7 @@ class Keys:
         path = self.path(name)
         try:
             # It names the keys that may run code here, so it is held to the rules for that code.
-            self._require_own(path)
+            self._root.require_trust(path)
             # A FIFO is not waited for, and only a line feed ends a line.
             with open(self._files.open_read(path), encoding="utf-8", newline="") as file:
                 return file.read()
@@ -144,19 +142,6 @@ class Keys:
         except (OSError, UnicodeDecodeError) as error:
             reason = words(error) if isinstance(error, OSError) else "not UTF-8"
             raise UntrustedEntryError(f"{path}: cannot be read ({reason})", path=path) from error
-
-    def _require_own(self, path: str) -> None:
-        """Raise ``UntrustedEntryError`` where others can write a file, or a directory above it."""
-        now = time.monotonic()
-        if now - self._looked > _LOOKED_FOR:
-            self._root.require_trust(self.directory)
-            self._looked = now
-        at = self.directory
-        for part in path[len(at) :].strip(os.sep).split(os.sep):
-            at = os.path.join(at, part)
-            reason = distrust(at, self._files.lstat(at))
-            if reason is not None:
-                raise UntrustedEntryError(reason, path=path)
 
     # -- verifying ---------------------------------------------------------------------------------
 
@@ -239,7 +224,7 @@ class Keys:
     def _seen(self, place: str) -> tuple[int, str]:
         """When the newest statement of a place was signed, and its digest."""
         try:
-            self._require_own(place)
+            self._root.require_trust(place)
             with self._files.opened(self._files.open_read(place)) as fd:
                 created, whole = self._files.read_exactly(fd, 200).decode("ascii").split()
             return int(created), whole
@@ -278,8 +263,7 @@ class Keys:
         said |= {"created": now, "expires": now + int(seconds)}
         text = json.dumps(said, separators=(",", ":")) + "\n"
         made = Signature(text=text, public=public, namespace=self.namespace, signature=b"")
-        signature = private.sign(made.signed)
-        data = Signature(text=text, public=public, namespace=self.namespace, signature=signature).armored()
+        data = replace(made, signature=private.sign(made.signed)).armored()
         try:
             read_statement(data)
         except EntryFormatError as error:
@@ -373,7 +357,7 @@ class Keys:
         temporary = f"{path}.{os.urandom(6).hex()}"
         try:
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-            self._require_own(os.path.dirname(path))
+            self._root.require_trust(os.path.dirname(path))
             try:
                 with self._files.opened(self._files.create(temporary, mode)) as fd:
                     self._files.write_all(fd, text.encode())

@@ -84,29 +84,26 @@ class _Step(torch.nn.Module):
 class _Lane:
     """The steps for one number of rows, with their cache: one ``generate`` at a time."""
 
-    def __init__(self, model: Any, cache_name: str, rows: int, prompt: int, length: int) -> None:
-        self.cache = _Cache(model.config, length)
+    def __init__(
+        self, model: Any, cache_name: str, rows: int, prompt: int, length: int, options: Mapping[str, Any]
+    ) -> None:
+        self.model, self.cache = model, _Cache(model.config, length)
         self.cache_name, self.prompt, self.length = cache_name, prompt, length
         self.lock, self.filled = threading.Lock(), 0
-        self.model = model
         self.step = _Step(model, self.cache, cache_name)
         with torch.no_grad():
             # transformers knows the shapes of a layer when it is first used.
             ids = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
             model(input_ids=ids, use_cache=True, **{cache_name: self.cache})
         self.reset()
-        self.prefill: CompiledModel | None = None
-        self.decode: CompiledModel | None = None
+        self.steps = {"decode": self._compiled(rows, 1, None, options)}
+        if prompt > 1:
+            tokens = Dim("prompt", 2, prompt) if prompt > 2 else None
+            self.steps = {"prefill": self._compiled(rows, min(prompt, 16), tokens, options), **self.steps}
 
     def reset(self) -> None:
         self.cache.reset()  # type: ignore[no-untyped-call]
         self.filled = 0
-
-    def compile(self, rows: int, options: Mapping[str, Any]) -> None:
-        self.decode = self._compiled(rows, 1, None, options)
-        if self.prompt > 1:
-            tokens = Dim("prompt", 2, self.prompt) if self.prompt > 2 else None
-            self.prefill = self._compiled(rows, min(self.prompt, 16), tokens, options)
 
     def _compiled(
         self, rows: int, count: int, tokens: Dim | None, options: Mapping[str, Any]
@@ -169,8 +166,7 @@ class _Lane:
         tokens = taken["input_ids"].shape[1]
         if self.filled + tokens > self.length:
             raise _too_long(self.filled + tokens, self.length)
-        compiled = self.decode if tokens == 1 else self.prefill
-        if compiled is None or tokens > self.prompt:
+        if tokens > self.prompt:
             raise InputMismatchError(
                 f"a prompt of {tokens} tokens: this was compiled for prompts of up to {self.prompt}. Compile "
                 "with a larger prompt=, or generate with prefill_chunk_size= of up to that many.",
@@ -178,7 +174,7 @@ class _Lane:
                 expected=f"up to {self.prompt} tokens",
                 actual=str(tokens),
             )
-        logits = compiled(**taken)
+        logits = self.steps["decode" if tokens == 1 else "prefill"](**taken)
         self.filled += tokens
         made: Any = CausalLMOutputWithPast
         return made(logits=logits, **{self.cache_name: self.cache})
@@ -206,7 +202,7 @@ class _Generate:
         # A call that is no step of a generate is the model's own.
         return self.model.forward(*args, **kwargs) if lane is None else lane.run(kwargs)
 
-    def generate(self, proxy: Any, inputs: Any, generation_config: Any = None, **kwargs: Any) -> Any:
+    def generate(self, proxy: Any, inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
         given = kwargs.get("input_ids", inputs)
         check_kind("inputs", given, torch.Tensor, "the prompt's token ids")
         config = generation_config or self.model.generation_config
@@ -303,28 +299,11 @@ def compile_generate(
         heads = getattr(config, "num_attention_heads", 1)
         splitting_ops = (ATTENTION,) if getattr(config, "num_key_value_heads", heads) != heads else ()
     options["splitting_ops"] = splitting_ops
-    lanes = {}
-    for size in sizes:
-        lanes[size] = _Lane(model, cache_name, size, prompt, cache_length)
-        lanes[size].compile(size, options)
+    lanes = {size: _Lane(model, cache_name, size, prompt, cache_length, options) for size in sizes}
     compiled = _Generate(model, lanes, cache_name)
-    plain: Any = model
-    proxy = copy.copy(plain)
-
-    @functools.wraps(plain.forward)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return compiled.forward(*args, **kwargs)
-
-    @functools.wraps(plain.generate)
-    def generate(inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return compiled.generate(proxy, inputs, *args, **kwargs)
-
-    proxy.forward, proxy.generate = forward, generate
-    proxy.steps = {
-        f"{name} {size}": step
-        for size, lane in lanes.items()
-        for name, step in (("prefill", lane.prefill), ("decode", lane.decode))
-        if step is not None
-    }
+    proxy: Any = copy.copy(model)
+    proxy.forward = functools.wraps(proxy.forward)(functools.partial(compiled.forward))
+    proxy.generate = functools.wraps(proxy.generate)(functools.partial(compiled.generate, proxy))
+    proxy.steps = {f"{name} {size}": step for size in sizes for name, step in lanes[size].steps.items()}
     found: PreTrainedModel = proxy
     return found

@@ -53,9 +53,8 @@ def graph_hash(split_gm: GraphModule, factors: Iterable[Factor] = ()) -> str:
     except (ValueError, TypeError, RuntimeError) as error:
         # What a value answers that is asked for its parts is told with the place, as our own refusals are.
         told = writer.error(getattr(error, "why", str(error)))
-        raise SplitError(
-            f"the graph cannot be hashed: {told}. Pass plain values, tensors or Python objects."
-        ) from error
+        advice = "Pass plain values, tensors or Python objects."
+        raise SplitError(f"the graph cannot be hashed: {told}. {advice}") from error
     return hashlib.sha256(writer.out).hexdigest()
 
 
@@ -75,11 +74,6 @@ class GraphWriter(Writer):
     def again(self, value: Any) -> bool:
         """Never: a value counts by what it is, not by which object it is."""
         return False
-
-    def parts(self, kind: bytes, *values: Any) -> None:
-        """Write a composite of values."""
-        self.head(kind, len(values))
-        self.put_items(values)
 
     def pairs(self, kind: bytes, items: Iterable[tuple[str, Any]]) -> None:
         """Write a composite of names and values, in the order given."""
@@ -227,9 +221,8 @@ def _put_op(writer: GraphWriter, op: Any) -> None:
     schema = str(schema_of(op)) if isinstance(op, OpOverload) else ""
     # What a method made in C is bound to: a function to its module, or to a class of torch's.
     owner = op.__self__ if isinstance(op, types.BuiltinFunctionType) else None
-    writer.parts(
-        b"op", target_name(op), schema, None if isinstance(owner, (types.ModuleType, type)) else owner
-    )
+    bound = None if isinstance(owner, (types.ModuleType, type)) else owner
+    writer.parts(b"op", target_name(op), schema, bound)
 
 
 def _put_tensor(writer: GraphWriter, value: torch.Tensor) -> None:

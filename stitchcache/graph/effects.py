@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from stitchcache.torchside import storage_id
+from stitchcache.torchside import QUIET, storage_id
 from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, OpOverloadPacket, schema_of
 
 # Ops that update running_mean and running_var although their schemas deny it, and the flag that makes them.
-_SILENT_WRITERS = {
-    "aten::batch_norm": "training",
-    "aten::native_batch_norm": "training",
-    "aten::_batch_norm_impl_index": "training",
-    "aten::cudnn_batch_norm": "training",
-    "aten::miopen_batch_norm": "training",
-    "aten::instance_norm": "use_input_stats",
-}
-# Arguments that make an op of the random kind a plain one where they are zero or false.
-_QUIET = ("dropout_p", "p", "dropout", "train", "training")
+_BATCH_NORMS = "batch_norm native_batch_norm _batch_norm_impl_index cudnn_batch_norm miopen_batch_norm"
+_SILENT_WRITERS = {f"aten::{name}": "training" for name in _BATCH_NORMS.split()}
+_SILENT_WRITERS["aten::instance_norm"] = "use_input_stats"
 
 
 def target_name(target: Any) -> str:
@@ -43,9 +37,8 @@ def matches(target: Any, wanted: str) -> bool:
     name = target_name(target)
     namespace, colons, op = name.partition("::")
     base = op.split(".")[0]
-    return wanted == name or (
-        bool(colons) and wanted in (f"{namespace}::{base}", f"{namespace}.{base}", f"{namespace}.{op}")
-    )
+    forms = (f"{namespace}::{base}", f"{namespace}.{base}", f"{namespace}.{op}")
+    return wanted == name or (bool(colons) and wanted in forms)
 
 
 def ops_in(gm: GraphModule) -> list[str]:
@@ -104,10 +97,7 @@ def called(node: Node) -> Iterator[GraphModule]:
 
 def attribute_of(root: torch.nn.Module, path: str) -> Any:
     """What stands under a dotted path."""
-    value: Any = root
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
+    return attrgetter(path)(root)
 
 
 def place_attribute(root: torch.nn.Module, path: str, value: Any, *, is_buffer: bool) -> None:
@@ -129,7 +119,7 @@ def is_random(node: Node) -> bool:
         return any(is_random(inner) for below in called(node) for inner in below.graph.nodes)
     given = arguments(node)
     # A comparison of types too: p may be a node.
-    return not any(type(given.get(name)) in (bool, int, float) and not given[name] for name in _QUIET)
+    return not any(type(given.get(name)) in (bool, int, float) and not given[name] for name in QUIET)
 
 
 def alias_hazards(split_gm: GraphModule, pieces: Collection[str]) -> set[str]:

@@ -29,10 +29,7 @@ class SplitItem:
 
 
 def split_graph(
-    gm: GraphModule,
-    splitting_ops: Sequence[str],
-    *,
-    missing: Literal["error", "ignore"] = "error",
+    gm: GraphModule, splitting_ops: Sequence[str], *, missing: Literal["error", "ignore"] = "error"
 ) -> tuple[GraphModule, list[SplitItem]]:
     """Split a graph at chosen ops.
 

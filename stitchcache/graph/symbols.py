@@ -179,8 +179,7 @@ def finite(bound: sympy.Basic | int) -> int | None:
 
 def guards(shape_env: Any, names: SymbolNames) -> list[str]:
     """Relations between sizes met so far that the capture relied on, as Python expressions, sorted."""
-    facts = _about(names, ops.guarded_facts(shape_env))
-    return sorted({text(fact) for fact in facts})
+    return sorted({text(fact) for fact in _about(names, ops.guarded_facts(shape_env))})
 
 
 def relations(shape_env: Any, names: SymbolNames) -> list[str]:

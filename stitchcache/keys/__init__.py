@@ -84,9 +84,17 @@ def target_key(
         factors += model_part
     except UnkeyableError as error:
         reason = reason or str(error)
+    ops = sorted(set(splitting_ops))
+    ranges = [f"{item.dim or ''}:{item.min}..{item.max}" for item in size_ranges or ()]
     # These come last, as what they need of classes comes with them; they are told of first.
-    asked = list(_option_factors(walk, splitting_ops, size_ranges, backend, options, key_factors or {}))
-    factors = [*asked, *factors]
+    factors = [
+        make_factor("options.backend", backend),
+        make_factor("options.splitting_ops", ", ".join(ops) or "none", b"".join(map(text_bytes, ops))),
+        make_factor("options.size_ranges", ", ".join(ranges) or "none"),
+        *_given_factors(walk, "options", "options.backend", options),
+        *_given_factors(walk, "key_factors", "user", key_factors or {}),
+        *factors,
+    ]
     if reason is None:
         # A walk that was broken off has not met all classes: what it has is no factor to compare.
         try:
@@ -106,29 +114,14 @@ def key_of(factors: Iterable[Factor]) -> str:
     return hashlib.sha256(head + b"".join(written)).hexdigest()
 
 
-def _option_factors(
-    walk: Walk,
-    splitting_ops: Iterable[str],
-    size_ranges: Sequence[SizeRange] | None,
-    backend: str,
-    options: Mapping[str, Any],
-    key_factors: Mapping[str, Any],
-) -> Iterator[Factor]:
-    ops = sorted(set(splitting_ops))
-    yield make_factor("options.backend", backend)
-    yield make_factor("options.splitting_ops", ", ".join(ops) or "none", b"".join(map(text_bytes, ops)))
-    ranges = [f"{item.dim or ''}:{item.min}..{item.max}" for item in size_ranges or ()]
-    yield make_factor("options.size_ranges", ", ".join(ranges) or "none")
-    given = (("options", "options.backend", options), ("key_factors", "user", key_factors))
-    for argument, kind, mapping in given:
-        for name, value in mapping.items():
-            writer = walk.writer(kind, name)
-            try:
-                writer.put(value)
-            except UnkeyableError as error:
-                message = f"{argument}[{name!r}] must be a plain value, as it becomes part of a key: {error}"
-                raise OptionError(message, option=argument) from error
-            yield make_factor(f"{kind}.{name}", readable(value, name), bytes(writer.out))
+def _given_factors(walk: Walk, argument: str, kind: str, given: Mapping[str, Any]) -> Iterator[Factor]:
+    for name, value in given.items():
+        try:
+            payload = walk.writer(kind, name).bytes_with(value)
+        except UnkeyableError as error:
+            message = f"{argument}[{name!r}] must be a plain value, as it becomes part of a key: {error}"
+            raise OptionError(message, option=argument) from error
+        yield make_factor(f"{kind}.{name}", readable(value, name), payload)
 
 
 def input_factors(
@@ -257,13 +250,8 @@ def dims_of_leaf(dynamic_shapes: Any, path: str, heads: Sequence[str], rank: int
         found = dict(enumerate(found))
     if not isinstance(found, dict) or any(type(at) is not int or not 0 <= at < rank for at in found):
         return {}
-    return {index: _dim_text(dim) for index, dim in found.items() if _is_named(dim)}
-
-
-def _is_named(value: Any) -> bool:
-    return (
-        _is_dim(value) and isinstance(getattr(value, "__name__", None), str) and not hasattr(value, "value")
-    )
+    dims = ((index, dim) for index, dim in found.items() if _is_dim(dim) and not hasattr(dim, "value"))
+    return {index: _dim_text(dim) for index, dim in dims if isinstance(getattr(dim, "__name__", None), str)}
 
 
 def split_path(path: str) -> tuple[str, list[int | str] | None]:

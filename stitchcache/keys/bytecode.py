@@ -6,7 +6,7 @@ import dis
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import CodeType, FrameType
 
 from stitchcache.keys.walk import installed_path
@@ -27,25 +27,19 @@ _BETWEEN = frozenset({"CACHE", "PUSH_NULL", "PRECALL", "EXTENDED_ARG"})
 Chain = tuple[str, ...]
 
 
-def global_chains(code: CodeType) -> list[Chain]:
-    """Globals that a code object reads, each with the attributes that it takes from it at once."""
-    return [chain for opname, chain, _ in chains(code) if opname in GLOBAL]
-
-
-def chains(code: CodeType) -> Iterator[tuple[str, Chain, bool]]:
-    """The same for what it closes over too, each with the instruction that reads it, and if it calls it."""
-    opname, chain, called = "", [""], False
+def chains(code: CodeType, loads: Collection[str] = GLOBAL) -> Iterator[tuple[Chain, bool]]:
+    """Globals that code reads, each with the attributes that it takes from it at once, and if it calls it."""
+    chain, called = list[str](), False
     for instruction in dis.get_instructions(code):
         if instruction.opname in _BETWEEN:
             continue
-        if opname and instruction.opname in _ATTRIBUTE:
+        if not chain or instruction.opname not in _ATTRIBUTE:
+            if chain:
+                yield tuple(chain), called
+            chain.clear()
+        if chain or instruction.opname in loads:
             chain.append(str(instruction.argval))
             called = _is_to_call(instruction)
-            continue
-        if opname:
-            yield opname, tuple(chain), called
-        opname = instruction.opname if instruction.opname in GLOBAL | CELL else ""
-        chain, called = [str(instruction.argval)], _is_to_call(instruction)
 
 
 def _is_to_call(instruction: dis.Instruction) -> bool:
@@ -88,16 +82,14 @@ def imports_of(code: CodeType, package: str) -> Iterator[tuple[str, Chain, bool]
 
 
 def asks_unknown(code: CodeType) -> str | None:
-    """Why code may not ask what it asks of an object; ``None`` if it asks for nothing that no key has."""
-    names = sorted(_ASKS_UNKNOWN.intersection(code.co_names))
-    if not names or installed_path(code.co_filename):
-        return None
-    return f"asks for {names[0]}, which no key says; ask when the model is built, and keep the answer on it"
-
-
-def sees_namespaces(code: CodeType) -> bool:
-    """Whether code reaches for a namespace as a whole, so that what it reads there has no name."""
-    return not _SEES_NAMESPACES.isdisjoint(code.co_names) and not installed_path(code.co_filename)
+    """Why code may not read what it reads; ``None`` if it asks for nothing that no key has."""
+    names = set() if installed_path(code.co_filename) else set(code.co_names)
+    if names & _SEES_NAMESPACES:
+        return "looks into a namespace as a whole; name what is read from it"
+    if asked := sorted(names & _ASKS_UNKNOWN):
+        why = "which no key says; ask when the model is built, and keep the answer on it"
+        return f"asks for {asked[0]}, {why}"
+    return None
 
 
 def receiver_of(frame: FrameType, code: CodeType) -> type | None:

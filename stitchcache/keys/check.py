@@ -7,6 +7,7 @@ Recorder and lookup digest with the same functions. An entry begins with its kin
 from __future__ import annotations
 
 import builtins
+import contextlib
 import hashlib
 import importlib.machinery
 import importlib.util
@@ -21,7 +22,7 @@ from stitchcache.encoding import SCALARS, UnkeyableError
 from stitchcache.keys.code import CACHE, WRAPPED, filled_cells
 from stitchcache.keys.walk import Walk, find_class, installed_path, module_by_label, module_stands_by_version
 from stitchcache.torchside import RESUMED
-from stitchcache.types import SourceRef, TargetRecord
+from stitchcache.types import SourceRef, TargetRecord, follow
 
 REGISTRIES = frozenset({"transformers.utils.output_capturing:_CAN_RECORD_REGISTRY"})
 """Dictionaries to which each model of a library adds itself: recorded item by item, else a process that has
@@ -63,14 +64,11 @@ def lookup(
         inner, owner = patched.get(id(vars(value)), vars(value)), value.__name__
         if step == "__dict__":
             return Found(_NAMESPACE, True, chain[: index + 1], owner)
-        if step not in inner:
-            made = _made_up(value, step)
-            if made is _COMPUTED or made is _MISSING:
-                exists = made is _COMPUTED
-                return Found(made if exists else value, exists, chain[: index + 1], owner)
-            value = made
-            continue
-        value = inner[step]
+        made = inner[step] if step in inner else _made_up(value, step)
+        if made is _COMPUTED or made is _MISSING:
+            exists = made is _COMPUTED
+            return Found(made if exists else value, exists, chain[: index + 1], owner)
+        value = made
     return Found(value, True, chain, owner)
 
 
@@ -89,9 +87,8 @@ def _made_up(module: ModuleType, name: str) -> Any:
     if module_stands_by_version(module.__name__):
         # Settings of torch's, such as torch.backends.cudnn.benchmark, and the ops that it makes when asked.
         return getattr(module, name, _MISSING)
-    installed = installed_path(getattr(module, "__file__", None) or "")
     # Packages import parts of themselves late.
-    return _MISSING if installed else _COMPUTED
+    return _MISSING if _is_installed(module) else _COMPUTED
 
 
 def title(name: str) -> str:
@@ -105,22 +102,24 @@ def global_digest(walk: Walk, name: str, found: Found) -> str:
     The name ends in a dot where the code goes on to read from the value; elsewhere it holds the value itself,
     which for a module says nothing of what it reads.
     """
-    value = found.value
+    value, why = found.value, None
     where = f"global {title(name)}"
     if value is _COMPUTED:
         why = f"module {found.owner} computes it when it is asked; make it a plain global"
-        raise UnkeyableError(where, why)
-    if value is _NAMESPACE:
+    elif value is _NAMESPACE:
         why = f"the namespace of module {found.owner} is used as a whole; name what is read from it"
-        raise UnkeyableError(where, why)
-    if found.owner.startswith("numpy.random"):
-        raise UnkeyableError(where, "gives other numbers each time; draw them beforehand")
-    if value is sys.modules and not _is_of_package(name, walk):
-        raise UnkeyableError(where, "what is loaded depends on the process; import it by name")
-    if isinstance(value, ModuleType):
-        if found.exists and not name.endswith(".") and not _may_be_held(walk, name, value):
+    elif found.owner.startswith("numpy.random"):
+        why = "gives other numbers each time; draw them beforehand"
+    elif value is sys.modules and not _is_installed(_module_of(name, walk)):
+        why = "what is loaded depends on the process; import it by name"
+    elif isinstance(value, ModuleType) and found.exists and not name.endswith("."):
+        # Code may use torch's modules as values, and those of its own package, as lazy imports do.
+        own = _is_installed(value) and _is_installed(_module_of(name, walk))
+        if not own and not walk.is_versioned(value.__name__):
             why = f"the module {value.__name__} is used as a value; name what is read from it"
-            raise UnkeyableError(where, why)
+    if why is not None:
+        raise UnkeyableError(where, why)
+    if isinstance(value, ModuleType):
         # torch and others load parts of themselves late; that a part is not there yet means nothing.
         return bytes_digest(b"module " + value.__name__.encode())
     if not found.exists:
@@ -133,14 +132,11 @@ def global_digest(walk: Walk, name: str, found: Found) -> str:
 
 
 def _digest(walk: Walk, section: str, name: str, value: Any, where: str) -> str:
-    writer = walk.writer(section, name, [where])
-    writer.put(value)
-    return bytes_digest(writer.out)
+    return bytes_digest(walk.writer(section, name, [where]).bytes_with(value))
 
 
-def _is_of_package(name: str, walk: Walk) -> bool:
-    file = getattr(_module_of(name, walk), "__file__", None)
-    return installed_path(file or "") != ""
+def _is_installed(module: ModuleType | None) -> bool:
+    return installed_path(getattr(module, "__file__", None) or "") != ""
 
 
 def _is_plain_of_library(found: Found) -> bool:
@@ -150,17 +146,6 @@ def _is_plain_of_library(found: Found) -> bool:
     return plain and found.owner.partition(".")[0] in sys.stdlib_module_names
 
 
-def _may_be_held(walk: Walk, name: str, module: ModuleType) -> bool:
-    """Whether code may use a module as a value: torch's, or its own package's, as lazy imports do."""
-    installed = installed_path(getattr(module, "__file__", None) or "") != ""
-    return walk.is_versioned(module.__name__) or (installed and _is_of_package(name, walk))
-
-
-def class_digest(walk: Walk, cls: type) -> str:
-    """Digest of a class's contents."""
-    return bytes_digest(walk.contents(cls))
-
-
 def item_digest(walk: Walk, item: Any) -> str:
     """Digest of an item of a registry, alone: the classes that it names are the key's where they are used."""
     alone = Walk()
@@ -168,20 +153,12 @@ def item_digest(walk: Walk, item: Any) -> str:
     return _digest(alone, "item", "", item, "item of a registry")
 
 
-def function_named(module: str, name: str) -> Any:
-    """A function of a module, or of a class in it; ``None`` where it is not loaded or there."""
-    found: Any = sys.modules.get(module)
-    for step in name.split("."):
-        found = getattr(found, step, None)
-    return found
-
-
 def answer_digest(walk: Walk, name: str) -> str:
     """Digest of what a function such as ``torch.distributed:get_rank`` answers; an error is an answer too."""
     module, _, function = name.partition(":")
     answer: tuple[Any, ...]
     try:
-        ask = function_named(module, function)
+        ask = follow(sys.modules.get(module), function)
         answer = (ask(),) if ask is not None else ("absent",)
     except (ValueError, RuntimeError, AttributeError, AssertionError) as error:
         answer = ("raises", type(error).__name__)
@@ -273,14 +250,10 @@ def _module_of(name: str, walk: Walk) -> ModuleType | None:
     return module_by_label(name.removeprefix("?").partition(":")[0], walk.main)
 
 
-def _variable_now(walk: Walk, name: str) -> str:
-    return text_digest(os.environ.get(name))
-
-
 def _class_now(walk: Walk, name: str) -> str | None:
     module = _module_of(name, walk)
     cls = None if module is None else find_class(module.__name__, name.partition(":")[2])
-    return class_digest(walk, cls) if isinstance(cls, type) else None
+    return bytes_digest(walk.contents(cls)) if isinstance(cls, type) else None
 
 
 def _item_now(walk: Walk, name: str) -> str | None:
@@ -303,7 +276,7 @@ def _global_now(walk: Walk, name: str) -> str | None:
 
 
 _KINDS: Mapping[str, tuple[str, Callable[[Walk, str], str | None]]] = {
-    "env": ("environment variable {}", _variable_now),
+    "env": ("environment variable {}", lambda walk, name: text_digest(os.environ.get(name))),
     "call": ("what {}() answers", answer_digest),
     "seed": ("the hash seed, on which the order of sets that {} makes depends,", seed_digest),
     "import": ("whether {} can be imported", import_digest),
@@ -337,8 +310,9 @@ def find_file(label: str, main: str) -> tuple[str | None, ModuleType | None]:
     if module is not None:
         return getattr(module, "__file__", None), module
     top, *rest = label.split(".")
-    loaded = sys.modules.get(top)
-    spec: Any = loaded.__spec__ if loaded is not None else _find_top(top)
+    spec: Any = None
+    with contextlib.suppress(ImportError, ValueError):
+        spec = importlib.util.find_spec(top)
     name = top
     for step in rest:
         name = f"{name}.{step}"
@@ -349,13 +323,6 @@ def find_file(label: str, main: str) -> tuple[str | None, ModuleType | None]:
             return None, None
         spec = importlib.machinery.PathFinder.find_spec(name, list(path))
     return getattr(spec, "origin", None), None
-
-
-def _find_top(name: str) -> Any:
-    try:
-        return importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        return None
 
 
 def changed_since_import(
@@ -369,8 +336,7 @@ def changed_since_import(
     size and time.
     """
     file = getattr(module, "__file__", None) or ""
-    suspicious = _touched(file, started) or _bytecode_is_older(module, file)
-    found = [*ran, *(_codes_of(module) if suspicious else ())]
+    found = [*ran, *(_codes_of(module) if _may_differ(module, file, started) else ())]
     if not file.endswith(".py") or not found:
         return None
     try:
@@ -413,39 +379,27 @@ def _codes_of(module: ModuleType) -> list[CodeType]:
                 found.append(item.__code__)
             # A decorator's own function closes over the one that it was given.
             todo += filled_cells(item)
+        elif (parts := _PARTS.get(type(item))) is not None:
+            todo += [getattr(item, name, None) for name in parts]
         else:
-            todo += _inner(item)
+            # Not getattr: a proxy would run code, or import what it stands for.
+            with contextlib.suppress(AttributeError):
+                held = object.__getattribute__(item, "__dict__").values()
+                todo += [value for value in held if type(value) is FunctionType or type(value) in _PARTS]
     return found
 
 
-def _inner(item: Any) -> list[Any]:
-    """What a wrapper wraps; for an object of a class made in Python, the functions among its attributes."""
-    parts = _PARTS.get(type(item))
-    if parts is not None:
-        return [getattr(item, name, None) for name in parts]
-    try:
-        # Not getattr: a proxy would run code, or import what it stands for.
-        held = object.__getattribute__(item, "__dict__")
-    except AttributeError:
-        return []
-    return [value for value in held.values() if type(value) is FunctionType or type(value) in _PARTS]
-
-
-def _touched(file: str, started: float) -> bool:
-    """Whether a file may have been written since the process started; a copy may keep its old mtime."""
+def _may_differ(module: ModuleType, file: str, started: float) -> bool:
+    """Whether a file may be newer than the process, or a user's than its bytecode, which may have run."""
     try:
         found = os.stat(file)
     except OSError:
         return True
-    return max(found.st_mtime, found.st_ctime) > started - _SLACK
-
-
-def _bytecode_is_older(module: ModuleType, file: str) -> bool:
-    """Whether a user's file was touched after its bytecode was written, which Python may have run."""
+    # A copy may keep its old mtime.
+    if max(found.st_mtime, found.st_ctime) > started - _SLACK:
+        return True
     cached = getattr(module, "__cached__", None)
-    if cached is None or installed_path(file):
-        return False
-    try:
-        return os.stat(file).st_ctime > os.stat(cached).st_mtime + _SLACK
-    except OSError:
-        return False
+    if cached is not None and not installed_path(file):
+        with contextlib.suppress(OSError):
+            return found.st_ctime > os.stat(cached).st_mtime + _SLACK
+    return False

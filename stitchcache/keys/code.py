@@ -18,8 +18,6 @@ from _abc import _get_dump  # type: ignore[import-not-found]
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from stitchcache.containers import code_digest, member_state, once
 from stitchcache.encoding import SCALARS, Handler, data_bytes, make_factor, text_bytes
 from stitchcache.torchside import DYNAMO
@@ -96,7 +94,8 @@ def _put_function(writer: KeyWriter, function: types.FunctionType) -> None:
     _put_cells(writer, function)
     # It follows from the closure where functools.wraps set it, and there alone.
     inner = function.__dict__.get("__wrapped__")
-    writer.put_at(".__wrapped__", None if closes_over(function, inner) else inner)
+    follows = any(held is inner for held in filled_cells(function))
+    writer.put_at(".__wrapped__", None if follows else inner)
 
 
 def _put_notes(writer: KeyWriter, function: types.FunctionType, installed: str) -> None:
@@ -114,11 +113,6 @@ def _put_notes(writer: KeyWriter, function: types.FunctionType, installed: str) 
     writer.path.append(".__annotations__")
     writer.put_pairs(declared.items())
     writer.path.pop()
-
-
-def closes_over(function: types.FunctionType, inner: object) -> bool:
-    """Whether one of a function's cells holds an object."""
-    return any(cell is inner for cell in filled_cells(function))
 
 
 def filled_cells(function: types.FunctionType) -> Iterator[Any]:
@@ -200,9 +194,8 @@ def _put_builtin(writer: KeyWriter, function: Any) -> None:
 
 
 def _put_descriptor(writer: KeyWriter, descriptor: Any) -> None:
-    writer.head(b"descriptor", 2)
-    writer.text(f"{descriptor.__objclass__.__module__}.{descriptor.__objclass__.__qualname__}")
-    writer.text(descriptor.__name__)
+    owner = descriptor.__objclass__
+    writer.parts(b"descriptor", f"{owner.__module__}.{owner.__qualname__}", descriptor.__name__)
 
 
 def _put_cached(writer: KeyWriter, wrapper: Any) -> None:
@@ -340,14 +333,14 @@ def _is_generated(walk: Walk, function: types.FunctionType) -> bool:
     if code.co_filename in _REPR_FILES:
         # A dataclass's __repr__ stands in a wrapper of the library's.
         inner = getattr(function, "__wrapped__", None)
-        code = inner.__code__ if type(inner) is types.FunctionType and closes_over(function, inner) else code
+        if type(inner) is types.FunctionType and any(held is inner for held in filled_cells(function)):
+            code = inner.__code__
     made = code.co_filename == "<string>" and code.co_qualname.startswith("__create_fn__.<locals>.")
     if made:
         walk.codes.setdefault(id(code), (code, b""))
     return made
 
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _CALLABLES = (types.FunctionType, types.MethodType, functools.partial, functools.partialmethod)
 _LOOKED_INTO = frozenset({*_FUNCTIONS, *_CALLABLES, CACHE, property, staticmethod, classmethod})
@@ -365,7 +358,6 @@ def replaced_factor(walk: Walk, factor: str, owners: Iterable[Any]) -> Factor:
     # Thousands of names are looked at: what is as usual is told by its kind, or by its name and file.
     builtin, function = types.BuiltinFunctionType, types.FunctionType
     inert: set[type] = set()
-    of_torch: set[str] = set()
     for owner in owners:
         in_class = isinstance(owner, type)
         prefix = owner.__qualname__ + "." if in_class else ""
@@ -377,10 +369,7 @@ def replaced_factor(walk: Walk, factor: str, owners: Iterable[Any]) -> Factor:
             elif kind is function:
                 if value.__qualname__ == prefix + name:
                     file = value.__code__.co_filename
-                    if file in of_torch:
-                        continue
-                    if file.startswith(_TORCH) or walk.origin(file)[0]:
-                        of_torch.add(file)
+                    if walk.origin(file)[0]:
                         continue
                     # dataclass generates methods without a file.
                     if file == "<string>" and hasattr(owner, "__dataclass_params__"):

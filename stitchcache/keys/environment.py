@@ -11,7 +11,7 @@ import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from stitchcache import torchside
 from stitchcache.encoding import is_telling, make_factor
 from stitchcache.keys.code import replaced_factor
 from stitchcache.keys.walk import Walk
-from stitchcache.types import ENGINE, Factor
+from stitchcache.types import ENGINE, Factor, follow
 
 SCHEMA_VERSION = 4
 """Version of the key schema: raised whenever a key's factors or their encoding change, or the options that
@@ -141,33 +141,29 @@ def _cpu() -> tuple[str, bytes]:
     return f"{capability}, {len(flags)} instruction sets", " ".join([capability, *flags]).encode()
 
 
-def _cpu_flags() -> Iterator[str]:
+def _cpu_flags() -> list[str]:
     """Instruction sets as the kernel names them; the first processor speaks for all."""
     try:
         # utf-8 is imported by now; ascii would be another module.
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:
                 name, _, value = line.partition(":")
-                if name.strip() == "flags":
-                    yield from (flag for flag in value.split() if flag.startswith(_INSTRUCTION_SETS))
-                    return
-                if name.strip() == "Features":
-                    yield from value.split()
-                    return
+                if name.strip() in {"flags", "Features"}:
+                    # Of ARM's, under the second name, all count.
+                    every = name.strip() == "Features"
+                    return [flag for flag in value.split() if every or flag.startswith(_INSTRUCTION_SETS)]
     except OSError:
         # No procfs: the capability level alone tells, as it did to torch.
-        return
+        pass
+    return []
 
 
 def _variables() -> tuple[str, bytes]:
-    found = []
-    for name in sorted(os.environ):
-        relevant = name in _VARIABLES or name.startswith(_VARIABLE_PREFIXES)
-        if relevant and name not in _HARMLESS_VARIABLES:
-            found.append(f"{name}={os.environ[name]}")
-    named = [text.split("=", 1) for text in found]
-    shown = [f"{name}={value if is_telling(name, value) else '(not shown)'}" for name, value in named]
-    return ", ".join(shown) or "none", "\0".join(found).encode("utf-8", "surrogatepass")
+    relevant = {name for name in os.environ if name in _VARIABLES or name.startswith(_VARIABLE_PREFIXES)}
+    found = [(name, os.environ[name]) for name in sorted(relevant - _HARMLESS_VARIABLES)]
+    shown = [f"{name}={value if is_telling(name, value) else '(not shown)'}" for name, value in found]
+    payload = "\0".join(f"{name}={value}" for name, value in found)
+    return ", ".join(shown) or "none", payload.encode("utf-8", "surrogatepass")
 
 
 def _op_libraries() -> tuple[str, bytes]:
@@ -179,16 +175,13 @@ def _op_libraries() -> tuple[str, bytes]:
                 digests.append(hashlib.file_digest(file, "sha256").hexdigest())
         except OSError:
             digests.append("gone")
-    digests.sort()
-    return f"{len(digests)} loaded by path", " ".join(digests).encode()
+    return f"{len(digests)} loaded by path", " ".join(sorted(digests)).encode()
 
 
 def _gpu() -> str:
     """The visible GPUs, each kind once: by name, as kernels are tuned to it, or by ROCm's architecture."""
-    names = set()
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        names.add(properties.gcnArchName if torch.version.hip else properties.name)
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    names = {gpu.gcnArchName if torch.version.hip else gpu.name for gpu in found}
     return " ".join(sorted(names)) or "none"
 
 
@@ -232,7 +225,9 @@ def torch_state_factors(walk: Walk | None = None) -> Iterator[Factor]:
     ]
     yield make_factor("torch.autocast", ", ".join(autocast))
     yield make_factor("torch.float32_precision", _float32_precision())
-    yield make_factor("torch.denormals", "flushed" if _flushes_denormals() else "kept")
+    # What torch.set_flush_denormal set in this thread; nothing says so but a calculation.
+    smallest, two = sys.float_info.min, float(len("ab"))
+    yield make_factor("torch.denormals", "flushed" if smallest / two == 0.0 else "kept")
     yield make_factor("torch.reduced_precision", _read(_REDUCTION))
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     mode = torch.get_deterministic_debug_mode()
@@ -249,15 +244,13 @@ def torch_state_factors(walk: Walk | None = None) -> Iterator[Factor]:
     yield replaced_factor(walk, "torch.patched", owners)
 
 
-def _flushes_denormals() -> bool:
-    """What ``torch.set_flush_denormal`` set in this thread; nothing says so but a calculation."""
-    smallest, two = sys.float_info.min, float(len("ab"))
-    return smallest / two == 0.0
-
-
 def _float32_precision() -> str:
     """What each kind of operator may do to float32; unset ones ask their backend, then the whole."""
-    parts = [_legacy_precision()]
+    try:
+        parts = [torch.get_float32_matmul_precision()]
+    except RuntimeError:
+        # Set through the newer fp32_precision, which torch does not translate back.
+        parts = ["mixed"]
     for name in _PRECISION:
         backend = name.partition(".")[0]
         asked = (_setting(f"{step}fp32_precision") for step in (f"{name}.", f"{backend}.", ""))
@@ -265,21 +258,10 @@ def _float32_precision() -> str:
     return ", ".join(parts)
 
 
-def _legacy_precision() -> str:
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        # Set through the newer fp32_precision, which torch does not translate back.
-        return "mixed"
-
-
 def _read(names: str) -> str:
     return ", ".join(f"{name}={_setting(name)}" for name in names.split())
 
 
 def _setting(name: str) -> Any:
-    value: Any = torch.backends
-    for step in name.split("."):
-        value = getattr(value, step, None)
-    ask: Callable[[], Any] | None = value if callable(value) else None
-    return ask() if ask is not None else value
+    value = follow(torch.backends, name)
+    return value() if callable(value) else value

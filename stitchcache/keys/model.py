@@ -93,7 +93,6 @@ class _ModelWalk:
         self.numbers = walk.numbers
         self.writer = walk.writer("model")
         self.modules: list[tuple[str, torch.nn.Module]] = []
-        self.paths: list[bytes] = []
         self.tree = bytearray()
         self.kinds = walk.writer("model.tree")
         self.labels: dict[type, tuple[str, bytes]] = {}
@@ -119,13 +118,6 @@ class _ModelWalk:
         yield from class_factors(self.walk, "model.code")
         yield memory_factor(self.walk, "model.aliases")
 
-    def _label(self, cls: type) -> tuple[str, bytes]:
-        name = self.writer.class_label(cls)
-        label = self.labels[cls] = (name, text_bytes(name))
-        # Once a class: what its body holds follows where its name does not lead to it.
-        self.kinds.put_class(cls)
-        return label
-
     def _visit(self, path: str, module: torch.nn.Module) -> None:
         """List the tree; a module that occurs twice is named by its first path."""
         if id(module) in self.numbers.known:
@@ -135,12 +127,15 @@ class _ModelWalk:
             raise UnkeyableError(path, f"a {type(module).__name__} is no module; register modules only")
         self.numbers.add(module, "module", path, 0)
         self.modules.append((path, module))
-        written = text_bytes(path)
-        self.paths.append(written)
         children = module._modules
         cls = type(module)
-        label = self.labels.get(cls) or self._label(cls)
-        self.tree += b"%b%bi%d;" % (written, label[1], len(children))
+        label = self.labels.get(cls)
+        if label is None:
+            name = self.writer.class_label(cls)
+            label = self.labels[cls] = (name, text_bytes(name))
+            # Once a class: what its body holds follows where its name does not lead to it.
+            self.kinds.put_class(cls)
+        self.tree += b"%b%bi%d;" % (text_bytes(path), label[1], len(children))
         for name, child in children.items():
             if "." in name:
                 raise UnkeyableError(path, f"a module is called {name!r}; a name must hold no dot")
@@ -191,10 +186,8 @@ class _ModelWalk:
         described = self.described.get(what)
         if described is None:
             if value.is_quantized or not stands_for_itself(value):
-                kind = type(value).__name__
-                raise UnkeyableError(
-                    name, f"a {kind}, whose content a key cannot describe; use plain tensors"
-                )
+                why = "whose content a key cannot describe; use plain tensors"
+                raise UnkeyableError(name, f"a {type(value).__name__}, {why}")
             text = f"{tensor_text(value)} {value.requires_grad} {flags}"
             described = self.described[what] = (text_bytes(text), tensor_span(value))
         if described[1]:
@@ -208,8 +201,8 @@ class _ModelWalk:
         known = {cls: (INTERNALS | ignored_names(cls), slots_of(cls)) for cls in self.labels}
         orders: dict[tuple[str, ...], int] = {}
         order = bytearray()
-        for module_bytes, (path, module) in zip(self.paths, self.modules, strict=True):
-            cls = type(module)
+        for path, module in self.modules:
+            cls, module_bytes = type(module), text_bytes(path)
             columns = attributes.setdefault(cls, {})
             items = state_of(module, *known[cls])
             order += b"i%d;" % orders.setdefault(tuple([name for name, _ in items]), len(orders))
@@ -272,13 +265,9 @@ class _ModelWalk:
 def class_factors(walk: Walk, name: str) -> Iterator[Factor]:
     """For each Python module whose classes were met and not yet written: what their bodies hold."""
     modules: dict[str, list[tuple[str, bytes]]] = {}
-    while walk.classes.keys() - walk.done.keys():
-        # A class's contents may name further classes.
-        for identity, cls in list(walk.classes.items()):
-            if identity not in walk.done:
-                walk.done[identity] = cls
-                written = (cls.__qualname__, walk.contents(cls))
-                modules.setdefault(walk.label(cls.__module__), []).append(written)
+    for cls in walk.unwritten_classes():
+        written = (cls.__qualname__, walk.contents(cls))
+        modules.setdefault(walk.label(cls.__module__), []).append(written)
     for module, classes in sorted(modules.items()):
         classes.sort()
         names = ", ".join(label for label, _ in classes)
@@ -287,18 +276,15 @@ def class_factors(walk: Walk, name: str) -> Iterator[Factor]:
 
 def memory_factor(walk: Walk, name: str) -> Factor:
     """Tensors and arrays that share memory without being one object: writing to one changes the other."""
-    found = []
+    texts, payload = list[str](), bytearray()
     end, owner, base = 0, "", 0
     for start, stop, label in sorted(walk.spans):
         if start < end:
-            found.append((label, owner, start - base, stop - base))
+            texts.append(f"{label!r} in {owner!r} at {start - base}")
+            payload += text_bytes(label) + text_bytes(owner) + b"i%d;i%d;" % (start - base, stop - base)
         if stop > end:
             end, owner, base = stop, label, start
-    text = ", ".join(f"{label!r} in {owner!r} at {at}" for label, owner, at, _ in found)
-    payload = b"".join(
-        text_bytes(label) + text_bytes(owner) + b"i%d;i%d;" % (at, stop) for label, owner, at, stop in found
-    )
-    return make_factor(name, text or "none", payload)
+    return make_factor(name, ", ".join(texts) or "none", bytes(payload))
 
 
 def _are_own(module: torch.nn.RNNBase, value: Any) -> bool:

@@ -24,14 +24,9 @@ import torch
 
 from stitchcache.encoding import UnkeyableError
 from stitchcache.keys import bytecode, check
-from stitchcache.keys.walk import (
-    Walk,
-    in_stdlib,
-    installed_path,
-    module_stands_by_version,
-    stands_by_version,
-)
+from stitchcache.keys.walk import Walk, in_stdlib, installed_path, module_stands_by_version, stands_by_version
 from stitchcache.torchside import fx_globals
+from stitchcache.types import follow
 
 FORBIDDEN_CODE = {
     threading.Thread.start.__code__: "starts a thread, whose code is not seen; start it outside of the model",
@@ -82,11 +77,7 @@ _READ_ANY_FILE = frozenset({"getline", "getlines", "updatecache", "open", "get_d
 """Functions of theirs, and of loaders, that read whatever file the model asks for."""
 
 _HARMLESS_POSIX = frozenset({"fspath", "putenv", "unsetenv", "fsencode", "fsdecode"})
-_SYSTEM = [
-    io.open,
-    io.open_code,
-    *(item for name, item in vars(os).items() if name in {*os.__all__} - _HARMLESS_POSIX),
-]
+_SYSTEM = [io.open, io.open_code, *(getattr(os, name) for name in {*os.__all__} - _HARMLESS_POSIX)]
 SYSTEM = {id(function): function for function in _SYSTEM if isinstance(function, BuiltinFunctionType)}
 """Functions made in C that ask the operating system, by id; held, so that an id stays its own."""
 
@@ -139,9 +130,7 @@ class Reads:
 
     def read_globals(self, code: CodeType, namespace: dict[str, Any], name: str) -> None:
         """Note the globals that code of a module reads, and what it imports."""
-        for opname, chain, called in bytecode.chains(code):
-            if opname not in bytecode.GLOBAL:
-                continue
+        for chain, called in bytecode.chains(code):
             found = check.lookup(namespace, chain, self.patched)
             self._note(name, chain, found)
             # What goes on as a value may be called by code made in C, which nobody sees: ``map(id, items)``.
@@ -156,9 +145,9 @@ class Reads:
 
     def read_cells(self, code: CodeType, cells: dict[str, Any]) -> None:
         """Note what code reads from modules that it closes over; the target key has their names only."""
-        for opname, chain, _ in bytecode.chains(code):
+        for chain, _ in bytecode.chains(code, bytecode.CELL):
             module = cells.get(chain[0])
-            if opname not in bytecode.CELL or len(chain) == 1 or not isinstance(module, ModuleType):
+            if len(chain) == 1 or not isinstance(module, ModuleType):
                 continue
             name = module.__name__
             if sys.modules.get(name) is not module:
@@ -247,19 +236,15 @@ class Reads:
                 self.refuse(f"{code.co_qualname} imports {attribute} from {name}, {why}")
 
     def _finish_classes(self) -> None:
-        done: set[int] = set()
-        while len(done) < len(self.walk.classes):
-            for identity, cls in list(self.walk.classes.items()):
-                if identity not in done:
-                    done.add(identity)
-                    entry = f"class:{self._label(cls.__module__)}:{cls.__qualname__}"
-                    self._digest(entry, check.class_digest, self.walk, cls)
+        for cls in self.walk.unwritten_classes():
+            entry = f"class:{self._label(cls.__module__)}:{cls.__qualname__}"
+            self._digest(entry, lambda cls: check.bytes_digest(self.walk.contents(cls)), cls)
         covered = Walk()
         covered.codes = self.walk.codes
         for cls in self._module_classes.values():
             with contextlib.suppress(UnkeyableError):
                 # The target key has met this class, or will; here it only says which code was digested.
-                check.class_digest(covered, cls)
+                covered.contents(cls)
 
 
 def _parts(value: Any) -> list[Any]:
@@ -268,8 +253,7 @@ def _parts(value: Any) -> list[Any]:
 
 def _as_before_trace(found: check.Found) -> check.Found:
     """A global as it is when nobody traces: torch.fx wraps functions under ``torch.fx.wrap`` meanwhile."""
-    code = getattr(found.value, "__code__", None)
-    if type(found.value) is FunctionType and code is not None and code.co_filename == _FX_TRACE:
+    if type(found.value) is FunctionType and found.value.__code__.co_filename == _FX_TRACE:
         original = getattr(found.value, "__wrapped__", found.value)
         return check.Found(original, found.exists, found.used, found.owner)
     return found
@@ -280,7 +264,7 @@ def asked_functions() -> dict[int, tuple[str, Any]]:
     found: dict[int, tuple[str, Any]] = {}
     for module, names in _ASKED.items():
         for name in names.split():
-            function = check.function_named(module, name)
+            function = follow(sys.modules.get(module), name)
             if function is not None:
                 function = inspect.unwrap(function)
                 thing = getattr(function, "__code__", function)

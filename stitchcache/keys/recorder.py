@@ -58,8 +58,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._modules: dict[str, types.ModuleType] = {}
         self._runs: dict[int, int] = {}
         self._generated: set[int] = set()
-        self._noticed = 0
-        self._paused = False
+        self.noticed = 0
+        self.paused = False
         self._unwatched = contextlib.ExitStack()
 
     def __enter__(self) -> SourceRecorder:
@@ -75,7 +75,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self._callback: Any = self._profiler()
         # Modes of somebody else's would see what is asked of a call's arguments.
         if not active_modes():
-            self._unwatched.enter_context(FamiliarCalls(self._callback, lambda: self._noticed, self._pause))
+            self._unwatched.enter_context(FamiliarCalls(self._callback, self))
         sys.setprofile(self._callback)
         return self
 
@@ -91,10 +91,6 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self.globals, self.unsound = tuple(self._reads.found.items()), self._reads.unsound
         self._callback = self._previous = None
 
-    def _pause(self, paused: bool) -> None:
-        """Let the profile function see nothing, or see again; it stays where it is."""
-        self._paused = paused
-
     @property
     def codes(self) -> list[types.CodeType]:
         """Code that ran, but that of torch and of the standard library."""
@@ -109,7 +105,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
 
         def profile(frame: types.FrameType, event: str, arg: Any) -> None:
             nonlocal muted
-            if self._paused:
+            if self.paused:
                 return
             if muted is not None:
                 if event == "return" and frame is muted:
@@ -133,7 +129,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                 elif identity in user:
                     self._further_call(frame, code)
                 if identity in user:
-                    self._noticed += 1
+                    self.noticed += 1
                     runs[identity] = runs.get(identity, 0) + 1
                 if identity in watched:
                     self._watched_code(frame, code)
@@ -158,10 +154,8 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
     def _is_generated(self, frame: types.FrameType) -> bool:
         """Whether code without a file is made by torch or the library, such as a namedtuple's constructor."""
         module = str(frame.f_globals.get("__name__"))
-        guard = frame.f_code.co_qualname.startswith(GUARD)
-        if guard or module.startswith("namedtuple_"):
-            return True
-        if reads.is_module_namespace(frame.f_globals) and self._keyed.is_versioned(module):
+        of_library = reads.is_module_namespace(frame.f_globals) and self._keyed.is_versioned(module)
+        if of_library or module.startswith("namedtuple_") or frame.f_code.co_qualname.startswith(GUARD):
             return True
         # A body that they execute only defines functions; those are looked at when they run.
         caller = frame.f_back
@@ -171,8 +165,6 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
     def _meet(self, code: types.CodeType, namespace: dict[str, Any]) -> None:
         """Note code of the user's that was not met before."""
         self._user[id(code)] = code
-        if bytecode.sees_namespaces(code):
-            self._refuse(f"{place(code)} looks into a namespace as a whole; name what is read from it")
         if reason := bytecode.asks_unknown(code):
             self._refuse(f"{place(code)} {reason}")
         name = str(namespace.get("__name__"))
@@ -188,7 +180,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             if code.co_name != "<module>":
                 self._reads.read_globals(code, namespace, name)
             return True
-        for chain in bytecode.global_chains(code):
+        for chain, _ in bytecode.chains(code):
             if chain[0] in namespace and not reads.is_given(code, chain[0], namespace[chain[0]]):
                 self._refuse(
                     f"{place(code)} reads {chain[0]} from globals that belong to no imported module; "
@@ -222,7 +214,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             key = os.fsdecode(key)
         if stands_by_version(caller.f_code.co_filename) and key not in reads.OF_A_PROCESS:
             return
-        self._noticed += 1
+        self.noticed += 1
         if isinstance(key, str):
             # Nothing is watched within the profile function, so this is not seen as a read of the model's.
             self._reads.found.setdefault(f"env:{key}", check.text_digest(os.environ.get(key)))
@@ -241,10 +233,14 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         lazily = code is reads.IMPORT_MODULE and installed_path(filename)
         if lazily or (stands_by_version(filename) and not rank):
             return
-        self._noticed += 1
+        self.noticed += 1
         if entry:
             given = [value for value in frame.f_locals.values() if value is not None]
-            self._ask(entry, plain=not given, where=caller.f_code)
+            if given:
+                name = check.title(entry.partition(":")[2])
+                self._refuse(f"{place(caller.f_code)} calls {name} with arguments; call it beforehand")
+            else:
+                self._reads.answers[entry] = None
             return
         calls = f"calls {code.co_qualname}, whose result is not the same each time; call it beforehand"
         self._refuse(f"{place(caller.f_code)} {reads.FORBIDDEN_CODE.get(code, calls)}")
@@ -260,12 +256,12 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             return
         if stands_by_version(code.co_filename):
             return
-        self._noticed += 1
+        self.noticed += 1
         self._seen[id(code)] = code
         self._meet(code, namespace)
         if not self._read_globals(code, namespace):
             return
-        for chain in bytecode.global_chains(code):
+        for chain, _ in bytecode.chains(code):
             value = check.lookup(namespace, chain, self._reads.patched).value
             why = reads.forbidden_to_dynamo(code, value)
             if why is None and id(getattr(value, "__code__", value)) in self._asked:
@@ -274,30 +270,22 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                 said = why.partition(";")[0]
                 self._refuse(f"{place(code)} {said} where torch._dynamo traces; do so outside of the branch")
 
-    def _ask(self, entry: str, *, plain: bool, where: types.CodeType) -> None:
-        if plain:
-            self._reads.answers[entry] = None
-        else:
-            name = check.title(entry.partition(":")[2])
-            self._refuse(f"{place(where)} calls {name} with arguments; call it beforehand")
-
     def _call_in_c(self, frame: types.FrameType, function: Any) -> None:
         """Look at what is called in C: clocks, files and random numbers are in no key."""
         code = frame.f_code
         if id(code) not in self._user:
             caller = reads.on_behalf_of(frame)
             if caller is not None:
-                self._noticed += 1
-                name = function.__name__
-                said = f"makes the library call {name}, which asks the system; ask beforehand"
+                self.noticed += 1
+                said = f"makes the library call {function.__name__}, which asks the system; ask beforehand"
                 self._refuse(f"{place(caller.f_code)} {said}")
             return
-        self._noticed += 1
+        self.noticed += 1
         asked = self._asked.get(id(function))
         reason = reads.forbidden_call(code, function)
         module = reads.module_of(function)
         if asked is not None:
-            self._ask(asked[0], plain=True, where=code)
+            self._reads.answers[asked[0]] = None
         elif reason is not None:
             self._refuse(f"{place(code)} {reason}")
         elif module is not None and module not in self._modules:
@@ -354,20 +342,15 @@ class FamiliarCalls(TorchFunctionMode):
 
     A call is familiar when an earlier one of the same function, with arguments of the same kinds (texts and
     truth values: the same) on the same kinds of devices and under the same kinds of dispatch modes, was
-    watched, and ``noticed``, which grows, did not grow below it: whether somebody else's code runs there,
+    watched, and the recorder's ``noticed`` did not grow below it: whether somebody else's code runs there,
     such as a kernel for one of torch's ops, shows in the first call. Calls that are given anything but
     torch's own tensors and plain values never are, nor is any under a mode of the user's. Where taking it
-    away costs more than the call, it is only told to ``pause``.
+    away costs more than the call, the recorder is only ``paused``.
     """
 
-    def __init__(
-        self,
-        profile: Callable[..., Any],
-        noticed: Callable[[], int],
-        pause: Callable[[bool], None],
-    ) -> None:
+    def __init__(self, profile: Callable[..., Any], recorder: SourceRecorder) -> None:
         super().__init__()
-        self._profile, self._noticed, self._pause = profile, noticed, pause
+        self._profile, self._recorder = profile, recorder
         # With the seconds that the watched call took.
         self._familiar: dict[tuple[Any, ...], float] = {}
         self._within = False
@@ -381,28 +364,24 @@ class FamiliarCalls(TorchFunctionMode):
         # Dynamo would trace what follows; another profile function is not ours to take away.
         if self._within or torch.compiler.is_dynamo_compiling() or sys.getprofile() is not self._profile:
             return func(*args, **given)
-        self._within = True
-        self._pause(True)
+        self._within = self._recorder.paused = True
+        taken = False
         try:
             call = self._kind_of_call(func, args, given)
             took = self._familiar.get(call) if call is not None else None
             if took is not None:
-                return self._unwatched(func, args, given) if took > _WORTH_TAKING else func(*args, **given)
+                if taken := took > _WORTH_TAKING:
+                    sys.setprofile(None)
+                return func(*args, **given)
         finally:
-            self._pause(False)
-            self._within = False
-        before, began = self._noticed(), time.perf_counter()
+            if taken:
+                sys.setprofile(self._profile)
+            self._within = self._recorder.paused = False
+        before, began = self._recorder.noticed, time.perf_counter()
         result = func(*args, **given)
-        if call is not None and self._noticed() == before:
+        if call is not None and self._recorder.noticed == before:
             self._familiar[call] = time.perf_counter() - began
         return result
-
-    def _unwatched(self, func: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-        sys.setprofile(None)
-        try:
-            return func(*args, **given)
-        finally:
-            sys.setprofile(self._profile)
 
     def _kind_of_call(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -410,14 +389,10 @@ class FamiliarCalls(TorchFunctionMode):
         # What a user's op does may be known from an earlier capture, and run only for another size.
         users = isinstance(func, OpOverload) and func.namespace not in {"aten", "prims"}
         modes = [type(mode) for mode in dispatch_modes()]
-        if (
-            type(func) not in _FUNCTIONS
-            or users
-            or not all(self._versioned(mode.__module__) for mode in modes)
-        ):
-            return None
         kinds: list[Any] = [func, *modes, *kwargs]
-        known = all(self._add_kind(kinds, value) for value in (*args, *kwargs.values()))
+        known = type(func) in _FUNCTIONS and not users
+        known = known and all(self._versioned(mode.__module__) for mode in modes)
+        known = known and all(self._add_kind(kinds, value) for value in (*args, *kwargs.values()))
         return tuple(kinds) if known else None
 
     def _add_kind(self, kinds: list[Any], value: Any) -> bool:

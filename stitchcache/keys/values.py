@@ -192,10 +192,7 @@ def by_parts(kind: bytes, parts: Callable[[Any], tuple[Any, ...]]) -> Handler:
     """How to write a value that is known by the name of its type and a few parts."""
 
     def put(writer: KeyWriter, value: Any) -> None:
-        found = parts(value)
-        writer.head(kind, 1 + len(found))
-        writer.text(type(value).__name__)
-        writer.put_items(found)
+        writer.parts(kind, type(value).__name__, *parts(value))
 
     return put
 
@@ -261,9 +258,10 @@ def _put_weak(writer: KeyWriter, value: weakref.ref[Any]) -> None:
     writer.out += known
 
 
-_put_getter = by_parts(b"getter", lambda value: tuple(value.__reduce__()[1:]))
 _put_name = by_parts(b"special form", lambda value: (value.__name__,))
 _put_type_variable = once(by_parts(b"type variable", _parts_of_type_variable))
+_FIELD = type(inspect.FullArgSpec.__dict__["args"])  # what a named tuple's attributes are
+_GETTERS = (_FIELD, operator.itemgetter, operator.attrgetter, operator.methodcaller)
 _TIMES = (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone)
 
 HANDLERS: Mapping[type, Handler] = {
@@ -275,10 +273,7 @@ HANDLERS: Mapping[type, Handler] = {
     torch.layout: by_text(b"layout"),
     torch.memory_format: by_text(b"memory format"),
     contextvars.ContextVar: by_parts(b"context variable", _parts_of_variable),
-    type(inspect.FullArgSpec.__dict__["args"]): _put_getter,
-    operator.itemgetter: _put_getter,
-    operator.attrgetter: _put_getter,
-    operator.methodcaller: _put_getter,
+    **dict.fromkeys(_GETTERS, by_parts(b"getter", lambda value: tuple(value.__reduce__()[1:]))),
     weakref.ReferenceType: _put_weak,
     typing.ForwardRef: by_parts(b"forward reference", lambda value: (value.__forward_arg__,)),
     type(typing.Optional): _put_name,
@@ -340,19 +335,17 @@ def _put_array(writer: KeyWriter, value: Any) -> None:
 def _put_number(writer: KeyWriter, value: Any) -> None:
     if value.dtype.hasobject:
         raise writer.error("a numpy scalar of objects; hold the object")
-    writer.head(b"numpy scalar", 3)
-    writer.put_items((type(value), value.dtype, value.tobytes()))
+    writer.parts(b"numpy scalar", type(value), value.dtype, value.tobytes())
 
 
 def _put_dtype(writer: KeyWriter, value: Any) -> None:
-    writer.head(b"numpy dtype", 4)
     try:
         described = value.descr if value.fields else None
     except ValueError as error:
         why = "a numpy data type with fields that overlap or are out of order; hold plain arrays"
         raise writer.error(why) from error
     noted = dict(value.metadata) if value.metadata else None
-    writer.put_items((value.str, described, bool(value.isalignedstruct), noted))
+    writer.parts(b"numpy dtype", value.str, described, bool(value.isalignedstruct), noted)
 
 
 def _put_universal(writer: KeyWriter, value: Any) -> None:
@@ -371,21 +364,17 @@ def _put_diffusers_config(writer: KeyWriter, value: Any) -> None:
     writer.put_state(value, _DIFFUSERS_NOTES)
 
 
+_LATE: list[tuple[str, str, Handler]] = [
+    ("numpy", "ndarray", _put_array),
+    ("numpy", "generic", _put_number),
+    ("numpy", "dtype", _put_dtype),
+    ("numpy", "ufunc", _put_universal),
+    ("diffusers.configuration_utils", "FrozenDict", once(_put_diffusers_config)),
+    ("decimal", "Decimal", _text_of_own("decimal")),
+]
+
+
 def late_families() -> list[tuple[type, Handler]]:
     """Types of modules that are imported only where values of theirs exist."""
-    found: list[tuple[type, Handler]] = []
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        found += [
-            (numpy.ndarray, _put_array),
-            (numpy.generic, _put_number),
-            (numpy.dtype, _put_dtype),
-            (numpy.ufunc, _put_universal),
-        ]
-    diffusers = sys.modules.get("diffusers.configuration_utils")
-    if diffusers is not None:
-        found.append((diffusers.FrozenDict, once(_put_diffusers_config)))
-    decimal = sys.modules.get("decimal")
-    if decimal is not None:
-        found.append((decimal.Decimal, _text_of_own("decimal")))
-    return found
+    there = ((sys.modules.get(module), name, write) for module, name, write in _LATE)
+    return [(getattr(module, name), write) for module, name, write in there if module is not None]

@@ -11,14 +11,14 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import CodeType, ModuleType
 from typing import Any
 
 import torch
 
 from stitchcache import containers, encoding
-from stitchcache.encoding import Handler, Layout, Numbers, Step, Writer, text_bytes
+from stitchcache.encoding import Handler, Numbers, Step, Writer, text_bytes
 from stitchcache.keys import code, values
 from stitchcache.torchside import CustomOpDef, OpOverload, OpOverloadPacket, custom_op_parts
 
@@ -27,8 +27,9 @@ from stitchcache.torchside import CustomOpDef, OpOverload, OpOverloadPacket, cus
 _SITE = os.path.dirname(os.path.dirname(os.path.abspath(torch.__file__)))
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _REQUIRED_BY_TORCH = tuple("sympy mpmath networkx jinja2 markupsafe fsspec filelock triton numpy".split())  # noqa: SIM905
+_OF_TORCH = ("torch", "torchgen", "functorch", *_REQUIRED_BY_TORCH)
 _VERSIONED_FILES = (
-    *(os.path.join(_SITE, name) + os.sep for name in ("torch", "torchgen", "functorch", *_REQUIRED_BY_TORCH)),
+    *(os.path.join(_SITE, name) + os.sep for name in _OF_TORCH),
     os.path.join(_SITE, "typing_extensions.py"),
     _PACKAGE + os.sep,
     "<frozen ",
@@ -37,17 +38,13 @@ _VERSIONED_FILES = (
 _DEMO = os.path.join(_PACKAGE, "demo") + os.sep
 _VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
 # What sysconfig would say, without the milliseconds that asking it takes.
-_STDLIB = tuple(
-    {
-        os.path.dirname(os.__file__) + os.sep,
-        os.path.join(sys.base_exec_prefix, sys.platlibdir, _VERSION) + os.sep,
-    }
+_STDLIB = (
+    os.path.dirname(os.__file__) + os.sep,
+    os.path.join(sys.base_exec_prefix, sys.platlibdir, _VERSION) + os.sep,
 )
 _SITE_NAMES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 
-VERSIONED_PACKAGES = frozenset(
-    {"torch", "torchgen", "functorch", "stitchcache", "builtins", "typing_extensions", *_REQUIRED_BY_TORCH}
-)
+VERSIONED_PACKAGES = frozenset({*_OF_TORCH, "stitchcache", "builtins", "typing_extensions"})
 """Top-level packages whose classes and functions are known by name alone."""
 
 
@@ -152,10 +149,6 @@ def find_class(module: str, qualname: str) -> object:
     return found
 
 
-def _origin(filename: str) -> tuple[bool, str]:
-    return stands_by_version(filename), installed_path(filename)
-
-
 class Walk:
     """What one walk over a key has met: a key has one walk, and one numbering of objects."""
 
@@ -176,7 +169,7 @@ class Walk:
         self.text_bytes = functools.cache(text_bytes)
         self.is_versioned = functools.cache(module_stands_by_version)
         self.layout = functools.cache(encoding.layout_of)
-        self.origin = functools.cache(_origin)
+        self.origin = functools.cache(lambda file: (stands_by_version(file), installed_path(file)))
         self.families = _families()
         self.found: dict[int, tuple[type, Handler]] = {}
         self._named: dict[int, tuple[type, bytes, str]] = {}
@@ -234,6 +227,13 @@ class Walk:
         if id(cls) not in self.done:
             self.classes.setdefault(id(cls), cls)
 
+    def unwritten_classes(self) -> Iterator[type]:
+        """Classes that were met and whose contents are to be written; those may name further classes."""
+        while new := [cls for identity, cls in self.classes.items() if identity not in self.done]:
+            for cls in new:
+                self.done[id(cls)] = cls
+                yield cls
+
     def contents(self, cls: type) -> bytes:
         """The bytes of a class's contents; each class is looked at once in a walk."""
         known = self._contents.get(id(cls))
@@ -252,6 +252,7 @@ class KeyWriter(Writer):
         super().__init__(walk.numbers, section, where, path)
         self.walk = walk
         self.handlers, self.families, self.found = _HANDLERS, walk.families, walk.found
+        self.layout, self.ignored = walk.layout, values.ignored_names
 
     def begin(self, section: str, where: str, path: list[Step]) -> None:
         """Empty the buffer for the next section."""
@@ -268,14 +269,6 @@ class KeyWriter(Writer):
         if cls.__module__ == "__main__":
             return f"{self.walk.main}.{cls.__qualname__}"
         return super().class_label(cls)
-
-    def layout(self, cls: type) -> Layout:
-        """Whether instances of a class have plain state, and their slots."""
-        return self.walk.layout(cls)
-
-    def ignored(self, cls: type) -> frozenset[str]:
-        """Attributes that say where a class or its instances came from, not what they compute."""
-        return values.ignored_names(cls)
 
     def put_class(self, cls: type) -> None:
         """Write a class by name and note it; one that its name does not lead to is written here and now."""
@@ -296,8 +289,7 @@ def _put_module_reference(writer: KeyWriter, module: ModuleType) -> None:
     """Write a Python module that is a value, by name; its user must not edit it or set attributes of it."""
     if not writer.walk.is_versioned(module.__name__):
         raise writer.error(f"the module {module.__name__} is held as a value; import it where it is used")
-    writer.head(b"module", 1)
-    writer.text(module.__name__)
+    writer.parts(b"module", module.__name__)
 
 
 def _put_custom_op(writer: KeyWriter, value: Any) -> None:
@@ -310,8 +302,7 @@ def _put_member_of_torch(writer: KeyWriter, value: Any) -> None:
     """Write any other value; enumerations made in C++, such as SDPBackend, are known by their names."""
     cls = type(value)
     if hasattr(cls, "__members__") and cls.__module__.partition(".")[0] == "torch":
-        writer.head(b"torch member", 1)
-        writer.text(f"{cls.__module__}.{cls.__qualname__}.{value.name}")
+        writer.parts(b"torch member", f"{cls.__module__}.{cls.__qualname__}.{value.name}")
         return
     writer.put_object(value)
 
@@ -338,6 +329,4 @@ def _families() -> Sequence[tuple[type, Handler]]:
 
 def plain_bytes(value: Any) -> bytes:
     """Bytes of one value that stands alone, such as an option, or an UnkeyableError."""
-    writer = Walk().writer("value")
-    writer.put(value)
-    return bytes(writer.out)
+    return Walk().writer("value").bytes_with(value)

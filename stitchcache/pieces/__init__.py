@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from stitchcache.errors import BackendError, CompilerMissingError, OptionError
 from stitchcache.options import BACKENDS, COMPILER_OPTIONS
@@ -155,7 +155,7 @@ class InductorBackend(Backend):
         # Not at the top: few make mistakes, and every warm start imports this file.
         from difflib import get_close_matches
 
-        known = inductor.option_names()
+        known = list(inductor.settings().get_config_copy())
         for name in options:
             if name.replace("-", "_") not in known:
                 near = get_close_matches(name, known, 2)
@@ -164,24 +164,31 @@ class InductorBackend(Backend):
                 raise OptionError(f"{place}: Inductor has no such option; {hint}", option=place)
 
     def foreign_ops(self, piece: GraphModule) -> set[str]:
-        """Dropout, before torch 2.13: there Inductor draws for it before all other random ops of a piece."""
+        """Ops of a piece that Inductor would get wrong."""
         # A warm start plans nothing.
-        from stitchcache.graph.effects import is_random
+        from stitchcache.graph.effects import is_random, target_name
 
-        if inductor.draws_in_order():
-            return set()
         ops = [node for node in piece.graph.nodes if isinstance(node.target, OpOverload)]
-        return {_named(node) for node in ops if "dropout" in str(node.target) and is_random(node)}
+        return {target_name(op.target) for op in ops if self._is_foreign(op.target, is_random(op))}
+
+    def _is_foreign(self, op: OpOverload, random: bool) -> bool:
+        # Before torch 2.13 Inductor draws for dropout before all other random ops of a piece.
+        return random and "dropout" in str(op) and torch.__version__ < "2.13"
 
     def warmth(self, devices: Collection[str], options: Options) -> Callable[[], object] | None:
-        """Leave the probes of the CPU on disk, which takes half of Inductor's imports only."""
+        """Leave the caller and the probes of the CPU on disk, which takes half of Inductor's imports only."""
         usable = "cpu" in devices and find_compiler() is not None
 
-        def probe() -> None:
+        def warm() -> None:
             _require_own_directory()
+            self._caller()
             inductor.probe_best(options)
 
-        return probe if usable else None
+        return warm if usable else None
+
+    def _caller(self) -> Path | None:
+        """A library to append to what is compiled, compiled now if it is not there; ``None`` without one."""
+        return None
 
     def prepare(self, devices: Collection[str], options: Options, pieces: int) -> Options:
         """Check for a C++ compiler, import Inductor and probe the CPU."""
@@ -195,9 +202,9 @@ class InductorBackend(Backend):
             )
         _require_own_directory()
         inductor.import_compiler()
-        probe = self.warmth(devices, options)
-        if probe is not None:
-            probe()
+        warm = self.warmth(devices, options)
+        if warm is not None:
+            warm()
         return options
 
     def around_compiling(self, devices: Collection[str], options: Options) -> AbstractContextManager[None]:
@@ -219,20 +226,10 @@ class AotiBackend(InductorBackend):
         few = known and pieces < max(HEADERS_PAY_FROM, cores)
         return {**({HEADERS: False} if few else {}), **options}
 
-    def foreign_ops(self, piece: GraphModule) -> set[str]:
-        """Custom ops too, and random ops that would draw other numbers."""
-        # A warm start plans nothing.
-        from stitchcache.graph.effects import is_random
-
-        return super().foreign_ops(piece) | {
-            _named(node)
-            for node in piece.graph.nodes
-            if isinstance(node.target, OpOverload)
-            and (
-                node.target.namespace not in _NATIVE
-                or (is_random(node) and str(node.target).split(".")[1] not in _RANDOM)
-            )
-        }
+    def _is_foreign(self, op: OpOverload, random: bool) -> bool:
+        # Custom ops too, and random ops that would draw other numbers.
+        others = random and str(op).split(".")[1] not in _RANDOM
+        return others or op.namespace not in _NATIVE or super()._is_foreign(op, random)
 
     def compile(self, piece: GraphModule, directory: Path, options: Options) -> Path:
         """Compile a piece to a library."""
@@ -292,20 +289,8 @@ class AotiBackend(InductorBackend):
 
         return Deferred(_compiler(), directory / "deferred")
 
-    def warmth(self, devices: Collection[str], options: Options) -> Callable[[], object] | None:
-        """Compile the caller too."""
-        probe = super().warmth(devices, options)
-
-        def warm() -> None:
-            _require_own_directory()
-            self._caller()
-            if probe is not None:
-                probe()
-
-        return warm if probe is not None else None
-
     def _caller(self) -> Path | None:
-        """The caller's library, compiled now if it is not there; without it torch's runner will do."""
+        """The caller's library; without it torch's runner will do."""
         from stitchcache.store import distrusted_way  # a warm start builds nothing
 
         compiler = find_compiler()
@@ -366,10 +351,6 @@ def _require_own_directory() -> None:
             )
 
 
-def _named(node: Node) -> str:
-    return str(node.target).replace(".", "::", 1)
-
-
 def _compiler() -> str:
     return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
@@ -407,15 +388,12 @@ def thread_options(piece: GraphModule, options: Options) -> dict[str, Any]:
     if {"cpp.threads", "cpp.dynamic_threads"} & options.keys() or inductor.settings().cpp.threads > 0:
         return {}
     # Neither weights nor views count: only what a piece computes.
-    computed = (node.meta.get("val") for node in piece.graph.nodes if _computes(node))
+    calls = (node for node in piece.graph.nodes if isinstance(node.target, OpOverload))
+    computed = (call.meta.get("val") for call in calls if not is_view(call.target))
     tensors = (t for value in computed for t in (value if isinstance(value, (list, tuple)) else [value]))
     if any(isinstance(t, torch.Tensor) and math.prod(map(_most, t.shape)) >= ENOUGH for t in tensors):
         return {"cpp.threads": _NOMINAL_THREADS, "cpp.dynamic_threads": True}
     return {"cpp.threads": 1}
-
-
-def _computes(node: Node) -> bool:
-    return node.op == "call_function" and isinstance(node.target, OpOverload) and not is_view(node.target)
 
 
 def _most(size: int | torch.SymInt) -> int:

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ def build(
     chosen: dict[str, Options] = {}
 
     def begin(piece: Piece, directory: Path) -> Callable[[], Path]:
-        return get_backend(piece.backend).begin(_copy(piece.gm), directory, chosen[piece.backend])
+        # A copy, as backends may rewrite the graph that they are given; what it holds is not copied.
+        copied = GraphModule(piece.gm, deepcopy(piece.gm.graph))
+        return get_backend(piece.backend).begin(copied, directory, chosen[piece.backend])
 
     def in_child(piece: Piece, directory: Path) -> tuple[Path, float, str | None]:
         began = time.perf_counter()
@@ -87,13 +90,12 @@ def build(
             run = partial(in_child, piece, directory) if forked else partial(here, piece, directory, trial)
             log_file = scratch / f"{piece.key}.log"
             pending.append(children.Job(name=piece.name, run=run, log=log_file, backend=piece.backend))
-        results = (
-            children.run_all(pending, at_once(len(pending), jobs))
-            if forked
-            else children.run_here(pending, jobs or len(os.sched_getaffinity(0)))
+        threads = jobs or len(os.sched_getaffinity(0))
+        run_all, limit = (
+            (children.run_all, at_once(len(pending), jobs)) if forked else (children.run_here, threads)
         )
         # Closed whatever happens, so that no child outlives an error or Ctrl-C.
-        stack.enter_context(closing(results))
+        results = stack.enter_context(closing(run_all(pending, limit)))
         for index, (path, seconds, unverified) in results:
             if unverified is None:
                 # Not in its thread: Inductor tunes kernels on the GPU meanwhile.
@@ -114,15 +116,6 @@ def _compare(piece: Piece, path: Path, examples: Mapping[str, list[Any]] | None,
         return compare_on_stand_ins(piece, compiled)
     compare_with_eager(piece, compiled, examples[piece.key])
     return ""
-
-
-def _copy(gm: GraphModule) -> GraphModule:
-    """Backends may rewrite the graph that they are given."""
-    graph = type(gm.graph)()
-    output = graph.graph_copy(gm.graph, {}, return_output_node=True)
-    if isinstance(output, tuple):
-        graph.output(output[0])
-    return GraphModule(gm, graph)
 
 
 def at_once(pieces: int, jobs: int | None) -> int:

@@ -42,7 +42,7 @@ def compare_with_eager(piece: Piece, compiled: BoxedPiece, inputs: Sequence[Any]
         # Weights are most of a model: only what the piece writes is copied.
         keep = unwritten(inputs, (v for name, v in zip(placeholders, inputs, strict=True) if name in written))
         theirs, ours = clone_all(inputs, keep), clone_all(inputs, keep)
-    with torch.no_grad(), drawn_back(_devices(gm)):
+    with torch.no_grad(), drawn_back(node.meta.get("val") for node in gm.graph.nodes):
         torch.manual_seed(_SEED)
         expected = gm(*theirs)
         torch.manual_seed(_SEED)
@@ -73,11 +73,6 @@ def _mismatch(piece: Piece, what: str, difference: float = 0.0, tolerance: float
         difference=difference,
         tolerance=tolerance,
     )
-
-
-def _devices(gm: GraphModule) -> set[torch.device]:
-    values = (node.meta.get("val") for node in gm.graph.nodes)
-    return {value.device for value in values if isinstance(value, torch.Tensor)}
 
 
 def _as_promised(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], list[tuple[int, ...] | None]]:
@@ -154,9 +149,15 @@ def stand_in(like: torch.Tensor, label: str, *, positive: bool = False, zero: bo
 def compare_on_stand_ins(piece: Piece, compiled: BoxedPiece) -> str:
     """The same without real data. Gives why it was not compared, if eager refuses all that was made up."""
     refused = ""
+    values = [symbols.value_of(node) for node in piece.gm.graph.nodes if node.op == "placeholder"]
     for choice in ({}, {"positive": True}, {"positive": True, "zero": True}):
         try:
-            inputs = _inputs(piece.gm, choice)
+            inputs = [
+                stand_in(value, f"input {index}", **choice)
+                if isinstance(value, torch.Tensor)
+                else symbols.example_of(value)
+                for index, value in enumerate(values)
+            ]
             usable = _gives_numbers(piece.gm, inputs)
         except FAILURES as error:
             refused = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -166,17 +167,6 @@ def compare_on_stand_ins(piece: Piece, compiled: BoxedPiece) -> str:
             return ""
         refused = "made-up inputs lead to no finite number"
     return refused
-
-
-def _inputs(gm: GraphModule, choice: Mapping[str, bool]) -> list[Any]:
-    """Inputs for a piece, and only for it."""
-    values = [symbols.value_of(node) for node in gm.graph.nodes if node.op == "placeholder"]
-    return [
-        stand_in(value, f"input {index}", **choice)
-        if isinstance(value, torch.Tensor)
-        else symbols.example_of(value)
-        for index, value in enumerate(values)
-    ]
 
 
 def _gives_numbers(gm: GraphModule, inputs: Sequence[Any]) -> bool:

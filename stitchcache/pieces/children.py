@@ -221,7 +221,10 @@ class Trial:
 
 def start(job: Job, index: int = 0) -> Child:
     """Start a job. Whoever does must :func:`end` it."""
-    _wait_for_looks()
+    for thread in threading.enumerate():
+        # A child would inherit the locks that a look in the background holds, for ever.
+        if thread.name == LOOK_THREAD and thread is not threading.current_thread():
+            thread.join(_LONGEST_LOOK)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(
@@ -233,13 +236,6 @@ def start(job: Job, index: int = 0) -> Child:
         process.start()
     sender.close()
     return Child(job, index, process, receiver)
-
-
-def _wait_for_looks() -> None:
-    """Let looks in the background end: a child would inherit the locks that their threads hold, for ever."""
-    for thread in threading.enumerate():
-        if thread.name == LOOK_THREAD and thread is not threading.current_thread():
-            thread.join(_LONGEST_LOOK)
 
 
 def _child(job: Job, sender: Connection, receiver: Connection, parent: int) -> None:
@@ -331,13 +327,9 @@ def signal_group(child: Child, number: signal.Signals) -> None:
 def finish(child: Child, died: Callable[[Job, int, Sequence[str]], StitchCacheError]) -> Any:
     """The result of a child that is done or dead; ``died`` makes an error of its exit code and its lines."""
     answer: tuple[bool, Any] | None = None
-    try:
+    with child.connection, suppress(EOFError, ConnectionError):
         if child.connection.poll():
             answer = child.connection.recv()
-    except (EOFError, ConnectionError):
-        answer = None
-    finally:
-        child.connection.close()
     child.process.join()
     if answer is None:
         lines = []

@@ -64,7 +64,8 @@ class Deferred:
             commands.append(path.read_text().splitlines())
         compiles = [command for command in commands if "-c" in command]
         # Another process may compile the same source to the same place.
-        objects = {_result(c): str(self._directory / f"compiled{n}.o") for n, c in enumerate(compiles)}
+        results = [command[command.index("-o") + 1] for command in compiles]
+        objects = {path: str(self._directory / f"compiled{n}.o") for n, path in enumerate(results)}
         with ThreadPoolExecutor(max(1, len(compiles))) as threads:
             list(threads.map(self._call, [[objects.get(word, word) for word in c] for c in compiles]))
         for command in commands:
@@ -88,7 +89,3 @@ class Deferred:
         )
         if done.returncode != 0:
             raise RuntimeError(f"{shlex.join([self._compiler, *arguments])}\n{done.stdout}")
-
-
-def _result(command: Sequence[str]) -> str:
-    return command[command.index("-o") + 1]

@@ -38,18 +38,15 @@ class EagerBackend(Backend):
 
     def load(self, path: Path, device: str) -> BoxedPiece:
         """Bind the stored source."""
-        with well_formed(os.path.realpath(path)):
-            function = _function_of(_read(path))
+        where = os.path.realpath(path)
+        with well_formed(where):
+            record: Any = read_packed(lambda value: value, path.read_bytes(), where, "eager piece")
+            if not isinstance(record, dict) or record.get("magic") != _MAGIC:
+                reason = "no eager piece: run 'stitchcache verify --repair'"
+                raise EntryFormatError.at(where, "magic", reason)
+            function = _function_of(record)
         # It takes its inputs one by one, not as a list.
         return lambda inputs: function(*inputs)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    where = os.path.realpath(path)
-    record: Any = read_packed(lambda value: value, path.read_bytes(), where, "eager piece")
-    if not isinstance(record, dict) or record.get("magic") != _MAGIC:
-        raise EntryFormatError.at(where, "magic", "no eager piece: run 'stitchcache verify --repair'")
-    return record
 
 
 def _source_of(piece: GraphModule) -> dict[str, Any]:

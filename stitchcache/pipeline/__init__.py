@@ -185,12 +185,8 @@ def _constant(binding: BindingSpec, path: Path, device: str) -> torch.Tensor:
 
     stored = load_consts(path.read_bytes())
     if len(stored) != 1 or not isinstance(stored[0], torch.Tensor):
-        raise EntryFormatError(
-            f"{path}: constant {binding.name!r} is not a tensor. Run 'stitchcache verify --repair'.",
-            path=str(path),
-            field=f"bindings[{binding.name}]",
-            reason="not a tensor",
-        )
+        reason = "not a tensor. Run 'stitchcache verify --repair'."
+        raise EntryFormatError.at(str(path), f"bindings[{binding.name}]", reason)
     return stored[0] if binding.tensor.device == "cpu" else stored[0].to(device)
 
 

@@ -113,16 +113,6 @@ class Request:
         return self.options.get("stitchcache.nice")
 
     @property
-    def verify(self) -> bool:
-        """Whether fresh pieces are compared with eager."""
-        return bool(self.options.get("stitchcache.verify", True))
-
-    @property
-    def keep_sources(self) -> bool:
-        """Whether source that the backend generates is kept beside the entry."""
-        return bool(self.options.get("stitchcache.keep_sources"))
-
-    @property
     def effects(self) -> Mapping[str, bool]:
         """Ops that write what their schemas do not show (true), or that only seem to (false)."""
         found: Mapping[str, bool] = self.options.get("stitchcache.effects", {})

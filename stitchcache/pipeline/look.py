@@ -72,7 +72,7 @@ def looker(
             # The call that was looked at made it ready to be recorded. What is served is recorded, so it is
             # looked at once more.
             _refuse_graphs(compared(compiled, compiled.artifact)[1])
-        if graphs is not None and graphs.at_load and not reason:
+        if graphs is not None and graphs.wanted.at == "load" and not reason:
             _record(wanted, compiled, graphs)
 
     def look_at(compiled: CompiledModel, artifact: Artifact, reason: str, began: float) -> None:
@@ -104,15 +104,13 @@ def _record(wanted: Wanted, compiled: CompiledModel, graphs: Graphs) -> None:
     # Most starts record nothing.
     from stitchcache.torchside.watch import watch
 
-    specs = compiled.artifact.input_spec.leaves if compiled.artifact.input_spec is not None else ()
-    taken = [place for place, spec in enumerate(specs) if spec.kind != "constant"]
+    taken = list(compiled.artifact.taken)
     _, tree_spec = tree.flatten((wanted.args, dict(wanted.kwargs)))
     memory = watch({})
     for tensor in _written_by(wanted, compiled.artifact).values():
         memory.save(tensor)
-    devices = {leaf.device for leaf in wanted.leaves if isinstance(leaf, torch.Tensor)}
     try:
-        with drawn_back(devices), torch.no_grad():
+        with drawn_back(wanted.leaves), torch.no_grad():
             for made in graphs.examples([wanted.leaves[place] for place in taken]):
                 leaves = list(wanted.leaves)
                 for place, leaf in zip(taken, made, strict=True):
@@ -227,8 +225,7 @@ def _stale(compiled: CompiledModel, outcome: Check, caught: int) -> StaleEntryEr
 
 def _written_by(wanted: Wanted, artifact: Artifact) -> dict[str, torch.Tensor]:
     """Tensors that an artifact's pieces may write, and what to call them."""
-    specs = artifact.input_spec.leaves if artifact.input_spec is not None else ()
-    inputs = zip(specs, wanted.leaves, strict=False)
+    inputs = zip(artifact.leaves, wanted.leaves, strict=False)
     found = {f"input:{spec.path}": leaf for spec, leaf in inputs if spec.kind == "inout"}
     lasting = {name: tensor_at(wanted.model, name.partition(":")[2]) for name in _lasting_names(artifact)}
     return found | {name: tensor for name, tensor in lasting.items() if tensor is not None}

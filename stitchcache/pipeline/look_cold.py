@@ -83,7 +83,15 @@ def look_cold(
             raise _not_the_model(wanted, captured, of_graph.fails, first, run)
         if wrong is not None and both.drew and not wrong.fact:
             return unchecked(f"the model draws random numbers, and {wrong.name} {disagreement(wrong)}")
-        _refuse_too_far(items, both.fails)
+        # The graph is the model, and pieces agreed with it one by one; rounding may still add up too far.
+        ceilings = [_CEILING.get(item.dtype, HIGH) if item.dtype else _TURNED for item in items]
+        far = [i for i, most in zip(items, ceilings, strict=True) if i.fact or not i.spread <= most]
+        if both.fails or far:
+            said = both.fails or f"{far[0].name} {disagreement(far[0])}"
+            raise PieceMismatchError(
+                f"the compiled model differs from the model ({said}), but its graph, run op by op, does not. "
+                "Nothing was stored. Use backend='eager', or split at an op that keeps the pieces smaller."
+            )
     # A second call may index beyond a full cache, which on a GPU ends all that the process does there.
     if both.moved and (wanted.site.device == "cpu" or all(i.name.startswith("output") for i in both.items)):
         _look_twice(wanted, captured, skipped, run)
@@ -115,21 +123,6 @@ def _writes(captured: Capture, leaves: Sequence[Any]) -> dict[str, torch.Tensor]
 
 def _first_wrong(items: Iterable[Compared]) -> Compared | None:
     return next((item for item in items if disagreement(item)), None)
-
-
-def _refuse_too_far(items: Sequence[Compared], fails: str) -> None:
-    """The graph is the model, and pieces agreed with it one by one; rounding may still add up too far."""
-    for item in items:
-        most = _TURNED if item.dtype is None else _CEILING.get(item.dtype, HIGH)
-        if item.fact or not item.spread <= most:
-            fails = fails or f"{item.name} {disagreement(item)}"
-    if fails:
-        raise PieceMismatchError(
-            f"the compiled model differs from the model ({fails}), but its graph, run op by op, does not. "
-            "Nothing was stored. Use backend='eager', or split at an op that keeps the pieces smaller.",
-            backend="",
-            piece="",
-        )
 
 
 def _look_twice(wanted: Wanted, captured: Capture, skipped: set[str], run: _Run) -> None:
@@ -355,7 +348,7 @@ class _MadeUp(Interpreter):
     def results(self, leaves: Sequence[Any]) -> dict[str, Any]:
         """What the graph returns and what it wrote, by name."""
         given = clone_all(leaves)
-        with drawn_back({leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}), no_autocast():
+        with drawn_back(leaves), no_autocast():
             torch.manual_seed(0)
             results = self.run(*[None] * len(self.bound), *given)
         found = {f"output {index}": value for index, value in enumerate(results)}

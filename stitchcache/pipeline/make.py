@@ -17,7 +17,6 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from stitchcache.artifact.consts import dump_consts
-from stitchcache.cache import Cache
 from stitchcache.capture import Capture
 from stitchcache.capture.contract import tensor_spec
 from stitchcache.capture.ranges import Variants
@@ -40,7 +39,6 @@ from stitchcache.graph.split import split_graph
 from stitchcache.graph.stitching import bind_placeholders, lower_sizes, pin_strides
 from stitchcache.graph.symbols import SymbolNames, without_guards
 from stitchcache.keys.walk import plain_bytes
-from stitchcache.options import SizeRange
 from stitchcache.pieces import FAILURES, Backend, Piece, get_backend
 from stitchcache.pieces.build import at_once, build
 from stitchcache.pipeline.find import Hit, Request, Site
@@ -89,7 +87,7 @@ class EntryPlan:
     """A captured model, planned: everything that its entry will be but the compiled pieces."""
 
     source: Source
-    plans: tuple[tuple[SizeRange | None, Plan], ...]  # one for each variant
+    plans: tuple[Plan, ...]  # one for each variant
     graph_hash: str
     factors: tuple[Factor, ...]  # what went into the graph hash beside pieces and environment
     bindings: tuple[BindingSpec, ...]  # tensors that the stitching code uses
@@ -98,27 +96,21 @@ class EntryPlan:
     @property
     def distinct(self) -> dict[str, Piece]:
         """Pieces by key."""
-        return {piece.key: piece for _, planned in self.plans for piece in planned.pieces}
+        return {piece.key: piece for planned in self.plans for piece in planned.pieces}
 
 
 def plan_entry(source: Source) -> EntryPlan:
     """Plan the compilation of a captured model; a ``SplitError`` if it cannot be split as asked."""
-    backend, plans = get_backend(source.request.backend), []
-    for size_range, captured in source.variants:
-        bound = {item.placeholder: (item.name, item.tensor) for item in captured.bound}
-        leaves = zip(captured.user_inputs, captured.input_spec.leaves, strict=True)
-        constants = [name for name, leaf in leaves if leaf.kind == "constant"]
-        ops = source.request.splitting_ops
-        planned = plan(captured.gm, bound, constants, ops, backend, source.environment)
-        plans.append((size_range, planned))
-    bindings = _bindings(source, [planned for _, planned in plans])
+    how = (source.request.splitting_ops, get_backend(source.request.backend), source.environment)
+    plans = [plan(captured, *how) for _, captured in source.variants]
+    bindings = _bindings(source, plans)
     tensors = {item.name: item.tensor for item in source.whole.bound if item.kind == "constant"}
     carried = {b.name: tensors[b.name] for b in bindings if b.kind == "constant"}
     inputs, outputs = asdict(source.whole.input_spec), asdict(source.whole.output_spec)
     values = sorted((name, dump_consts([tensor]) or b"") for name, tensor in carried.items())
     # A range with its dimension, which its text leaves out.
-    ranges = [None if size is None else (size.dim, size.min, size.max) for size, _ in plans]
-    structure = [(size, planned.structure) for size, (_, planned) in zip(ranges, plans, strict=True)]
+    sizes = [size and (size.dim, size.min, size.max) for size, _ in source.variants]
+    structure = [(size, planned.structure) for size, planned in zip(sizes, plans, strict=True)]
     facts = (
         make_factor("graph.structure", f"{len(plans)} variants", plain_bytes(structure)),
         make_factor("graph.inputs", f"{len(inputs['leaves'])} leaves", plain_bytes(inputs)),
@@ -127,10 +119,8 @@ def plan_entry(source: Source) -> EntryPlan:
         make_factor("graph.constants", f"{len(carried)} tensors", plain_bytes(values)),
         *source.facts,
     )
-    pieces = [
-        (size, tuple((piece.name, piece.key) for piece in planned.pieces))
-        for size, (_, planned) in zip(ranges, plans, strict=True)
-    ]
+    named = [tuple((piece.name, piece.key) for piece in planned.pieces) for planned in plans]
+    pieces = list(zip(sizes, named, strict=True))
     factors = sorted((factor.name, factor.digest) for factor in [*facts, *source.environment])
     return EntryPlan(
         source=source,
@@ -142,20 +132,12 @@ def plan_entry(source: Source) -> EntryPlan:
     )
 
 
-def plan(
-    gm: GraphModule,
-    bound: dict[str, tuple[str, torch.Tensor]],
-    constants: Sequence[str],
-    splitting_ops: Sequence[str],
-    backend: Backend,
-    factors: Sequence[Factor],
-) -> Plan:
+def plan(captured: Capture, ops: Sequence[str], backend: Backend, factors: Sequence[Factor]) -> Plan:
     """Plan the compilation of a captured graph, which is not changed; a ``SplitError`` if it cannot be split.
 
-    ``bound`` has name and tensor for placeholders that the model feeds, ``constants`` names those of leaves
-    that the capture baked in, and ``factors`` distinguish compiled pieces beyond their graph.
+    ``ops`` are those to split at, and ``factors`` distinguish compiled pieces beyond their graph.
     """
-    split_gm, items = split_graph(gm, (*splitting_ops, *sorted(backend.foreign_ops(gm))))
+    split_gm, items = split_graph(captured.gm, (*ops, *sorted(backend.foreign_ops(captured.gm))))
     splitting = [node.target for item in items if item.is_splitting_graph for node in item.graph.graph.nodes]
     for op in splitting:
         if isinstance(op, HigherOrderOperator):
@@ -167,6 +149,9 @@ def plan(
     # Allocating and making views is not worth a compiled call.
     passive = [item.submod_name for item in compute if all(map(_is_free, item.graph.graph.nodes))]
     names = [item.submod_name for item in compute if item.submod_name not in passive]
+    bound = {item.placeholder: (item.name, item.tensor) for item in captured.bound}
+    leaves = zip(captured.user_inputs, captured.input_spec.leaves, strict=True)
+    constants = [name for name, leaf in leaves if leaf.kind == "constant"]
     attributes = bind_placeholders(split_gm, bound, constants)
     uncompiled = {*alias_hazards(split_gm, names), *lower_sizes(split_gm, names)}
     pin_strides(split_gm, names, passive, [name for name in names if name in uncompiled])
@@ -218,12 +203,42 @@ def make(planned: EntryPlan) -> Hit:
 
     A store that cannot be written costs the storing, not the compiling.
     """
-    began, site = time.perf_counter(), planned.source.site
-    distinct = planned.distinct
+    began, source, distinct = time.perf_counter(), planned.source, planned.distinct
     shelf = fill(planned, distinct)
-    site.tell("store", len(distinct), len(distinct))
+    source.site.tell("store", len(distinct), len(distinct))
     constants = {name: shelf.keep(dump_consts([tensor]) or b"") for name, tensor in planned.constants.items()}
-    artifact = _assemble(planned, shelf.blobs, constants, site.label, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    variants = []
+    for one, (size_range, captured) in zip(planned.plans, source.variants, strict=True):
+        code, names, consts = generate_execution_code(
+            one.split_gm,
+            boxed=[piece.name for piece in one.pieces],
+            graph_hash=planned.graph_hash,
+            describe=partial(symbols.described, captured.names),
+        )
+        refs = [(piece, shelf.blobs[piece.key]) for piece in one.pieces]
+        variants.append(
+            Variant(
+                size_range=size_range,
+                code=code,
+                submod_names=tuple(names),
+                consts=dump_consts(consts),
+                pieces=tuple(PieceRef(name=p.name, key=p.key, backend=p.backend, blob=b) for p, b in refs),
+            )
+        )
+    bindings = [replace(b, blob=constants[b.name]) if b.kind == "constant" else b for b in planned.bindings]
+    artifact = Artifact(
+        graph_hash=planned.graph_hash,
+        variants=tuple(variants),
+        input_spec=source.whole.input_spec,
+        output_spec=source.whole.output_spec,
+        bindings=tuple(bindings),
+        # One factor a name, the last of each.
+        factors=tuple({factor.name: factor for factor in (*source.known, *planned.factors)}.values()),
+        created=time.time(),
+        label=source.site.label,
+        compile_seconds=seconds,
+    )
     # Copies, as every later process has them: a change to the model's own must not show in one only.
     copies = {name: tensor.clone() for name, tensor in planned.constants.items()}
     return Hit(artifact=artifact, way=None, loaded=(shelf.pieces, copies), store=shelf.put)
@@ -234,12 +249,13 @@ def fill(planned: EntryPlan, distinct: Mapping[str, Piece]) -> Shelf:
     began = time.perf_counter()
     request, site = planned.source.request, planned.source.site
     cache, tell = site.cache, site.tell
-    shelf = Shelf(cache, site.label, site.device)
+    shelf = Shelf(site)
     seen: list[float] = []
-    shelf.sources = kept_sources(cache, planned.graph_hash) if request.keep_sources else {}
-    # A piece that was compiled before without its source is compiled again.
-    unkept = {key for key, piece in distinct.items() if request.keep_sources and piece.backend != "eager"}
-    unkept -= shelf.sources.keys()
+    unkept: set[str] = set()
+    if request.options.get("stitchcache.keep_sources"):
+        shelf.sources = kept_sources(cache, planned.graph_hash)
+        # A piece that was compiled before without its source is compiled again.
+        unkept = {key for key, piece in distinct.items() if piece.backend != "eager"} - shelf.sources.keys()
     missing = {key for key, piece in distinct.items() if key in unkept or not shelf.find(piece)}
     shared: AbstractContextManager[Iterable[Collection[str]]] = nullcontext([missing])
     if cache.remote and site.asks and not unkept:
@@ -266,16 +282,17 @@ def fill(planned: EntryPlan, distinct: Mapping[str, Piece]) -> Shelf:
 
     with shared as batches:
         for keys in batches:
-            for (_, one), (_, captured) in zip(planned.plans, planned.source.variants, strict=True):
-                found = {each.key: each for each in one.pieces if each.key in keys}
-                pieces = [piece for key, piece in found.items() if key not in shelf.pieces]
+            for one, (_, captured) in zip(planned.plans, planned.source.variants, strict=True):
+                lacking = {key for key in keys if key not in shelf.pieces}
+                pieces = list({piece.key: piece for piece in one.pieces if piece.key in lacking}.values())
                 if not pieces:
                     continue
+                verify = request.options.get("stitchcache.verify", True)
                 # A process that only loads makes no assumptions about sizes, so compiling must add none.
                 with cache.scratch() as scratch, without_guards(captured.gm.graph):
                     build(
                         pieces,
-                        _examples(one, pieces, captured, site.label) if request.verify else None,
+                        _examples(one, pieces, captured, site.label) if verify else None,
                         scratch,
                         request.backend_options,
                         jobs=request.jobs,
@@ -330,9 +347,8 @@ def _examples(planned: Plan, missing: Sequence[Piece], captured: Capture, label:
                 inputs[keys[str(target)]] = clone_all(args, keep) if writes else list(args)
             return super().call_module(target, args, kwargs)
 
-    devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}
     try:
-        with torch.no_grad(), drawn_back(devices):
+        with torch.no_grad(), drawn_back(leaves):
             Recorder(split_gm).run(*leaves)
     except StitchCacheError:
         raise
@@ -347,51 +363,11 @@ def _examples(planned: Plan, missing: Sequence[Piece], captured: Capture, label:
     return inputs
 
 
-def _assemble(
-    planned: EntryPlan,
-    blobs: Mapping[str, BlobRef],
-    constants: Mapping[str, BlobRef],
-    label: str,
-    seconds: float,
-) -> Artifact:
-    source, variants = planned.source, []
-    for (size_range, one), (_, captured) in zip(planned.plans, source.variants, strict=True):
-        code, names, consts = generate_execution_code(
-            one.split_gm,
-            boxed=[piece.name for piece in one.pieces],
-            graph_hash=planned.graph_hash,
-            describe=partial(symbols.described, captured.names),
-        )
-        pieces = [PieceRef(name=p.name, key=p.key, backend=p.backend, blob=blobs[p.key]) for p in one.pieces]
-        variants.append(
-            Variant(
-                size_range=size_range,
-                code=code,
-                submod_names=tuple(names),
-                consts=dump_consts(consts),
-                pieces=tuple(pieces),
-            )
-        )
-    bindings = [replace(b, blob=constants[b.name]) if b.kind == "constant" else b for b in planned.bindings]
-    return Artifact(
-        graph_hash=planned.graph_hash,
-        variants=tuple(variants),
-        input_spec=source.whole.input_spec,
-        output_spec=source.whole.output_spec,
-        bindings=tuple(bindings),
-        # One factor a name, the last of each.
-        factors=tuple({factor.name: factor for factor in (*source.known, *planned.factors)}.values()),
-        created=time.time(),
-        label=label,
-        compile_seconds=seconds,
-    )
-
-
 class Shelf:
     """Compiled pieces of one run, loaded; ``stored`` is whether all of them could be stored too."""
 
-    def __init__(self, cache: Cache, label: str, device: str) -> None:
-        self._cache, self._label, self._device = cache, label, device
+    def __init__(self, site: Site) -> None:
+        self._cache, self._label, self._device = site.cache, site.label, site.device
         self.stored = True
         self.blobs: dict[str, BlobRef] = {}
         self.pieces: dict[str, Any] = {}
@@ -422,10 +398,9 @@ class Shelf:
 
     def keep(self, source: bytes | Path) -> BlobRef:
         """Store bytes, or at least name them."""
-        stored: list[BlobRef] = []
-        self._try(lambda: stored.append(self._cache.put_blob(source)))
-        if stored:
-            return stored[0]
+        stored: BlobRef | None = self._try(lambda: self._cache.put_blob(source))
+        if stored is not None:
+            return stored
         try:
             data = source if isinstance(source, bytes) else source.read_bytes()
         except OSError:
@@ -439,11 +414,10 @@ class Shelf:
         if self.sources:
             self._try(lambda: keep_sources(self._cache, artifact.graph_hash, self.sources))
 
-    def _try(self, write: Callable[[], Any]) -> None:
-        if not self.stored:
-            return
+    def _try(self, write: Callable[[], Any]) -> Any:
         try:
-            write()
+            return write() if self.stored else None
         except StoreWriteError as error:
             self.stored = False
             log.warning("%s: compiled, but not stored: %s", self._label, error)
+            return None

@@ -23,8 +23,6 @@ from stitchcache.types import Artifact, TargetRecord
 if TYPE_CHECKING:
     from stitchcache.pipeline.make import EntryPlan
 
-_FEW = 3
-
 
 def with_facts(wanted: Wanted, miss: Miss) -> Miss:
     """A miss with what can be found out about it, before anything is stored by this run."""
@@ -33,7 +31,7 @@ def with_facts(wanted: Wanted, miss: Miss) -> Miss:
     if found and "model.class" in found[0].differences:
         hint = "; the newest entries are all of other model classes"
     elif found and found[0].differences:
-        differs = names_text(list(found[0].differences), _FEW)
+        differs = names_text(list(found[0].differences))
         hint = f"; nearest {found[0].graph_hash[:12]} differs in {differs}"
     return replace(miss, changed=changed, nearest=found[0] if found else None, hint=hint)
 
@@ -78,10 +76,10 @@ def graph_differences(artifact: Artifact, traced: EntryPlan) -> dict[str, tuple[
     old = [factor for factor in artifact.factors if factor.name in wanted]
     found = explain_differences(old, traced.factors)
     before = [piece.key for piece in artifact.pieces]
-    planned = [piece for _, one in traced.plans for piece in one.pieces]
+    planned = [piece for one in traced.plans for piece in one.pieces]
     if before != [piece.key for piece in planned]:
         fresh = [piece.name for piece in planned if piece.key not in before]
-        shown = f"{len(planned)} calls, of these new: {names_text(fresh, _FEW) or 'none'}"
+        shown = f"{len(planned)} calls, of these new: {names_text(fresh) or 'none'}"
         found["graph.pieces"] = (f"{len(before)} calls", shown)
     return found
 
@@ -93,10 +91,10 @@ def miss_error(wanted: Wanted, miss: Miss, graph_hash: str | None = None) -> Cac
     detail = ""
     if miss.nearest is not None and differences:
         near = f"{miss.nearest.label or 'entry'} {miss.nearest.graph_hash[:12]}"
-        detail = f" It differs from the nearest entry, {near}, in {differences_text(differences, _FEW)}."
+        detail = f" It differs from the nearest entry, {near}, in {differences_text(differences)}."
     if miss.changed:
         changed = {path: (old[:12], new[:12]) for path, (old, new) in miss.changed.items()}
-        detail += f" Changed: {differences_text(changed, _FEW)}."
+        detail += f" Changed: {differences_text(changed)}."
     advice = (
         "Run 'stitchcache prewarm' where compiling is allowed, with the same model and options; "
         "'stitchcache explain' shows all that differs."

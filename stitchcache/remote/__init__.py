@@ -142,11 +142,11 @@ class Remote:
         left -= time.monotonic() - began
         flight = Flight()
 
-        def answer(index: int) -> None:
-            answers[index] = jobs[index](flight)
+        def answer(index: int, job: Callable[[Flight], T]) -> None:
+            answers[index] = job(flight)
 
-        for index in range(len(jobs)):
-            flight.run(partial(answer, index), (StitchCacheError, *self._errors))
+        for index, job in enumerate(jobs):
+            flight.run(partial(answer, index, job), (StitchCacheError, *self._errors))
         left = flight.wait(left, seconds or max(self.wait, left))
         if not seconds or left <= 0:
             self.left = left
@@ -189,10 +189,7 @@ class Remote:
         with self._mutex:
             if not self._process:
                 try:
-                    # By name: an extra, which a start from local files does without.
-                    self._obstore = importlib.import_module("obstore")
-                    self._errors = (*self._errors, self._obstore.exceptions.BaseError)
-                    self._store = self._opened()
+                    self._open()
                     self._process = os.getpid()
                 except ImportError:
                     self.broken = "obstore is not installed (pip install 'stitchcache[remote]')"
@@ -202,14 +199,17 @@ class Remote:
                     log.warning("%s: %s", self.url, visible(self.broken))
             return self.usable
 
-    def _opened(self) -> Any:
-        store = importlib.import_module("obstore.store")
+    def _open(self) -> None:
+        # By name: an extra, which a start from local files does without.
+        self._obstore, store = importlib.import_module("obstore"), importlib.import_module("obstore.store")
+        self._errors = (*self._errors, self._obstore.exceptions.BaseError)
         if self.url.startswith("file://"):
-            return store.LocalStore(self.url[7:], mkdir=True)
+            self._store = store.LocalStore(self.url[7:], mkdir=True)
+            return
         # Options that are given here hide the variable that obstore would read.
         plain = os.environ.get(f"{_PREFIX.get(self.url[:2])}_ALLOW_HTTP", "").lower() == "true"
         client = {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "15m", "allow_http": plain}
-        return store.from_url(self.url, client_options=client, retry_config={"max_retries": 2})
+        self._store = store.from_url(self.url, client_options=client, retry_config={"max_retries": 2})
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -223,21 +223,18 @@ class Remote:
         found = self.ask("get", name)
 
         def read() -> Iterator[bytes]:
-            size, stream = 0, iter(found.stream(min_chunk_size=_CHUNK))
-            while True:
-                try:
-                    part = next(stream, None)
-                except self._errors as error:
-                    # No OSError: whoever stores the parts would take it for one of the disk.
-                    raise Broken(str(error)) from error
-                if part is None:
-                    return
-                size += len(part)
-                if size > most:
-                    # Its digest will tell.
-                    return
-                flight.note(len(part))
-                yield bytes(part)
+            size = 0
+            try:
+                for part in found.stream(min_chunk_size=_CHUNK):
+                    size += len(part)
+                    if size > most:
+                        # Its digest will tell.
+                        return
+                    flight.note(len(part))
+                    yield bytes(part)
+            except self._errors as error:
+                # No OSError: whoever stores the parts would take it for one of the disk.
+                raise Broken(str(error)) from error
 
         return read()
 
@@ -293,21 +290,22 @@ class Leases:
         The caller releases the leases, each when others can have what was made.
         """
         began, claimed = time.monotonic(), self._claim(keys)
-        # It may have been done between the last lookup and the lease.
-        done = fetched(claimed)
-        self.release(done)
-        if len(done) < len(claimed):
-            yield [key for key in claimed if key not in done]
+        if undone := self._undone(claimed, fetched):
+            yield undone
         rest = [key for key in keys if key not in claimed]
         while rest:
             key = rest.pop(0)
             if self._wait_for(key, began, fetched, on_wait):
                 # Whoever had it and is gone had others too.
-                more = self._claim(rest) if self._remote.usable else list(rest)
-                done = fetched(more)
-                self.release(done)
+                more = self._claim(rest) if self._remote.usable else rest
                 rest = [each for each in rest if each not in more]
-                yield [key, *(each for each in more if each not in done)]
+                yield [key, *self._undone(more, fetched)]
+
+    def _undone(self, keys: list[str], fetched: Callable[[Collection[str]], Sequence[str]]) -> list[str]:
+        """Those that are to be worked on: some may have been done between the last lookup and the lease."""
+        done = fetched(keys)
+        self.release(done)
+        return [key for key in keys if key not in done]
 
     def _wait_for(
         self,
@@ -322,15 +320,10 @@ class Leases:
             if key not in self._seen and fetched([key]):
                 return False
             if self._claim([key]):
-                # Its holder may have been done just before.
-                done = fetched([key])
-                self.release(done)
-                return not done
-            holder = visible(
-                self._seen.get(key, (b"", 0.0))[0].partition(b"\n")[0][:100].decode("utf-8", "replace")
-            )
-            if holder and not told:
-                told = holder
+                return bool(self._undone([key], fetched))
+            said = self._seen.get(key)
+            if said and not told:
+                told = visible(said[0].partition(b"\n")[0][:100].decode("utf-8", "replace")) or "a node"
                 log.info("piece %s: waiting for %s, which compiles it", key[:12], told)
             waited = time.monotonic() - began
             if not self._remote.usable or waited > self.deadline:

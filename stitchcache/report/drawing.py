@@ -127,11 +127,8 @@ def _variant(artifact: Artifact, number: int, pieces: list[Record]) -> tuple[Rec
     begins = {step.first: at for at, step in enumerate(steps) if step.kind != "input"}
     lines = []
     for at, line in enumerate(variant.code.splitlines(), 1):
-        where = f"v{number}L{at}"
-        if at in begins:
-            lines.append(tag("a", line or " ", class_="line", id=where, href=f"#v{number}s{begins[at]}"))
-        else:
-            lines.append(tag("span", line or " ", class_="line", id=where))
+        kind, link = ("a", {"href": f"#v{number}s{begins[at]}"}) if at in begins else ("span", {})
+        lines.append(tag(kind, line or " ", class_="line", id=f"v{number}L{at}", **link))
     heading = tag("h3", title) if variant.size_range else Markup()
     return found, Markup(heading + tag("pre", tag("code", *lines), tabindex="0"))
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stitchcache.artifact.entry import decode_named, signature_in, unpack_factors
+from stitchcache.artifact.entry import OUTSIDE, decode_named, signature_in, unpack_factors
 from stitchcache.cache import Cache
 from stitchcache.errors import AmbiguousPrefixError, EntryFormatError, GraphHashError, StoreError
 from stitchcache.explanation import (
@@ -52,7 +52,8 @@ class Entry:
     artifact: Artifact
     path: str
     file_bytes: int
-    signature: bytes = b""
+    signature: bytes
+    imported: bool  # whether its signature was made elsewhere
 
 
 def read_entry(cache: Cache, prefix: str) -> Entry:
@@ -61,7 +62,12 @@ def read_entry(cache: Cache, prefix: str) -> Entry:
     Raises a GraphHashError if there is none, an EntryFormatError if it is damaged or of a newer format, and a
     StoreError if its file cannot be read.
     """
-    graph_hash = cache.find(prefix)
+    try:
+        graph_hash = cache.find(prefix)
+    except AmbiguousPrefixError as error:
+        labels = {header.graph_hash: header.label for header in cache.entries()}
+        candidates = {key: labels.get(key, "") for key in error.candidates}
+        raise _ambiguous(prefix, candidates, "graph hashes") from error
     for root in map(str, cache.roots):
         for path in possible_paths(root, Area.ENTRIES, graph_hash):
             try:
@@ -73,8 +79,9 @@ def read_entry(cache: Cache, prefix: str) -> Entry:
                     f"{path}: cannot be read ({reason}); check its owner and mode", path=path
                 ) from error
             if found is not None:
-                data = found[0]
-                return Entry(decode_named(data, graph_hash, path), path, len(data), signature_in(data))
+                data, signature = found[0], signature_in(found[0])
+                artifact, imported = decode_named(data, graph_hash, path), signature.startswith(OUTSIDE)
+                return Entry(artifact, path, len(data), signature.removeprefix(OUTSIDE), imported)
     raise GraphHashError(f"entry {graph_hash[:12]} was removed from {cache.root} just now", prefix=prefix)
 
 
@@ -124,12 +131,24 @@ def overview(entry: Entry) -> list[tuple[str, str]]:
 def entry_record(entry: Entry) -> Record:
     """Everything that is known of an entry."""
     artifact = entry.artifact
+    calls = Counter(piece.blob.digest for piece in artifact.pieces)
     return {
         **summary(entry),
         "backends": sorted({piece.backend for piece in artifact.pieces}),
         "input": _dict(artifact.input_spec),
         "output": _dict(artifact.output_spec),
-        "pieces": call_records(artifact),
+        "pieces": [
+            # Each with the number of calls that run the same blob.
+            {
+                **_fields(piece, "name", "key", "backend"),
+                "blob": piece.blob.digest,
+                "bytes": piece.blob.size,
+                "size_range": _dict(variant.size_range),
+                "shared_by": calls[piece.blob.digest],
+            }
+            for variant in artifact.variants
+            for piece in variant.pieces
+        ],
         "bindings": [asdict(binding) for binding in artifact.bindings],
         "factors": [asdict(factor) for factor in artifact.factors],
         "variants": [
@@ -151,24 +170,6 @@ def _fields(record: object, *names: str) -> Record:
 
 def _dict(part: InputSpec | OutputSpec | SizeRange | None) -> Record | None:
     return None if part is None else asdict(part)
-
-
-def call_records(artifact: Artifact) -> list[Record]:
-    """All calls of pieces in order, each with the number of calls that run the same blob."""
-    calls = Counter(piece.blob.digest for piece in artifact.pieces)
-    return [
-        {
-            "name": piece.name,
-            "key": piece.key,
-            "backend": piece.backend,
-            "blob": piece.blob.digest,
-            "bytes": piece.blob.size,
-            "size_range": _dict(variant.size_range),
-            "shared_by": calls[piece.blob.digest],
-        }
-        for variant in artifact.variants
-        for piece in variant.pieces
-    ]
 
 
 def piece_records(artifact: Artifact) -> list[Record]:
@@ -310,11 +311,11 @@ def _named(cache: Cache, prefix: str) -> tuple[str, str]:
     if not labels:
         raise GraphHashError(f"no entry and no target in {cache.root} begins with {prefix}", prefix=prefix)
     if len(labels) > 1:
-        raise ambiguous(prefix, labels, "keys")
+        raise _ambiguous(prefix, labels, "keys")
     return ("target" if targets else "entry"), next(iter(labels))
 
 
-def ambiguous(prefix: str, labels: Mapping[str, str], kind: str) -> AmbiguousPrefixError:
+def _ambiguous(prefix: str, labels: Mapping[str, str], kind: str) -> AmbiguousPrefixError:
     """The error for a prefix of several keys, with what each of them is."""
     lines = [f"  {key}  {printable(label)}".rstrip() for key, label in labels.items()]
     message = f"{prefix} is the beginning of {len(lines)} {kind}; give more digits:"

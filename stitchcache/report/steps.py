@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ _TABLES = ("__submods__", "__vllm_submods__")
 UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
 """What parsing any text may raise."""
 _MOST_SAID = 4000
+_SHOWN = ("kind", "name", "reads", "weights", "makes", "said", "frees", "fold")
 
 
 @dataclass(slots=True)
@@ -46,8 +47,7 @@ def steps_of(variant: Variant) -> list[Step]:
     ]
     if not found:
         raise SyntaxError("it has no function execution_fn")
-    keys = {piece.name: piece.key for piece in variant.pieces}
-    reader = _Reader(_named(tree, variant), keys, variant.submod_names, variant.code.splitlines())
+    reader = _Reader(tree, variant)
     reader.function(found[-1])
     _fold(reader.steps)
     return reader.steps
@@ -88,14 +88,10 @@ def _path(node: ast.AST) -> str:
 class _Reader:
     """Follows values through one function."""
 
-    def __init__(
-        self,
-        names: Mapping[str, tuple[str, str]],
-        keys: Mapping[str, str],
-        submods: Sequence[str],
-        lines: Sequence[str],
-    ) -> None:
-        self._names, self._keys, self._submods, self._lines = names, keys, submods, lines
+    def __init__(self, tree: ast.Module, variant: Variant) -> None:
+        self._names, self._submods = _named(tree, variant), variant.submod_names
+        self._keys = {piece.name: piece.key for piece in variant.pieces}
+        self._lines = variant.code.splitlines()
         self._made: dict[str, int] = {}  # local name to the step whose value it is
         self.steps: list[Step] = []
 
@@ -135,7 +131,9 @@ class _Reader:
         step = Step(found, name, node.lineno, node.end_lineno or node.lineno, f"{found} {key or name}")
         at = len(self.steps)
         read: dict[str, None] = {}
-        for part in _names_in(value):
+        names = [part for part in ast.walk(value) if isinstance(part, ast.Name)]
+        # In the order in which they are written.
+        for part in sorted(names, key=lambda part: (part.lineno, part.col_offset)):
             if part.id in self._made:
                 read[part.id] = None
             elif self._names.get(part.id, ("", ""))[0] == "slot" and part is not called:
@@ -169,12 +167,6 @@ class _Reader:
         return "op", type(called).__name__.lower(), ""
 
 
-def _names_in(value: ast.expr) -> Iterator[ast.Name]:
-    """Names in the order in which they are written."""
-    found = [node for node in ast.walk(value) if isinstance(node, ast.Name)]
-    return iter(sorted(found, key=lambda node: (node.lineno, node.col_offset)))
-
-
 def _fold(steps: list[Step]) -> None:
     """Mark runs of steps that repeat, such as the layers of a model."""
     likes = [step.like for step in steps if step.kind in ("piece", "op")]
@@ -201,16 +193,9 @@ def step_records(steps: list[Step], pieces: Mapping[str, int]) -> list[dict[str,
     """Steps as data of a page; ``pieces`` has the number of the different piece behind each name."""
     return [
         {
-            "kind": step.kind,
-            "name": step.name,
+            **{name: getattr(step, name) for name in _SHOWN},
             "lines": [step.first, step.last],
             "piece": pieces.get(step.name, -1) if step.kind == "piece" else -1,
-            "reads": step.reads,
-            "weights": step.weights,
-            "makes": step.makes,
-            "said": step.said,
-            "frees": step.frees,
-            "fold": step.fold,
         }
         for step in steps
     ]

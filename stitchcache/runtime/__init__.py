@@ -11,6 +11,7 @@ import json
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache, partial
 from types import FunctionType
 from typing import Any
 
@@ -41,17 +42,16 @@ def link(
         LinkError: A piece or a tensor is missing; ``missing`` lists the names.
         EntryFormatError: The code is not what stitchcache generates, or the entry has no contract.
     """
-    _contract(artifact)
-    functions = [
-        (variant.size_range, _link_variant(variant, pieces, tensors, objects))
-        for variant in artifact.variants
-    ]
-    if around is not None:
-        functions = [(size_range, around(function)) for size_range, function in functions]
-    if len(functions) == 1 and functions[0][0] is None:
-        return functions[0][1]
-    argument, dim, name = _dispatch_on(artifact)
-    ranged = [(size_range, function) for size_range, function in functions if size_range is not None]
+    inputs, _ = _contract(artifact)
+    ranged = []
+    for variant in artifact.variants:
+        function = _link_variant(variant, pieces, tensors, objects)
+        function = function if around is None else around(function)
+        if variant.size_range is not None:
+            ranged.append((variant.size_range, function))
+        elif len(artifact.variants) == 1:
+            return function
+    argument, dim, name = _dispatch_on(artifact, inputs)
     return dispatch_over_ranges(ranged, argument=argument, dim=dim, name=name)
 
 
@@ -89,18 +89,15 @@ def _link_variant(
     return bind_execution_fn(variant.code, callables, variant.submod_names, consts, objects)
 
 
-def _dispatch_on(artifact: Artifact) -> tuple[int, int, str]:
+def _dispatch_on(artifact: Artifact, spec: InputSpec) -> tuple[int, int, str]:
     """Which argument's size chooses the variant."""
     wanted = next((v.size_range.dim for v in artifact.variants if v.size_range is not None), None)
-    spec = artifact.input_spec
-    if spec is not None:
-        symbols = [symbol.name for symbol in spec.symbols if wanted in (None, symbol.label)]
-        taken = [leaf for leaf in spec.leaves if leaf.kind != "constant"]
-        for position, leaf in enumerate(taken):
-            if leaf.tensor is not None and symbols and symbols[0] in leaf.tensor.shape:
-                dim = leaf.tensor.shape.index(symbols[0])
-                return position, dim, f"{leaf.path}.shape[{dim}]"
-    raise LinkError("the artifact has variants by size, and no argument has that size.", missing=[])
+    symbols = [symbol.name for symbol in spec.symbols if wanted in (None, symbol.label)]
+    for position, leaf in enumerate(artifact.taken.values()):
+        if leaf.tensor is not None and symbols and symbols[0] in leaf.tensor.shape:
+            dim = leaf.tensor.shape.index(symbols[0])
+            return position, dim, f"{leaf.path}.shape[{dim}]"
+    raise LinkError("the artifact has variants by size, and no argument has that size.")
 
 
 def build_call(
@@ -140,7 +137,7 @@ def build_call(
             autocast_enabled=torch.is_autocast_enabled,
             run_quietly=run_quietly,
             converted=converted,
-            unflatten=_unflattener(outputs),
+            unflatten=tree.unflatten,
         )
         if fakes:
             # Tensors without data have no memory that could be shared.
@@ -202,9 +199,8 @@ def _check_results(artifact: Artifact, outputs: OutputSpec) -> None:
         todo += node["children_spec"]
     if found != outputs.count:
         raise ValueError(f"{outputs.count} results for a tree of {found}")
-    leaves = artifact.input_spec.leaves if artifact.input_spec is not None else ()
     known = {f"buffer:{binding.name}" for binding in artifact.bindings}
-    known |= {f"input:{index}" for index, leaf in enumerate(leaves) if leaf.kind == "inout"}
+    known |= {f"input:{index}" for index, leaf in enumerate(artifact.leaves) if leaf.kind == "inout"}
     for mutation in outputs.mutations:
         if mutation not in known:
             raise ValueError(
@@ -238,21 +234,11 @@ def _write_body(
         kind, _, where = mutation.partition(":")
         target = leaves[int(where)] if kind == "input" else source.constant(tensors.get(where))
         source.lines.append(f"{target}.detach().copy_({name})")
-    rest = f"unflatten(results[{len(outputs.mutations)}:])"
-    source.lines.append(f"return {rest if expression is None else expression}")
-
-
-def _unflattener(outputs: OutputSpec) -> Callable[[Sequence[Any]], Any]:
-    """Rebuild containers that need torch's registry; looked up at the first call that needs them."""
-    spec = None
-
-    def unflatten(results: Sequence[Any]) -> Any:
-        nonlocal spec
-        if spec is None:
-            spec = tree.loads(outputs.tree)
-        return tree.unflatten(list(results), spec)
-
-    return unflatten
+    if expression is None:
+        # Containers that need torch's registry; looked up at the first call that needs them.
+        structure = source.constant(cache(partial(tree.loads, outputs.tree)))
+        expression = f"unflatten([*results[{len(outputs.mutations)}:]], {structure}())"
+    source.lines.append(f"return {expression}")
 
 
 def run_quietly(function: Callable[..., Any], device: str, arguments: tuple[Any, ...]) -> Any:

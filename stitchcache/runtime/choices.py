@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 from stitchcache.errors import InputMismatchError
-from stitchcache.state import modules_of
+from stitchcache.state import HOLDERS, modules_of
 from stitchcache.torchside import INTERNALS
 
-HOLDERS = (torch.nn.ModuleDict, torch.nn.ParameterDict)
 _NAMES = (str, list, tuple, set)
 # Not every truth value: each one that is looked at takes a part of each call.
 _SWITCHES = ("active", "adapter", "disable", "enable", "merge")

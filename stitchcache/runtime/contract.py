@@ -40,8 +40,8 @@ class CallSource:
         for symbol in spec.symbols:
             number = symbol.name.removeprefix("s")
             if number == symbol.name or not (number.isascii() and number.isdecimal()):
-                raise EntryFormatError(
-                    f"symbol {symbol.name!r} is not a canonical name.", field="input_spec.symbols"
+                raise EntryFormatError.at(
+                    "", "input_spec.symbols", f"{symbol.name!r} is not a canonical name"
                 )
         self.spec, self._narrowed = spec, narrowed
         self.lines: list[str] = []
@@ -158,11 +158,7 @@ class CallSource:
     def _check_tensor(self, path: str, tensor: TensorSpec, name: str, where: str) -> None:
         dtype = getattr(torch, tensor.dtype, None)
         if not isinstance(dtype, torch.dtype):
-            raise EntryFormatError(
-                f"{where}.dtype: torch has no dtype {tensor.dtype!r}.",
-                field=f"{where}.dtype",
-                reason="unknown dtype",
-            )
+            raise EntryFormatError.at("", f"{where}.dtype", f"torch has no dtype {tensor.dtype!r}")
         # Exact types: what a subclass computes is its own, and compiled pieces return none.
         self.lines.append(
             f"if type({name}) is not Tensor and type({name}) is not Parameter and type({name}) not in fakes: "
@@ -410,14 +406,5 @@ def conflict(
     return mismatch("arguments", "tensors that do not touch", "others")
 
 
-CALLED: Mapping[str, Any] = {
-    "Tensor": torch.Tensor,
-    "Parameter": torch.nn.Parameter,
-    "mismatch": mismatch,
-    "no_tensor": no_tensor,
-    "same_strides": same_strides,
-    "share_memory": share_memory,
-    "is_plain": is_plain,
-    "conflict": conflict,
-    "storage_id": storage_id,
-}
+_CALLED = (mismatch, no_tensor, same_strides, share_memory, is_plain, conflict, storage_id)
+CALLED = {item.__name__: item for item in (torch.Tensor, torch.nn.Parameter, *_CALLED)}

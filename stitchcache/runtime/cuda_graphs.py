@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import field
 from functools import partial
 from types import CellType, FunctionType
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from stitchcache import collection_paused
 from stitchcache.errors import BackendError, StitchCacheError
 from stitchcache.options import CudaGraphs
+from stitchcache.records import dataclass
 from stitchcache.runtime.cuda_sizes import GraphRecord, inouts, place_of_size, refuse_elsewhere
 from stitchcache.torchside import cuda, storage_id
 from stitchcache.torchside.ops import OpOverload
@@ -36,21 +38,14 @@ _OWN = ("aten", "prims", "prim")
 _MOST_WARM = 1000
 
 
+@dataclass(slots=True)
 class Recorded:
-    """One recorded call.
+    """One recorded call."""
 
-    Attributes:
-        steps: What a call does, in order: graphs, and ops that stand outside.
-        inputs: Where recorded leaves lie; a number for a leaf that is one.
-        results: What the stitching function returned; tensors of the graphs are borrowed.
-        filled: How far inputs are filled along the dimension of sizes; zeros lie behind.
-    """
-
-    def __init__(self, inputs: list[Any], filled: int) -> None:
-        self.steps: list[Callable[[], None]] = []
-        self.inputs = inputs
-        self.results: list[Any] = []
-        self.filled = filled
+    inputs: list[Any]  # where recorded leaves lie; a number for a leaf that is one
+    steps: list[Callable[[], None]] = field(default_factory=list)  # in order: graphs, and ops outside
+    results: list[Any] = field(default_factory=list)  # tensors of the graphs are borrowed
+    filled: int = 0  # how far inputs are filled along the dimension of sizes; zeros lie behind
 
 
 class Graphs:
@@ -83,7 +78,7 @@ class Graphs:
         kind: str = "cuda",
     ) -> None:
         refuse_elsewhere(artifact, kind)
-        self._wanted, self._label, self._timings, self._kind = wanted, artifact.label, timings, kind
+        self.wanted, self._label, self._timings, self._kind = wanted, artifact.label, timings, kind
         self._place, self._inout = place_of_size(artifact, wanted), inouts(artifact)
         self._plain, self._tensors = linked(None), list(tensors)
         self._inner = linked(partial(with_ops, put=self._outside))
@@ -105,11 +100,6 @@ class Graphs:
     def records(self) -> tuple[GraphRecord, ...]:
         """What was recorded, and what could not be, in order."""
         return tuple(self._records.values())
-
-    @property
-    def at_load(self) -> bool:
-        """Whether all sizes are to be recorded before the first call."""
-        return self._wanted.at == "load"
 
     @property
     def due(self) -> bool:
@@ -141,7 +131,7 @@ class Graphs:
         if self._place is None:
             yield list(leaves)
             return
-        for size in sorted(self._wanted.sizes or (), reverse=True):
+        for size in sorted(self.wanted.sizes or (), reverse=True):
             made = list(leaves)
             for index, dims in self._place[2].items():
                 for dim in dims:
@@ -154,7 +144,8 @@ class Graphs:
     def _first_calls(self, key: Any, leaves: Sequence[Any]) -> Any:
         size = self._recorded_size(leaves)
         larger = tuple(self._enlarged(index, each, size) for index, each in enumerate(key))
-        new = larger not in self._records and not self._full
+        full = len(self._records) >= self.wanted.max_graphs or self._too_large()
+        new = larger not in self._records and not full
         if size is None or not (new or larger in self._graphs):
             return self._plain(*leaves)
         shapes = self._warm.get(key)
@@ -181,21 +172,18 @@ class Graphs:
             with torch.inference_mode(False), torch.no_grad():
                 return self._record(self._recorder, key, larger, leaves, shapes)
 
-    @property
-    def _full(self) -> bool:
-        """Whether no more is recorded."""
-        most = self._wanted.max_bytes
-        return len(self._records) >= self._wanted.max_graphs or (most is not None and self._bytes > most)
+    def _too_large(self) -> bool:
+        return self.wanted.max_bytes is not None and self._bytes > self.wanted.max_bytes
 
     def _recorded_size(self, leaves: Sequence[Any]) -> int | None:
         """The size that is recorded for a call; ``None`` for one that gets no graph."""
         if self._place is None:
             return 0
         size = int(leaves[self._place[0]].shape[self._place[1]])
-        sizes = self._wanted.sizes
+        sizes = self.wanted.sizes
         if sizes is None or size in sizes:
             return size
-        return min((s for s in sizes if s > size), default=None) if self._wanted.pad else None
+        return min((s for s in sizes if s > size), default=None) if self.wanted.pad else None
 
     def _record(
         self, recorder: cuda.Recorder, key: Any, larger: Any, leaves: Sequence[Any], shapes: list[Any]
@@ -207,7 +195,7 @@ class Graphs:
             _laid_out_as(leaf, leaf.new_zeros(shape)) if isinstance(leaf, torch.Tensor) else leaf
             for shape, leaf in zip(larger, leaves, strict=True)
         ]
-        recorded = self._session = Recorded(inputs, 0)
+        recorded = self._session = Recorded(inputs)
         self._put_in(recorded, leaves)
         try:
             with collection_paused():
@@ -235,7 +223,7 @@ class Graphs:
         log.info("%s: recorded %s as %d CUDA graphs in %.3f s, %d bytes", *said)
         self._timings["graphs"] = self._timings.get("graphs", 0.0) + seconds
         self._bytes += taken
-        if self._bytes > (self._wanted.max_bytes or self._bytes):
+        if self._too_large():
             found = GraphRecord(sizes=found.sizes, seconds=seconds, reason="beyond max_bytes")
         else:
             self._graphs[larger], self._known[key] = recorded, (recorded, shapes)
@@ -258,8 +246,8 @@ class Graphs:
     def _outside(self, op: OpOverload) -> Any:
         """An op as the recorded stitching function calls it: where it stays outside, between two graphs."""
         namespace, name, *_ = str(op).split(".")
-        inside = {one.partition(".")[0] for one in self._wanted.inside}
-        if namespace in _OWN or self._wanted.mode == "whole" or f"{namespace}::{name}" in inside:
+        inside = {one.partition(".")[0] for one in self.wanted.inside}
+        if namespace in _OWN or self.wanted.mode == "whole" or f"{namespace}::{name}" in inside:
             return op
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -293,7 +281,7 @@ class Graphs:
             self._last = (stream, current)
 
     def _put_in(self, recorded: Recorded, leaves: Sequence[Any]) -> None:
-        if self._place is None or not self._wanted.pad:
+        if self._place is None or not self.wanted.pad:
             for into, leaf in zip(recorded.inputs, leaves, strict=True):
                 if isinstance(leaf, torch.Tensor):
                     into.copy_(leaf)
@@ -313,7 +301,7 @@ class Graphs:
     def _take_out(self, recorded: Recorded, leaves: Sequence[Any], shapes: Sequence[Any]) -> list[Any]:
         for index in self._inout:
             leaves[index].copy_(_cut(recorded.inputs[index], leaves[index].shape))
-        copied, out = self._wanted.outputs == "copied", []
+        copied, out = self.wanted.outputs == "copied", []
         for value, shape in zip(recorded.results, shapes, strict=True):
             if isinstance(value, _Leaf):
                 out.append(leaves[value.index])
@@ -335,7 +323,7 @@ class Graphs:
                 kept.append(_Leaf(places[id(value)]))
                 continue
             own = self._is_own(value) and storage_id(value) not in statics
-            borrowed = own and self._wanted.outputs == "copied"
+            borrowed = own and self.wanted.outputs == "copied"
             kept.append(recorder.borrow(value) if borrowed else value)
         return kept
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from stitchcache.errors import OptionError
 from stitchcache.options import CudaGraphs
-from stitchcache.records import Size, dataclass
+from stitchcache.records import dataclass
 from stitchcache.types import Artifact, LeafSpec, SymbolSpec
 
 Place = tuple[int, int, dict[int, tuple[int, ...]]]
@@ -26,8 +24,7 @@ class GraphRecord:
 
 def refuse_elsewhere(artifact: Artifact, kind: str) -> None:
     """Refuse a model with tensors on another type of device."""
-    leaves = artifact.input_spec.leaves if artifact.input_spec is not None else ()
-    found = [(f"argument {leaf.path}", leaf.tensor) for leaf in leaves if leaf.tensor is not None]
+    found = [(f"argument {leaf.path}", leaf.tensor) for leaf in artifact.leaves if leaf.tensor is not None]
     found += [(f"{binding.kind} {binding.name}", binding.tensor) for binding in artifact.bindings]
     for what, spec in found:
         if spec.device != kind:
@@ -39,7 +36,7 @@ def refuse_elsewhere(artifact: Artifact, kind: str) -> None:
 
 def inouts(artifact: Artifact) -> list[int]:
     """Positions of leaves that a call writes into."""
-    return [index for index, leaf in enumerate(_taken(artifact)) if leaf.kind == "inout"]
+    return [index for index, leaf in enumerate(artifact.taken.values()) if leaf.kind == "inout"]
 
 
 def place_of_size(artifact: Artifact, wanted: CudaGraphs) -> Place | None:
@@ -51,9 +48,10 @@ def place_of_size(artifact: Artifact, wanted: CudaGraphs) -> Place | None:
     spec = artifact.input_spec
     if spec is None or wanted.sizes is None or not spec.symbols:
         return None
-    names = {f"{leaf.path}.shape[{dim}]": size for leaf in _taken(artifact) for dim, size in _shape(leaf)}
     known = {symbol.name: symbol for symbol in spec.symbols}
-    varying = {name: str(size) for name, size in names.items() if size in known}
+    tensors = [(leaf.path, leaf.tensor) for leaf in artifact.taken.values() if leaf.tensor is not None]
+    sizes = [(f"{path}.shape[{dim}]", size) for path, spec in tensors for dim, size in enumerate(spec.shape)]
+    varying = {name: str(size) for name, size in sizes if size in known}
     chosen = {size for name, size in varying.items() if wanted.dim in (None, name)}
     if len(chosen) != 1:
         there = ", ".join(varying)
@@ -63,11 +61,8 @@ def place_of_size(artifact: Artifact, wanted: CudaGraphs) -> Place | None:
         if size < symbol.min or (symbol.max is not None and size > symbol.max):
             most = "" if symbol.max is None else symbol.max
             raise _refused(f"the model was compiled for sizes of {symbol.min}..{most}, and not for {size}.")
-    found = {}
-    for index, leaf in enumerate(_taken(artifact)):
-        dims = _dims(leaf, symbol, pad=wanted.pad)
-        if dims:
-            found[index] = dims
+    places = [_dims(leaf, symbol, pad=wanted.pad) for leaf in artifact.taken.values()]
+    found = {index: dims for index, dims in enumerate(places) if dims}
     if not found:
         raise _refused("no argument has just the size that sizes are about.")
     first = min(found)
@@ -81,16 +76,6 @@ def _dims(leaf: LeafSpec, symbol: SymbolSpec, *, pad: bool) -> tuple[int, ...]:
     if pad and (follows or (leaf.tensor is None and symbol.name in shape)):
         raise _refused(f"argument {leaf.path} has a size that follows from the one to pad. Leave pad out.")
     return tuple(dim for dim, size in enumerate(shape) if size == symbol.name) if leaf.tensor else ()
-
-
-def _shape(leaf: LeafSpec) -> Iterable[tuple[int, Size]]:
-    return enumerate(leaf.tensor.shape) if leaf.tensor is not None else ()
-
-
-def _taken(artifact: Artifact) -> list[LeafSpec]:
-    """The leaves that a stitching function takes."""
-    leaves = artifact.input_spec.leaves if artifact.input_spec is not None else ()
-    return [leaf for leaf in leaves if leaf.kind != "constant"]
 
 
 def _refused(said: str) -> OptionError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -37,14 +38,11 @@ def or_as_it_is(
         try:
             return call(*args, **kwargs)
         except InputMismatchError as error:
-            frame = error.__traceback__
-            while frame is not None:
-                code = frame.tb_frame.f_code
-                if code.co_filename.startswith("<stitchcache ") and code is not own:
-                    # Raised by a compiled model that a splitting op calls. Pieces have run before it and may
-                    # have written, so the model must not run a second time.
-                    raise
-                frame = frame.tb_next
+            codes = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+            if any(code.co_filename.startswith("<stitchcache ") and code is not own for code in codes):
+                # Raised by a compiled model that a splitting op calls. Pieces have run before it and may have
+                # written, so the model must not run a second time.
+                raise
             noted(error)
         return eagerly(*args, **kwargs)
 

@@ -15,37 +15,26 @@ _MOST_POWER = 9
 
 
 def check_expression(text: str, symbols: Collection[str], where: str) -> str:
-    """Let only arithmetic over known symbols through; ``where`` is the field that an error names.
-
-    Raises:
-        EntryFormatError: It is anything else.
-    """
-    # Most are one symbol, and parsing each would be a part of every warm start that can be seen.
-    if text not in symbols:
-        unknown = sorted(_names(_parsed(text, where)) - set(symbols))
-        if unknown:
-            raise _refused(text, where, f"names {unknown[0]!r}, which is no symbol here")
+    """Let only arithmetic over known symbols through, or raise an EntryFormatError about ``where``."""
+    unknown = sorted(names_in(text, where).difference(symbols))
+    if unknown:
+        raise _refused(text, where, f"names {unknown[0]!r}, which is no symbol here")
     return text
 
 
-def names_in(text: str) -> set[str]:
-    """Symbols that an expression uses.
-
-    Raises:
-        EntryFormatError: It is none.
-    """
+def names_in(text: str, where: str = "an expression") -> set[str]:
+    """Symbols that an expression uses; an EntryFormatError that names the field ``where`` if it is none."""
+    # Most are one symbol, and parsing each would be a part of every warm start that can be seen.
     if text.isidentifier() and not iskeyword(text):
         return {text} - _FUNCTIONS.keys()
-    return _names(_parsed(text, "an expression"))
+    found = {part.id for part in ast.walk(_parsed(text, where)) if isinstance(part, ast.Name)}
+    return found - _FUNCTIONS.keys()
 
 
 def evaluator(text: str) -> Callable[[Mapping[str, int]], int]:
-    """A function from a value for each symbol to the value of an expression.
+    """A function from a value for each symbol to the value of an expression; an EntryFormatError for none.
 
-    It raises EntryFormatError where the expression divides by zero, or uses a symbol without a value.
-
-    Raises:
-        EntryFormatError: It is no expression.
+    The function raises one where the expression divides by zero, or uses a symbol without a value.
     """
     code = compile(ast.Expression(_parsed(text, "an expression")), "<size>", "eval")
 
@@ -105,8 +94,3 @@ def _check(node: ast.AST) -> None:
             raise ValueError(f"it holds {type(node).__name__}")
     for part in parts:
         _check(part)
-
-
-def _names(node: ast.expr) -> set[str]:
-    found = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-    return found - _FUNCTIONS.keys()

@@ -68,8 +68,7 @@ def _build_call(
     held: Sequence[torch.Tensor],
     eager: Callable[..., Any],
 ) -> Callable[..., Any]:
-    leaves = artifact.input_spec.leaves if artifact.input_spec is not None else ()
-    passed = [i for i, leaf in enumerate(leaves) if leaf.kind != "constant"]
+    leaves, passed = artifact.leaves, list(artifact.taken)
     tensors = [i for i, leaf in enumerate(leaves) if leaf.tensor is not None]
     written = [i for i, leaf in enumerate(leaves) if leaf.kind == "inout"]
     device = next((device for device in devices_in(artifact) if device != "cpu"), "cpu")

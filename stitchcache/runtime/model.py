@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import replace
+from functools import partial
 from inspect import Parameter, Signature
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -25,7 +25,7 @@ from stitchcache.errors import (
 )
 from stitchcache.keys.environment import environment_factors
 from stitchcache.runtime import build_call, link
-from stitchcache.state import bind_tensors, modules_of
+from stitchcache.state import HOLDERS, bind_tensors, modules_of
 from stitchcache.torchside import has_fakes
 from stitchcache.types import Artifact, Change, Check
 
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("stitchcache")
 
-_HOLDERS = (torch.nn.ModuleDict, torch.nn.ParameterDict)
 _ANY = Signature([Parameter("args", Parameter.VAR_POSITIONAL), Parameter("kwargs", Parameter.VAR_KEYWORD)])
 
 
@@ -205,11 +204,26 @@ class CompiledModel(torch.nn.Module):
         Returns:
             A record; ``str()`` of it is for people.
         """
-        from stitchcache.explanation import explained
+        from stitchcache.explanation import Explanation
 
         # There is no artifact as long as the model itself serves.
-        kept = (self.lookup, vars(self).get("artifact"), self.cache_hit, self.timings, self.check)
-        return replace(explained(*kept), mismatches=dict(self.mismatches), status=self.status)
+        artifact = vars(self).get("artifact")
+        label, key, miss = self.lookup or (artifact.label if artifact else "", None, None)
+        reason = "" if self.lookup is not None else "it was loaded by its graph hash"
+        return Explanation(
+            label=label,
+            hit=self.cache_hit,
+            reason=reason if miss is None else miss.reason,
+            target_key=None if key is None else key.key,
+            graph_hash=artifact.graph_hash if artifact else "",
+            factors=() if key is None else key.factors,
+            changed={} if miss is None else miss.changed,
+            nearest=None if miss is None else miss.nearest,
+            seconds=dict(self.timings),
+            check=self.check,
+            status=self.status,
+            mismatches=dict(self.mismatches),
+        )
 
     def __repr__(self) -> str:
         hit = self.cache_hit or "compiled"
@@ -278,26 +292,21 @@ class CompiledModel(torch.nn.Module):
         self, model: torch.nn.Module
     ) -> tuple[Callable[..., Any], dict[str, torch.Tensor], Graphs | None]:
         tensors = bind_tensors(self.artifact.bindings, model, self._constants)
+        linked = partial(link, self.artifact, self._pieces, tensors, self._objects)
+        graphs = None
         # Without data there is nothing to record: a prewarm without weights.
-        wanted = self._wanted_graphs is not None and not has_fakes(tensors.values())
-        graphs = self._graphs_over(tensors) if wanted else None
-        function = graphs.call if graphs else link(self.artifact, self._pieces, tensors, self._objects)
-        if any(isinstance(module, _HOLDERS) for _, module in modules_of(model)):
+        if self._wanted_graphs is not None and not has_fakes(tensors.values()):
+            # Most starts have no graphs.
+            from stitchcache.runtime.cuda_graphs import Graphs
+
+            graphs = Graphs(self._wanted_graphs, self.artifact, tensors.values(), linked, self.timings)
+        function = graphs.call if graphs else linked()
+        if any(isinstance(module, HOLDERS) for _, module in modules_of(model)):
             # Most models hold no parts to choose from.
             from stitchcache.runtime.choices import over_choices
 
             function = over_choices(function, model)
         return build_call(function, self.artifact, tensors, model.forward, self._objects), tensors, graphs
-
-    def _graphs_over(self, tensors: Mapping[str, torch.Tensor]) -> Graphs:
-        # Most starts have no graphs.
-        from stitchcache.runtime.cuda_graphs import Graphs
-
-        def linked(around: Callable[..., Any] | None) -> Callable[..., Any]:
-            return link(self.artifact, self._pieces, tensors, self._objects, around)
-
-        wanted: Any = self._wanted_graphs
-        return Graphs(wanted, self.artifact, tensors.values(), linked, self.timings)
 
 
 def refuse_change(
@@ -349,8 +358,7 @@ def check_environment(artifact: Artifact, where: str) -> None:
 
 def devices_in(artifact: Artifact) -> set[str]:
     """Device types of the tensors that an artifact takes."""
-    leaves = artifact.input_spec.leaves if artifact.input_spec is not None else ()
-    tensors = [leaf.tensor for leaf in leaves] + [binding.tensor for binding in artifact.bindings]
+    tensors = [leaf.tensor for leaf in artifact.leaves] + [binding.tensor for binding in artifact.bindings]
     # An engine's entry says nothing about tensors, and whether a GPU was in use by a factor.
     used = {"cuda"} if any(factor.name == "env.gpu" for factor in artifact.factors) else set()
     return {tensor.device for tensor in tensors if tensor is not None} | used or {"cpu"}

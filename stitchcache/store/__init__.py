@@ -13,20 +13,13 @@ import re
 import stat
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import StrEnum
 from typing import Any, Literal
 
 from stitchcache.errors import OptionError, StoreError, StoreWriteError, check_kind
 from stitchcache.types import is_digest
-
-TAG_NAME = "CACHEDIR.TAG"
-TAG_TEXT = (
-    b"Signature: 8a477f597d28d172789f06886806bc55\n"
-    b"# This file says that the directory is a cache: backups may leave it out, and it can be deleted.\n"
-    b"# stitchcache keeps compiled PyTorch models here.\n"
-)
 
 
 class Area(StrEnum):
@@ -94,12 +87,11 @@ def root_paths(root: Roots | None) -> list[str]:
             raise OptionError("root: a cache needs a directory, and got an empty name", option="root")
         paths = [_absolute(os.fspath(path)) for path in roots]
     for path in paths:
-        try:
-            is_directory = stat.S_ISDIR(os.stat(path).st_mode)
-        except OSError:
-            # Missing, or not to be seen: reads will miss, and writes will say why they cannot.
-            continue
-        if not is_directory:
+        mode = stat.S_IFDIR
+        # One that is missing, or not to be seen: reads will miss, and writes will say why they cannot.
+        with suppress(OSError):
+            mode = os.stat(path).st_mode
+        if not stat.S_ISDIR(mode):
             raise StoreError(
                 f"{path}: is not a directory, so it cannot be a cache: move that file away, or name another "
                 "directory (root=..., or STITCHCACHE_DIR)",
@@ -192,196 +184,6 @@ def parse_size(text: str, *, option: str = "size") -> int:
     return int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " "))
 
 
-# -- the file system -------------------------------------------------------------------------------
-
-# Waiting for a lock that is held for a moment: one second in all.
-MOST_TRIES, PAUSE = 200, 0.005
-
-
-class Calls:
-    """The operating system's calls. They raise ``OSError``."""
-
-    close = staticmethod(os.close)
-    read = staticmethod(os.read)
-    pread = staticmethod(os.pread)
-    write = staticmethod(os.write)
-    fsync = staticmethod(os.fsync)
-    fstat = staticmethod(os.fstat)
-    stat = staticmethod(os.stat)
-    lstat = staticmethod(os.lstat)
-    rename = staticmethod(os.rename)
-    unlink = staticmethod(os.unlink)
-    statvfs = staticmethod(os.statvfs)
-    flock = staticmethod(fcntl.flock)
-
-    def distrusted_way(self, path: str) -> str | None:
-        """As the function, in one call."""
-        return distrusted_way(path)
-
-    def lock_byte(self, fd: int, kind: int, position: int) -> None:
-        """Lock one byte of a file, or end that (``F_UNLCK``); ``BlockingIOError`` for another's lock."""
-        command = getattr(fcntl, "F_OFD_SETLK", None)
-        if command is None:
-            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-        fcntl.fcntl(fd, command, struct.pack("hh4xqqi4x", kind, os.SEEK_SET, position, 1, 0))
-
-    def open_read(self, path: str, *, follow: bool = False) -> int:
-        """Open for reading; a symbolic link is refused unless ``follow``."""
-        # O_NONBLOCK: a FIFO planted under an entry's name must not hang the process.
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-        return os.open(path, flags if follow else flags | os.O_NOFOLLOW)
-
-    def open_write(self, path: str) -> int:
-        """Open an existing file for reading, writing and exclusive locks."""
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-
-    def create(self, path: str, mode: int = 0o600) -> int:
-        """Open a new file; ``FileExistsError`` where the name is taken."""
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-
-    def open_or_create(self, path: str, mode: int = 0o600) -> int:
-        """Open a file to lock, made where it is missing; who could read it could hold the lock too."""
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-
-    def fsync_dir(self, path: str) -> None:
-        """Wait until a directory's names are on the disk."""
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        except OSError as error:
-            # Some network and FUSE file systems know no fsync of a directory: their own rules apply.
-            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-        finally:
-            os.close(fd)
-
-    def mkdir(self, path: str, mode: int = 0o755) -> None:
-        """Make a directory that only its owner can write, whatever the umask."""
-        os.mkdir(path, mode)
-
-    def link(self, source: str, target: str) -> None:
-        """Give a file a second name; ``FileExistsError`` where it is taken."""
-        os.link(source, target, follow_symlinks=False)
-
-    def utime(self, path: str, nanoseconds: int) -> None:
-        """Set a file's times."""
-        os.utime(path, ns=(nanoseconds, nanoseconds), follow_symlinks=False)
-
-    def scan(self, path: str) -> list[os.DirEntry[str]]:
-        """List a directory."""
-        with os.scandir(path) as entries:
-            return list(entries)
-
-    def lock(self, fd: int) -> bool:
-        """Take an exclusive lock without waiting; whether it was had."""
-        # Imported here, for warm starts take no exclusive locks.
-        from filelock import lock_descriptor
-
-        return lock_descriptor(fd, blocking=False)
-
-
-class Files(Calls):
-    """The calls, and what is made of them."""
-
-    def close_quietly(self, fd: int) -> None:
-        """Close a descriptor where a failure of that loses nothing."""
-        with suppress(OSError):
-            self.close(fd)
-
-    @contextmanager
-    def opened(self, fd: int) -> Iterator[int]:
-        """Close a descriptor at the end of the block, quietly."""
-        try:
-            yield fd
-        finally:
-            self.close_quietly(fd)
-
-    def read_exactly(self, fd: int, size: int) -> bytes:
-        """Up to ``size`` bytes; fewer only at the file's end."""
-        parts = []
-        while size > 0 and (part := self.read(fd, size)):
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
-
-    def write_all(self, fd: int, data: bytes) -> None:
-        """Write every byte, however few the system takes at a time."""
-        view = memoryview(data)
-        while view:
-            view = view[self.write(fd, view) :]
-
-    # Locks are plain flock, and filelock's native ones, which are flock too: the two exclude each other. The
-    # kernel frees them when their holder dies, and Linux maps them to byte-range locks on NFS. A file under a
-    # lock is removed only by the lock's holder, and whoever gets a lock checks that the file has its name.
-
-    def try_lock(self, fd: int, *, plain: bool = False) -> bool | None:
-        """Take an exclusive lock without waiting: whether it was had; ``None`` where locks do not work."""
-        try:
-            # filelock takes a while to import: what every process does is done without it.
-            if not plain and self.lock(fd):
-                return True
-            # filelock takes EACCES for another's lock; where it means that locking is forbidden, waiting
-            # would never end. So the kernel is asked once more, and says which it is.
-            self.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return False if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN) else None
-        return True
-
-    def same_file(self, fd: int, path: str) -> bool:
-        """Whether a path still leads to an open file."""
-        try:
-            named = self.lstat(path)
-        except FileNotFoundError:
-            return False
-        held = self.fstat(fd)
-        return (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino)
-
-    def lock_shared(self, fd: int, path: str) -> bool:
-        """Keep an open file from being evicted for as long as it is open; whether it still has its name."""
-        # A prune looks at the file for a moment. Whoever holds a lock for longer must not stop this process.
-        for _ in range(MOST_TRIES):
-            try:
-                self.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(PAUSE)
-            except OSError:
-                # Where locks do not work, the grace period has to protect the file.
-                return True
-        return self.same_file(fd, path)
-
-
-# -- failures ------------------------------------------------------------------------------------
-
-_ELSEWHERE = "or set STITCHCACHE_DIR to another directory"
-_ADVICE = {
-    errno.ENOSPC: f"the disk is full: free space (`stitchcache prune`), {_ELSEWHERE}",
-    errno.EDQUOT: f"the quota is used up: free space (`stitchcache prune`), {_ELSEWHERE}",
-    errno.EROFS: f"the file system is read-only: use it as a lower layer, {_ELSEWHERE}",
-    errno.EACCES: f"permission is denied: check who owns it, {_ELSEWHERE}",
-    errno.EPERM: f"it is not permitted: check who owns it, {_ELSEWHERE}",
-    errno.EMFILE: "this process has too many open files: raise `ulimit -n`",
-    errno.ENFILE: "the system has too many open files: raise fs.file-max",
-    errno.ENOTDIR: f"a file stands where a directory should be: move it away, {_ELSEWHERE}",
-    errno.ESTALE: f"the network file system lost the file: try again, {_ELSEWHERE}",
-    errno.EIO: f"the device reports an error: look at the system's log, {_ELSEWHERE}",
-}
-
-
-def words(error: OSError) -> str:
-    """The operating system's words for an error."""
-    return os.strerror(error.errno) if error.errno else str(error)
-
-
-def write_error(error: OSError, path: str) -> StoreWriteError:
-    """The store's error for a write that failed; ``path`` is named where the error names none."""
-    where = error.filename if isinstance(error.filename, str) else path
-    advice = _ADVICE.get(error.errno or 0, "`stitchcache doctor` tries what the directory can do")
-    return StoreWriteError(
-        f"{where}: cannot be written ({words(error)}): {advice}", path=where, reason=words(error)
-    )
-
-
 # -- trust ---------------------------------------------------------------------------------------
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -446,3 +248,197 @@ _MOST_LINKS = 40
 def _parts(path: str) -> list[str]:
     """The steps of a path, last first."""
     return [part for part in reversed(path.split(os.sep)) if part not in ("", os.curdir)]
+
+
+# -- the file system -------------------------------------------------------------------------------
+
+# Waiting for a lock that is held for a moment: one second in all.
+_MOST_TRIES, _PAUSE = 200, 0.005
+
+
+def patiently(attempt: Callable[[], bool | None]) -> bool | None:
+    """What an attempt to get a lock gives at last; ``False``, somebody has it, is tried again for a while."""
+    for _ in range(_MOST_TRIES):
+        had = attempt()
+        if had is not False:
+            return had
+        time.sleep(_PAUSE)
+    return False
+
+
+class Calls:
+    """The operating system's calls. They raise ``OSError``."""
+
+    close = staticmethod(os.close)
+    read = staticmethod(os.read)
+    pread = staticmethod(os.pread)
+    write = staticmethod(os.write)
+    fsync = staticmethod(os.fsync)
+    fstat = staticmethod(os.fstat)
+    stat = staticmethod(os.stat)
+    lstat = staticmethod(os.lstat)
+    mkdir = staticmethod(os.mkdir)
+    rename = staticmethod(os.rename)
+    unlink = staticmethod(os.unlink)
+    statvfs = staticmethod(os.statvfs)
+    flock = staticmethod(fcntl.flock)
+    distrusted_way = staticmethod(distrusted_way)
+
+    def lock_byte(self, fd: int, kind: int, position: int) -> None:
+        """Lock one byte of a file, or end that (``F_UNLCK``); ``BlockingIOError`` for another's lock."""
+        command = getattr(fcntl, "F_OFD_SETLK", None)
+        if command is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        fcntl.fcntl(fd, command, struct.pack("hh4xqqi4x", kind, os.SEEK_SET, position, 1, 0))
+
+    def open_read(self, path: str, *, follow: bool = False) -> int:
+        """Open for reading; a symbolic link is refused unless ``follow``."""
+        # O_NONBLOCK: a FIFO planted under an entry's name must not hang the process.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+        return os.open(path, flags if follow else flags | os.O_NOFOLLOW)
+
+    def open_write(self, path: str) -> int:
+        """Open an existing file for reading, writing and exclusive locks."""
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+    def create(self, path: str, mode: int = 0o600) -> int:
+        """Open a new file; ``FileExistsError`` where the name is taken."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+
+    def open_or_create(self, path: str, mode: int = 0o600) -> int:
+        """Open a file to lock, made where it is missing; who could read it could hold the lock too."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+
+    def fsync_dir(self, path: str) -> None:
+        """Wait until a directory's names are on the disk."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            # Some network and FUSE file systems know no fsync of a directory: their own rules apply.
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        finally:
+            os.close(fd)
+
+    def link(self, source: str, target: str) -> None:
+        """Give a file a second name; ``FileExistsError`` where it is taken."""
+        os.link(source, target, follow_symlinks=False)
+
+    def utime(self, path: str, nanoseconds: int) -> None:
+        """Set a file's times."""
+        os.utime(path, ns=(nanoseconds, nanoseconds), follow_symlinks=False)
+
+    def scan(self, path: str) -> list[os.DirEntry[str]]:
+        """List a directory."""
+        with os.scandir(path) as entries:
+            return list(entries)
+
+    def lock(self, fd: int) -> bool:
+        """Take an exclusive lock without waiting; whether it was had."""
+        # Imported here, for warm starts take no exclusive locks.
+        from filelock import lock_descriptor
+
+        return lock_descriptor(fd, blocking=False)
+
+
+class Files(Calls):
+    """The calls, and what is made of them."""
+
+    def close_quietly(self, fd: int) -> None:
+        """Close a descriptor where a failure of that loses nothing."""
+        with suppress(OSError):
+            self.close(fd)
+
+    @contextmanager
+    def opened(self, fd: int) -> Iterator[int]:
+        """Close a descriptor at the end of the block, quietly."""
+        try:
+            yield fd
+        finally:
+            self.close_quietly(fd)
+
+    def read_exactly(self, fd: int, size: int) -> bytes:
+        """Up to ``size`` bytes; fewer only at the file's end."""
+        parts = []
+        while size > 0 and (part := self.read(fd, size)):
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def write_all(self, fd: int, data: bytes) -> None:
+        """Write every byte, however few the system takes at a time."""
+        view = memoryview(data)
+        while view:
+            view = view[self.write(fd, view) :]
+
+    # Locks are plain flock, and filelock's native ones, which are flock too: the two exclude each other. The
+    # kernel frees them when their holder dies, and Linux maps them to byte-range locks on NFS. A file under a
+    # lock is removed only by the lock's holder, and whoever gets a lock checks that the file has its name.
+
+    def attempt(self, lock: Callable[..., object], *args: Any) -> bool | None:
+        """Take a lock without waiting: whether it was had; ``None`` where locks do not work."""
+        try:
+            lock(*args)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return None
+        return True
+
+    def try_lock(self, fd: int, *, plain: bool = False) -> bool | None:
+        """Take an exclusive lock, as :meth:`attempt` tells."""
+        # filelock takes a while to import: what every process does is done without it.
+        with suppress(OSError):
+            if not plain and self.lock(fd):
+                return True
+        # filelock takes EACCES for another's lock; where it means that locking is forbidden, waiting
+        # would never end. So the kernel is asked once more, and says which it is.
+        return self.attempt(self.flock, fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def same_file(self, fd: int, path: str) -> bool:
+        """Whether a path still leads to an open file."""
+        try:
+            named = self.lstat(path)
+        except FileNotFoundError:
+            return False
+        held = self.fstat(fd)
+        return (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino)
+
+    def lock_shared(self, fd: int, path: str) -> bool:
+        """Keep an open file from being evicted for as long as it is open; whether it still has its name."""
+        # A prune looks at the file for a moment. Whoever holds a lock for longer must not stop this process.
+        had = patiently(lambda: self.attempt(self.flock, fd, fcntl.LOCK_SH | fcntl.LOCK_NB))
+        # Where locks do not work, the grace period has to protect the file.
+        return had is None or self.same_file(fd, path)
+
+
+# -- failures ------------------------------------------------------------------------------------
+
+_ELSEWHERE = "or set STITCHCACHE_DIR to another directory"
+_ADVICE = {
+    errno.ENOSPC: f"the disk is full: free space (`stitchcache prune`), {_ELSEWHERE}",
+    errno.EDQUOT: f"the quota is used up: free space (`stitchcache prune`), {_ELSEWHERE}",
+    errno.EROFS: f"the file system is read-only: use it as a lower layer, {_ELSEWHERE}",
+    errno.EACCES: f"permission is denied: check who owns it, {_ELSEWHERE}",
+    errno.EPERM: f"it is not permitted: check who owns it, {_ELSEWHERE}",
+    errno.EMFILE: "this process has too many open files: raise `ulimit -n`",
+    errno.ENFILE: "the system has too many open files: raise fs.file-max",
+    errno.ENOTDIR: f"a file stands where a directory should be: move it away, {_ELSEWHERE}",
+    errno.ESTALE: f"the network file system lost the file: try again, {_ELSEWHERE}",
+    errno.EIO: f"the device reports an error: look at the system's log, {_ELSEWHERE}",
+}
+
+
+def words(error: OSError) -> str:
+    """The operating system's words for an error."""
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
+def write_error(error: OSError, path: str) -> StoreWriteError:
+    """The store's error for a write that failed; ``path`` is named where the error names none."""
+    where = error.filename if isinstance(error.filename, str) else path
+    advice = _ADVICE.get(error.errno or 0, "`stitchcache doctor` tries what the directory can do")
+    return StoreWriteError(
+        f"{where}: cannot be written ({words(error)}): {advice}", path=where, reason=words(error)
+    )

@@ -11,16 +11,18 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from stitchcache.errors import EntryFormatError
-from stitchcache.store import MOST_TRIES, PAUSE, Area
+from stitchcache.store import Area, patiently
 from stitchcache.store.root import Root
 
 if TYPE_CHECKING:
     from stitchcache.store.store import Start
 
 SINCE = "since"
+_PLACE = f"{Area.STATS}/counters"
 _MOST_STARTS = 512  # entries, those started last: each process that counts writes all of them
 _PREFIX, _DIGITS = "start.", 12
 
@@ -28,7 +30,7 @@ _PREFIX, _DIGITS = "start.", 12
 def stored_lines(root: Root) -> list[str]:
     """The lines of a root's counts; none where they are damaged."""
     try:
-        found = root.read(_path(root), Area.STATS)
+        found = root.read(f"{root.path}/{_PLACE}", Area.STATS)
     except EntryFormatError:
         found = None
     return found[0].decode("ascii", "replace").splitlines() if found else []
@@ -61,14 +63,11 @@ def numbers_in(pairs: Iterable[str], joint: str) -> dict[str, int]:
 
 def write_counts(root: Root, pending: Counter[str], started: Iterable[Start]) -> None:
     """Add to what is stored."""
-    files, path = root.files, _path(root)
+    files, path = root.files, f"{root.path}/{_PLACE}"
     root.make_dir(os.path.dirname(path))
     with files.opened(root.in_dir(f"{path}.lock", files.open_or_create)) as fd:
         # Without the lock another process's counts may be lost, and that is all.
-        for _ in range(MOST_TRIES):
-            if files.try_lock(fd, plain=True) is not False:
-                break
-            time.sleep(PAUSE)
+        patiently(partial(files.try_lock, fd, plain=True))
         lines = stored_lines(root)
         counts = Counter(numbers_in(lines, "=")) + pending
         counts[SINCE] = counts[SINCE] or int(time.time())
@@ -76,7 +75,3 @@ def write_counts(root: Root, pending: Counter[str], started: Iterable[Start]) ->
         for graph, facts in list(starts_in(lines, started).items())[-_MOST_STARTS:]:
             text += f"{_PREFIX}{graph}={','.join(f'{name}:{number}' for name, number in facts.items())}\n"
         root.publish(path, text.encode(), last=False)
-
-
-def _path(root: Root) -> str:
-    return os.path.join(root.area(Area.STATS), "counters")

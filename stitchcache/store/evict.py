@@ -21,7 +21,7 @@ import shutil
 import time
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from stitchcache.artifact.entry import decode_piece
@@ -103,7 +103,7 @@ class PrunePlan:
         try:
             # Where there is no lock, as on a disk that is full, each removal is safe by itself.
             with root.writing(root.path), exclusive(root, "prune", timeout=0):
-                return _remove_planned(self)
+                return _Removal(self).done()
         except LockTimeoutError:
             return PruneResult(busy=True)
 
@@ -118,20 +118,19 @@ def plan_prune(
 ) -> PrunePlan:
     """Plan what has to go of the first of some roots, as :meth:`stitchcache.Cache.plan_prune` tells."""
     look = _Look(roots, grace_seconds)
-    total_bytes, total_files = sum(item.size for item in look.everything), len(look.everything)
     entries = [] if look.unreadable else look.entries
     aged = 0 if max_age is None else sum(look.age(item) > max_age for item in entries)
 
     def fits(count: int) -> bool:
         going = [*entries[:count], *(item for group in look.with_oldest(count) for item in group)]
-        size, number = total_bytes - sum(item.size for item in going), total_files - len(going)
+        size, number = look.bytes - sum(item.size for item in going), look.files - len(going)
         return (max_bytes is None or size <= max_bytes) and (max_files is None or number <= max_files)
 
     count = min(bisect_left(range(len(entries) + 1), True, lo=aged, key=fits), len(entries))
-    if max_bytes is not None and total_bytes > max_bytes:
-        over = f"{size_text(total_bytes)} are over the limit of {size_text(max_bytes)}"
+    if max_bytes is not None and look.bytes > max_bytes:
+        over = f"{size_text(look.bytes)} are over the limit of {size_text(max_bytes)}"
     else:
-        over = f"{total_files} files are over the limit of {max_files}"
+        over = f"{look.files} files are over the limit of {max_files}"
     reasons = [f"not used for {look.age(item) / 86400:.1f} days" for item in entries[:aged]]
     reasons += [over] * (count - aged)
     return _planned(look, reasons, (*leftovers(look.root), *excess(look.root)))
@@ -153,8 +152,8 @@ def _planned(look: _Look, reasons: Sequence[str], leftovers: tuple[Item, ...] = 
         targets=tuple(targets),
         pieces=tuple(pieces),
         leftovers=leftovers,
-        total_bytes=sum(item.size for item in look.everything),
-        total_files=len(look.everything),
+        total_bytes=look.bytes,
+        total_files=look.files,
         unreadable=look.unreadable,
         _look=look,
     )
@@ -165,7 +164,7 @@ def enforce(roots: Sequence[Root], *, max_bytes: int | None, max_files: int | No
     try:
         # Planned under the lock: a plan from before would be about what the other one removed.
         with exclusive(roots[0], "prune", timeout=_PATIENCE):
-            return _remove_planned(plan_prune(roots, max_bytes=max_bytes, max_files=max_files))
+            return _Removal(plan_prune(roots, max_bytes=max_bytes, max_files=max_files)).done()
     except LockTimeoutError:
         return PruneResult(busy=True)
 
@@ -186,7 +185,8 @@ class _Look:
         found = {item: self._names(item, area) for area, each in listed.items() for item in each}
         self.named = {item: names or [] for item, names in found.items()}
         self.unreadable = tuple(item.path for item in self.entries if found[item] is None)
-        self.everything = [*self._blobs.values(), *found]
+        everything = [*self._blobs.values(), *found]
+        self.bytes, self.files = sum(item.size for item in everything), len(everything)
         self._ever_named = {name for item in self.entries for name in self.named[item]}
         # A piece record under an entry's own hash names what is kept beside it: see ``store.sources``.
         self._beside = {item.key: self.named[item] for item in self._pieces}
@@ -245,61 +245,55 @@ class _Look:
             return []
 
 
-def _remove_planned(plan: PrunePlan) -> PruneResult:
-    root = plan._look.root
-    try:
-        locks = root.lock_file()
-    except OSError:
-        # As good as no locks.
-        return _removed(plan, None)
-    with root.files.opened(locks):
-        return _removed(plan, locks)
-
-
-def _removed(plan: PrunePlan, locks: int | None) -> PruneResult:
-    look, removal = plan._look, _Removal(plan._look, locks)
-    result = removal.result
-    leading: dict[str, list[Item]] = {}
-    evicted = {item.key for item, _ in plan.entries}
-    for target in plan.targets:
-        keys = evicted.intersection(look.named[target])
-        for key in keys:
-            leading.setdefault(key, []).append(target)
-        if not keys:
-            removal.remove(target)
-    kept: set[str] = set()
-    for item, _ in plan.entries:
-        failures = len(result.failed)
-        if removal.remove(item, leading.get(item.key, ())):
-            result.entries.append(item.key)
-            continue
-        kept.update(look.named[item])
-        if len(result.failed) == failures:
-            result.in_use.append(item.key)
-    for item in plan.blobs:
-        if item.key in kept or not removal.remove(item):
-            kept.add(item.key)
-    for item in (*(each for each in plan.pieces if kept.isdisjoint(look.named[each])), *plan.leftovers):
-        removal.remove(item)
-    return result
-
-
 class _Removal:
-    """Removing, one checked file at a time."""
+    """Removing what was planned, one checked file at a time."""
 
-    def __init__(self, look: _Look, locks: int | None) -> None:
-        self._look = look
-        self._root = look.root
-        self.result = PruneResult()
-        self._locks = locks
+    def __init__(self, plan: PrunePlan) -> None:
+        self._plan, self._look, self._root = plan, plan._look, plan._look.root
+        self._result = PruneResult()
+        self._locks: int | None = None
 
-    def remove(self, item: Item, first: Iterable[Item] = ()) -> bool:
+    def done(self) -> PruneResult:
+        """Remove everything."""
+        with ExitStack() as stack:
+            # Where there is no such file, that is as good as no locks.
+            with suppress(OSError):
+                self._locks = stack.enter_context(self._root.files.opened(self._root.lock_file()))
+            self._remove_all()
+        return self._result
+
+    def _remove_all(self) -> None:
+        plan, named, result = self._plan, self._look.named, self._result
+        leading: dict[str, list[Item]] = {}
+        evicted = {item.key for item, _ in plan.entries}
+        for target in plan.targets:
+            keys = evicted.intersection(named[target])
+            for key in keys:
+                leading.setdefault(key, []).append(target)
+            if not keys:
+                self._remove(target)
+        kept: set[str] = set()
+        for item, _ in plan.entries:
+            failures = len(result.failed)
+            if self._remove(item, leading.get(item.key, ())):
+                result.entries.append(item.key)
+                continue
+            kept.update(named[item])
+            if len(result.failed) == failures:
+                result.in_use.append(item.key)
+        for item in plan.blobs:
+            if item.key in kept or not self._remove(item):
+                kept.add(item.key)
+        for item in (*(each for each in plan.pieces if kept.isdisjoint(named[each])), *plan.leftovers):
+            self._remove(item)
+
+    def _remove(self, item: Item, first: Iterable[Item] = ()) -> bool:
         """Remove a file that is unused since the look, after those that lead to it; whether it is gone."""
         try:
             with self._alone_with(item) as alone:
                 if not alone or self._root.files.lstat(item.path).st_mtime_ns != item.modified:
                     return False
-                if not all(map(self.remove, first)):
+                if not all(map(self._remove, first)):
                     return False
                 try:
                     self._root.files.unlink(item.path)
@@ -309,10 +303,10 @@ class _Removal:
         except FileNotFoundError:
             return True
         except OSError as error:
-            self.result.failed.append((item.path, error.strerror or str(error)))
+            self._result.failed.append((item.path, error.strerror or str(error)))
             return False
-        self.result.files += 1
-        self.result.bytes += item.size
+        self._result.files += 1
+        self._result.bytes += item.size
         return True
 
     @contextmanager

@@ -17,13 +17,13 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stitchcache.errors import EntryDamagedError, LockTimeoutError, StoreWriteError
 from stitchcache.store import Area, Files, distrust, distrusted_way, keyed_path, words
-from stitchcache.store.root import Item, Root
+from stitchcache.store.root import Item, OnWait, Root
 from stitchcache.types import BlobRef
 
 _CHUNK = 1 << 20
@@ -71,8 +71,7 @@ def _chunks(files: Files, source: bytes | str | Iterable[bytes]) -> Iterator[byt
         message = f"{source}: cannot be read ({words(error)}), so it is not stored"
         raise StoreWriteError(message, path=source, reason=words(error)) from error
     with files.opened(reader):
-        while chunk := files.read(reader, _CHUNK):
-            yield chunk
+        yield from iter(lambda: files.read(reader, _CHUNK), b"")
 
 
 def hold_blob(root: Root, ref: BlobRef) -> bool:
@@ -115,11 +114,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 
 @contextmanager
 def exclusive(
-    root: Root,
-    name: str,
-    *,
-    timeout: float | None = None,
-    on_wait: Callable[[float, str], None] | None = None,
+    root: Root, name: str, *, timeout: float | None, on_wait: OnWait | None = None
 ) -> Iterator[bool]:
     """Hold a lock file of a root, as :meth:`stitchcache.Cache.lock` tells."""
     path = os.path.join(root.area(Area.LOCKS), f"{name}.lock")
@@ -138,9 +133,7 @@ def exclusive(
         root.files.close_quietly(fd)
 
 
-def _acquire(
-    root: Root, path: str, timeout: float | None, on_wait: Callable[[float, str], None] | None
-) -> int | None:
+def _acquire(root: Root, path: str, timeout: float | None, on_wait: OnWait | None) -> int | None:
     files = root.files
     start: float | None = None
     pause, replaced = _FIRST_PAUSE, False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 
 
 def refusal(path: str, facts: os.stat_result, *, above: bool) -> str | None:
@@ -21,21 +22,16 @@ def refusal(path: str, facts: os.stat_result, *, above: bool) -> str | None:
             f"{path} has {facts.st_nlink} names (hard links), so it may be a file of another place: "
             "put a copy in its place, or remove it"
         )
-    listed = _has_access_list(path)
+    listed = False
+    # There may be none, or the system has none.
+    with suppress(OSError, AttributeError):
+        listed = bool(os.getxattr(path, "system.posix_acl_access"))
     if above and not mode & stat.S_IWOTH and not listed and _is_own(facts.st_gid):
         return None
     shown, mend = f"mode {stat.S_IMODE(mode):04o}", f"chmod go-w {path!r}"
     if listed:
         shown, mend = f"{shown} and an access list (see getfacl)", f"setfacl -b {path!r}; {mend}"
     return f"{path} has {shown}, so that others can write it and run code here: {mend} after checking who did"
-
-
-def _has_access_list(path: str) -> bool:
-    try:
-        return bool(os.getxattr(path, "system.posix_acl_access"))
-    except (OSError, AttributeError):
-        # None, or a system that has none.
-        return False
 
 
 def _is_own(gid: int) -> bool:

@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TypeVar
 
 from stitchcache.errors import EntryDamagedError, StitchCacheError, StoreWriteError, UntrustedEntryError
@@ -30,21 +31,26 @@ from stitchcache.store import (
     CAP,
     KEYED,
     LEGACY_SUFFIXES,
-    MOST_TRIES,
-    PAUSE,
-    TAG_NAME,
-    TAG_TEXT,
     Area,
     Files,
     distrust,
     key_of,
     keyed_path,
+    patiently,
     write_error,
 )
 from stitchcache.types import BlobRef, is_digest
 
 T = TypeVar("T")
+OnWait = Callable[[float, str], None]
+"""Called while waiting for a lock, with the seconds waited and who holds it."""
 
+_TAG_NAME = "CACHEDIR.TAG"
+_TAG_TEXT = (
+    b"Signature: 8a477f597d28d172789f06886806bc55\n"
+    b"# This file says that the directory is a cache: backups may leave it out, and it can be deleted.\n"
+    b"# stitchcache keeps compiled PyTorch models here.\n"
+)
 # Small enough to stay in the processor's cache, and not to be mapped and unmapped each time.
 _DIGESTED_AT_ONCE = 256 << 10
 # What others have no business in: locks that they could hold, files that are not whole.
@@ -155,25 +161,19 @@ class Root:
         facts = self.facts(keyed_path(self.path, Area.BLOBS, ref.digest))
         return facts is not None and facts.st_size == ref.size
 
-    def open(self, path: str) -> int | None:
-        """A descriptor for reading; ``None`` where there is no file."""
-        try:
-            return self.files.open_read(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-
-    def open_trusted(self, path: str) -> int | None:
-        """A descriptor of a file that nobody else can write or exchange; ``None`` where there is no file.
+    def open(self, path: str, *, trusted: bool = False) -> int | None:
+        """A descriptor for reading; ``None`` where there is no file.
 
         Raises:
-            UntrustedEntryError: Others can.
+            UntrustedEntryError: It is to be ``trusted``, and others can write or exchange it.
         """
         try:
-            self.require_trust(path)
+            if trusted:
+                self.require_trust(path)
             fd = self.files.open_read(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        reason = distrust(path, self.files.fstat(fd))
+        reason = distrust(path, self.files.fstat(fd)) if trusted else None
         if reason is not None:
             self.files.close_quietly(fd)
             raise UntrustedEntryError(reason, path=path)
@@ -184,12 +184,12 @@ class Root:
 
         Raises:
             EntryDamagedError: It is no regular file, or larger than files of its area can be.
-            UntrustedEntryError: It is to be ``trusted``, and others can write or exchange it.
+            UntrustedEntryError: As :meth:`open`.
         """
         cap = CAP[area]
         reason = f"not a regular file of at most {cap} bytes"
         try:
-            fd = self.open_trusted(path) if trusted else self.open(path)
+            fd = self.open(path, trusted=trusted)
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
@@ -215,20 +215,11 @@ class Root:
             reason = self.files.distrusted_way(at)
             self._looked_above = now if reason is None else -_LOOK_LASTS
         for part in path[len(self.path) :].strip(os.sep).split(os.sep):
-            if reason is not None:
-                raise UntrustedEntryError(reason, path=path)
-            at = os.path.join(at, part)
-            reason = distrust(at, self.files.lstat(at))
+            if reason is None:
+                at = os.path.join(at, part)
+                reason = distrust(at, self.files.lstat(at))
         if reason is not None:
             raise UntrustedEntryError(reason, path=path)
-
-    def blob_state(self, path: str, ref: BlobRef) -> os.stat_result | str | None:
-        """Check a blob: the facts of a good one, what is wrong with it, or ``None`` where there is none."""
-        fd = self.open(path)
-        if fd is None:
-            return None
-        with self.files.opened(fd):
-            return self.blob_problem(fd, ref) or self.files.fstat(fd)
 
     def blob_problem(self, fd: int, ref: BlobRef) -> str | None:
         """What is wrong with an open blob."""
@@ -343,12 +334,10 @@ class Root:
         self._mkdir(path)
         if self.trust == "owner":
             self.require_own(path)
-        elif path != self.path and stat.S_ISLNK(self.files.lstat(path).st_mode):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         if path == self.path:
             # A courtesy to backup programs.
-            with suppress(OSError), self.files.opened(self._create(f"{path}/{TAG_NAME}")) as fd:
-                self.files.write_all(fd, TAG_TEXT)
+            with suppress(OSError), self.files.opened(self._create(f"{path}/{_TAG_NAME}")) as fd:
+                self.files.write_all(fd, _TAG_TEXT)
         # Whoever made it may not have come to this yet, so each process does it once for itself.
         self.sync_dir(os.path.dirname(path))
         self._known.add(path)
@@ -359,7 +348,9 @@ class Root:
         try:
             self.files.mkdir(path, self._mode(0o755) if inside and not private else mode)
         except FileExistsError:
-            if not stat.S_ISDIR(self.files.stat(path).st_mode):
+            # A link below the root may lead anywhere; under "owner", require_own says why not.
+            look = self.files.lstat if inside and self.trust != "owner" else self.files.stat
+            if not stat.S_ISDIR(look(path).st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
         except FileNotFoundError:
             self._mkdir(os.path.dirname(path))
@@ -392,14 +383,8 @@ class Root:
         return self.in_dir(path, self.files.open_or_create)
 
     def lock_blob(self, fd: int, digest: str, kind: int) -> bool | None:
-        """Lock a blob, or end that, without waiting: whether it was had; ``None`` where locks do not work."""
-        try:
-            self.files.lock_byte(fd, kind, int(digest[:15], 16))
-        except BlockingIOError:
-            return False
-        except OSError:
-            return None
-        return True
+        """Lock a blob, or end that, without waiting: as :meth:`Files.attempt` tells."""
+        return self.files.attempt(self.files.lock_byte, fd, kind, int(digest[:15], 16))
 
     def holds(self, digest: str) -> bool:
         """Whether a blob is kept by this object."""
@@ -416,11 +401,8 @@ class Root:
                 self._held.clear()
             if self._locks is None:
                 self._locks = self.lock_file()
-            for _ in range(MOST_TRIES):
-                if self.lock_blob(self._locks, digest, fcntl.F_RDLCK) is not False:
-                    break
-                # Eviction has it for one unlink.
-                time.sleep(PAUSE)
+            # Eviction has it for one unlink.
+            patiently(partial(self.lock_blob, self._locks, digest, fcntl.F_RDLCK))
             self._held.add(digest)
 
     def release(self, digests: Iterable[str]) -> None:

@@ -97,10 +97,10 @@ def own_copy(store: Store, root: Root, path: str, ref: BlobRef) -> Path | None:
         said = f"{reason}; or set TMPDIR to a directory of your own: pieces that others can write are copied"
         raise UntrustedEntryError(said, path=path)
     with root.files.opened(fd):
-        right_size = root.files.fstat(fd).st_size == ref.size
-        copy.write_bytes(root.files.read_exactly(fd, ref.size) if right_size else b"")
-    state = root.blob_state(str(copy), ref)
-    if isinstance(state, str):
-        store.warn(path, f"{path}: damaged: {state}; taken as missing")
+        copy.write_bytes(root.files.read_exactly(fd, ref.size))
+    with root.files.opened(root.files.open_read(str(copy))) as own:
+        problem = root.blob_problem(own, ref)
+    if problem is not None:
+        store.warn(path, f"{path}: damaged: {problem}; taken as missing")
         return None
     return copy

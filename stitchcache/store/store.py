@@ -13,7 +13,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -40,7 +40,7 @@ from stitchcache.store import (
     trust_of,
     words,
 )
-from stitchcache.store.root import Root
+from stitchcache.store.root import OnWait, Root
 from stitchcache.types import BlobRef
 
 T = TypeVar("T")
@@ -234,27 +234,25 @@ class Store:
         Raises:
             UntrustedEntryError: One is there, but others can write or exchange it.
         """
-        found: list[tuple[int, str] | None] = [None] * len(refs)
         there = "/proc/self/fd/{}" if os.path.isdir("/proc/self/fd") else ""
+        with ExitStack() as stack:
 
-        def open_one(index: int) -> None:
-            found[index] = self._open_blob(refs[index])
+            def open_one(ref: BlobRef) -> Path | None:
+                found = self._open_blob(ref)
+                if found is None:
+                    return None
+                stack.callback(self._files.close_quietly, found[0])
+                return Path(there.format(found[0]) or found[1])
 
-        try:
             if len(refs) < 2 or sum(ref.size for ref in refs) < _WORTH_THREADS:
-                for index in range(len(refs)):
-                    open_one(index)
-            else:
-                # Large ones are digested at one time, on several processors.
-                from concurrent.futures import ThreadPoolExecutor
+                yield list(map(open_one, refs))
+                return
+            # Large ones are digested at one time, on several processors.
+            from concurrent.futures import ThreadPoolExecutor
 
-                with ThreadPoolExecutor(min(len(refs), os.cpu_count() or 1, 8), "stitchcache-digest") as pool:
-                    list(pool.map(open_one, range(len(refs))))
-            yield [None if each is None else Path(there.format(each[0]) or each[1]) for each in found]
-        finally:
-            for each in found:
-                if each is not None:
-                    self._files.close_quietly(each[0])
+            with ThreadPoolExecutor(min(len(refs), os.cpu_count() or 1, 8), "stitchcache-digest") as pool:
+                found = list(pool.map(open_one, refs))
+            yield found
 
     def _open_blob(self, ref: BlobRef) -> tuple[int, str] | None:
         """Descriptor and path of a good blob."""
@@ -262,7 +260,7 @@ class Store:
         def check(root: Root, path: str) -> tuple[int, str] | None:
             # Asked every time: a chmod after the first look counts.
             try:
-                fd = root.open(path) if root.trust == "any" else root.open_trusted(path)
+                fd = root.open(path, trusted=root.trust != "any")
             except UntrustedEntryError:
                 if root.trust == "owner":
                     raise
@@ -276,18 +274,17 @@ class Store:
                 return self._files.open_read(str(copy)), str(copy)
             if fd is None:
                 return None
-            good = False
-            try:
+            with ExitStack() as refused:
+                refused.callback(root.files.close_quietly, fd)
                 facts = root.files.fstat(fd)
-                problem = root.blob_problem(fd, ref) if self._good.get(path) != _identity(facts) else None
+                # What tells a file, and its state, from every other.
+                found = facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+                problem = root.blob_problem(fd, ref) if self._good.get(path) != found else None
                 if problem is not None:
                     self._reject(root, path, facts.st_ino, f"blob: {problem}")
                     return None
-                self._good[path] = _identity(facts)
-                good = True
-            finally:
-                if not good:
-                    root.files.close_quietly(fd)
+                self._good[path] = found
+                refused.pop_all()
             return fd, path
 
         return self._search(Area.BLOBS, ref.digest, check)
@@ -332,11 +329,7 @@ class Store:
         return held or any(root.has_blob(ref) for root in self._roots)
 
     def lock(
-        self,
-        key: str,
-        *,
-        timeout: float | None = None,
-        on_wait: Callable[[float, str], None] | None = None,
+        self, key: str, *, timeout: float | None = None, on_wait: OnWait | None = None
     ) -> AbstractContextManager[bool]:
         """Let one process at a time work on a key, for the length of a block.
 
@@ -376,7 +369,7 @@ class Store:
 
     def starts(self) -> dict[str, dict[str, int]]:
         """What was counted of single entries, as ``store.counters.starts_in`` tells."""
-        return self._counters.starts()
+        return self._counters.read()[2]
 
     def counted(self) -> dict[str, int]:
         """What was counted, this process's own included; looks at no entry."""
@@ -386,11 +379,6 @@ class Store:
 def needs_signature(trust: str, signature: bytes) -> bool:
     """Whether a signature has to be good: what came from outside is never its owner's word alone."""
     return trust == "signed" or (trust == "owner" and signature.startswith(OUTSIDE))
-
-
-def _identity(facts: os.stat_result) -> tuple[int, ...]:
-    """What tells a file, and its state, from every other."""
-    return (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
 
 Start = tuple[str, str, float, float, dict[str, float]]
@@ -421,26 +409,19 @@ class Counters:
             self.own()
             self._pending[name] += amount
 
-    def read(self) -> tuple[dict[str, int], float]:
-        """All counts so far, this process's included, and since when."""
+    def read(self) -> tuple[dict[str, int], float, dict[str, dict[str, int]]]:
+        """All counts so far, this process's included, since when, and what was counted of single entries."""
         # Not at the top: a warm start counts, and writes at its end.
-        from stitchcache.store.counters import SINCE, numbers_in, stored_lines
+        from stitchcache.store.counters import SINCE, numbers_in, starts_in, stored_lines
 
-        counts: Counter[str] = Counter()
+        lines: list[str] = []
         with suppress(OSError):
-            counts.update(numbers_in(stored_lines(self._root), "="))
+            lines = stored_lines(self._root)
+        counts = Counter(numbers_in(lines, "="))
         with self._mutex:
             counts.update(self._pending)
         since = counts.pop(SINCE, 0)
-        return dict(sorted(counts.items())), float(since)
-
-    def starts(self) -> dict[str, dict[str, int]]:
-        """What was counted of single entries, this process's starts included."""
-        from stitchcache.store.counters import starts_in, stored_lines
-
-        with suppress(OSError):
-            return starts_in(stored_lines(self._root), self.started)
-        return {}
+        return dict(sorted(counts.items())), float(since), starts_in(lines, self.started)
 
     def flush(self) -> None:
         """Write what was counted. Where that cannot be kept, it is lost."""

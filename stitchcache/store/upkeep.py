@@ -262,13 +262,14 @@ class _Walk:
             self.found(item, "unreadable", words(error))
 
     def blob(self, item: Item) -> None:
-        state = self._root.blob_state(item.path, BlobRef(digest=item.key, size=item.size))
-        if isinstance(state, str):
-            self._set_aside(item, "damaged", state, None)
-        elif state is not None:
-            self._blobs[item.key] = item.size
-            if self._root.trust == "owner":
-                self._note(item, lambda: self._root.require_trust(item.path))
+        with self._root.files.opened(self._root.files.open_read(item.path)) as fd:
+            problem = self._root.blob_problem(fd, BlobRef(digest=item.key, size=item.size))
+        if problem is not None:
+            self._set_aside(item, "damaged", problem, None)
+            return
+        self._blobs[item.key] = item.size
+        if self._root.trust == "owner":
+            self._note(item, lambda: self._root.require_trust(item.path))
 
     def entry(self, item: Item) -> None:
         loaded = self._load(item, Area.ENTRIES, lambda data: decode_named(data, item.key, item.path).blobs)

@@ -172,30 +172,17 @@ INTERNALS = TABLES | {
 }
 """What torch itself keeps in a module; each is either a factor of its own or no part of a call."""
 
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
-
 
 def has_global_hooks() -> bool:
     """Whether hooks are registered that every module runs."""
-    return any(getattr(nn_module, name, None) for name in _GLOBAL_HOOKS)
+    return any(getattr(nn_module, f"_global{name}", None) for name in HOOKS)
 
+
+QUIET = frozenset({"dropout_p", "p", "dropout", "train", "training"})
+"""Arguments that make an op of the random kind a plain one where they are zero or false."""
 
 FAKE_INTERNALS = frozenset(
-    {
-        "fake_mode",
-        "fake_device",
-        "_fake_device",
-        "constant",
-        "pytype",
-        "dispatch_keys",
-        "real_tensor",
-        "_is_param",
-    }
+    "fake_mode fake_device _fake_device constant pytype dispatch_keys real_tensor _is_param".split()  # noqa: SIM905
 )
 """What a fake tensor keeps about itself in its ``__dict__``, beside its memos."""
 

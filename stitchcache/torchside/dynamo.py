@@ -7,8 +7,8 @@ is at work already.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -64,11 +64,7 @@ def fix_own_floats(gm: torch.fx.GraphModule) -> None:
 
 
 def fake_mode() -> Any:
-    """The fake mode that Dynamo set aside for the backend that it is calling.
-
-    Raises:
-        BackendError: Not called by Dynamo.
-    """
+    """The fake mode that Dynamo set aside for the backend; a BackendError where Dynamo does not call it."""
     context = TracingContext.try_get()
     if context is None or context.fake_mode is None:
         raise BackendError(
@@ -98,8 +94,6 @@ def fake_inputs(mode: Any, example_inputs: Sequence[Any]) -> list[Any]:
     return found
 
 
-@contextlib.contextmanager
-def outside_tracing() -> Iterator[None]:
+def outside_tracing() -> AbstractContextManager[Any]:
     """Compile pieces as if nobody compiled around them: Inductor asks the tracing context."""
-    with tracing(None):
-        yield
+    return tracing(None)

@@ -26,11 +26,9 @@ _CHOOSERS = ("cpp.simdlen", "cpp.vec_isa_ok")
 def import_compiler() -> None:
     """Import what compiling a graph needs."""
     for module in _MODULES:
-        try:
+        # Another torch may keep it elsewhere; compiling imports it then.
+        with contextlib.suppress(ImportError):
             importlib.import_module(module)
-        except ImportError:
-            # Another torch keeps it elsewhere; compiling imports it then.
-            continue
 
 
 def directories() -> tuple[str, str]:
@@ -46,21 +44,11 @@ def directories() -> tuple[str, str]:
     return str(cache_dir_utils.cache_dir()), headers
 
 
-def draws_in_order() -> bool:
-    """Whether compiled random ops draw in the order of the graph; torch 2.11 moves dropout to the front."""
-    return bool(torch.__version__ >= "2.13")
-
-
 def settings() -> Any:
     """Inductor's settings, as attributes."""
     import torch._inductor.config
 
     return torch._inductor.config
-
-
-def option_names() -> list[str]:
-    """Names of Inductor's options, as ``torch.compile(options=...)`` takes them."""
-    return list(settings().get_config_copy())
 
 
 def compile_library(piece: torch.fx.GraphModule, fakes: Sequence[Any], options: Mapping[str, Any]) -> Any:

@@ -1,9 +1,8 @@
 """See each op of a block before it runs, and keep the memory that it is about to write.
 
 Uses ``torch.utils._python_dispatch.TorchDispatchMode`` with ``_should_skip_dynamo``, ``_push_mode`` and
-``_pop_mode``, ``OpOverload._schema``, ``torch._C._storage_address``,
-``torch._C._AutoDispatchBelowAutograd`` and
-``torch._C._dispatch_has_kernel_for_dispatch_key``.
+``_pop_mode``, ``OpOverload._schema`` and ``_can_decompose``, ``torch._C._storage_address`` and
+``torch._C._AutoDispatchBelowAutograd``.
 """
 
 from __future__ import annotations
@@ -17,20 +16,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 from stitchcache.records import dataclass
-from stitchcache.torchside import storage_id
+from stitchcache.torchside import QUIET, storage_id
 
 SEEN = ("2.11", "2.13", "2.15")
 
 # Namespaces of ops whose schemas torch answers for.
 _TORCHS_OWN = frozenset({"aten", "prim", "prims", "quantized", "inductor", "mkldnn", "mkl", "higher_order"})
-# Arguments that make an op of the random kind a plain one, with the values that do.
-_QUIET: Mapping[str, tuple[Any, ...]] = {
-    "dropout_p": (0, 0.0),
-    "p": (0, 0.0),
-    "dropout": (0, 0.0),
-    "train": (False,),
-    "training": (False,),
-}
 # Ops that update running statistics although their schemas deny it, where they are told that they train.
 _SILENT = frozenset({"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm"})
 
@@ -240,7 +231,7 @@ class Watch(TorchDispatchMode):
     ) -> None:
         for position, name, default in quiet:
             value = args[position] if position < len(args) else kwargs.get(name, default)
-            if type(value) in (bool, int, float) and value in _QUIET[name]:
+            if type(value) in (bool, int, float) and not value:
                 return
         if not self._draw:
             self._stop(f"it draws random numbers ({func})")
@@ -268,20 +259,14 @@ class _Untraced(Watch):  # type: ignore[no-untyped-call]
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def watch(
-    effects: Mapping[str, bool],
-    *,
-    only: Iterable[int] | None = None,
-    draw: bool = True,
-    quick: bool = False,
-) -> Watch:
+def watch(effects: Mapping[str, bool], *, quick: bool = False, **limits: Any) -> Watch:
     """A :class:`Watch` that Dynamo does not trace, where Dynamo is there; it takes two seconds to import.
 
     It is not a quick one there, because what Dynamo compiled is compiled anew without autograd.
     """
     compiles = "torch._dynamo" in sys.modules
     kind = _Untraced if compiles else Watch
-    return kind(effects, only=only, draw=draw, quick=quick and not compiles)
+    return kind(effects, quick=quick and not compiles, **limits)
 
 
 def _shape_of(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -303,7 +288,7 @@ def _facts(func: Any, effects: Mapping[str, bool], *, taken_apart: bool = False)
     if schema is None:
         # torch.cond and its kin return what is new.
         return _Op((), True, None, False, False)
-    if taken_apart and schema.name not in _WHOLE and _is_composite(func):
+    if taken_apart and schema.name not in _WHOLE and func._can_decompose():
         return _Op((), False, None, False, False, parts=True)
     silent, draws = schema.name in _SILENT, torch.Tag.nondeterministic_seeded in func.tags
     # To list its arguments takes longer than most ops do.
@@ -314,13 +299,8 @@ def _facts(func: Any, effects: Mapping[str, bool], *, taken_apart: bool = False)
     returned = [r.alias_info for r in schema.returns]
     # lift_fresh is what torch.tensor() and torch.from_numpy() call last, on memory that no other op made.
     makes = any(alias is None for alias in returned) or schema.name == "aten::lift_fresh"
-    quiet = tuple((i, a.name, a.default_value) for i, a in arguments if a.name in _QUIET) if draws else None
+    quiet = tuple((i, a.name, a.default_value) for i, a in arguments if a.name in QUIET) if draws else None
     custom = schema.name.partition("::")[0] not in _TORCHS_OWN
     acts = effects.get(schema.name, custom and not returned and not writes)
     shapes = torch.Tag.inplace_view in func.tags and schema.name != "aten::detach_"
     return _Op(writes, makes, quiet, acts, silent, shapes)
-
-
-def _is_composite(func: Any) -> bool:
-    own = torch._C.DispatchKey.CompositeImplicitAutograd in func.py_kernels
-    return own or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")

@@ -32,9 +32,9 @@ from stitchcache.artifact.entry import (
 from stitchcache.cache import Cache
 from stitchcache.errors import EntryFormatError, OptionError, StoreError, UntrustedEntryError
 from stitchcache.ext.bundle import header, import_bundle
-from stitchcache.ext.export import export_bundle, sign
+from stitchcache.ext.export import export_bundle, put_member, sign
 from stitchcache.ext.sign import Keys
-from stitchcache.types import TargetRecord
+from stitchcache.types import BlobRef, TargetRecord
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +150,11 @@ def test_export_needs_a_key_and_exports_only_what_is_trusted(builder, tmp_path, 
     with pytest.raises(UntrustedEntryError, match="keys generate"):
         export_bundle(Cache(builder.root), tmp_path / "z")
     assert files_under(tmp_path) == before
+
+
+def test_a_blob_for_which_tar_has_no_room_is_an_error_of_ours(builder):
+    with pytest.raises(StoreError, match="8 GiB"):
+        put_member(print, builder, "blobs/aa/" + "aa" * 32, BlobRef(digest="aa" * 32, size=8 << 30))
 
 
 def test_ones_own_and_newer_entries_stay(server, bundle, tmp_path, monkeypatch):

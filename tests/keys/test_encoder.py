@@ -150,7 +150,7 @@ def kinds_written():
     files = [package / "encoding.py", package / "containers.py", *(package / "keys").glob("*.py")]
     for file in sorted(files):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "head":
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in {"head", "parts"}:
                 for part in ast.walk(node.args[0]):
                     if isinstance(part, ast.Constant) and isinstance(part.value, bytes):
                         found[part.value].add((file.name, node.lineno))
