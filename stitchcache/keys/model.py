@@ -276,15 +276,18 @@ def class_factors(walk: Walk, name: str) -> Iterator[Factor]:
 
 def memory_factor(walk: Walk, name: str) -> Factor:
     """Tensors and arrays that share memory without being one object: writing to one changes the other."""
-    texts, payload = list[str](), bytearray()
+    found: list[tuple[str, bytes]] = []
     end, owner, base = 0, "", 0
     for start, stop, label in sorted(walk.spans):
         if start < end:
-            texts.append(f"{label!r} in {owner!r} at {start - base}")
-            payload += text_bytes(label) + text_bytes(owner) + b"i%d;i%d;" % (start - base, stop - base)
+            place = b"i%d;i%d;" % (start - base, stop - base)
+            text = f"{label!r} in {owner!r} at {start - base}"
+            found.append((text, text_bytes(label) + text_bytes(owner) + place))
         if stop > end:
             end, owner, base = stop, label, start
-    return make_factor(name, ", ".join(texts) or "none", bytes(payload))
+    # What lies first in memory differs between processes.
+    found.sort()
+    return make_factor(name, ", ".join(text for text, _ in found) or "none", b"".join(b for _, b in found))
 
 
 def _are_own(module: torch.nn.RNNBase, value: Any) -> bool:
