@@ -1,7 +1,11 @@
-"""The page in a real browser, where there is one: ``pip install playwright`` and Debian's ``chromium``."""
+"""The page in a real browser, where there is one: ``pip install playwright`` and Debian's ``chromium``.
+
+With ``axe-playwright-python`` axe-core looks at it too.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -43,6 +47,30 @@ def browser():
         yield b
 
 
+def opened(browser, path):
+    """A tab with a page, and what it said and asked for."""
+    tab = browser.new_page()
+    tab.said, tab.asked = [], []
+    tab.on("console", lambda message: tab.said.append(message.text))
+    tab.on("pageerror", lambda error: tab.said.append(str(error)))
+    tab.on("request", lambda request: tab.asked.append(request.url))
+    tab.goto(path.as_uri())
+    tab.wait_for_function("document.documentElement.dataset.drawn", timeout=60_000)
+    return tab
+
+
+def barriers(tab):
+    """What axe-core finds that keeps people from using a page."""
+    axe = pytest.importorskip("axe_playwright_python", reason="needs the package axe-playwright-python")
+    tab.evaluate(Path(axe.__file__).with_name("axe.min.js").read_text())
+    found = tab.evaluate("axe.run()")["violations"]
+    return [
+        (each["id"], [node["html"] for node in each["nodes"]])
+        for each in found
+        if each["impact"] in ("serious", "critical")
+    ]
+
+
 @pytest.fixture(scope="module")
 def shown(browser, tmp_path_factory):
     from dataclasses import replace
@@ -63,14 +91,7 @@ def shown(browser, tmp_path_factory):
     path = root / "page.html"
     path.write_text(entry_page(cache, read_entry(cache, key("a"))))
     assert path.stat().st_size < 1_500_000
-    tab = browser.new_page()
-    tab.said, tab.asked = [], []
-    tab.on("console", lambda message: tab.said.append(message.text))
-    tab.on("pageerror", lambda error: tab.said.append(str(error)))
-    tab.on("request", lambda request: tab.asked.append(request.url))
-    tab.goto(path.as_uri())
-    tab.wait_for_function("document.documentElement.dataset.drawn", timeout=60_000)
-    return tab
+    return opened(browser, path)
 
 
 def test_it_is_drawn_without_a_word_or_a_request(shown):
@@ -110,6 +131,56 @@ def test_memory_follows_the_sizes(shown):
     assert shown.locator("#unknown").inner_text() == "At most 1.5 KiB. 32 values are of unknown size."
     assert "1.5 KiB" in shown.locator("#held title").nth(1).text_content()
     assert "KiB" in shown.locator("#held").get_attribute("aria-label")
+
+
+def test_axe_finds_nothing_serious(shown):
+    assert barriers(shown) == []
+
+
+@pytest.mark.skipif(os.environ.get("STITCHCACHE_FULL") != "1", reason="captures models: STITCHCACHE_FULL=1")
+@pytest.mark.parametrize("name", ["decoder", "minilm", "llama"])
+def test_a_real_model(browser, tmp_path, name):
+    """The decoder of the tests, all-MiniLM-L6-v2 and a Llama of 32 layers, light and dark."""
+    import stitchcache
+
+    model, args, how = real(name)
+    cache = Cache(tmp_path / "cache")
+    made = stitchcache.compile(model, args, cache=cache, **{**how, "backend": "eager"})
+    path = tmp_path / "page.html"
+    path.write_text(entry_page(cache, read_entry(cache, made.graph_hash)))
+    print(f"{name}: {path.stat().st_size} bytes")
+    assert path.stat().st_size < 1_500_000
+    tab = opened(browser, path)
+    tab.locator(".node").nth(1).click()
+    assert tab.locator("#detail h3").inner_text()
+    for scheme in ("light", "dark"):
+        tab.emulate_media(color_scheme=scheme)
+        assert barriers(tab) == []
+        tab.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
+    assert tab.said == []
+    assert len(tab.asked) == 1
+
+
+def real(name):
+    import models
+    import torch
+
+    if name == "decoder":
+        return models.decoder(), (models.ids(),), models.decoder_options()
+    transformers = pytest.importorskip("transformers")
+    how = {"splitting_ops": ["aten::scaled_dot_product_attention"]}
+    if name == "llama":
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 32, "vocab_size": 64}
+        config = transformers.LlamaConfig(**sizes, num_attention_heads=2, use_cache=False)
+        return transformers.LlamaForCausalLM(config).eval(), (torch.zeros(1, 8, dtype=torch.long),), how
+    sys.path.insert(0, str(Path(__file__).parents[2] / "docs" / "examples"))
+    try:
+        import minilm
+    finally:
+        sys.path.pop(0)
+
+    model, args, kwargs = minilm.build()
+    return model, args, {**how, "kwargs": kwargs, "dynamic_shapes": minilm.target.dynamic_shapes}
 
 
 def test_unfolded_and_zoomed(shown):
