@@ -87,8 +87,8 @@ def asks_unknown(code: CodeType) -> str | None:
     if names & _SEES_NAMESPACES:
         return "looks into a namespace as a whole; name what is read from it"
     if asked := sorted(names & _ASKS_UNKNOWN):
-        why = "which no key says; ask when the model is built, and keep the answer on it"
-        return f"asks for {asked[0]}, {why}"
+        name = asked[0]
+        return f"asks for {name}, which no key says; ask when the model is built, and keep the answer on it"
     return None
 
 

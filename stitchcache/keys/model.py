@@ -186,8 +186,9 @@ class _ModelWalk:
         described = self.described.get(what)
         if described is None:
             if value.is_quantized or not stands_for_itself(value):
-                why = "whose content a key cannot describe; use plain tensors"
-                raise UnkeyableError(name, f"a {type(value).__name__}, {why}")
+                kind = type(value).__name__
+                why = f"a {kind}, whose content a key cannot describe; use plain tensors"
+                raise UnkeyableError(name, why)
             text = f"{tensor_text(value)} {value.requires_grad} {flags}"
             described = self.described[what] = (text_bytes(text), tensor_span(value))
         if described[1]:

@@ -25,8 +25,8 @@ def check_expression(text: str, symbols: Collection[str], where: str) -> str:
 def names_in(text: str, where: str = "an expression") -> set[str]:
     """Symbols that an expression uses; an EntryFormatError that names the field ``where`` if it is none."""
     # Most are one symbol, and parsing each would be a part of every warm start that can be seen.
-    if text.isidentifier() and not iskeyword(text):
-        return {text} - _FUNCTIONS.keys()
+    if text.isidentifier() and not iskeyword(text) and text not in _FUNCTIONS:
+        return {text}
     found = {part.id for part in ast.walk(_parsed(text, where)) if isinstance(part, ast.Name)}
     return found - _FUNCTIONS.keys()
 
