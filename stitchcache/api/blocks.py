@@ -7,6 +7,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from operator import is_
 from typing import Any
@@ -258,16 +259,16 @@ def compile_blocks(
 
     for name, block in wanted.items():
         hooks[name] = block.register_forward_pre_hook(partial(first_call, name), with_kwargs=True)
-    try:
-        with torch.no_grad():
-            module(*args, **(kwargs or {}))
-    except BaseException:
-        # The user's module runs here: what it raises goes on, Ctrl-C too, with its blocks as they were.
-        made.undo()
-        raise
-    finally:
-        for each in hooks.values():
-            each.remove()
+    with ExitStack() as failed:
+        # The user's module runs here: whatever it raises, Ctrl-C too, its blocks are then as they were.
+        failed.callback(made.undo)
+        try:
+            with torch.no_grad():
+                module(*args, **(kwargs or {}))
+        finally:
+            for each in hooks.values():
+                each.remove()
+        failed.pop_all()
     if not made.blocks:
         said = f"calls none of {', '.join(wanted)} on the example. Give one that does, or name other blocks."
         raise OptionError(f"{type(module).__name__} {said}", option="blocks")

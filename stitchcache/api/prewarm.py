@@ -10,7 +10,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType, NoneType
@@ -419,12 +419,11 @@ def _import_file(path: Path) -> ModuleType:
         raise ImportError("it is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    try:
+    with ExitStack() as failed:
+        # Whatever it raises: nobody is to find half a module.
+        failed.callback(sys.modules.pop, name, None)
         spec.loader.exec_module(module)
-    except BaseException:
-        # Raised again, to find_targets or, if it is Ctrl-C, to the user: nobody is to find half a module.
-        del sys.modules[name]
-        raise
+        failed.pop_all()
     return module
 
 

@@ -67,7 +67,7 @@ def html_option(function: F) -> F:
 
 
 def _option(name: str, **settings: Any) -> Callable[[F], F]:
-    """An option that commands hand to nobody: ``open_cache`` and ``show`` look it up with :func:`asked`."""
+    """An option that is no argument of its command: :func:`asked` gives its value."""
 
     def keep(ctx: click.Context, param: click.Parameter, value: Any) -> None:
         ctx.meta[f"{_ASKED}.{param.name}"] = value

@@ -257,7 +257,7 @@ _MOST_TRIES, _PAUSE = 200, 0.005
 
 
 def patiently(attempt: Callable[[], bool | None]) -> bool | None:
-    """What an attempt to get a lock gives at last; ``False``, somebody has it, is tried again for a while."""
+    """Try for a lock for about a second; what the last attempt gave, ``False`` if another still has it."""
     for _ in range(_MOST_TRIES):
         had = attempt()
         if had is not False:

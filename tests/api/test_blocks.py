@@ -198,6 +198,22 @@ def test_saved_blocks_start_elsewhere_from_a_snapshot_of_the_hub(tmp_path, monke
         start(cache=cache, source=tmp_path)
 
 
+def test_a_model_that_raises_is_left_as_it_was(cache):
+    """The first blocks run compiled by then; Ctrl-C is no Exception."""
+    model = block_models.model()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.blocks[-1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        stitchcache.compile_blocks(model, (X, SHIFT), cache=cache, backend="eager")
+    handle.remove()
+    assert len(cache.entries()) == 1
+    assert all("_compiled_call_impl" not in vars(block) for block in model.blocks)
+    assert not any(block._forward_pre_hooks for block in model.blocks)
+
+
 def test_blocks_that_run_compiled_are_not_compiled_again(cache):
     model = block_models.model()
     blocks = stitchcache.compile_blocks(model, (X, SHIFT), cache=cache, backend="eager")
