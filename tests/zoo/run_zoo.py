@@ -2,6 +2,7 @@
 
     python tests/zoo/run_zoo.py --dir /tmp/zoo                               # all that are not done yet
     python tests/zoo/run_zoo.py --dir /tmp/zoo --only bert --backend aoti    # some, with compiled pieces
+    python tests/zoo/run_zoo.py --dir /tmp/zoo1 --part 1/12                  # a part, where many cores are
     python tests/zoo/run_zoo.py --dir /tmp/zoo --write docs/models.md        # results so far into the page
 
 Results are lines of JSON in the directory: a run that was stopped goes on where it was.
@@ -144,7 +145,8 @@ def table(directory: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--dir", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", default=[], help="parts of names")
+    parser.add_argument("--only", nargs="*", default=[], help="names, or parts of names")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="each N-th of them, from the I-th on")
     parser.add_argument("--road", nargs="*", default=["compile", "torch.compile"])
     parser.add_argument("--backend", default="eager")
     parser.add_argument("--batch", type=int, default=10, help="models a process")
@@ -163,9 +165,11 @@ def main() -> None:
     sys.path.insert(0, str(HERE))
     import zoo_models
 
-    parts = given.only or [""]
-    names = [name for name in zoo_models.names() if any(part in name for part in parts)]
-    run(given.dir, names, given.road, given.backend, given.batch)
+    known = zoo_models.names()
+    parts = [part for part in given.only or [""] if part not in known]
+    names = [name for name in known if name in given.only or any(part in name for part in parts)]
+    first, step = (int(number) for number in given.part.split("/"))
+    run(given.dir, names[first - 1 :: step], given.road, given.backend, given.batch)
     print(table(given.dir))
 
 
