@@ -188,9 +188,14 @@ def _put_method(writer: KeyWriter, method: types.MethodType) -> None:
 
 def _put_builtin(writer: KeyWriter, function: Any) -> None:
     owner = getattr(function, "__self__", None)
+    module = getattr(function, "__module__", None) or ""
+    # Some builds of torch have pybind11's record of a function there. Under its own name it needs no other.
+    named = type(owner).__module__ == "pybind11_builtins" and (
+        vars(sys.modules.get(module, types)).get(function.__name__) is function
+    )
     writer.head(b"builtin", 2)
-    writer.text(f"{getattr(function, '__module__', None) or ''}.{function.__qualname__}")
-    writer.put_at(".__self__", None if isinstance(owner, types.ModuleType) else owner)
+    writer.text(f"{module}.{function.__qualname__}")
+    writer.put_at(".__self__", None if named or isinstance(owner, types.ModuleType) else owner)
 
 
 def _put_descriptor(writer: KeyWriter, descriptor: Any) -> None:

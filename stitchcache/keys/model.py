@@ -234,7 +234,7 @@ class _ModelWalk:
             return b"[flat weights 0:"
         step = f".{name}"
         writer.begin(step, path, [path, step])
-        if name in HF_SETS and type(value) is set and ignored_names(type(owner)) is HF_NOTES:
+        if name in HF_SETS and type(value) is set and ignored_names(type(owner)) >= HF_NOTES:
             put_members(writer, value)
         else:
             writer.put(value)

@@ -48,11 +48,15 @@ that run when a field of a configuration is set."""
 HF_SETS = frozenset(
     """_no_split_modules _keep_in_fp32_modules _keep_in_fp32_modules_strict _skip_keys_device_placement
     _keys_to_ignore_on_load_unexpected _keys_to_ignore_on_load_missing _keys_to_ignore_on_save
-    ignore_keys_at_rope_validation""".split()  # noqa: SIM905
+    ignore_keys_at_rope_validation special_peft_forward_args""".split()  # noqa: SIM905
 )
 """Attributes of transformers' models and configurations that hold sets of names for loading and placing
-weights and for checks: no forward reads them. Their order would move with the hash seed, and with it the key
-of most models."""
+weights and for checks: no forward reads them. peft's model is only asked whether a name is in the set. Their
+order would move with the hash seed, and with it the key of most models."""
+
+_PEFT_NOTES = HF_NOTES | {"target_modules", "exclude_modules"}
+"""Which modules a configuration of peft asks for, as a set: it is read when adapters are put in, and where
+they are shows in the tree of modules."""
 
 # Dynamo of torch 2.11 notes the second on parameters when it traces torch.cond.
 _TENSOR_NOTES = frozenset({"_is_hf_initialized", "_dynamo_static_input_type"})
@@ -104,9 +108,10 @@ def own_attributes(value: torch.Tensor) -> dict[str, Any]:
 
 def ignored_names(cls: type) -> frozenset[str]:
     """Attributes of a class or its instances that say where they came from, not what they compute."""
-    if any((base.__module__ or "").partition(".")[0] == "transformers" for base in cls.__mro__):
-        return HF_NOTES
-    return _TENSOR_NOTES
+    libraries = {(base.__module__ or "").partition(".")[0] for base in cls.__mro__}
+    if "peft" in libraries:
+        return _PEFT_NOTES
+    return HF_NOTES if "transformers" in libraries else _TENSOR_NOTES
 
 
 def _put_tensor(writer: KeyWriter, value: torch.Tensor) -> None:
