@@ -197,14 +197,15 @@ def _signature_record(entry: Entry) -> out.Record | None:
         return None
     # Not at the top: most entries have none.
     from stitchcache.artifact.entry import Kind, signed_digest
-    from stitchcache.ext.sign import Keys, read_statement
+    from stitchcache.store.openssh import read_statement
+    from stitchcache.store.signed import Signers
 
     said = None
     try:
         said = asdict(read_statement(entry.signature)[1])
         with open(entry.path, "rb") as file:
             digest = signed_digest(file.read(), Kind.ENTRY)
-        Keys().verify(entry.signature, "entry", entry.artifact.graph_hash, digest, path=entry.path)
+        Signers().verify(entry.signature, "entry", entry.artifact.graph_hash, digest, path=entry.path)
         problem = ""
     except (StitchCacheError, OSError) as error:
         problem = str(error)

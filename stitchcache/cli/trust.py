@@ -50,7 +50,7 @@ def generate(name: str) -> None:
 @out.json_option
 def list_keys() -> None:
     """List who may sign."""
-    from stitchcache.ext.openssh import fingerprint
+    from stitchcache.store.openssh import fingerprint
 
     found = _keys()
     revoked = found.revoked()
@@ -102,7 +102,7 @@ def _moment(seconds: float | None) -> str:
 @out.json_option
 def trust(public_key: str, name: str | None, **limits: str | None) -> None:
     """Trust a key: PUBLIC_KEY is a file such as id.pub."""
-    from stitchcache.ext.openssh import fingerprint
+    from stitchcache.store.openssh import fingerprint
 
     public, comment = _read_key(public_key)
     named = name or comment
@@ -124,7 +124,7 @@ def revoke(signer: str) -> None:
 
     What it signed is not loaded any more.
     """
-    from stitchcache.ext.openssh import fingerprint
+    from stitchcache.store.openssh import fingerprint
 
     found = _keys()
     known = {each.public for each in found.signers() if signer in (*each.names, fingerprint(each.public))}
@@ -139,7 +139,7 @@ def revoke(signer: str) -> None:
 
 
 def _read_key(path: str) -> tuple[bytes, str]:
-    from stitchcache.ext.openssh import read_public
+    from stitchcache.store.openssh import read_public
 
     try:
         with open(path, encoding="utf-8") as file:

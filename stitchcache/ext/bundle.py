@@ -32,10 +32,11 @@ from stitchcache.artifact.entry import (
 )
 from stitchcache.cache import Cache
 from stitchcache.errors import EntryFormatError, StitchCacheError, StoreError, UntrustedEntryError
-from stitchcache.ext.sign import Keys, Statement, read_statement
+from stitchcache.ext.sign import Keys
 from stitchcache.records import dataclass
 from stitchcache.remote.tier import object_name
 from stitchcache.store import CAP, Area, key_of, keyed_path, words
+from stitchcache.store.openssh import Statement, read_statement
 from stitchcache.store.publish import publish_blob
 from stitchcache.types import Artifact
 

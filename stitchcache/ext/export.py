@@ -30,10 +30,11 @@ from stitchcache.artifact.entry import (
 from stitchcache.cache import Cache
 from stitchcache.errors import OptionError, StitchCacheError, StoreError, UntrustedEntryError
 from stitchcache.ext.bundle import BLOCK, SIGNATURE, Bundle, chunks, header, place
-from stitchcache.ext.sign import YEAR, Keys, read_statement
+from stitchcache.ext.sign import YEAR, Keys
 from stitchcache.records import dataclass
 from stitchcache.remote.tier import Tier, object_name
 from stitchcache.store import Area, key_of, keyed_path, write_error
+from stitchcache.store.openssh import read_statement
 from stitchcache.types import Artifact, BlobRef, is_digest
 
 log = logging.getLogger("stitchcache")

@@ -1,15 +1,10 @@
-"""Signatures on what a cache holds (``pip install 'stitchcache[sign]'``): Ed25519, in OpenSSH's formats.
+"""Signatures on what a cache holds (``pip install 'stitchcache[sign]'``), and the keys that make them.
 
-A signature is a statement, one line of JSON that says what is signed, by whom and until when, with an SSHSIG
-block under it. ``ssh-keygen -Y verify`` checks the same two. Who may sign stands in ``allowed_signers``.
-
-Everything is checked at each use but the arithmetic: a file in ``seen`` says that this user verified these
-bytes before. That saves a warm start the import of cryptography, which takes longer than all the rest.
+What is signed, and how a signature is checked, stands in ``stitchcache.store.signed``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,219 +12,32 @@ import stat
 import time
 from contextlib import suppress
 from dataclasses import replace
-from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
-from stitchcache.artifact import read_value, record
-from stitchcache.artifact.entry import OUTSIDE
-from stitchcache.errors import EntryFormatError, OptionError, StoreWriteError, UntrustedEntryError
-from stitchcache.ext.openssh import (
+from stitchcache.errors import EntryFormatError, OptionError, UntrustedEntryError
+from stitchcache.store import words
+from stitchcache.store.openssh import (
     Signature,
-    Signer,
     fingerprint,
-    matches,
     public_line,
     read_public,
-    read_signature,
-    read_signers,
+    read_statement,
     require_cryptography,
-    signer_line,
+    signers_in,
 )
-from stitchcache.records import Count, Digest, Name, dataclass
-from stitchcache.store import Files, words, write_error
-from stitchcache.store.root import Root
-from stitchcache.store.signed import keys_directory, signature_namespace
+from stitchcache.store.signed import Signers
 
 YEAR = 365 * 86400.0
-# Clocks of machines differ; more than this is a wrong clock, or a wrong statement.
-_SKEW = 600
-# The format has room for 4096, the mark of what was imported among them.
-_MOST_BYTES = 4096 - len(OUTSIDE)
-# Keys of other kinds sign nothing here.
-_NO_KEY = ("#", "ssh-rsa ", "ssh-dss ", "ecdsa-", "sk-")
+_NAME = r"[A-Za-z0-9._@:/+=-]{1,256}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Statement:
-    """What a signature says.
-
-    Args:
-        version: Of this grammar.
-        kind: What is signed. ``key`` is the graph hash, target key or piece key that it stands under.
-        digest: Of what is signed, as docs/format.md tells.
-        signer: A name from ``allowed_signers``.
-        created: Unix seconds, as ``expires``.
-    """
-
-    version: Count
-    kind: Literal["entry", "target", "piece", "bundle"]
-    key: Digest
-    digest: Digest
-    signer: Name
-    created: Count
-    expires: Count
-
-    def _flaw(self) -> tuple[str, str] | None:
-        if self.version != 1:
-            return "version", f"{self.version} where 1 is expected"
-        return None if self.created < self.expires else ("expires", "not after created")
-
-
-def read_statement(data: bytes) -> tuple[Signature, Statement]:
-    """A signature and what it says, none of it verified; an ``EntryFormatError`` where it is none."""
-    if len(data) > _MOST_BYTES:
-        raise EntryFormatError.at("", "signature", f"{len(data)} bytes, and {_MOST_BYTES} are allowed")
-    found = read_signature(data)
-    try:
-        value = json.loads(found.text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise EntryFormatError.at("", "signature", f"its statement is no JSON: {error}") from None
-    return found, read_value(record(Statement), value, "", "signature")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
-
-
-class Keys:
+class Keys(Signers):
     """A directory of keys: ``id`` signs, and ``allowed_signers`` and ``revoked_keys`` say who may.
 
     Args:
         directory: Default ``STITCHCACHE_KEYS``, or the user's configuration directory.
         namespace: What is signed for; default ``STITCHCACHE_NAMESPACE``, or ``stitchcache``.
     """
-
-    def __init__(self, directory: str | None = None, namespace: str | None = None) -> None:
-        self.directory = directory or keys_directory()
-        self.namespace = namespace or signature_namespace()
-        self._files = Files()
-        self._root = Root(self.directory, files=self._files, durable=True, read_only=False)
-
-    def path(self, name: str) -> str:
-        """A file of the directory."""
-        return os.path.join(self.directory, name)
-
-    # -- who may sign ------------------------------------------------------------------------------
-
-    def signers(self) -> list[Signer]:
-        """Who may sign what; an ``UntrustedEntryError`` where others can write that."""
-        return read_signers(self._read("allowed_signers"), self.path("allowed_signers"))
-
-    def revoked(self) -> set[bytes]:
-        """Keys that are revoked: a public key a line, as ``ssh-keygen -Y verify -r`` takes them."""
-        path = self.path("revoked_keys")
-        lines = [line.strip() for line in self._read("revoked_keys").split("\n")]
-        try:
-            return {read_public(each, path)[0] for each in lines if each and not each.startswith(_NO_KEY)}
-        except EntryFormatError as error:
-            raise UntrustedEntryError(f"{error.message}: mend the line", path=path) from error
-
-    def _read(self, name: str) -> str:
-        path = self.path(name)
-        try:
-            # It names the keys that may run code here, so it is held to the rules for that code.
-            self._root.require_trust(path)
-            # A FIFO is not waited for, and only a line feed ends a line.
-            with open(self._files.open_read(path), encoding="utf-8", newline="") as file:
-                return file.read()
-        except FileNotFoundError:
-            return ""
-        except UntrustedEntryError:
-            raise
-        except (OSError, UnicodeDecodeError) as error:
-            reason = words(error) if isinstance(error, OSError) else "not UTF-8"
-            raise UntrustedEntryError(f"{path}: cannot be read ({reason})", path=path) from error
-
-    # -- verifying ---------------------------------------------------------------------------------
-
-    def verify(
-        self, data: bytes, kind: str, key: str, digest: str, *, path: str, about: str = ""
-    ) -> Statement:
-        """The statement of a signature that is good for a key and a digest, here and now.
-
-        Args:
-            data: The signature.
-            kind: What it must be about.
-            key: The same.
-            digest: The same.
-            path: The file that holds it, for messages.
-            about: Tells this place from others: once a statement was taken there, no older one is.
-
-        Raises:
-            UntrustedEntryError: It is not good.
-        """
-        try:
-            found, said = read_statement(data)
-        except EntryFormatError as error:
-            why = f"damaged ({error.reason})" if data else "missing"
-            message = f"{path}: its signature is {why}: 'stitchcache sign' signs it where it was made"
-            raise UntrustedEntryError(message, path=path) from error
-        problem = self._problem(found, said, (kind, key, digest)) or self._arithmetic(found, said, about)
-        if problem is not None:
-            raise UntrustedEntryError(f"{path}: {problem}", path=path)
-        return said
-
-    def _problem(self, found: Signature, said: Statement, wanted: tuple[str, str, str]) -> str | None:
-        """What is wrong with a signature, its arithmetic apart."""
-        if (said.kind, said.key, said.digest) != wanted:
-            return "its signature is about something else: it was copied here, or the file was changed"
-        if found.namespace != self.namespace:
-            return (
-                f"it is signed for namespace {found.namespace}, and this is {self.namespace}: sign it for "
-                "this one, or set STITCHCACHE_NAMESPACE"
-            )
-        now = time.time()
-        if said.created > now + _SKEW:
-            return f"it was signed in the future ({day(said.created)}): one of the two clocks is wrong"
-        if said.expires <= now:
-            return f"its signature expired on {day(said.expires)}: sign it again"
-        shown = fingerprint(found.public)
-        if found.public in self.revoked():
-            return f"the key {shown} of its signer is revoked in {self.path('revoked_keys')}"
-        why = f"no line of {self.path('allowed_signers')} lets {said.signer} sign with the key {shown}"
-        for signer in self.signers():
-            # The name counts with the key: a name in a statement is only what its signer says.
-            if signer.public != found.public or not matches(said.signer, signer.names):
-                continue
-            limits = [signer.problem(self.namespace, moment) for moment in (said.created, now)]
-            if limits == [None, None]:
-                return None
-            why = f"{said.signer} may not sign this: {limits[0] or limits[1]}"
-        return f"{why} ('stitchcache keys trust' adds a line)"
-
-    def _arithmetic(self, found: Signature, said: Statement, about: str) -> str | None:
-        whole = hashlib.sha256(found.public + found.signature + found.signed).hexdigest()
-        name = hashlib.sha256(
-            "\0".join((about, found.namespace, said.kind, said.key)).encode("utf-8", "surrogatepass")
-        ).hexdigest()
-        place = self.path(f"seen/{name if about else whole}")
-        created, seen = self._seen(place)
-        if created > said.created:
-            return (
-                f"it was signed on {day(said.created)}, and one of {day(created)} was used from here: an "
-                f"older one was put back. If that was you, sign it again, or remove {place}"
-            )
-        if seen == whole:
-            return None
-        if not found.verified():
-            return "its signature is not of this key: somebody else made it, or it was changed"
-        # Without it the next start verifies again, and does not notice an older one.
-        with suppress(StoreWriteError):
-            self._write(f"seen/{os.path.basename(place)}", f"{said.created} {whole}\n", last=False)
-        return None
-
-    def _seen(self, place: str) -> tuple[int, str]:
-        """When the newest statement of a place was signed, and its digest."""
-        try:
-            self._root.require_trust(place)
-            with self._files.opened(self._files.open_read(place)) as fd:
-                created, whole = self._files.read_exactly(fd, 200).decode("ascii").split()
-            return int(created), whole
-        except (OSError, ValueError):
-            return 0, ""
 
     # -- signing -----------------------------------------------------------------------------------
 
@@ -351,25 +159,17 @@ class Keys:
         joint = "\n" if before and not before.endswith("\n") else ""
         self._write(name, before + joint + line)
 
-    def _write(self, name: str, text: str, mode: int = 0o644, *, last: bool = True) -> None:
-        """Put a file in place, whole or not at all; ``last`` is whether it must survive a power loss."""
-        path = self.path(name)
-        temporary = f"{path}.{os.urandom(6).hex()}"
-        try:
-            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-            self._root.require_trust(os.path.dirname(path))
-            try:
-                with self._files.opened(self._files.create(temporary, mode)) as fd:
-                    self._files.write_all(fd, text.encode())
-                    if last:
-                        self._files.fsync(fd)
-                self._files.rename(temporary, path)
-            finally:
-                self._root.discard(temporary)
-        except OSError as error:
-            raise write_error(error, path) from error
 
-
-def day(moment: float) -> str:
-    """A day, as messages name it."""
-    return datetime.fromtimestamp(min(moment, 2e11), UTC).strftime("%Y-%m-%d")
+def signer_line(name: str, public: bytes, limits: dict[str, str | None]) -> str:
+    """A line of the file; an ``OptionError`` where it would be read as something else."""
+    options = ",".join(f'{option}="{value}"' for option, value in limits.items() if value is not None)
+    line = " ".join(filter(None, (name, options, public_line(public))))
+    try:
+        if not re.fullmatch(_NAME, name):
+            raise ValueError("a signer's name has 1 to 256 letters, digits and . _ @ : / + = -")
+        if any('"' in value or not value.isprintable() for value in limits.values() if value is not None):
+            raise ValueError("a limit cannot have quotes or line breaks")
+        signers_in(line.strip())
+    except (ValueError, OverflowError) as error:
+        raise OptionError(f"{name!r}: {error}", option="name") from None
+    return line

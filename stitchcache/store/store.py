@@ -180,9 +180,14 @@ class Store:
     # -- trust -----------------------------------------------------------------------------------
 
     @cached_property
+    def signers(self) -> Any:
+        """Who may sign (:class:`stitchcache.store.signed.Signers`)."""
+        # As its functions: a start without signatures does without.
+        return importlib.import_module("stitchcache.store.signed").Signers()
+
+    @cached_property
     def keys(self) -> Any:
-        """Who may sign (:class:`stitchcache.ext.sign.Keys`)."""
-        # By name: an extra, which a start without signatures does without.
+        """What signs (:class:`stitchcache.ext.sign.Keys`), by name as it is an extra."""
         return importlib.import_module("stitchcache.ext.sign").Keys()
 
     @cached_property

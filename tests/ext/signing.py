@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from stitchcache.cache import Cache
-from stitchcache.ext.openssh import Signature, read_public
 from stitchcache.ext.sign import Keys
+from stitchcache.store.openssh import Signature, read_public
 
 
 def new_keys(directory: Path, name: str = "ci@example.com") -> Keys:

@@ -29,8 +29,8 @@ from stitchcache.artifact.entry import (
 )
 from stitchcache.cache import Cache
 from stitchcache.errors import EntryFormatError, OptionError, StoreWriteError, UntrustedEntryError
-from stitchcache.ext.openssh import Signature, read_signature, read_signers
 from stitchcache.ext.sign import Keys
+from stitchcache.store.openssh import Signature, read_signature, read_signers
 
 ENTRY = ("entry", "ab" * 32, "cd" * 32)
 SSH_KEYGEN = shutil.which("ssh-keygen")

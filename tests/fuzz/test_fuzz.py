@@ -59,12 +59,12 @@ from stitchcache.codegen import CodeObjects
 from stitchcache.codegen.gate import check_code
 from stitchcache.errors import EntryFormatError, LinkError, UntrustedEntryError
 from stitchcache.ext.bundle import header, import_bundle, place
-from stitchcache.ext.openssh import Signature, read_signers
 from stitchcache.pieces import get_backend
 from stitchcache.pieces.eager import _MAGIC as EAGER
 from stitchcache.runtime import misfit
 from stitchcache.runtime.expressions import check_expression, evaluator, names_in
 from stitchcache.store import Area, keyed_path
+from stitchcache.store.openssh import Signature, read_signers
 from stitchcache.torchside import tree
 from stitchcache.types import (
     Artifact,

@@ -1,17 +1,27 @@
-"""OpenSSH's formats, for Ed25519 alone: public keys, SSHSIG, ``allowed_signers`` (see ``ssh-keygen(1)``)."""
+"""How signatures are written: Ed25519 in OpenSSH's formats, public keys, SSHSIG, ``allowed_signers``.
+
+A signature is a statement, one line of JSON that says what is signed, by whom and until when, with an SSHSIG
+block under it. ``ssh-keygen -Y verify`` checks the same two (see ``ssh-keygen(1)``). Nothing is decided here.
+"""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 import struct
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
+from typing import Any, Literal
 
-from stitchcache.errors import EntryFormatError, OptionError, UntrustedEntryError
-from stitchcache.records import dataclass
+from stitchcache.artifact import read_value, record
+from stitchcache.artifact.entry import OUTSIDE
+from stitchcache.errors import EntryFormatError, UntrustedEntryError
+from stitchcache.records import Count, Digest, Name, dataclass
 
+# The format has room for 4096, the mark of what was imported among them.
+_MOST_BYTES = 4096 - len(OUTSIDE)
 _TYPE, _HASH, _MAGIC, _VERSION = b"ssh-ed25519", b"sha512", b"SSHSIG", b"\0\0\0\1"
 _BEGIN, _END = "-----BEGIN SSH SIGNATURE-----\n", "-----END SSH SIGNATURE-----\n"
 
@@ -145,7 +155,6 @@ def require_cryptography() -> None:
 
 # As text: a warm start compiles none of them where no line has an option.
 _OPTION = r'(?P<name>[a-z-]+)(="(?P<value>[^"]*)")?(,|$)'
-_NAME = r"[A-Za-z0-9._@:/+=-]{1,256}"
 _LIMITS = {"namespaces", "valid-after", "valid-before"}
 
 
@@ -178,8 +187,14 @@ class Signer:
 
 def matches(text: str, patterns: tuple[str, ...]) -> bool:
     """As OpenSSH matches: ``*`` and ``?``, and a pattern after ``!`` that matches refuses."""
-    found = [each[0] for each in patterns if fnmatchcase(text, each.removeprefix("!").replace("[", "[[]"))]
+    found = [each[0] for each in patterns if _match(text, each.removeprefix("!"))]
     return bool(found) and "!" not in found
+
+
+def _match(text: str, pattern: str) -> bool:
+    # Most lines have whole names. A pattern is compiled to a regular expression, once a process.
+    whole = "*" not in pattern and "?" not in pattern
+    return text == pattern if whole else fnmatchcase(text, pattern.replace("[", "[[]"))
 
 
 def read_signers(text: str, path: str) -> list[Signer]:
@@ -196,13 +211,14 @@ def read_signers(text: str, path: str) -> list[Signer]:
         try:
             if not line.replace("\t", " ").removesuffix("\r").isprintable():
                 raise ValueError("it has characters that cannot be seen")
-            found += _signers(line.strip())
+            found += signers_in(line.strip())
         except (ValueError, OverflowError, EntryFormatError) as error:
             raise UntrustedEntryError(f"{path}:{number}: {error}: mend the line", path=path) from None
     return found
 
 
-def _signers(line: str) -> list[Signer]:
+def signers_in(line: str) -> list[Signer]:
+    """The key of one line, none where it is of another kind; a ``ValueError`` where it is no such line."""
     line = " ".join(line.split())
     names, _, rest = line[1:].partition('"') if line.startswith('"') else line.partition(" ")
     text, kind, key = f" {rest.strip()}".partition(f" {_TYPE.decode()} ")
@@ -243,16 +259,49 @@ def _moment(text: str | None) -> float | None:
     return (read.replace(tzinfo=UTC) if text.endswith("Z") else read).timestamp()
 
 
-def signer_line(name: str, public: bytes, limits: dict[str, str | None]) -> str:
-    """A line of the file; an ``OptionError`` where it would be read as something else."""
-    options = ",".join(f'{option}="{value}"' for option, value in limits.items() if value is not None)
-    line = " ".join(filter(None, (name, options, public_line(public))))
+# -- statements ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statement:
+    """What a signature says.
+
+    Args:
+        version: Of this grammar.
+        kind: What is signed. ``key`` is the graph hash, target key or piece key that it stands under.
+        digest: Of what is signed, as docs/format.md tells.
+        signer: A name from ``allowed_signers``.
+        created: Unix seconds, as ``expires``.
+    """
+
+    version: Count
+    kind: Literal["entry", "target", "piece", "bundle"]
+    key: Digest
+    digest: Digest
+    signer: Name
+    created: Count
+    expires: Count
+
+    def _flaw(self) -> tuple[str, str] | None:
+        if self.version != 1:
+            return "version", f"{self.version} where 1 is expected"
+        return None if self.created < self.expires else ("expires", "not after created")
+
+
+def read_statement(data: bytes) -> tuple[Signature, Statement]:
+    """A signature and what it says, none of it verified; an ``EntryFormatError`` where it is none."""
+    if len(data) > _MOST_BYTES:
+        raise EntryFormatError.at("", "signature", f"{len(data)} bytes, and {_MOST_BYTES} are allowed")
+    found = read_signature(data)
     try:
-        if not re.fullmatch(_NAME, name):
-            raise ValueError("a signer's name has 1 to 256 letters, digits and . _ @ : / + = -")
-        if any('"' in value or not value.isprintable() for value in limits.values() if value is not None):
-            raise ValueError("a limit cannot have quotes or line breaks")
-        _signers(line.strip())
-    except (ValueError, OverflowError) as error:
-        raise OptionError(f"{name!r}: {error}", option="name") from None
-    return line
+        value = json.loads(found.text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise EntryFormatError.at("", "signature", f"its statement is no JSON: {error}") from None
+    return found, read_value(record(Statement), value, "", "signature")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
