@@ -332,15 +332,14 @@ class Cache(Store):
             max_age: Seconds since its last use after which an entry goes.
             grace_seconds: How long a blob that no entry names is left alone.
         """
-        from stitchcache.store.evict import plan_prune
+        from stitchcache.store.evict import Look, plan_prune
 
         with self._listing():
             return plan_prune(
-                self._roots,
+                Look(self._roots, grace_seconds),
                 max_bytes=self.max_bytes if max_bytes is None else max_bytes,
                 max_files=self.max_files if max_files is None else max_files,
                 max_age=max_age,
-                grace_seconds=grace_seconds,
             )
 
     def remove(self, graph_hashes: Collection[str]) -> PruneResult:

@@ -80,16 +80,31 @@ def age(_ctx: click.Context, _param: click.Parameter, value: str | None) -> floa
 )
 @click.option("--max-files", type=click.IntRange(min=0), help="Files that may stay.")
 @click.option("--max-age", callback=age, metavar="AGE", help="Entries unused for longer go, such as 30d.")
+@click.option(
+    "--remote", is_flag=True, help="Prune the remote instead, by the time of upload; lists all of it."
+)
 @click.option("--yes", is_flag=True, help="Do it.")
 @out.reading_options
-def prune(yes: bool, **limits: Any) -> None:
+def prune(remote: bool, yes: bool, **limits: Any) -> None:
     """Remove what is over the limits, least recently used first, and what nothing needs any more.
 
-    Prints what would go; nothing is removed without --yes. Entries in use stay.
+    Prints what would go; nothing is removed without --yes. Entries in use stay, and of a remote what was
+    uploaded within the last day.
     """
-    cache = out.open_cache()
-    plan = cache.plan_prune(**limits)
-    record: out.Record = {"root": str(cache.root), "plan": _plan_record(plan)}
+    if remote:
+        # Not at the top: few have a remote.
+        from stitchcache.remote.prune import planned
+
+        cache = out.open_cache(remote=None)
+        with planned(cache.tier, dry_run=not yes, **limits) as plan:
+            _carry_out(cache.remote, plan, yes)
+    else:
+        cache = out.open_cache()
+        _carry_out(str(cache.root), cache.plan_prune(**limits), yes)
+
+
+def _carry_out(place: str, plan: PrunePlan, yes: bool) -> None:
+    record: out.Record = {"root": place, "plan": _plan_record(plan)}
     record["done"] = asdict(plan.execute()) if yes else None
     out.show(record, _print_pruned, finding=_incomplete(record))
 
@@ -133,18 +148,7 @@ def _print_pruned(record: out.Record) -> None:
 def clear(yes: bool) -> None:
     """Remove everything from a cache but what is in use. Nothing is removed without --yes."""
     cache = out.open_cache()
-    held = cache.stats()
-    done = asdict(cache.clear()) if yes else None
-    record = {"root": str(cache.root), "files": held.files, "bytes": held.bytes, "done": done}
-
-    def view(found: out.Record) -> None:
-        if found["done"] is not None:
-            _print_removed(found)
-        else:
-            files = f"{out.count_text(held.files, 'file')} in all, {out.size_text(held.bytes)}"
-            click.echo(f"{cache.root} holds {out.count_text(held.entries, 'entry')}, {files}.\n{_NOT_DONE}")
-
-    out.show(record, view, finding=_incomplete(record))
+    _carry_out(str(cache.root), cache.plan_prune(max_bytes=0, max_files=0, grace_seconds=0.0), yes)
 
 
 def _incomplete(record: out.Record) -> bool:
@@ -219,11 +223,9 @@ def stats(prometheus: bool, remote: bool) -> None:
 def _remote_stats() -> None:
     """Objects and bytes of a remote, by area."""
     cache, areas = out.open_cache(remote=None), dict[str, list[int]]()
-    if not cache.remote:
-        raise OptionError("STITCHCACHE_REMOTE is not set, so there is no remote", option="remote")
     remote = cache.tier.remote
-    for name, size in remote.now(remote.names, "") or ():
-        areas.setdefault(name.partition("/")[0], []).append(size)
+    for each in remote.now(remote.listed, "") or ():
+        areas.setdefault(each["path"].partition("/")[0], []).append(each["size"])
     rows = [{"area": name, "objects": len(some), "bytes": sum(some)} for name, some in areas.items()]
     columns: out.Fields = {"AREA": "area", "ENTRIES": "objects", "SIZE": "bytes"}
     out.show({"remote": cache.remote, "areas": rows}, lambda _: out.print_table(columns, rows))

@@ -28,11 +28,11 @@ from stitchcache.artifact.entry import (
     with_signature,
 )
 from stitchcache.cache import Cache
-from stitchcache.errors import OptionError, StitchCacheError, StoreError, UntrustedEntryError
+from stitchcache.errors import StitchCacheError, StoreError, UntrustedEntryError
 from stitchcache.ext.bundle import BLOCK, SIGNATURE, Bundle, chunks, header, place
 from stitchcache.ext.sign import YEAR, Keys
 from stitchcache.records import dataclass
-from stitchcache.remote.tier import Tier, object_name
+from stitchcache.remote.tier import object_name
 from stitchcache.store import Area, key_of, keyed_path, write_error
 from stitchcache.store.openssh import read_statement
 from stitchcache.types import Artifact, BlobRef, is_digest
@@ -292,13 +292,13 @@ def push(
         UntrustedEntryError: An entry that was named is not trusted.
         StoreError: Nothing is there to push, or the remote failed.
     """
-    tier, moved = _tier(cache), Moved()
+    tier, moved = cache.tier, Moved()
     found = select(cache, graph_hashes, **only)
 
     def one(key: str) -> bool | str:
         data: Any = found.members[object_name(Area.ENTRIES, key)]
         try:
-            return tier.send(cache, Area.ENTRIES, key, data, found.artifacts[key].blobs)
+            return bool(tier.send(cache, Area.ENTRIES, key, data, found.artifacts[key].blobs))
         except OSError as error:
             # The remote's, a disk's, or a missing signature.
             return str(error)
@@ -329,12 +329,12 @@ def pull(
 
     A start needs no pull. It is for images, and for nodes that will have no network.
     """
-    tier, moved, led = _tier(cache), Moved(), dict[str, set[str]]()
+    tier, moved, led = cache.tier, Moved(), dict[str, set[str]]()
     chosen = _wanted(label, max_age)
 
     def keys(area: Area, prefixes: Collection[str]) -> list[str]:
         tier.remote.begin(_PATIENCE)
-        names = [name.rpartition("/")[2] for name, _ in tier.remote.now(tier.remote.names, area) or ()]
+        names = [each["path"].rpartition("/")[2] for each in tier.remote.now(tier.remote.listed, area) or ()]
         found = [key for key in (key_of(area, name) for name in names) if key is not None]
         return [key for key in found if key.startswith(tuple(prefixes) or "")]
 
@@ -355,10 +355,3 @@ def pull(
     for key in [key for key, found in led.items() if found & here]:
         tier.records(cache, key)
     return moved
-
-
-def _tier(cache: Cache) -> Tier:
-    if not cache.remote:
-        raise OptionError("there is no remote: give --remote, or set STITCHCACHE_REMOTE", option="remote")
-    tier: Tier = cache.tier
-    return tier

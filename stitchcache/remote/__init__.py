@@ -22,11 +22,15 @@ T = TypeVar("T")
 
 log = logging.getLogger("stitchcache")
 
-_AT_ONCE = 16
+AT_ONCE = 16
 # Bytes a second that give waiting time back: whoever sends less is as good as gone.
 _SLOWEST = 256 << 10
 _CHUNK = 64 << 10
 _MOST_FAILURES = 3
+GRACE = 86400.0
+"""Seconds for which a prune leaves alone what was put (see ``stitchcache.remote.prune``)."""
+NOTICE_LASTS = 3600.0
+LEASES, NOTICES = "leases", "prunes"
 _PREFIX = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
 
 
@@ -50,7 +54,7 @@ class Flight:
         self.stopped = False  # nobody waits any more
         self.error: Exception | None = None
         self._received, self._running = 0, 0
-        self._changed, self._slots = threading.Condition(), threading.Semaphore(_AT_ONCE)
+        self._changed, self._slots = threading.Condition(), threading.Semaphore(AT_ONCE)
 
     def note(self, size: int) -> None:
         """Note bytes that came."""
@@ -101,8 +105,8 @@ class Remote:
     adds to a statistic.
     """
 
-    def __init__(self, url: str, count: Callable[..., None]) -> None:
-        self.url, self._count = url.rstrip("/"), count
+    def __init__(self, url: str, count: Callable[..., None], *, retries: int = 2) -> None:
+        self.url, self._count, self._retries = url.rstrip("/"), count, retries
         self.requests = 0
         self.wait = self.left = wait_seconds()  # what a start may lose, and what is left of it
         self.reason = ""  # of the last failure
@@ -209,7 +213,9 @@ class Remote:
         # Options that are given here hide the variable that obstore would read.
         plain = os.environ.get(f"{_PREFIX.get(self.url[:2])}_ALLOW_HTTP", "").lower() == "true"
         client = {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "15m", "allow_http": plain}
-        self._store = store.from_url(self.url, client_options=client, retry_config={"max_retries": 2})
+        self._store = store.from_url(
+            self.url, client_options=client, retry_config={"max_retries": self._retries}
+        )
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -251,9 +257,18 @@ class Remote:
             return False
         return True
 
-    def names(self, prefix: str) -> list[tuple[str, int]]:
-        """Names and sizes of all objects in a directory."""
-        return [(each["path"], each["size"]) for some in self.ask("list", prefix) for each in some]
+    def listed(self, prefix: str) -> list[Any]:
+        """Path, size and time of the last put of all objects in a directory."""
+        return [each for some in self.ask("list", prefix) for each in some]
+
+    def being_pruned(self) -> bool:
+        """Whether a prune is under way; clocks may differ by minutes."""
+        return any(time.time() - put_at(each) < NOTICE_LASTS for each in self.listed(NOTICES))
+
+
+def put_at(there: Any) -> float:
+    """When an object was put, in Unix seconds of the store's clock."""
+    return float(there["last_modified"].timestamp())
 
 
 # -- leases ----------------------------------------------------------------------------------------
@@ -266,6 +281,7 @@ LIFETIME = 10.0
 """Seconds after which a lease that did not change is taken over."""
 DEADLINE = 600.0
 """Seconds after which whoever waits compiles itself."""
+Fetched = Callable[[Collection[str]], Sequence[str]]
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 _MOST_BYTES = 4096
 
@@ -280,10 +296,7 @@ class Leases:
         self._mutex, self._renewing = threading.Lock(), False
 
     def share(
-        self,
-        keys: Collection[str],
-        fetched: Callable[[Collection[str]], Sequence[str]],
-        on_wait: Callable[[], None],
+        self, keys: Collection[str], fetched: Fetched, on_wait: Callable[[], None]
     ) -> Iterator[Collection[str]]:
         """Batches of keys that are this node's to work on; ``fetched`` says which ones others have done.
 
@@ -301,19 +314,13 @@ class Leases:
                 rest = [each for each in rest if each not in more]
                 yield [key, *self._undone(more, fetched)]
 
-    def _undone(self, keys: list[str], fetched: Callable[[Collection[str]], Sequence[str]]) -> list[str]:
+    def _undone(self, keys: list[str], fetched: Fetched) -> list[str]:
         """Those that are to be worked on: some may have been done between the last lookup and the lease."""
         done = fetched(keys)
         self.release(done)
         return [key for key in keys if key not in done]
 
-    def _wait_for(
-        self,
-        key: str,
-        began: float,
-        fetched: Callable[[Collection[str]], Sequence[str]],
-        on_wait: Callable[[], None],
-    ) -> bool:
+    def _wait_for(self, key: str, began: float, fetched: Fetched, on_wait: Callable[[], None]) -> bool:
         """Wait until another node has done a key's work; ``True`` if this one has to do it."""
         pause, told = _FIRST_PAUSE, ""
         while True:
@@ -397,7 +404,7 @@ class Leases:
 
 
 def _name(key: str) -> str:
-    return f"leases/{key[:2]}/{key}"
+    return f"{LEASES}/{key[:2]}/{key}"
 
 
 def _says() -> bytes:

@@ -8,11 +8,12 @@ target, an entry and its distinct blobs, and lists nothing.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stitchcache.artifact import entry as files
 from stitchcache.artifact.entry import OUTSIDE, Kind
@@ -23,7 +24,7 @@ from stitchcache.errors import (
     StoreError,
     UntrustedEntryError,
 )
-from stitchcache.remote import Flight, Leases, Remote
+from stitchcache.remote import GRACE, Flight, Leases, Remote, put_at
 from stitchcache.store import Area, keyed_path, signed
 from stitchcache.store.publish import publish_blob
 from stitchcache.store.store import needs_signature
@@ -37,9 +38,11 @@ T = TypeVar("T")
 log = logging.getLogger("stitchcache")
 
 # A file is held in memory until it is verified.
-_MOST_BYTES = 64 << 20
+MOST_BYTES = 64 << 20
 # Seconds that an upload may take, and one more a MiB: the start that waits for it has compiled for longer.
 _UPLOAD = 10.0
+# Seconds for which a blob that was put, and then for which one that was seen, is taken to be there.
+_RELIED_ON = GRACE / 4
 
 
 def object_name(area: Area, key: str) -> str:
@@ -59,7 +62,7 @@ class Tier:
         self.remote = Remote(url, count)
         self.leases = Leases(self.remote)
         self._bad: set[str] = set()  # objects that were refused, which the next upload replaces
-        self._there: set[str] = set()  # blobs that the remote has
+        self._there: dict[BlobRef, float] = {}  # blobs that the remote has, and when that was seen
 
     # -- fetching ----------------------------------------------------------------------------------
 
@@ -134,7 +137,7 @@ class Tier:
     ) -> Iterator[tuple[str, T, bytes]]:
         """Object, content, and signature to store it with, of those files that are there and good."""
         names = [object_name(area, key) for key in keys] if not cache.read_only else []
-        reads = [partial(self.remote.read, name, _MOST_BYTES) for name in names]
+        reads = [partial(self.remote.read, name, MOST_BYTES) for name in names]
         for key, name, data in zip(keys, names, self.remote.gather(reads), strict=False):
             try:
                 if data is not None:
@@ -164,7 +167,6 @@ class Tier:
         name = object_name(Area.BLOBS, ref.digest)
         try:
             publish_blob(cache._top, self.remote.chunks(name, ref.size, flight), expected=ref)
-            self._there.add(ref.digest)
             return True
         except FileNotFoundError:
             self._refuse(cache, name, StoreError("it is named by an entry or a piece, and is not there"))
@@ -211,8 +213,13 @@ class Tier:
         self._require(cache, its.removeprefix(OUTSIDE))
         if name not in self._bad and self.remote.now(self.remote.ask, "head", name) is not None:
             return False
-        for ref in blobs:
-            self._send_blob(cache, ref)
+        unseen = [ref for ref in blobs if time.monotonic() - self._there.get(ref, -_RELIED_ON) >= _RELIED_ON]
+        found = [ref for ref in unseen if self._send_blob(cache, ref)]
+        # A prune may have seen one when it was older, and remove it yet: see remote/prune.py.
+        pruned = self.remote.now(self.remote.being_pruned) if found else False
+        if pruned or not all(map(self._blob_there, found)):
+            raise StoreError(f"{self.remote.url}: it is being pruned: upload again later", path=name)
+        self._there.update(dict.fromkeys(unseen, time.monotonic()))
         if its.startswith(OUTSIDE):
             data = files.with_signature(data, Kind.ENTRY, its.removeprefix(OUTSIDE))
         return self._write(name, data, name in self._bad)
@@ -232,16 +239,19 @@ class Tier:
             cache.warn(self.remote.url, said)
             raise UntrustedEntryError(said, path=self.remote.url)
 
-    def _send_blob(self, cache: Cache, ref: BlobRef) -> None:
-        name = object_name(Area.BLOBS, ref.digest)
-        if ref.digest not in self._there or name in self._bad:
-            there = self.remote.now(self.remote.ask, "head", name)
-            if name in self._bad or there is None or there["size"] != ref.size:
-                with cache.opened([ref]) as (path,):
-                    if path is None:
-                        raise StoreError(f"{cache.root}: blob {ref.digest} is missing", path=str(cache.root))
-                    self._write(name, path, True)
-            self._there.add(ref.digest)
+    def _blob_there(self, ref: BlobRef) -> Any:
+        return self.remote.now(self.remote.ask, "head", object_name(Area.BLOBS, ref.digest))
+
+    def _send_blob(self, cache: Cache, ref: BlobRef) -> bool:
+        """Upload a blob, unless it is there and was put not long ago; whether it was there."""
+        name, there = object_name(Area.BLOBS, ref.digest), self._blob_there(ref)
+        fits = there is not None and name not in self._bad and there["size"] == ref.size
+        if not fits or time.time() - put_at(there) > _RELIED_ON:
+            with cache.opened([ref]) as (path,):
+                if path is None:
+                    raise StoreError(f"{cache.root}: blob {ref.digest} is missing", path=str(cache.root))
+                self._write(name, path, True)
+        return there is not None
 
     def send_target(self, cache: Cache, key: str, record: TargetRecord, signature: bytes) -> None:
         """Add a record to those of a target key, as :meth:`stitchcache.Cache.put_target` does.
@@ -250,7 +260,7 @@ class Tier:
         """
         name, its = object_name(Area.TARGETS, key), signature.removeprefix(OUTSIDE)
         self._require(cache, its)
-        data = self.remote.now(self.remote.read, name, _MOST_BYTES)
+        data = self.remote.now(self.remote.read, name, MOST_BYTES)
         found: files.SignedRecords = ()
         try:
             if data is not None and name not in self._bad:

@@ -20,17 +20,21 @@ import os
 import shutil
 import time
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
-from stitchcache.artifact.entry import decode_piece
+from stitchcache.artifact.entry import Header, decode_piece
 from stitchcache.errors import EntryFormatError, FutureFormatError, LockTimeoutError
 from stitchcache.store import Area
 from stitchcache.store.publish import excess, exclusive
 from stitchcache.store.root import Item, Root
 from stitchcache.store.upkeep import has_entry, led_to, leftovers, open_to_lock, read_header
 from stitchcache.words import size_text
+
+T = TypeVar("T")
 
 GRACE_SECONDS = 3600.0
 _PATIENCE = 10.0
@@ -77,7 +81,7 @@ class PrunePlan:
     total_bytes: int
     total_files: int
     unreadable: tuple[str, ...]
-    _look: _Look = field(repr=False, compare=False)
+    _look: Look = field(repr=False, compare=False)
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -97,28 +101,14 @@ class PrunePlan:
 
     def execute(self) -> PruneResult:
         """Remove what was planned, unless it came into use since. Never raises for a file's sake."""
-        root = self._look.root
-        if not self.items:
-            return PruneResult()
-        try:
-            # Where there is no lock, as on a disk that is full, each removal is safe by itself.
-            with root.writing(root.path), exclusive(root, "prune", timeout=0):
-                return _Removal(self).done()
-        except LockTimeoutError:
-            return PruneResult(busy=True)
+        return self._look.remove(self) if self.items else PruneResult()
 
 
 def plan_prune(
-    roots: Sequence[Root],
-    *,
-    max_bytes: int | None,
-    max_files: int | None,
-    max_age: float | None = None,
-    grace_seconds: float = GRACE_SECONDS,
+    look: Look, *, max_bytes: int | None, max_files: int | None, max_age: float | None = None
 ) -> PrunePlan:
-    """Plan what has to go of the first of some roots, as :meth:`stitchcache.Cache.plan_prune` tells."""
-    look = _Look(roots, grace_seconds)
-    entries = [] if look.unreadable else look.entries
+    """Plan what has to go, as :meth:`stitchcache.Cache.plan_prune` tells."""
+    entries = [] if look.unreadable else look.may_go
     aged = 0 if max_age is None else sum(look.age(item) > max_age for item in entries)
 
     def fits(count: int) -> bool:
@@ -131,19 +121,18 @@ def plan_prune(
         over = f"{size_text(look.bytes)} are over the limit of {size_text(max_bytes)}"
     else:
         over = f"{look.files} files are over the limit of {max_files}"
-    reasons = [f"not used for {look.age(item) / 86400:.1f} days" for item in entries[:aged]]
-    reasons += [over] * (count - aged)
-    return _planned(look, reasons, (*leftovers(look.root), *excess(look.root)))
+    reasons = [f"{look.since} {look.age(item) / 86400:.1f} days ago" for item in entries[:aged]]
+    return _planned(look, reasons + [over] * (count - aged), look.leftovers())
 
 
 def plan_removal(roots: Sequence[Root], graph_hashes: Collection[str]) -> PrunePlan:
     """Plan to remove some entries of the first root, whatever their age."""
-    look = _Look(roots, GRACE_SECONDS)
+    look = Look(roots)
     look.entries.sort(key=lambda item: item.key not in graph_hashes)
     return _planned(look, ["named"] * sum(item.key in graph_hashes for item in look.entries))
 
 
-def _planned(look: _Look, reasons: Sequence[str], leftovers: tuple[Item, ...] = ()) -> PrunePlan:
+def _planned(look: Look, reasons: Sequence[str], leftovers: tuple[Item, ...] = ()) -> PrunePlan:
     """The plan in which the first entries go, each for a reason."""
     targets, blobs, pieces = look.with_oldest(len(reasons))
     return PrunePlan(
@@ -164,25 +153,30 @@ def enforce(roots: Sequence[Root], *, max_bytes: int | None, max_files: int | No
     try:
         # Planned under the lock: a plan from before would be about what the other one removed.
         with exclusive(roots[0], "prune", timeout=_PATIENCE):
-            return _Removal(plan_prune(roots, max_bytes=max_bytes, max_files=max_files)).done()
+            return _Removal(plan_prune(Look(roots), max_bytes=max_bytes, max_files=max_files)).done()
     except LockTimeoutError:
         return PruneResult(busy=True)
 
 
-class _Look:
-    """A root as it was seen: its files, and what each names."""
+class Look:
+    """The first of some roots as it was seen: its files, and what each names."""
 
-    def __init__(self, roots: Sequence[Root], grace: float) -> None:
-        self.root = root = roots[0]
-        self._grace = grace
-        self._now = time.time()
+    since = "last used"
+
+    def __init__(self, roots: Sequence[Root], grace: float = GRACE_SECONDS, now: float | None = None) -> None:
+        self.roots, self._grace = roots, grace
+        self._now = time.time() if now is None else now
         # Blobs before entries: an entry published in between names blobs whose times change then, and a blob
         # published in between is not on the list.
-        self._blobs = {item.key: item for item in root.items(Area.BLOBS)}
-        targets, self._pieces = list(root.items(Area.TARGETS)), list(root.items(Area.PIECES))
-        self.entries = sorted(root.items(Area.ENTRIES), key=lambda item: (item.modified, item.path))
+        self._blobs = {item.key: item for item in self.items(Area.BLOBS)}
+        targets, self._pieces = list(self.items(Area.TARGETS)), list(self.items(Area.PIECES))
+        # The first to go first.
+        self.entries = sorted(self.items(Area.ENTRIES), key=lambda item: (item.modified, item.path))
+        self.may_go = self.entries
         listed = {Area.TARGETS: targets, Area.PIECES: self._pieces, Area.ENTRIES: self.entries}
-        found = {item: self._names(item, area) for area, each in listed.items() for item in each}
+        found: dict[Item, list[str] | None] = {}
+        for area, items in listed.items():
+            found.update(zip(items, self.each(partial(self._names, area), items), strict=True))
         self.named = {item: names or [] for item, names in found.items()}
         self.unreadable = tuple(item.path for item in self.entries if found[item] is None)
         everything = [*self._blobs.values(), *found]
@@ -197,6 +191,37 @@ class _Look:
             for item in targets
             if self.named[item] and not any(has_entry(roots[1:], key) for key in self.named[item])
         ]
+
+    def items(self, area: Area) -> Iterable[Item]:
+        """The files of an area."""
+        return self.roots[0].items(area)
+
+    def each(self, ask: Callable[[Item], T], items: Sequence[Item]) -> Iterable[T]:
+        """Ask something of each of some files."""
+        return map(ask, items)
+
+    def header(self, item: Item) -> Header | None:
+        """An entry's header; ``None`` where it is gone."""
+        return read_header(self.roots[0], item.path)
+
+    def read(self, item: Item, area: Area) -> bytes | None:
+        """What is in a target or a piece; likewise."""
+        found = self.roots[0].read(item.path, area)
+        return None if found is None else found[0]
+
+    def leftovers(self) -> tuple[Item, ...]:
+        """What dead processes left, and what is over the cap of the quarantine."""
+        return (*leftovers(self.roots[0]), *excess(self.roots[0]))
+
+    def remove(self, plan: PrunePlan) -> PruneResult:
+        """Remove what was planned, unless another process is at it."""
+        root = self.roots[0]
+        try:
+            # Where there is no lock, as on a disk that is full, each removal is safe by itself.
+            with root.writing(root.path), exclusive(root, "prune", timeout=0):
+                return _Removal(plan).done()
+        except LockTimeoutError:
+            return PruneResult(busy=True)
 
     def age(self, item: Item) -> float:
         """Seconds since a file's last use."""
@@ -227,18 +252,18 @@ class _Look:
         ]
         return targets, blobs, pieces
 
-    def _names(self, item: Item, area: Area) -> list[str] | None:
+    def _names(self, area: Area, item: Item) -> list[str] | None:
         """What a file names: nothing where it is damaged, ``None`` where it may be good."""
         try:
             if area is Area.ENTRIES:
-                header = read_header(self.root, item.path)
+                header = self.header(item)
                 return [] if header is None else [blob.digest for blob in header.blobs]
-            found = self.root.read(item.path, area)
+            found = self.read(item, area)
             if found is None:
                 return []
             if area is Area.TARGETS:
-                return led_to(found[0], item)
-            return [decode_piece(found[0], item.key, path=item.path).blob.digest]
+                return led_to(found, item)
+            return [decode_piece(found, item.key, path=item.path).blob.digest]
         except (FutureFormatError, OSError):
             return None
         except EntryFormatError:
@@ -249,7 +274,7 @@ class _Removal:
     """Removing what was planned, one checked file at a time."""
 
     def __init__(self, plan: PrunePlan) -> None:
-        self._plan, self._look, self._root = plan, plan._look, plan._look.root
+        self._plan, self._look, self._root = plan, plan._look, plan._look.roots[0]
         self._result = PruneResult()
         self._locks: int | None = None
 

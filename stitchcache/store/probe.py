@@ -37,16 +37,7 @@ class Trial:
 
 
 def probe(path: str, *, files: Files | None = None, trust: str = "owner") -> list[Trial]:
-    """Try a directory; what is made is removed again, and the directory itself is not made.
-
-    Args:
-        path: A cache's root, existing or not: then the nearest directory above it is tried.
-        files: File-system calls.
-        trust: Who vouches for files.
-
-    Returns:
-        One trial each, in the order they were tried.
-    """
+    """Try a cache's root, or the nearest directory above it that exists; what is made is removed again."""
     files = files or Files()
     asked = place = os.path.abspath(path)
     while not os.path.lexists(place) and os.path.dirname(place) != place:

@@ -193,6 +193,8 @@ class Store:
     @cached_property
     def tier(self) -> Any:
         """The remote (:class:`stitchcache.remote.tier.Tier`); a start from local files does without it."""
+        if not self.remote:
+            raise OptionError("there is no remote: give --remote, or set STITCHCACHE_REMOTE", option="remote")
         return importlib.import_module("stitchcache.remote.tier").Tier(self.remote, self._counters.add)
 
     def require_voucher(self, backend: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 from cli_entries import put, put_target
 
@@ -46,6 +49,21 @@ def test_push_and_pull_move_what_is_asked_for_and_only_once(run_cli, home, tmp_p
     assert run_cli("verify", env=elsewhere).status == 0
 
 
+def test_prune_of_the_remote_says_what_goes_and_does_it(run_cli, home, tmp_path):
+    assert run_cli("push", env=home).status == 0
+    for path in (tmp_path / "remote").rglob("*"):
+        if path.is_file():
+            os.utime(path, (time.time() - 200_000, time.time() - 200_000))
+    look = run_cli("prune", "--remote", "--max-size", "0", env=home)
+    assert (look.status, "Nothing was removed" in look.out, A[:8] in look.out) == (0, True, True), look.err
+    assert len(run_cli("pull", "--json", env=home).json["entries"]) == 2
+    done = run_cli("prune", "--remote", "--max-age", "1d", "--yes", "--json", env=home)
+    assert (done.status, done.json["root"]) == (0, home["STITCHCACHE_REMOTE"]), done.err
+    assert sorted(done.json["done"]["entries"]) == [A, B]
+    assert not [path for path in (tmp_path / "remote").rglob("*") if path.is_file()]
+    assert run_cli("push", env=home).status == 0, "what the cache holds can be uploaded again"
+
+
 def test_what_a_stranger_put_there_is_not_pulled(run_cli, home, tmp_path):
     assert run_cli("push", env=home).status == 0
     elsewhere = {"STITCHCACHE_DIR": str(tmp_path / "other"), "STITCHCACHE_KEYS": str(tmp_path / "none")}
@@ -68,10 +86,10 @@ def test_config_and_doctor_tell_of_the_remote(run_cli, home):
     assert (gone.status, found["level"]) == (1, "problem")
 
 
-@pytest.mark.parametrize("command", ["push", "pull", "stats"])
+@pytest.mark.parametrize("command", ["push", "pull", "stats", "prune"])
 def test_without_a_remote_commands_say_how_to_name_one(run_cli, home, command):
     env = {**home, "STITCHCACHE_REMOTE": ""}
-    done = run_cli(command, *(["--remote"] if command == "stats" else []), env=env)
+    done = run_cli(command, *(["--remote"] if command in ("stats", "prune") else []), env=env)
     assert done.status == 2
     assert "STITCHCACHE_REMOTE" in done.err
 

@@ -57,7 +57,7 @@ def test_prune_shows_first(run_cli, root):
     outcome = run_cli("prune", "--max-age", "30d", "--cache", root)
     assert outcome.status == 0
     assert key("a")[:12] in outcome.out
-    assert "not used for 40.0 days" in outcome.out
+    assert "last used 40.0 days ago" in outcome.out
     assert "Nothing was removed" in outcome.out
     assert len(Cache(root).entries()) == 2
 
@@ -94,7 +94,7 @@ def test_usage(run_cli, root, options):
 
 def test_clear(run_cli, root):
     outcome = run_cli("clear", "--cache", root)
-    assert "holds 2 entries" in outcome.out
+    assert "to remove: 2 entries, 4 blobs" in outcome.out
     assert len(Cache(root).entries()) == 2
     outcome = run_cli("clear", "--yes", "--cache", root)
     assert outcome.status == 0, outcome.err

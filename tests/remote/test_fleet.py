@@ -103,7 +103,7 @@ def test_a_server_that_compiles_aside_takes_what_another_node_makes(tmp_path, ur
 @pytest.mark.compile
 @pytest.mark.skipif(os.environ.get("STITCHCACHE_FULL") != "1", reason="takes minutes: STITCHCACHE_FULL=1")
 def test_a_fleet_with_real_pieces(tmp_path, url, keys):
-    run_fleet(tmp_path, url, 6, "aoti")
+    run_fleet(tmp_path, url, 16, "aoti")
 
 
 def share(tmp_path: Path, url: str, root: str, lifetime: float = 1.0, **more) -> subprocess.Popen[str]:

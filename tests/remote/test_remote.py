@@ -150,4 +150,4 @@ def test_a_directory_is_created_and_only_the_first_creates_an_object(tmp_path):
     assert remote.now(remote.read, "x/y", 10) == b"1"
     assert remote.now(remote.write, "x/y", b"3", replace=True) is True
     assert remote.now(remote.read, "x/z", 10) is None
-    assert remote.now(remote.names, "") == [("x/y", 1)]
+    assert [each["path"] for each in remote.now(remote.listed, "")] == ["x/y"]

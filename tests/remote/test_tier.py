@@ -285,7 +285,7 @@ def test_a_newer_stitchcaches_object_is_left_alone(node, url, uploaded):
 
 
 def test_an_object_that_is_too_large_is_not_read(node, url, uploaded, monkeypatch, caplog):
-    monkeypatch.setattr("stitchcache.remote.tier._MOST_BYTES", 5000)
+    monkeypatch.setattr("stitchcache.remote.tier.MOST_BYTES", 5000)
     remote_path(url, entry_name(key("a"))).write_bytes(bytes(500_000))
     assert fetched(node(url)) is None
     assert entry_name(key("a")) in caplog.text

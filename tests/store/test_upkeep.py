@@ -86,7 +86,7 @@ def test_limits_by_age_and_files(cache):
     used(cache, made[0].graph_hash, 100 * 86400)
     plan = cache.plan_prune(max_age=90 * 86400)
     assert [(item.key, reason) for item, reason in plan.entries] == [
-        (made[0].graph_hash, "not used for 100.0 days")
+        (made[0].graph_hash, "last used 100.0 days ago")
     ]
     assert len(cache.plan_prune(max_files=1).entries) == 2
     assert not cache.plan_prune().items
