@@ -23,12 +23,12 @@ from stitchcache.errors import (
     UntrustedEntryError,
 )
 from stitchcache.store import LEGACY_SUFFIXES, Area, check_key, keyed_path, words
+from stitchcache.store.root import Root
 from stitchcache.store.store import Store, log, needs_signature
 from stitchcache.types import BlobRef, TargetRecord, is_digest
 
 if TYPE_CHECKING:
     from stitchcache.store.evict import PrunePlan, PruneResult
-    from stitchcache.store.root import Item, Root
     from stitchcache.store.upkeep import CacheStats, VerifyReport
     from stitchcache.types import Artifact
 
@@ -151,7 +151,7 @@ class Cache(Store):
         wanted = str(prefix).lower()
         if not wanted or len(wanted) > 64 or not set(wanted) <= set("0123456789abcdef"):
             raise GraphHashError(f"{prefix!r} is no graph hash: 1 to 64 hex digits", prefix=prefix)
-        found = sorted({item.key for item in self._items(wanted)})
+        found = sorted({key for _, key in self._entries(Root.names, wanted)})
         if not found:
             raise GraphHashError(f"no entry in {self.root} begins with {prefix}", prefix=prefix)
         if len(found) > 1:
@@ -168,9 +168,9 @@ class Cache(Store):
         """
         if is_digest(name):
             return name
-        used = sorted(self._items(), key=lambda item: item.modified, reverse=True)
+        used = sorted(self._entries(Root.items), key=lambda item: item.modified, reverse=True)
         for item in used[:_LOOKED_AT]:
-            header = self._header(item)
+            header = self._header(item.path)
             if header is not None and header.label == name:
                 return item.key
         return next((item.key for item in used if item.key.startswith(str(name))), None)
@@ -181,26 +181,27 @@ class Cache(Store):
         A damaged one is left out, with one warning; :meth:`verify` reports them.
         """
         headers: dict[str, entry.Header] = {}
-        for item in self._items():
-            if (header := self._header(item)) is not None:
-                headers.setdefault(item.key, header)
+        # Not as ``items``: what opens a file learns its size anyway.
+        for path, key in self._entries(Root.names):
+            if (header := self._header(path)) is not None:
+                headers.setdefault(key, header)
         return list(headers.values())
 
-    def _items(self, prefix: str = "") -> Iterator[Item]:
+    def _entries(self, listed: Callable[[Root, Area, str], Iterable[T]], prefix: str = "") -> Iterator[T]:
         """Entries of all layers; a layer that cannot be listed has none, and is warned of."""
         for root in self._roots:
             try:
-                yield from root.items(Area.ENTRIES, prefix)
+                yield from listed(root, Area.ENTRIES, prefix)
             except OSError as error:
                 self.warn(root.path, f"{root.path}: cannot be listed ({words(error)})")
 
-    def _header(self, item: Item) -> entry.Header | None:
+    def _header(self, path: str) -> entry.Header | None:
         from stitchcache.store.upkeep import read_header
 
         try:
-            return read_header(self._top, item.path)
+            return read_header(self._top, path)
         except (EntryFormatError, OSError) as error:
-            self.warn(item.path, f"{item.path}: cannot be read ({error})")
+            self.warn(path, f"{path}: cannot be read ({error})")
             return None
 
     # -- pieces, targets ---------------------------------------------------------------------------

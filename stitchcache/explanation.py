@@ -104,7 +104,8 @@ def names_text(names: Sequence[str], most: int = 3) -> str:
 
 def printable(text: str) -> str:
     """Text from a file, with nothing in it that a terminal or a log would act on."""
-    return visible(text).replace("\n", "\\n")
+    # Most text is, and a table has thousands of cells.
+    return text if text.isprintable() else visible(text).replace("\n", "\\n")
 
 
 # -- a start ---------------------------------------------------------------------------------------
@@ -205,7 +206,11 @@ def stored_targets(
         for root, item in _newest([at], Area.TARGETS, prefix):
             if item.key not in found:
                 with suppress(EntryFormatError, OSError):
-                    record = decode_target(_read(root, item, Area.TARGETS), item.key, path=item.path)[0]
+                    data = _read(root, item, Area.TARGETS)
+                    # A record has the hash as text: without it in sight, thousands need not be decoded.
+                    if (graph_hash or "").encode() not in data:
+                        continue
+                    record = decode_target(data, item.key, path=item.path)[0]
                     if graph_hash in (None, record.graph_hash):
                         found[item.key] = (item.key, item.path, record)
     return sorted(found.values(), key=lambda target: -target[2].created)

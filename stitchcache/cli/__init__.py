@@ -5,6 +5,7 @@ Exit status: 0 fine, 1 a finding (a target failed, a damaged entry, no such entr
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 from keyword import iskeyword
@@ -152,4 +153,6 @@ def commands() -> None:
 
 def main() -> None:
     """Entry point of the ``stitchcache`` script."""
+    # A list of thousands of entries is kept to the end: looking for garbage in it takes a tenth of the time.
+    gc.set_threshold(100_000)
     commands(prog_name="stitchcache")

@@ -14,6 +14,8 @@ from stitchcache.explanation import names_text, printable
 from stitchcache.options import SizeRange
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from stitchcache.artifact.entry import Header
     from stitchcache.cache import Cache
     from stitchcache.report.entry import Entry
@@ -40,17 +42,19 @@ def ls(sort: str, wide: bool) -> None:
     its blobs; a blob that entries share is counted in each of them.
     """
     cache = out.open_cache()
-    entries = sorted(map(_listed, cache.entries()), key=_ORDERS[sort])
+    entries = sorted(_listed(cache.entries()), key=_ORDERS[sort])
     out.show({"root": str(cache.root), "entries": entries}, lambda found: _print_list(found, wide))
 
 
-def _listed(header: Header) -> out.Record:
+def _listed(headers: list[Header]) -> Iterator[out.Record]:
     # Not by asdict(), which copies each value: there may be thousands.
-    record: out.Record = {field.name: getattr(header, field.name) for field in fields(header)}
-    record["entry_bytes"] = record.pop("file_bytes")
-    record["blob_bytes"] = header.blob_bytes
-    record["blobs"] = [{"digest": blob.digest, "bytes": blob.size} for blob in header.blobs]
-    return record
+    names = [field.name for header in headers[:1] for field in fields(header)]
+    for header in headers:
+        record: out.Record = {name: getattr(header, name) for name in names}
+        record["entry_bytes"] = record.pop("file_bytes")
+        record["blob_bytes"] = header.blob_bytes
+        record["blobs"] = [{"digest": blob.digest, "bytes": blob.size} for blob in header.blobs]
+        yield record
 
 
 def _size(entry: out.Record) -> int:

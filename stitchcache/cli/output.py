@@ -154,15 +154,32 @@ def show(record: Record, view: Callable[[Record], None], *, finding: bool = Fals
         del click.get_current_context().meta[_PAGE]
         write_page(html, page(f"{title} · stitchcache", *parts))
     if asked("json"):
-        import json
-
-        text = json.dumps({"schema": JSON_SCHEMA, **record}, indent=2, ensure_ascii=False)
-        # JSON escapes only some of what a terminal acts on.
-        click.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
+        click.echo(_json_text({"schema": JSON_SCHEMA, **record}))
     elif html is None:
         view(record)
     if finding:
         click.get_current_context().exit(1)
+
+
+def _json_text(record: Record) -> str:
+    """A record as JSON; an item of a list has a line, however much there is to it."""
+    import json
+
+    # Without an indent it is made by C code: there may be thousands of items.
+    item_text = json.JSONEncoder(ensure_ascii=False).encode
+    parts = []
+    for name, value in record.items():
+        if isinstance(value, (list, tuple)) and value:
+            text = "[\n    " + ",\n    ".join(map(item_text, value)) + "\n  ]"
+        else:
+            text = json.dumps(value, indent=2, ensure_ascii=False).replace("\n", "\n  ")
+        parts.append(f"  {json.dumps(name)}: {text}")
+    lines = ("{\n" + ",\n".join(parts) + "\n}").split("\n")
+    # JSON escapes only some of what a terminal acts on. Most lines have nothing of it.
+    return "\n".join(
+        line if line.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
+        for line in lines
+    )
 
 
 # -- printing --------------------------------------------------------------------------------------
@@ -265,18 +282,20 @@ def cell(field: str | Callable[[Record], object], record: Record, digits: int) -
     value: Any = record[field] if isinstance(field, str) else field(record)
     if value is None:
         text = ""
-    elif name in ("created", "last_used"):
-        text = age_text(value)
+    elif isinstance(value, str):
+        text = value[:digits] if is_digest(value) else value
     elif isinstance(value, bool):
         text = "yes" if value else "no"
+    elif isinstance(value, (list, tuple)):
+        text = ", ".join(map(str, value))
+    elif name in ("created", "last_used"):
+        text = age_text(value)
     elif name.endswith("seconds"):
         text = seconds_text(value) if value else ""
     elif name.endswith("bytes"):
         text = size_text(value)
-    elif isinstance(value, (list, tuple)):
-        text = ", ".join(map(str, value))
     else:
-        text = value[:digits] if is_digest(value) else str(value)
+        text = str(value)
     return printable(text) or "-"
 
 

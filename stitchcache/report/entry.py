@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections import Counter
@@ -23,7 +22,6 @@ from stitchcache.explanation import (
     stored_targets,
 )
 from stitchcache.options import SizeRange
-from stitchcache.report.constants import shown_consts
 from stitchcache.store import Area, Files, keyed_path, possible_paths
 from stitchcache.store.root import Root
 from stitchcache.types import (
@@ -70,19 +68,22 @@ def read_entry(cache: Cache, prefix: str) -> Entry:
         raise _ambiguous(prefix, candidates, "graph hashes") from error
     for root in map(str, cache.roots):
         for path in possible_paths(root, Area.ENTRIES, graph_hash):
-            try:
-                # A pipe under its name must not be waited for, nor a huge file be read.
-                found = Root(root, files=Files(), durable=False, read_only=True).read(path, Area.ENTRIES)
-            except OSError as error:
-                reason = error.strerror or str(error)
-                raise StoreError(
-                    f"{path}: cannot be read ({reason}); check its owner and mode", path=path
-                ) from error
-            if found is not None:
-                data, signature = found[0], signature_in(found[0])
+            if (data := entry_bytes(path)) is not None:
+                signature = signature_in(data)
                 artifact, imported = decode_named(data, graph_hash, path), signature.startswith(OUTSIDE)
                 return Entry(artifact, path, len(data), signature.removeprefix(OUTSIDE), imported)
     raise GraphHashError(f"entry {graph_hash[:12]} was removed from {cache.root} just now", prefix=prefix)
+
+
+def entry_bytes(path: str) -> bytes | None:
+    """The bytes of an entry's file, whoever may write it; ``None`` where it is gone."""
+    try:
+        # A pipe under its name must not be waited for, nor a huge file be read.
+        found = Root("", files=Files(), durable=False, read_only=True).read(path, Area.ENTRIES)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StoreError(f"{path}: cannot be read ({reason}); check its owner and mode", path=path) from error
+    return None if found is None else found[0]
 
 
 # -- one entry ------------------------------------------------------------------------------------
@@ -130,6 +131,9 @@ def overview(entry: Entry) -> list[tuple[str, str]]:
 
 def entry_record(entry: Entry) -> Record:
     """Everything that is known of an entry."""
+    # Not at the top: it imports what reads pickles, and keys are explained without.
+    from stitchcache.report.constants import shown_consts
+
     artifact = entry.artifact
     calls = Counter(piece.blob.digest for piece in artifact.pieces)
     return {
@@ -206,6 +210,8 @@ def gil_words(cache: Cache, artifact: Artifact) -> dict[str, str]:
 
 def compare(a: Entry, b: Entry) -> Record:
     """What tells an entry B from an entry A, of any formats."""
+    import difflib
+
     one, two = a.artifact, b.artifact
     pieces_a, pieces_b = piece_records(one), piece_records(two)
     keys_a, keys_b = ({piece["key"] for piece in pieces} for pieces in (pieces_a, pieces_b))

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def write_page(path: str, text: str) -> None:
 
 def asset(name: str) -> str:
     """A file that pages are made of."""
-    return (files("stitchcache.report") / "assets" / name).read_text("utf-8")
+    return Path(__file__).with_name("assets").joinpath(name).read_text("utf-8")
 
 
 def _graphviz() -> str:

@@ -9,26 +9,26 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from stitchcache import __version__
-from stitchcache.artifact.entry import decode_named
+from stitchcache.artifact.entry import decode_factors
 from stitchcache.cache import Cache
 from stitchcache.errors import OptionError
 from stitchcache.explanation import explain_differences
-from stitchcache.report.entry import Record, difference_records, near_records, read_entry
+from stitchcache.report.entry import Record, difference_records, entry_bytes, near_records
 from stitchcache.store import Area, key_of
-from stitchcache.types import ENGINE, Artifact, Factor
+from stitchcache.types import ENGINE, Factor
 
 if TYPE_CHECKING:
     from stitchcache.api.prewarm import Target
 
 KIND = "stitchcache machine"
 _MOST_BYTES = 1 << 20
-# What a program sets for itself; the process that wrote the machine down had torch's defaults.
-_OF_PROCESS = ("torch.", "code.")
+# What the machine is, and what a program sets for itself: who wrote the machine down had torch's defaults.
+_OF_MACHINE = ("env.", "torch.", "code.")
 
 Machine = Mapping[str, Factor]
 
@@ -91,15 +91,17 @@ def preflight(source: str | os.PathLike[str] | Cache, machine: Machine) -> list[
         OptionError: ``source`` is neither.
         EntryFormatError: An entry of a bundle is damaged.
     """
-    found = [_verdict(artifact, machine) for artifact in _artifacts(source)]
+    found = [_verdict(*told, machine) for told in _entries(source)]
     return sorted(found, key=lambda verdict: (verdict.label, verdict.graph_hash))
 
 
-def _artifacts(source: str | os.PathLike[str] | Cache) -> Iterator[Artifact]:
+def _entries(source: str | os.PathLike[str] | Cache) -> Iterator[tuple[str, str, Sequence[Factor]]]:
+    """Graph hash and label of each entry, with the factors that a machine can tell."""
     if isinstance(source, Cache) or os.path.isdir(source):
         cache = source if isinstance(source, Cache) else Cache(source, read_only=True)
         for header in cache.entries():
-            yield read_entry(cache, header.graph_hash).artifact
+            if (data := entry_bytes(header.path)) is not None:
+                yield header.graph_hash, *decode_factors(data, header.graph_hash, header.path, _OF_MACHINE)
         return
     try:
         with tarfile.open(source, "r:") as bundle:
@@ -109,28 +111,29 @@ def _artifacts(source: str | os.PathLike[str] | Cache) -> Iterator[Artifact]:
                 if area != Area.ENTRIES or graph_hash is None or member.size > _MOST_BYTES << 6:
                     continue
                 if (file := bundle.extractfile(member)) is not None:
-                    yield decode_named(file.read(), graph_hash, f"{os.fspath(source)}:{member.name}")
+                    where = f"{os.fspath(source)}:{member.name}"
+                    yield graph_hash, *decode_factors(file.read(), graph_hash, where, _OF_MACHINE)
     except (OSError, tarfile.TarError) as error:
         said = f"{os.fspath(source)} is neither a cache's directory nor a bundle ({error})."
         raise OptionError(said, option="SOURCE") from error
 
 
-def _verdict(artifact: Artifact, machine: Machine) -> Verdict:
+def _verdict(graph_hash: str, label: str, factors: Sequence[Factor], machine: Machine) -> Verdict:
     def differences(named: tuple[str, ...], *, known: bool) -> dict[str, tuple[str, str]]:
-        there = {f.name: f for f in artifact.factors if f.name.startswith(named)}
+        there = {f.name: f for f in factors if f.name.startswith(named)}
         both = [machine[name] for name in there if name in machine]
         wanted = [f for name, f in there.items() if name in machine or not known]
         return explain_differences(wanted, both)
 
-    stand = differences(("env.",), known=False)
+    stand = differences(_OF_MACHINE[:1], known=False)
     # An entry that says nothing of its machine is of a format before factors, and hits nowhere directly.
-    told = any(factor.name.startswith("env.") for factor in artifact.factors)
+    told = any(factor.name.startswith("env.") for factor in factors)
     return Verdict(
-        graph_hash=artifact.graph_hash,
-        label=artifact.label,
+        graph_hash=graph_hash,
+        label=label,
         hit=told and not stand,
         differences=stand,
-        settings=differences(_OF_PROCESS, known=True),
+        settings=differences(_OF_MACHINE[1:], known=True),
     )
 
 
@@ -171,4 +174,4 @@ def check_target(target: Target, cache: Cache, machine: Machine) -> Record:
 def verdict_record(verdict: Verdict) -> Record:
     """A verdict as ``check --json`` prints it."""
     found = {name: difference_records(getattr(verdict, name)) for name in ("differences", "settings")}
-    return {**asdict(verdict), **found}
+    return {"graph_hash": verdict.graph_hash, "label": verdict.label, "hit": verdict.hit, **found}

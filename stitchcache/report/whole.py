@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -21,25 +19,23 @@ _SUMMED = ("own_bytes", "hits", "compiled", "saved_seconds")
 def cache_report(cache: Cache) -> dict[str, Any]:
     """Everything that is known of a cache; only headers of entries are read."""
     headers = cache.entries()
-    users = Counter(blob for header in headers for blob in header.blobs)
+    users = Counter(blob.digest for header in headers for blob in header.blobs)
+    sizes = {blob.digest: blob.size for header in headers for blob in header.blobs}
     entries, counted = [], cache.starts()
     for header in headers:
-        last = 0.0
-        with suppress(OSError):
-            last = os.stat(header.path).st_mtime
-        alone = sum(blob.size for blob in header.blobs if users[blob] == 1)
+        alone = sum(blob.size for blob in header.blobs if users[blob.digest] == 1)
         stored = header.created + header.compile_seconds + _STORED_WITHIN
         facts = counted.pop(header.graph_hash[:12], {})
         hits = sum(number for name, number in facts.items() if name.startswith("hit."))
-        known = 0 < header.created < time.time() - _NOTED_EVERY or last > stored
+        known = 0 < header.created < time.time() - _NOTED_EVERY or header.last_used > stored
         entries.append(
             {
                 "graph_hash": header.graph_hash,
                 "label": header.label,
                 "created": header.created,
-                "last_used": last,
+                "last_used": header.last_used,
                 # Of entries without a date, and of new ones, it is not known.
-                "used": hits > 0 or last > stored if known or hits else None,
+                "used": hits > 0 or header.last_used > stored if known or hits else None,
                 "hits": hits,
                 "compiled": facts.get("compiled", 0),
                 "saved_seconds": facts.get("saved", 0) / 1e6,
@@ -48,7 +44,7 @@ def cache_report(cache: Cache) -> dict[str, Any]:
                 "own_bytes": header.file_bytes + alone,
             }
         )
-    shared = {blob: number for blob, number in users.items() if number > 1}
+    shared = {digest: number for digest, number in users.items() if number > 1}
     stats = cache.stats()
     return {
         "root": str(cache.root),
@@ -57,8 +53,8 @@ def cache_report(cache: Cache) -> dict[str, Any]:
         "labels": _by_label(entries),
         "shared": {
             "blobs": len(shared),
-            "bytes": sum(blob.size for blob in shared),
-            "saved_bytes": sum(blob.size * (number - 1) for blob, number in shared.items()),
+            "bytes": sum(sizes[digest] for digest in shared),
+            "saved_bytes": sum(sizes[digest] * (number - 1) for digest, number in shared.items()),
         },
         **_starts(stats.counters),
     }

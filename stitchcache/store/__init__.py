@@ -38,7 +38,6 @@ class Area(StrEnum):
 # Most bytes that a file can have; asked before it is read.
 CAP = {Area.ENTRIES: 2 << 30, Area.TARGETS: 64 << 20, Area.PIECES: 64 << 20, Area.STATS: 1 << 20}
 KEYED = (Area.ENTRIES, Area.TARGETS, Area.PIECES, Area.BLOBS)
-_SUFFIX = {Area.ENTRIES: ".stitch"}
 LEGACY_SUFFIXES = (".msgpack", ".pkl")
 
 
@@ -52,7 +51,7 @@ def check_key(key: str) -> str:
 def keyed_path(root: str, area: Area, key: str) -> str:
     """The file of a key."""
     check_key(key)
-    return f"{root}/{area}/{key[:2]}/{key}{_SUFFIX.get(area, '')}"
+    return f"{root}/{area}/{key[:2]}/{key}{_suffix(area)}"
 
 
 def possible_paths(root: str, area: Area, key: str) -> list[str]:
@@ -63,8 +62,12 @@ def possible_paths(root: str, area: Area, key: str) -> list[str]:
 
 def key_of(area: Area, name: str) -> str | None:
     """The key in a file's name; ``None`` for a foreign file."""
-    key = name.removesuffix(_SUFFIX.get(area, ""))
-    return key if is_digest(key) and name == key + _SUFFIX.get(area, "") else None
+    return name[:64] if name[64:] == _suffix(area) and is_digest(name[:64]) else None
+
+
+def _suffix(area: Area) -> str:
+    # Not from a dict: the hash of an enumeration's member is a call of Python's, for each file of a listing.
+    return ".stitch" if area is Area.ENTRIES else ""
 
 
 # -- settings ------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -323,6 +322,9 @@ class _Removal:
                 try:
                     self._root.files.unlink(item.path)
                 except IsADirectoryError:
+                    # Not at the top: only what a killed compilation left is a directory.
+                    import shutil
+
                     # It follows no link, also not one that takes the place of a directory meanwhile.
                     shutil.rmtree(item.path)
         except FileNotFoundError:

@@ -13,9 +13,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -199,6 +197,10 @@ def scratch(root: Root) -> Iterator[Path]:
     Raises:
         StoreWriteError: Others could put what they like in place of either.
     """
+    # Not at the top: they import a dozen modules, and only what compiles needs them.
+    import shutil
+    import tempfile
+
     within = None if root.read_only else _scratch_within(root)
     path, fd = within or (tempfile.mkdtemp(prefix="stitchcache-"), None)
     try:

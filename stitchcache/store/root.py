@@ -26,7 +26,7 @@ from functools import partial
 from typing import TypeVar
 
 from stitchcache.errors import EntryDamagedError, StitchCacheError, StoreWriteError, UntrustedEntryError
-from stitchcache.records import dataclass
+from stitchcache.records import dataclass, fill
 from stitchcache.store import (
     CAP,
     KEYED,
@@ -76,6 +76,10 @@ class Item:
     key: str
     size: int
     modified: int
+
+    def __hash__(self) -> int:
+        # Not of all fields: the plan of a prune asks for it hundreds of thousands of times.
+        return hash(self.path)
 
 
 class Root:
@@ -129,12 +133,20 @@ class Root:
 
     def items(self, area: Area, prefix: str = "") -> Iterator[Item]:
         """Files of an area whose key begins so, older entries among them; foreign files are passed over."""
-        named: list[tuple[str, str | None]]
+        for path, key in self.names(area, prefix):
+            facts = self.facts(path)
+            if facts is not None:
+                seen = {"path": path, "key": key, "size": facts.st_size, "modified": facts.st_mtime_ns}
+                # Not by the constructor, which looks at the fields: there may be thousands.
+                yield fill(Item, seen)
+
+    def names(self, area: Area, prefix: str = "") -> list[tuple[str, str]]:
+        """Paths and keys of the same files; one may be gone when it is opened."""
         if area in KEYED:
             shards = [each for each in self.scan(self.area(area)) if len(each.name) == 2]
             shards = [each for each in shards if each.name[: len(prefix)] == prefix[:2]]
             found = [each for shard in shards for each in self.scan(shard.path)]
-            named = [(each.path, key_of(area, each.name)) for each in found]
+            named = [(each.path, key) for each in found if (key := key_of(area, each.name))]
         else:
             # Others are not ours to remove, wherever the way leads when it is gone a second time.
             pattern, found = _OURS[area], self.scan(self.area(area))
@@ -142,12 +154,7 @@ class Root:
         if area is Area.ENTRIES:
             old = [(each.path, *os.path.splitext(each.name)) for each in self.scan(self.path)]
             named += [(path, key) for path, key, kind in old if kind in LEGACY_SUFFIXES and is_digest(key)]
-        for path, key in named:
-            if key is None or not key.startswith(prefix):
-                continue
-            facts = self.facts(path)
-            if facts is not None:
-                yield Item(path, key, facts.st_size, facts.st_mtime_ns)
+        return [each for each in named if each[1].startswith(prefix)] if prefix else named
 
     def facts(self, path: str) -> os.stat_result | None:
         """Facts about a file; ``None`` where there is none."""

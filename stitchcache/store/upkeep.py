@@ -27,7 +27,6 @@ from stitchcache.errors import (
     visible,
 )
 from stitchcache.store import KEYED, LEGACY_SUFFIXES, Area, Files, keyed_path, possible_paths, words
-from stitchcache.store.publish import quarantine
 from stitchcache.store.root import Item, Root, host_name
 from stitchcache.types import BlobRef
 
@@ -75,14 +74,15 @@ def read_header(root: Root, path: str) -> Header | None:
     fd = root.open(path)
     if fd is None:
         return None
-    with root.files.opened(fd):
-        size = root.files.fstat(fd).st_size
+    files = root.files
+    with files.opened(fd):
+        facts = files.fstat(fd)
         # Older formats have no header: all of the file is read, and one byte more of one that is too long.
         most = MOST_LEGACY + 1 if path.endswith(LEGACY_SUFFIXES) else _HEAD_READ
-        prefix = root.files.read_exactly(fd, min(size, most))
-        if most == _HEAD_READ:
-            prefix += root.files.read_exactly(fd, header_end(prefix, path=path) - len(prefix))
-    return decode_header(prefix, size, path=path)
+        prefix = files.read_exactly(fd, min(facts.st_size, most))
+        if most == _HEAD_READ and (rest := header_end(prefix, path=path) - len(prefix)) > 0:
+            prefix += files.read_exactly(fd, rest)
+    return decode_header(prefix, facts.st_size, path=path, last_used=facts.st_mtime)
 
 
 def led_to(data: bytes, item: Item) -> list[str]:
@@ -155,7 +155,11 @@ class CacheStats:
 
 def take_stock(root: Root, counters: Mapping[str, int], since: float) -> CacheStats:
     """Statistics of a root."""
-    sizes = {area: [item.size for item in root.items(area)] for area in (*KEYED, Area.QUARANTINE)}
+    # Not by ``items``: of thousands of files only the sizes are wanted.
+    sizes = {
+        area: [facts.st_size for path, _ in root.names(area) if (facts := root.facts(path))]
+        for area in (*KEYED, Area.QUARANTINE)
+    }
     quarantined = sizes.pop(Area.QUARANTINE)
     return CacheStats(
         counters=counters,
@@ -323,6 +327,9 @@ class _Walk:
             self.found(item, "untrusted", error.message)
 
     def _set_aside(self, item: Item, problem: Problem, detail: str, inode: int | None) -> None:
+        # Not at the top: what lists a cache does without what writes it.
+        from stitchcache.store.publish import quarantine
+
         done = self._repair and quarantine(self._root, item.path, inode, detail)
         self.found(item, problem, detail, done)
 

@@ -25,6 +25,7 @@ from stitchcache.artifact.entry import (
     Kind,
     PieceRecord,
     decode,
+    decode_factors,
     decode_piece,
     decode_signed,
     decode_target,
@@ -256,12 +257,33 @@ def test_every_bit_flip_in_what_ls_reads_is_seen(tmp_path):
             read_header(path)
 
 
+def test_factors_alone_are_read_and_checked():
+    factors = tuple(
+        types.Factor(name=name, value="1", digest="2") for name in ("env.cpu", "input.x", "torch.y")
+    )
+    made = dataclasses.replace(small(), factors=factors)
+    data, key = encode(made), made.graph_hash
+    assert decode_factors(data, key, "", ("env.", "torch.")) == (made.label, (factors[0], factors[2]))
+    assert decode_factors(data, key, "", ("none.",)) == (made.label, ())
+    with pytest.raises(EntryFormatError):
+        decode_factors(data[:-40] + bytes(40), key, "", ("env.",))
+    with pytest.raises(EntryFormatError, match="should be about"):
+        decode_factors(data, "ab" * 32, "", ("env.",))
+    _, header, payload = open_frame(data, Kind.ENTRY)
+    value = msgpack.unpackb(payload)
+    for wrong in (None, [{"name": "env.cpu"}], {}, ["env.cpu"]):
+        damaged = seal(Kind.ENTRY, header, msgpack.packb({**value, "factors": wrong}))
+        with pytest.raises(EntryFormatError, match="factors"):
+            decode_factors(damaged, key, "", ("env.",))
+
+
 def test_the_header_alone_says_what_the_whole_says(tmp_path):
     artifact = small()
     data = encode(artifact)
     (tmp_path / "entry").write_bytes(data)
     path = str(tmp_path / "entry")
-    assert read_header(path) == header_of(artifact, path=path, file_bytes=len(data))
+    place = {"path": path, "file_bytes": len(data), "last_used": os.stat(path).st_mtime}
+    assert read_header(path) == header_of(artifact, **place)
     many = tuple(
         types.PieceRef(name="", key="", backend="", blob=types.BlobRef(digest=f"{i:064x}", size=i))
         for i in range(200)

@@ -40,6 +40,7 @@ def test_json_has_raw_values(run_cli, tmp_path):
     assert entry["created"] == made.created
     assert entry["blob_bytes"] == sum(blob.size for blob in made.blobs)
     assert entry["entry_bytes"] == entry_file(tmp_path, key("a")).stat().st_size
+    assert entry["last_used"] == entry_file(tmp_path, key("a")).stat().st_mtime
     assert [blob["digest"] for blob in entry["blobs"]] == [blob.digest for blob in made.blobs]
     assert (entry["pieces"], entry["variants"], entry["format_version"]) == (3, 1, 4)
 
