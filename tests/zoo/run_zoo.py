@@ -116,7 +116,7 @@ def table(directory: Path) -> str:
             record = json.loads(line)
             found.setdefault((record["name"], record["backend"]), {})[record["road"], phase] = record
     rows, good, why = [], 0, []
-    for (name, backend), records in found.items():
+    for (name, backend), records in sorted(found.items(), key=lambda item: (item[0][1] != "eager", item[0])):
         cold, warm = (records.get(("compile", phase), {}) for phase in ("cold", "warm"))
         if not warm:
             continue
@@ -131,7 +131,7 @@ def table(directory: Path) -> str:
             warm.get("hit") or ("-" if "error" in warm else "none"),
             f"{cold['pieces']}/{cold['distinct']}" if "pieces" in cold else "-",
             str(cold.get("seconds", "-")), str(warm.get("seconds", "-")),
-            "-" if not second else "error" if "error" in second else f"{second['hit']}, {second['check']}",
+            "-" if not second else "error" if "error" in second else f"{second['hit'] or 'none'}, {second['check']}",
         ]  # fmt: skip
         rows.append("| " + " | ".join(cells) + " |")
     head = (
