@@ -126,12 +126,13 @@ def table(directory: Path) -> str:
         if not right:
             reason = warm.get("error") or warm.get("why") or warm.get("reason") or ""
             why.append(f"- **{name}**: {reason}")
+        other = f"{second['hit'] or 'none'}, {second['check']}" if "check" in second else "error"
         cells = [
             name, backend, "no" if "error" in cold else "yes", warm.get("check") or "-",
             warm.get("hit") or ("-" if "error" in warm else "none"),
             f"{cold['pieces']}/{cold['distinct']}" if "pieces" in cold else "-",
             str(cold.get("seconds", "-")), str(warm.get("seconds", "-")),
-            "-" if not second else "error" if "error" in second else f"{second['hit'] or 'none'}, {second['check']}",
+            other if second else "-",
         ]  # fmt: skip
         rows.append("| " + " | ".join(cells) + " |")
     head = (
