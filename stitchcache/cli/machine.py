@@ -169,10 +169,14 @@ def _remote() -> Iterator[Trial]:
         level: Level = "ok"
         meaning = ""
         try:
-            if [remote.now(remote.write, name, b"probe") for _ in range(2)] != [True, False]:
+            if remote.registry:
+                remote.now(remote.ask, "head", name)
+                level, meaning = "note", "several nodes may compile one piece: a registry has no leases"
+            elif [remote.now(remote.write, name, b"probe") for _ in range(2)] != [True, False]:
                 level = "note"
                 meaning = "several nodes may compile one piece: it creates what is there already"
-            remote.now(remote.ask, "delete", name)
+            if not remote.registry:
+                remote.now(remote.ask, "delete", name)
         except StoreError as error:
             level, meaning = "problem", f"{error.message}: starts go on without it"
         yield Trial(name="remote", level=level, found=url, meaning=meaning)

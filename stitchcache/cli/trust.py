@@ -262,12 +262,12 @@ def build(directory: str, prefixes: tuple[str, ...], **how: Any) -> None:
 @image.command("push")
 @click.argument("directory", type=click.Path())
 @click.argument("reference")
-@click.option("--insecure", is_flag=True, help="Take a registry without TLS, or with an unknown certificate.")
+@click.option("--insecure", is_flag=True, help="Take a registry without TLS.")
 @out.json_option
 def push_image(directory: str, reference: str, insecure: bool) -> None:
     """Copy the image in DIRECTORY to a registry; REFERENCE is such as registry.example.com/team/cache:1.
 
-    It needs skopeo, and logs in as skopeo does. What is printed names the image by its digest.
+    It logs in with what 'docker login' has left. What is printed names the image by its digest.
     """
     from stitchcache.ext.image import push_image as push_directory
 

@@ -226,7 +226,7 @@ def _remote_stats() -> None:
     remote = cache.tier.remote
     for each in remote.now(remote.listed, "") or ():
         areas.setdefault(each["path"].partition("/")[0], []).append(each["size"])
-    rows = [{"area": name, "objects": len(some), "bytes": sum(some)} for name, some in areas.items()]
+    rows = [{"area": name, "objects": len(some), "bytes": sum(some) or None} for name, some in areas.items()]
     columns: out.Fields = {"AREA": "area", "ENTRIES": "objects", "SIZE": "bytes"}
     out.show({"remote": cache.remote, "areas": rows}, lambda _: out.print_table(columns, rows))
 

@@ -16,10 +16,10 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
+from http.client import HTTPException
+from pathlib import Path
 from typing import Any
 
 from stitchcache.cache import Cache
@@ -27,6 +27,7 @@ from stitchcache.errors import OptionError, StoreWriteError
 from stitchcache.ext.bundle import BLOCK, header
 from stitchcache.ext.export import put_member, replacing, select
 from stitchcache.records import dataclass
+from stitchcache.remote.oci import Registry
 from stitchcache.types import Artifact, BlobRef
 
 _OCI = "application/vnd.oci.image"
@@ -191,33 +192,32 @@ def _described(entry: Artifact) -> dict[str, Any]:
 
 
 def push_image(path: str | os.PathLike[str], reference: str, *, insecure: bool = False) -> str:
-    """Copy an image that :func:`build_image` made to a registry, by skopeo, which knows how to log in.
+    """Copy an image that :func:`build_image` made to a registry, logged in as docker is.
 
     Args:
         path: The directory.
         reference: Where to, such as ``registry.example.com/team/ranker-cache:1.4``.
-        insecure: Let the registry have no TLS, or a certificate that nobody vouches for.
+        insecure: The registry has no TLS.
 
     Returns:
         The reference by digest, which manifests should name.
 
     Raises:
-        OptionError: There is no skopeo here.
-        StoreWriteError: skopeo failed; its words are in the message.
+        StoreWriteError: The registry does not take it; its words are in the message.
     """
-    tool = shutil.which("skopeo")
-    if tool is None or ":" in os.path.abspath(path):
-        said = "pushing needs skopeo on PATH; 'oras cp --from-oci-layout' and 'crane push' do it too."
-        raise OptionError(said if tool is None else f"{path}: skopeo takes no colon.", option="path")
-    words = ["copy", "--quiet", "--preserve-digests", "--retry-times", "3", "--digestfile", "/dev/stdout"]
-    words += [f"--dest-tls-verify={not insecure}".lower(), f"oci:{os.path.abspath(path)}"]
-    done = subprocess.run(
-        [tool, *words, f"docker://{reference}"], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        reason = [f"exit status {done.returncode}", *done.stderr.strip().splitlines()][-1]
-        message = f"{reference}: the image was not pushed: {reason}. 'skopeo login' logs in."
-        raise StoreWriteError(message, path=reference, reason=reason)
     # A tag stands behind the last slash; what stands before may name a port.
     parent, slash, name = reference.partition("@")[0].rpartition("/")
-    return f"{parent}{slash}{name.partition(':')[0]}@{done.stdout.strip()}"
+    repository, tag = parent + slash + name.partition(":")[0], name.partition(":")[2] or "latest"
+    blobs = Path(path, "blobs", "sha256")
+    try:
+        registry = Registry(f"oci://{repository}", insecure)
+        (named,) = json.loads(Path(path, "index.json").read_bytes())["manifests"]
+        manifest = (blobs / named["digest"].removeprefix("sha256:")).read_bytes()
+        said = json.loads(manifest)
+        for part in (said["config"], *said["layers"]):
+            registry.upload(part["digest"], blobs / part["digest"].removeprefix("sha256:"))
+        registry.put_manifest(tag, manifest)
+    except (OSError, ValueError, LookupError, TypeError, HTTPException) as error:
+        message = f"{reference}: the image was not pushed: {error}. 'docker login' logs in."
+        raise StoreWriteError(message, path=reference, reason=str(error)) from error
+    return f"{repository}@{named['digest']}"

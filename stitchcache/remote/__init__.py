@@ -31,7 +31,7 @@ GRACE = 86400.0
 """Seconds for which a prune leaves alone what was put (see ``stitchcache.remote.prune``)."""
 NOTICE_LASTS = 3600.0
 LEASES, NOTICES = "leases", "prunes"
-_PREFIX = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
+_PREFIX = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE", "oc": "OCI"}
 
 
 def wait_seconds() -> float:
@@ -107,6 +107,7 @@ class Remote:
 
     def __init__(self, url: str, count: Callable[..., None], *, retries: int = 2) -> None:
         self.url, self._count, self._retries = url.rstrip("/"), count, retries
+        self.registry = url.startswith("oci://")
         self.requests = 0
         self.wait = self.left = wait_seconds()  # what a start may lose, and what is left of it
         self.reason = ""  # of the last failure
@@ -204,18 +205,24 @@ class Remote:
             return self.usable
 
     def _open(self) -> None:
-        # By name: an extra, which a start from local files does without.
-        self._obstore, store = importlib.import_module("obstore"), importlib.import_module("obstore.store")
-        self._errors = (*self._errors, self._obstore.exceptions.BaseError)
-        if self.url.startswith("file://"):
-            self._store = store.LocalStore(self.url[7:], mkdir=True)
-            return
         # Options that are given here hide the variable that obstore would read.
         plain = os.environ.get(f"{_PREFIX.get(self.url[:2])}_ALLOW_HTTP", "").lower() == "true"
-        client = {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "15m", "allow_http": plain}
-        self._store = store.from_url(
-            self.url, client_options=client, retry_config={"max_retries": self._retries}
-        )
+        # By name: what a start from local files does without, and extras.
+        if self.registry:
+            self._obstore = importlib.import_module("stitchcache.remote.oci").Registry
+            self._store = self._obstore(self.url, plain)
+        else:
+            self._obstore, store = (
+                importlib.import_module("obstore"),
+                importlib.import_module("obstore.store"),
+            )
+            client = {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "15m", "allow_http": plain}
+            retry = {"max_retries": self._retries}
+            if self.url.startswith("file://"):
+                self._store = store.LocalStore(self.url[7:], mkdir=True)
+            else:
+                self._store = store.from_url(self.url, client_options=client, retry_config=retry)
+        self._errors = (*self._errors, self._obstore.exceptions.BaseError)
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -255,6 +262,9 @@ class Remote:
             self.ask("put", name, source, mode="overwrite" if replace else "create")
         except self._obstore.exceptions.AlreadyExistsError:
             return False
+        except FileNotFoundError as error:
+            # There is no such bucket, or no such repository.
+            raise Broken(str(error)) from error
         return True
 
     def listed(self, prefix: str) -> list[Any]:
@@ -263,7 +273,8 @@ class Remote:
 
     def being_pruned(self) -> bool:
         """Whether a prune is under way; clocks may differ by minutes."""
-        return any(time.time() - put_at(each) < NOTICE_LASTS for each in self.listed(NOTICES))
+        notices = [] if self.registry else self.listed(NOTICES)
+        return any(time.time() - put_at(each) < NOTICE_LASTS for each in notices)
 
 
 def put_at(there: Any) -> float:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from stitchcache.artifact.entry import Header, decode_header
-from stitchcache.errors import StoreError
+from stitchcache.errors import OptionError, StoreError
 from stitchcache.remote import AT_ONCE, GRACE, LEASES, NOTICE_LASTS, NOTICES, Remote, put_at
 from stitchcache.remote.tier import MOST_BYTES, Tier, object_name
 from stitchcache.store import Area, key_of
@@ -39,8 +39,12 @@ def planned(tier: Tier, *, dry_run: bool, **limits: Any) -> Iterator[PrunePlan]:
     Limits are as for :meth:`stitchcache.Cache.plan_prune`; ages count from the upload.
 
     Raises:
+        OptionError: It is a registry.
         StoreError: The remote does not answer, or another prune is under way; nothing was removed.
     """
+    if tier.remote.registry:
+        said = f"{tier.remote.url}: a registry keeps what a tag needs: set its own rules for old tags"
+        raise OptionError(said, option="--remote")
     # A request that is sent again might remove what was put since.
     remote = Remote(tier.remote.url, lambda *_: None, retries=0)
     with ThreadPoolExecutor(AT_ONCE) as pool:

@@ -117,7 +117,7 @@ class Tier:
         ``found`` takes a piece that was fetched, and says whether it can be used.
         """
         # The remote may have cost this start its wait already; and who cannot upload must not stop others.
-        mute = cache.read_only or (self._needs(cache) and not cache.keys.can_sign())
+        mute = cache.read_only or self.remote.registry or (self._needs(cache) and not cache.keys.can_sign())
         if mute or self.remote.left <= 0 or not self.remote.usable:
             yield [keys]
             return

@@ -156,7 +156,7 @@ def required() -> Literal["nothing", "hit", "direct"]:
     return "hit" if flag("STITCHCACHE_REQUIRE", also=" or direct") else "nothing"
 
 
-REMOTES = ("s3://", "gs://", "az://", "file://")
+REMOTES = ("s3://", "gs://", "az://", "oci://", "file://")
 
 TRUST = ("owner", "signed", "any")
 """What vouches for files; the first is the default."""

@@ -79,8 +79,7 @@ class Store:
         check_kind("remote", remote, (str, type(None)), "a URL such as 's3://bucket/prefix'")
         self.remote = os.environ.get("STITCHCACHE_REMOTE", "").strip() if remote is None else remote
         if self.remote and not self.remote.startswith(REMOTES):
-            said = f"use {', '.join(REMOTES)} (a registry, oci://, holds images, and no cache that grows)"
-            raise OptionError(f"remote={self.remote!r}: {said}", option="remote")
+            raise OptionError(f"remote={self.remote!r}: use {', '.join(REMOTES)}", option="remote")
         self._files = _files or Files()
         paths = root_paths(root)
         self._roots = [

@@ -94,6 +94,11 @@ def test_without_a_remote_commands_say_how_to_name_one(run_cli, home, command):
     assert "STITCHCACHE_REMOTE" in done.err
 
 
-def test_oci_is_refused_with_the_way_out(run_cli, home):
-    done = run_cli("push", "--remote", "oci://registry.example.com/cache", env=home)
-    assert (done.status, "s3://" in done.err) == (2, True)
+def test_a_registry_needs_no_lease_and_keeps_its_own_rules(run_cli, home):
+    env = {**home, "STITCHCACHE_REMOTE": "oci://127.0.0.1:9/cache", "OCI_ALLOW_HTTP": "true"}
+    findings = run_cli("doctor", "--json", env=env).json["findings"]
+    (found,) = [each for each in findings if each["name"] == "remote"]
+    assert (found["level"], "refused" in found["meaning"]) == ("problem", True), found
+    done = run_cli("prune", "--remote", env=env)
+    assert (done.status, "its own rules" in done.err) == (2, True)
+    assert run_cli("push", "--remote", "http://x", env=home).status == 2

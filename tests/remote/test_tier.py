@@ -163,7 +163,7 @@ def test_a_full_disk_costs_the_fetch_and_one_warning(node, url, uploaded, caplog
     assert sum("nothing is fetched" in r.getMessage() for r in caplog.records) == 1
 
 
-@pytest.mark.parametrize("url", ["oci://registry/x", "http://x", "bucket"])
+@pytest.mark.parametrize("url", ["http://x", "bucket"])
 def test_other_kinds_of_remotes_are_refused(tmp_path, url):
     with pytest.raises(OptionError, match="s3://"):
         Cache(tmp_path, remote=url)
