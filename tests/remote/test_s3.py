@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from stores import key, put, target
 from test_fleet import end, share
+from test_prune import pruned
 from test_tier import fetched
 
 from stitchcache.remote import Remote
@@ -116,3 +117,13 @@ def test_a_killed_holder_is_followed(seaweed, tmp_path, keys):
     assert share(tmp_path, f"{seaweed}/killed", "first", kill_at=12).wait(60) == -9
     ((second, err),) = end([share(tmp_path, f"{seaweed}/killed", "second")])
     assert second["seconds"] < 4, err
+
+
+def test_a_prune_goes_by_the_servers_clock_and_leaves_what_is_young(seaweed, node, keys, monkeypatch):
+    cache = node(f"{seaweed}/pruned")
+    put(cache, "a", [b"1", b"2"])
+    assert pruned(cache, max_bytes=0).files == 0
+    monkeypatch.setattr("stitchcache.remote.prune.GRACE", -10.0)
+    assert pruned(cache, max_bytes=0).entries == [key("a")]
+    remote = cache.tier.remote
+    assert remote.now(remote.listed, "") == []
