@@ -28,6 +28,19 @@ class Breaks(nn.Module):
         return self.second(x), x.shape[0] * 2, self.calls.clone(), torch.arange(x.shape[0])
 
 
+class Counts(nn.Module):
+    """The same in one graph, for a compiler that takes long."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return torch.relu(self.linear(x)), x.shape[0] * 2, self.calls.clone()
+
+
 class Modes(nn.Module):
     """Blocks under other modes, a branch on data, and a constant that is made in the forward."""
 
@@ -101,6 +114,8 @@ def build(name):
     """Model, and calls to make of it."""
     torch.manual_seed(0)
     x = [torch.randn(n, 8) for n in (5, 9, 1, 2)]
+    if name == "counts":
+        return Counts().eval(), [(x[0],), (x[1],)]
     if name == "breaks":
         return Breaks().eval(), [(t,) for t in x]
     if name in {"modes", "autocast"}:

@@ -1,17 +1,20 @@
-"""Tiny models of transformers with random weights: ``hf_models.py NAME``, in a process of its own.
+"""Tiny models of transformers with random weights: ``hf_models.py ROAD NAME...``.
 
-Compiles through a road (``compile`` is ``stitchcache.compile``), calls, and prints what came of it as JSON.
-Further names are models that the process builds beforehand, as a program with other models would.
-Weights come from a seed, so that two processes have the same model.
+Compiles each through a road (``compile`` is ``stitchcache.compile``), calls, and prints what came of it as
+JSON, by name. ``NAME+OTHER`` builds another model beforehand, as a program with other models would. Each has
+a process of its own, forked from one that has torch and transformers: importing them takes longer than most
+models. Weights come from a seed, so that two processes have the same model.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
 import re
 import sys
+import traceback
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -28,7 +31,14 @@ BATCH = stitchcache.Dim("batch", min=1, max=8)
 IDS = {"input_ids": {0: BATCH, 1: LENGTH}}
 # Class of the model, class and fields of its configuration, dynamic shapes, splitting ops, backend.
 MODELS = {
-    "llama": ("LlamaForCausalLM", "LlamaConfig", {**SMALL, **HEADS, "use_cache": False}, IDS, [SDPA], "aoti"),
+    "llama": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {**SMALL, **HEADS, "use_cache": False},
+        IDS,
+        [SDPA],
+        "eager",
+    ),
     "qwen3": (
         "Qwen3ForCausalLM",
         "Qwen3Config",
@@ -128,8 +138,8 @@ class Graphs(logging.Handler):
 
 
 def by_torch_compile(model, name, example):
-    """The second road: Dynamo with our backend; pieces of one model are compiled, of the others not."""
-    options = {"splitting_ops": MODELS[name][4], "backend": "aoti" if name == "vit" else "eager"}
+    """The second road: Dynamo with our backend; the pieces are not compiled."""
+    options = {"splitting_ops": MODELS[name][4], "backend": "eager"}
     graphs = Graphs(torch.compile(model, backend="stitchcache", dynamic=True, options=options))
     logger = logging.getLogger("stitchcache")
     logger.addHandler(graphs)
@@ -155,9 +165,8 @@ def difference(compiled, model, name, rows, length):
     return max(float((tensors(ours)[key] - value).abs().max()) for key, value in tensors(eager).items())
 
 
-def main():
-    road, name, *others = sys.argv[1:]
-    torch.set_num_threads(1)
+def run(road, name, *others):
+    """What came of one model."""
     for other in others:
         build(other)
     model = build(name)
@@ -168,19 +177,42 @@ def main():
     # What was captured of GPT-2 is served from two rows on.
     sizes = ((2, 7), (2 if name == "gpt2" else 1, 2), (3, 64))
     differences = [difference(compiled, model, name, *size) for size in sizes]
-    print(
-        json.dumps(
-            {
-                "hit": compiled.cache_hit,
-                "graph_hash": compiled.graph_hash,
-                "pieces": len(compiled.artifact.pieces),
-                "distinct": len({piece.blob.digest for piece in compiled.artifact.pieces}),
-                "imported": sorted(after - before),
-                "parsed": "stitchcache.codegen.gate" in sys.modules,
-                "differences": differences,
-            }
-        )
-    )
+    return {
+        "hit": compiled.cache_hit,
+        "graph_hash": compiled.graph_hash,
+        "pieces": len(compiled.artifact.pieces),
+        "distinct": len({piece.blob.digest for piece in compiled.artifact.pieces}),
+        "imported": sorted(after - before),
+        "parsed": "stitchcache.codegen.gate" in sys.modules,
+        "differences": differences,
+    }
+
+
+def forked(road, *names):
+    """The same of a forked process."""
+    read, write = os.pipe()
+    if os.fork() == 0:
+        try:
+            result = run(road, *names)
+        except BaseException:  # noqa: BLE001 - a child reports whatever happens in it
+            result = {"error": traceback.format_exc()}
+        with os.fdopen(write, "w") as out:
+            json.dump(result, out)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as source:
+        text = source.read()
+    os.wait()
+    return json.loads(text) if text else {"error": "the child died"}
+
+
+def main():
+    road, *names = sys.argv[1:]
+    # A fork finds no team of threads.
+    torch.set_num_threads(1)
+    if road == "torch-compile":
+        importlib.import_module("torch._dynamo")
+    print(json.dumps({name.partition("+")[0]: forked(road, *name.split("+")) for name in names}))
 
 
 if __name__ == "__main__":

@@ -98,11 +98,11 @@ def test_several_graphs_and_sizes_have_entries_of_their_own(twice):
 
 @pytest.mark.compile
 def test_compiled_pieces_from_a_second_process(compiled_root):
-    first = zoo_process(compiled_root, "aoti", ["breaks"])
-    second = zoo_process(compiled_root, "aoti", ["breaks"])
-    assert first["breaks"]["difference"] <= 1e-5
-    assert second["breaks"]["difference"] <= 1e-5
-    assert {what for what, _ in said(second["breaks"]["lines"])} == {"graph hit"}
+    first = zoo_process(compiled_root, "aoti", ["counts"])["counts"]
+    second = zoo_process(compiled_root, "aoti", ["counts"])["counts"]
+    assert first["difference"] <= 1e-5
+    assert second["difference"] <= 1e-5
+    assert [what for what, _ in said(second["lines"])] == ["graph hit"]
 
 
 class Small(nn.Module):

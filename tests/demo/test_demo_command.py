@@ -110,12 +110,10 @@ def test_a_child_that_dies_is_reported(tmp_path, capfd):
 @pytest.mark.compile
 def test_with_a_compiler(compiled_root):
     root = compiled_root / "demo"
-    done = demo("--layers", 2, "--runs", 1, "--json", "--cache", root)
+    done = demo("--layers", 1, "--runs", 1, "--json", "--cache", root)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert record["hits"] == ["direct"]
     assert record["compilers"] == []
     assert 0 <= record["difference"] < 1e-4
-    assert (record["pieces"], record["distinct"]) == (3, 3)
-    # The target of the same decoder, prewarmed by name, is what the demo left.
-    assert demo("--layers", 2, "--runs", 1, "--cache", root).returncode == 0
+    assert (record["pieces"], record["distinct"]) == (2, 2)
