@@ -71,7 +71,8 @@ WATCHED_FILES = _files(_LIBRARY, _WATCHED_IN_LIBRARY) | _files(_PACKAGES, _WATCH
 
 _FX_TRACE = os.path.join(_PACKAGES, "torch", "fx", "_symbolic_trace.py")
 _ON_BEHALF = ("<frozen importlib", "<frozen zipimport")
-_BYSTANDING_FILES = _files(_LIBRARY, "linecache warnings traceback inspect tokenize logging/__init__")
+FOR_PEOPLE = _files(_LIBRARY, "warnings traceback inspect logging/__init__")
+_BYSTANDING_FILES = FOR_PEOPLE | _files(_LIBRARY, "linecache tokenize")
 """What these read is source text for people, or the code of modules, which is recorded elsewhere."""
 _READ_ANY_FILE = frozenset({"getline", "getlines", "updatecache", "open", "get_data"})
 """Functions of theirs, and of loaders, that read whatever file the model asks for."""
@@ -300,7 +301,7 @@ def module_of(function: Any) -> str | None:
 def on_behalf_of(frame: FrameType) -> FrameType | None:
     """The model's frame that made the library ask the system; ``None`` where it was torch, or an import."""
     bystands, entered = False, ""
-    for caller in _callers(frame):
+    for caller in callers(frame):
         filename = caller.f_code.co_filename
         if not in_stdlib(filename):
             bystands = bystands and entered not in _READ_ANY_FILE
@@ -310,7 +311,8 @@ def on_behalf_of(frame: FrameType) -> FrameType | None:
     return None
 
 
-def _callers(frame: FrameType | None) -> Iterator[FrameType]:
+def callers(frame: FrameType | None) -> Iterator[FrameType]:
+    """A frame, and those that led to it."""
     while frame is not None:
         yield frame
         frame = frame.f_back
@@ -318,14 +320,15 @@ def _callers(frame: FrameType | None) -> Iterator[FrameType]:
 
 def outside_stdlib(frame: FrameType) -> FrameType | None:
     """The nearest caller that is not the library's."""
-    callers = _callers(frame.f_back)
-    return next((caller for caller in callers if not in_stdlib(caller.f_code.co_filename)), None)
+    return next(
+        (caller for caller in callers(frame.f_back) if not in_stdlib(caller.f_code.co_filename)), None
+    )
 
 
 def is_search(frame: FrameType) -> bool:
     """Whether the import machinery asks somebody's finder where a module is; that runs none of it."""
     name = ""
-    for caller in _callers(frame):
+    for caller in callers(frame):
         if stands_by_version(caller.f_code.co_filename):
             machinery = caller.f_code.co_filename.startswith("<frozen importlib")
             return machinery and name in {"find_spec", "find_module", "path_hook"}

@@ -1,42 +1,27 @@
-"""Watches a capture: which code runs, and what that code reads from outside of the model.
-
-A profile function sees every call in the thread; ``sys.monitoring`` gives code without its globals. It is
-taken away for calls of torch that were watched once: a capture runs thousands of lines of torch's Python for
-each op.
-"""
+"""Watches a capture: which code runs, and what that code reads from outside of the model."""
 
 from __future__ import annotations
 
 import builtins
 import contextlib
-import functools
 import gc
 import logging
 import os
 import sys
-import time
 import types
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch.overrides import TorchFunctionMode
-
-from stitchcache.keys import bytecode, check, reads
+from stitchcache.keys import bytecode, check, events, reads
 from stitchcache.keys.bytecode import place
 from stitchcache.keys.check import changed_since_import, read_file
-from stitchcache.keys.walk import Walk, installed_path, module_stands_by_version, stands_by_version
-from stitchcache.torchside import GUARD, active_modes, dispatch_modes
-from stitchcache.torchside.ops import OpOverload
+from stitchcache.keys.walk import Walk, installed_path, stands_by_version
+from stitchcache.torchside import GUARD
 from stitchcache.types import SourceRef
 
 _READ_VARIABLE = type(os.environ).__getitem__.__code__
 _HANDLE_LOG = logging.Logger.callHandlers.__code__
 _DYNAMO = f"{os.sep}torch{os.sep}_dynamo{os.sep}symbolic_convert.py"
 _BUILTINS = vars(builtins)
-# Seconds of a watched call from which taking the profile function away is quicker than letting it do nothing:
-# since Python 3.12 all code is instrumented anew after each change of it.
-_WORTH_TAKING = 1e-3 if sys.version_info >= (3, 12) else 0.0
 
 
 class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
@@ -52,15 +37,15 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         self.sources: tuple[SourceRef, ...] = ()
         self.globals: tuple[tuple[str, str], ...] = ()
         self.unsound: str | None = None
-        self._seen: dict[int, types.CodeType] = {}
+        self.seen: dict[int, types.CodeType] = {}
         self._met: dict[tuple[int, int, int], tuple[Any, type | None]] = {}
-        self._user: dict[int, types.CodeType] = {}
+        self.user: dict[int, types.CodeType] = {}
         self._modules: dict[str, types.ModuleType] = {}
         self._runs: dict[int, int] = {}
         self._generated: set[int] = set()
+        self._muted: types.FrameType | None = None
+        # How much there was to look at so far.
         self.noticed = 0
-        self.paused = False
-        self._unwatched = contextlib.ExitStack()
 
     def __enter__(self) -> SourceRecorder:
         self._reads = reads.Reads(self._keyed)
@@ -71,72 +56,60 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         # What a program does with log records, or when memory is collected, is no part of its models.
         on_collect = (getattr(callback, "__code__", None) for callback in gc.callbacks)
         self._bystanders = {id(code): code for code in (_HANDLE_LOG, *on_collect) if code is not None}
-        self._previous: Any = sys.getprofile()
-        self._callback: Any = self._profiler()
-        # Modes of somebody else's would see what is asked of a call's arguments.
-        if not active_modes():
-            self._unwatched.enter_context(FamiliarCalls(self._callback, self))
-        sys.setprofile(self._callback)
+        self._told = events.listen(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        intact = sys.getprofile() is self._callback
-        sys.setprofile(self._previous)
-        self._unwatched.close()
-        if not intact:
+        if not self._told.close():
             self._refuse("another profiler was installed while the model was captured; compile without it")
+        del self._told
+        self._muted = None
         self._reads.finish(self._runs)
         self._check_covered()
         self.sources = tuple(self._sources())
         self.globals, self.unsound = tuple(self._reads.found.items()), self._reads.unsound
-        self._callback = self._previous = None
 
     @property
     def codes(self) -> list[types.CodeType]:
         """Code that ran, but that of torch and of the standard library."""
-        return list(self._user.values())
+        return list(self.user.values())
 
-    def _profiler(self) -> Callable[[types.FrameType, str, Any], None]:
-        """What Python calls on every call and return: millions of times for a deep model, hence a closure."""
-        quiet: set[int] = set()
-        user, system, bystanders, watched = self._user, reads.SYSTEM, self._bystanders, self._watched
-        runs = self._runs
-        muted: types.FrameType | None = None
+    def started(self, frame: types.FrameType, code: types.CodeType) -> bool:
+        """Look at code that begins to run, or goes on; ``True`` if it need not be shown again."""
+        identity = id(code)
+        if self._is_muted(frame):
+            return False
+        if identity in self._bystanders:
+            self._muted = frame
+            return False
+        if code is _READ_VARIABLE:
+            self._variable(frame)
+        if identity not in self.seen:
+            self.seen[identity] = code
+            self._first_call(frame, code)
+        elif identity in self.user:
+            self._further_call(frame, code)
+        if identity in self.user:
+            self.noticed += 1
+            self._runs[identity] = self._runs.get(identity, 0) + 1
+        if identity in self._watched:
+            self._watched_code(frame, code)
+            return False
+        return identity not in self.user and code is not _READ_VARIABLE
 
-        def profile(frame: types.FrameType, event: str, arg: Any) -> None:
-            nonlocal muted
-            if self.paused:
-                return
-            if muted is not None:
-                if event == "return" and frame is muted:
-                    muted = None
-            elif event == "c_call":
-                if id(arg) in system or id(frame.f_code) in user:
-                    self._call_in_c(frame, arg)
-            elif event == "call":
-                code = frame.f_code
-                identity = id(code)
-                if identity in quiet:
-                    return
-                if identity in bystanders:
-                    muted = frame
-                    return
-                if code is _READ_VARIABLE:
-                    self._variable(frame)
-                if identity not in self._seen:
-                    self._seen[identity] = code
-                    self._first_call(frame, code)
-                elif identity in user:
-                    self._further_call(frame, code)
-                if identity in user:
-                    self.noticed += 1
-                    runs[identity] = runs.get(identity, 0) + 1
-                if identity in watched:
-                    self._watched_code(frame, code)
-                elif identity not in user and code is not _READ_VARIABLE:
-                    quiet.add(identity)
+    def called(self, frame: types.FrameType, function: Any) -> None:
+        """Look at a function made in C before code of the user's calls it, or the library asks the system."""
+        if not self._is_muted(frame):
+            self._call_in_c(frame, function)
 
-        return profile
+    def _is_muted(self, frame: types.FrameType) -> bool:
+        """Whether a frame runs below code of a bystander's."""
+        if self._muted is None:
+            return False
+        if any(caller is self._muted for caller in reads.callers(frame)):
+            return True
+        self._muted = None
+        return False
 
     def _first_call(self, frame: types.FrameType, code: types.CodeType) -> None:
         filename = code.co_filename
@@ -164,7 +137,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
 
     def _meet(self, code: types.CodeType, namespace: dict[str, Any]) -> None:
         """Note code of the user's that was not met before."""
-        self._user[id(code)] = code
+        self.user[id(code)] = code
         if reason := bytecode.asks_unknown(code):
             self._refuse(f"{place(code)} {reason}")
         name = str(namespace.get("__name__"))
@@ -257,7 +230,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         if stands_by_version(code.co_filename):
             return
         self.noticed += 1
-        self._seen[id(code)] = code
+        self.seen[id(code)] = code
         self._meet(code, namespace)
         if not self._read_globals(code, namespace):
             return
@@ -273,7 +246,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
     def _call_in_c(self, frame: types.FrameType, function: Any) -> None:
         """Look at what is called in C: clocks, files and random numbers are in no key."""
         code = frame.f_code
-        if id(code) not in self._user:
+        if id(code) not in self.user:
             caller = reads.on_behalf_of(frame)
             if caller is not None:
                 self.noticed += 1
@@ -296,10 +269,10 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
 
     def _check_covered(self) -> None:
         """Refuse code that no digest stands for: made by exec, or reached with cells nobody wrote down."""
-        constants = (const for code in self._seen.values() for const in code.co_consts)
+        constants = (const for code in self.seen.values() for const in code.co_consts)
         nested = {id(const) for const in constants if isinstance(const, types.CodeType)}
         files = {getattr(module, "__file__", None) for module in self._modules.values()}
-        for identity, code in self._user.items():
+        for identity, code in self.user.items():
             if identity in self._keyed.codes or identity in nested:
                 continue
             if os.path.abspath(code.co_filename) not in files:
@@ -320,94 +293,10 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                 self._refuse(f"the source of {name} cannot be read: {error}; run it from a file")
                 continue
             # Hundreds of functions of an installed package may have run; nobody edits those in place.
-            own = [code for code in self._user.values() if code.co_filename == file]
+            own = [code for code in self.user.values() if code.co_filename == file]
             ran = [] if installed_path(file or "") else own
             reason = changed_since_import(module, data, self._keyed.started, ran)
             if reason is not None:
                 self._refuse(reason)
             found.append(SourceRef(module=label, digest=check.bytes_digest(data), size=len(data)))
         return found
-
-
-# To hash one of these, or to look at a value of these kinds, runs nobody's code.
-_DESCRIPTORS = {types.MethodDescriptorType, types.MethodWrapperType, types.WrapperDescriptorType}
-_FUNCTIONS = frozenset({types.BuiltinFunctionType, types.FunctionType, OpOverload, *_DESCRIPTORS})
-_OF_PYTHON = frozenset({bool, int, float, complex, str, slice, types.NoneType, types.EllipsisType})
-_OF_TORCH = frozenset({torch.SymInt, torch.SymFloat, torch.SymBool, torch.dtype, torch.device, torch.layout})
-_PLAIN = _OF_PYTHON | _OF_TORCH | {torch.Size, torch.memory_format}
-
-
-class FamiliarCalls(TorchFunctionMode):
-    """Takes the profile function away while torch does what it was seen doing.
-
-    A call is familiar when an earlier one of the same function, with arguments of the same kinds (texts and
-    truth values: the same) on the same kinds of devices and under the same kinds of dispatch modes, was
-    watched, and the recorder's ``noticed`` did not grow below it: whether somebody else's code runs there,
-    such as a kernel for one of torch's ops, shows in the first call. Calls that are given anything but
-    torch's own tensors and plain values never are, nor is any under a mode of the user's. Where taking it
-    away costs more than the call, the recorder is only ``paused``.
-    """
-
-    def __init__(self, profile: Callable[..., Any], recorder: SourceRecorder) -> None:
-        super().__init__()
-        self._profile, self._recorder = profile, recorder
-        # With the seconds that the watched call took.
-        self._familiar: dict[tuple[Any, ...], float] = {}
-        self._within = False
-        self._versioned = functools.cache(module_stands_by_version)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run one call, watched or not."""
-        given = kwargs or {}
-        # Dynamo would trace what follows; another profile function is not ours to take away.
-        if self._within or torch.compiler.is_dynamo_compiling() or sys.getprofile() is not self._profile:
-            return func(*args, **given)
-        self._within = self._recorder.paused = True
-        taken = False
-        try:
-            call = self._kind_of_call(func, args, given)
-            took = self._familiar.get(call) if call is not None else None
-            if took is not None:
-                if taken := took > _WORTH_TAKING:
-                    sys.setprofile(None)
-                return func(*args, **given)
-        finally:
-            if taken:
-                sys.setprofile(self._profile)
-            self._within = self._recorder.paused = False
-        before, began = self._recorder.noticed, time.perf_counter()
-        result = func(*args, **given)
-        if call is not None and self._recorder.noticed == before:
-            self._familiar[call] = time.perf_counter() - began
-        return result
-
-    def _kind_of_call(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, ...] | None:
-        # What a user's op does may be known from an earlier capture, and run only for another size.
-        users = isinstance(func, OpOverload) and func.namespace not in {"aten", "prims"}
-        modes = [type(mode) for mode in dispatch_modes()]
-        kinds: list[Any] = [func, *modes, *kwargs]
-        known = type(func) in _FUNCTIONS and not users
-        known = known and all(self._versioned(mode.__module__) for mode in modes)
-        known = known and all(self._add_kind(kinds, value) for value in (*args, *kwargs.values()))
-        return tuple(kinds) if known else None
-
-    def _add_kind(self, kinds: list[Any], value: Any) -> bool:
-        """Add what kind of argument a value is; ``False`` if that cannot be told without running code."""
-        kind = type(value)
-        kinds.append(kind)
-        if kind in _PLAIN:
-            # These choose between ways through torch's code; numbers are sizes.
-            if kind is bool or kind is str:
-                kinds.append(value)
-            return True
-        if kind is tuple or kind is list:
-            kinds.append(len(value))
-            return all(self._add_kind(kinds, item) for item in value)
-        own = issubclass(kind, torch.Tensor) and self._versioned(kind.__module__)
-        if own:
-            kinds.append(value.device.type)
-        return own

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from stitchcache.demo import decoder
-from stitchcache.keys import recorder
-from stitchcache.keys.recorder import FamiliarCalls, SourceRecorder
+from stitchcache.keys import events
+from stitchcache.keys.events import FamiliarCalls
+from stitchcache.keys.recorder import SourceRecorder
 
 
 @pytest.fixture
@@ -36,10 +37,9 @@ class Watch:
     def __init__(self, *noticing):
         self.calls = collections.Counter()
         self.noticing = noticing
-        self.paused = False
 
     def __call__(self, frame, event, arg):
-        if event == "call" and not self.paused:
+        if event == "call":
             self.calls[frame.f_code.co_name] += 1
 
     @property
@@ -261,7 +261,7 @@ def test_a_capture_is_recorded_as_if_all_was_watched(monkeypatch):
 
     familiar, code = record()
     with monkeypatch.context() as patch:
-        patch.setattr(recorder, "active_modes", lambda: ["somebody's"])
+        patch.setattr(events, "active_modes", lambda: ["somebody's"])
         watched, plain = record()
     assert familiar.unsound is None
     assert (familiar.sources, familiar.globals, code) == (watched.sources, watched.globals, plain)

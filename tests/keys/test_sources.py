@@ -309,8 +309,9 @@ def test_a_profiler_that_was_there_before_is_there_again():
 
 def test_a_profiler_that_comes_in_between_is_noticed():
     with SourceRecorder() as recorder:
-        sys.setprofile(None)
+        sys.setprofile(lambda *_: None)
     assert "profiler" in recorder.unsound
+    assert sys.getprofile() is None
 
 
 def test_a_missing_module_is_a_reason(imported):
