@@ -51,21 +51,13 @@ _MOST_MEMBERS = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """What a bundle holds, or what became of it.
+    """What a bundle holds, or what became of it."""
 
-    Args:
-        signer: Who signed it.
-        entries: Graph hashes of its entries.
-        kept: Those of them that the cache had already, its own or newer; they stay as they were.
-        targets: How many target records lead to them.
-        bytes: Size of the file.
-    """
-
-    signer: str
-    entries: tuple[str, ...]
-    kept: tuple[str, ...] = ()
-    targets: int = 0
-    bytes: int = 0
+    signer: str  # who signed it
+    entries: tuple[str, ...]  # graph hashes
+    kept: tuple[str, ...] = ()  # those that the cache had already, its own or newer: they stay as they were
+    targets: int = 0  # how many target records lead to the entries
+    bytes: int = 0  # of the file
 
 
 def header(name: str, size: int, modified: int = 0) -> bytes:

@@ -116,7 +116,15 @@ def select(
     target: str | None = None,
     max_age: float | None = None,
 ) -> Selection:
-    """Choose entries, as :func:`export_bundle` tells; without a key, signatures stay as they are."""
+    """Choose entries; without a key, signatures stay as they are.
+
+    Args:
+        cache: Where they are. Only what it trusts is chosen.
+        graph_hashes: Which ones; all where none is named.
+        label: Only those with a label like this; ``*`` and ``?`` stand for others.
+        target: Only those that a target key beginning so leads to.
+        max_age: Only those compiled at most so many seconds ago.
+    """
     keys: Keys | None = cache.keys if cache.keys.can_sign() else None
     found = {item.key for root in cache._roots for item in root.items(Area.TARGETS, target or "")}
     led = {key: cache.signed_records(key) for key in sorted(found)}
@@ -165,10 +173,7 @@ def export_bundle(
     cache: Cache,
     path: str | os.PathLike[str],
     graph_hashes: Collection[str] = (),
-    *,
-    label: str | None = None,
-    target: str | None = None,
-    max_age: float | None = None,
+    **only: Any,
 ) -> Bundle:
     """Write entries to a bundle, with all that a start elsewhere needs.
 
@@ -176,9 +181,7 @@ def export_bundle(
         cache: Where they are. Only what it trusts is exported.
         path: The file to write; it replaces what has its name.
         graph_hashes: Which entries; all where none is named.
-        label: Only those with a label like this; ``*`` and ``?`` stand for others.
-        target: Only those that a target key beginning so leads to.
-        max_age: Only those compiled at most so many seconds ago.
+        **only: ``label``, ``target`` and ``max_age``, as :func:`select` takes them.
 
     Raises:
         UntrustedEntryError: There is no key to sign with, or an entry that was named is not trusted.
@@ -188,7 +191,7 @@ def export_bundle(
     keys: Keys = cache.keys
     # Raises where there is none.
     signer = keys.name_of(keys.public())
-    found = select(cache, graph_hashes, label=label, target=target, max_age=max_age)
+    found = select(cache, graph_hashes, **only)
     path, digest = os.fspath(path), hashlib.sha256()
     with replacing(path) as temporary, open(cache._files.create(temporary), "wb") as file:
 

@@ -277,6 +277,15 @@ class Remote:
         return any(time.time() - put_at(each) < NOTICE_LASTS for each in notices)
 
 
+# Goes on while a machine sleeps.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def elapsed() -> float:
+    """Seconds by a clock of this machine that nobody sets."""
+    return time.clock_gettime(_CLOCK)
+
+
 def put_at(there: Any) -> float:
     """When an object was put, in Unix seconds of the store's clock."""
     return float(there["last_modified"].timestamp())

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from stitchcache.artifact.entry import Header, decode_header
 from stitchcache.errors import OptionError, StoreError
-from stitchcache.remote import AT_ONCE, GRACE, LEASES, NOTICE_LASTS, NOTICES, Remote, put_at
+from stitchcache.remote import AT_ONCE, GRACE, LEASES, NOTICE_LASTS, NOTICES, Remote, elapsed, put_at
 from stitchcache.remote.tier import MOST_BYTES, Tier, object_name
 from stitchcache.store import Area, key_of
 from stitchcache.store.evict import Look, PrunePlan, PruneResult, plan_prune
@@ -81,7 +81,7 @@ class _Look(Look):
         return now
 
     def _renew(self) -> None:
-        self._renewed = time.monotonic()
+        self._renewed = elapsed()
         self._remote.now(self._remote.write, self.notice, b"a prune is under way", replace=True)
 
     def see(self, now: float) -> None:
@@ -114,6 +114,8 @@ class _Look(Look):
         return tuple(item for item in found if self.is_old(item))
 
     def remove(self, plan: PrunePlan) -> PruneResult:
+        if not self._renewed:
+            raise StoreError(f"{self._remote.url}: this was a look: nothing is removed", path="")
         result, self.unsure = PruneResult(), True
         entries = tuple(item for item, _ in plan.entries)
         for group in (plan.targets, entries, plan.pieces, plan.blobs, plan.leftovers):
@@ -133,7 +135,7 @@ class _Look(Look):
     def _delete(self, item: Item) -> str:
         """Remove an object; why it could not be."""
         try:
-            if time.monotonic() - self._renewed > NOTICE_LASTS / 4:
+            if elapsed() - self._renewed > NOTICE_LASTS / 4:
                 return "the prune was held up; the next one removes it"
             self._remote.now(self._remote.ask, "delete", item.path)
         except StoreError as error:

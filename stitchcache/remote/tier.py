@@ -24,7 +24,7 @@ from stitchcache.errors import (
     StoreError,
     UntrustedEntryError,
 )
-from stitchcache.remote import GRACE, Flight, Leases, Remote, put_at
+from stitchcache.remote import GRACE, Flight, Leases, Remote, elapsed, put_at
 from stitchcache.store import Area, keyed_path, signed
 from stitchcache.store.publish import publish_blob
 from stitchcache.store.store import needs_signature
@@ -213,13 +213,13 @@ class Tier:
         self._require(cache, its.removeprefix(OUTSIDE))
         if name not in self._bad and self.remote.now(self.remote.ask, "head", name) is not None:
             return False
-        unseen = [ref for ref in blobs if time.monotonic() - self._there.get(ref, -_RELIED_ON) >= _RELIED_ON]
+        unseen = [ref for ref in blobs if elapsed() - self._there.get(ref, -_RELIED_ON) >= _RELIED_ON]
         found = [ref for ref in unseen if self._send_blob(cache, ref)]
         # A prune may have seen one when it was older, and remove it yet: see remote/prune.py.
         pruned = self.remote.now(self.remote.being_pruned) if found else False
         if pruned or not all(map(self._blob_there, found)):
             raise StoreError(f"{self.remote.url}: it is being pruned: upload again later", path=name)
-        self._there.update(dict.fromkeys(unseen, time.monotonic()))
+        self._there.update(dict.fromkeys(unseen, elapsed()))
         if its.startswith(OUTSIDE):
             data = files.with_signature(data, Kind.ENTRY, its.removeprefix(OUTSIDE))
         return self._write(name, data, name in self._bad)

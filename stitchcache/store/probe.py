@@ -21,19 +21,12 @@ _LOW_INODES = 10_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One thing that was tried.
+    """One thing that was tried."""
 
-    Args:
-        name: What: ``directory``, ``trust``, ``space``, ``write``, ``lock``, ``exec`` or ``lower layer``.
-        level: ``ok``; ``note`` where the store works around it; ``problem`` where something is lost.
-        found: What was seen, in the system's words where it has some.
-        meaning: What it means for the user, and what to do.
-    """
-
-    name: str
-    level: Level
-    found: str
-    meaning: str = ""
+    name: str  # such as directory, trust, space, write, lock, exec, lower layer
+    level: Level  # a note is worked around; where there is a problem, something is lost
+    found: str  # what was seen, in the system's words where it has some
+    meaning: str = ""  # for the user, and what to do
 
 
 def probe(path: str, *, files: Files | None = None, trust: str = "owner") -> list[Trial]:

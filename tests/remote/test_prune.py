@@ -68,6 +68,8 @@ def test_what_no_entry_needs_goes_after_a_day_and_the_rest_stays(node, url):
     aged(url, 2 * DAY)
     with prune.planned(cache.tier, dry_run=True, **NONE) as plan:
         assert [item.key for item in plan.pieces] == [key("q")]
+    with pytest.raises(StoreError, match="this was a look"):
+        plan.execute()
     assert len(objects(url)) == len(before) - 1, "a look removes nothing"
     assert pruned(cache).files == 2
     gone = {f"targets/{key('nowhere')[:2]}/{key('nowhere')}", f"pieces/{key('q')[:2]}/{key('q')}"}
@@ -172,6 +174,50 @@ def test_a_cache_without_a_remote_is_told(tmp_path):
 # -- beside uploads --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("first", ["upload", "prune"])
+def test_one_may_run_whole_between_any_two_requests_of_the_other(url, node, monkeypatch, first):
+    """With a blob that only an old entry has, one that nothing has, and one that is not there."""
+    point = 1
+    while interrupted(f"{url}-{point}", node, monkeypatch, first, point):
+        assert lacking(f"{url}-{point}") == [], point
+        point += 1
+    assert point > 10
+
+
+def interrupted(url: str, node, monkeypatch, first: str, point: int) -> bool:
+    """Do one thing, and before one of its requests the other; False if it has not so many."""
+    ask, count = remotes.Remote.ask, 0
+    old, new = node(url), node("")
+    put(old, "gone", [b"of nothing"])
+    put(old, "old", [b"only of an old entry"])
+    for path in Path(url[7:]).rglob(f"{key('gone')}.stitch"):
+        path.unlink()
+    aged(url, 3 * DAY)
+    put(new, "new", [b"only of an old entry", b"of nothing", b"not there"])
+    new.remote = url
+
+    def act(name: str) -> None:
+        try:
+            upload(new, "new") if name == "upload" else pruned(old, max_bytes=0)
+        except StoreError as error:
+            said = str(error)
+        else:
+            said = "is being pruned"
+        assert "is being pruned" in said
+
+    def asked(self, verb, *args, **how):
+        nonlocal count
+        count += 1
+        if count == point:
+            act("prune" if first == "upload" else "upload")
+        return ask(self, verb, *args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remotes.Remote, "ask", asked)
+        act(first)
+    return count >= point
+
+
 class Stopped(BaseException):
     """As a process that is killed."""
 
@@ -215,12 +261,18 @@ class Turns:
         threads = [threading.Thread(target=work, args=each, daemon=True) for each in jobs.items()]
         for each in threads:
             each.start()
+        favourite, bursts = "", self._rng.random() < 0.5
         with self._changed:
             while True:
                 assert self._changed.wait_for(lambda: {*self._waiting} >= self._live, 30)
                 if not self._live:
                     break
                 actor = self._rng.choice(sorted(self._live))
+                if bursts and favourite in self._live and self._rng.random() < 0.9:
+                    # Bursts: what is held up between two requests meets all that another does.
+                    actor = favourite
+                elif self._rng.random() < 0.3:
+                    favourite = actor
                 if self._rng.random() < kill:
                     self._killed.add(actor)
                 self._next = actor
@@ -252,7 +304,9 @@ def test_no_entry_is_ever_without_its_blobs(tmp_path, url, monkeypatch, full, pa
     monkeypatch.setattr(remotes.Remote, "ask", asked)
     monkeypatch.setattr(remotes.Remote, "__init__", begun)
     elapsed = [0.0]
-    monkeypatch.setattr(tier, "time", Clock(elapsed))
+    monkeypatch.setattr(tier, "elapsed", lambda: time.monotonic() + elapsed[0])
+    # A node's clock is wrong by minutes.
+    monkeypatch.setattr(tier, "put_at", lambda there: remotes.put_at(there) - 300.0)
     rng = random.Random(f"prune {part}")
     entries = 0
     for round_ in range(2500 if full else 25):
@@ -283,19 +337,6 @@ def test_no_entry_is_ever_without_its_blobs(tmp_path, url, monkeypatch, full, pa
     assert entries > 15
 
 
-class Clock:
-    """A node's clock, wrong by minutes, and its count of seconds."""
-
-    def __init__(self, elapsed: list[float]) -> None:
-        self._elapsed = elapsed
-
-    def time(self) -> float:
-        return time.time() + 300.0
-
-    def monotonic(self) -> float:
-        return time.monotonic() + self._elapsed[0]
-
-
 def named(name: str, cache: Cache, limits: dict):
     def job() -> None:
         threading.current_thread().name = name
@@ -304,7 +345,7 @@ def named(name: str, cache: Cache, limits: dict):
     return job
 
 
-def upload(cache: Cache, number: int) -> None:
+def upload(cache: Cache, number: int | str) -> None:
     """As ``Cache.put`` gives to its tier."""
     found = cache.get(key(number))
     path = cache.root / "entries" / key(number)[:2] / f"{key(number)}.stitch"
