@@ -14,7 +14,7 @@ Uses ``torch.overrides._get_current_function_mode_stack``,
 ``torch.utils._python_dispatch._get_current_dispatch_mode_stack``, ``torch._C._functorch``,
 ``torch._C._set_grad_enabled``, the entries of ``torch._inductor.config`` (``torch.utils._config_module``),
 the names of ``nn.Module``'s hook tables and other attributes, ``torch.nn.modules.module._global_*``,
-``torch.library._impls``,
+``torch.library._impls``, ``torch._native.registry._graphs``,
 ``UntypedStorage._cdata``, ``Tensor._version``, ``torch._neg_view``, ``FakeTensor.fake_mode``,
 ``torch._subclasses.FakeTensorMode``, ``torch.utils._python_dispatch.is_traceable_wrapper_subclass`` and
 ``torch._library.custom_ops.CustomOpDef``, ``torch._ops.OpOverload`` and its packets, a tensor's ``_cdata``,
@@ -106,11 +106,20 @@ _KERNELS = ("/CPU", "/CUDA", "/CompositeImplicitAutograd")
 
 
 def replaced_kernels() -> list[str]:
-    """Ops of torch's own for which somebody registered a kernel in Python."""
+    """Ops of torch's own for which somebody else registered a kernel in Python."""
     # torch itself registers two thousand, nearly all for Meta: the last letter is asked first.
     some = [item for item in torch.library._impls if item[-1] in "UAd" and item.endswith(_KERNELS)]
-    found = [item for item in some if item.startswith("aten/") and item != "aten/_foreach_mm/CUDA"]
-    return sorted(item.split("/")[1] for item in found)
+    replaced = {item for item in some if item.startswith("aten/")}
+    # torch's own are there in every build for CUDA, more of them where Triton is installed.
+    registered: Any = getattr(sys.modules.get("torch._native.registry"), "_graphs", {})
+    for nodes in registered.values() if replaced else ():
+        if all(node.impl_fn.__module__.startswith("torch._native.") for node in nodes):
+            # Before 2.15 all of them are for ops of aten.
+            named = {
+                (getattr(node, "lib_symbol", "aten"), node.op_symbol, node.dispatch_key) for node in nodes
+            }
+            replaced.difference_update(map("/".join, named))
+    return sorted(item.split("/")[1] for item in replaced)
 
 
 def in_function_transform() -> bool:

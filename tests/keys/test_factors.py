@@ -23,7 +23,7 @@ from stitchcache.keys import input_factors, target_key
 from stitchcache.keys.environment import environment_factors, torch_state_factors, tracing_obstacle
 from stitchcache.keys.model import model_factors
 from stitchcache.options import SizeRange
-from stitchcache.torchside import tree
+from stitchcache.torchside import replaced_kernels, tree
 
 
 class Color(enum.Enum):
@@ -696,6 +696,16 @@ def test_no_key_inside_of_a_mode_or_under_hooks_for_all():
 
 
 @pytest.mark.filterwarnings("ignore:Warning only once")
+@pytest.mark.parametrize(("module", "named"), [("torch._native.ops.bmm", []), ("mine", ["bmm"])])
+def test_kernels_that_torch_itself_registers_in_a_build_for_cuda_are_its_own(monkeypatch, module, named):
+    registry = pytest.importorskip("torch._native.registry")
+    kernel = SimpleNamespace(__module__=module)
+    node = SimpleNamespace(op_symbol="bmm", dispatch_key="CUDA", impl_fn=kernel)
+    monkeypatch.setitem(registry._graphs, "bmm", [node])
+    monkeypatch.setattr(torch.library, "_impls", {*torch.library._impls, "aten/bmm/CUDA"})
+    assert replaced_kernels() == named
+
+
 def test_no_key_where_a_kernel_of_torchs_was_replaced():
     assert tracing_obstacle() is None
     library = torch.library.Library("aten", "IMPL")
