@@ -70,12 +70,6 @@ class Misuse(Failure):
     exit_code = 2
 
 
-class Interrupted(Failure):
-    """Ctrl-C, as a shell tells it."""
-
-    exit_code = 130
-
-
 class Commands(click.Group):
     """Commands that are imported when they are used."""
 
@@ -126,7 +120,9 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             # Files are put in place whole, entries after their pieces.
             said = "interrupted. What was stored until now is kept; the same command goes on from there."
-            raise Interrupted(said) from None
+            click.echo(f"stitchcache: {said}", err=True)
+            # As a shell tells it.
+            ctx.exit(130)
 
 
 def _begun(name: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import sys
@@ -10,43 +11,26 @@ from dataclasses import asdict
 
 import click
 
+from stitchcache import store
 from stitchcache.cli import output as out
 from stitchcache.errors import OptionError, StoreError
 from stitchcache.explanation import printable
-from stitchcache.store import (
-    CHECKS,
-    REMOTES,
-    choice,
-    default_roots,
-    flag,
-    max_size,
-    required,
-    split_roots,
-    trust_of,
-)
 from stitchcache.store.probe import Level, Trial, probe, probe_lower
 from stitchcache.store.signed import keys_directory, signature_namespace
 
-
-def _remote_wait() -> float:
-    # Not at the top: few have a remote.
-    from stitchcache.remote import wait_seconds
-
-    return wait_seconds()
-
-
 _SETTINGS: dict[str, Callable[[], object]] = {
-    "max_size": max_size,
-    "require": lambda: {"nothing": False, "hit": True}.get(required(), required()),
-    "check": lambda: choice("STITCHCACHE_CHECK", CHECKS),
-    "read_only": lambda: flag("STITCHCACHE_READONLY"),
-    "audit": lambda: flag("STITCHCACHE_AUDIT"),
-    "trust": lambda: ":".join(trust_of(None, 1 + os.environ.get("STITCHCACHE_TRUST", "").count(":"))),
+    "max_size": store.max_size,
+    "require": lambda: {"nothing": False, "hit": True}.get(store.required(), store.required()),
+    "check": lambda: store.choice("STITCHCACHE_CHECK", store.CHECKS),
+    "read_only": lambda: store.flag("STITCHCACHE_READONLY"),
+    "audit": lambda: store.flag("STITCHCACHE_AUDIT"),
+    "trust": lambda: ":".join(store.trust_of(None, 1 + os.environ.get("STITCHCACHE_TRUST", "").count(":"))),
     "keys": keys_directory,
     "namespace": signature_namespace,
-    "debug": lambda: flag("STITCHCACHE_DEBUG"),
+    "debug": lambda: store.flag("STITCHCACHE_DEBUG"),
     "remote": lambda: out.open_cache(remote=None).remote,
-    "remote_wait": _remote_wait,
+    # By name: few have a remote.
+    "remote_wait": lambda: importlib.import_module("stitchcache.remote").wait_seconds(),
 }
 """Settings, each with what tells its value: an OptionError if its variable makes no sense."""
 # Others' variables that change what is compiled, with what, or where.
@@ -108,10 +92,10 @@ def doctor(path: str | None) -> None:
     """
     # Not through a Cache: one that cannot be opened is what this command is for.
     named = out.one_place("PATH", path)
-    place, *lower = default_roots() if named is None else split_roots(named, option="--cache")
+    place, *lower = store.default_roots() if named is None else store.split_roots(named, option="--cache")
     python = Trial(name="python", level="ok", found=sys.version.split()[0])
     try:
-        trust = trust_of(None, 1 + len(lower))
+        trust = store.trust_of(None, 1 + len(lower))
     except OptionError:
         # Among the environment's findings.
         trust = ["owner"] * (1 + len(lower))
@@ -161,7 +145,7 @@ def _signing(trust: list[str]) -> Trial:
 
 def _remote() -> Iterator[Trial]:
     url = os.environ.get("STITCHCACHE_REMOTE", "").strip()
-    if url.startswith(REMOTES):
+    if url.startswith(store.REMOTES):
         # Not at the top: few have a remote.
         from stitchcache.remote import Remote
 

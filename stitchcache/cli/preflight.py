@@ -49,14 +49,13 @@ def check(source: str | None, node: str, target: str | None) -> None:
     nor the model is needed. Exit status 1 says that something will not hit there.
     """
     # Not at the top: the help page answers without it.
-    from stitchcache.report.preflight import preflight, read_machine, verdict_record
+    from stitchcache.report.preflight import preflight, read_machine
 
     place, there = out.one_place("SOURCE", source), read_machine(node)
     if target is not None:
         found = list(_check_targets(target, there, place))
     else:
-        verdicts = preflight(source or out.open_cache(read_only=True, exists=True), there)
-        found = [verdict_record(verdict) for verdict in verdicts]
+        found = preflight(source or out.open_cache(read_only=True, exists=True), there)
     missed = sum(not each["hit"] for each in found)
     kind, view = ("entries", _print_entries) if target is None else ("targets", _print_targets)
     out.show({kind: found, "missed": missed}, view, finding=missed > 0 or not found)

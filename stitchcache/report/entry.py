@@ -10,30 +10,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from stitchcache import explanation, types
 from stitchcache.artifact.entry import OUTSIDE, decode_named, signature_in, unpack_factors
 from stitchcache.cache import Cache
 from stitchcache.errors import AmbiguousPrefixError, EntryFormatError, GraphHashError, StoreError
-from stitchcache.explanation import (
-    ABSENT,
-    NearestEntry,
-    explain_differences,
-    nearest_entries,
-    printable,
-    stored_targets,
-)
 from stitchcache.options import SizeRange
 from stitchcache.store import Area, Files, keyed_path, possible_paths
 from stitchcache.store.root import Root
-from stitchcache.types import (
-    CALLER_MARK,
-    Artifact,
-    BindingSpec,
-    InputSpec,
-    OutputSpec,
-    TargetRecord,
-    TensorSpec,
-    row_major,
-)
 from stitchcache.words import count_text, moment_text, seconds_text, size_text
 
 Record = dict[str, Any]
@@ -47,7 +30,7 @@ _MOST_NEAR = 3
 class Entry:
     """An entry with the file it came from, and the file's length."""
 
-    artifact: Artifact
+    artifact: types.Artifact
     path: str
     file_bytes: int
     signature: bytes
@@ -172,11 +155,11 @@ def _fields(record: object, *names: str) -> Record:
     return {name: getattr(record, name) for name in names}
 
 
-def _dict(part: InputSpec | OutputSpec | SizeRange | None) -> Record | None:
+def _dict(part: types.InputSpec | types.OutputSpec | SizeRange | None) -> Record | None:
     return None if part is None else asdict(part)
 
 
-def piece_records(artifact: Artifact) -> list[Record]:
+def piece_records(artifact: types.Artifact) -> list[Record]:
     """The different pieces in order of first use, each with the names of its calls."""
     found: dict[str, Record] = {}
     for piece in artifact.pieces:
@@ -186,7 +169,7 @@ def piece_records(artifact: Artifact) -> list[Record]:
     return list(found.values())
 
 
-def gil_words(cache: Cache, artifact: Artifact) -> dict[str, str]:
+def gil_words(cache: Cache, artifact: types.Artifact) -> dict[str, str]:
     """What each different piece does with the GIL while it runs, by its key: ``let go`` or ``kept``.
 
     Pieces that run op by op leave it to torch's ops. A blob that is not in the cache tells nothing.
@@ -199,8 +182,8 @@ def gil_words(cache: Cache, artifact: Artifact) -> dict[str, str]:
         for root in map(str, cache.roots):
             path = keyed_path(root, Area.BLOBS, piece.blob.digest)
             with suppress(OSError), open(Files().open_read(path), "rb") as file:
-                file.seek(-len(CALLER_MARK), os.SEEK_END)
-                found[piece.key] = "let go" if file.read() == CALLER_MARK else "kept"
+                file.seek(-len(types.CALLER_MARK), os.SEEK_END)
+                found[piece.key] = "let go" if file.read() == types.CALLER_MARK else "kept"
                 break
     return found
 
@@ -216,13 +199,16 @@ def compare(a: Entry, b: Entry) -> Record:
     pieces_a, pieces_b = piece_records(one), piece_records(two)
     keys_a, keys_b = ({piece["key"] for piece in pieces} for pieces in (pieces_a, pieces_b))
     parts_a, parts_b = _contract(one), _contract(two)
-    pairs = {name: (parts_a.get(name, ABSENT), parts_b.get(name, ABSENT)) for name in parts_a | parts_b}
+    pairs = {
+        name: (parts_a.get(name, explanation.ABSENT), parts_b.get(name, explanation.ABSENT))
+        for name in parts_a | parts_b
+    }
     names = (one.graph_hash[:12], two.graph_hash[:12])
     return {
         "same": one.graph_hash == two.graph_hash,
         "a": summary(a),
         "b": summary(b),
-        "factors": difference_records(explain_differences(one.factors, two.factors)),
+        "factors": difference_records(explanation.explain_differences(one.factors, two.factors)),
         "contract": difference_records({name: pair for name, pair in pairs.items() if pair[0] != pair[1]}),
         "code": list(difflib.unified_diff(_code(one), _code(two), *names, lineterm="")),
         "pieces": {
@@ -238,7 +224,7 @@ def difference_records(differences: Mapping[str, tuple[str, str]]) -> list[Recor
     return [{"name": name, "old": old, "new": new} for name, (old, new) in differences.items()]
 
 
-def _contract(artifact: Artifact) -> dict[str, str]:
+def _contract(artifact: types.Artifact) -> dict[str, str]:
     parts: dict[str, str] = {}
     for name, text in (
         *((f"input {name}".rstrip(), text) for name, text in input_lines(artifact)),
@@ -249,7 +235,7 @@ def _contract(artifact: Artifact) -> dict[str, str]:
     return parts
 
 
-def _code(artifact: Artifact) -> list[str]:
+def _code(artifact: types.Artifact) -> list[str]:
     lines = []
     for variant in artifact.variants:
         if len(artifact.variants) > 1:
@@ -268,7 +254,7 @@ def explain_key(cache: Cache, prefix: str) -> Record:
     Raises as :func:`read_entry` does; a target may lead to an entry that is gone or damaged.
     """
     kind, key = _named(cache, prefix)
-    targets = stored_targets(cache.roots, **{"prefix" if kind == "target" else "graph_hash": key})
+    targets = explanation.stored_targets(cache.roots, **{"prefix" if kind == "target" else "graph_hash": key})
     packed, path = next(((r.factors, path) for _, path, r in targets if r.factors), (b"", ""))
     # A target's factors can be compared with those of other targets, an entry's only with entries'.
     compared = unpack_factors(packed, path=path) if packed else ()
@@ -285,7 +271,7 @@ def explain_key(cache: Cache, prefix: str) -> Record:
         compared = tuple(f for f in compared or factors if not f.name.startswith("graph."))
     label = entry.artifact.label if entry is not None else targets[0][2].label
     facts = {} if entry is None else summary(entry)
-    near = nearest_entries(cache.roots, compared, label=label, most=_MOST_NEAR, without={key})
+    near = explanation.nearest_entries(cache.roots, compared, label=label, most=_MOST_NEAR, without={key})
     graph_hash = key if kind == "entry" else targets[0][2].graph_hash
     # Calls that did not fit and that a model served itself, by argument.
     counted, misfits = cache.counted(), f"mismatch.{graph_hash[:12]}."
@@ -312,7 +298,7 @@ def _named(cache: Cache, prefix: str) -> tuple[str, str]:
         entries = list(error.candidates)
     except GraphHashError:
         entries = []
-    targets = stored_targets(cache.roots, prefix=prefix.lower())
+    targets = explanation.stored_targets(cache.roots, prefix=prefix.lower())
     labels = dict.fromkeys(entries, "entry") | {key: f"target of {r.label}" for key, _, r in targets}
     if not labels:
         raise GraphHashError(f"no entry and no target in {cache.root} begins with {prefix}", prefix=prefix)
@@ -323,12 +309,12 @@ def _named(cache: Cache, prefix: str) -> tuple[str, str]:
 
 def _ambiguous(prefix: str, labels: Mapping[str, str], kind: str) -> AmbiguousPrefixError:
     """The error for a prefix of several keys, with what each of them is."""
-    lines = [f"  {key}  {printable(label)}".rstrip() for key, label in labels.items()]
+    lines = [f"  {key}  {explanation.printable(label)}".rstrip() for key, label in labels.items()]
     message = f"{prefix} is the beginning of {len(lines)} {kind}; give more digits:"
     return AmbiguousPrefixError("\n".join([message, *lines]), prefix=prefix, candidates=list(labels))
 
 
-def near_records(nearest: Iterable[NearestEntry]) -> list[Record]:
+def near_records(nearest: Iterable[explanation.NearestEntry]) -> list[Record]:
     """The nearest entries as JSON has them."""
     names = ("graph_hash", "target_key", "label", "created", "refused")
     return [
@@ -336,7 +322,7 @@ def near_records(nearest: Iterable[NearestEntry]) -> list[Record]:
     ]
 
 
-def _target_record(key: str, path: str, record: TargetRecord) -> Record:
+def _target_record(key: str, path: str, record: types.TargetRecord) -> Record:
     return {
         "target_key": key,
         **_fields(record, "graph_hash", "label", "created", "refused"),
@@ -349,16 +335,16 @@ def _target_record(key: str, path: str, record: TargetRecord) -> Record:
 # -- in words -------------------------------------------------------------------------------------
 
 
-def tensor_text(tensor: TensorSpec) -> str:
+def tensor_text(tensor: types.TensorSpec) -> str:
     """A tensor such as ``float32[s0, 384] cpu``; strides are told where they are not the usual ones."""
     shape = ", ".join(str(size) for size in tensor.shape)
     text = f"{tensor.dtype}[{shape}] {tensor.device}"
-    if tensor.stride != row_major(tensor.shape):
+    if tensor.stride != types.row_major(tensor.shape):
         text += f" strides ({', '.join(str(size) for size in tensor.stride)})"
     return text
 
 
-def input_lines(artifact: Artifact) -> list[tuple[str, str]]:
+def input_lines(artifact: types.Artifact) -> list[tuple[str, str]]:
     """The input contract as names and values: arguments, ranges of symbols, further constraints."""
     spec, narrowed = artifact.input_spec, artifact.narrowed
     if spec is None:
@@ -375,7 +361,7 @@ def input_lines(artifact: Artifact) -> list[tuple[str, str]]:
     return lines or [("", "no arguments")]
 
 
-def output_lines(artifact: Artifact) -> list[tuple[str, str]]:
+def output_lines(artifact: types.Artifact) -> list[tuple[str, str]]:
     """What a call returns, and what it writes to, as names and values."""
     spec = artifact.output_spec
     if spec is None:
@@ -390,7 +376,7 @@ def output_lines(artifact: Artifact) -> list[tuple[str, str]]:
     return lines
 
 
-def binding_text(binding: BindingSpec) -> str:
+def binding_text(binding: types.BindingSpec) -> str:
     """What a bound tensor must be."""
     text = tensor_text(binding.tensor)
     return f"{text} (the same tensor as {', '.join(binding.aliases)})" if binding.aliases else text

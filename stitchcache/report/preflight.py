@@ -10,7 +10,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from stitchcache import __version__
@@ -31,19 +31,6 @@ _MOST_BYTES = 1 << 20
 _OF_MACHINE = ("env.", "torch.", "code.")
 
 Machine = Mapping[str, Factor]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """What a start from an entry would be on a machine."""
-
-    graph_hash: str
-    label: str  # the model's class or the target's name
-    hit: bool  # whether nothing about the machine stands in the way
-    # Factors that stand in the way, to the entry's value and the machine's.
-    differences: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    # Likewise torch's settings, which the program makes: the machine cannot tell.
-    settings: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def machine_record() -> Record:
@@ -77,7 +64,7 @@ def read_machine(path: str | os.PathLike[str]) -> Machine:
     return {name: Factor(name=name, value=value, digest=digest) for name, value, digest in told}
 
 
-def preflight(source: str | os.PathLike[str] | Cache, machine: Machine) -> list[Verdict]:
+def preflight(source: str | os.PathLike[str] | Cache, machine: Machine) -> list[Record]:
     """Say for each entry of a source whether it will hit on a machine, and what stands in the way.
 
     Args:
@@ -85,14 +72,16 @@ def preflight(source: str | os.PathLike[str] | Cache, machine: Machine) -> list[
         machine: From :func:`read_machine`.
 
     Returns:
-        A verdict an entry, by label and graph hash.
+        A record an entry, by label and graph hash, as ``check --json`` prints it: ``hit`` is whether nothing
+        about the machine stands in the way, ``differences`` are the factors that do, and ``settings`` those
+        that the program makes, of which the machine cannot tell.
 
     Raises:
         OptionError: ``source`` is neither.
         EntryFormatError: An entry of a bundle is damaged.
     """
     found = [_verdict(*told, machine) for told in _entries(source)]
-    return sorted(found, key=lambda verdict: (verdict.label, verdict.graph_hash))
+    return sorted(found, key=lambda verdict: (verdict["label"], verdict["graph_hash"]))
 
 
 def _entries(source: str | os.PathLike[str] | Cache) -> Iterator[tuple[str, str, Sequence[Factor]]]:
@@ -118,23 +107,19 @@ def _entries(source: str | os.PathLike[str] | Cache) -> Iterator[tuple[str, str,
         raise OptionError(said, option="SOURCE") from error
 
 
-def _verdict(graph_hash: str, label: str, factors: Sequence[Factor], machine: Machine) -> Verdict:
-    def differences(named: tuple[str, ...], *, known: bool) -> dict[str, tuple[str, str]]:
+def _verdict(graph_hash: str, label: str, factors: Sequence[Factor], machine: Machine) -> Record:
+    def differences(named: tuple[str, ...], *, known: bool) -> list[Record]:
         there = {f.name: f for f in factors if f.name.startswith(named)}
         both = [machine[name] for name in there if name in machine]
         wanted = [f for name, f in there.items() if name in machine or not known]
-        return explain_differences(wanted, both)
+        return difference_records(explain_differences(wanted, both))
 
     stand = differences(_OF_MACHINE[:1], known=False)
     # An entry that says nothing of its machine is of a format before factors, and hits nowhere directly.
     told = any(factor.name.startswith("env.") for factor in factors)
-    return Verdict(
-        graph_hash=graph_hash,
-        label=label,
-        hit=told and not stand,
-        differences=stand,
-        settings=differences(_OF_MACHINE[1:], known=True),
-    )
+    settings = differences(_OF_MACHINE[1:], known=True)
+    facts = {"graph_hash": graph_hash, "label": label, "hit": told and not stand}
+    return {**facts, "differences": stand, "settings": settings}
 
 
 def check_target(target: Target, cache: Cache, machine: Machine) -> Record:
@@ -169,9 +154,3 @@ def check_target(target: Target, cache: Cache, machine: Machine) -> Record:
         reason = why
     near = nearest_entries(cache.roots, factors, label=target.name, most=3) if not records else []
     return {**found, "reason": reason, "graph_hash": graph_hash, "nearest": near_records(near)}
-
-
-def verdict_record(verdict: Verdict) -> Record:
-    """A verdict as ``check --json`` prints it."""
-    found = {name: difference_records(getattr(verdict, name)) for name in ("differences", "settings")}
-    return {"graph_hash": verdict.graph_hash, "label": verdict.label, "hit": verdict.hit, **found}

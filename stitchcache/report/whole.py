@@ -78,17 +78,15 @@ def _by_label(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _starts(counters: Any) -> dict[str, Any]:
     """Starts by what they found, with the share of hits; ``None`` where none was counted."""
-    hits = {name: counters.get(name, 0) for name in ("hit.direct", "hit.graph")}
-    compiled = counters.get("compiled", 0)
-    starts = sum(hits.values()) + compiled
-    misses = {name.removeprefix("miss."): n for name, n in counters.items() if name.startswith("miss.")}
+    direct, graph, compiled = (counters.get(name, 0) for name in ("hit.direct", "hit.graph", "compiled"))
+    starts = direct + graph + compiled
     return {
         "starts": starts,
-        "direct_hits": hits["hit.direct"],
-        "graph_hits": hits["hit.graph"],
+        "direct_hits": direct,
+        "graph_hits": graph,
         "compiled": compiled,
-        "hit_rate": sum(hits.values()) / starts if starts else None,
-        "misses": misses,
+        "hit_rate": (direct + graph) / starts if starts else None,
+        "misses": {name.removeprefix("miss."): n for name, n in counters.items() if name.startswith("miss.")},
         "spent_seconds": counters.get("microseconds.spent", 0) / 1e6,
         "saved_seconds": counters.get("microseconds.saved", 0) / 1e6,
     }

@@ -12,7 +12,7 @@ import stitchcache
 from stitchcache.encoding import make_factor
 from stitchcache.errors import OptionError
 from stitchcache.keys import environment
-from stitchcache.report.preflight import check_target, machine_record, preflight, read_machine, verdict_record
+from stitchcache.report.preflight import check_target, machine_record, preflight, read_machine
 
 
 class Scaled(nn.Module):
@@ -89,15 +89,12 @@ def here(tmp_path):
 
 def test_this_machine_hits(cache, here):
     (verdict,) = preflight(cache, here())
-    assert (verdict.label, verdict.hit, dict(verdict.differences), dict(verdict.settings)) == (
-        "scaled",
-        True,
-        {},
-        {},
-    )
+    graph_hash = verdict["graph_hash"]
+    known = {"label": "scaled", "hit": True, "differences": [], "settings": []}
+    assert verdict == {"graph_hash": graph_hash, **known}
     assert preflight(cache.root, here()) == [verdict]
     found = check_target(TARGET, cache, here())
-    assert (found["hit"], found["graph_hash"]) == (True, verdict.graph_hash)
+    assert (found["hit"], found["graph_hash"]) == (True, graph_hash)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -121,14 +118,15 @@ def test_another_machine_is_foretold_as_a_start_there_would_go(backend, name, he
         start = stitchcache.compile(model, args, backend=backend, cache=cache, require="direct").cache_hit
     except stitchcache.errors.CacheMissError:
         start = None
-    assert (start == "direct") == verdict.hit == found["hit"], (start, found)
+    assert (start == "direct") == verdict["hit"] == found["hit"], (start, found)
     known = {factor.name for factor in real(backend, {"cpu"})}
     in_the_way = known & OTHERS[name].keys()
     assert not in_the_way & NOT_LOOKED_AT[backend]
-    assert set(verdict.differences) == in_the_way
-    assert verdict.hit == (not in_the_way)
+    differences = {each["name"]: each["new"] for each in verdict["differences"]}
+    assert set(differences) == in_the_way
+    assert verdict["hit"] == (not in_the_way)
     for factor in in_the_way:
-        assert verdict.differences[factor][1].startswith(OTHERS[name][factor])
+        assert differences[factor].startswith(OTHERS[name][factor])
     if in_the_way:
         assert {each["name"] for each in found["nearest"][0]["differences"]} == in_the_way
 
@@ -142,9 +140,8 @@ def test_settings_of_the_program_are_told_apart(tmp_path, here):
     finally:
         torch.set_float32_matmul_precision(precision)
     (verdict,) = preflight(cache, there)
-    assert verdict.hit
-    assert list(verdict.settings) == ["torch.float32_precision"]
-    assert verdict_record(verdict)["settings"][0]["name"] == "torch.float32_precision"
+    assert verdict["hit"]
+    assert [each["name"] for each in verdict["settings"]] == ["torch.float32_precision"]
     assert not check_target(TARGET, cache, there)["hit"], "here the program does not set it"
 
 
@@ -155,7 +152,7 @@ def test_an_entry_of_an_older_format_is_no_hit(tmp_path, cache, here):
     for blob in artifact.blobs:
         other.put_blob(cache.blob_path(blob))
     other.put(replace(artifact, factors=()))
-    assert [verdict.hit for verdict in preflight(other, here())] == [False]
+    assert [verdict["hit"] for verdict in preflight(other, here())] == [False]
 
 
 @pytest.mark.parametrize(
