@@ -12,16 +12,7 @@ import msgpack
 
 from stitchcache.cache import Cache
 from stitchcache.html import Markup, facts, shown, table, tag
-from stitchcache.report.entry import (
-    Entry,
-    Record,
-    binding_text,
-    entry_record,
-    input_lines,
-    output_lines,
-    overview,
-    piece_records,
-)
+from stitchcache.report import entry as entries
 from stitchcache.report.page import asset, page
 from stitchcache.report.steps import UNREADABLE, Step, step_records, steps_of
 from stitchcache.store import Area, keyed_path
@@ -40,14 +31,14 @@ _KERNEL = re.compile(
 """Kernels that a compiled library names: loops that Inductor fused, and calls of torch's own."""
 
 
-def entry_page(cache: Cache, entry: Entry, profile: Record | None = None) -> str:
+def entry_page(cache: Cache, entry: entries.Entry, profile: entries.Record | None = None) -> str:
     """One page that shows all that is known of an entry. Nothing of it is run, and torch is not imported.
 
     ``profile`` is what ``report.profile`` measured.
     """
     artifact = entry.artifact
-    record = entry_record(entry)
-    pieces = piece_records(artifact)
+    record = entries.entry_record(entry)
+    pieces = entries.piece_records(artifact)
     for number, piece in enumerate(pieces):
         piece["letter"] = _letter(number)
         piece["ops"] = _ops(cache, piece)
@@ -56,7 +47,7 @@ def entry_page(cache: Cache, entry: Entry, profile: Record | None = None) -> str
     data = {
         "variants": [found[0] for found in variants],
         "pieces": [{**piece, "bytes": piece["blob"]["bytes"]} for piece in pieces],
-        "weights": {binding.name: binding_text(binding) for binding in artifact.bindings},
+        "weights": {binding.name: entries.binding_text(binding) for binding in artifact.bindings},
         "symbols": [[s.name, s.label, s.min, s.max] for s in spec.symbols] if spec is not None else [],
         "disk": _disk(entry, pieces),
         "profile": profile,
@@ -66,7 +57,7 @@ def entry_page(cache: Cache, entry: Entry, profile: Record | None = None) -> str
     return page(
         f"{title} · stitchcache",
         tag("h1", title),
-        tag("div", facts(overview(entry)), class_="overview"),
+        tag("div", facts(entries.overview(entry)), class_="overview"),
         Markup(asset("drawing.html")),
         *_sections(artifact, record, pieces),
         tag("section", tag("h2", "Code", id="code"), *[found[1] for found in variants]),
@@ -75,7 +66,7 @@ def entry_page(cache: Cache, entry: Entry, profile: Record | None = None) -> str
     )
 
 
-def _last_start(cache: Cache, artifact: Artifact) -> Record:
+def _last_start(cache: Cache, artifact: Artifact) -> entries.Record:
     """When the last start was, as the cache counted it, and the seconds of its stages."""
     facts = cache.starts().get(artifact.graph_hash[:12], {})
     last = {name.removeprefix("last."): each for name, each in facts.items() if name.startswith("last.")}
@@ -84,7 +75,7 @@ def _last_start(cache: Cache, artifact: Artifact) -> Record:
     return {"said": f"{moment_text(at)}; {count_text(hits, 'hit')} counted so far", "stages": stages}
 
 
-def _sources(cache: Cache, artifact: Artifact, pieces: list[Record]) -> list[Markup]:
+def _sources(cache: Cache, artifact: Artifact, pieces: list[entries.Record]) -> list[Markup]:
     """What the compiler generated, where it was kept, as far as a page should carry it."""
     kept = kept_sources(cache, artifact.graph_hash)
     files = [(piece, name, text) for piece in pieces for name, text in kept.get(piece["key"], {}).items()]
@@ -105,7 +96,7 @@ def _letter(number: int) -> str:
     return (_letter(number // 26 - 1) if number >= 26 else "") + chr(65 + number % 26)
 
 
-def _variant(artifact: Artifact, number: int, pieces: list[Record]) -> tuple[Record, Markup]:
+def _variant(artifact: Artifact, number: int, pieces: list[entries.Record]) -> tuple[entries.Record, Markup]:
     """The data of a variant's drawing, and its code with links to the steps."""
     variant, spec = artifact.variants[number], artifact.input_spec
     title = f"sizes {variant.size_range or 'all'}"
@@ -133,7 +124,7 @@ def _variant(artifact: Artifact, number: int, pieces: list[Record]) -> tuple[Rec
     return found, Markup(heading + tag("pre", tag("code", *lines), tabindex="0"))
 
 
-def _ops(cache: Cache, piece: Record) -> list[tuple[str, int]]:
+def _ops(cache: Cache, piece: entries.Record) -> list[tuple[str, int]]:
     """What a piece runs, each with how often it is called, as far as its file says."""
     data = _blob(cache, BlobRef(digest=piece["blob"]["digest"], size=piece["blob"]["bytes"]))
     if data is None:
@@ -169,7 +160,7 @@ def _blob(cache: Cache, ref: BlobRef) -> bytes | None:
     return None
 
 
-def _disk(entry: Entry, pieces: list[Record]) -> list[tuple[str, int, int]]:
+def _disk(entry: entries.Entry, pieces: list[entries.Record]) -> list[tuple[str, int, int]]:
     """What takes bytes on disk: label, bytes, and the number of the piece."""
     carried = [(b.name, b.blob.size) for b in entry.artifact.bindings if b.blob is not None]
     return [
@@ -179,7 +170,7 @@ def _disk(entry: Entry, pieces: list[Record]) -> list[tuple[str, int, int]]:
     ]
 
 
-def _sections(artifact: Artifact, record: Record, pieces: list[Record]) -> list[Markup]:
+def _sections(artifact: Artifact, record: entries.Record, pieces: list[entries.Record]) -> list[Markup]:
     """What is read rather than looked at; long tables are folded."""
     rows = [
         (
@@ -195,13 +186,13 @@ def _sections(artifact: Artifact, record: Record, pieces: list[Record]) -> list[
     ]
     consts = enumerate(text for variant in record["variants"] for text in variant["consts"])
     numbered = [(str(at), text) for at, text in consts]
-    bindings = [(b.kind, b.name, binding_text(b)) for b in artifact.bindings]
+    bindings = [(b.kind, b.name, entries.binding_text(b)) for b in artifact.bindings]
     factors = [(factor.name, factor.value) for factor in artifact.factors]
     titles = ("Piece", "Calls", "Backend", "Size", "Called as", "Key", "Runs")
     return [
         _section("Different pieces", table(titles, rows)),
-        _section("Input", facts(input_lines(artifact))),
-        _section("Output", facts(output_lines(artifact))),
+        _section("Input", facts(entries.input_lines(artifact))),
+        _section("Output", facts(entries.output_lines(artifact))),
         *([_section("Constants", facts(numbered))] if numbered else []),
         _folded("Tensors of the model", table(("Kind", "Name", "Tensor"), bindings), len(bindings)),
         _folded("Factors of its keys", facts(factors), len(factors)),

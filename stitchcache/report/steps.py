@@ -69,20 +69,15 @@ def _named(tree: ast.Module, variant: Variant) -> dict[str, tuple[str, str]]:
 
 
 def _path(node: ast.AST) -> str:
-    parts: list[str] = []
-    while True:
-        match node:
-            case ast.Attribute(value=owner, attr=name):
-                parts.append(name)
-                node = owner
-            case ast.Call(func=ast.Name(id="getattr"), args=[owner, ast.Constant(value=str() as name), *_]):
-                parts.append(name)
-                node = owner
-            case ast.Name(id=name):
-                return ".".join([name, *reversed(parts)])
-            case _:
-                # A method of a value that is no name.
-                return ".".join(["", *reversed(parts)])
+    match node:
+        case ast.Attribute(value=owner, attr=name):
+            return f"{_path(owner)}.{name}"
+        case ast.Call(func=ast.Name(id="getattr"), args=[owner, ast.Constant(value=str() as name), *_]):
+            return f"{_path(owner)}.{name}"
+        case ast.Name(id=name):
+            return name
+    # A method of a value that is no name.
+    return ""
 
 
 class _Reader:
