@@ -287,13 +287,8 @@ def bind_tensors(
                 other = tensor_at(model, alias)
             # Another object over the same memory is the same to whoever reads or writes it.
             if other is not tensor and (other is None or elements_of(other) != elements_of(tensor)):
-                raise BindError(
-                    f"{alias!r} and {binding.name!r} were one tensor when the artifact was compiled and are "
-                    "two now. Tie them again, or compile this model.",
-                    name=alias,
-                    expected=f"the same tensor as {binding.name}",
-                    actual="another tensor",
-                )
+                what = f"{alias!r} and {binding.name!r} were one tensor when it was compiled: tie them again"
+                raise _unfit(what, alias, f"the same tensor as {binding.name}", "another tensor")
         spec = binding.tensor
         if spec.dtype not in dtypes:
             dtypes[spec.dtype] = getattr(torch, spec.dtype, None)

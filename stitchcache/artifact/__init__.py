@@ -108,7 +108,7 @@ def read_packed(read: Callable[[Any], T], data: bytes, path: str, root: str = ""
             data,
             raw=False,
             strict_map_key=True,
-            object_pairs_hook=_unique if counted is None else lambda pairs: _unique(counted(pairs)),
+            object_pairs_hook=unique if counted is None else lambda pairs: unique(counted(pairs)),
             list_hook=counted,
             max_array_len=min(len(data), _MOST_ITEMS),
             max_map_len=min(len(data), _MOST_ITEMS),
@@ -142,7 +142,8 @@ def _counter() -> Callable[[list[Any]], list[Any]]:
     return count
 
 
-def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+def unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A map from outside; a ``ValueError`` where a key stands in it twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a map has the same key twice")

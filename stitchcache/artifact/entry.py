@@ -273,15 +273,13 @@ def decode_factors(
     header = _header(encoded, version, path)
     _check_name("graph_hash", header.graph_hash, key, path)
 
+    def wanted(factor: Any) -> bool:
+        return str(factor.get("name") if type(factor) is dict else factor).startswith(kinds)
+
     def read(value: Any) -> Any:
         every = value.get("factors") if type(value) is dict else None
-        if type(every) is list:
-            every = [
-                each
-                for each in every
-                if str(each.get("name") if type(each) is dict else each).startswith(kinds)
-            ]
-        return reader("tuple[Factor, ...]", globals())(every)
+        some = [*filter(wanted, every)] if type(every) is list else every
+        return reader("tuple[Factor, ...]", globals())(some)
 
     return header.label, read_packed(read, payload, path, "factors")
 

@@ -32,7 +32,7 @@ from stitchcache.explanation import differences_text, explain_differences
 from stitchcache.pieces import children
 from stitchcache.pipeline import start
 from stitchcache.pipeline.find import Miss, OnProgress, Progress, Request, Wanted, find, want
-from stitchcache.runtime.eager import as_it_is
+from stitchcache.runtime import as_it_is
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.types import Artifact, Check
 

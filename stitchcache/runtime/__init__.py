@@ -247,6 +247,15 @@ def run_quietly(function: Callable[..., Any], device: str, arguments: tuple[Any,
         return function(*arguments)
 
 
+def as_it_is(model: torch.nn.Module, device: str) -> Callable[..., Any]:
+    """A model's call, without autograd and autocast as compiled pieces run, whatever the caller's modes."""
+
+    def serve(*args: Any, **kwargs: Any) -> Any:
+        return run_quietly(partial(model, **kwargs), device, args)
+
+    return serve
+
+
 def _compile(
     source: CallSource, arguments: _Arguments, graph_hash: str, objects: CodeObjects
 ) -> Callable[..., Any]:
@@ -277,9 +286,7 @@ def _compile(
 class _Arguments:
     """The arguments of a call, apart from what is in them: brought into the form of the capture.
 
-    Args:
-        spec: The contract.
-        forward: The model's own, whose parameters arguments are named by.
+    They are named by the parameters of ``forward``, the model's own.
     """
 
     def __init__(self, spec: InputSpec, forward: Callable[..., Any]) -> None:
@@ -322,9 +329,8 @@ class _Arguments:
                 keys, given = json.loads(want["context"]), [*value]
                 if keys != given and sorted(map(repr, keys)) == sorted(map(repr, given)):
                     return _other_order(name, keys, given)
-            expected = (
-                "a tensor or plain value" if want["type"] is None else f"a {want['type']} as in the example"
-            )
+            kind = want["type"]
+            expected = "a tensor or plain value" if kind is None else f"a {kind} as in the example"
             found = type(value).__qualname__ if got["type"] != want["type"] else "other contents"
             return mismatch(name, expected, found, "Pass it nested as it was when the model was compiled.")
         given_by = f"{len(args)} positional, {sorted(kwargs)} by keyword"
@@ -340,14 +346,12 @@ class _Arguments:
         except (TypeError, ValueError) as error:
             raise mismatch("arguments", "those of the model's forward", str(error)) from error
         ordered = self.collected
-        found = [key for key in kwargs if key in ordered]
-        if len(found) == len(ordered) and found != ordered:
-            raise _other_order("keywords", ordered, found)
+        passed = [key for key in kwargs if key in ordered]
+        if len(passed) == len(ordered) and passed != ordered:
+            raise _other_order("keywords", ordered, passed)
         given.apply_defaults()
         parameters = signature.parameters
-        plain = [
-            p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
+        plain = [name for name, p in parameters.items() if p.kind in tree.POSITIONAL]
         first = given.args[: min(self._count, len(plain))]
         left = dict(zip(plain, given.args, strict=False)) | given.kwargs
         for name in plain[: len(first)]:
@@ -355,22 +359,14 @@ class _Arguments:
         named = {key: left.pop(key) for key in self._keys if key in left}
         for name, value in left.items():
             if name not in parameters or value is not parameters[name].default:
-                raise mismatch(
-                    name,
-                    "nothing: the capture's example did not pass it",
-                    type(value).__qualname__,
-                    "Compile with an example that passes it.",
-                )
+                expected, found = "nothing: the capture's example did not pass it", type(value).__qualname__
+                raise mismatch(name, expected, found, "Compile with an example that passes it.")
         return (*first, *given.args[len(plain) :]), named
 
 
 def _other_order(argument: str, wanted: Sequence[Any], given: Sequence[Any]) -> InputMismatchError:
-    return mismatch(
-        argument,
-        f"keys in the order {', '.join(map(str, wanted))}",
-        ", ".join(map(str, given)),
-        "The model may go through them in their order.",
-    )
+    expected, found = f"keys in the order {', '.join(map(str, wanted))}", ", ".join(map(str, given))
+    return mismatch(argument, expected, found, "The model may go through them in their order.")
 
 
 def dispatch_over_ranges(
@@ -392,13 +388,7 @@ def dispatch_over_ranges(
         size = args[argument].size(dim)
         place = bisect_left(ends, size)
         if size < starts[place]:
-            raise InputMismatchError(
-                f"{name} is {size}, and this was compiled for {ranges} only. "
-                "Pad the input, or compile with a range that holds this size.",
-                argument=name,
-                expected=ranges,
-                actual=str(size),
-            )
+            raise mismatch(name, ranges, size, "Pad the input, or compile with a range that holds it.")
         return targets[place](*args)
 
     return dispatch

@@ -45,6 +45,7 @@ class Recorded:
     inputs: list[Any]  # where recorded leaves lie; a number for a leaf that is one
     steps: list[Callable[[], None]] = field(default_factory=list)  # in order: graphs, and ops outside
     results: list[Any] = field(default_factory=list)  # tensors of the graphs are borrowed
+    returned: dict[int, int] = field(default_factory=dict)  # results that are arguments: place to leaf
     filled: int = 0  # how far inputs are filled along the dimension of sizes; zeros lie behind
 
 
@@ -215,7 +216,7 @@ class Graphs:
             # Also where an op raises something else.
             recorder.abandon()
             self._session = None
-        recorded.results = self._kept(results, inputs, recorder)
+        self._keep(recorded, results, recorder)
         seconds, taken = time.perf_counter() - began, max(0, recorder.taken() - before)
         count = sum(1 for step in recorded.steps if not isinstance(step, partial))
         found = GraphRecord(sizes=_plain_sizes(larger), seconds=seconds, bytes=taken, graphs=count)
@@ -302,9 +303,9 @@ class Graphs:
         for index in self._inout:
             leaves[index].copy_(_cut(recorded.inputs[index], leaves[index].shape))
         copied, out = self.wanted.outputs == "copied", []
-        for value, shape in zip(recorded.results, shapes, strict=True):
-            if isinstance(value, _Leaf):
-                out.append(leaves[value.index])
+        for place, (value, shape) in enumerate(zip(recorded.results, shapes, strict=True)):
+            if place in recorded.returned:
+                out.append(leaves[recorded.returned[place]])
             elif not isinstance(value, torch.Tensor):
                 out.append(value)
             else:
@@ -313,32 +314,23 @@ class Graphs:
                 out.append(part.clone() if copied and own else part.detach())
         return out
 
-    def _kept(self, results: Iterable[Any], inputs: Sequence[Any], recorder: cuda.Recorder) -> list[Any]:
-        """Results as a recorded call keeps them."""
-        kept: list[Any] = []
-        places = {id(leaf): index for index, leaf in enumerate(inputs) if isinstance(leaf, torch.Tensor)}
-        statics = {storage_id(leaf) for leaf in inputs if isinstance(leaf, torch.Tensor)}
-        for value in results:
-            if id(value) in places:
-                kept.append(_Leaf(places[id(value)]))
-                continue
+    def _keep(self, recorded: Recorded, results: Iterable[Any], recorder: cuda.Recorder) -> None:
+        """Keep results of the recorded call."""
+        inputs = [(i, leaf) for i, leaf in enumerate(recorded.inputs) if isinstance(leaf, torch.Tensor)]
+        leaves = {id(leaf): index for index, leaf in inputs}
+        statics = {storage_id(leaf) for _, leaf in inputs}
+        for place, value in enumerate(results):
+            if id(value) in leaves:
+                recorded.returned[place] = leaves[id(value)]
             own = self._is_own(value) and storage_id(value) not in statics
             borrowed = own and self.wanted.outputs == "copied"
-            kept.append(recorder.borrow(value) if borrowed else value)
-        return kept
+            recorded.results.append(recorder.borrow(value) if borrowed else value)
 
     def _forget(self) -> None:
         """Record everything anew: a tensor of the model lies elsewhere."""
         log.info("%s: a tensor of the model was moved; its CUDA graphs are recorded anew", self._label)
         self._known, self._graphs, self._warm, self._records, self._bytes = {}, {}, {}, {}, 0
         self._in_place = cuda.in_place(self._tensors)
-
-
-class _Leaf:
-    """A result that is an argument."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
 
 
 def with_ops(function: Function, put: Callable[[OpOverload], Any]) -> Function:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from copy import copy
 from functools import partial
 from inspect import Parameter, Signature
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
@@ -24,7 +25,7 @@ from stitchcache.errors import (
     visible,
 )
 from stitchcache.keys.environment import environment_factors
-from stitchcache.runtime import build_call, link
+from stitchcache.runtime import as_it_is, build_call, link
 from stitchcache.state import HOLDERS, bind_tensors, modules_of
 from stitchcache.torchside import has_fakes
 from stitchcache.types import Artifact, Change, Check
@@ -189,12 +190,31 @@ class CompiledModel(torch.nn.Module):
         self._eager = (device, noted)
         self._bind(self.model)
 
-    def _note(self, error: InputMismatchError) -> None:
-        if error.argument not in self.mismatches:
-            log.warning("%s: the model itself serves the call: %s", self.artifact.label, error)
-        self.mismatches[error.argument] = self.mismatches.get(error.argument, 0) + 1
-        if self._eager is not None:
-            self._eager[1](error.argument)
+    def _unless_misfit(
+        self, call: Callable[..., Any], eagerly: Callable[..., Any], noted: Callable[[str], None]
+    ) -> Callable[..., Any]:
+        """A compiled call that leaves to the model what does not fit the contract, and notes each mismatch.
+
+        ``call`` raises ``InputMismatchError`` before anything runs, where arguments do not fit.
+        """
+        own = getattr(call, "__code__", None)
+
+        def serve(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return call(*args, **kwargs)
+            except InputMismatchError as error:
+                codes = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+                if any(code.co_filename.startswith("<stitchcache ") and code is not own for code in codes):
+                    # Raised by a compiled model that a splitting op calls. Pieces have run before it and may
+                    # have written, so the model must not run a second time.
+                    raise
+                if error.argument not in self.mismatches:
+                    log.warning("%s: the model itself serves the call: %s", self.artifact.label, error)
+                self.mismatches[error.argument] = self.mismatches.get(error.argument, 0) + 1
+                noted(error.argument)
+            return eagerly(*args, **kwargs)
+
+        return serve
 
     def explain(self) -> Explanation:
         """Say how this came about: the kind of hit, and why it was not a direct one if it was not.
@@ -254,15 +274,12 @@ class CompiledModel(torch.nn.Module):
         else:
             call, self._tensors, self.cuda_graphs = self.raise_refusal, {}, None
         if self._eager is not None:
-            # Most models are compiled without this choice.
-            from stitchcache.runtime.eager import as_it_is, or_as_it_is
-
-            device = self._eager[0]
+            eagerly = as_it_is(model, self._eager[0])
             if self._refusal is None:
-                call = or_as_it_is(call, model, device, self._note)
+                call = self._unless_misfit(call, eagerly, self._eager[1])
             else:
                 log.warning("%s: the model itself serves all calls: %s", self.artifact.label, self._refusal)
-                call = as_it_is(model, device)
+                call = eagerly
         self._stand_for(model, call)
 
     def _stand_for(self, model: torch.nn.Module, call: Callable[..., Any]) -> None:

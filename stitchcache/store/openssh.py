@@ -13,9 +13,9 @@ import re
 import struct
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Literal
 
-from stitchcache.artifact import read_value, record
+from stitchcache.artifact import read_value, record, unique
 from stitchcache.artifact.entry import OUTSIDE
 from stitchcache.errors import EntryFormatError, UntrustedEntryError
 from stitchcache.records import Count, Digest, Name, dataclass
@@ -160,19 +160,13 @@ _LIMITS = {"namespaces", "valid-after", "valid-before"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signer:
-    """A line of the file: who may sign with a key, for what, and when.
+    """A line of the file: who may sign with a key, for what, and when."""
 
-    Args:
-        names: Patterns of the names that the key may sign under.
-        namespaces: Patterns of what it may sign for; empty is everything.
-        after: Unix seconds from which on it is valid; ``before`` is when it ends.
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # patterns of the names that the key may sign under
     public: bytes
-    namespaces: tuple[str, ...] = ()
-    after: float | None = None
-    before: float | None = None
+    namespaces: tuple[str, ...] = ()  # patterns of what it may sign for; empty is everything
+    after: float | None = None  # Unix seconds from which on it is valid
+    before: float | None = None  # when it ends
 
     def problem(self, namespace: str, moment: float) -> str | None:
         """Why it may not sign for a namespace at a moment; ``None`` where it may."""
@@ -264,22 +258,14 @@ def _moment(text: str | None) -> float | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statement:
-    """What a signature says.
+    """What a signature says."""
 
-    Args:
-        version: Of this grammar.
-        kind: What is signed. ``key`` is the graph hash, target key or piece key that it stands under.
-        digest: Of what is signed, as docs/format.md tells.
-        signer: A name from ``allowed_signers``.
-        created: Unix seconds, as ``expires``.
-    """
-
-    version: Count
-    kind: Literal["entry", "target", "piece", "bundle"]
-    key: Digest
-    digest: Digest
-    signer: Name
-    created: Count
+    version: Count  # of this grammar
+    kind: Literal["entry", "target", "piece", "bundle"]  # what is signed
+    key: Digest  # the graph hash, target key or piece key that it stands under
+    digest: Digest  # of what is signed, as docs/format.md tells
+    signer: Name  # from ``allowed_signers``
+    created: Count  # Unix seconds
     expires: Count
 
     def _flaw(self) -> tuple[str, str] | None:
@@ -294,14 +280,7 @@ def read_statement(data: bytes) -> tuple[Signature, Statement]:
         raise EntryFormatError.at("", "signature", f"{len(data)} bytes, and {_MOST_BYTES} are allowed")
     found = read_signature(data)
     try:
-        value = json.loads(found.text, object_pairs_hook=_unique)
+        value = json.loads(found.text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise EntryFormatError.at("", "signature", f"its statement is no JSON: {error}") from None
     return found, read_value(record(Statement), value, "", "signature")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return found

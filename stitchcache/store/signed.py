@@ -118,15 +118,10 @@ class Signers:
     def verify(
         self, data: bytes, kind: str, key: str, digest: str, *, path: str, about: str = ""
     ) -> Statement:
-        """The statement of a signature that is good for a key and a digest, here and now.
+        """The statement of a signature that is good for a kind, key and digest, here and now.
 
-        Args:
-            data: The signature.
-            kind: What it must be about.
-            key: The same.
-            digest: The same.
-            path: The file that holds it, for messages.
-            about: Tells this place from others: once a statement was taken there, no older one is.
+        ``path`` is the file that holds it, for messages. ``about`` tells this place from others: once a
+        statement was taken there, no older one is.
 
         Raises:
             UntrustedEntryError: It is not good.

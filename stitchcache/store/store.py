@@ -14,7 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -82,14 +82,9 @@ class Store:
             raise OptionError(f"remote={self.remote!r}: use {', '.join(REMOTES)}", option="remote")
         self._files = _files or Files()
         paths = root_paths(root)
+        root_of = partial(Root, files=self._files, durable=durability == "full")
         self._roots = [
-            Root(
-                path,
-                files=self._files,
-                durable=durability == "full",
-                read_only=self.read_only or index > 0,
-                trust=trusted,
-            )
+            root_of(path, read_only=self.read_only or index > 0, trust=trusted)
             for index, (path, trusted) in enumerate(zip(paths, trust_of(trust, len(paths)), strict=True))
         ]
         self._top = self._roots[0]

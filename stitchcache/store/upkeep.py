@@ -118,25 +118,17 @@ def has_entry(roots: Sequence[Root], key: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStats:
-    """What a cache holds and what it did.
+    """What a cache holds and what it did."""
 
-    Args:
-        counters: Name to number, such as ``hit.direct``, ``miss.<reason>``, ``put`` and ``evicted``.
-        since: Unix seconds from which on they were counted; 0 where nothing was.
-        entries: Files of this kind, older formats included; the same for ``blobs``, ``targets``, ``pieces``.
-        files: Files of these four kinds; ``bytes`` are theirs.
-        quarantine_files: Damaged files kept; ``quarantine_bytes`` are theirs.
-    """
-
-    counters: Mapping[str, int]
-    since: float
-    entries: int = 0
+    counters: Mapping[str, int]  # such as ``hit.direct``, ``miss.<reason>``, ``put`` and ``evicted``
+    since: float  # Unix seconds from which on they were counted; 0 where nothing was
+    entries: int = 0  # files of this kind, older formats included, as are the next three
     blobs: int = 0
     targets: int = 0
     pieces: int = 0
-    files: int = 0
-    bytes: int = 0
-    quarantine_files: int = 0
+    files: int = 0  # of these four kinds
+    bytes: int = 0  # of these files
+    quarantine_files: int = 0  # damaged files that are kept
     quarantine_bytes: int = 0
 
     def prometheus(self) -> str:
@@ -184,35 +176,26 @@ _HARMLESS = frozenset({"newer format", "leftover"})
 class Finding:
     """Something that is not as it should be.
 
-    Args:
-        path: The file.
-        problem: Its kind; ``detail`` is what a person reads.
-        repaired: Whether it was put right: damaged files and entries without their blobs go to quarantine,
-            pointers that lead nowhere are removed.
+    Where it was ``repaired``, a damaged file or an entry without its blobs went to quarantine, or a pointer
+    that led nowhere was removed.
     """
 
-    path: str
+    path: str  # the file
     problem: Problem
-    detail: str
+    detail: str  # what a person reads
     repaired: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
 class VerifyReport:
-    """What a verification saw.
+    """What a verification saw."""
 
-    Args:
-        entries: Files of this kind; the same for ``blobs``, ``targets`` and ``pieces``.
-        bytes: Bytes of them, all of which were read.
-        findings: What was wrong.
-    """
-
-    entries: int = 0
+    entries: int = 0  # files of this kind, as are the next three
     blobs: int = 0
     targets: int = 0
     pieces: int = 0
-    bytes: int = 0
-    findings: tuple[Finding, ...] = ()
+    bytes: int = 0  # of these files, all of which were read
+    findings: tuple[Finding, ...] = ()  # what was wrong
 
     @property
     def clean(self) -> bool:

@@ -324,15 +324,9 @@ def load_with_runner(path: str, device: str) -> Callable[[list[Any]], Sequence[A
 
 
 def load_with_caller(path: str, device: str) -> Callable[[list[Any]], Sequence[Any]] | None:
-    """Map a library, to be called without the GIL.
+    """Map a library, to be called without the GIL with a list of tensors, which is emptied.
 
-    Args:
-        path: The library.
-        device: Where it runs: ``cpu``, or ``cuda:1``.
-
-    Returns:
-        One list of tensors, which is emptied, to one list of tensors. ``None`` where the library has no
-        caller, or that cannot be mapped here.
+    ``None`` where the library has no caller, or that cannot be mapped here.
 
     Raises:
         RuntimeError: The library cannot be mapped, or was made for another torch.

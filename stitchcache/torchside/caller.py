@@ -22,10 +22,7 @@ _SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 def compile_caller(compiler: str) -> Path:
-    """Compile the caller, unless it is there.
-
-    Args:
-        compiler: A C++ compiler.
+    """Compile the caller with a C++ compiler, unless it is there.
 
     Raises:
         OSError: The compiler cannot be run, or the directory cannot be written.

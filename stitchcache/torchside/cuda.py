@@ -23,9 +23,6 @@ class Recorder:
 
     Recorded work is not run. Memory that it takes stays with the graphs, whose pool is one: work of two
     graphs must not run at the same time.
-
-    Args:
-        index: The GPU's.
     """
 
     # Of the process, as torch's generators and its allocator know one recording at a time.

@@ -22,6 +22,7 @@ TreeSpec = pytree.TreeSpec
 
 # Results of topk, max, sort and their kin. Torch takes them apart, and does not write their types down.
 _NAMED = "torch.return_types"
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def flatten(value: Any) -> tuple[list[Any], TreeSpec]:
@@ -151,6 +152,5 @@ def positional_names(forward: Callable[..., Any], count: int) -> list[str]:
         parameters = list(inspect.signature(forward).parameters.values())
     except (TypeError, ValueError):
         parameters = []
-    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [p.name for p in parameters if p.kind in plain][:count]
+    names = [p.name for p in parameters if p.kind in POSITIONAL][:count]
     return names + [f"args[{i}]" for i in range(len(names), count)]
