@@ -28,10 +28,6 @@ class CallSource:
         lines: Body lines of ``call``; ``args`` and ``kwargs`` are in scope.
         names: Values that the source refers to by name.
 
-    Args:
-        spec: The contract.
-        narrowed: ``Artifact.narrowed``.
-
     Raises:
         EntryFormatError: A symbol has no canonical name.
     """
@@ -40,9 +36,8 @@ class CallSource:
         for symbol in spec.symbols:
             number = symbol.name.removeprefix("s")
             if number == symbol.name or not (number.isascii() and number.isdecimal()):
-                raise EntryFormatError.at(
-                    "", "input_spec.symbols", f"{symbol.name!r} is not a canonical name"
-                )
+                reason = f"{symbol.name!r} is not a canonical name"
+                raise EntryFormatError.at("", "input_spec.symbols", reason)
         self.spec, self._narrowed = spec, narrowed
         self.lines: list[str] = []
         self.names: dict[str, Any] = {}
@@ -230,9 +225,8 @@ class CallSource:
                 advice = "Widen the range in dynamic_shapes and compile again."
                 if symbol.name in self._narrowed:
                     advice = f"Size {self._narrowed[symbol.name]}."
-                self.refuse_if(
-                    f"not {int(symbol.min)} <= {symbol.name}{high}", where, repr(expected), actual, advice
-                )
+                outside = f"not {int(symbol.min)} <= {symbol.name}{high}"
+                self.refuse_if(outside, where, repr(expected), actual, advice)
         for expr, actual, where in self._derived:
             _arithmetic(expr, self._known, "leaves")
             self.refuse_if(f"{actual} != {expr}", where, repr(f"a size of the form {expr}"), actual)
