@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stitchcache.artifact import entry
@@ -21,6 +22,7 @@ from stitchcache.errors import (
     StoreError,
     StoreWriteError,
     UntrustedEntryError,
+    check_kind,
 )
 from stitchcache.store import LEGACY_SUFFIXES, Area, check_key, keyed_path, words
 from stitchcache.store.root import Root
@@ -431,3 +433,11 @@ class Cache(Store):
         except OSError as error:
             said = f"{error.filename or self.root}: cannot be listed ({words(error)})"
             raise StoreError(said, path=str(self.root)) from error
+
+
+def chosen_cache(cache: Cache | None) -> Cache:
+    """The cache that a caller gave, or the default one; an ``OptionError`` for anything else."""
+    check_kind(
+        "cache", cache, (Cache, NoneType), "a Cache: write cache=stitchcache.Cache(...) with its directory"
+    )
+    return Cache() if cache is None else cache

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from stitchcache.api.compile import compile
-from stitchcache.cache import Cache
+from stitchcache.cache import Cache, chosen_cache
 from stitchcache.encoding import UnkeyableError
 from stitchcache.errors import BindError, InputMismatchError, OptionError, check_kind
 from stitchcache.keys.model import model_factors
-from stitchcache.pipeline.find import check_model, chosen_cache
+from stitchcache.pipeline.find import check_model
 from stitchcache.pipeline.look import verify
 from stitchcache.runtime.model import CompiledModel
 from stitchcache.state import taken_apart

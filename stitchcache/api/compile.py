@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from stitchcache import collection_paused
-from stitchcache.cache import Cache
+from stitchcache.cache import Cache, chosen_cache
 from stitchcache.encoding import UnkeyableError
 from stitchcache.errors import BindError, GraphHashError, OptionError, check_kind
 from stitchcache.keys.model import model_factors
@@ -27,7 +27,6 @@ from stitchcache.pipeline.find import (
     Site,
     Wanted,
     check_model,
-    chosen_cache,
     find,
     find_by_graph,
     want,
@@ -108,30 +107,29 @@ def compile(
             ``require="direct"`` or ``STITCHCACHE_REQUIRE=direct``.
         StaleEntryError: A direct hit that ``STITCHCACHE_AUDIT=1`` found to be wrong.
     """
-    request = request_of(
-        dynamic_shapes=dynamic_shapes,
-        splitting_ops=splitting_ops,
-        size_ranges=size_ranges,
-        backend=backend,
-        on_miss=on_miss,
-        on_mismatch=on_mismatch,
-        require=require,
-        check=check,
-        key_factors=key_factors,
-        options=options,
-        cuda_graphs=cuda_graphs,
-    )
+    given: dict[str, Any] = {
+        "dynamic_shapes": dynamic_shapes,
+        "splitting_ops": splitting_ops,
+        "size_ranges": size_ranges,
+        "backend": backend,
+        "on_miss": on_miss,
+        "on_mismatch": on_mismatch,
+        "require": require,
+        "check": check,
+        "key_factors": key_factors,
+        "options": options,
+        "cuda_graphs": cuda_graphs,
+    }
+    request = Request(**given)
     if preloaded is not None:
         # Whoever has one has imported this.
         from stitchcache.api.preload import Preloaded
 
         check_kind("preloaded", preloaded, Preloaded, "what stitchcache.preload() returned")
-        cache = preloaded.cache if cache is None else cache
-    if preloaded is not None and cache is not preloaded.cache:
-        raise OptionError(
-            "cache and preloaded name two Cache objects: give the same one to preload() and compile().",
-            option="preloaded",
-        )
+        if cache is not None and cache is not preloaded.cache:
+            said = "cache and preloaded name two Cache objects: give the same one to preload() and compile()."
+            raise OptionError(said, option="preloaded")
+        cache = preloaded.cache
     work = partial(
         compile_request, model, args, {} if kwargs is None else kwargs, request, chosen_cache(cache)
     )
@@ -143,26 +141,6 @@ def compile(
             return work(told, preloaded)
     check_kind("on_progress", on_progress, (Callable, NoneType), "a function of one argument, or 'bar'")
     return work(on_progress, preloaded)
-
-
-def request_of(**options: Any) -> Request:
-    """Options as users give them, in one record."""
-    for name, kinds, empty, give in (
-        ("splitting_ops", (list, tuple, set, frozenset), (), "a list of names"),
-        ("size_ranges", (list, tuple), (), "a list of SizeRange objects"),
-        ("key_factors", Mapping, {}, "a dict"),
-        ("options", Mapping, {}, "a dict"),
-    ):
-        value = options.get(name)
-        if value is None:
-            options[name] = empty
-            continue
-        check_kind(name, value, kinds, give)
-        ordered = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
-        options[name] = dict(value) if isinstance(value, Mapping) else tuple(ordered)
-    for position, size_range in enumerate(options["size_ranges"]):
-        check_kind(f"size_ranges[{position}]", size_range, SizeRange, "a stitchcache.SizeRange(min, max)")
-    return Request(**options)
 
 
 def compile_request(

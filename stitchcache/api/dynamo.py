@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from stitchcache.api.compile import request_of
 from stitchcache.cache import Cache
 from stitchcache.capture.dynamo import label_of
 from stitchcache.errors import (
@@ -150,7 +149,7 @@ def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Request
         "options['cache']", where, (Cache, str, os.PathLike, NoneType), "a directory or a stitchcache.Cache"
     )
     cache = where if isinstance(where, Cache) else Cache(where)
-    return request_of(**ours, options=left), cache
+    return Request(**ours, options=left), cache
 
 
 def _compiled(

@@ -17,7 +17,7 @@ import torch
 
 from stitchcache.artifact.consts import dump_consts, load_consts
 from stitchcache.artifact.entry import decode
-from stitchcache.cache import Cache
+from stitchcache.cache import Cache, chosen_cache
 from stitchcache.codegen import compile_execution_fn
 from stitchcache.codegen.gate import check_code
 from stitchcache.encoding import UnkeyableError, make_factor
@@ -25,7 +25,6 @@ from stitchcache.errors import BindError, EntryDamagedError, GraphHashError, Opt
 from stitchcache.keys.environment import environment_factors
 from stitchcache.keys.model import readable
 from stitchcache.keys.walk import plain_bytes
-from stitchcache.pipeline.find import chosen_cache
 from stitchcache.runtime.model import check_environment
 from stitchcache.types import ENGINE, Artifact, Factor, PieceRef, Variant, is_digest
 

@@ -26,8 +26,6 @@ log = logging.getLogger("stitchcache")
 
 # Seconds that the thread has to end when the process exits.
 _AT_EXIT = 10.0
-# In this order: what needs no torch comes first, for the caller may be importing that.
-_ROAD = ("stitchcache.cache", "stitchcache.api.compile")
 
 Ready = dict[tuple[str, str], Any]
 """Loaded pieces, by backend and digest."""
@@ -101,8 +99,8 @@ class Preloaded:
                 artifact = self._find(wanted)
             finally:
                 self._found.set()
-                for name in _ROAD:
-                    importlib.import_module(name)
+                # Last, as it imports torch, which the caller may still be doing.
+                importlib.import_module("stitchcache.api.compile")
             if artifact is not None:
                 what = f"entry {artifact.graph_hash[:12]}"
                 self._load(artifact)
@@ -118,8 +116,8 @@ class Preloaded:
         log.debug("preload: %s in %.3f s", what, time.perf_counter() - began)
 
     def _find(self, wanted: str | None) -> Artifact | None:
-        # Imports torch, which the caller may still be doing; whatever needs none is done by now.
-        from stitchcache.pipeline.find import chosen_cache
+        # Needs no torch.
+        from stitchcache.cache import chosen_cache
 
         self._cache = chosen_cache(self._cache)
         graph_hash = self._cache.latest(wanted) if wanted is not None else None

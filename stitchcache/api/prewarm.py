@@ -16,9 +16,9 @@ from pathlib import Path
 from types import ModuleType, NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
-from stitchcache.api.compile import compile_request, request_of
+from stitchcache.api.compile import compile_request
 from stitchcache.api.progress import bar
-from stitchcache.cache import Cache
+from stitchcache.cache import Cache, chosen_cache
 from stitchcache.errors import (
     CaptureError,
     DuplicateTargetError,
@@ -31,7 +31,7 @@ from stitchcache.errors import (
     check_kind,
 )
 from stitchcache.options import CudaGraphs, SizeRange
-from stitchcache.pipeline.find import Hit, OnProgress, Request, Wanted, check_model, chosen_cache, find, want
+from stitchcache.pipeline.find import Hit, OnProgress, Request, Wanted, check_model, find, want
 from stitchcache.torchside import without_data
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ def request_for(target: Target, more: Mapping[str, Any] | None = None, on_miss: 
     """A target's options in one record, with some of the caller's."""
     own = ("name", "build", "torch_compile")
     asked = {each.name: getattr(target, each.name) for each in fields(Target) if each.name not in own}
-    request = request_of(**asked, on_miss=on_miss, label=target.name)
+    request = Request(**asked, on_miss=on_miss, label=target.name)  # type: ignore[arg-type]
     return replace(request, options={**request.options, **more}) if more else request
 
 

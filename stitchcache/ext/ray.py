@@ -18,10 +18,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from stitchcache.api import prewarm as api
 from stitchcache.api.prewarm import PrewarmReport, PrewarmResult
 from stitchcache.artifact.entry import decode_named, decode_signed
-from stitchcache.cache import Cache
+from stitchcache.cache import Cache, chosen_cache
 from stitchcache.errors import StitchCacheError, TargetError, check_kind
 from stitchcache.ext.export import select
-from stitchcache.pipeline.find import OnProgress, chosen_cache
+from stitchcache.pipeline.find import OnProgress
 from stitchcache.store import Area
 
 # Seconds between two looks at what nodes tell.

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import atexit
 import logging
-import multiprocessing
+import mmap
 import os
 import signal
 import stat
 import tempfile
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
@@ -49,28 +50,18 @@ _AT_EXIT = 10.0
 class Aside:
     """Work in a child process, and a step in this one that ends it; both are watched by a thread.
 
-    Args:
-        owner: Whom it is for. When nobody has the owner any more, the child ends.
-        label: What to call it in the log.
-        work: Runs in the child; what it returns survives pickling.
-        take: Gets that in this process, in the thread. Neither it nor anything else here keeps the owner.
-        backend: The backend's name, for errors.
-        nice: Priority of the child, as of the command ``nice``; ``None`` gives it idle cores only.
-        refused: Why nothing is to be compiled at all.
-
-    Raises:
-        OptionError: No child process can be forked here.
+    When nobody has the ``owner`` any more, the child ends: neither ``take`` nor anything else here keeps it.
+    ``work`` runs in the child, and what it returns survives pickling; ``take`` gets that in this process, in
+    the thread. ``refused`` is why nothing is to be compiled at all.
     """
 
     def __init__(
         self,
         owner: object,
         label: str,
+        request: Request,
         work: Callable[[OnProgress], T],
         take: Callable[[T], None],
-        *,
-        backend: str,
-        nice: int | None = None,
         refused: str = "",
     ) -> None:
         if not children.available():
@@ -80,13 +71,13 @@ class Aside:
                 "model, or use on_miss='compile'.",
                 option="on_miss",
             )
-        self._status, self._label, self._backend = "eager", label, backend
-        self._nice = children.IDLE if nice is None else nice
+        self._status, self._label, self._request = "eager", label, request
         self._process, self._dropped = os.getpid(), False
         self._child: children.Child | None = None
         self._begun, self._ended = threading.Event(), threading.Event()
-        self._mutex = threading.Lock()
-        self._callbacks: list[Callable[[], None]] = []
+        self._callbacks: deque[Callable[[], None]] = deque()
+        # The piece that the child is at, counted from 1, and how many there are: memory that both share.
+        self._piece = memoryview(mmap.mmap(-1, 8)).cast("i")
         if refused:
             self._end(f"failed: {refused}")
             return
@@ -114,7 +105,10 @@ class Aside:
     @property
     def status(self) -> str:
         """As :attr:`CompiledModel.status`."""
-        if self.here or self._status.startswith(("compiled", "failed")):
+        if self.here and self._status == "eager":
+            number, count = self._piece
+            return f"compiling {number} of {count}" if number else "eager"
+        if self.here or self._status != "eager":
             return self._status
         return "failed: this process was forked while another one compiled: call stitchcache.compile() here"
 
@@ -126,12 +120,19 @@ class Aside:
 
     def on_ready(self, callback: Callable[[], None]) -> None:
         """Call something when it is done well, at once where it is."""
-        # A process may have been forked while the mutex was held.
-        with self._mutex if self.here else nullcontext():
-            if self._status != "compiled":
-                self._callbacks.append(callback)
-                return
-        callback()
+        self._callbacks.append(callback)
+        self._call_back()
+
+    def _call_back(self) -> None:
+        # No lock, which a process may be forked with: a callback is taken by one thread, and then called.
+        with suppress(IndexError):
+            while self._status == "compiled":
+                callback = self._callbacks.popleft()
+                try:
+                    callback()
+                except Exception:
+                    # Users' code: one that fails must not keep the others from being called.
+                    log.exception("%s: a callback of on_ready failed", self._label)
 
     def _run(self, work: list[Callable[[OnProgress], T]], take: Callable[[T], None]) -> None:
         # Stands where something raises that nobody thought of; the thread's traceback is printed then.
@@ -151,45 +152,43 @@ class Aside:
         if status != "compiled" and not self._dropped:
             # Before whoever waits goes on.
             log.warning("%s: the model goes on running as it is: %s", self._label, status)
-        with self._mutex:
-            self._status, callbacks, self._callbacks = status, self._callbacks, []
+        self._status = status
         # Before callbacks, which may wait themselves.
         self._ended.set()
-        for callback in callbacks if status == "compiled" else ():
-            try:
-                callback()
-            except Exception:
-                # Users' code: one that fails must not keep the others from being called.
-                log.exception("%s: a callback of on_ready failed", self._label)
+        self._call_back()
 
     def _in_child(self, work: list[Callable[[OnProgress], T]]) -> T:
-        receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
-
         def run() -> T:
-            receiver.close()
             _leave_sockets()
-            return work[0](sender.send)
+            return work[0](self._note)
 
         with tempfile.TemporaryDirectory(prefix="stitchcache-aside-") as directory:
             job = children.Job(
                 name=self._label,
                 run=run,
                 log=Path(directory) / "log",
-                backend=self._backend,
-                nice=self._nice,
+                backend=self._request.backend,
+                nice=children.IDLE if self._request.nice is None else self._request.nice,
             )
-            with sender:
-                child = self._child = children.start(job)
+            child = self._child = children.start(job)
             # The child has the model now. Here it goes with its owner.
             work.clear()
             self._begun.set()
             try:
-                self._watch(child, receiver)
+                ended = (child.process.sentinel, child.connection)
+                if not wait(ended, _LONG):
+                    said = "If no core is ever idle, options={'stitchcache.nice': 10} helps"
+                    log.warning("%s: %s after %d s. %s", self._label, self.status, _LONG, said)
+                    wait(ended)
                 result: T = children.finish(child, _died)
                 return result
             finally:
                 children.end(child)
-                receiver.close()
+
+    def _note(self, now: Progress) -> None:
+        """In the child: say how far it is."""
+        if now.stage == "compile":
+            self._piece[1], self._piece[0] = now.total, min(now.done + 1, now.total)
 
     def _leave(self) -> None:
         """End the child and the thread with the process."""
@@ -204,26 +203,6 @@ class Aside:
         self._dropped = True
         if self.here and self._child is not None and self._child.process.is_alive():
             children.signal_group(self._child, signal.SIGTERM)
-
-    def _watch(self, child: children.Child, receiver: Any) -> None:
-        """Follow what the child tells until it is done or dead."""
-        sources: set[Any] = {child.process.sentinel, child.connection, receiver}
-        patience: float | None = _LONG
-        while True:
-            ready = wait(sources, patience)
-            if not ready:
-                patience = None
-                said = "%s: %s after %d s. If no core is ever idle, options={'stitchcache.nice': 10} helps"
-                log.warning(said, self._label, self._status, _LONG)
-            elif receiver in ready:
-                try:
-                    told: Progress = receiver.recv()
-                    if told.stage == "compile":
-                        self._status = f"compiling {min(told.done + 1, told.total)} of {told.total}"
-                except EOFError:
-                    sources.discard(receiver)
-            else:
-                return
 
 
 def _died(job: children.Job, code: int, lines: Sequence[str]) -> CaptureError:
@@ -284,23 +263,15 @@ class EagerFirst(CompiledModel):
         given, mine = (wanted.args, wanted.kwargs, request, wanted.site.cache), weakref.ref(self)
 
         def take(made: tuple[str, str, str]) -> None:
-            served = mine()
-            if served is not None:
-                served._take(made, *given)
+            if (served := mine()) is not None:
+                served._take(made, given)
 
         refused = (
             "nothing could tell at the end whether the model is still what was compiled: "
             f"{miss.reason}. Mend that, or compile it before it serves (on_miss='compile')."
         )
-        self._aside = Aside(
-            self,
-            wanted.site.label,
-            work,
-            take,
-            backend=request.backend,
-            nice=request.nice,
-            refused=refused if miss.cause == "unkeyable" else "",
-        )
+        refused = refused if miss.cause == "unkeyable" else ""
+        self._aside = Aside(self, wanted.site.label, request, work, take, refused)
 
     @property
     def status(self) -> str:
@@ -363,20 +334,15 @@ class EagerFirst(CompiledModel):
         self._stand_for(model, as_it_is(model, self._device))
 
     def _take(
-        self,
-        made: tuple[str, Any, str],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        request: Request,
-        cache: Cache,
+        self, made: tuple[str, Any, str], given: tuple[tuple[Any, ...], Mapping[str, Any], Request, Cache]
     ) -> None:
         """Load what the child stored. Calls go there from then on; one under way ends where it began.
 
-        ``made`` has the graph hash, and how the child's look at it ended.
+        ``made`` has the graph hash, and how the child's look at it ended; ``given`` is for ``want``.
         """
         graph_hash, looked, why = made
         with self._swapped, collection_paused():
-            before, wanted = self._target.factors, want(self.model, args, kwargs, request, cache)
+            before, wanted = self._target.factors, want(self.model, *given)
             # The child looked at this very model; that it is still the same one, its key and sources tell.
             found = find(wanted)
             if isinstance(found, Miss):
@@ -418,5 +384,5 @@ def eager_graph(
         # Dynamo's guards stand for what the graph relies on: nothing about it can have changed.
         served[0] = take()
 
-    Aside(call, label, work, swap, backend=request.backend, nice=request.nice)
+    Aside(call, label, request, work, swap)
     return call

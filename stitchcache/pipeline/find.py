@@ -48,6 +48,8 @@ _OWN_OPTIONS = {
 class Request:
     """Options of one compilation, as :func:`stitchcache.compile` takes them; ``label`` is for listings.
 
+    Lists, sets and ``None`` are taken too, where there is a tuple or a dict then.
+
     Raises:
         OptionError: An option makes no sense.
     """
@@ -66,6 +68,19 @@ class Request:
     label: str = ""
 
     def __post_init__(self) -> None:
+        for name, kinds, empty, give in (
+            ("splitting_ops", (list, tuple, set, frozenset), (), "a list of names"),
+            ("size_ranges", (list, tuple), (), "a list of SizeRange objects"),
+            ("key_factors", Mapping, {}, "a dict"),
+            ("options", Mapping, {}, "a dict"),
+        ):
+            value = empty if getattr(self, name) is None else getattr(self, name)
+            check_kind(name, value, kinds, give)
+            ordered = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
+            made = dict(value) if isinstance(value, Mapping) else tuple(ordered)
+            object.__setattr__(self, name, made)
+        for position, size_range in enumerate(self.size_ranges):
+            check_kind(f"size_ranges[{position}]", size_range, SizeRange, "a stitchcache.SizeRange(min, max)")
         _one_of("backend", self.backend, BACKENDS)
         _one_of("on_miss", self.on_miss, ("compile", "error", "eager"))
         _one_of("on_mismatch", self.on_mismatch, ("error", "eager"))
@@ -75,8 +90,6 @@ class Request:
             if not isinstance(op, str) or not op:
                 raise _refused("splitting_ops", f": {op!r} is not an op's name; write 'namespace::op'.")
         check_kind("cuda_graphs", self.cuda_graphs, (CudaGraphs, NoneType), "a stitchcache.CudaGraphs(...)")
-        check_kind("key_factors", self.key_factors, Mapping, "a dict")
-        check_kind("options", self.options, Mapping, "a dict")
         for name, value in self.options.items():
             # Inductor looks at its own options when it compiles; eager pieces have none.
             ours = not isinstance(name, str) or name.startswith("stitchcache.") or self.backend == "eager"
@@ -164,14 +177,6 @@ def check_arguments(args: Any, kwargs: Any) -> None:
     """Refuse arguments that are not a tuple and a dict."""
     check_kind("args", args, tuple, "a tuple, such as (x,) for one argument")
     check_kind("kwargs", kwargs, Mapping, "a dict or None")
-
-
-def chosen_cache(cache: Cache | None) -> Cache:
-    """The cache that a caller gave, or the default one; an ``OptionError`` for anything else."""
-    check_kind(
-        "cache", cache, (Cache, NoneType), "a Cache: write cache=stitchcache.Cache(...) with its directory"
-    )
-    return Cache() if cache is None else cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

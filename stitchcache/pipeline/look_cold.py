@@ -80,7 +80,7 @@ def look_cold(
         of_graph = run(op_by_op(captured))
         first = _first_wrong(item for item in of_graph.items if item.name not in skipped)
         if of_graph.fails or first is not None:
-            raise _not_the_model(wanted, captured, of_graph.fails, first, run)
+            raise _not_the_model(wanted, captured, of_graph, first, run)
         if wrong is not None and both.drew and not wrong.fact:
             return unchecked(f"the model draws random numbers, and {wrong.name} {disagreement(wrong)}")
         # The graph is the model, and pieces agreed with it one by one; rounding may still add up too far.
@@ -133,41 +133,37 @@ def _look_twice(wanted: Wanted, captured: Capture, skipped: set[str], run: _Run)
     both = run(op_by_op(captured), times=2)
     wrong = _first_wrong(item for item in both.items if item.name not in skipped)
     if both.fails or wrong is not None:
-        head = f"{type(wanted.model).__qualname__}: a second call gives another result than the first ("
         tail = (
             "): the forward changes numbers, lists or other objects that it also reads. A compiled model "
             "repeats the first call. Nothing was stored. Keep what changes in buffers, written in place, or "
             "pass it as an argument; or pass check='none' if the first call is what you want."
         )
-        raise _mismatch(head, tail, both.fails, wrong)
+        raise _mismatch(wanted, "a second call gives another result than the first (", tail, both, wrong)
 
 
 def _not_the_model(
-    wanted: Wanted, captured: Capture, fails: str, wrong: Compared | None, run: _Run
+    wanted: Wanted, captured: Capture, both: Both, wrong: Compared | None, run: _Run
 ) -> ModelMismatchError:
     module, location = _first_place(wanted.model, captured, run)
     at = f" ({location})" if location else ""
     where = f" The first place where they differ is {module}{at}." if module else ""
-    return _mismatch(
-        f"{type(wanted.model).__qualname__}: what torch.export captured is not what the model does on the "
-        "example: ",
+    head = "what torch.export captured is not what the model does on the example: "
+    tail = (
         f".{where} Nothing was stored. A forward that asks whether it is being traced, or that reads state "
         "which its attributes do not show, comes out different. Change it there, or pass check='none' if the "
-        "graph is what you want.",
-        fails,
-        wrong,
-        module=module,
-        location=location,
+        "graph is what you want."
     )
+    return _mismatch(wanted, head, tail, both, wrong, module=module, location=location)
 
 
-def _mismatch(head: str, tail: str, fails: str, wrong: Compared | None, **place: str) -> ModelMismatchError:
-    reason, output, difference = fails, "", 0.0
+def _mismatch(
+    wanted: Wanted, head: str, tail: str, both: Both, wrong: Compared | None, **facts: Any
+) -> ModelMismatchError:
     if wrong is not None:
-        output, difference = wrong.name, wrong.difference
-        reason = fails or f"{output} {disagreement(wrong)}"
-    said = f"{head}{reason}{tail}"
-    return ModelMismatchError(said, reason=reason, output=output, difference=difference, **place)
+        facts |= {"output": wrong.name, "difference": wrong.difference}
+    reason = both.fails or (f"{wrong.name} {disagreement(wrong)}" if wrong is not None else "")
+    said = f"{type(wanted.model).__qualname__}: {head}{reason}{tail}"
+    return ModelMismatchError(said, reason=reason, **facts)
 
 
 def op_by_op(captured: Capture, graph: Interpreter | None = None) -> Callable[..., Any]:

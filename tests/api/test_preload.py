@@ -136,6 +136,15 @@ def test_before_torch_is_imported(cache, fresh_process):
         print("[]")
         """
     )
+    entry = fresh_process(
+        f"""
+        import json, sys, stitchcache
+        sys.modules["torch"] = None
+        preloaded = stitchcache.preload("Sequential", cache=stitchcache.Cache({str(cache.root)!r}))
+        print(json.dumps([preloaded.cache is not None and preloaded._artifact is not None]))
+        """
+    )
+    assert entry == [True], "the entry is read first, which needs no torch"
     result = fresh_process(
         f"""
         import json, stitchcache
