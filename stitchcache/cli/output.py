@@ -130,7 +130,8 @@ def open_cache(
     layers = None if root is None else split_roots(root, option="--cache")
     cache = Cache(layers, remote=remote, **how)
     missing = [place for place in cache.roots if not place.is_dir()]
-    if missing and (exists or asked("allow_missing") is False):
+    # A remote is looked after from where there may be no cache.
+    if missing and (exists or (remote == "" and asked("allow_missing") is False)):
         raise OptionError(
             f"{missing[0]}: there is no such directory. If it is a mount, mount it; nothing may have been "
             "compiled yet; or name another (--cache, STITCHCACHE_DIR). --allow-missing takes it for empty.",

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from stitchcache.artifact.entry import Header, decode_header
@@ -57,10 +58,6 @@ def planned(tier: Tier, *, dry_run: bool, **limits: Any) -> Iterator[PrunePlan]:
                 remote.now(remote.ask, "delete", look.notice)
 
 
-def _item(there: Any, key: str = "") -> Item:
-    return Item(there["path"], key, there["size"], int(put_at(there) * 1e9))
-
-
 class _Look(Look):
     since = "uploaded"
 
@@ -72,7 +69,7 @@ class _Look(Look):
     def begin(self) -> float:
         """Put the notice, and see that there is no other; the store's time."""
         self._renew()
-        times = {each["path"]: put_at(each) for each in self._listed(NOTICES)}
+        times = {item.path: item.modified / 1e9 for item in self._listed(NOTICES)}
         now = max(times.values(), default=0.0)
         for path, since in times.items():
             if path != self.notice and now - since < NOTICE_LASTS:
@@ -90,14 +87,15 @@ class _Look(Look):
         # An upload may rely on the young blobs of an entry that goes.
         self._ever_named.clear()
 
-    def _listed(self, area: str) -> Sequence[Any]:
-        return self._remote.now(self._remote.listed, area) or ()
+    def _listed(self, area: str) -> Iterator[Item]:
+        for each in self._remote.now(self._remote.listed, area) or ():
+            yield Item(each["path"], "", each["size"], int(put_at(each) * 1e9))
 
     def items(self, area: Area) -> Iterable[Item]:
-        for each in self._listed(area):
-            key = key_of(area, each["path"].rpartition("/")[2])
-            if key is not None and object_name(area, key) == each["path"]:
-                yield _item(each, key)
+        for item in self._listed(area):
+            key = key_of(area, item.path.rpartition("/")[2])
+            if key is not None and object_name(area, key) == item.path:
+                yield replace(item, key=key)
 
     def each(self, ask: Callable[[Item], T], items: Sequence[Item]) -> Iterable[T]:
         return self._pool.map(ask, items)
@@ -110,8 +108,7 @@ class _Look(Look):
         return self._remote.now(self._remote.read, item.path, MOST_BYTES)
 
     def leftovers(self) -> tuple[Item, ...]:
-        found = map(_item, (*self._listed(NOTICES), *self._listed(LEASES)))
-        return tuple(item for item in found if self.is_old(item))
+        return tuple(item for area in (NOTICES, LEASES) for item in self._listed(area) if self.is_old(item))
 
     def remove(self, plan: PrunePlan) -> PruneResult:
         if not self._renewed:

@@ -180,10 +180,9 @@ class Look:
         self.unreadable = tuple(item.path for item in self.entries if found[item] is None)
         everything = [*self._blobs.values(), *found]
         self.bytes, self.files = sum(item.size for item in everything), len(everything)
-        self._ever_named = {name for item in self.entries for name in self.named[item]}
         # A piece record under an entry's own hash names what is kept beside it: see ``store.sources``.
         self._beside = {item.key: self.named[item] for item in self._pieces}
-        self._ever_named.update(*(self._beside.get(item.key, ()) for item in self.entries))
+        self._ever_named = self._needed(self.entries)
         # Whoever leads to an entry of a layer beneath stays.
         self._targets = [
             item
@@ -234,8 +233,7 @@ class Look:
         """Targets, blobs and pieces that go when so many entries do: those that nothing else needs."""
         staying = self.entries[count:]
         keys = {item.key for item in staying}
-        needed = {name for item in staying for name in self.named[item]}
-        needed.update(*(self._beside.get(key, ()) for key in keys))
+        needed = self._needed(staying)
         targets = [item for item in self._targets if keys.isdisjoint(self.named[item])]
         blobs = [
             item
@@ -250,6 +248,9 @@ class Look:
             if blob not in left and (blob in self._blobs or self.is_old(item))
         ]
         return targets, blobs, pieces
+
+    def _needed(self, entries: Iterable[Item]) -> set[str]:
+        return {name for item in entries for name in (*self.named[item], *self._beside.get(item.key, ()))}
 
     def _names(self, area: Area, item: Item) -> list[str] | None:
         """What a file names: nothing where it is damaged, ``None`` where it may be good."""

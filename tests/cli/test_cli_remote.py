@@ -54,7 +54,9 @@ def test_prune_of_the_remote_says_what_goes_and_does_it(run_cli, home, tmp_path)
     for path in (tmp_path / "remote").rglob("*"):
         if path.is_file():
             os.utime(path, (time.time() - 200_000, time.time() - 200_000))
-    look = run_cli("prune", "--remote", "--max-size", "0", env=home)
+    nowhere = {**home, "STITCHCACHE_DIR": str(tmp_path / "nowhere")}
+    assert "entries" in run_cli("stats", "--remote", env=nowhere).out
+    look = run_cli("prune", "--remote", "--max-size", "0", env=nowhere)
     assert (look.status, "Nothing was removed" in look.out, A[:8] in look.out) == (0, True, True), look.err
     assert len(run_cli("pull", "--json", env=home).json["entries"]) == 2
     done = run_cli("prune", "--remote", "--max-age", "1d", "--yes", "--json", env=home)
