@@ -274,7 +274,9 @@ def decode_factors(
     _check_name("graph_hash", header.graph_hash, key, path)
 
     def wanted(factor: Any) -> bool:
-        return str(factor.get("name") if type(factor) is dict else factor).startswith(kinds)
+        name = factor.get("name") if type(factor) is dict else None
+        # What is no factor stays, and is refused.
+        return type(name) is not str or name.startswith(kinds)
 
     def read(value: Any) -> Any:
         every = value.get("factors") if type(value) is dict else None

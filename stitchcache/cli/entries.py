@@ -120,7 +120,7 @@ def inspect(
 
     --html writes one page with the stitching graph drawn, which any browser opens without a network.
     """
-    from stitchcache.report.entry import entry_record, read_entry
+    from stitchcache.report.entry import binding_text, entry_record, read_entry
 
     cache, html = out.open_cache(), out.asked("html")
     entry = read_entry(cache, prefix)
@@ -144,7 +144,10 @@ def inspect(
         if parts["pieces"]:
             _print_pieces(record, digits)
         if parts["bindings"]:
-            _print_bindings(entry.artifact)
+            bound = [
+                {"kind": b.kind, "name": b.name, "tensor": binding_text(b)} for b in entry.artifact.bindings
+            ]
+            out.print_table({"KIND": "kind", "NAME": "name", "TENSOR": "tensor"}, bound)
         if parts["factors"]:
             digest = {"DIGEST": "digest"} if wide else {}
             out.print_table({"FACTOR": "name", **digest, "VALUE": "value"}, record["factors"], digits)
@@ -271,13 +274,6 @@ def _print_pieces(record: out.Record, digits: int) -> None:
         "SHARED BY": "shared_by",
     }
     out.print_table(columns, record["pieces"], digits)
-
-
-def _print_bindings(artifact: Artifact) -> None:
-    from stitchcache.report.entry import binding_text
-
-    rows = [{"kind": b.kind, "name": b.name, "tensor": binding_text(b)} for b in artifact.bindings]
-    out.print_table({"KIND": "kind", "NAME": "name", "TENSOR": "tensor"}, rows)
 
 
 def _print_code(artifact: Artifact) -> None:

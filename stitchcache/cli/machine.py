@@ -53,10 +53,6 @@ def config() -> None:
     for name, value in _SETTINGS.items():
         variable = _variable(name)
         settings[name] = {"value": value(), "source": _source(variable), "variable": variable}
-    out.show({"settings": settings}, _print_settings)
-
-
-def _print_settings(record: out.Record) -> None:
     columns: out.Fields = {
         "SETTING": "name",
         "VALUE": lambda found: (
@@ -65,7 +61,8 @@ def _print_settings(record: out.Record) -> None:
         "FROM": "source",
         "VARIABLE": "variable",
     }
-    out.print_table(columns, [{"name": name, **found} for name, found in record["settings"].items()])
+    rows = [{"name": name, **found} for name, found in settings.items()]
+    out.show({"settings": settings}, lambda _: out.print_table(columns, rows))
 
 
 def _variable(name: str) -> str:

@@ -49,7 +49,12 @@ def entry_page(cache: Cache, entry: entries.Entry, profile: entries.Record | Non
         "pieces": [{**piece, "bytes": piece["blob"]["bytes"]} for piece in pieces],
         "weights": {binding.name: entries.binding_text(binding) for binding in artifact.bindings},
         "symbols": [[s.name, s.label, s.min, s.max] for s in spec.symbols] if spec is not None else [],
-        "disk": _disk(entry, pieces),
+        # What takes bytes: label, bytes, and the number of the piece.
+        "disk": [
+            *[(f"piece {p['letter']}", p["blob"]["bytes"], at) for at, p in enumerate(pieces)],
+            *[(f"constant {b.name}", b.blob.size, -1) for b in artifact.bindings if b.blob is not None],
+            ("code, contract and keys", entry.file_bytes, -1),
+        ],
         "profile": profile,
         "last": _last_start(cache, artifact),
     }
@@ -158,16 +163,6 @@ def _blob(cache: Cache, ref: BlobRef) -> bytes | None:
                 if hashlib.sha256(data).hexdigest() == ref.digest:
                     return data
     return None
-
-
-def _disk(entry: entries.Entry, pieces: list[entries.Record]) -> list[tuple[str, int, int]]:
-    """What takes bytes on disk: label, bytes, and the number of the piece."""
-    carried = [(b.name, b.blob.size) for b in entry.artifact.bindings if b.blob is not None]
-    return [
-        *[(f"piece {p['letter']}", p["blob"]["bytes"], at) for at, p in enumerate(pieces)],
-        *[(f"constant {name}", size, -1) for name, size in carried],
-        ("code, contract and keys", entry.file_bytes, -1),
-    ]
 
 
 def _sections(artifact: Artifact, record: entries.Record, pieces: list[entries.Record]) -> list[Markup]:

@@ -20,7 +20,9 @@ _EXPORT = re.compile(r"export\{[^}]*?\b(\w+) as Graphviz\b[^}]*\};?\s*(?://.*)?\
 def page(title: str, *content: Markup, data: Any = None) -> str:
     """A whole page; with ``data`` for its scripts, it draws a graph."""
     style = asset("page.css")
-    scripts = [] if data is None else [_graphviz(), asset("entry.js")]
+    # Other modules cannot be imported from a page that is a file: Graphviz becomes one of its globals.
+    graphviz = "" if data is None else _EXPORT.sub(r"globalThis.Graphviz=\1;", asset("graphviz.js"))
+    scripts = [] if data is None else [graphviz, asset("entry.js")]
     # Nothing else is run, and nothing is fetched, whatever an entry may say.
     allowed = [f"'{_digest(script)}'" for script in scripts]
     allowed += ["'wasm-unsafe-eval'"] if scripts else ["'none'"]
@@ -66,12 +68,6 @@ def write_page(path: str, text: str) -> None:
 def asset(name: str) -> str:
     """A file that pages are made of."""
     return Path(__file__).with_name("assets").joinpath(name).read_text("utf-8")
-
-
-def _graphviz() -> str:
-    """Graphviz as a script that other scripts of the page can use."""
-    # Other modules cannot be imported from a page that is a file.
-    return _EXPORT.sub(r"globalThis.Graphviz=\1;", asset("graphviz.js"))
 
 
 def _digest(text: str) -> str:

@@ -271,7 +271,7 @@ def test_factors_alone_are_read_and_checked():
         decode_factors(data, "ab" * 32, "", ("env.",))
     _, header, payload = open_frame(data, Kind.ENTRY)
     value = msgpack.unpackb(payload)
-    for wrong in (None, [{"name": "env.cpu"}], {}, ["env.cpu"]):
+    for wrong in (None, [{"name": "env.cpu"}], {}, ["input.x"], [{"name": 1}], [[]], [{}]):
         damaged = seal(Kind.ENTRY, header, msgpack.packb({**value, "factors": wrong}))
         with pytest.raises(EntryFormatError, match="factors"):
             decode_factors(damaged, key, "", ("env.",))

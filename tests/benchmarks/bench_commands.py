@@ -51,7 +51,6 @@ COMMANDS = (
     "stats --prometheus",
     "prune --max-size 1M",
     "prune --max-age 1d --json",
-    "clear",
     "config",
     "doctor",
     "check --machine NODE",
