@@ -52,7 +52,7 @@ MODELS = {
         "BertConfig",
         {**SMALL, "num_attention_heads": 2, "max_position_embeddings": 64},
         {**IDS, "attention_mask": {0: BATCH, 1: LENGTH}},
-        [SDPA],
+        [],
         "inductor",
     ),
     "gpt2": (
