@@ -135,11 +135,10 @@ class CudaGraphs:
 
     def __post_init__(self) -> None:
         given = self.sizes if self.sizes is not None else ()
-        lists = (("inside", self.inside), ("sizes", given))
         known = {"mode": ("whole", "pieces"), "outputs": ("copied", "kept"), "at": ("use", "load")}
         wrong = [
             f"{name}={some!r}): needs a list"
-            for name, some in lists
+            for name, some in (("inside", self.inside), ("sizes", given))
             if isinstance(some, str) or not isinstance(some, Sequence)
         ]
         for name, choices in (*known.items(), ("pad", (True, False))):

@@ -113,11 +113,7 @@ def _kind_of(block: torch.nn.Module) -> object | None:
 
 
 def _share(known: CompiledModel, block: torch.nn.Module) -> CompiledModel:
-    """What a start for an equal block would give, without reading the cache or loading pieces.
-
-    Raises:
-        BindError: The tensors of the block do not fit.
-    """
+    """What a start for an equal block would give, without reading the cache; a ``BindError`` if none fits."""
     shared = CompiledModel(
         known.artifact,
         block,

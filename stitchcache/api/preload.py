@@ -43,7 +43,6 @@ class Preloaded:
         self._cache = cache
         self._artifact: Artifact | None = None
         self._ready: Ready = {}
-        self._mutex = threading.Lock()
         self._process = os.getpid()
         self._found = threading.Event()
         self._missing = False
@@ -84,13 +83,8 @@ class Preloaded:
         return found if found is not None and found.graph_hash == graph_hash else None
 
     def take(self, graph_hash: str) -> Ready:
-        """Loaded CPU pieces of an entry; empty where another one was preloaded. Each is given out once."""
-        if self.artifact(graph_hash) is None:
-            return {}
-        self.wait()
-        with self._mutex:
-            taken, self._ready = self._ready, {}
-        return taken
+        """Loaded CPU pieces of an entry; empty where another one was preloaded."""
+        return self._ready if self.artifact(graph_hash) is not None and self.wait() else {}
 
     def _run(self, wanted: str | None) -> None:
         began, what = time.perf_counter(), "modules"
