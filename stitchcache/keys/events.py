@@ -13,7 +13,7 @@ import functools
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,108 +30,113 @@ if TYPE_CHECKING:
 _monitoring: Any = getattr(sys, "monitoring", None)
 # Numbers that no kind of tool has for itself: the others are debuggers', coverage's and cProfile's.
 _NUMBERS = (3, 4)
+_NOT_ALL = "another profiler was installed while the model was captured; compile without it"
 
 
-def listen(recorder: SourceRecorder) -> Monitor | Profiler:
-    """Tell a recorder what runs in this thread from now on, until this is closed."""
+@contextlib.contextmanager
+def told(recorder: SourceRecorder) -> Iterator[None]:
+    """A block of which a recorder is told what this thread runs; it refuses where that may not be all."""
+    previous: Any = sys.getprofile()
+    profile = None
+    with contextlib.ExitStack() as stack:
+        number = _free_number()
+        if number is not None:
+            stack.enter_context(_monitored(recorder, number))
+        else:
+            profile = _profile_function(recorder)
+            # Modes of somebody else's would see what is asked of a call's arguments. Since Python 3.12 all
+            # code is instrumented anew after each change of the profile function.
+            if _monitoring is None and not active_modes():
+                stack.enter_context(FamiliarCalls(profile, recorder))
+        if profile is not previous:
+            sys.setprofile(profile)
+        yield
+        if sys.getprofile() is not profile:
+            recorder.refuse(_NOT_ALL)
+        if sys.getprofile() is not previous:
+            sys.setprofile(previous)
+
+
+def _free_number() -> int | None:
     for number in _NUMBERS if _monitoring is not None else ():
         # Another thread may be recording too, or somebody's tool may have the number.
         with contextlib.suppress(ValueError):
             _monitoring.use_tool_id(number, "stitchcache")
-            break
-    else:
-        return Profiler(recorder)
-    return Monitor(recorder, number)
+            return number
+    return None
 
 
-class Monitor:
-    """Tells by ``sys.monitoring``. Events are the process's, so those of other threads are left out."""
+@contextlib.contextmanager
+def _monitored(recorder: SourceRecorder, number: int) -> Iterator[None]:
+    """Told by ``sys.monitoring``. Events are the process's, so those of other threads are left out."""
+    get_ident, disable, events = threading.get_ident, _monitoring.DISABLE, _monitoring.events
+    thread, user, system = get_ident(), recorder.user, SYSTEM
+    # Code whose calls are told, held, so that an id stays its own; and calls that are the same each time.
+    calling: dict[int, types.CodeType] = {}
+    fixed: dict[int, frozenset[int]] = {}
+    telling = 0
 
-    def __init__(self, recorder: SourceRecorder, number: int) -> None:
-        self._recorder, self._number, self._thread = recorder, number, threading.get_ident()
-        # Code whose calls are told. The recorder holds it, so that an id stays its own.
-        self._calling: dict[int, types.CodeType] = {}
-        self._telling = 0
-        self._previous: Any = sys.getprofile()
-        if self._previous is not None:
-            sys.setprofile(None)
-        events, register = _monitoring.events, _monitoring.register_callback
-        register(number, events.PY_START, self._on_start)
-        register(number, events.PY_RESUME, self._on_start)
-        register(number, events.PY_THROW, self._on_throw)
-        register(number, events.CALL, _call_function(self, recorder))
-        _monitoring.set_events(number, events.PY_START | events.PY_RESUME | events.PY_THROW)
-        # An earlier recorder may have seen enough of some code.
-        _monitoring.restart_events()
-
-    def close(self) -> bool:
-        """Stop; ``False`` if anything may have gone untold."""
-        number, events = self._number, _monitoring.events
-        _monitoring.set_events(number, 0)
-        for code in self._calling.values():
-            _monitoring.set_local_events(number, code, 0)
-        for event in (events.PY_START, events.PY_RESUME, events.PY_THROW, events.CALL):
-            _monitoring.register_callback(number, event, None)
-        _monitoring.free_tool_id(number)
-        intact = not self._telling and sys.getprofile() is None
-        if sys.getprofile() is not self._previous:
-            sys.setprofile(self._previous)
-        return intact
-
-    def _on_start(self, code: types.CodeType, _offset: int) -> Any:
-        if threading.get_ident() != self._thread:
+    def on_start(code: types.CodeType, _offset: int, *thrown: BaseException) -> Any:
+        nonlocal telling
+        # A throw cannot be disabled, and tells nothing new but of a generator that was begun before.
+        if get_ident() != thread or (thrown and id(code) in recorder.seen):
             return None
         # An exception in here is raised where the code runs, which may go on all the same: this stays then.
-        self._telling += 1
-        enough = self._recorder.started(sys._getframe(1), code)
-        if id(code) not in self._calling and has_calls_to_tell(code.co_filename):
-            self._calling[id(code)] = code
-            _monitoring.set_local_events(self._number, code, _monitoring.events.CALL)
-        self._telling -= 1
-        return _monitoring.DISABLE if enough else None
-
-    def _on_throw(self, code: types.CodeType, _offset: int, _error: BaseException) -> None:
-        # It cannot be disabled. Only of a generator that was begun before is the code not known by now.
-        if id(code) not in self._recorder.seen and threading.get_ident() == self._thread:
-            self._telling += 1
-            self._recorder.started(sys._getframe(1), code)
-            self._telling -= 1
-
-    def tell_call(self, frame: types.FrameType, function: Any, first: Any) -> None:
-        """Tell of a call, if it is one of a function made in C, as a profile function is told."""
-        if type(function) is types.FunctionType or threading.get_ident() != self._thread:
-            return
-        self._telling += 1
-        if type(function) is types.MethodType:
-            function, first = function.__func__, function.__self__
-        if type(function) is types.MethodDescriptorType and function.__objclass__ in type(first).__mro__:
-            # Python dies here without the second argument, where a method wants to know its class.
-            function = function.__get__(first, type(first))
-        if issubclass(type(function), types.BuiltinFunctionType):
-            self._recorder.called(frame, function)
-        self._telling -= 1
-
-
-def _call_function(monitor: Monitor, recorder: SourceRecorder) -> Callable[..., Any]:
-    """What Python calls where the library's code calls anything, or somebody's: often, hence a closure."""
-    user, system, disable = recorder.user, SYSTEM, _monitoring.DISABLE
-    fixed: dict[int, frozenset[int]] = {}
+        telling += 1
+        enough = recorder.started(sys._getframe(1), code)
+        if id(code) not in calling and has_calls_to_tell(code.co_filename):
+            calling[id(code)] = code
+            _monitoring.set_local_events(number, code, events.CALL)
+        telling -= 1
+        return disable if enough and not thrown else None
 
     def on_call(code: types.CodeType, offset: int, function: Any, first: Any) -> Any:
-        identity = id(code)
-        if identity in user or id(function) in system:
-            monitor.tell_call(sys._getframe(1), function, first)
-            return None
-        known = fixed.get(identity)
-        if known is None:
-            known = fixed[identity] = fixed_calls(code) if in_stdlib(code.co_filename) else frozenset()
-        return disable if offset in known else None
+        nonlocal telling
+        # The library makes 200,000 calls.
+        if id(code) not in user and id(function) not in system:
+            known = fixed.get(id(code))
+            if known is None:
+                known = fixed[id(code)] = fixed_calls(code)
+            return disable if offset in known else None
+        if type(function) is not types.FunctionType and get_ident() == thread:
+            telling += 1
+            function = _as_profiled(function, first)
+            if issubclass(type(function), types.BuiltinFunctionType):
+                recorder.called(sys._getframe(1), function)
+            telling -= 1
+        return None
 
-    return on_call
+    told_by = dict.fromkeys((events.PY_START, events.PY_RESUME, events.PY_THROW), on_start)
+    for event, callback in (*told_by.items(), (events.CALL, on_call)):
+        _monitoring.register_callback(number, event, callback)
+    _monitoring.set_events(number, sum(told_by))
+    # An earlier recorder may have seen enough of some code.
+    _monitoring.restart_events()
+    yield
+    _monitoring.set_events(number, 0)
+    for code in calling.values():
+        _monitoring.set_local_events(number, code, 0)
+    for event in (*told_by, events.CALL):
+        _monitoring.register_callback(number, event, None)
+    _monitoring.free_tool_id(number)
+    if telling:
+        recorder.refuse(_NOT_ALL)
+
+
+def _as_profiled(function: Any, first: Any) -> Any:
+    """What a profile function would be given for a call: methods made in C with what they are bound to."""
+    if type(function) is types.MethodType:
+        function, first = function.__func__, function.__self__
+    if type(function) is types.MethodDescriptorType and function.__objclass__ in type(first).__mro__:
+        # Without its second argument this ends Python 3.12 for methods that want to know their class.
+        return function.__get__(first, type(first))
+    return function
 
 
 def fixed_calls(code: types.CodeType) -> frozenset[int]:
-    """Where code calls what a global name leads to: the same each time."""
+    """Where the library's code calls what a global name leads to: the same each time."""
+    if not in_stdlib(code.co_filename):
+        return frozenset()
     loaded, found = set(), set()
     for item in dis.get_instructions(code):
         place = item.positions
@@ -150,27 +155,6 @@ def fixed_calls(code: types.CodeType) -> frozenset[int]:
 def has_calls_to_tell(filename: str) -> bool:
     """Whether calls of C code in a file count: not in torch's own, nor in what only writes for people."""
     return filename not in FOR_PEOPLE if in_stdlib(filename) else not stands_by_version(filename)
-
-
-class Profiler:
-    """Tells by a profile function, where ``sys.monitoring`` cannot be had."""
-
-    def __init__(self, recorder: SourceRecorder) -> None:
-        self._previous: Any = sys.getprofile()
-        self._callback: Any = _profile_function(recorder)
-        self._unwatched = contextlib.ExitStack()
-        # Modes of somebody else's would see what is asked of a call's arguments. Since Python 3.12 all code
-        # is instrumented anew after each change of the profile function.
-        if _monitoring is None and not active_modes():
-            self._unwatched.enter_context(FamiliarCalls(self._callback, recorder))
-        sys.setprofile(self._callback)
-
-    def close(self) -> bool:
-        """Stop; ``False`` if anything may have gone untold."""
-        intact = sys.getprofile() is self._callback
-        sys.setprofile(self._previous)
-        self._unwatched.close()
-        return intact
 
 
 def _profile_function(recorder: SourceRecorder) -> Callable[[types.FrameType, str, Any], None]:

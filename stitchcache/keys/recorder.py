@@ -49,20 +49,19 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
 
     def __enter__(self) -> SourceRecorder:
         self._reads = reads.Reads(self._keyed)
-        self._refuse = self._reads.refuse
+        self.refuse = self._reads.refuse
         self._asked = reads.asked_functions()
         watched = [*reads.FORBIDDEN_CODE, *(thing for _, thing in self._asked.values())]
         self._watched = {id(code): code for code in watched}
         # What a program does with log records, or when memory is collected, is no part of its models.
         on_collect = (getattr(callback, "__code__", None) for callback in gc.callbacks)
         self._bystanders = {id(code): code for code in (_HANDLE_LOG, *on_collect) if code is not None}
-        self._told = events.listen(self)
+        self._told = contextlib.ExitStack()
+        self._told.enter_context(events.told(self))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if not self._told.close():
-            self._refuse("another profiler was installed while the model was captured; compile without it")
-        del self._told
+        self._told.close()
         self._muted = None
         self._reads.finish(self._runs)
         self._check_covered()
@@ -139,11 +138,11 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         """Note code of the user's that was not met before."""
         self.user[id(code)] = code
         if reason := bytecode.asks_unknown(code):
-            self._refuse(f"{place(code)} {reason}")
+            self.refuse(f"{place(code)} {reason}")
         name = str(namespace.get("__name__"))
         known = name in self._reads.loaded or installed_path(code.co_filename)
         if reads.is_module_namespace(namespace) and not known:
-            self._refuse(f"module {name} is imported while the model runs; import it beforehand")
+            self.refuse(f"module {name} is imported while the model runs; import it beforehand")
 
     def _read_globals(self, code: types.CodeType, namespace: dict[str, Any]) -> bool:
         """Note what code reads; ``False`` if its globals are no module's: no name leads to them elsewhere."""
@@ -155,7 +154,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             return True
         for chain, _ in bytecode.chains(code):
             if chain[0] in namespace and not reads.is_given(code, chain[0], namespace[chain[0]]):
-                self._refuse(
+                self.refuse(
                     f"{place(code)} reads {chain[0]} from globals that belong to no imported module; "
                     "define it in a module, and put that in sys.modules"
                 )
@@ -169,7 +168,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             return
         self._met[key] = (namespace, receiver)
         if frame.f_builtins is not _BUILTINS:
-            self._refuse(f"{place(code)} has builtins of its own; define it in a module that is imported")
+            self.refuse(f"{place(code)} has builtins of its own; define it in a module that is imported")
         if not self._read_globals(code, namespace) or code.co_name == "<module>":
             return
         if code.co_freevars:
@@ -211,12 +210,12 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             given = [value for value in frame.f_locals.values() if value is not None]
             if given:
                 name = check.title(entry.partition(":")[2])
-                self._refuse(f"{place(caller.f_code)} calls {name} with arguments; call it beforehand")
+                self.refuse(f"{place(caller.f_code)} calls {name} with arguments; call it beforehand")
             else:
                 self._reads.answers[entry] = None
             return
         calls = f"calls {code.co_qualname}, whose result is not the same each time; call it beforehand"
-        self._refuse(f"{place(caller.f_code)} {reads.FORBIDDEN_CODE.get(code, calls)}")
+        self.refuse(f"{place(caller.f_code)} {reads.FORBIDDEN_CODE.get(code, calls)}")
 
     def _traced_by_dynamo(self, translator: Any) -> None:
         """Note a function that torch._dynamo reads instead of running it: a branch of torch.cond.
@@ -225,7 +224,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         """
         code, namespace = getattr(translator, "f_code", None), getattr(translator, "f_globals", None)
         if not isinstance(code, types.CodeType) or not isinstance(namespace, dict):
-            self._refuse("torch._dynamo traces a part of the model, which is not seen; use plain branches")
+            self.refuse("torch._dynamo traces a part of the model, which is not seen; use plain branches")
             return
         if stands_by_version(code.co_filename):
             return
@@ -241,7 +240,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
                 why = f"asks {chain[-1]}()"
             if why is not None:
                 said = why.partition(";")[0]
-                self._refuse(f"{place(code)} {said} where torch._dynamo traces; do so outside of the branch")
+                self.refuse(f"{place(code)} {said} where torch._dynamo traces; do so outside of the branch")
 
     def _call_in_c(self, frame: types.FrameType, function: Any) -> None:
         """Look at what is called in C: clocks, files and random numbers are in no key."""
@@ -251,7 +250,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             if caller is not None:
                 self.noticed += 1
                 said = f"makes the library call {function.__name__}, which asks the system; ask beforehand"
-                self._refuse(f"{place(caller.f_code)} {said}")
+                self.refuse(f"{place(caller.f_code)} {said}")
             return
         self.noticed += 1
         asked = self._asked.get(id(function))
@@ -260,7 +259,7 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
         if asked is not None:
             self._reads.answers[asked[0]] = None
         elif reason is not None:
-            self._refuse(f"{place(code)} {reason}")
+            self.refuse(f"{place(code)} {reason}")
         elif module is not None and module not in self._modules:
             extension = sys.modules.get(module)
             file = getattr(extension, "__file__", None) or ""
@@ -276,10 +275,10 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             if identity in self._keyed.codes or identity in nested:
                 continue
             if os.path.abspath(code.co_filename) not in files:
-                self._refuse(f"{place(code)} has no source file that can be checked; define it in a module")
+                self.refuse(f"{place(code)} has no source file that can be checked; define it in a module")
             elif set(code.co_freevars) - {"__class__"}:
                 hidden = "was reached in a way that hides what it closes over; hold it on the model"
-                self._refuse(f"{place(code)} {hidden}")
+                self.refuse(f"{place(code)} {hidden}")
 
     def _sources(self) -> list[SourceRef]:
         found = []
@@ -290,13 +289,13 @@ class SourceRecorder(contextlib.AbstractContextManager["SourceRecorder"]):
             try:
                 data = read_file(file or "", module)
             except OSError as error:
-                self._refuse(f"the source of {name} cannot be read: {error}; run it from a file")
+                self.refuse(f"the source of {name} cannot be read: {error}; run it from a file")
                 continue
             # Hundreds of functions of an installed package may have run; nobody edits those in place.
             own = [code for code in self.user.values() if code.co_filename == file]
             ran = [] if installed_path(file or "") else own
             reason = changed_since_import(module, data, self._keyed.started, ran)
             if reason is not None:
-                self._refuse(reason)
+                self.refuse(reason)
             found.append(SourceRef(module=label, digest=check.bytes_digest(data), size=len(data)))
         return found

@@ -80,10 +80,10 @@ def read(recorder):
     return {name.rpartition(":")[2] for name in dict(recorder.globals)}
 
 
-def test_the_teller_is_the_one_that_python_has(mine):
-    with SourceRecorder() as recorder:
-        told = type(recorder._told)
-    assert told is (events.Monitor if sys.version_info >= (3, 12) else events.Profiler)
+def test_who_tells_is_what_python_has(mine):
+    with SourceRecorder():
+        profiled = sys.getprofile() is not None
+    assert profiled is (sys.version_info < (3, 12))
 
 
 def test_code_that_was_seen_is_seen_again_by_the_next_recorder(mine, teller):
@@ -240,7 +240,7 @@ def test_nothing_is_left_behind(mine):
 
 
 @monitored
-def test_calls_that_are_fixed():
+def test_calls_that_are_fixed(monkeypatch):
     def code(g, x):
         len(g(x))
         g(len)(len(x))
@@ -249,6 +249,8 @@ def test_calls_that_are_fixed():
         x.print(g)
         return [sorted(g), (sorted if x else g)(x)]
 
+    assert not events.fixed_calls(code.__code__)
+    monkeypatch.setattr(events, "in_stdlib", lambda filename: True)
     fixed = events.fixed_calls(code.__code__)
     positions = {item.offset: item.positions for item in events.dis.get_instructions(code)}
     lines = Path(__file__).read_text().splitlines()
