@@ -111,6 +111,7 @@ class Beside:
         self._inference = any(tensor.is_inference() for tensor in tensors)
         own = [memory for leaf in tensors if (memory := memory_of(leaf)) is not None]
         only = own if apart else None
+        self._found: _Results | None = None
         self._new_watch = partial(watch, effects or {}, only=only, draw=not apart, quick=quick)
         self._held, self._state = Held(model, deep=deep), state_of(model)
         there = {path: tensor_at(model, path) for path in reads}
@@ -128,10 +129,22 @@ class Beside:
                 try:
                     found = self._model_results(times)
                     moved = self._put_back()
+                    self._found = found if isinstance(found, _Results) else None
                     both = self._compared(subject, found, times) if isinstance(found, _Results) else found
                 finally:
                     self._put_back()
         return replace(both, moved=moved, drew=self._watch.drew)
+
+    def again(self, subject: Callable[..., Any], record: CheckRecord | None) -> Check | None:
+        """Judge another subject by what the model gave in the last :meth:`run`; ``None`` without that."""
+        if self._found is None:
+            return None
+        with _threads_of_a_fork(), torch.inference_mode(self._inference), torch.no_grad():
+            try:
+                both = self._compared(subject, self._found, 1)
+            finally:
+                self._put_back()
+        return judged(replace(both, drew=self._watch.drew), record)
 
     def _put_back(self) -> bool:
         """Make everything what it was, and tell whether modules held something else."""

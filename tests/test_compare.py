@@ -534,3 +534,30 @@ def test_the_last_of_several_calls_is_compared(times):
     assert bool(disagreement(both.items[0])) is (times == 2)
     assert both.moved
     assert model.calls == 0
+
+
+def test_another_subject_is_judged_by_what_the_model_gave_before():
+    calls = []
+
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.zeros(2))
+
+        def forward(self, x):
+            calls.append(1)
+            self.total += x
+            return self.total * 2
+
+    def subject(x, more=0.0):
+        model.total += x + more
+        return model.total * 2
+
+    model, x = Counter().eval(), torch.ones(2)
+    beside = Beside(model, (x,), {})
+    assert beside.again(subject, None) is None
+    assert beside.run(subject).fails == ""
+    for more, state in ((0.0, "agreed"), (1.0, "mismatch"), (0.0, "agreed")):
+        assert beside.again(lambda x, more=more: subject(x, more), None).state == state
+        assert model.total.tolist() == [0, 0]
+    assert len(calls) == 1

@@ -237,7 +237,11 @@ class AotiBackend(InductorBackend):
 
     def begin(self, piece: GraphModule, directory: Path, options: Options) -> Callable[[], Path]:
         """Lower a piece to C++ and kernels; the function that it returns compiles the C++."""
-        deferred = self._deferred(directory, options)
+        on_gpu = any(isinstance(fake, torch.Tensor) and fake.is_cuda for fake in _fakes(piece))
+        if on_gpu:
+            inductor.keep_sums_apart(piece.graph)
+            piece.recompile()
+        deferred = self._deferred(directory, options, on_gpu)
         # Debug sections are two thirds of a small library, all of which a warm start reads and digests.
         asked = "AOT_INDUCTOR_ENABLE_LINE_TABLES" in os.environ
         known = getattr(inductor.settings().aot_inductor, "enable_line_tables", False)
@@ -278,7 +282,7 @@ class AotiBackend(InductorBackend):
 
         return finish
 
-    def _deferred(self, directory: Path, options: Options) -> Deferred | None:
+    def _deferred(self, directory: Path, options: Options, on_gpu: bool) -> Deferred | None:
         """What lets the C++ be compiled later; ``None`` where Inductor is to do it."""
         # Precompiled headers belong to the name of a compiler, and each stand-in has its own.
         usual = tuple(inductor.settings().cpp.cxx) == (None, _compiler()) and "cpp.cxx" not in options
@@ -287,7 +291,9 @@ class AotiBackend(InductorBackend):
         # A warm start compiles nothing.
         from stitchcache.pieces.deferred import Deferred
 
-        return Deferred(_compiler(), directory / "deferred")
+        # On accelerators compilers run beside Inductor, and of most machines' cores half are idle then.
+        apart = inductor.interface() if on_gpu and len(os.sched_getaffinity(0)) > 3 else ""
+        return Deferred(_compiler(), directory / "deferred", apart)
 
     def _caller(self) -> Path | None:
         """The caller's library; without it torch's runner will do."""

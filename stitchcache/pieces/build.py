@@ -47,6 +47,9 @@ def build(
     counts = Counter(piece.backend for piece in missing)
     forked = children.available()
     chosen: dict[str, Options] = {}
+    if not forked:
+        # What takes a compiler longest is lowered first, as compilers run beside what is lowered later.
+        missing = sorted(missing, key=lambda piece: -len(piece.gm.graph.nodes))
 
     def begin(piece: Piece, directory: Path) -> Callable[[], Path]:
         # A copy, as backends may rewrite the graph that they are given; what it holds is not copied.

@@ -40,13 +40,14 @@ class Deferred:
     Args:
         compiler: As it is called: a name or a path.
         directory: An empty directory for it.
+        apart: Text that is compiled beside what else a source has after its first line, if it is in there.
 
     Attributes:
         stand_in: What Inductor is to call. It has the compiler's name, as Inductor tells compilers by that.
     """
 
-    def __init__(self, compiler: str, directory: Path) -> None:
-        self._compiler, self._directory = compiler, directory
+    def __init__(self, compiler: str, directory: Path, apart: str = "") -> None:
+        self._compiler, self._directory, self._apart = compiler, directory, apart
         self.stand_in = directory / "stand-in" / Path(compiler).name
         self.stand_in.parent.mkdir(parents=True)
         script = _STAND_IN.replace("COMPILER", shlex.quote(compiler))
@@ -66,12 +67,30 @@ class Deferred:
         # Another process may compile the same source to the same place.
         results = [command[command.index("-o") + 1] for command in compiles]
         objects = {path: str(self._directory / f"compiled{n}.o") for n, path in enumerate(results)}
-        with ThreadPoolExecutor(max(1, len(compiles))) as threads:
-            list(threads.map(self._call, [[objects.get(word, word) for word in c] for c in compiles]))
+        made = [[objects.get(word, word) for word in command] for command in compiles]
+        made += [half for command in made if (half := self._halved(command)) is not None]
+        more = [half[half.index("-o") + 1] for half in made[len(compiles) :]]
+        with ThreadPoolExecutor(max(1, len(made))) as threads:
+            list(threads.map(self._call, made))
         for command in commands:
             if "-c" not in command:
-                self._call([self._object(word, objects) for word in command])
+                self._call([*(self._object(word, objects) for word in command), *more])
         shutil.rmtree(self._directory)
+
+    def _halved(self, command: list[str]) -> list[str] | None:
+        """Cut the text off a command's source, if it is in there; a command that compiles it."""
+        at = next(index for index, word in enumerate(command) if word.endswith(".cpp"))
+        whole = Path(command[at]).read_text()
+        first, _, rest = whole.lstrip().partition("\n")
+        if not self._apart or self._apart not in rest:
+            return None
+        halves = {"rest": rest.replace(self._apart, "", 1), "apart": self._apart}
+        for name, text in halves.items():
+            (self._directory / f"{name}.cpp").write_text(f"{first}\n{text}")
+        command[at] = str(self._directory / "rest.cpp")
+        changed = {command[at]: str(self._directory / "apart.cpp")}
+        changed[command[command.index("-o") + 1]] = str(self._directory / "apart.o")
+        return [changed.get(word, word) for word in command]
 
     def _object(self, word: str, objects: dict[str, str]) -> str:
         kept = self._directory / Path(word).name

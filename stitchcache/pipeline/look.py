@@ -26,7 +26,7 @@ from stitchcache.torchside import has_fakes, tree, version_of
 from stitchcache.types import LOOK_THREAD, Check, CheckRecord, OutputBound, TargetRecord
 
 if TYPE_CHECKING:
-    from stitchcache.compare import Both, Compared
+    from stitchcache.compare import Beside, Both, Compared
     from stitchcache.pipeline.find import Wanted
     from stitchcache.runtime.cuda_graphs import Graphs
     from stitchcache.runtime.model import CompiledModel
@@ -58,24 +58,26 @@ def looker(
                 store_target(wanted, replace(record, refused=outcome.reason))
         compiled.check = replace(outcome, seconds=time.perf_counter() - began)
 
-    def compared(compiled: CompiledModel, artifact: Artifact) -> tuple[Both, Check]:
+    def compared(compiled: CompiledModel, artifact: Artifact) -> tuple[Beside, Both, Check]:
         where, writes = (wanted.model, wanted.args, wanted.kwargs), _written_by(wanted, artifact)
         compare = partial(_compare, *where, compiled, artifact.check, writes=writes, effects=effects)
-        both, outcome = compare(quick=True)
-        return (both, outcome) if outcome.state == "agreed" else compare()
+        found = compare(quick=True)
+        return found if found[2].state == "agreed" else compare()
 
     def at(compiled: CompiledModel) -> None:
         began, artifact, reason = time.perf_counter(), compiled.artifact, _why_not(wanted)
-        look_at(compiled, artifact, reason, began)
+        beside = look_at(compiled, artifact, reason, began)
         graphs = compiled.cuda_graphs
         if graphs is not None and graphs.due and compiled.check.state == "agreed":
             # The call that was looked at made it ready to be recorded. What is served is recorded, so it is
-            # looked at once more.
-            _refuse_graphs(compared(compiled, compiled.artifact)[1])
+            # looked at once more. What the model gives is known, unless this was compiled now.
+            check = compiled.artifact.check
+            known = beside is not None and beside.again(compiled, check)
+            _refuse_graphs(known or compared(compiled, compiled.artifact)[2])
         if graphs is not None and graphs.wanted.at == "load" and not reason:
             _record(wanted, compiled, graphs)
 
-    def look_at(compiled: CompiledModel, artifact: Artifact, reason: str, began: float) -> None:
+    def look_at(compiled: CompiledModel, artifact: Artifact, reason: str, began: float) -> Beside | None:
         if compiled.cache_hit is None and cold is not None:
             outcome, measured = cold(compiled, reason)
             compiled.artifact = replace(artifact, check=measured)
@@ -85,7 +87,7 @@ def looker(
         elif wanted.request.checked == "background" and not _lasting_names(artifact):
             _look_later(wanted, compiled, lambda outcome: note(compiled, outcome, began))
         else:
-            both, outcome = compared(compiled, artifact)
+            beside, both, outcome = compared(compiled, artifact)
             note(compiled, outcome, began)
             compiled.raise_refusal()
             unmeasured = artifact.check is not None and artifact.check.state == "unchecked"
@@ -95,6 +97,8 @@ def looker(
                     cache.put(compiled.artifact)
                 except StoreWriteError as error:
                     log.debug("what was measured of entry %s is not stored: %s", artifact.graph_hash, error)
+            return beside
+        return None
 
     return at
 
@@ -152,13 +156,14 @@ def _compare(
     subject: Callable[..., Any],
     record: CheckRecord | None = None,
     **how: Any,
-) -> tuple[Both, Check]:
-    """What running both gave, and what that comes to; ``how`` is for ``compare.Beside``."""
+) -> tuple[Beside, Both, Check]:
+    """What ran both, what that gave, and what it comes to; ``how`` is for ``compare.Beside``."""
     # A look in the background imports this in its thread.
     from stitchcache.compare import Beside, judged
 
-    both = Beside(model, args, kwargs, **how).run(subject)
-    return both, judged(both, record)
+    beside = Beside(model, args, kwargs, **how)
+    both = beside.run(subject)
+    return beside, both, judged(both, record)
 
 
 def record_of(items: Iterable[Compared]) -> CheckRecord:
@@ -188,7 +193,7 @@ def _look_later(wanted: Wanted, compiled: CompiledModel, on_end: Callable[[Check
             with ExitStack() as modes:
                 for device, dtype in autocast.items():
                     modes.enter_context(torch.autocast(device, dtype=dtype))
-                _, outcome = _compare(model, args, kwargs, subject, record, effects=effects, apart=True)
+                *_, outcome = _compare(model, args, kwargs, subject, record, effects=effects, apart=True)
             if outcome.state == "mismatch" and _versions(state) != before:
                 outcome = Check(state="unchecked", reason="the model was changed while it was looked at")
         finally:
@@ -276,5 +281,5 @@ def verify(
     paths = tree.leaf_paths(getattr(model, "forward", model), args, given)
     leaves = zip(paths, tree.flatten((args, given))[0], strict=True)
     writes |= {f"input:{path}": leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
-    _, outcome = _compare(model, args, given, compiled, writes=writes)
+    *_, outcome = _compare(model, args, given, compiled, writes=writes)
     return replace(outcome, seconds=time.perf_counter() - began)

@@ -165,7 +165,8 @@ class _Clock:
             above = event
             while above is not None and not above.name.startswith(_MARK):
                 above = above.cpu_parent
-            if above is not event and "::" in event.name:
+            # A GPU's kernels are events too, and their ops have their time.
+            if above is not event and "::" in event.name and event.device_type.name == "CPU":
                 spent = event.self_device_time_total if self._on_gpu else event.self_cpu_time_total
                 key = "" if above is None else above.name.removeprefix(_MARK)
                 found[key, event.name].append(spent / 1e6 / _OPS_CALLS)

@@ -26,6 +26,7 @@ sys.path[:0] = [str(HERE.parent / "gpu"), str(HERE.parents[1])]
 TOKENS = 8
 LARGE, SMALL = (16, 2048), (4, 512)
 WAYS = ("eager", "eager_graph", "compile", "reduce", "ours", "ours_whole", "ours_pieces")
+MODELS = ("encoder", "llama", "qwen3", "dit")
 COMPILERS = ("torch._dynamo", "torch._inductor", "triton")
 
 
@@ -229,6 +230,8 @@ def real(job: dict[str, Any]) -> dict[str, Any]:
     name = job["name"]
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
+    if name == "dit":
+        return _denoised(stitchcache, stitchcache.Cache(f"{job['directory']}/cache"))
     sizes = {"vocab_size": 32000, "num_hidden_layers": 8, "num_attention_heads": 16}
     more = {"num_key_value_heads": 8, "max_position_embeddings": 2048}
     more |= {"hidden_size": 2048, "intermediate_size": 8192}
@@ -327,16 +330,8 @@ def _generated(model: Any, stitchcache: Any, cache: Any, began: float) -> dict[s
     free, _ = tokens(*runs)
     worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(wanted, got, strict=True))
     position = torch.tensor([60], device="cuda")
-    times = {}
-    for label, run in (("eager", whole), ("ours", runs[1])):
-        for _ in range(5):
-            run(input_ids=prompt[:, :1], cache_position=position)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(50):
-            run(input_ids=prompt[:, :1], cache_position=position)
-        torch.cuda.synchronize()
-        times[f"{label}_us"] = (time.perf_counter() - start) / 50 * 1e6
+    call = {"input_ids": prompt[:, :1], "cache_position": position}
+    times = {f"{label}_us": _in_a_row(each, call) for label, each in (("eager", whole), ("ours", runs[1]))}
     same = sum(a == b for a, b in zip(want, free, strict=True))
     hits = [run.cache_hit for run in runs]
     reasons = [record.reason for record in runs[1].graphs]
@@ -348,6 +343,94 @@ def _generated(model: Any, stitchcache: Any, cache: Any, began: float) -> dict[s
         "reasons": reasons,
         **times,
     }
+
+
+def _denoised(stitchcache: Any, cache: Any) -> dict[str, Any]:
+    """Blocks of a diffusion transformer of DiT-XL's width, at free rows, some of them as CUDA graphs."""
+    import torch
+    from diffusers import DiTTransformer2DModel
+
+    sizes = {"num_attention_heads": 16, "attention_head_dim": 72, "num_layers": 8, "out_channels": 8}
+    with torch.device("cuda"):
+        model = DiTTransformer2DModel(**sizes, sample_size=32, in_channels=4).eval()
+
+    def given(rows: int) -> dict[str, Any]:
+        numbers = torch.arange(rows, device="cuda")
+        noise = torch.randn(rows, 4, 32, 32, device="cuda")
+        return {"hidden_states": noise, "timestep": numbers * 100, "class_labels": numbers}
+
+    began, rows = time.perf_counter(), stitchcache.Dim("rows", min=2, max=64)
+    graphs = stitchcache.CudaGraphs([2, 8], dim="hidden_states.shape[0]")
+    shapes = {key: {0: rows} for key in given(2)}
+    how: dict[str, Any] = {"dynamic_shapes": shapes, "cache": cache, "cuda_graphs": graphs}
+    with torch.no_grad():
+        run = stitchcache.compile(model, (), given(4), **how)
+        made, worst = time.perf_counter() - began, 0.0
+        for size in (2, 2, 2, 5, 8, 8, 8, 33):
+            call = given(size)
+            want, got = model(**call).sample, run(**call).sample
+            worst = max(worst, float((want - got).abs().max() / want.abs().max()))
+        call = given(2)
+        times = {f"{label}_us": _in_a_row(each, call) for label, each in (("eager", model), ("ours", run))}
+    return {"hit": run.cache_hit, "worst": worst, "seconds": made, "graphs": len(run.graphs), **times}
+
+
+def _in_a_row(run: Callable[..., Any], call: dict[str, Any]) -> float:
+    import torch
+
+    for _ in range(5):
+        run(**call)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(50):
+        run(**call)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / 50 * 1e6
+
+
+def threads(job: dict[str, Any]) -> dict[str, Any]:
+    """Calls a second from so many threads, each on a stream of its own, of layers without a custom op."""
+    import threading
+
+    import torch
+    from torch import nn
+
+    import stitchcache
+
+    width, rows = job["size"]
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        parts = [(nn.RMSNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))]
+        model = nn.Sequential(*(nn.Sequential(*each) for each in 8 * parts)).eval()
+        x = torch.randn(rows, width)
+    shapes = {"input": {0: stitchcache.Dim("rows", min=2, max=512)}}
+    cache = stitchcache.Cache(f"{job['directory']}/cache")
+    ways = {"eager": model, "compile": torch.compile(model)}
+    ways["ours"] = stitchcache.compile(model, (x,), dynamic_shapes=shapes, cache=cache)
+
+    def rate(run: Callable[..., Any], count: int) -> float:
+        counts, stop = [0] * count, time.perf_counter() + 1.5
+
+        def work(number: int) -> None:
+            with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+                mine = x.clone()
+                while time.perf_counter() < stop:
+                    run(mine)
+                    torch.cuda.current_stream().synchronize()
+                    counts[number] += 1
+
+        workers = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return round(sum(counts) / 1.5)
+
+    found: dict[str, Any] = {}
+    for name, run in ways.items():
+        rate(run, 2)
+        found[name] = {count: rate(run, count) for count in (1, 2, 4, 16)}
+    return found
 
 
 # -- steps ----------------------------------------------------------------------------------------
@@ -408,9 +491,11 @@ class Run:
         return f"{self.options.dir}/{way.partition('_')[0]}-{model[0]}x{model[1]}"
 
 
-def cold(run: Run, models: Any = (LARGE,), ways: Any = ("ours", "compile", "reduce")) -> None:
+def cold(
+    run: Run, models: Any = (LARGE,), ways: Any = ("ours", "compile", "reduce"), rounds: int | None = None
+) -> None:
     """From nothing, each way in a directory of its own."""
-    for model in models:
+    for model in models * (rounds or run.options.rounds):
         for way in ways:
             directory = run.directory(way, model)
             shutil.rmtree(directory, ignore_errors=True)
@@ -454,21 +539,30 @@ def travel(run: Run) -> None:
 
 def reals(run: Run) -> None:
     """Real models."""
-    for name in ("encoder", "llama", "qwen3"):
+    for name in run.options.models:
         run.child(
             "real", {"kind": "real", "name": name, "directory": f"{run.options.dir}/real-{name}"}, most=120
         )
 
 
+def threads_step(run: Run) -> None:
+    """Small calls and larger ones from threads."""
+    for size in ((256, 8), (1024, 128)):
+        run.child(
+            "threads", {"kind": "threads", "size": size, "directory": f"{run.options.dir}/threads{size[0]}"}
+        )
+
+
 STEPS: dict[str, Callable[[Run], None]] = {
     "cold": cold,
-    "cold_small": lambda run: cold(run, (SMALL,)),
-    "cold_32": lambda run: cold(run, ((4, 2048), (32, 2048)), ("ours",)),
+    "cold_small": lambda run: cold(run, (SMALL,), rounds=1),
+    "cold_32": lambda run: cold(run, ((4, 2048), (32, 2048)), ("ours", "compile"), rounds=1),
     "start": start,
     "random": random_step,
     "memcheck": memcheck,
     "travel": travel,
     "real": reals,
+    "threads": threads_step,
 }
 
 
@@ -479,6 +573,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--steps", type=lambda text: text.split(","), default=list(STEPS))
     parser.add_argument("--ways", type=lambda text: text.split(","))
+    parser.add_argument("--models", type=lambda text: text.split(","), default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--logs", help="directory for what children write to standard error")
     parser.add_argument("--child", type=json.loads)
@@ -500,6 +595,7 @@ CHILDREN: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "random": random_sizes,
     "piece": piece,
     "real": real,
+    "threads": threads,
 }
 
 if __name__ == "__main__":

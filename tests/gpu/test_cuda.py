@@ -253,3 +253,26 @@ def test_a_direct_hit_with_graphs_imports_no_compiler(start, cache, fresh_proces
     assert found["names"] == []
     assert found["graphs"] == 1
     assert found["apart"] < 0.2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("graphs", [None, CudaGraphs(), CudaGraphs(mode="whole")])
+def test_an_entry_serves_a_gpu_of_another_index(start, cache, graphs):
+    start()
+    model = gpu_models.decoder(LAYERS, WIDTH, "cuda:1")
+    compiled = stitchcache.compile(
+        model,
+        gpu_models.call(8, "cuda:1"),
+        cache=cache,
+        cuda_graphs=graphs,
+        require="direct",
+        **gpu_models.options(),
+    )
+    # The current device is another one for half of the calls.
+    with torch.no_grad():
+        for number in range(6):
+            call = gpu_models.call(8, "cuda:1", seed=number)
+            with torch.cuda.device(number % 2):
+                out = compiled(*call)
+                assert (out.device.index, torch.cuda.current_device()) == (1, number % 2)
+            close(out, model(*call))
