@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -111,40 +111,31 @@ class Beside:
         self._inference = any(tensor.is_inference() for tensor in tensors)
         own = [memory for leaf in tensors if (memory := memory_of(leaf)) is not None]
         only = own if apart else None
-        self._found: _Results | None = None
         self._new_watch = partial(watch, effects or {}, only=only, draw=not apart, quick=quick)
+        self._watch, self._found = self._new_watch(), cast("_Results | Both | None", None)
         self._held, self._state = Held(model, deep=deep), state_of(model)
         there = {path: tensor_at(model, path) for path in reads}
         self._reads = {path: tensor for path, tensor in there.items() if tensor is not None}
         self._generators = [] if apart else list(generators(tensors))
 
-    def run(self, subject: Callable[..., Any], times: int = 1) -> Both:
-        """Call the model and then the subject, each so many times in a row; the last results are compared."""
+    def run(self, subject: Callable[..., Any], times: int = 1, *, again: bool = False) -> Both:
+        """Call the model and then the subject, each so many times in a row; the last results are compared.
+
+        ``again`` calls the subject only, to compare it with what the model gave in the run before.
+        """
         both: Both | None = None
         while both is None:
-            self._watch = self._new_watch()
+            self._watch = self._watch if again else self._new_watch()
             # What was made in inference mode can be written only there. That mode switches gradients: they
             # are switched after it.
             with _threads_of_a_fork(), torch.inference_mode(self._inference), torch.no_grad():
                 try:
-                    found = self._model_results(times)
+                    found = self._found = self._found if again else self._model_results(times)
                     moved = self._put_back()
-                    self._found = found if isinstance(found, _Results) else None
                     both = self._compared(subject, found, times) if isinstance(found, _Results) else found
                 finally:
                     self._put_back()
         return replace(both, moved=moved, drew=self._watch.drew)
-
-    def again(self, subject: Callable[..., Any], record: CheckRecord | None) -> Check | None:
-        """Judge another subject by what the model gave in the last :meth:`run`; ``None`` without that."""
-        if self._found is None:
-            return None
-        with _threads_of_a_fork(), torch.inference_mode(self._inference), torch.no_grad():
-            try:
-                both = self._compared(subject, self._found, 1)
-            finally:
-                self._put_back()
-        return judged(replace(both, drew=self._watch.drew), record)
 
     def _put_back(self) -> bool:
         """Make everything what it was, and tell whether modules held something else."""

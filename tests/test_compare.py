@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import stitchcache
-from stitchcache.compare import Beside, disagreement, measure, unchanged, unlike
+from stitchcache.compare import Beside, disagreement, judged, measure, unchanged, unlike
 from stitchcache.torchside.watch import StoppedError, Watch
 from stitchcache.types import OutputBound
 
@@ -555,9 +555,9 @@ def test_another_subject_is_judged_by_what_the_model_gave_before():
 
     model, x = Counter().eval(), torch.ones(2)
     beside = Beside(model, (x,), {})
-    assert beside.again(subject, None) is None
-    assert beside.run(subject).fails == ""
+    assert judged(beside.run(subject)).state == "agreed"
     for more, state in ((0.0, "agreed"), (1.0, "mismatch"), (0.0, "agreed")):
-        assert beside.again(lambda x, more=more: subject(x, more), None).state == state
+        both = beside.run(lambda x, more=more: subject(x, more), again=True)
+        assert judged(both).state == state
         assert model.total.tolist() == [0, 0]
     assert len(calls) == 1

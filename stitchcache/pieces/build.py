@@ -47,9 +47,8 @@ def build(
     counts = Counter(piece.backend for piece in missing)
     forked = children.available()
     chosen: dict[str, Options] = {}
-    if not forked:
-        # What takes a compiler longest is lowered first, as compilers run beside what is lowered later.
-        missing = sorted(missing, key=lambda piece: -len(piece.gm.graph.nodes))
+    # Where compilers run beside what is lowered later, what takes them longest is lowered first.
+    missing = missing if forked else sorted(missing, key=lambda piece: -len(piece.gm.graph.nodes))
 
     def begin(piece: Piece, directory: Path) -> Callable[[], Path]:
         # A copy, as backends may rewrite the graph that they are given; what it holds is not copied.
@@ -93,10 +92,8 @@ def build(
             run = partial(in_child, piece, directory) if forked else partial(here, piece, directory, trial)
             log_file = scratch / f"{piece.key}.log"
             pending.append(children.Job(name=piece.name, run=run, log=log_file, backend=piece.backend))
-        threads = jobs or len(os.sched_getaffinity(0))
-        run_all, limit = (
-            (children.run_all, at_once(len(pending), jobs)) if forked else (children.run_here, threads)
-        )
+        run_all = children.run_all if forked else children.run_here
+        limit = at_once(len(pending), jobs) if forked else jobs or len(os.sched_getaffinity(0))
         # Closed whatever happens, so that no child outlives an error or Ctrl-C.
         results = stack.enter_context(closing(run_all(pending, limit)))
         for index, (path, seconds, unverified) in results:

@@ -79,18 +79,16 @@ class Deferred:
 
     def _halved(self, command: list[str]) -> list[str] | None:
         """Cut the text off a command's source, if it is in there; a command that compiles it."""
-        at = next(index for index, word in enumerate(command) if word.endswith(".cpp"))
-        whole = Path(command[at]).read_text()
-        first, _, rest = whole.lstrip().partition("\n")
+        at, to = next(n for n, word in enumerate(command) if word.endswith(".cpp")), command.index("-o") + 1
+        first, _, rest = Path(command[at]).read_text().lstrip().partition("\n")
         if not self._apart or self._apart not in rest:
             return None
-        halves = {"rest": rest.replace(self._apart, "", 1), "apart": self._apart}
-        for name, text in halves.items():
-            (self._directory / f"{name}.cpp").write_text(f"{first}\n{text}")
-        command[at] = str(self._directory / "rest.cpp")
-        changed = {command[at]: str(self._directory / "apart.cpp")}
-        changed[command[command.index("-o") + 1]] = str(self._directory / "apart.o")
-        return [changed.get(word, word) for word in command]
+        other, halves = list(command), (rest.replace(self._apart, "", 1), self._apart)
+        other[to] = str(self._directory / "apart.o")
+        for half, text, name in zip((command, other), halves, ("rest.cpp", "apart.cpp"), strict=True):
+            half[at] = str(self._directory / name)
+            Path(half[at]).write_text(f"{first}\n{text}")
+        return other
 
     def _object(self, word: str, objects: dict[str, str]) -> str:
         kept = self._directory / Path(word).name

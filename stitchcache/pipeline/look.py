@@ -58,22 +58,22 @@ def looker(
                 store_target(wanted, replace(record, refused=outcome.reason))
         compiled.check = replace(outcome, seconds=time.perf_counter() - began)
 
-    def compared(compiled: CompiledModel, artifact: Artifact) -> tuple[Beside, Both, Check]:
+    def compared(
+        compiled: CompiledModel, artifact: Artifact, before: Beside | None = None
+    ) -> tuple[Beside, Both, Check]:
         where, writes = (wanted.model, wanted.args, wanted.kwargs), _written_by(wanted, artifact)
-        compare = partial(_compare, *where, compiled, artifact.check, writes=writes, effects=effects)
+        compare = partial(_compare, *where, compiled, artifact.check, before, writes=writes, effects=effects)
         found = compare(quick=True)
         return found if found[2].state == "agreed" else compare()
 
     def at(compiled: CompiledModel) -> None:
         began, artifact, reason = time.perf_counter(), compiled.artifact, _why_not(wanted)
-        beside = look_at(compiled, artifact, reason, began)
+        before = look_at(compiled, artifact, reason, began)
         graphs = compiled.cuda_graphs
         if graphs is not None and graphs.due and compiled.check.state == "agreed":
             # The call that was looked at made it ready to be recorded. What is served is recorded, so it is
-            # looked at once more. What the model gives is known, unless this was compiled now.
-            check = compiled.artifact.check
-            known = beside is not None and beside.again(compiled, check)
-            _refuse_graphs(known or compared(compiled, compiled.artifact)[2])
+            # looked at once more. After a hit the model has run for that.
+            _refuse_graphs(compared(compiled, compiled.artifact, before)[2])
         if graphs is not None and graphs.wanted.at == "load" and not reason:
             _record(wanted, compiled, graphs)
 
@@ -155,14 +155,15 @@ def _compare(
     kwargs: Mapping[str, Any],
     subject: Callable[..., Any],
     record: CheckRecord | None = None,
+    before: Beside | None = None,
     **how: Any,
 ) -> tuple[Beside, Both, Check]:
-    """What ran both, what that gave, and what it comes to; ``how`` is for ``compare.Beside``."""
+    """What ran both (``before``, or one made from ``how``), what that gave, and what it comes to."""
     # A look in the background imports this in its thread.
     from stitchcache.compare import Beside, judged
 
-    beside = Beside(model, args, kwargs, **how)
-    both = beside.run(subject)
+    beside = before or Beside(model, args, kwargs, **how)
+    both = beside.run(subject, again=before is not None)
     return beside, both, judged(both, record)
 
 

@@ -1,8 +1,7 @@
 """Inductor: two ways to compile a piece into a file, and probes of the CPU.
 
-Uses ``torch._inductor`` (``aot_compile``, ``standalone_compile``, ``config``, ``cpu_vec_isa``, a source in
-``codegen``, the modules in ``_MODULES``). Importing this file imports only ``torch``. Libraries are loaded by
-``torchside.load_library``.
+Uses ``torch._inductor`` (``aot_compile``, ``standalone_compile``, ``config``, ``cpu_vec_isa``, ``codegen``, the
+modules in ``_MODULES``). Importing this imports only ``torch``. ``torchside.load_library`` loads libraries.
 """
 
 from __future__ import annotations
@@ -61,29 +60,26 @@ def compile_library(piece: torch.fx.GraphModule, fakes: Sequence[Any], options: 
 
 
 def interface() -> str:
-    """What AOTInductor copies into each wrapper, after a line that includes headers; ``""`` if unknown."""
+    """What AOTInductor copies into each wrapper, after a line that includes headers."""
     import torch._inductor.codegen
 
-    path = Path(torch._inductor.codegen.__path__[0], "aoti_runtime", "interface.cpp")
-    return path.read_text().strip() if path.is_file() else ""
+    return Path(torch._inductor.codegen.__path__[0], "aoti_runtime", "interface.cpp").read_text().strip()
 
 
 def keep_sums_apart(graph: torch.fx.Graph) -> None:
-    """Write results that are a product and something else as a difference, to the same numbers.
+    """Write results that add something to a product as differences, to the same numbers.
 
-    On a GPU Inductor has cuBLAS add to a product, unless all users of the sum go element by element, and that
-    copies the other summand first. A result counts as another user, also where a kernel reads it that could
-    add as well, and so does cuBLAS for the sum before.
+    On a GPU Inductor has cuBLAS add, unless all users of the sum go element by element, and that copies the
+    other summand first. To be a result counts as another use, though kernels follow that could add as well.
     """
     aten = torch.ops.aten
     products = (aten.linear.default, aten.mm.default, aten.matmul.default)
     for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
         parts = [part for part in node.args if isinstance(part, torch.fx.Node)]
         product = next((part for part in parts if part.target in products and len(part.args) == 2), None)
+        is_result = any(user.op == "output" for user in node.users) and not node.kwargs
         # A whole number may have no negative.
-        if product is None or len(parts) < 2 or node.kwargs or not product.meta["val"].is_floating_point():
-            continue
-        if any(user.op == "output" for user in node.users):
+        if is_result and product and len(parts) == 2 and product.meta["val"].is_floating_point():
             with graph.inserting_before(node):
                 negated = graph.call_function(aten.neg.default, (product,))
             other = parts[0] if parts[1] is product else parts[1]
