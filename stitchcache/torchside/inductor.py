@@ -1,6 +1,6 @@
 """Inductor: two ways to compile a piece into a file, and probes of the CPU.
 
-Uses ``torch._inductor`` (``aot_compile``, ``standalone_compile``, ``config``, ``cpu_vec_isa``, ``codegen``, the
+Uses ``torch._inductor`` (``aot_compile``, ``standalone_compile``, ``config``, ``cpu_vec_isa``, ``codegen``,
 modules in ``_MODULES``). Importing this imports only ``torch``. ``torchside.load_library`` loads libraries.
 """
 

@@ -556,7 +556,7 @@ def threads_step(run: Run) -> None:
 STEPS: dict[str, Callable[[Run], None]] = {
     "cold": cold,
     "cold_small": lambda run: cold(run, (SMALL,), rounds=1),
-    "cold_32": lambda run: cold(run, ((4, 2048), (32, 2048)), ("ours", "compile"), rounds=1),
+    "cold_32": lambda run: cold(run, ((4, 2048), (32, 2048)), ("ours",), rounds=1),
     "start": start,
     "random": random_step,
     "memcheck": memcheck,
