@@ -262,9 +262,9 @@ def decode_named(data: bytes, key: str, path: str) -> Artifact:
 def decode_factors(
     data: bytes, key: str, path: str, kinds: tuple[str, ...]
 ) -> tuple[str, tuple[Factor, ...]]:
-    """The label of an entry, and those of its factors whose names begin so; a tenth of the work of all of it.
+    """An entry's label, and its factors whose names begin with one of ``kinds``.
 
-    Raises as :func:`decode` does, but for what is wrong with other parts.
+    The rest is not checked, which is nine tenths of the work of :func:`decode`; else it raises the same.
     """
     if not data.startswith(MAGIC):
         artifact = decode_named(data, key, path)

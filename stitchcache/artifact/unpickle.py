@@ -12,6 +12,7 @@ import copy
 import pickletools
 import sys
 import types
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from stitchcache.errors import OptionError
@@ -304,9 +305,7 @@ def name_of(value: Any) -> tuple[str, str] | None:
     # Functions made in C often do not know where they are found.
     places = ("torch", "torch.nn.functional", "operator", "math", "builtins")
     for place, path in candidates + [(place, name) for place in places]:
-        try:
+        with suppress(Refused):
             if resolve(place, path) is value:
                 return place, path
-        except Refused:
-            continue
     return None

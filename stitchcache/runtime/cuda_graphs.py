@@ -22,7 +22,7 @@ from stitchcache import collection_paused
 from stitchcache.errors import BackendError, StitchCacheError
 from stitchcache.options import CudaGraphs
 from stitchcache.records import dataclass
-from stitchcache.runtime.cuda_sizes import GraphRecord, inouts, place_of_size, refuse_elsewhere
+from stitchcache.runtime.cuda_sizes import GraphRecord, place_of_size, refuse_elsewhere
 from stitchcache.torchside import cuda, storage_id
 from stitchcache.torchside.ops import OpOverload
 from stitchcache.types import Artifact
@@ -80,7 +80,9 @@ class Graphs:
     ) -> None:
         refuse_elsewhere(artifact, kind)
         self.wanted, self._label, self._timings, self._kind = wanted, artifact.label, timings, kind
-        self._place, self._inout = place_of_size(artifact, wanted), inouts(artifact)
+        self._place = place_of_size(artifact, wanted)
+        # Positions of leaves that a call writes into.
+        self._inout = [index for index, leaf in enumerate(artifact.taken.values()) if leaf.kind == "inout"]
         self._plain, self._tensors = linked(None), list(tensors)
         self._inner = linked(partial(with_ops, put=self._outside))
         self._state = {storage_id(tensor) for tensor in self._tensors}

@@ -34,11 +34,6 @@ def refuse_elsewhere(artifact: Artifact, kind: str) -> None:
             )
 
 
-def inouts(artifact: Artifact) -> list[int]:
-    """Positions of leaves that a call writes into."""
-    return [index for index, leaf in enumerate(artifact.taken.values()) if leaf.kind == "inout"]
-
-
 def place_of_size(artifact: Artifact, wanted: CudaGraphs) -> Place | None:
     """Where the size stands that graphs are chosen by; ``None`` where there is none.
 

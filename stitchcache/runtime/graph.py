@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,7 +43,29 @@ class CompiledGraph:
     ) -> None:
         self.artifact, self.graph_hash, self.cache_hit = artifact, artifact.graph_hash, cache_hit
         function = link(artifact, pieces, bind_tensors(artifact.bindings, held, {}), CodeObjects())
-        self._call = _build_call(artifact, function, list(held.buffers()), eager)
+        leaves, passed, buffers = artifact.leaves, list(artifact.taken), list(held.buffers())
+        tensors = [i for i, leaf in enumerate(leaves) if leaf.tensor is not None]
+        written = [i for i, leaf in enumerate(leaves) if leaf.kind == "inout"]
+        device = next((device for device in devices_in(artifact) if device != "cpu"), "cpu")
+        grad_enabled, autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enabled
+        every = len(passed) == len(leaves)
+
+        def call(*args: Any) -> Any:
+            taken = args if every else tuple(args[i] for i in passed)
+            if grad_enabled() or autocast_enabled(device):
+                return run_quietly(function, device, taken)
+            return function(*taken)
+
+        def call_carefully(*args: Any) -> Any:
+            """Compiled pieces take what they write to for memory of its own."""
+            targets = [args[i] for i in written]
+            # A write that autograd does not see would leave it with wrong gradients.
+            unseen = grad_enabled() and any(target.requires_grad for target in targets)
+            if unseen or share_memory(targets, [*(args[i] for i in tensors), *buffers]):
+                return eager(*args)
+            return call(*args)
+
+        self._call = call_carefully if written else call
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph: one value a placeholder to the graph's flat results."""
@@ -60,34 +82,3 @@ def held_tensors(tensors: Iterable[torch.Tensor]) -> torch.nn.Module:
     for index, tensor in enumerate(tensors):
         root.held.register_buffer(str(index), tensor)
     return root
-
-
-def _build_call(
-    artifact: Artifact,
-    function: Callable[..., Any],
-    held: Sequence[torch.Tensor],
-    eager: Callable[..., Any],
-) -> Callable[..., Any]:
-    leaves, passed = artifact.leaves, list(artifact.taken)
-    tensors = [i for i, leaf in enumerate(leaves) if leaf.tensor is not None]
-    written = [i for i, leaf in enumerate(leaves) if leaf.kind == "inout"]
-    device = next((device for device in devices_in(artifact) if device != "cpu"), "cpu")
-    grad_enabled, autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enabled
-    every = len(passed) == len(leaves)
-
-    def call(*args: Any) -> Any:
-        taken = args if every else tuple(args[i] for i in passed)
-        if grad_enabled() or autocast_enabled(device):
-            return run_quietly(function, device, taken)
-        return function(*taken)
-
-    def call_carefully(*args: Any) -> Any:
-        """Compiled pieces take what they write to for memory of its own."""
-        targets = [args[i] for i in written]
-        # A write that autograd does not see would leave it with wrong gradients.
-        unseen = grad_enabled() and any(target.requires_grad for target in targets)
-        if unseen or share_memory(targets, [*(args[i] for i in tensors), *held]):
-            return eager(*args)
-        return call(*args)
-
-    return call_carefully if written else call

@@ -229,12 +229,11 @@ def signers_in(line: str) -> list[Signer]:
             raise ValueError(f"the option {text[:60]!r} is not supported here, or is there twice")
         limits[option["name"]] = option["value"]
         text = text[option.end() :]
-    spaces = limits.get("namespaces")
     return [
         Signer(
-            names=tuple(each for each in names.split(",") if each),
+            names=tuple(filter(None, names.split(","))),
             public=read_public(kind.strip() + " " + key, "")[0],
-            namespaces=tuple(each for each in spaces.split(",") if each) if spaces else (),
+            namespaces=tuple(filter(None, limits.get("namespaces", "").split(","))),
             after=_moment(limits.get("valid-after")),
             before=_moment(limits.get("valid-before")),
         )

@@ -141,7 +141,7 @@ class Root:
                 yield fill(Item, seen)
 
     def names(self, area: Area, prefix: str = "") -> list[tuple[str, str]]:
-        """Paths and keys of the same files; one may be gone when it is opened."""
+        """Paths and keys of the files that :meth:`items` lists; one may be gone when it is opened."""
         if area in KEYED:
             shards = [each for each in self.scan(self.area(area)) if len(each.name) == 2]
             shards = [each for each in shards if each.name[: len(prefix)] == prefix[:2]]

@@ -275,11 +275,12 @@ def own_copy(store: Store, root: Root, path: str, ref: BlobRef) -> Path | None:
 
     copy = Path(tempfile.mkdtemp(prefix="stitchcache-")) / ref.digest
     weakref.finalize(store, rmtree, copy.parent, ignore_errors=True)
-    if (reason := root.files.distrusted_way(str(copy.parent))) is not None:
-        root.files.close_quietly(fd)
-        said = f"{reason}; or set TMPDIR to a directory of your own: pieces that others can write are copied"
-        raise UntrustedEntryError(said, path=path)
     with root.files.opened(fd):
+        if (reason := root.files.distrusted_way(str(copy.parent))) is not None:
+            said = (
+                f"{reason}; or set TMPDIR to a directory of your own: pieces that others can write are copied"
+            )
+            raise UntrustedEntryError(said, path=path)
         copy.write_bytes(root.files.read_exactly(fd, ref.size))
     with root.files.opened(root.files.open_read(str(copy))) as own:
         problem = root.blob_problem(own, ref)

@@ -234,12 +234,15 @@ class _Walk:
         self._blobs: dict[str, int] = {}
         # Entries that are good, and what could not be read and may be good: nothing goes for its sake.
         self._sound: set[str] = set()
+        # Of the file that was read last: another one may take its name before it is moved.
+        self._inode: int | None = None
 
     def found(self, item: Item, problem: Problem, detail: str, repaired: bool = False) -> None:
         finding = Finding(path=item.path, problem=problem, detail=detail, repaired=repaired)
         self.report.findings += (finding,)
 
     def check(self, item: Item, check: Callable[[Item], None]) -> None:
+        self._inode = None
         try:
             check(item)
         except FileNotFoundError:
@@ -247,61 +250,54 @@ class _Walk:
         except OSError as error:
             self._sound.add(item.key)
             self.found(item, "unreadable", words(error))
+        except FutureFormatError as error:
+            self._sound.add(item.key)
+            self.found(item, "newer format", error.reason)
+        except EntryFormatError as error:
+            self._set_aside(item, "damaged", f"{error.field}: {error.reason}")
 
     def blob(self, item: Item) -> None:
         with self._root.files.opened(self._root.files.open_read(item.path)) as fd:
             problem = self._root.blob_problem(fd, BlobRef(digest=item.key, size=item.size))
         if problem is not None:
-            self._set_aside(item, "damaged", problem, None)
+            self._set_aside(item, "damaged", problem)
             return
         self._blobs[item.key] = item.size
         if self._root.trust == "owner":
             self._note(item, lambda: self._root.require_trust(item.path))
 
     def entry(self, item: Item) -> None:
-        loaded = self._load(item, Area.ENTRIES, lambda data: decode_named(data, item.key, item.path).blobs)
-        if loaded is None:
-            return
-        blobs, inode = loaded
+        blobs = self._load(item, Area.ENTRIES, lambda data: decode_named(data, item.key, item.path).blobs)
         missing = [blob.digest for blob in blobs if not self._has_blob(blob)]
         if missing:
             detail = f"{len(missing)} of {len(blobs)} blobs are missing or damaged, such as {missing[0]}"
-            self._set_aside(item, "missing blob", detail, inode)
+            self._set_aside(item, "missing blob", detail)
         else:
             self._sound.add(item.key)
 
     def target(self, item: Item) -> None:
-        loaded = self._load(item, Area.TARGETS, lambda data: led_to(data, item))
-        if loaded and not any(key in self._sound or has_entry(self._beneath, key) for key in loaded[0]):
-            self._drop(item, f"its entry {loaded[0][0]} is gone")
+        keys = self._load(item, Area.TARGETS, lambda data: led_to(data, item))
+        if not any(key in self._sound or has_entry(self._beneath, key) for key in keys):
+            self._drop(item, f"its entry {keys[0]} is gone")
 
     def piece(self, item: Item) -> None:
-        loaded = self._load(item, Area.PIECES, lambda data: decode_piece(data, item.key, path=item.path).blob)
-        if loaded and not self._has_blob(loaded[0]):
-            self._drop(item, f"its blob {loaded[0].digest} is gone")
+        blob = self._load(item, Area.PIECES, lambda data: decode_piece(data, item.key, path=item.path).blob)
+        if not self._has_blob(blob):
+            self._drop(item, f"its blob {blob.digest} is gone")
 
     def _has_blob(self, ref: BlobRef) -> bool:
         here = ref.digest in self._sound or self._blobs.get(ref.digest) == ref.size
         return here or any(root.has_blob(ref) for root in self._beneath)
 
-    def _load(self, item: Item, area: Area, decode: Callable[[bytes], T]) -> tuple[T, int] | None:
-        """What a file says, and its inode; ``None`` where it is gone, newer or damaged."""
-        inode = None
-        try:
-            found = self._root.read(item.path, area)
-            if found is None:
-                return None
-            inode = found[1].st_ino
-            value = decode(found[0])
-        except FutureFormatError as error:
-            self.found(item, "newer format", error.reason)
-            self._sound.add(item.key)
-            return None
-        except EntryFormatError as error:
-            self._set_aside(item, "damaged", f"{error.field}: {error.reason}", inode)
-            return None
+    def _load(self, item: Item, area: Area, decode: Callable[[bytes], T]) -> T:
+        """What a file says; a ``FileNotFoundError`` where it is gone."""
+        found = self._root.read(item.path, area)
+        if found is None:
+            raise FileNotFoundError(item.path)
+        self._inode = found[1].st_ino
+        value = decode(found[0])
         self._note(item, lambda: self._admit(item.path, area, item.key, found[0]))
-        return value, inode
+        return value
 
     def _note(self, item: Item, require_trust: Callable[[], None]) -> None:
         try:
@@ -309,11 +305,11 @@ class _Walk:
         except UntrustedEntryError as error:
             self.found(item, "untrusted", error.message)
 
-    def _set_aside(self, item: Item, problem: Problem, detail: str, inode: int | None) -> None:
+    def _set_aside(self, item: Item, problem: Problem, detail: str) -> None:
         # Not at the top: what lists a cache does without what writes it.
         from stitchcache.store.publish import quarantine
 
-        done = self._repair and quarantine(self._root, item.path, inode, detail)
+        done = self._repair and quarantine(self._root, item.path, self._inode, detail)
         self.found(item, problem, detail, done)
 
     def _drop(self, item: Item, detail: str) -> None:

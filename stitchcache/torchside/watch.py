@@ -189,7 +189,7 @@ class Watch(TorchDispatchMode):
         if op.acts:
             self._stop(f"op {func} writes what no schema shows and nobody can put back")
         if op.draws is not None:
-            self._note_draw(op.draws, func, args, kwargs)
+            self._note_draw(op, func, args, kwargs)
         if op.writes and not (op.silent and not (args[5] if len(args) > 5 else kwargs.get("training"))):
             for position, name in op.writes:
                 value = args[position] if position < len(args) else kwargs.get(name)
@@ -222,14 +222,8 @@ class Watch(TorchDispatchMode):
             self._stop(f"it writes a tensor of shape {tuple(tensor.shape)} that outlives the call")
         self.save(tensor)
 
-    def _note_draw(
-        self,
-        quiet: tuple[tuple[int, str, Any], ...],
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        for position, name, default in quiet:
+    def _note_draw(self, op: _Op, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for position, name, default in op.draws or ():
             value = args[position] if position < len(args) else kwargs.get(name, default)
             if type(value) in (bool, int, float) and not value:
                 return
