@@ -21,7 +21,7 @@ from stitchcache.capture.export import BoundTensor, Capture
 from stitchcache.capture.regions import replace_by_value
 from stitchcache.errors import CaptureError
 from stitchcache.graph import symbols
-from stitchcache.graph.effects import attribute_of
+from stitchcache.graph.effects import attribute_of, attributes_of
 from stitchcache.graph.symbols import SymbolNames
 from stitchcache.pieces import FAILURES
 from stitchcache.torchside import dynamo, is_fake, is_transformed, is_wrapper, tree
@@ -189,11 +189,10 @@ def _without(gm: GraphModule, gone: frozenset[str]) -> GraphModule:
         elif _name(node) == dynamo.DATA_CALL:
             # Tracing does not see what comes of .data.
             node.op, node.target = "call_method", "detach"
-    attributes = {}
-    for node in graph.nodes:
-        if node.op in {"get_attr", "call_module"}:
-            value = attribute_of(gm, str(node.target))
-            attributes[str(node.target)] = _without(value, gone) if isinstance(value, GraphModule) else value
+    held = attributes_of(gm, graph.nodes).items()
+    attributes = {
+        path: _without(value, gone) if isinstance(value, GraphModule) else value for path, value in held
+    }
     left = GraphModule(attributes, graph)
     left.meta.update(gm.meta)
     return left

@@ -9,6 +9,7 @@ any.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from stitchcache.errors import CaptureError
-from stitchcache.graph.effects import attribute_of, called, target_name
+from stitchcache.graph.effects import attribute_of, called, place_attribute, target_name
 from stitchcache.torchside import fake_mode_of
 from stitchcache.torchside.ops import HigherOrderOperator, OpOverload, autocast_has_rule, schema_of
 
@@ -110,15 +111,11 @@ def replace_by_value(node: Node, value: Any) -> None:
 
 def _adopt(gm: GraphModule, body: GraphModule, path: str) -> str:
     """Move an attribute of a block to the graph around it, under a free name."""
-    value = attribute_of(body, path)
-    name, number = path.replace(".", "_"), 0
+    name = base = path.replace(".", "_")
+    numbers = itertools.count(1)
     while hasattr(gm, name):
-        number += 1
-        name = f"{path.replace('.', '_')}_{number}"
-    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
-        gm.register_buffer(name, value)
-    else:
-        setattr(gm, name, value)
+        name = f"{base}_{next(numbers)}"
+    place_attribute(gm, name, attribute_of(body, path))
     return name
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -39,12 +39,6 @@ def matches(target: Any, wanted: str) -> bool:
     base = op.split(".")[0]
     forms = (f"{namespace}::{base}", f"{namespace}.{base}", f"{namespace}.{op}")
     return wanted == name or (bool(colons) and wanted in forms)
-
-
-def ops_in(gm: GraphModule) -> list[str]:
-    """Names of all ops that a graph calls, most frequent first."""
-    counts = Counter(target_name(n.target) for n in gm.graph.nodes if n.op == "call_function")
-    return [name for name, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
 
 
 def arguments(node: Node) -> dict[str, Any]:
@@ -100,14 +94,20 @@ def attribute_of(root: torch.nn.Module, path: str) -> Any:
     return attrgetter(path)(root)
 
 
-def place_attribute(root: torch.nn.Module, path: str, value: Any, *, is_buffer: bool) -> None:
-    """Set what stands under a dotted path, making the modules on the way."""
+def attributes_of(gm: GraphModule, nodes: Iterable[Node]) -> dict[str, Any]:
+    """What nodes of a graph read or call by dotted paths, by path."""
+    paths = [str(node.target) for node in nodes if node.op in {"get_attr", "call_module"}]
+    return {path: attribute_of(gm, path) for path in paths}
+
+
+def place_attribute(root: torch.nn.Module, path: str, value: Any) -> None:
+    """Set what stands under a dotted path, making the modules on the way; of tensors, buffers."""
     *parents, name = path.split(".")
     for part in parents:
         if part not in root._modules:
             root.add_module(part, torch.nn.Module())
         root = root.get_submodule(part)
-    if is_buffer:
+    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
         root.register_buffer(name, value)
     else:
         setattr(root, name, value)

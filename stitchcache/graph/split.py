@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 
 from stitchcache.errors import SplitError, SplittingOpNotFoundError
-from stitchcache.graph.effects import attribute_of, matches, ops_in, place_attribute
+from stitchcache.graph.effects import attributes_of, matches, target_name
 from stitchcache.graph.symbols import SYMBOLIC
 
 
@@ -46,17 +46,22 @@ def split_graph(
         SplittingOpNotFoundError: An op does not occur and ``missing`` is ``"error"``.
         SplitError: The graph has no output.
     """
-    targets = {node.target for node in gm.graph.nodes if node.op == "call_function"}
+    counts = Counter(node.target for node in gm.graph.nodes if node.op == "call_function")
     for wanted in splitting_ops if missing == "error" else ():
-        if not any(matches(target, wanted) for target in targets):
-            present = ops_in(gm)
+        if not any(matches(target, wanted) for target in counts):
+            present = [target_name(target) for target, _ in counts.most_common()]
             raise SplittingOpNotFoundError(
                 f"splitting op {wanted!r} is not in the graph. Its most frequent ops are "
                 f"{', '.join(present[:8])}. Take one of these, or leave the op out.",
                 op=wanted,
                 present=present,
             )
-    return _Stitcher(gm).build(splitting_ops)
+    partitions, home = _partitions(gm, splitting_ops)
+    split = _stitch(gm, partitions, home)
+    return split, [
+        SplitItem(f"submod_{index}", index, partition.splitting, split.get_submodule(f"submod_{index}"))
+        for index, partition in enumerate(partitions)
+    ]
 
 
 @dataclass(slots=True)
@@ -112,67 +117,48 @@ def _partitions(gm: GraphModule, splitting_ops: Sequence[str]) -> tuple[list[_Pa
     return partitions, home
 
 
-class _Stitcher:
-    """Builds the stitching graph; lives for one split."""
+def _stitch(gm: GraphModule, partitions: Sequence[_Partition], home: Mapping[Node, int]) -> GraphModule:
+    """Build the stitching graph, which calls the partitions."""
+    graph = Graph()
+    pieces: dict[str, GraphModule] = {}
+    values: dict[Node, Node] = {}  # the stitching graph's node for one of the original graph
 
-    def __init__(self, gm: GraphModule) -> None:
-        self._gm = gm
-        self._graph = Graph()
-        self._root = torch.nn.Module()
-        self._values: dict[Node, Node] = {}
-
-    def build(self, splitting_ops: Sequence[str]) -> tuple[GraphModule, list[SplitItem]]:
-        partitions, home = _partitions(self._gm, splitting_ops)
-        done: set[int] = set()
-        for node in self._gm.graph.nodes:
-            if node not in home:
-                if node.op != "get_attr":
-                    self._copy(node)
-            elif home[node] not in done:
-                done.add(home[node])
-                self._call(partitions[home[node]], f"submod_{home[node]}")
-        if not any(node.op == "output" for node in self._graph.nodes):
-            raise SplitError("the graph has no output node; nothing can be built from it.")
-        drop_unused_sizes(self._graph)
-        split = GraphModule(self._root, self._graph, class_name="Stitching")
-        split.meta.update(self._gm.meta)
-        names = [f"submod_{index}" for index in range(len(partitions))]
-        return split, [
-            SplitItem(name, index, partitions[index].splitting, attribute_of(split, name))
-            for index, name in enumerate(names)
-        ]
-
-    def _copy(self, node: Node) -> None:
-        self._values[node] = self._graph.node_copy(node, self._value)
-
-    def _value(self, node: Node) -> Node:
-        """The stitching graph's node for one of the original graph."""
-        if node not in self._values:
-            if node.op == "get_attr":
-                _copy_attribute(self._gm, self._root, str(node.target))
-            elif not _is_symbolic(node):
+    def value(node: Node) -> Node:
+        if node not in values:
+            if node.op != "get_attr" and not _is_symbolic(node):
                 raise SplitError(f"node {node.name} is used before it is computed; the graph is not sorted.")
-            self._copy(node)
-        return self._values[node]
+            values[node] = graph.node_copy(node, value)
+        return values[node]
 
-    def _call(self, partition: _Partition, name: str) -> None:
-        """Build one submodule and call it."""
-        piece, inputs = _submodule(self._gm, partition)
-        self._root.add_module(name, piece)
-        call = self._graph.call_module(name, tuple(map(self._value, inputs)))
+    for node in gm.graph.nodes:
+        if node not in home:
+            if node.op != "get_attr":
+                values[node] = graph.node_copy(node, value)
+            continue
+        name, partition = f"submod_{home[node]}", partitions[home[node]]
+        if name in pieces:
+            continue
+        pieces[name], inputs = _submodule(gm, partition)
+        call = graph.call_module(name, tuple(map(value, inputs)))
         call.meta["val"] = tuple(node.meta.get("val") for node in partition.outputs)
-        for position, node in enumerate(partition.outputs):
+        for position, result in enumerate(partition.outputs):
             # An item of what an op in the piece returns is named after the op: ``unbind_0``.
-            source = node.args[0] if node.target is operator.getitem else None
-            name = f"{source.name}_{node.args[1]}" if isinstance(source, Node) else node.name
-            taken = self._graph.create_node("call_function", operator.getitem, (call, position), name=name)
-            taken.meta = dict(node.meta)
-            self._values[node] = taken
+            source = result.args[0] if result.target is operator.getitem else None
+            label = f"{source.name}_{result.args[1]}" if isinstance(source, Node) else result.name
+            taken = graph.create_node("call_function", operator.getitem, (call, position), name=label)
+            taken.meta = dict(result.meta)
+            values[result] = taken
+    if not any(node.op == "output" for node in graph.nodes):
+        raise SplitError("the graph has no output node; nothing can be built from it.")
+    drop_unused_sizes(graph)
+    split = GraphModule(attributes_of(gm, values) | pieces, graph, class_name="Stitching")
+    split.meta.update(gm.meta)
+    return split
 
 
 def _submodule(gm: GraphModule, partition: _Partition) -> tuple[GraphModule, list[Node]]:
     """One partition as a graph module, and the nodes that it takes as inputs."""
-    root, graph = torch.nn.Module(), Graph()
+    graph = Graph()
     values: dict[Node, Node] = {}
     # Outside nodes in order of first use: the order that makes equal pieces look equal.
     outside = [s for node in partition.nodes for s in node.all_input_nodes if s not in partition.nodes]
@@ -183,18 +169,7 @@ def _submodule(gm: GraphModule, partition: _Partition) -> tuple[GraphModule, lis
     for node in partition.nodes:
         for source in node.all_input_nodes:
             if source.op == "get_attr" and source not in values:
-                _copy_attribute(gm, root, str(source.target))
                 values[source] = graph.node_copy(source, values.__getitem__)
-        if node.op == "call_module":
-            _copy_attribute(gm, root, str(node.target))
         values[node] = graph.node_copy(node, values.__getitem__)
     graph.output(tuple(values[node] for node in partition.outputs))
-    return GraphModule(root, graph, class_name="Piece"), inputs
-
-
-def _copy_attribute(gm: GraphModule, root: torch.nn.Module, path: str) -> None:
-    """Make ``root.<path>`` what ``gm.<path>`` is, keeping parameters and buffers as such."""
-    owner, _, name = path.rpartition(".")
-    source = gm.get_submodule(owner)
-    value = getattr(source, name)
-    place_attribute(root, path, value, is_buffer=isinstance(value, torch.Tensor) and name in source._buffers)
+    return GraphModule(attributes_of(gm, graph.nodes), graph, class_name="Piece"), inputs

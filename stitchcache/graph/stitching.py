@@ -48,8 +48,7 @@ def bind_placeholders(
         if node.users:
             name, tensor = tensors[node.name]
             path = f"{BOUND}.{name}"
-            is_parameter = isinstance(tensor, torch.nn.Parameter)
-            place_attribute(split_gm, path, tensor, is_buffer=not is_parameter)
+            place_attribute(split_gm, path, tensor)
             with graph.inserting_before(first):
                 attribute = graph.get_attr(path)
             attribute.meta = dict(node.meta)

@@ -13,7 +13,6 @@ from stitchcache.graph.effects import (
     is_random,
     matches,
     mutates,
-    ops_in,
     target_name,
     written,
     written_placeholders,
@@ -66,15 +65,6 @@ def test_an_op_is_meant_by_its_name_with_or_without_overload():
         assert matches(aten.add.Tensor, wanted)
     for other in ("aten::add.Scalar", "add", "aten::add_", "aten", "mylib::add", ""):
         assert not matches(aten.add.Tensor, other)
-
-
-def test_ops_in_order_of_frequency():
-    def build(g, x):
-        for target in (aten.cos.default, aten.sin.default, aten.sin.default, aten.abs.default):
-            x = g.call_function(target, (x,))
-        return x
-
-    assert ops_in(graph_of(build, 2)) == ["aten::sin.default", "aten::abs.default", "aten::cos.default"]
 
 
 def test_what_a_node_writes_into():
