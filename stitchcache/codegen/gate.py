@@ -9,25 +9,13 @@ from __future__ import annotations
 import ast
 from typing import Literal, NoReturn
 
-from stitchcache.codegen.reach import (
-    BUILTINS,
-    OPERATOR_METHODS,
-    NotAllowedError,
-    Path,
-    is_attribute,
-    is_dunder,
-    is_method,
-    resolve,
-)
+from stitchcache.codegen import reach
 from stitchcache.errors import EntryFormatError
 
 _ROOTS = ("torch", "operator", "_operator")
 # What an expression may be made of beside expressions.
-_OPERATORS = (
-    ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.MatMult, ast.BitAnd, ast.BitOr,
-    ast.BitXor, ast.LShift, ast.RShift, ast.USub, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE,
-    ast.Load,
-)  # fmt: skip
+_COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+_OPERATORS = (ast.operator, ast.USub, *_COMPARISONS, ast.Load)
 _IN_DEFAULTS = (ast.Constant, ast.UnaryOp, ast.USub, ast.Tuple, ast.List, ast.Dict, ast.Load)
 # What an expression stands for: a variable of the function, a submodule or a constant that the caller
 # supplies, or an op (in the list ABI also a function that was defined above).
@@ -203,14 +191,16 @@ class _Gate:
 
     def _assign(self, node: ast.AST, name: str, kind: _Kind = "local", index: int = 0) -> None:
         # vLLM's code has a local named __mul__ where the graph calls torch.Tensor.__mul__.
-        legal = name in OPERATOR_METHODS if name.startswith("__") else name not in (*_ROOTS, "getattr", "")
+        legal = name not in (*_ROOTS, "getattr", "")
+        if name.startswith("__"):
+            legal = name in reach.OPERATOR_METHODS
         if not legal or self._names.get(name, ("local", 0)) != ("local", 0):
             _refuse(node, f"an assignment to {name or 'anything but names'}")
         self._names[name] = (kind, index)
 
     def _bind_name(self, node: ast.expr, kind: _Kind, index: int) -> None:
         # bind binds `op_0 = max`: a slot that is named max would change what that means.
-        name = node.id if isinstance(node, ast.Name) and node.id not in BUILTINS else ""
+        name = node.id if isinstance(node, ast.Name) and node.id not in reach.BUILTINS else ""
         self._assign(node, name, kind, index)
 
     def _value(self, node: ast.expr) -> None:
@@ -219,7 +209,7 @@ class _Gate:
             return
         match node:
             case ast.Attribute(value=owner, attr=name) if self._is_value(owner):
-                if not is_attribute(name):
+                if not reach.is_attribute(name):
                     _refuse(node, f"the attribute {name}")
                 return
             case ast.Call():
@@ -252,7 +242,7 @@ class _Gate:
             case func if self._stands_for(func) not in (None, "local"):
                 pass
             case ast.Attribute(value=owner, attr=name) if self._is_value(owner):
-                if not is_method(name):
+                if not reach.is_method(name):
                     _refuse(node, f"a call of the method {name}")
             case func if not self._reads_attribute(node):
                 _refuse(node, f"a call of {_shown(func)}, which is no submodule, op or method")
@@ -263,7 +253,7 @@ class _Gate:
                 case ast.keyword(arg=None, value=ast.Dict(keys=keys)):
                     if not all(isinstance(key, ast.Constant) and isinstance(key.value, str) for key in keys):
                         _refuse(node, "keyword arguments from anything but a dict of names")
-                case ast.keyword(arg=str() as name) if not is_dunder(name):
+                case ast.keyword(arg=str() as name) if not reach.is_dunder(name):
                     pass
                 case _:
                     _refuse(node, "a keyword argument that graphs do not have")
@@ -273,7 +263,7 @@ class _Gate:
         """Whether it is ``getattr(value, 'name')``, as graphs read attributes in the list ABI."""
         match node:
             case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str() as name), *rest]):
-                return not (self._is_bound or node.keywords or rest[1:]) and is_attribute(name)
+                return not (self._is_bound or node.keywords or rest[1:]) and reach.is_attribute(name)
         return False
 
     def _is_value(self, node: ast.expr) -> bool:
@@ -286,7 +276,7 @@ class _Gate:
                 kind, index = self._names.get(name, (None, 0))
                 if kind == "submod":
                     self.used.add(index)
-                return "op" if kind is None and not self._is_bound and name in BUILTINS else kind
+                return "op" if kind is None and not self._is_bound and name in reach.BUILTINS else kind
             case ast.Subscript(value=ast.Name(id=table), slice=at) if table in _INDEXED:
                 number = at.value if isinstance(at, ast.Constant) else None
                 count = 0 if self._is_bound else self._counts[_INDEXED[table]]
@@ -308,8 +298,8 @@ class _Gate:
         if path is None:
             _refuse(node, f"{_shown(node)} for an op")
         try:
-            resolve(path)
-        except NotAllowedError as error:
+            reach.resolve(path)
+        except reach.NotAllowedError as error:
             _refuse(node, f"the name {'.'.join(path)}, which {error}")
 
 
@@ -318,7 +308,7 @@ def _shown(node: ast.expr) -> str:
     return f"the name {'.'.join(path)}" if path else f"a {type(node).__name__} expression"
 
 
-def _dotted_path(node: ast.expr) -> Path | None:
+def _dotted_path(node: ast.expr) -> reach.Path | None:
     """Read a dotted path, some steps of which may be written as ``getattr(path, 'step')``."""
     match node:
         case ast.Name(id=name):

@@ -193,21 +193,18 @@ class Scope:
         return self._object_text(node, arg, path)
 
     def _object_text(self, node: Node, arg: Any, path: str) -> str:
-        reason = ""
         if isinstance(arg, SYMBOLIC):
             constant = constant_of(arg)
             known = self._symbols.get(expression(arg))
             if constant is not None or known is not None:
                 return self.text(node, known if constant is None else int(constant), path)
-            reason = (
-                f"is the symbolic number {arg}, and no earlier node has its value. "
-                "Make it an input of the graph, or compute it with a node."
-            )
-        elif isinstance(arg, torch.nn.Parameter):
+            reason = f"is the symbolic number {arg}, and no earlier node has its value. "
+            raise refusal(node, path, f"{reason}Make it an input of the graph, or compute it with a node.")
+        if isinstance(arg, torch.nn.Parameter):
             reason = "is a parameter. Weights are bound by name: read it with a get_attr node."
-        elif _holds_node(arg):
+            raise refusal(node, path, reason)
+        if _holds_node(arg):
             reason = f"is a {type(arg).__qualname__} that holds a node, which cannot be taken apart."
-        if reason:
             raise refusal(node, path, reason)
         return self.op_or_const(arg, node, path)
 

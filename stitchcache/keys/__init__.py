@@ -17,14 +17,7 @@ import torch
 
 from stitchcache.encoding import UnkeyableError, make_factor, text_bytes
 from stitchcache.errors import OptionError
-from stitchcache.keys.environment import (
-    decimal_context,
-    environment_factors,
-    numpy_state,
-    python_code,
-    torch_state_factors,
-    tracing_obstacle,
-)
+from stitchcache.keys import environment
 from stitchcache.keys.model import class_factors, memory_factor, model_factors, readable
 from stitchcache.keys.values import own_attributes, stands_for_itself, tensor_span
 from stitchcache.keys.walk import Walk
@@ -67,7 +60,7 @@ def target_key(
     """
     walk = walk or Walk()
     factors: list[Factor] = []
-    reason = tracing_obstacle()
+    reason = environment.tracing_obstacle()
     model_part: tuple[Factor, ...] = ()
     try:
         # The model comes first: its factors then do not depend on what else objects of its are used for.
@@ -75,11 +68,12 @@ def target_key(
     except UnkeyableError as error:
         reason = reason or str(error)
     try:
-        factors += environment_factors(backend, devices_of(model, [value for _, value in leaves])[1])
-        factors.append(make_factor("code.python", python_code()))
-        factors.append(make_factor("code.decimal", decimal_context()))
-        factors.append(make_factor("code.numpy", numpy_state()))
-        factors += torch_state_factors(walk)
+        devices = devices_of(model, [value for _, value in leaves])[1]
+        factors += environment.environment_factors(backend, devices)
+        factors.append(make_factor("code.python", environment.python_code()))
+        factors.append(make_factor("code.decimal", environment.decimal_context()))
+        factors.append(make_factor("code.numpy", environment.numpy_state()))
+        factors += environment.torch_state_factors(walk)
         factors += input_factors(leaves, tree, dynamic_shapes, walk)
         factors += model_part
     except UnkeyableError as error:

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from stitchcache.containers import code_digest
 from stitchcache.encoding import SCALARS, UnkeyableError
@@ -39,13 +39,13 @@ _COMPUTED = object()  # stands for what a module makes up when it is asked
 _MISSING = object()
 
 
-class Found:
+class Found(NamedTuple):
     """Where a chain leads: a value, by ``used`` of its steps; the last module on the way is ``owner``."""
 
-    __slots__ = ("exists", "owner", "used", "value")
-
-    def __init__(self, value: Any, exists: bool, used: tuple[str, ...], owner: str = "") -> None:
-        self.value, self.exists, self.used, self.owner = value, exists, used, owner
+    value: Any
+    exists: bool
+    used: tuple[str, ...]
+    owner: str = ""
 
 
 def lookup(
@@ -75,7 +75,7 @@ def lookup(
 def lookup_in(module: ModuleType, chain: tuple[str, ...]) -> Found:
     """The same for what a module has, builtins left out, or makes up."""
     found = lookup({"": module}, ("", *chain))
-    return Found(found.value, found.exists, found.used[1:], found.owner)
+    return found._replace(used=found.used[1:])
 
 
 def _made_up(module: ModuleType, name: str) -> Any:

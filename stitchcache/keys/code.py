@@ -129,21 +129,15 @@ def _plain_defaults(function: types.FunctionType) -> bytes | None:
     defaults = function.__defaults__
     if not defaults:
         return b"[plain 0:"
-    parts = [b"[plain %d:" % len(defaults)]
-    for value in defaults:
-        scalar = SCALARS.get(type(value))
-        if scalar is None:
-            return None
-        parts.append(scalar(value))
-    return b"".join(parts)
+    if not SCALARS.keys() >= set(map(type, defaults)):
+        return None
+    return b"[plain %d:" % len(defaults) + b"".join([SCALARS[type(value)](value) for value in defaults])
 
 
 def _library_defaults(function: types.FunctionType) -> bytes:
     """Defaults of a function of torch or the library, which somebody may have set; objects by their types."""
-    given = [
-        *(("", value) for value in function.__defaults__ or ()),
-        *(function.__kwdefaults__ or {}).items(),
-    ]
+    given = [("", value) for value in function.__defaults__ or ()]
+    given += (function.__kwdefaults__ or {}).items()
     parts = [b"[defaults of library %d:" % (2 * len(given))]
     for name, value in given:
         scalar = SCALARS.get(type(value))

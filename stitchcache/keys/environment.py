@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -143,18 +144,15 @@ def _cpu() -> tuple[str, bytes]:
 
 def _cpu_flags() -> list[str]:
     """Instruction sets as the kernel names them; the first processor speaks for all."""
-    try:
-        # utf-8 is imported by now; ascii would be another module.
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                name, _, value = line.partition(":")
-                if name.strip() in {"flags", "Features"}:
-                    # Of ARM's, under the second name, all count.
-                    every = name.strip() == "Features"
-                    return [flag for flag in value.split() if every or flag.startswith(_INSTRUCTION_SETS)]
-    except OSError:
-        # No procfs: the capability level alone tells, as it did to torch.
-        pass
+    # Without procfs the capability level alone tells, as it did to torch. Decoded as utf-8, which is imported
+    # by now; ascii would be another module.
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name.strip() in {"flags", "Features"}:
+                # Of ARM's, under the second name, all count.
+                every = name.strip() == "Features"
+                return [flag for flag in value.split() if every or flag.startswith(_INSTRUCTION_SETS)]
     return []
 
 

@@ -21,20 +21,8 @@ from stitchcache.encoding import (
     state_of,
     text_bytes,
 )
+from stitchcache.keys import values
 from stitchcache.keys.code import replaced_factor
-from stitchcache.keys.values import (
-    BOUND,
-    HF_NOTES,
-    HF_SETS,
-    UNFINISHED,
-    has_hooks,
-    ignored_names,
-    own_attributes,
-    put_hooks,
-    stands_for_itself,
-    tensor_span,
-    tensor_text,
-)
 from stitchcache.keys.walk import Walk
 from stitchcache.torchside import COMPILED_CALL, INTERNALS, TRANSIENT_BUFFERS
 from stitchcache.types import Factor
@@ -172,10 +160,10 @@ class _ModelWalk:
         """A parameter or buffer; what it shares with others is kept for later."""
         if id(value) in self.numbers.known:
             return self.numbers.reference(value) or b""
-        self.numbers.add(value, BOUND, name, 0)
-        if value.__dict__ and (own := own_attributes(value)):
+        self.numbers.add(value, values.BOUND, name, 0)
+        if value.__dict__ and (own := values.own_attributes(value)):
             noted.append((name, own))
-        if type(value) in UNFINISHED or value.is_nested:
+        if type(value) in values.UNFINISHED or value.is_nested:
             # These have no sizes to ask for.
             kind = type(value).__name__
             raise UnkeyableError(name, f"a {kind} that is nested or not initialized; use plain tensors")
@@ -185,12 +173,12 @@ class _ModelWalk:
         what = (value.shape, strides, value.dtype, value.device, value.requires_grad, flags, type(value))
         described = self.described.get(what)
         if described is None:
-            if value.is_quantized or not stands_for_itself(value):
+            if value.is_quantized or not values.stands_for_itself(value):
                 kind = type(value).__name__
                 why = f"a {kind}, whose content a key cannot describe; use plain tensors"
                 raise UnkeyableError(name, why)
-            text = f"{tensor_text(value)} {value.requires_grad} {flags}"
-            described = self.described[what] = (text_bytes(text), tensor_span(value))
+            text = f"{values.tensor_text(value)} {value.requires_grad} {flags}"
+            described = self.described[what] = (text_bytes(text), values.tensor_span(value))
         if described[1]:
             start = value.data_ptr()
             self.walk.spans.append((start, start + described[1], name))
@@ -199,7 +187,7 @@ class _ModelWalk:
     def _attributes(self) -> Iterator[Factor]:
         # By attribute: its bytes, module by module, and some of its values for people.
         attributes: dict[type, dict[str, tuple[bytearray, dict[bytes, str]]]] = {}
-        known = {cls: (INTERNALS | ignored_names(cls), slots_of(cls)) for cls in self.labels}
+        known = {cls: (INTERNALS | values.ignored_names(cls), slots_of(cls)) for cls in self.labels}
         orders: dict[tuple[str, ...], int] = {}
         order = bytearray()
         for path, module in self.modules:
@@ -234,7 +222,8 @@ class _ModelWalk:
             return b"[flat weights 0:"
         step = f".{name}"
         writer.begin(step, path, [path, step])
-        if name in HF_SETS and type(value) is set and ignored_names(type(owner)) >= HF_NOTES:
+        hf_set = name in values.HF_SETS and type(value) is set
+        if hf_set and values.ignored_names(type(owner)) >= values.HF_NOTES:
             put_members(writer, value)
         else:
             writer.put(value)
@@ -245,7 +234,7 @@ class _ModelWalk:
         self.numbers.add(config, "config", "", 0)
         kind = self.walk.writer("model.config", path=["config"])
         kind.put_class(type(config))
-        items = state_of(config, ignored_names(type(config)), slots_of(type(config)))
+        items = state_of(config, values.ignored_names(type(config)), slots_of(type(config)))
         for name, value in items:
             data = self._encode("(config)", name, value, config)
             yield make_factor(f"model.config.{name}", readable(value, name), data)
@@ -254,11 +243,11 @@ class _ModelWalk:
 
     def _hooks(self) -> Factor:
         writer = self.walk.writer("model.hooks")
-        hooked = [(path, module) for path, module in self.modules if has_hooks(module)]
+        hooked = [(path, module) for path, module in self.modules if values.has_hooks(module)]
         for path, module in hooked:
             writer.path = [path]
             writer.text(path)
-            put_hooks(writer, module)
+            values.put_hooks(writer, module)
         names = ", ".join(path or "(model)" for path, _ in hooked)
         return make_factor("model.hooks", names or "none", bytes(writer.out))
 
@@ -294,6 +283,6 @@ def memory_factor(walk: Walk, name: str) -> Factor:
 def _are_own(module: torch.nn.RNNBase, value: Any) -> bool:
     """Whether a list is that of a recurrent module's own parameters, as torch keeps it for fast calls."""
     names = module.__dict__.get("_flat_weights_names")
-    if type(value) is not list or type(names) is not list or len(names) != len(value):
+    if type(value) is not list or type(names) is not list:
         return False
-    return all(module._parameters.get(name) is item for name, item in zip(names, value, strict=True))
+    return [id(module._parameters.get(name)) for name in names] == list(map(id, value))

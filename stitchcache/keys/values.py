@@ -357,7 +357,7 @@ def _put_universal(writer: KeyWriter, value: Any) -> None:
     if getattr(sys.modules["numpy"], value.__name__, None) is not value:
         name = value.__name__
         raise writer.error(f"the numpy function {name}, which is not numpy's own; hold a Python function")
-    by_parts(b"numpy function", lambda value: (value.__name__,))(writer, value)
+    writer.parts(b"numpy function", type(value).__name__, value.__name__)
 
 
 def _put_diffusers_config(writer: KeyWriter, value: Any) -> None:

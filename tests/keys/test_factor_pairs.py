@@ -214,7 +214,7 @@ PAIRS = {
     "code.decimal": ("code.decimal", rounded, elsewhere),
     "code.numpy": (
         "code.numpy", called(lambda digits: sys.modules["numpy"].set_printoptions(precision=digits), 3, 8), elsewhere),
-    "code.python": ("code.python", patched(sys.modules["stitchcache.keys"], "python_code", str), elsewhere),
+    "code.python": ("code.python", patched(environment_module, "python_code", str), elsewhere),
     "env.cuda": ("env.cuda", lambda mp: gpu(mp, cuda="13.0"), gpu),
     "env.gpu": ("env.gpu", lambda mp: gpu(mp, found="sm_100"), gpu),
     "torch.default_dtype": (
