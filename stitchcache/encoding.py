@@ -19,7 +19,7 @@ import enum
 import hashlib
 import logging
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MemberDescriptorType
 from typing import Any
 
@@ -113,25 +113,24 @@ Step = str | int | tuple[Any]
 """A step of a path: its text, an index, or a key of a mapping in a tuple; made a text for an error only."""
 
 
-class Numbers:
-    """Which objects were met, and where each was met first, by id: section, place in it, number."""
+class Numbers(dict[int, tuple[str, str, int, Any]]):
+    """Which objects were met, and where each was met first, by id: section, place in it, number.
 
-    def __init__(self, parent: Numbers | None = None) -> None:
-        # The objects are kept: a temporary's id could be another object's a moment later.
-        self.known: dict[int, tuple[str, str, int, Any]] = dict(parent.known) if parent else {}
+    The objects are kept: a temporary's id could be another object's a moment later.
+    """
 
     def add(self, value: Any, section: str, where: str, number: int) -> None:
         """Call an object by the place where it was met first."""
-        self.known[id(value)] = (section, where, number, value)
+        self[id(value)] = (section, where, number, value)
 
     def place(self, value: Any) -> str:
         """Where an object was met first, in one text."""
-        section, where, number, _ = self.known[id(value)]
+        section, where, number, _ = self[id(value)]
         return f"{section}:{where}:{number}"
 
     def reference(self, value: Any) -> bytes | None:
         """How an object is referred to; ``None`` where it was not met."""
-        known = self.known.get(id(value))
+        known = self.get(id(value))
         if known is None:
             return None
         return b"@%b%b%d;" % (text_bytes(known[0]), text_bytes(known[1]), known[2])
@@ -152,7 +151,7 @@ class Writer:
         self, numbers: Numbers | None = None, section: str = "", where: str = "", path: Iterable[Step] = ()
     ) -> None:
         self.found: dict[int, tuple[type, Handler]] = {}
-        self.numbers = numbers or Numbers()
+        self.numbers = numbers if numbers is not None else Numbers()
         self.out = bytearray()
         self.path = list(path)
         self.section, self.where, self.count = section, where, 0
@@ -209,6 +208,11 @@ class Writer:
             self.put_at(" key", key)
             self.put_at((key,), item)
 
+    def pairs(self, kind: bytes, items: Collection[tuple[Any, Any]]) -> None:
+        """Write a composite of names or keys and values, in the order given."""
+        self.head(kind, 2 * len(items))
+        self.put_pairs(items)
+
     def parts(self, kind: bytes, *items: Any) -> None:
         """Write a composite of these values."""
         self.head(kind, len(items))
@@ -225,11 +229,11 @@ class Writer:
     def again(self, value: Any) -> bool:
         """Write a reference if this very object was met before, else number it."""
         numbers = self.numbers
-        if id(value) in numbers.known:
+        if id(value) in numbers:
             self.out += numbers.reference(value) or b""
             return True
         # As Numbers.add does: one call less for each object.
-        numbers.known[id(value)] = (self.section, self.where, self.count, value)
+        numbers[id(value)] = (self.section, self.where, self.count, value)
         self.count += 1
         return False
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,10 +67,7 @@ class Capture:
 
 
 def capture(
-    model: torch.nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    dynamic_shapes: Any = None,
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Any = None
 ) -> Capture:
     """Trace a model into one graph, as ``torch.export.export``; a CaptureError says where that fails."""
     leaves, spec = tree.flatten((args, dict(kwargs)))
@@ -82,8 +79,8 @@ def capture(
             "A part of the model is compiled already. Compile the model as it was before.",
             reason="a compiled part",
         )
-    given = zip(tree.leaf_paths(model.forward, args, dict(kwargs)), leaves, strict=True)
-    for name, tensor in (*state.items(), *given):
+    paths = tree.leaf_paths(model.forward, args, dict(kwargs))
+    for name, tensor in (*state.items(), *zip(paths, leaves, strict=True)):
         if is_wrapper(tensor):
             raise CaptureError(
                 f"{name} is a {type(tensor).__qualname__}, a tensor that is made of others. Parameters and "
@@ -122,7 +119,7 @@ def capture(
         )
     tensors = [value for value in (*leaves, *(b.tensor for b in bound)) if isinstance(value, torch.Tensor)]
     inline_regions(gm, ambient_modes({tensor.device.type for tensor in tensors}))
-    names, paths = SymbolNames(), tree.leaf_paths(model.forward, args, dict(kwargs))
+    names = SymbolNames()
     contract = input_spec(gm, user_inputs, paths, leaves, tree.dumps(spec), names, program.range_constraints)
     written = written_placeholders(gm)
     inout = any(leaf.kind == "inout" for leaf in contract.leaves)
@@ -237,11 +234,7 @@ class _Calls(TorchFunctionMode):
         self.seen: set[int] = set()
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call the function, or what it is made of; note the tensor if it gives Python a value."""
         if args and id(args[0]) in self._watched and getattr(func, "__name__", "") in _VALUE_READS:

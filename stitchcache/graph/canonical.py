@@ -75,12 +75,6 @@ class GraphWriter(Writer):
         """Never: a value counts by what it is, not by which object it is."""
         return False
 
-    def pairs(self, kind: bytes, items: Iterable[tuple[str, Any]]) -> None:
-        """Write a composite of names and values, in the order given."""
-        listed = list(items)
-        self.head(kind, 2 * len(listed))
-        self.put_pairs(listed)
-
     def graph_module(self, gm: GraphModule) -> None:
         """Write the graph of a module, and those that it calls."""
         nodes = list(gm.graph.nodes)
@@ -180,7 +174,7 @@ class GraphWriter(Writer):
         self.put_at(".__kwdefaults__", function.__kwdefaults__)
         self.parts(b"closure", *(cell.cell_contents for cell in function.__closure__ or ()))
         read = sorted(_names(function.__code__) & function.__globals__.keys())
-        self.pairs(b"globals", ((name, function.__globals__[name]) for name in read))
+        self.pairs(b"globals", [(name, function.__globals__[name]) for name in read])
         self._within.pop()
 
     def _code(self, code: types.CodeType) -> None:
@@ -244,7 +238,7 @@ def _put_module(writer: GraphWriter, module: torch.nn.Module) -> None:
     writer.head(b"tensors", 2)
     writer.put(list(tensors))
     writer.metadata(list(tensors.values()))
-    writer.pairs(b"attributes", (item for item in sorted(vars(module).items()) if item[0] not in TABLES))
+    writer.pairs(b"attributes", [item for item in sorted(vars(module).items()) if item[0] not in TABLES])
     writer.pairs(b"children", module._modules.items())
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 from torch.fx import Graph, GraphModule, Node
 
 from stitchcache.errors import SplitError, SplittingOpNotFoundError
-from stitchcache.graph.effects import attributes_of, matches, target_name
+from stitchcache.graph.effects import attribute_of, attributes_of, matches, target_name
 from stitchcache.graph.symbols import SYMBOLIC
 
 
@@ -59,7 +59,7 @@ def split_graph(
     partitions, home = _partitions(gm, splitting_ops)
     split = _stitch(gm, partitions, home)
     return split, [
-        SplitItem(f"submod_{index}", index, partition.splitting, split.get_submodule(f"submod_{index}"))
+        SplitItem(f"submod_{index}", index, partition.splitting, attribute_of(split, f"submod_{index}"))
         for index, partition in enumerate(partitions)
     ]
 

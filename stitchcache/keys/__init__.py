@@ -140,7 +140,7 @@ def input_factors(
         text = _tensor_text(path, value, dims)
         for index, dim in dims.items():
             sizes.setdefault(dim, set()).add(value.shape[index])
-        if id(value) in walk.numbers.known:
+        if id(value) in walk.numbers:
             aliases.append(f"{name} is {walk.numbers.place(value)}")
         else:
             walk.numbers.add(value, "input", str(position), 0)

@@ -8,19 +8,9 @@ from typing import Any
 
 import torch
 
+from stitchcache import encoding
 from stitchcache.containers import put_members
-from stitchcache.encoding import (
-    LONG,
-    SCALARS,
-    UnkeyableError,
-    is_telling,
-    layout_of,
-    make_factor,
-    shorten,
-    slots_of,
-    state_of,
-    text_bytes,
-)
+from stitchcache.encoding import LONG, SCALARS, UnkeyableError, make_factor, text_bytes
 from stitchcache.keys import values
 from stitchcache.keys.code import replaced_factor
 from stitchcache.keys.walk import Walk
@@ -36,13 +26,13 @@ def readable(value: Any, called: str = "", room: int = LONG, depth: int = 0) -> 
 
     ``called`` is its name, which may say that it is secret.
     """
-    if type(value) in (str, bytes) and not is_telling(called, str(value[:1000])):
+    if type(value) in (str, bytes) and not encoding.is_telling(called, str(value[:1000])):
         return f"{type(value).__name__} of {len(value)} (not shown)"
     if type(value) is int and abs(value) >> 999:
         # Python may refuse to write it.
         return f"an int of {value.bit_length()} bits"
     if type(value) in SCALARS or isinstance(value, (torch.dtype, torch.device)):
-        return shorten(repr(value), 40)
+        return encoding.shorten(repr(value), 40)
     if type(value) in {list, tuple, dict} and value and depth < _DEEPEST:
         texts, named = list[str](), type(value) is dict
         for key, item in value.items() if named else enumerate(value):
@@ -58,7 +48,7 @@ def readable(value: Any, called: str = "", room: int = LONG, depth: int = 0) -> 
     # Others are not asked: a __getattr__ of theirs may raise anything.
     named = isinstance(value, (type, FunctionType, MethodType, BuiltinFunctionType))
     name = getattr(value, "__qualname__", None) if named else None
-    return shorten(name if isinstance(name, str) else type(value).__qualname__, 60)
+    return encoding.shorten(name if isinstance(name, str) else type(value).__qualname__, 60)
 
 
 def model_factors(model: torch.nn.Module, walk: Walk | None = None) -> tuple[Factor, ...]:
@@ -96,7 +86,8 @@ class _ModelWalk:
         yield make_factor("model.training", shown, b"".join(map(text_bytes, training)))
         yield from self._tensors()
         config = self.model.__dict__.get("config")
-        if config is not None and type(config) not in self.writer.handlers and layout_of(type(config))[0]:
+        known = config is None or type(config) in self.writer.handlers
+        if not known and encoding.layout_of(type(config))[0]:
             yield from self._config(config)
         yield from self._attributes()
         yield self._hooks()
@@ -108,7 +99,7 @@ class _ModelWalk:
 
     def _visit(self, path: str, module: torch.nn.Module) -> None:
         """List the tree; a module that occurs twice is named by its first path."""
-        if id(module) in self.numbers.known:
+        if id(module) in self.numbers:
             self.tree += text_bytes(path) + (self.numbers.reference(module) or b"")
             return
         if not isinstance(module, torch.nn.Module):
@@ -158,7 +149,7 @@ class _ModelWalk:
 
     def _tensor(self, name: str, value: torch.Tensor, noted: list[tuple[str, dict[str, Any]]]) -> bytes:
         """A parameter or buffer; what it shares with others is kept for later."""
-        if id(value) in self.numbers.known:
+        if id(value) in self.numbers:
             return self.numbers.reference(value) or b""
         self.numbers.add(value, values.BOUND, name, 0)
         if value.__dict__ and (own := values.own_attributes(value)):
@@ -187,13 +178,13 @@ class _ModelWalk:
     def _attributes(self) -> Iterator[Factor]:
         # By attribute: its bytes, module by module, and some of its values for people.
         attributes: dict[type, dict[str, tuple[bytearray, dict[bytes, str]]]] = {}
-        known = {cls: (INTERNALS | values.ignored_names(cls), slots_of(cls)) for cls in self.labels}
+        known = {cls: (INTERNALS | values.ignored_names(cls), encoding.slots_of(cls)) for cls in self.labels}
         orders: dict[tuple[str, ...], int] = {}
         order = bytearray()
         for path, module in self.modules:
             cls, module_bytes = type(module), text_bytes(path)
             columns = attributes.setdefault(cls, {})
-            items = state_of(module, *known[cls])
+            items = encoding.state_of(module, *known[cls])
             order += b"i%d;" % orders.setdefault(tuple([name for name, _ in items]), len(orders))
             for name, value in items:
                 if name not in columns:
@@ -234,7 +225,7 @@ class _ModelWalk:
         self.numbers.add(config, "config", "", 0)
         kind = self.walk.writer("model.config", path=["config"])
         kind.put_class(type(config))
-        items = state_of(config, values.ignored_names(type(config)), slots_of(type(config)))
+        items = encoding.state_of(config, values.ignored_names(type(config)), encoding.slots_of(type(config)))
         for name, value in items:
             data = self._encode("(config)", name, value, config)
             yield make_factor(f"model.config.{name}", readable(value, name), data)

@@ -116,7 +116,7 @@ def ignored_names(cls: type) -> frozenset[str]:
 
 def _put_tensor(writer: KeyWriter, value: torch.Tensor) -> None:
     """Write a tensor by value; a parameter or buffer too, as it was not met as one here."""
-    walk, known = writer.walk, writer.numbers.known.get(id(value))
+    walk, known = writer.walk, writer.numbers.get(id(value))
     reference = writer.numbers.reference(value)
     if known is not None and (known[0] != BOUND or id(value) in walk.valued):
         writer.out += reference or b""
@@ -179,10 +179,8 @@ def _put_module(writer: KeyWriter, module: torch.nn.Module) -> None:
     state = module.__dict__
     writer.put(bool(module.training))
     for kind in ("_parameters", "_buffers", "_modules"):
-        part = state.get(kind, {})
-        writer.head(b"part", 2 * len(part))
         writer.path.append(f".{kind}")
-        writer.put_pairs(part.items())
+        writer.pairs(b"part", state.get(kind, {}).items())
         writer.path.pop()
     put_hooks(writer, module)
     writer.put_state(module, INTERNALS | ignored_names(type(module)))
@@ -354,10 +352,10 @@ def _put_dtype(writer: KeyWriter, value: Any) -> None:
 
 
 def _put_universal(writer: KeyWriter, value: Any) -> None:
-    if getattr(sys.modules["numpy"], value.__name__, None) is not value:
-        name = value.__name__
+    name = value.__name__
+    if getattr(sys.modules["numpy"], name, None) is not value:
         raise writer.error(f"the numpy function {name}, which is not numpy's own; hold a Python function")
-    writer.parts(b"numpy function", type(value).__name__, value.__name__)
+    writer.parts(b"numpy function", "ufunc", name)
 
 
 def _put_diffusers_config(writer: KeyWriter, value: Any) -> None:

@@ -292,12 +292,6 @@ def _put_module_reference(writer: KeyWriter, module: ModuleType) -> None:
     writer.parts(b"module", module.__name__)
 
 
-def _put_custom_op(writer: KeyWriter, value: Any) -> None:
-    parts = custom_op_parts(value)
-    writer.head(b"custom op", 2 * len(parts))
-    writer.put_pairs(parts.items())
-
-
 def _put_member_of_torch(writer: KeyWriter, value: Any) -> None:
     """Write any other value; enumerations made in C++, such as SDPBackend, are known by their names."""
     cls = type(value)
@@ -317,7 +311,7 @@ def _families() -> Sequence[tuple[type, Handler]]:
         *values.TORCH_FAMILIES,
         (OpOverload, values.by_text(b"operator")),
         (OpOverloadPacket, values.by_text(b"operator")),
-        (CustomOpDef, containers.once(_put_custom_op)),
+        (CustomOpDef, containers.once(lambda w, op: w.pairs(b"custom op", custom_op_parts(op).items()))),
         (ModuleType, _put_module_reference),
         *values.late_families(),
         *code.FAMILIES,
