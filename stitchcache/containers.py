@@ -102,21 +102,14 @@ def _subclass_of(base: type, write: Handler) -> Handler:
     return put
 
 
-def _exactly(base: type, exact: Callable[[Any], Any]) -> Handler:
+def _exactly(base: Any) -> Handler:
     def put(writer: Writer, value: Any) -> None:
-        writer.out += SCALARS[base](exact(value))
+        # What the builtin itself pickles, so that an overridden __str__ or __index__ is not asked.
+        writer.out += SCALARS[base](base(*base.__getnewargs__(value)))
 
     return put
 
 
-# The builtin's own conversions, so that an overridden __str__ or __index__ is not asked.
-_EXACT: Mapping[type, Callable[[Any], Any]] = {
-    str: str.__str__,
-    bytes: lambda value: bytes.__getitem__(value, slice(None)),
-    int: int.__pos__,
-    float: float.__pos__,
-    complex: complex.__pos__,
-}
 _put_tuple, _put_frozenset = _sequence(b"tuple", tuple), _sequence(b"frozenset", frozenset)
 _NUMBERED: Mapping[type, Handler] = {
     list: _sequence(b"list", list),
@@ -144,7 +137,7 @@ HANDLERS: Mapping[type, Handler] = {
 
 FAMILIES: list[tuple[type, Handler]] = [
     (enum.Enum, once(_put_enum)),
-    *((kind, _subclass_of(kind, _exactly(kind, exact))) for kind, exact in _EXACT.items()),
+    *((kind, _subclass_of(kind, _exactly(kind))) for kind in (str, bytes, int, float, complex)),
     (tuple, _subclass_of(tuple, _put_tuple)),
     (frozenset, _subclass_of(frozenset, _put_frozenset)),
     (collections.OrderedDict, _put_ordered),

@@ -90,14 +90,10 @@ _double = struct.Struct("<d").pack
 _LONG = 1 << 4096  # Python refuses to write larger ints in decimal, as its user has set it
 
 
-def _int_bytes(value: int) -> bytes:
-    return b"i%d;" % value if -_LONG < value < _LONG else b"i0x%x;" % value
-
-
 SCALARS: Mapping[type, Callable[[Any], bytes]] = {
     type(None): lambda value: b"N",
     bool: lambda value: b"T" if value else b"F",
-    int: _int_bytes,
+    int: lambda value: b"i%d;" % value if -_LONG < value < _LONG else b"i0x%x;" % value,
     float: lambda value: b"d" + _double(value),
     complex: lambda value: b"c" + _double(value.real) + _double(value.imag),
     str: text_bytes,

@@ -140,9 +140,15 @@ def _write_casts(graph: Graph, node: Node, modes: Modes) -> None:
             return
         widest = max(given, key=lambda dtype: dtype.itemsize)
         for dtype in dict.fromkeys((modes[device], torch.float32, widest)):
-            if _result_dtypes(node, dtype) == promised:
-                _cast_inputs(graph, node, floating, dtype)
-                return
+            if _result_dtypes(node, dtype) != promised:
+                continue
+            for source in floating:
+                if source.meta["val"].dtype != dtype:
+                    with graph.inserting_before(node):
+                        cast = graph.call_function(torch.ops.aten.to.dtype, (source, dtype))
+                    cast.meta["val"] = source.meta["val"].to(dtype)
+                    node.replace_input_with(source, cast)
+            return
     raise CaptureError(
         f"autocast gives {target_name(op)} results of {promised[0]}, and no cast of its inputs "
         "does. Convert the model with .to(dtype) instead of running it under autocast.",
@@ -172,15 +178,6 @@ def _result_dtypes(node: Node, dtype: torch.dtype | None) -> list[torch.dtype] |
         return _dtypes(node.target(*args, **kwargs))  # type: ignore[operator]
     except (RuntimeError, TypeError, ValueError):
         return None
-
-
-def _cast_inputs(graph: Graph, node: Node, floating: list[Node], dtype: torch.dtype) -> None:
-    for source in floating:
-        if source.meta["val"].dtype != dtype:
-            with graph.inserting_before(node):
-                cast = graph.call_function(torch.ops.aten.to.dtype, (source, dtype))
-            cast.meta["val"] = source.meta["val"].to(dtype)
-            node.replace_input_with(source, cast)
 
 
 @contextlib.contextmanager

@@ -129,9 +129,10 @@ def _plain_defaults(function: types.FunctionType) -> bytes | None:
     defaults = function.__defaults__
     if not defaults:
         return b"[plain 0:"
-    if not SCALARS.keys() >= set(map(type, defaults)):
+    try:
+        return b"[plain %d:" % len(defaults) + b"".join([SCALARS[type(value)](value) for value in defaults])
+    except KeyError:
         return None
-    return b"[plain %d:" % len(defaults) + b"".join([SCALARS[type(value)](value) for value in defaults])
 
 
 def _library_defaults(function: types.FunctionType) -> bytes:
@@ -217,11 +218,6 @@ def _by_attributes(kind: bytes, *names: str) -> Handler:
     return once(put)
 
 
-@contextlib.contextmanager
-def _sample() -> Iterator[None]:
-    yield
-
-
 CACHE = type(functools.lru_cache(lambda: None))
 WRAPPED: Mapping[type, tuple[str, ...]] = {
     property: ("fget", "fset", "fdel"),
@@ -230,8 +226,8 @@ WRAPPED: Mapping[type, tuple[str, ...]] = {
     classmethod: ("__func__",),
     functools.partial: ("func", "args", "keywords"),
     functools.partialmethod: ("func", "args", "keywords"),
-    # Used as a decorator it starts its generator anew from these at each call.
-    type(_sample()): ("func", "args", "kwds"),
+    # What contextmanager makes: used as a decorator it starts its generator anew from these at each call.
+    type(contextlib.contextmanager(lambda: iter(()))()): ("func", "args", "kwds"),
 }
 """What wraps functions, with the attributes that say how."""
 

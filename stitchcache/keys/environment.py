@@ -186,12 +186,14 @@ def _gpu() -> str:
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 _PRECISION = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn")
 # Settings below torch.backends.
-_REDUCTION = """cuda.matmul.allow_fp16_reduced_precision_reduction
-    cuda.matmul.allow_bf16_reduced_precision_reduction cuda.matmul.allow_fp16_accumulation"""
-_BACKENDS = """cudnn.enabled cudnn.deterministic mkldnn.enabled mkldnn.deterministic opt_einsum.enabled
-    opt_einsum.strategy quantized.engine mha.get_fastpath_enabled"""
-_ATTENTION = """cuda.flash_sdp_enabled cuda.mem_efficient_sdp_enabled cuda.math_sdp_enabled
-    cuda.cudnn_sdp_enabled cuda.fp16_bf16_reduction_math_sdp_allowed"""
+_SETTINGS = {
+    "reduced_precision": """cuda.matmul.allow_fp16_reduced_precision_reduction
+        cuda.matmul.allow_bf16_reduced_precision_reduction cuda.matmul.allow_fp16_accumulation""",
+    "backends": """cudnn.enabled cudnn.deterministic mkldnn.enabled mkldnn.deterministic opt_einsum.enabled
+        opt_einsum.strategy quantized.engine mha.get_fastpath_enabled""",
+    "attention": """cuda.flash_sdp_enabled cuda.mem_efficient_sdp_enabled cuda.math_sdp_enabled
+        cuda.cudnn_sdp_enabled cuda.fp16_bf16_reduction_math_sdp_allowed""",
+}
 _FUNCTION_MODULES = (torch, torch.nn.functional, torch.linalg, torch.fft, torch.special)
 
 
@@ -226,12 +228,12 @@ def torch_state_factors(walk: Walk | None = None) -> Iterator[Factor]:
     # What torch.set_flush_denormal set in this thread; nothing says so but a calculation.
     smallest, two = sys.float_info.min, float(len("ab"))
     yield make_factor("torch.denormals", "flushed" if smallest / two == 0.0 else "kept")
-    yield make_factor("torch.reduced_precision", _read(_REDUCTION))
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     mode = torch.get_deterministic_debug_mode()
     yield make_factor("torch.deterministic", f"mode {mode}, fill {fill}")
-    yield make_factor("torch.backends", _read(_BACKENDS))
-    yield make_factor("torch.attention", _read(_ATTENTION))
+    for kind, names in _SETTINGS.items():
+        values = ", ".join(f"{name}={_setting(name)}" for name in names.split())
+        yield make_factor(f"torch.{kind}", values)
     changed = sorted(torchside.changed_inductor_settings().items())
     writer = walk.writer("torch.inductor", path=[torchside.INDUCTOR_SETTINGS])
     writer.put_pairs(changed)
@@ -254,10 +256,6 @@ def _float32_precision() -> str:
         asked = (_setting(f"{step}fp32_precision") for step in (f"{name}.", f"{backend}.", ""))
         parts.append(f"{name}={next((value for value in asked if value not in {None, 'none'}), 'ieee')}")
     return ", ".join(parts)
-
-
-def _read(names: str) -> str:
-    return ", ".join(f"{name}={_setting(name)}" for name in names.split())
 
 
 def _setting(name: str) -> Any:
