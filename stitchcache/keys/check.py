@@ -75,7 +75,7 @@ def lookup(
 def lookup_in(module: ModuleType, chain: tuple[str, ...]) -> Found:
     """The same for what a module has, builtins left out, or makes up."""
     found = lookup({"": module}, ("", *chain))
-    return found._replace(used=found.used[1:])
+    return Found(found.value, found.exists, found.used[1:], found.owner)
 
 
 def _made_up(module: ModuleType, name: str) -> Any:
