@@ -81,14 +81,14 @@ def taken_apart(model: torch.nn.Module) -> torch.nn.Module:
     for such a tensor: a module of its name has the inner ones, as in ``layer.weight.qdata``. During a call of
     the copy the tensor is whole. torch's own kinds (``DTensor``) are left as they are.
     """
-    made_of_others = {
-        id(tensor): tensor
+    parts = {
+        id(tensor): _Parts(tensor)
         for tensor in state_of(model).values()
         if type(tensor) not in _PLAIN_TENSORS
         and is_wrapper(tensor)
         and type(tensor).__module__.partition(".")[0] != "torch"
     }
-    if not made_of_others:
+    if not parts:
         return model
     copies: dict[int, torch.nn.Module] = {}
     for _, module in modules_of(model):
@@ -101,7 +101,6 @@ def taken_apart(model: torch.nn.Module) -> torch.nn.Module:
                         value.copy() if name in INTERNALS and isinstance(value, dict) else value
                     )
     whole = _Whole()
-    parts = {identity: _Parts(tensor) for identity, tensor in made_of_others.items()}
     for module in copies.values():
         for name, child in module._modules.items():
             module._modules[name] = None if child is None else copies[id(child)]

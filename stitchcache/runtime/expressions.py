@@ -60,11 +60,8 @@ def _parsed(text: str, where: str) -> ast.expr:
 
 
 def _refused(text: str, where: str, reason: str) -> EntryFormatError:
-    return EntryFormatError(
-        f"{where}: {text[:80]!r} {reason}. stitchcache did not write this entry; delete it.",
-        field=where,
-        reason=reason,
-    )
+    said = f"{text[:80]!r} {reason}. stitchcache did not write this entry; delete it."
+    return EntryFormatError.at("", where, said)
 
 
 def _check(node: ast.AST) -> None:

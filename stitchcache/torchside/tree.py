@@ -80,12 +80,8 @@ def loads(text: str) -> TreeSpec:
         tuples = re.sub(rf'"{re.escape(_NAMED)}\.\w+"', '"builtins.tuple"', text)
         return _as_named(pytree.treespec_loads(tuples), json.loads(text)[1])
     except (NotImplementedError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise EntryFormatError(
-            f"input or output tree cannot be read: {error}. If it names a container type, "
-            "import the module that registers it before loading.",
-            field="tree",
-            reason=str(error),
-        ) from error
+        advice = "If it names a container type, import the module that registers it before loading."
+        raise EntryFormatError.at("", "tree", f"it cannot be read: {error}. {advice}") from error
 
 
 def _as_tuples(spec: TreeSpec) -> TreeSpec:
