@@ -14,16 +14,8 @@ from functools import partial
 from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from stitchcache import errors
 from stitchcache.artifact import entry
-from stitchcache.errors import (
-    AmbiguousPrefixError,
-    EntryFormatError,
-    GraphHashError,
-    StoreError,
-    StoreWriteError,
-    UntrustedEntryError,
-    check_kind,
-)
 from stitchcache.store import LEGACY_SUFFIXES, Area, check_key, keyed_path, words
 from stitchcache.store.root import Root
 from stitchcache.store.store import Store, log, needs_signature
@@ -107,7 +99,7 @@ class Cache(Store):
                         f"{place}: the artifact names this blob of {blob.size} bytes, and it is not stored: "
                         "put_blob() comes before put()"
                     )
-                    raise StoreWriteError(message, path=place, reason="a blob is missing")
+                    raise errors.StoreWriteError(message, path=place, reason="a blob is missing")
             replaced = standing(self._top, Area.ENTRIES, key, entry.decode_named)
             self._top.publish(path, data)
             # Eviction that looked before this entry existed sees by the new times that it must look again.
@@ -152,13 +144,13 @@ class Cache(Store):
         """
         wanted = str(prefix).lower()
         if not wanted or len(wanted) > 64 or not set(wanted) <= set("0123456789abcdef"):
-            raise GraphHashError(f"{prefix!r} is no graph hash: 1 to 64 hex digits", prefix=prefix)
+            raise errors.GraphHashError(f"{prefix!r} is no graph hash: 1 to 64 hex digits", prefix=prefix)
         found = sorted({key for _, key in self._entries(Root.names, wanted)})
         if not found:
-            raise GraphHashError(f"no entry in {self.root} begins with {prefix}", prefix=prefix)
+            raise errors.GraphHashError(f"no entry in {self.root} begins with {prefix}", prefix=prefix)
         if len(found) > 1:
             shown = ", ".join(key[: len(wanted) + 8] for key in found[:5])
-            raise AmbiguousPrefixError(
+            raise errors.AmbiguousPrefixError(
                 f"{prefix} means any of {len(found)} entries: {shown}", prefix=prefix, candidates=found
             )
         return found[0]
@@ -202,7 +194,7 @@ class Cache(Store):
 
         try:
             return read_header(self._top, path)
-        except (EntryFormatError, OSError) as error:
+        except (errors.EntryFormatError, OSError) as error:
             self.warn(path, f"{path}: cannot be read ({error})")
             return None
 
@@ -225,7 +217,7 @@ class Cache(Store):
                 try:
                     self._vouch(root, path, key, *each)
                     good.append(each)
-                except UntrustedEntryError as error:
+                except errors.UntrustedEntryError as error:
                     self.warn(path, f"{error.message} (taken as missing)")
             if root.trust == "signed" and root is not self._top:
                 # Copied to the top layer, it is from outside.
@@ -302,7 +294,7 @@ class Cache(Store):
         """What a key's file holds; one that nobody vouches for is taken as missing, with a warning."""
         try:
             return self._first(area, key, decode, *vouched)
-        except UntrustedEntryError as error:
+        except errors.UntrustedEntryError as error:
             self.warn(error.path, f"{error.message} (taken as missing)", cause="refused")
             return None
 
@@ -415,7 +407,7 @@ class Cache(Store):
                     continue
                 self._admit(self._top, item.path, Area.ENTRIES, item.key, found[0])
                 old = entry.decode_named(found[0], item.key, item.path)
-            except (EntryFormatError, OSError) as error:
+            except (errors.EntryFormatError, OSError) as error:
                 self.warn(item.path, f"{item.path}: cannot be read ({error}); it is left where it is")
                 continue
             with self._top.writing(item.path):
@@ -432,12 +424,12 @@ class Cache(Store):
             yield
         except OSError as error:
             said = f"{error.filename or self.root}: cannot be listed ({words(error)})"
-            raise StoreError(said, path=str(self.root)) from error
+            raise errors.StoreError(said, path=str(self.root)) from error
 
 
 def chosen_cache(cache: Cache | None) -> Cache:
     """The cache that a caller gave, or the default one; an ``OptionError`` for anything else."""
-    check_kind(
+    errors.check_kind(
         "cache", cache, (Cache, NoneType), "a Cache: write cache=stitchcache.Cache(...) with its directory"
     )
     return Cache() if cache is None else cache

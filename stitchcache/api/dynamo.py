@@ -16,18 +16,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from stitchcache import errors
 from stitchcache.cache import Cache
 from stitchcache.capture.dynamo import label_of
-from stitchcache.errors import (
-    CacheMissError,
-    CaptureError,
-    CodegenError,
-    OptionError,
-    PieceMismatchError,
-    SplitError,
-    StoreWriteError,
-    check_kind,
-)
 from stitchcache.pipeline import start_with
 from stitchcache.pipeline.find import Hit, Miss, OnProgress, Request, check_model, find_by_graph
 from stitchcache.pipeline.make import plan_entry
@@ -90,7 +81,7 @@ def compile_graph(
         )
     try:
         return _compiled(gm, example_inputs, request, cache)
-    except (CaptureError, SplitError, CodegenError, PieceMismatchError) as error:
+    except (errors.CaptureError, errors.SplitError, errors.CodegenError, errors.PieceMismatchError) as error:
         log.warning(
             "%s: this graph runs op by op and is not cached: %s. torch.compiler.disable on the part of the "
             "model that it is about leaves the rest to be compiled.",
@@ -127,25 +118,25 @@ def compile_graphs(
         torch.compile(model, backend=backend, options=given, **how)(*args, **kwargs)
     if not graphs:
         said = "torch.compile captured no graph that can be compiled and stored; the log says why."
-        raise CaptureError(f"{request.label}: {said}", reason="no graph")
+        raise errors.CaptureError(f"{request.label}: {said}", reason="no graph")
     return graphs
 
 
 def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Request, Cache]:
     if mode not in (None, "default"):
-        raise OptionError(
+        raise errors.OptionError(
             f"mode={mode!r}: backend='stitchcache' has no modes. Leave it out, or give Inductor's options.",
             option="mode",
         )
     left = dict(options)
     for name in _FOREIGN.keys() & left.keys():
-        raise OptionError(
+        raise errors.OptionError(
             f"options[{name!r}] means nothing to torch.compile(backend='stitchcache'): {_FOREIGN[name]}.",
             option=f"options[{name!r}]",
         )
     ours = {name: left.pop(name) for name in _REQUEST if name in left}
     where = left.pop("cache", None)
-    check_kind(
+    errors.check_kind(
         "options['cache']", where, (Cache, str, os.PathLike, NoneType), "a directory or a stitchcache.Cache"
     )
     cache = where if isinstance(where, Cache) else Cache(where)
@@ -169,9 +160,9 @@ def _compiled(
             # Dynamo traces in every process: a graph hit is no direct hit that was missed.
             return start_with(link, found, site, None if found.way else miss)
 
-        def refuse(miss: Miss) -> CacheMissError:
+        def refuse(miss: Miss) -> errors.CacheMissError:
             why = f" ({miss.reason})" if miss.cause != "new" else ""
-            return CacheMissError(
+            return errors.CacheMissError(
                 f"{site.label}: no entry for graph {planned.graph_hash[:12]} in {cache.root}{why}, and a "
                 "miss is an error here. Run the same torch.compile once where compiling is allowed.",
                 target=site.label,
@@ -191,7 +182,7 @@ def _compiled(
             def take() -> Any:
                 found = find_by_graph(planned.graph_hash, site)
                 if isinstance(found, Miss):
-                    raise StoreWriteError(
+                    raise errors.StoreWriteError(
                         f"{site.label}: entry {planned.graph_hash[:12]} was compiled, and could not be "
                         f"stored in {cache.root}.",
                         path=str(cache.root),

@@ -16,20 +16,10 @@ from pathlib import Path
 from types import ModuleType, NoneType
 from typing import TYPE_CHECKING, Any, Literal
 
+from stitchcache import errors
 from stitchcache.api.compile import compile_request
 from stitchcache.api.progress import bar
 from stitchcache.cache import Cache, chosen_cache
-from stitchcache.errors import (
-    CaptureError,
-    DuplicateTargetError,
-    OptionError,
-    StitchCacheError,
-    StoreWriteError,
-    TargetError,
-    TargetNotFoundError,
-    UntrustedEntryError,
-    check_kind,
-)
 from stitchcache.options import CudaGraphs, SizeRange
 from stitchcache.pipeline.find import Hit, OnProgress, Request, Wanted, check_model, find, want
 from stitchcache.torchside import without_data
@@ -73,19 +63,19 @@ class Target:
     cuda_graphs: CudaGraphs | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_kind("name", self.name, str, "a name")
-        check_kind("build", self.build, Callable, "a function that returns (model, args)")
+        errors.check_kind("name", self.name, str, "a name")
+        errors.check_kind("build", self.build, Callable, "a function that returns (model, args)")
         how = self.torch_compile
-        check_kind("torch_compile", how, (Mapping, NoneType), "a dict, such as {'dynamic': True}")
+        errors.check_kind("torch_compile", how, (Mapping, NoneType), "a dict, such as {'dynamic': True}")
         for name in (how or {}).keys() - {"dynamic", "fullgraph"}:
             said = f"torch_compile[{name!r}]: there is dynamic and fullgraph."
-            raise OptionError(said, option="torch_compile")
+            raise errors.OptionError(said, option="torch_compile")
         if how is not None and self.cuda_graphs is not None:
             said = "cuda_graphs: graphs are recorded by stitchcache.compile, and not under torch.compile."
-            raise OptionError(said, option="cuda_graphs")
+            raise errors.OptionError(said, option="cuda_graphs")
         if how is not None and (self.dynamic_shapes is not None or self.size_ranges):
             said = "dynamic_shapes and size_ranges mean nothing to torch.compile: use {'dynamic': True}."
-            raise OptionError(said, option="torch_compile")
+            raise errors.OptionError(said, option="torch_compile")
 
     def made(self, *, fake: bool = False) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """Build the model and its example arguments; with ``fake`` no weight takes any memory.
@@ -109,12 +99,12 @@ class Target:
             )
         return model, tuple(args), dict(kwargs)
 
-    def _error(self, what: str) -> TargetError:
-        return TargetError(f"target {self.name!r}: build() {what}", target=self.name)
+    def _error(self, what: str) -> errors.TargetError:
+        return errors.TargetError(f"target {self.name!r}: build() {what}", target=self.name)
 
 
 @contextmanager
-def _users_code(ours: Callable[[Exception], StitchCacheError]) -> Iterator[None]:
+def _users_code(ours: Callable[[Exception], errors.StitchCacheError]) -> Iterator[None]:
     """A block that runs the user's code, the boundary where any error of theirs becomes one of ours.
 
     So no target stops those after it. Ctrl-C and exits are no ``Exception``, and go through.
@@ -140,7 +130,7 @@ class PrewarmResult:
     blob_bytes: int = 0  # size of the different pieces
     seconds: float = 0.0  # the building of the model not counted
     timings: Mapping[str, float] | None = None  # seconds by stage
-    error: StitchCacheError | None = None  # why it failed, or is not stored
+    error: errors.StitchCacheError | None = None  # why it failed, or is not stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,19 +186,21 @@ def prewarm(
         TargetError: A reference leads nowhere, or two targets have one name.
         OptionError: An argument makes no sense.
     """
-    check_kind("targets", targets, (Target, str, Iterable), "Targets, or references 'pkg.module:name'")
+    errors.check_kind("targets", targets, (Target, str, Iterable), "Targets, or references 'pkg.module:name'")
     if on_progress != "bar":
-        check_kind("on_progress", on_progress, (Callable, NoneType), "a function of one argument, or 'bar'")
+        errors.check_kind(
+            "on_progress", on_progress, (Callable, NoneType), "a function of one argument, or 'bar'"
+        )
     # Not of one target, so it is no failure of each: refused before any model is built.
     options: dict[str, Any] = {} if jobs is None else {"stitchcache.jobs": jobs}
     options |= {"stitchcache.keep_sources": True} if keep_sources else {}
     Request(options=options, on_miss=on_miss)  # type: ignore[arg-type]
-    check_kind("shard", shard, (tuple, NoneType), "(i, n)")
+    errors.check_kind("shard", shard, (tuple, NoneType), "(i, n)")
     if shard is not None and (list(map(type, shard)) != [int, int] or shard[0] not in range(shard[1])):
-        raise OptionError(f"shard={shard!r}: give (i, n) with i from 0 to n - 1.", option="shard")
+        raise errors.OptionError(f"shard={shard!r}: give (i, n) with i from 0 to n - 1.", option="shard")
     found: list[Target] = []
     for item in [targets] if isinstance(targets, (Target, str)) else targets:
-        check_kind("targets", item, (Target, str), "Targets, or references 'pkg.module:name'")
+        errors.check_kind("targets", item, (Target, str), "Targets, or references 'pkg.module:name'")
         found += find_targets(item) if isinstance(item, str) else [item]
     check_names(found)
     store = chosen_cache(cache)
@@ -223,7 +215,7 @@ def looked_up(results: Iterable[PrewarmResult], cache: Cache) -> Iterator[Prewar
         if result.error is not None or result.status in ("shard", "left"):
             yield result
             continue
-        error: StitchCacheError | None = None
+        error: errors.StitchCacheError | None = None
         try:
             if any(cache.get(each) is None for each in (result.graph_hash, *result.more_graphs)):
                 gone = "it was evicted: the limits (max_bytes, max_files) have no room for all targets"
@@ -231,8 +223,8 @@ def looked_up(results: Iterable[PrewarmResult], cache: Cache) -> Iterator[Prewar
                     gone = "it was removed"
                 why = cache.problem(result.graph_hash)[0] or cache.failure or gone
                 message = f"target {result.name!r} is compiled, and not stored in {cache.root}: {why}"
-                error = StoreWriteError(message, path=str(cache.root), reason=why)
-        except UntrustedEntryError as untrusted:
+                error = errors.StoreWriteError(message, path=str(cache.root), reason=why)
+        except errors.UntrustedEntryError as untrusted:
             error = untrusted
         yield replace(result, stored=error is None, error=error)
 
@@ -266,18 +258,18 @@ def _one(
         # Not at the top: most targets need nothing of Dynamo.
         from stitchcache.api.dynamo import compile_graphs
 
-        def refused(error: Exception) -> StitchCacheError:
+        def refused(error: Exception) -> errors.StitchCacheError:
             # Dynamo wraps what a backend raises.
             inner = getattr(error, "inner_exception", error)
-            if isinstance(inner, StitchCacheError):
+            if isinstance(inner, errors.StitchCacheError):
                 raise inner from None
             said = f"torch.compile cannot run the model: {type(error).__name__}: {error}"
-            return CaptureError(f"target {target.name!r}: {said}", reason=said)
+            return errors.CaptureError(f"target {target.name!r}: {said}", reason=said)
 
         with _users_code(refused):
             graphs = compile_graphs(model, args, kwargs, request, cache, target.torch_compile)
         return _counted(target.name, graphs, began)
-    except StitchCacheError as error:
+    except errors.StitchCacheError as error:
         spent = time.perf_counter() - began
         return PrewarmResult(name=target.name, status="failed", seconds=spent, error=error)
 
@@ -329,11 +321,11 @@ def find_targets(reference: str) -> list[Target]:
         TargetError: The name is something else, or importing it failed.
     """
 
-    def wrong(said: str) -> TargetError:
-        return TargetError(f"{reference!r}: {said}", target=reference)
+    def wrong(said: str) -> errors.TargetError:
+        return errors.TargetError(f"{reference!r}: {said}", target=reference)
 
-    def not_found(said: str) -> TargetNotFoundError:
-        return TargetNotFoundError(f"{reference!r}{said}", target=reference)
+    def not_found(said: str) -> errors.TargetNotFoundError:
+        return errors.TargetNotFoundError(f"{reference!r}{said}", target=reference)
 
     where, _, name = reference.rpartition(":")
     if not where or not name:
@@ -341,7 +333,7 @@ def find_targets(reference: str) -> list[Target]:
     if where.endswith(".py") and not Path(where).is_file():
         raise not_found(f": there is no file {where}.")
 
-    def not_imported(error: Exception) -> TargetError:
+    def not_imported(error: Exception) -> errors.TargetError:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{where}.".startswith(f"{missing}."):
             advice = "run from the directory that has it, or install it."
@@ -387,7 +379,7 @@ def check_names(targets: Sequence[Target]) -> None:
     for name, count in Counter(target.name for target in targets).items():
         if count > 1:
             said = f"two targets are called {name!r}; give each a name of its own."
-            raise DuplicateTargetError(said, target=name)
+            raise errors.DuplicateTargetError(said, target=name)
 
 
 def _import_module(name: str) -> ModuleType:

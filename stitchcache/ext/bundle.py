@@ -18,18 +18,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from stitchcache.artifact.entry import (
-    DIGEST_SIZE,
-    OUTSIDE,
-    Kind,
-    SignedRecords,
-    decode_named,
-    decode_signed,
-    encode,
-    packed_digest,
-    signature_in,
-    signed_digest,
-)
+from stitchcache.artifact import entry as files
 from stitchcache.cache import Cache
 from stitchcache.errors import EntryFormatError, StitchCacheError, StoreError, UntrustedEntryError
 from stitchcache.ext.sign import Keys
@@ -127,7 +116,7 @@ class _Import:
         # By name: area and key, where its bytes begin, and how many there are.
         self._members: dict[str, tuple[Area, str, int, int]] = {}
         self._entries: dict[str, tuple[Artifact, bytes]] = {}
-        self._targets: dict[str, SignedRecords] = {}
+        self._targets: dict[str, files.SignedRecords] = {}
 
     def _refuse(self, name: str, reason: str) -> EntryFormatError:
         return EntryFormatError.at(self._path, name, f"{reason}; nothing of the bundle was stored")
@@ -205,17 +194,17 @@ class _Import:
                 raise self._refuse(name, f"its entries have more than {_MOST_BYTES} bytes: make several")
             data, where = b"".join(self._bytes(begin, size)), f"{self._path}: {name}"
             if area is Area.ENTRIES:
-                signature, digest = signature_in(data), signed_digest(data, Kind.ENTRY)
+                signature, digest = files.signature_in(data), files.signed_digest(data, files.Kind.ENTRY)
                 self._keys.verify(signature, "entry", key, digest, path=where)
-                artifact = decode_named(data, key, where)
+                artifact = files.decode_named(data, key, where)
                 # What is stored is written anew, and the signature has to be good for that too.
-                if encode(artifact)[-DIGEST_SIZE:].hex() != digest:
+                if files.encode(artifact)[-files.DIGEST_SIZE :].hex() != digest:
                     raise self._refuse(name, "these are not the bytes that stitchcache writes for it")
                 self._entries[key] = artifact, signature
                 continue
-            self._targets[key] = decode_signed(data, key, path=where)
+            self._targets[key] = files.decode_signed(data, key, path=where)
             for record, signature in self._targets[key]:
-                self._keys.verify(signature, "target", key, packed_digest(record), path=where)
+                self._keys.verify(signature, "target", key, files.packed_digest(record), path=where)
                 if record.graph_hash not in self._entries:
                     raise self._refuse(name, f"it leads to {record.graph_hash}, which is not there")
         named = {blob.digest: blob.size for artifact, _ in self._entries.values() for blob in artifact.blobs}
@@ -233,14 +222,14 @@ class _Import:
             for ref in artifact.blobs:
                 _, _, begin, size = self._members[object_name(Area.BLOBS, ref.digest)]
                 publish_blob(cache._top, self._bytes(begin, size), expected=ref)
-            cache.put(artifact, signature=OUTSIDE + signature)
+            cache.put(artifact, signature=files.OUTSIDE + signature)
         for key, found in self._targets.items():
             there = {(r.sources, r.globals): its for r, its in cache.signed_records(key)}
             # The oldest first, so that their order stays.
             for record, signature in reversed(found):
                 its = there.get((record.sources, record.globals))
-                if its is None or (its.startswith(OUTSIDE) and _created(its) < _created(signature)):
-                    cache.put_target(key, record, signature=OUTSIDE + signature)
+                if its is None or (its.startswith(files.OUTSIDE) and _created(its) < _created(signature)):
+                    cache.put_target(key, record, signature=files.OUTSIDE + signature)
 
     def _is_newer(self, key: str, signature: bytes) -> bool:
         """Whether the entry that is there is trusted, and is the cache's own or was signed later."""
@@ -251,12 +240,12 @@ class _Import:
             if found is None:
                 return False
             self._cache._admit(root, path, Area.ENTRIES, key, found[0])
-            decode_named(found[0], key, path)
+            files.decode_named(found[0], key, path)
         except (EntryFormatError, UntrustedEntryError):
             return False
-        there = signature_in(found[0])
-        return not there.startswith(OUTSIDE) or _created(there) >= _created(signature)
+        there = files.signature_in(found[0])
+        return not there.startswith(files.OUTSIDE) or _created(there) >= _created(signature)
 
 
 def _created(signature: bytes) -> int:
-    return read_statement(signature.removeprefix(OUTSIDE))[1].created if signature else 0
+    return read_statement(signature.removeprefix(files.OUTSIDE))[1].created if signature else 0

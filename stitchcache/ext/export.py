@@ -14,19 +14,7 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
-from stitchcache.artifact.entry import (
-    DIGEST_SIZE,
-    OUTSIDE,
-    Header,
-    Kind,
-    decode_named,
-    decode_signed,
-    encode,
-    encode_target,
-    packed_digest,
-    signature_in,
-    with_signature,
-)
+from stitchcache.artifact import entry as files
 from stitchcache.cache import Cache
 from stitchcache.errors import StitchCacheError, StoreError, UntrustedEntryError
 from stitchcache.ext.bundle import BLOCK, SIGNATURE, Bundle, chunks, header, place
@@ -66,7 +54,7 @@ def sign(cache: Cache, graph_hashes: Collection[str] = (), *, seconds: float = Y
         artifact = _trusted(cache, item.key, graph_hashes)
         if artifact is None:
             continue
-        digest = encode(artifact)[-DIGEST_SIZE:].hex()
+        digest = files.encode(artifact)[-files.DIGEST_SIZE :].hex()
         cache.put(artifact, signature=keys.sign("entry", item.key, digest, seconds=seconds))
         signed.append(item.key)
         for piece in {piece.key: piece for piece in artifact.pieces}.values():
@@ -77,7 +65,7 @@ def sign(cache: Cache, graph_hashes: Collection[str] = (), *, seconds: float = Y
         # The oldest first, so that their order stays.
         for record in reversed(cache.get_target(item.key)):
             if record.graph_hash in signed:
-                signature = keys.sign("target", item.key, packed_digest(record), seconds=seconds)
+                signature = keys.sign("target", item.key, files.packed_digest(record), seconds=seconds)
                 cache.put_target(item.key, record, signature=signature)
     return sorted(signed)
 
@@ -141,11 +129,11 @@ def select(
         artifact = _trusted(cache, key, graph_hashes)
         if artifact is not None:
             with open(listed.path, "rb") as file:
-                there = signature_in(file.read())
-            data = encode(artifact)
-            own, created = _own_signature(keys, "entry", key, data[-DIGEST_SIZE:].hex(), there)
+                there = files.signature_in(file.read())
+            data = files.encode(artifact)
+            own, created = _own_signature(keys, "entry", key, data[-files.DIGEST_SIZE :].hex(), there)
             members |= {object_name(Area.BLOBS, blob.digest): blob for blob in artifact.blobs}
-            members[object_name(Area.ENTRIES, key)] = with_signature(data, Kind.ENTRY, own)
+            members[object_name(Area.ENTRIES, key)] = files.with_signature(data, files.Kind.ENTRY, own)
             chosen[key] = artifact
             signed.append(created)
     if not chosen:
@@ -155,15 +143,15 @@ def select(
     for key, records in led.items():
         kept = [(record, its) for record, its in records if record.graph_hash in chosen]
         if kept:
-            own_ones = [_own_signature(keys, "target", key, packed_digest(r), its) for r, its in kept]
-            data = encode_target(key, [record for record, _ in kept], [own for own, _ in own_ones])
+            own_ones = [_own_signature(keys, "target", key, files.packed_digest(r), its) for r, its in kept]
+            data = files.encode_target(key, [record for record, _ in kept], [own for own, _ in own_ones])
             members[object_name(Area.TARGETS, key)] = data
             targets += len(kept)
             signed += [created for _, created in own_ones]
     return Selection(members=members, artifacts=chosen, targets=targets, signed=max(signed))
 
 
-def _wanted(label: str | None, max_age: float | None) -> Callable[[Header | Artifact], bool]:
+def _wanted(label: str | None, max_age: float | None) -> Callable[[files.Header | Artifact], bool]:
     """Tells which entries have such a label and age."""
     oldest = -math.inf if max_age is None else time.time() - max_age
     return lambda entry: (label is None or fnmatchcase(entry.label, label)) and entry.created >= oldest
@@ -232,7 +220,7 @@ def _own_signature(keys: Keys | None, kind: str, key: str, digest: str, there: b
     """Our signature and its time: the one that is there if it is good, so that bundles stay the same."""
     if keys is None:
         return there, 0
-    there = there.removeprefix(OUTSIDE)
+    there = there.removeprefix(files.OUTSIDE)
     try:
         said = keys.verify(there, kind, key, digest, path="")
         if read_statement(there)[0].public == keys.public():
@@ -313,7 +301,7 @@ def push(
     for name, packed in found.members.items():
         if name.startswith(Area.TARGETS) and isinstance(packed, bytes):
             key = name.rpartition("/")[2]
-            for record, its in reversed(decode_signed(packed, key)):
+            for record, its in reversed(files.decode_signed(packed, key)):
                 if not isinstance(moved[record.graph_hash], str):
                     tier.send_target(cache, key, record, its)
     return moved
@@ -341,14 +329,16 @@ def pull(
         found = [key for key in (key_of(area, name) for name in names) if key is not None]
         return [key for key in found if key.startswith(tuple(prefixes) or "")]
 
-    for name, found, _ in tier.read(cache, Area.TARGETS, keys(Area.TARGETS, [target or ""]), decode_signed):
+    for name, found, _ in tier.read(
+        cache, Area.TARGETS, keys(Area.TARGETS, [target or ""]), files.decode_signed
+    ):
         led[name.rpartition("/")[2]] = {record.graph_hash for record, _ in found}
     ends = set().union(*led.values())
     wanted = [key for key in keys(Area.ENTRIES, prefixes) if target is None or key in ends]
     for done, key in enumerate(wanted, 1):
         tier.remote.begin(_PATIENCE)
         moved[key] = tier.remote.reason or "not trusted, or damaged"
-        for name, artifact, its in tier.read(cache, Area.ENTRIES, [key], decode_named):
+        for name, artifact, its in tier.read(cache, Area.ENTRIES, [key], files.decode_named):
             if not chosen(artifact):
                 del moved[key]
             elif (there := cache.get(key) is not None) or tier.keep(cache, name, artifact, its):

@@ -15,16 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from stitchcache.errors import EntryFormatError, OptionError, UntrustedEntryError
-from stitchcache.store import words
-from stitchcache.store.openssh import (
-    Signature,
-    fingerprint,
-    public_line,
-    read_public,
-    read_statement,
-    require_cryptography,
-    signers_in,
-)
+from stitchcache.store import openssh, words
 from stitchcache.store.signed import Signers
 
 YEAR = 365 * 86400.0
@@ -70,10 +61,10 @@ class Keys(Signers):
         said = {"version": 1, "kind": kind, "key": key, "digest": digest, "signer": self.name_of(public)}
         said |= {"created": now, "expires": now + int(seconds)}
         text = json.dumps(said, separators=(",", ":")) + "\n"
-        made = Signature(text=text, public=public, namespace=self.namespace, signature=b"")
+        made = openssh.Signature(text=text, public=public, namespace=self.namespace, signature=b"")
         data = replace(made, signature=private.sign(made.signed)).armored()
         try:
-            read_statement(data)
+            openssh.read_statement(data)
         except EntryFormatError as error:
             raise OptionError(f"{self.path('id')}: {error.message}", option="id.pub") from error
         return data
@@ -86,10 +77,10 @@ class Keys(Signers):
         """What a key of ours calls itself: the comment in ``id.pub``, else its fingerprint."""
         with suppress(OSError, EntryFormatError, UnicodeDecodeError):
             with open(self.path("id.pub"), encoding="ascii") as file:
-                named, comment = read_public(file.readline(), self.path("id.pub"))
+                named, comment = openssh.read_public(file.readline(), self.path("id.pub"))
             if named == public and comment:
                 return comment
-        return fingerprint(public)
+        return openssh.fingerprint(public)
 
     def _private(self) -> tuple[Any, bytes]:
         path = self.path("id")
@@ -107,7 +98,7 @@ class Keys(Signers):
                 f"chmod 600 {path!r}, or better make a new one"
             )
             raise UntrustedEntryError(message, path=path)
-        require_cryptography()
+        openssh.require_cryptography()
         from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
         from cryptography.hazmat.primitives.serialization import load_ssh_private_key
@@ -130,7 +121,7 @@ class Keys(Signers):
             OptionError: There is a key already, or the name cannot be used.
             StoreWriteError: The directory cannot be written.
         """
-        require_cryptography()
+        openssh.require_cryptography()
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
         from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
@@ -141,9 +132,9 @@ class Keys(Signers):
         line = signer_line(name, public, {})
         private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
         self._write("id", private.decode(), 0o600)
-        self._write("id.pub", public_line(public, name))
+        self._write("id.pub", openssh.public_line(public, name))
         self._append("allowed_signers", line)
-        return fingerprint(public)
+        return openssh.fingerprint(public)
 
     def trust(self, public: bytes, name: str, limits: dict[str, str | None]) -> None:
         """Let a key sign under a name, within the limits that ``allowed_signers`` knows."""
@@ -152,7 +143,7 @@ class Keys(Signers):
     def revoke(self, public: bytes) -> None:
         """Trust nothing any more that a key signed or will sign."""
         if public not in self.revoked():
-            self._append("revoked_keys", public_line(public))
+            self._append("revoked_keys", openssh.public_line(public))
 
     def _append(self, name: str, line: str) -> None:
         before = self._read(name)
@@ -163,13 +154,13 @@ class Keys(Signers):
 def signer_line(name: str, public: bytes, limits: dict[str, str | None]) -> str:
     """A line of the file; an ``OptionError`` where it would be read as something else."""
     options = ",".join(f'{option}="{value}"' for option, value in limits.items() if value is not None)
-    line = " ".join(filter(None, (name, options, public_line(public))))
+    line = " ".join(filter(None, (name, options, openssh.public_line(public))))
     try:
         if not re.fullmatch(_NAME, name):
             raise ValueError("a signer's name has 1 to 256 letters, digits and . _ @ : / + = -")
         if any('"' in value or not value.isprintable() for value in limits.values() if value is not None):
             raise ValueError("a limit cannot have quotes or line breaks")
-        signers_in(line.strip())
+        openssh.signers_in(line.strip())
     except (ValueError, OverflowError) as error:
         raise OptionError(f"{name!r}: {error}", option="name") from None
     return line

@@ -16,17 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from stitchcache import errors
 from stitchcache.artifact import well_formed
-from stitchcache.errors import (
-    BackendError,
-    BindError,
-    EntryDamagedError,
-    EntryFormatError,
-    LinkError,
-    StaleEntryError,
-    StoreWriteError,
-    UntrustedEntryError,
-)
 from stitchcache.keys import TargetKey
 from stitchcache.keys.check import check_sources
 from stitchcache.keys.walk import Walk
@@ -45,7 +36,14 @@ log = logging.getLogger("stitchcache")
 T = TypeVar("T")
 R = TypeVar("R", bound="CompiledModel | CompiledGraph")
 
-_UNUSABLE = (StaleEntryError, UntrustedEntryError, EntryFormatError, LinkError, BindError, BackendError)
+_UNUSABLE = (
+    errors.StaleEntryError,
+    errors.UntrustedEntryError,
+    errors.EntryFormatError,
+    errors.LinkError,
+    errors.BindError,
+    errors.BackendError,
+)
 # What a start is called in the log and in the statistics, by the road that led to it.
 _ROADS = {
     "direct": ("direct hit", "hit.direct"),
@@ -127,13 +125,15 @@ def started_or_miss(artifact: Artifact, site: Site, begin: Callable[[], T]) -> T
     name = artifact.graph_hash[:12]
     try:
         return begin()
-    except EntryDamagedError as error:
+    except errors.EntryDamagedError as error:
         # The store has told of damage; a blob that was evicted is no news.
         return Miss(reason=f"a piece of entry {name} is {error.reason}", cause="piece")
     except _UNUSABLE as error:
         # It is met on several roads.
         site.cache.warn(f"{name} {error}", f"{site.label}: entry {name} is not used: {error}")
-        return Miss(reason=error.message, cause="look" if isinstance(error, StaleEntryError) else "refused")
+        return Miss(
+            reason=error.message, cause="look" if isinstance(error, errors.StaleEntryError) else "refused"
+        )
     except OSError as error:
         # Checked a moment ago, and now it cannot be read: too many open files, a stale network file.
         log.warning("%s: entry %s cannot be loaded: %s", site.label, name, error)
@@ -154,7 +154,7 @@ def load_blobs(artifact: Artifact, site: Site) -> tuple[dict[str, Any], dict[str
         if len(paths) != len(found):
             problems = filter(None, (site.cache.problem(blob.digest)[0] for blob in artifact.blobs))
             reason = next((f"not there ({said})" for said in problems), "missing or damaged")
-            raise EntryDamagedError(
+            raise errors.EntryDamagedError(
                 f"a piece of entry {artifact.graph_hash[:12]} in {site.cache.root} is {reason}. "
                 "Compile the model again.",
                 path=str(site.cache.root),
@@ -186,7 +186,7 @@ def _constant(binding: BindingSpec, path: Path, device: str) -> torch.Tensor:
     stored = load_consts(path.read_bytes())
     if len(stored) != 1 or not isinstance(stored[0], torch.Tensor):
         reason = "not a tensor. Run 'stitchcache verify --repair'."
-        raise EntryFormatError.at(str(path), f"bindings[{binding.name}]", reason)
+        raise errors.EntryFormatError.at(str(path), f"bindings[{binding.name}]", reason)
     return stored[0] if binding.tensor.device == "cpu" else stored[0].to(device)
 
 
@@ -196,7 +196,7 @@ def store_target(wanted: Wanted, record: TargetRecord) -> None:
     try:
         if key is not None:
             site.cache.put_target(key, record)
-    except StoreWriteError as error:
+    except errors.StoreWriteError as error:
         said = "the next start has to trace the model again, as its target record is not stored"
         log.warning("%s: %s: %s", site.label, said, error)
 

@@ -16,22 +16,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
+from stitchcache import errors
 from stitchcache.artifact.consts import dump_consts
 from stitchcache.capture import Capture
 from stitchcache.capture.contract import tensor_spec
 from stitchcache.capture.ranges import Variants
 from stitchcache.codegen.generate import generate_execution_code
 from stitchcache.encoding import make_factor
-from stitchcache.errors import (
-    BackendError,
-    CaptureError,
-    EntryFormatError,
-    LinkError,
-    SplitError,
-    StitchCacheError,
-    StoreWriteError,
-    UntrustedEntryError,
-)
 from stitchcache.graph import effects, symbols
 from stitchcache.graph.canonical import graph_hash
 from stitchcache.graph.effects import alias_hazards, attribute_of, called, mutates, target_name
@@ -141,7 +132,7 @@ def plan(captured: Capture, ops: Sequence[str], backend: Backend, factors: Seque
     splitting = [node.target for item in items if item.is_splitting_graph for node in item.graph.graph.nodes]
     for op in splitting:
         if isinstance(op, HigherOrderOperator):
-            raise SplitError(
+            raise errors.SplitError(
                 f"splitting op {target_name(op)!r} calls graphs of its own and can only run inside a piece. "
                 "Leave it out of splitting_ops."
             )
@@ -350,12 +341,12 @@ def _examples(planned: Plan, missing: Sequence[Piece], captured: Capture, label:
     try:
         with torch.no_grad(), drawn_back(leaves):
             Recorder(split_gm).run(*leaves)
-    except StitchCacheError:
+    except errors.StitchCacheError:
         raise
     except FAILURES as error:
         # Ops run here on real data for the first time.
         said = (str(error).strip().splitlines() or [""])[0]
-        raise CaptureError(
+        raise errors.CaptureError(
             f"{label} cannot run on its example: {type(error).__name__}: {said}. torch.export traced it "
             "without data and did not notice. Call the model with the example, and give one that it takes.",
             reason=said,
@@ -384,7 +375,13 @@ class Shelf:
                 if path is None:
                     return False
                 self.pieces[piece.key] = get_backend(record.backend).load(path, self._device)
-        except (UntrustedEntryError, BackendError, EntryFormatError, LinkError, OSError) as error:
+        except (
+            errors.UntrustedEntryError,
+            errors.BackendError,
+            errors.EntryFormatError,
+            errors.LinkError,
+            OSError,
+        ) as error:
             log.warning("%s: a stored piece cannot be used and is compiled again: %s", self._label, error)
             return False
         self.blobs[piece.key] = record.blob
@@ -417,7 +414,7 @@ class Shelf:
     def _try(self, write: Callable[[], Any]) -> Any:
         try:
             return write() if self.stored else None
-        except StoreWriteError as error:
+        except errors.StoreWriteError as error:
             self.stored = False
             log.warning("%s: compiled, but not stored: %s", self._label, error)
             return None

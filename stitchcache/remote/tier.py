@@ -15,15 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from stitchcache import errors
 from stitchcache.artifact import entry as files
 from stitchcache.artifact.entry import OUTSIDE, Kind
-from stitchcache.errors import (
-    EntryFormatError,
-    FutureFormatError,
-    StitchCacheError,
-    StoreError,
-    UntrustedEntryError,
-)
 from stitchcache.remote import GRACE, Flight, Leases, Remote, elapsed, put_at
 from stitchcache.store import Area, keyed_path, signed
 from stitchcache.store.publish import publish_blob
@@ -78,7 +72,7 @@ class Tier:
                             path, url = self.remote.at(name), self.remote.url
                             signed.require_signed_record(cache, url, path, key, record, its)
                         good.append((record, OUTSIDE + its.removeprefix(OUTSIDE)))
-                except UntrustedEntryError as error:
+                except errors.UntrustedEntryError as error:
                     self._refuse(cache, name, error)
         # The oldest first, so that their order stays.
         puts = [partial(cache.put_target, key, r, signature=its) for r, its in reversed(good)]
@@ -146,7 +140,7 @@ class Tier:
                     if area is not Area.TARGETS and self._needs(cache):
                         signed.require_signed_file(cache, self.remote.url, path, area, key, data)
                     yield name, found, OUTSIDE + files.signature_in(data).removeprefix(OUTSIDE)
-            except (EntryFormatError, UntrustedEntryError) as error:
+            except (errors.EntryFormatError, errors.UntrustedEntryError) as error:
                 self._refuse(cache, name, error)
 
     def _needs(self, cache: Cache) -> bool:
@@ -169,14 +163,16 @@ class Tier:
             publish_blob(cache._top, self.remote.chunks(name, ref.size, flight), expected=ref)
             return True
         except FileNotFoundError:
-            self._refuse(cache, name, StoreError("it is named by an entry or a piece, and is not there"))
-        except EntryFormatError as error:
+            self._refuse(
+                cache, name, errors.StoreError("it is named by an entry or a piece, and is not there")
+            )
+        except errors.EntryFormatError as error:
             self._refuse(cache, name, error)
         return False
 
-    def _refuse(self, cache: Cache, name: str, error: StitchCacheError) -> None:
+    def _refuse(self, cache: Cache, name: str, error: errors.StitchCacheError) -> None:
         """Take an object for missing, with one warning; a newer stitchcache's is not replaced."""
-        if not isinstance(error, FutureFormatError):
+        if not isinstance(error, errors.FutureFormatError):
             self._bad.add(name)
         path, said = self.remote.at(name), error.message
         self._count("remote.refused")
@@ -203,7 +199,7 @@ class Tier:
         try:
             if self.remote.left > 0:
                 self.remote.gather([job], _UPLOAD + size / (1 << 20))
-        except (StitchCacheError, OSError) as error:
+        except (errors.StitchCacheError, OSError) as error:
             # The remote has told of its own failures; a file that is gone was evicted meanwhile.
             log.info("not uploaded: %s", error)
 
@@ -218,7 +214,7 @@ class Tier:
         # A prune may have seen one when it was older, and remove it yet: see remote/prune.py.
         pruned = self.remote.now(self.remote.being_pruned) if found else False
         if pruned or not all(map(self._blob_there, found)):
-            raise StoreError(f"{self.remote.url}: it is being pruned: upload again later", path=name)
+            raise errors.StoreError(f"{self.remote.url}: it is being pruned: upload again later", path=name)
         self._there.update(dict.fromkeys(unseen, elapsed()))
         if its.startswith(OUTSIDE):
             data = files.with_signature(data, Kind.ENTRY, its.removeprefix(OUTSIDE))
@@ -237,7 +233,7 @@ class Tier:
             why = "not signed, so no node would load it: 'stitchcache keys generate NAME' makes a key"
             said = f"{self.remote.url}: what is compiled here is not uploaded, as it is {why}"
             cache.warn(self.remote.url, said)
-            raise UntrustedEntryError(said, path=self.remote.url)
+            raise errors.UntrustedEntryError(said, path=self.remote.url)
 
     def _blob_there(self, ref: BlobRef) -> Any:
         return self.remote.now(self.remote.ask, "head", object_name(Area.BLOBS, ref.digest))
@@ -249,7 +245,9 @@ class Tier:
         if not fits or time.time() - put_at(there) > _RELIED_ON:
             with cache.opened([ref]) as (path,):
                 if path is None:
-                    raise StoreError(f"{cache.root}: blob {ref.digest} is missing", path=str(cache.root))
+                    raise errors.StoreError(
+                        f"{cache.root}: blob {ref.digest} is missing", path=str(cache.root)
+                    )
                 self._write(name, path, True)
         return there is not None
 
@@ -265,9 +263,9 @@ class Tier:
         try:
             if data is not None and name not in self._bad:
                 found = files.decode_signed(data, key, path=self.remote.at(name))
-        except FutureFormatError:
+        except errors.FutureFormatError:
             return
-        except EntryFormatError as error:
+        except errors.EntryFormatError as error:
             self._refuse(cache, name, error)
         others = [each for each in found if _identity(each[0]) != _identity(record)]
         same = [each for each, _ in found if _identity(each) == _identity(record)]

@@ -15,15 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 
+from stitchcache import errors
 from stitchcache.codegen import CodeObjects
-from stitchcache.errors import (
-    BindError,
-    EnvironmentMismatchError,
-    InputMismatchError,
-    StitchCacheError,
-    check_kind,
-    visible,
-)
 from stitchcache.keys.environment import environment_factors
 from stitchcache.runtime import as_it_is, build_call, link
 from stitchcache.state import HOLDERS, bind_tensors, modules_of
@@ -101,7 +94,7 @@ class CompiledModel(torch.nn.Module):
         self.changed: Callable[[torch.nn.Module], Change | None] | None = None
         self.check = Check(state="unchecked", reason="it was not compared with the model")
         self.mismatches: dict[str, int] = {}
-        self._refusal: StitchCacheError | None = None
+        self._refusal: errors.StitchCacheError | None = None
         self._eager: tuple[str, Callable[[str], None]] | None = None
         self._wanted_graphs = cuda_graphs
         self.cuda_graphs: Graphs | None = None
@@ -129,7 +122,7 @@ class CompiledModel(torch.nn.Module):
             return False
         try:
             now = bind_tensors(self.artifact.bindings, self.model, self._constants)
-        except BindError:
+        except errors.BindError:
             return False
         return all(now[name] is tensor for name, tensor in self._tensors.items())
 
@@ -150,7 +143,7 @@ class CompiledModel(torch.nn.Module):
             OptionError: ``model`` is no module.
             BindError: The model does not fit, or would trace to something else; the old one stays bound.
         """
-        check_kind("model", model, torch.nn.Module, "a torch.nn.Module")
+        errors.check_kind("model", model, torch.nn.Module, "a torch.nn.Module")
         # First what a caller can see: a name, a shape. A key that differs says less about it.
         self._bound_to(model)
         if self.changed is not None:
@@ -163,7 +156,7 @@ class CompiledModel(torch.nn.Module):
         """Calls that were recorded as CUDA graphs, with seconds and bytes, and those that could not be."""
         return self.cuda_graphs.records if self.cuda_graphs is not None else ()
 
-    def refuse(self, error: StitchCacheError) -> None:
+    def refuse(self, error: errors.StitchCacheError) -> None:
         """Let each call raise an error from now on, also after :meth:`rebind`."""
         self._refusal = error
         self._bind(self.model)
@@ -179,7 +172,7 @@ class CompiledModel(torch.nn.Module):
 
     def on_ready(self, callback: Callable[[CompiledModel], None]) -> None:
         """Call something once the compiled model serves calls: here, at once."""
-        check_kind("callback", callback, Callable, "a function of one argument")
+        errors.check_kind("callback", callback, Callable, "a function of one argument")
         callback(self)
 
     def leave_misfits(self, device: str, noted: Callable[[str], None]) -> None:
@@ -202,7 +195,7 @@ class CompiledModel(torch.nn.Module):
         def serve(*args: Any, **kwargs: Any) -> Any:
             try:
                 return call(*args, **kwargs)
-            except InputMismatchError as error:
+            except errors.InputMismatchError as error:
                 codes = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
                 if any(code.co_filename.startswith("<stitchcache ") and code is not own for code in codes):
                     # Raised by a compiled model that a splitting op calls. Pieces have run before it and may
@@ -247,7 +240,7 @@ class CompiledModel(torch.nn.Module):
 
     def __repr__(self) -> str:
         hit = self.cache_hit or "compiled"
-        name = visible(self.artifact.label) or type(self.model).__name__
+        name = errors.visible(self.artifact.label) or type(self.model).__name__
         return f"<CompiledModel {name} {self.graph_hash[:12]} {hit}>"
 
     def _repr_html_(self) -> str:
@@ -345,7 +338,7 @@ def refuse_change(
             f"nothing shows that this {cls} is what entry {name} was compiled from: {change}. "
             "Compile the model, or pass trust_model=True if you know that it is."
         )
-    raise BindError(message, name=change.name, expected=change.was, actual=change.now)
+    raise errors.BindError(message, name=change.name, expected=change.was, actual=change.now)
 
 
 def check_environment(artifact: Artifact, where: str) -> None:
@@ -364,7 +357,7 @@ def check_environment(artifact: Artifact, where: str) -> None:
         old = stored.get(factor.name)
         if old is None or old.digest != factor.digest:
             before = "not recorded" if old is None else repr(old.value)
-            raise EnvironmentMismatchError(
+            raise errors.EnvironmentMismatchError(
                 f"{where} was made for another environment: {factor.name} was {before} and is "
                 f"{factor.value!r} here. Compile the model here.",
                 factor=factor.name,
