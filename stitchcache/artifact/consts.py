@@ -14,17 +14,7 @@ import sys
 import types
 from typing import Any
 
-from stitchcache.artifact.unpickle import (
-    PLACEMENTS,
-    READS_FILES,
-    Refused,
-    Unpickler,
-    is_registered,
-    is_small,
-    name_of,
-    resolve,
-    torch_value,
-)
+from stitchcache.artifact import unpickle
 from stitchcache.errors import EntryFormatError, ForbiddenGlobalError, UnserializableConstError
 from stitchcache.types import span
 
@@ -51,7 +41,7 @@ def load_consts(data: bytes | None, *, path: str = "") -> list[Any]:
         import torch  # noqa: F401
     try:
         consts = _Reader().load(data)
-    except Refused as error:
+    except unpickle.Refused as error:
         if not error.names:
             raise EntryFormatError.at(path, "consts", str(error)) from error
         facts = dict(zip(("module", "name"), error.names, strict=True))
@@ -72,7 +62,7 @@ def _dump(value: Any, path: str) -> bytes:
         _Reader().load(buffer.getvalue())
     except UnserializableConstError:
         raise
-    except Refused as error:
+    except unpickle.Refused as error:
         raise _unserializable(f"its pickle is refused ({error})", path, value) from error
     except (pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise _unserializable(str(error), path, value) from error
@@ -100,7 +90,7 @@ class _Writer(pickle.Pickler):
             return None
         named = kind if isinstance(obj, enum.Enum) else obj
         if isinstance(named, (type, types.FunctionType, types.BuiltinFunctionType)):
-            name = name_of(named)
+            name = unpickle.name_of(named)
             if name is None:
                 raise self._unlisted(named, obj)
             if named is obj:
@@ -108,7 +98,7 @@ class _Writer(pickle.Pickler):
             member = obj.name if kind.__members__.get(obj.name or "") is obj else None
             return ("enum", *name, member, None if member else obj.value)
         torch = sys.modules.get("torch")
-        return None if torch is None or is_registered(kind) else self._torch_id(torch, obj)
+        return None if torch is None or unpickle.is_registered(kind) else self._torch_id(torch, obj)
 
     def _unlisted(self, named: Any, obj: Any) -> UnserializableConstError:
         where = f"{named.__module__}.{named.__qualname__}"
@@ -118,7 +108,7 @@ class _Writer(pickle.Pickler):
         return _unserializable(reason, self._path, obj)
 
     def _torch_id(self, torch: Any, obj: Any) -> Any:
-        if torch_value(obj):
+        if unpickle.torch_value(obj):
             return ("torch", str(obj).removeprefix("torch."))
         # Imports torch: only where it is there already.
         from stitchcache.torchside import ops
@@ -127,7 +117,7 @@ class _Writer(pickle.Pickler):
             return ("op", *ops.qualified_name(obj))
         if isinstance(obj, torch.Tensor):
             return self._tensor(torch, obj)
-        if type(obj).__module__ == PLACEMENTS:
+        if type(obj).__module__ == unpickle.PLACEMENTS:
             return ("placement", type(obj).__name__, dict(obj.__reduce_ex__(2)[2] or {}))
         return None
 
@@ -157,9 +147,9 @@ class _Writer(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
-        if is_registered(kind) or _called_with(kind) or obj is Ellipsis or obj is NotImplemented:
+        if unpickle.is_registered(kind) or _called_with(kind) or obj is Ellipsis or obj is NotImplemented:
             return NotImplemented
-        if kind.__module__ == "builtins" or name_of(kind) is not None:
+        if kind.__module__ == "builtins" or unpickle.name_of(kind) is not None:
             reason = "its type is none of those that a consts table may hold"
             raise _unserializable(reason, self._path, obj)
         raise self._unlisted(kind, obj)
@@ -183,10 +173,10 @@ _CALLED: dict[tuple[str, str], tuple[int, tuple[type, ...]]] = {
 
 def _called_with(kind: type) -> tuple[int, tuple[type, ...]] | None:
     name = kind.__module__, kind.__qualname__
-    return _CALLED[name] if name in _CALLED and resolve(*name) is kind else None
+    return _CALLED[name] if name in _CALLED and unpickle.resolve(*name) is kind else None
 
 
-class _Reader(Unpickler):
+class _Reader(unpickle.Unpickler):
     def __init__(self) -> None:
         super().__init__()
         self._tensors: dict[int, Any] = {}
@@ -194,11 +184,11 @@ class _Reader(Unpickler):
     def outside(self, opcode: str, *operands: Any) -> Any:
         match opcode:
             case "GLOBAL" | "STACK_GLOBAL":
-                return resolve(*operands)
+                return unpickle.resolve(*operands)
             case "REDUCE" | "NEWOBJ":
                 target, arguments = operands
                 if type(arguments) is not tuple:
-                    raise Refused("a call whose arguments are no tuple")
+                    raise unpickle.Refused("a call whose arguments are no tuple")
                 return self._call(target, *arguments, by_new=opcode == "NEWOBJ")
             case "BUILD":
                 return _with_state(*operands)
@@ -211,47 +201,47 @@ class _Reader(Unpickler):
             most, kinds = called
             fit = len(arguments) <= most and all(isinstance(each, kinds) for each in arguments)
             items = [item for each in arguments if isinstance(each, (list, tuple)) for item in each]
-            if not fit or not all(map(is_small, items)):
-                raise Refused(f"a call of {target.__name__} with arguments that it does not need")
+            if not fit or not all(map(unpickle.is_small, items)):
+                raise unpickle.Refused(f"a call of {target.__name__} with arguments that it does not need")
             return target(*arguments)
-        if not isinstance(target, type) or not is_registered(target):
+        if not isinstance(target, type) or not unpickle.is_registered(target):
             name = getattr(target, "__qualname__", type(target).__name__)
-            raise Refused("is not allowed to be called", getattr(target, "__module__", None), name)
+            raise unpickle.Refused("is not allowed to be called", getattr(target, "__module__", None), name)
         if issubclass(target, enum.Enum):
             return _member(target, None, *arguments)
         if issubclass(target, tuple) and hasattr(target, "_fields"):
             return tuple.__new__(target, arguments)
         made: Any = target.__new__(target, *arguments) if by_new else target(*arguments)
         if type(made) is not target:
-            raise Refused(f"{target.__module__}.{target.__qualname__} made a {type(made).__name__}")
+            raise unpickle.Refused(f"{target.__module__}.{target.__qualname__} made a {type(made).__name__}")
         return made
 
     def _persistent(self, pid: Any) -> Any:
         # The types are part of the patterns: what else stood there might take for ever to hash or to show.
         match pid:
             case ("global", str(module), str(name)):
-                return resolve(module, name)
+                return unpickle.resolve(module, name)
             case ("enum", str(module), str(qualname), str() | None as name, value):
-                return _member(resolve(module, qualname), name, value)
+                return _member(unpickle.resolve(module, qualname), name, value)
             case ("op", str(qualified), str() | None as overload):
                 return _op(qualified, overload)
             case ("torch", str(name)):
-                return resolve("torch", name)
+                return unpickle.resolve("torch", name)
             case ("placement", str(name), dict(attributes)):
-                return resolve(PLACEMENTS, name)(**attributes)
+                return unpickle.resolve(unpickle.PLACEMENTS, name)(**attributes)
             case ("same", int(serial)):
                 return self._tensors[serial]
             case ("tensor", int(serial), str(), str(), tuple(), tuple(), bytes(), str()):
                 self.spend(pid)
                 self._tensors[serial] = _tensor(*pid[2:])
                 return self._tensors[serial]
-        raise Refused("a persistent id of no kind that is known here")
+        raise unpickle.Refused("a persistent id of no kind that is known here")
 
 
 def _with_state(target: Any, state: Any) -> Any:
     kind = type(target)
-    if not is_registered(kind) or isinstance(target, (enum.Enum, tuple)):
-        raise Refused("is not allowed to be given state", kind.__module__, kind.__qualname__)
+    if not unpickle.is_registered(kind) or isinstance(target, (enum.Enum, tuple)):
+        raise unpickle.Refused("is not allowed to be given state", kind.__module__, kind.__qualname__)
     if hasattr(target, "__setstate__"):
         target.__setstate__(state)
         return target
@@ -259,7 +249,7 @@ def _with_state(target: Any, state: Any) -> Any:
         for name, value in (attributes or {}).items():
             # A name such as __class__ could make it an instance of another class.
             if type(name) is not str or name.startswith("__"):
-                raise Refused(f"an attribute {name!r}")
+                raise unpickle.Refused(f"an attribute {name!r}")
             # Frozen classes set theirs like this too.
             object.__setattr__(target, name, value)
     return target
@@ -267,14 +257,14 @@ def _with_state(target: Any, state: Any) -> Any:
 
 def _member(kind: Any, name: str | None, value: Any) -> Any:
     if not isinstance(kind, type) or not issubclass(kind, enum.Enum):
-        raise Refused(f"{getattr(kind, '__qualname__', 'a value')} is no enum")
+        raise unpickle.Refused(f"{getattr(kind, '__qualname__', 'a value')} is no enum")
     if name is None:
         # A flag looks at each bit of an unknown value.
-        if not is_small(value) or (isinstance(value, int) and value.bit_length() > 64):
-            raise Refused(f"a value of {kind.__qualname__} that is too large")
+        if not unpickle.is_small(value) or (isinstance(value, int) and value.bit_length() > 64):
+            raise unpickle.Refused(f"a value of {kind.__qualname__} that is too large")
         return kind(value)
     if name not in kind.__members__:
-        raise Refused(f"enum {kind.__module__}.{kind.__qualname__} has no member {name!r} here")
+        raise unpickle.Refused(f"enum {kind.__module__}.{kind.__qualname__} has no member {name!r} here")
     return kind.__members__[name]
 
 
@@ -286,32 +276,36 @@ def _op(qualified: str, overload: str | None) -> Any:
 
     library, _, name = qualified.partition("::")
     shown = qualified if overload is None else f"{qualified}.{overload or 'default'}"
-    if name in READS_FILES:
-        raise Refused(f"operator {shown} is not allowed: it reads files")
+    if name in unpickle.READS_FILES:
+        raise unpickle.Refused(f"operator {shown} is not allowed: it reads files")
     try:
         packet = getattr(getattr(torch.ops, library), name)
         found = packet if overload is None else getattr(packet, overload or "default")
     except AttributeError:
-        raise Refused(f"operator {shown} is not registered: import the module that registers it") from None
+        raise unpickle.Refused(
+            f"operator {shown} is not registered: import the module that registers it"
+        ) from None
     if not isinstance(found, (ops.OpOverload, ops.OpOverloadPacket, ops.HigherOrderOperator)):
-        raise Refused(f"{qualified} is no operator")
+        raise unpickle.Refused(f"{qualified} is no operator")
     return found
 
 
 def _tensor(dtype: str, device: str, shape: Any, stride: Any, data: bytes, flags: str) -> Any:
     import torch
 
-    kind = resolve("torch", dtype)
+    kind = unpickle.resolve("torch", dtype)
     fit = len(shape) == len(stride) <= 64
     if not fit or any(type(size) is not int or size < 0 for size in (*shape, *stride)):
-        raise Refused("a tensor whose shape and strides do not fit together")
+        raise unpickle.Refused("a tensor whose shape and strides do not fit together")
     count = span(shape, stride)
     if type(kind) is not torch.dtype or len(data) != count * kind.itemsize:
-        raise Refused(f"a tensor of {len(data)} bytes whose dtype, shape and strides need another number")
+        raise unpickle.Refused(
+            f"a tensor of {len(data)} bytes whose dtype, shape and strides need another number"
+        )
     try:
         # frombuffer takes no empty buffer.
         flat = torch.frombuffer(bytearray(data or 16), dtype=torch.uint8).view(kind)[:count]
         tensor = flat.to(device).as_strided(shape, stride)
     except (RuntimeError, AssertionError) as error:
-        raise Refused(f"a tensor on {device}, which this process cannot make: {error}") from error
+        raise unpickle.Refused(f"a tensor on {device}, which this process cannot make: {error}") from error
     return torch.nn.Parameter(tensor, requires_grad=False) if flags == "parameter" else tensor

@@ -5,15 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from stitchcache import explanation
 from stitchcache.errors import CacheMissError
-from stitchcache.explanation import (
-    ABSENT,
-    NearestEntry,
-    differences_text,
-    explain_differences,
-    names_text,
-    nearest_entries,
-)
 from stitchcache.keys import check
 from stitchcache.keys.check import find_file, read_file
 from stitchcache.keys.walk import main_label
@@ -31,14 +24,14 @@ def with_facts(wanted: Wanted, miss: Miss) -> Miss:
     if found and "model.class" in found[0].differences:
         hint = "; the newest entries are all of other model classes"
     elif found and found[0].differences:
-        differs = names_text(list(found[0].differences))
+        differs = explanation.names_text(list(found[0].differences))
         hint = f"; nearest {found[0].graph_hash[:12]} differs in {differs}"
     return replace(miss, changed=changed, nearest=found[0] if found else None, hint=hint)
 
 
 def changed_and_nearest(
     wanted: Wanted, record: TargetRecord | None, cause: str, most: int = 1
-) -> tuple[dict[str, tuple[str, str]], list[NearestEntry]]:
+) -> tuple[dict[str, tuple[str, str]], list[explanation.NearestEntry]]:
     """Source files that changed and, where the key leads to no record, entries that come nearest.
 
     Reads a few hundred files at most.
@@ -46,7 +39,7 @@ def changed_and_nearest(
     if record is not None:
         return changed_sources(record) if cause == "sources" else {}, []
     site, target = wanted.site, wanted.target
-    found = nearest_entries(
+    found = explanation.nearest_entries(
         site.cache.roots, target.factors, label=site.label, most=most, partial=target.key is None
     )
     # The code of a model's classes is a factor of its key: an edit of them shows as a factor that differs.
@@ -61,10 +54,10 @@ def changed_sources(record: TargetRecord) -> dict[str, tuple[str, str]]:
     for source in record.sources:
         file, module = find_file(source.module, main)
         try:
-            now = ABSENT if file is None else check.bytes_digest(read_file(file, module))
+            now = explanation.ABSENT if file is None else check.bytes_digest(read_file(file, module))
         except OSError:
             # Gone, or not to be read; the reason says which.
-            now = ABSENT
+            now = explanation.ABSENT
         if now != source.digest:
             found[file or source.module] = (source.digest, now)
     return found
@@ -74,12 +67,12 @@ def graph_differences(artifact: Artifact, traced: EntryPlan) -> dict[str, tuple[
     """Factors of the graph and ``graph.pieces``: name to the value in the entry and in a fresh trace."""
     wanted = {factor.name for factor in traced.factors}
     old = [factor for factor in artifact.factors if factor.name in wanted]
-    found = explain_differences(old, traced.factors)
+    found = explanation.explain_differences(old, traced.factors)
     before = [piece.key for piece in artifact.pieces]
     planned = [piece for one in traced.plans for piece in one.pieces]
     if before != [piece.key for piece in planned]:
         fresh = [piece.name for piece in planned if piece.key not in before]
-        shown = f"{len(planned)} calls, of these new: {names_text(fresh) or 'none'}"
+        shown = f"{len(planned)} calls, of these new: {explanation.names_text(fresh) or 'none'}"
         found["graph.pieces"] = (f"{len(before)} calls", shown)
     return found
 
@@ -91,10 +84,12 @@ def miss_error(wanted: Wanted, miss: Miss, graph_hash: str | None = None) -> Cac
     detail = ""
     if miss.nearest is not None and differences:
         near = f"{miss.nearest.label or 'entry'} {miss.nearest.graph_hash[:12]}"
-        detail = f" It differs from the nearest entry, {near}, in {differences_text(differences)}."
+        detail = (
+            f" It differs from the nearest entry, {near}, in {explanation.differences_text(differences)}."
+        )
     if miss.changed:
         changed = {path: (old[:12], new[:12]) for path, (old, new) in miss.changed.items()}
-        detail += f" Changed: {differences_text(changed)}."
+        detail += f" Changed: {explanation.differences_text(changed)}."
     advice = (
         "Run 'stitchcache prewarm' where compiling is allowed, with the same model and options; "
         "'stitchcache explain' shows all that differs."

@@ -18,15 +18,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from stitchcache import errors
 from stitchcache.artifact.entry import OUTSIDE, signature_in
-from stitchcache.errors import (
-    EntryFormatError,
-    FutureFormatError,
-    OptionError,
-    UntrustedEntryError,
-    check_kind,
-    visible,
-)
 from stitchcache.store import (
     REMOTES,
     Area,
@@ -70,16 +63,16 @@ class Store:
         _files: Files | None = None,
     ) -> None:
         if durability not in ("full", "fast"):
-            raise OptionError(f"durability={durability!r}: use 'full' or 'fast'", option="durability")
+            raise errors.OptionError(f"durability={durability!r}: use 'full' or 'fast'", option="durability")
         for name, value in (("max_bytes", max_bytes), ("max_files", max_files)):
-            check_kind(name, value, (int, type(None)), "a whole number")
+            errors.check_kind(name, value, (int, type(None)), "a whole number")
         self.read_only = read_only or flag("STITCHCACHE_READONLY")
         self.max_bytes = max_size() if max_bytes is None else max_bytes
         self.max_files = max_files
-        check_kind("remote", remote, (str, type(None)), "a URL such as 's3://bucket/prefix'")
+        errors.check_kind("remote", remote, (str, type(None)), "a URL such as 's3://bucket/prefix'")
         self.remote = os.environ.get("STITCHCACHE_REMOTE", "").strip() if remote is None else remote
         if self.remote and not self.remote.startswith(REMOTES):
-            raise OptionError(f"remote={self.remote!r}: use {', '.join(REMOTES)}", option="remote")
+            raise errors.OptionError(f"remote={self.remote!r}: use {', '.join(REMOTES)}", option="remote")
         self._files = _files or Files()
         paths = root_paths(root)
         root_of = partial(Root, files=self._files, durable=durability == "full")
@@ -120,12 +113,12 @@ class Store:
     def _search(self, area: Area, key: str, look: Callable[[Root, str], T | None]) -> T | None:
         """What the first good file of a key gives; one that cannot be read is warned of."""
         check_key(key)
-        untrusted: UntrustedEntryError | None = None
+        untrusted: errors.UntrustedEntryError | None = None
         for root in self._roots:
             for path in possible_paths(root.path, area, key):
                 try:
                     value = look(root, path)
-                except UntrustedEntryError as error:
+                except errors.UntrustedEntryError as error:
                     untrusted = untrusted or error
                 except OSError as error:
                     said = f"{path}: cannot be read ({words(error)}): taken as missing"
@@ -159,10 +152,10 @@ class Store:
                 inode = found[1].st_ino
                 self._admit(root, path, area, key, found[0])
                 value = vouched(root, path, decode(found[0], key, path=path))
-            except FutureFormatError as error:
+            except errors.FutureFormatError as error:
                 self.warn(path, error.message)
                 return None
-            except EntryFormatError as error:
+            except errors.EntryFormatError as error:
                 self._reject(root, path, inode, f"{error.field}: {error.reason}")
                 return None
             if not root.read_only and time.time() - found[1].st_mtime > _USE_NOTED_EVERY:
@@ -188,7 +181,9 @@ class Store:
     def tier(self) -> Any:
         """The remote (:class:`stitchcache.remote.tier.Tier`); a start from local files does without it."""
         if not self.remote:
-            raise OptionError("there is no remote: give --remote, or set STITCHCACHE_REMOTE", option="remote")
+            raise errors.OptionError(
+                "there is no remote: give --remote, or set STITCHCACHE_REMOTE", option="remote"
+            )
         return importlib.import_module("stitchcache.remote.tier").Tier(self.remote, self._counters.add)
 
     def require_voucher(self, backend: str) -> None:
@@ -198,7 +193,7 @@ class Store:
                 f"{self._top.path}: pieces of backend {backend!r} are pickles, and with trust='any' nobody "
                 "vouches for them: use 'owner' or 'signed', or another backend"
             )
-            raise UntrustedEntryError(said, path=self._top.path)
+            raise errors.UntrustedEntryError(said, path=self._top.path)
 
     def _admit(
         self, root: Root, path: str, area: Area, key: str, data: bytes, trust: str | None = None
@@ -262,7 +257,7 @@ class Store:
             # Asked every time: a chmod after the first look counts.
             try:
                 fd = root.open(path, trusted=root.trust != "any")
-            except UntrustedEntryError:
+            except errors.UntrustedEntryError:
                 if root.trust == "owner":
                     raise
                 # A signed entry names it by its digest.
@@ -308,7 +303,7 @@ class Store:
         said = {path, message.removesuffix(" (taken as missing)")}
         if again or self._warned.isdisjoint(said):
             self._warned |= said
-            log.warning("%s", visible(message))
+            log.warning("%s", errors.visible(message))
 
     # -- writing ---------------------------------------------------------------------------------
 

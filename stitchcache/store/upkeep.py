@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from stitchcache import errors
 from stitchcache.artifact.entry import (
     MOST_LEGACY,
     Header,
@@ -18,13 +19,6 @@ from stitchcache.artifact.entry import (
     decode_piece,
     decode_target,
     header_end,
-)
-from stitchcache.errors import (
-    EntryFormatError,
-    FutureFormatError,
-    StoreWriteError,
-    UntrustedEntryError,
-    visible,
 )
 from stitchcache.store import KEYED, LEGACY_SUFFIXES, Area, Files, keyed_path, possible_paths, words
 from stitchcache.store.root import Item, Root, host_name
@@ -100,10 +94,10 @@ def standing(root: Root, area: Area, key: str, decode: Callable[..., T]) -> T | 
     try:
         found = root.read(path, area)
         return None if found is None else decode(found[0], key, path=path)
-    except FutureFormatError as error:
+    except errors.FutureFormatError as error:
         # One directory may serve several versions.
-        raise StoreWriteError(error.message, path=path, reason=error.reason) from error
-    except EntryFormatError:
+        raise errors.StoreWriteError(error.message, path=path, reason=error.reason) from error
+    except errors.EntryFormatError:
         return None
 
 
@@ -138,7 +132,7 @@ class CacheStats:
             "# TYPE stitchcache_events_total counter",
         ]
         for name, value in sorted(self.counters.items()):
-            label = visible(name).replace("\\", r"\\").replace('"', r"\"")
+            label = errors.visible(name).replace("\\", r"\\").replace('"', r"\"")
             lines.append(f'stitchcache_events_total{{event="{label}"}} {value}')
         for name in (*KEYED, "files", "bytes", "quarantine_files", "quarantine_bytes"):
             lines += [f"# TYPE stitchcache_{name} gauge", f"stitchcache_{name} {getattr(self, name)}"]
@@ -250,10 +244,10 @@ class _Walk:
         except OSError as error:
             self._sound.add(item.key)
             self.found(item, "unreadable", words(error))
-        except FutureFormatError as error:
+        except errors.FutureFormatError as error:
             self._sound.add(item.key)
             self.found(item, "newer format", error.reason)
-        except EntryFormatError as error:
+        except errors.EntryFormatError as error:
             self._set_aside(item, "damaged", f"{error.field}: {error.reason}")
 
     def blob(self, item: Item) -> None:
@@ -302,7 +296,7 @@ class _Walk:
     def _note(self, item: Item, require_trust: Callable[[], None]) -> None:
         try:
             require_trust()
-        except UntrustedEntryError as error:
+        except errors.UntrustedEntryError as error:
             self.found(item, "untrusted", error.message)
 
     def _set_aside(self, item: Item, problem: Problem, detail: str) -> None:
