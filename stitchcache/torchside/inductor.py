@@ -78,8 +78,9 @@ def keep_sums_apart(graph: torch.fx.Graph) -> None:
         parts = [part for part in node.args if isinstance(part, torch.fx.Node)]
         product = next((part for part in parts if part.target in products and len(part.args) == 2), None)
         is_result = any(user.op == "output" for user in node.users) and not node.kwargs
-        # A whole number may have no negative.
-        if is_result and product and len(parts) == 2 and product.meta["val"].is_floating_point():
+        # A size is no tensor to subtract from, and a whole number may have no negative.
+        tensors = [p for p in parts if isinstance(p.meta.get("val"), torch.Tensor)]
+        if is_result and product and len(tensors) == 2 and product.meta["val"].is_floating_point():
             with graph.inserting_before(node):
                 negated = graph.call_function(aten.neg.default, (product,))
             other = parts[0] if parts[1] is product else parts[1]

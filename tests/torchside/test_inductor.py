@@ -55,3 +55,19 @@ def test_whole_numbers_are_left_alone():
         gm = torch.export.export(Whole(), (x, x), strict=False).module()
     keep_sums_apart(gm.graph)
     assert "aten.sub.Tensor" not in [str(node.target) for node in gm.graph.nodes]
+
+
+def test_a_size_is_no_summand_to_subtract_from():
+    class Sized(nn.Module):
+        def forward(self, x, y):
+            return torch.mm(x, y) + x.shape[0], x + torch.mm(x, y)
+
+    x, y = torch.randn(3, 4), torch.randn(4, 4)
+    shapes = ({0: torch.export.Dim("rows", min=2, max=16)}, None)
+    with torch.no_grad():
+        gm = torch.export.export(Sized(), (x, y), dynamic_shapes=shapes, strict=False).module()
+        keep_sums_apart(gm.graph)
+        gm.recompile()
+        for got, want in zip(gm(x[:2], y), Sized()(x[:2], y), strict=True):
+            assert torch.equal(got, want)
+    assert [str(node.target) for node in gm.graph.nodes].count("aten.sub.Tensor") == 1
