@@ -134,7 +134,12 @@ class Lowering:
             if node in self._scope.values:  # a placeholder, or an item that was unpacked with its tuple
                 continue
             if node.op == "call_function":
-                self._call_function(node)
+                text = None if node.kwargs else self._operator_text(node)
+                if text is not None:
+                    self._assign(node, text)
+                    continue
+                function = self._scope.op_or_const(node.target, node, "target")
+                self._assign_call(node, self._scope.call(node, function, node.args, node.kwargs))
             elif node.op == "call_method":
                 self._call_method(node)
             elif node.op == "call_module":
@@ -176,14 +181,6 @@ class Lowering:
         self.statements.append(Statement(tuple(targets), text, unpack))
         # Nothing reads the result itself: every user takes items of it. The name keeps the node known.
         self._scope.values[node] = "_"
-
-    def _call_function(self, node: Node) -> None:
-        expression = None if node.kwargs else self._operator_text(node)
-        if expression is not None:
-            self._assign(node, expression)
-            return
-        function = self._scope.op_or_const(node.target, node, "target")
-        self._assign_call(node, self._scope.call(node, function, node.args, node.kwargs))
 
     def _operator_text(self, node: Node) -> str | None:
         """Write what Python has syntax for, or None."""

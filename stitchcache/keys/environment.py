@@ -100,13 +100,12 @@ def python_code() -> str:
     optimize = f" -{'O' * sys.flags.optimize}" if sys.flags.optimize else ""
     digits = sys.get_int_max_str_digits()
     digits_text = f" {digits} digits" if digits != sys.int_info.default_max_str_digits else ""
-    errors = [_filter_text(*item[1:]) for item in warnings.filters if item[0] == "error"]
-    return python_version() + optimize + digits_text + "".join(errors)
-
-
-def _filter_text(message: Any, category: Any, module: Any, line: int) -> str:
-    texts = [getattr(part, "pattern", part) for part in (message, module)]
-    return f" error {getattr(category, '__qualname__', category)} {texts} {line}"
+    errors = ""
+    for action, message, category, module, line in warnings.filters:
+        if action == "error":
+            texts = [getattr(part, "pattern", part) for part in (message, module)]
+            errors += f" error {getattr(category, '__qualname__', category)} {texts} {line}"
+    return python_version() + optimize + digits_text + errors
 
 
 def numpy_state() -> str:
