@@ -13,34 +13,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stitchcache import errors as errors
-    from stitchcache.api.blocks import CompiledBlocks as CompiledBlocks
-    from stitchcache.api.blocks import compile_blocks as compile_blocks
-    from stitchcache.api.compile import compile as compile
-    from stitchcache.api.compile import load as load
-    from stitchcache.api.engine import load_execution as load_execution
-    from stitchcache.api.engine import save_execution as save_execution
-    from stitchcache.api.preload import Preloaded as Preloaded
-    from stitchcache.api.preload import preload as preload
-    from stitchcache.api.prewarm import PrewarmReport as PrewarmReport
-    from stitchcache.api.prewarm import Target as Target
-    from stitchcache.api.prewarm import prewarm as prewarm
+    from stitchcache.api.blocks import CompiledBlocks as CompiledBlocks, compile_blocks as compile_blocks
+    from stitchcache.api.compile import compile as compile, load as load
+    from stitchcache.api.engine import load_execution as load_execution, save_execution as save_execution
+    from stitchcache.api.preload import Preloaded as Preloaded, preload as preload
+    from stitchcache.api.prewarm import PrewarmReport as PrewarmReport, Target as Target, prewarm as prewarm
     from stitchcache.artifact.unpickle import register_const_type as register_const_type
     from stitchcache.cache import Cache as Cache
     from stitchcache.codegen import compile_execution_fn as compile_execution_fn
     from stitchcache.codegen.generate import generate_execution_code as generate_execution_code
     from stitchcache.explanation import Explanation as Explanation
     from stitchcache.graph.canonical import graph_hash as graph_hash
-    from stitchcache.graph.split import SplitItem as SplitItem
-    from stitchcache.graph.split import split_graph as split_graph
-    from stitchcache.options import CudaGraphs as CudaGraphs
-    from stitchcache.options import Dim as Dim
-    from stitchcache.options import Secret as Secret
-    from stitchcache.options import SizeRange as SizeRange
+    from stitchcache.graph.split import SplitItem as SplitItem, split_graph as split_graph
+    from stitchcache.options import (
+        CudaGraphs as CudaGraphs,
+        Dim as Dim,
+        Secret as Secret,
+        SizeRange as SizeRange,
+    )
     from stitchcache.pipeline.find import Progress as Progress
     from stitchcache.pipeline.look import verify as verify
     from stitchcache.runtime.model import CompiledModel as CompiledModel
-    from stitchcache.types import Artifact as Artifact
-    from stitchcache.types import Check as Check
+    from stitchcache.types import Artifact as Artifact, Check as Check
 
 __version__ = "0.2.0"
 

@@ -152,10 +152,7 @@ def read(report: Path, name: str) -> Counts:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Results as Markdown."""
-    lines = [
-        "| torch | Python | tests | passed | failed | skipped |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| torch | Python | tests | passed | failed | skipped |", "|---|---|---|---|---|---|"]
     notes = []
     for found in sorted(results, key=lambda r: ([int(n) for n in r["torch"].split(".")], r["python"])):
         asked = " ".join(found["arguments"]).replace("|", "\\|") or "all"

@@ -39,11 +39,7 @@ def add(cache, name, *, label="Net", created=1.0, graph="", refused=None, **valu
 def entry(name, label="Net", created=1.0, **values) -> Artifact:
     variant = Variant(size_range=None, code="x", submod_names=(), consts=None, pieces=())
     return Artifact(
-        graph_hash=digest(name),
-        variants=(variant,),
-        label=label,
-        created=created,
-        factors=factors(**values),
+        graph_hash=digest(name), variants=(variant,), label=label, created=created, factors=factors(**values)
     )
 
 

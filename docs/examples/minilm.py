@@ -62,10 +62,7 @@ def dynamic_shapes() -> dict[str, dict[int, Any]]:
 
 
 target = stitchcache.Target(
-    "minilm",
-    build,
-    dynamic_shapes=dynamic_shapes(),
-    splitting_ops=["aten::scaled_dot_product_attention"],
+    "minilm", build, dynamic_shapes=dynamic_shapes(), splitting_ops=["aten::scaled_dot_product_attention"]
 )
 
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from stitchcache.cli import Misuse
-from stitchcache.cli import output as out
+from stitchcache.cli import Misuse, output as out
 from stitchcache.errors import StitchCacheError, StoreError
 from stitchcache.explanation import names_text, printable
 from stitchcache.options import SizeRange

@@ -16,11 +16,13 @@ import click
 from stitchcache.errors import OptionError, StitchCacheError
 from stitchcache.explanation import printable
 from stitchcache.types import is_digest
-from stitchcache.words import age_text as age_text
-from stitchcache.words import count_text as count_text
-from stitchcache.words import moment_text as moment_text
-from stitchcache.words import seconds_text as seconds_text
-from stitchcache.words import size_text as size_text
+from stitchcache.words import (
+    age_text as age_text,
+    count_text as count_text,
+    moment_text as moment_text,
+    seconds_text as seconds_text,
+    size_text as size_text,
+)
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem

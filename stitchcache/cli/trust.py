@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stitchcache.cli import Failure, Misuse
-from stitchcache.cli import output as out
+from stitchcache.cli import Failure, Misuse, output as out
 from stitchcache.cli.upkeep import age
 from stitchcache.errors import EntryFormatError
 

@@ -158,10 +158,7 @@ def _wanted(label: str | None, max_age: float | None) -> Callable[[files.Header 
 
 
 def export_bundle(
-    cache: Cache,
-    path: str | os.PathLike[str],
-    graph_hashes: Collection[str] = (),
-    **only: Any,
+    cache: Cache, path: str | os.PathLike[str], graph_hashes: Collection[str] = (), **only: Any
 ) -> Bundle:
     """Write entries to a bundle, with all that a start elsewhere needs.
 

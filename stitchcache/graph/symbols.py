@@ -16,9 +16,7 @@ import torch
 
 from stitchcache.errors import SplitError
 from stitchcache.torchside import ops
-from stitchcache.torchside.ops import SYMBOLIC as SYMBOLIC
-from stitchcache.torchside.ops import example_of as example_of
-from stitchcache.torchside.ops import expression as expression
+from stitchcache.torchside.ops import SYMBOLIC as SYMBOLIC, example_of as example_of, expression as expression
 
 # Expressions with more new symbols than this are rare, and a bad order can only cost a miss.
 _MOST_NEW = 4

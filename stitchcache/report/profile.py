@@ -14,8 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, record_function
-from torch.profiler import profile as watched
+from torch.profiler import ProfilerActivity, profile as watched, record_function
 
 from stitchcache.cache import Cache
 from stitchcache.codegen import CodeObjects

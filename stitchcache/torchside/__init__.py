@@ -36,8 +36,7 @@ from typing import Any
 
 import torch
 from torch._library.custom_ops import CustomOpDef as CustomOpDef
-from torch._ops import OpOverload as OpOverload
-from torch._ops import OpOverloadPacket as OpOverloadPacket
+from torch._ops import OpOverload as OpOverload, OpOverloadPacket as OpOverloadPacket
 from torch.nn.modules import module as nn_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _config_module

@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator as HigherOrderOperator
-from torch._ops import OpOverload as OpOverload
-from torch._ops import OpOverloadPacket as OpOverloadPacket
-from torch._ops import _HigherOrderNamespace, _OpNamespace
+from torch._ops import (
+    HigherOrderOperator as HigherOrderOperator,
+    OpOverload as OpOverload,
+    OpOverloadPacket as OpOverloadPacket,
+    _HigherOrderNamespace,
+    _OpNamespace,
+)
 
 SEEN = ("2.11", "2.13", "2.15")
 

@@ -200,10 +200,7 @@ def test_constants_in_branches_are_not_mixed_up(tmp_path):
 
 @pytest.mark.parametrize(
     ("argument", "words"),
-    [
-        (torch.empty(3, device="meta"), "meta device"),
-        (TwoTensor(torch.ones(3), torch.ones(3)), "TwoTensor"),
-    ],
+    [(torch.empty(3, device="meta"), "meta device"), (TwoTensor(torch.ones(3), torch.ones(3)), "TwoTensor")],
 )
 def test_what_cannot_be_captured_runs_as_it_is(tmp_path, caplog, argument, words):
     cache = stitchcache.Cache(tmp_path)

@@ -21,19 +21,13 @@ import tokenize
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 torch = pytest.importorskip("torch")
 
 from stitchcache.artifact.consts import dump_consts, load_consts  # noqa: E402
 from stitchcache.artifact.unpickle import register_const_type  # noqa: E402
-from stitchcache.errors import (  # noqa: E402
-    EntryFormatError,
-    ForbiddenGlobalError,
-    OptionError,
-    UnserializableConstError,
-)
+from stitchcache.errors import EntryFormatError, ForbiddenGlobalError, OptionError, UnserializableConstError  # noqa: E402
 
 for standard in (signal.Signals, re.RegexFlag, tokenize.TokenInfo):
     register_const_type(standard)

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import msgpack
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from stitchcache import types
 from stitchcache.artifact.entry import (

@@ -96,11 +96,7 @@ def seconds(words: list[str], place: Path, rounds: int) -> float:
     # As the installed script does, without what ``python -m`` imports.
     source = "from stitchcache.cli import main; main()"
     command = [sys.executable, "-X", "importtime", "-c", source, *words]
-    settings = {
-        "STITCHCACHE_DIR": str(place),
-        "PYTHONPATH": str(PACKAGE),
-        "PYTHONDONTWRITEBYTECODE": "",
-    }
+    settings = {"STITCHCACHE_DIR": str(place), "PYTHONPATH": str(PACKAGE), "PYTHONDONTWRITEBYTECODE": ""}
     ran = partial(subprocess.run, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
     done = ran(command)
     # One that finds something says so by status 1.

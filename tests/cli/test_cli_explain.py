@@ -187,9 +187,7 @@ def changed_entry(root):
             made,
             variants=(
                 dataclasses.replace(
-                    variant,
-                    code=CODE.replace("return x", "return x + 1"),
-                    pieces=(*variant.pieces[:2], last),
+                    variant, code=CODE.replace("return x", "return x + 1"), pieces=(*variant.pieces[:2], last)
                 ),
             ),
             input_spec=dataclasses.replace(made.input_spec, leaves=(*made.input_spec.leaves[:3], leaf)),

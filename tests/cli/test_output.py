@@ -5,14 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stitchcache.cli import output
-from stitchcache.cli.output import (
-    age_text,
-    count_text,
-    print_table,
-    seconds_text,
-    short_length,
-    size_text,
-)
+from stitchcache.cli.output import age_text, count_text, print_table, seconds_text, short_length, size_text
 from stitchcache.explanation import printable
 
 

@@ -110,10 +110,7 @@ class Nested(fx.Interpreter):
 
 
 def check(
-    gm: fx.GraphModule,
-    *inputs: Any,
-    boxed: Collection[str] = (),
-    before: Callable[[], object] = lambda: None,
+    gm: fx.GraphModule, *inputs: Any, boxed: Collection[str] = (), before: Callable[[], object] = lambda: None
 ) -> Any:
     """Run code and interpreter on copies of the inputs, and compare everything.
 

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from codegen_cases import Opaque, graph_module, slots_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import fx
 
 from stitchcache.codegen import compile_execution_fn

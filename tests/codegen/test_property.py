@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 from codegen_cases import Opaque, Point, check, record
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import fx
 
 from stitchcache.artifact.unpickle import register_const_type

@@ -12,10 +12,7 @@ import os
 import tarfile
 from pathlib import Path
 
-COMPAT = (
-    "application/vnd.docker.image.rootfs.diff.tar.gzip",
-    "application/vnd.oci.image.layer.v1.tar+gzip",
-)
+COMPAT = ("application/vnd.docker.image.rootfs.diff.tar.gzip", "application/vnd.oci.image.layer.v1.tar+gzip")
 RELEASED = ("triton", "vllm")
 
 

@@ -304,11 +304,7 @@ def test_a_registry_that_refuses_is_quoted(cache, tmp_path, registry):
 
 def test_making_one_imports_no_torch(prewarmed, tmp_path):
     done = run(
-        "image",
-        "build",
-        tmp_path / "image",
-        STITCHCACHE_DIR=prewarmed / "cache",
-        PYTHONPROFILEIMPORTTIME="1",
+        "image", "build", tmp_path / "image", STITCHCACHE_DIR=prewarmed / "cache", PYTHONPROFILEIMPORTTIME="1"
     )
     assert done.returncode == 0, done.stderr
     assert " torch\n" not in done.stderr

@@ -8,8 +8,7 @@ import operator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from torch.distributed.tensor.placement_types import Partial, Replicate, Shard
 from torch.export import Dim

@@ -8,12 +8,7 @@ from torch.export import Dim
 from stitchcache import split_graph
 from stitchcache.errors import SplitError
 from stitchcache.graph import symbols
-from stitchcache.graph.stitching import (
-    bind_placeholders,
-    dense_order,
-    lower_sizes,
-    pin_strides,
-)
+from stitchcache.graph.stitching import bind_placeholders, dense_order, lower_sizes, pin_strides
 
 aten = torch.ops.aten
 

@@ -16,8 +16,7 @@ import numpy as np
 import object_graphs as graphs
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from object_graphs import build, written
 from torch import nn
 

@@ -14,8 +14,7 @@ from torch.export import Dim
 
 from stitchcache import torchside
 from stitchcache.explanation import explain_differences
-from stitchcache.keys import environment as environment_module
-from stitchcache.keys import target_key
+from stitchcache.keys import environment as environment_module, target_key
 from stitchcache.options import SizeRange
 
 DOCS = Path(__file__).parents[2] / "docs" / "keys.md"

@@ -16,13 +16,7 @@ import stitchcache
 from stitchcache.capture import capture
 from stitchcache.errors import BackendError
 from stitchcache.options import COMPILER_OPTIONS
-from stitchcache.pieces import (
-    ENOUGH,
-    HEADERS,
-    HEADERS_PAY_FROM,
-    get_backend,
-    thread_options,
-)
+from stitchcache.pieces import ENOUGH, HEADERS, HEADERS_PAY_FROM, get_backend, thread_options
 from stitchcache.pipeline.find import Request
 from stitchcache.torchside import inductor
 

@@ -10,8 +10,7 @@ import os
 import split_ops  # noqa: F401 - registers them
 import torch
 from agreement import same
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 
 from stitchcache.capture import capture

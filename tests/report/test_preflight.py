@@ -53,10 +53,7 @@ OTHERS = {
     "python and libc": {"env.python": "cpython 3.99", "env.libc": "glibc 2.1"},
     "everything": {"env.torch": "2.99.0", "env.libc": "musl", "env.cpu": "x", "env.numpy": "9.9"},
 }
-NOT_LOOKED_AT = {
-    "eager": {"env.libc", "env.cpu", "env.cxx_abi"},
-    "aoti": {"env.python"},
-}
+NOT_LOOKED_AT = {"eager": {"env.libc", "env.cpu", "env.cxx_abi"}, "aoti": {"env.python"}}
 
 
 @pytest.fixture(scope="module")

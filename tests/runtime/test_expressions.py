@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from stitchcache.errors import EntryFormatError
 from stitchcache.runtime.expressions import check_expression, evaluator, names_in

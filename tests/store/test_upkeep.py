@@ -446,14 +446,7 @@ def test_prometheus(cache):
 
 def test_a_good_directory_has_no_problem_and_nothing_is_left(tmp_path):
     trials = probe(str(tmp_path))
-    assert [trial.name for trial in trials] == [
-        "directory",
-        "trust",
-        "space",
-        "write",
-        "lock",
-        "exec",
-    ]
+    assert [trial.name for trial in trials] == ["directory", "trust", "space", "write", "lock", "exec"]
     assert {trial.level for trial in trials if trial.name != "space"} == {"ok"}
     assert not list(tmp_path.iterdir())
     assert probe(str(tmp_path / "not" / "yet"))[0].found.startswith("missing")

@@ -4,8 +4,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from proj import lazy as _lazy  # noqa: F401 - so that it is loaded before the model runs
-from proj import ops
+from proj import (
+    lazy as _lazy,  # noqa: F401 - so that it is loaded before the model runs
+    ops,
+)
 from proj.settings import Mode, Settings
 
 
