@@ -90,7 +90,7 @@ def doctor(path: str | None) -> None:
     # Not through a Cache: one that cannot be opened is what this command is for.
     named = out.one_place("PATH", path)
     place, *lower = store.default_roots() if named is None else store.split_roots(named, option="--cache")
-    python = Trial(name="python", level="ok", found=sys.version.split()[0])
+    python = Trial("python", "ok", sys.version.split()[0])
     try:
         trust = store.trust_of(None, 1 + len(lower))
     except OptionError:
@@ -133,11 +133,11 @@ def _signing(trust: list[str]) -> Trial:
             found += f"; what is stored is signed by {keys.name_of(keys.public())}"
     except StitchCacheError as error:
         meaning = "nothing is signed here, and what is signed or was imported is not loaded"
-        return Trial(name="signatures", level="problem", found=error.message, meaning=meaning)
+        return Trial("signatures", "problem", error.message, meaning)
     if needed and not signers:
         meaning = "STITCHCACHE_TRUST=signed, so nothing is loaded: 'stitchcache keys trust' adds a signer"
-        return Trial(name="signatures", level="problem", found=found, meaning=meaning)
-    return Trial(name="signatures", level="ok", found=found)
+        return Trial("signatures", "problem", found, meaning)
+    return Trial("signatures", "ok", found)
 
 
 def _remote() -> Iterator[Trial]:
@@ -160,7 +160,7 @@ def _remote() -> Iterator[Trial]:
                 remote.now(remote.ask, "delete", name)
         except StoreError as error:
             level, meaning = "problem", f"{error.message}: starts go on without it"
-        yield Trial(name="remote", level=level, found=url, meaning=meaning)
+        yield Trial("remote", level, url, meaning)
 
 
 def _torch() -> Trial:
@@ -168,10 +168,10 @@ def _torch() -> Trial:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        return Trial(name="torch", level="ok", found=version("torch"))
+        return Trial("torch", "ok", version("torch"))
     except PackageNotFoundError:
         meaning = "models can be neither compiled nor loaded by this Python: 'pip install torch'"
-        return Trial(name="torch", level="problem", found="not installed", meaning=meaning)
+        return Trial("torch", "problem", "not installed", meaning)
 
 
 def _compiler() -> Trial:
@@ -179,13 +179,13 @@ def _compiler() -> Trial:
     wanted = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     found = shutil.which(wanted)
     if found is not None:
-        return Trial(name="compiler", level="ok", found=found)
+        return Trial("compiler", "ok", found)
     meaning = (
         "what is cached can be loaded, and nothing new compiled but with backend='eager': install a C++ "
         "compiler (Debian, Ubuntu: 'apt install g++'; Fedora: 'dnf install gcc-c++'; conda: "
         "'cxx-compiler'), or point CXX at one"
     )
-    return Trial(name="compiler", level="note", found=f"no {wanted} on PATH", meaning=meaning)
+    return Trial("compiler", "note", f"no {wanted} on PATH", meaning)
 
 
 def _environment() -> Iterator[Trial]:
@@ -204,4 +204,4 @@ def _environment() -> Iterator[Trial]:
             except OptionError as error:
                 level, meaning = "problem", error.message
         shown = f"{variable}={os.environ[variable]}"
-        yield Trial(name="environment", level=level, found=shown, meaning=meaning)
+        yield Trial("environment", level, shown, meaning)

@@ -19,7 +19,7 @@ _LOW_BYTES = 1 << 30
 _LOW_INODES = 10_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Trial:
     """One thing that was tried."""
 
@@ -38,21 +38,17 @@ def probe(path: str, *, files: Files | None = None, trust: str = "owner") -> lis
     if not os.path.isdir(place):
         meaning = "nothing can be stored: move that file away, or set STITCHCACHE_DIR to another directory"
         found = f"{place} is not a directory"
-        return [Trial(name="directory", level="problem", found=found, meaning=meaning)]
+        return [Trial("directory", "problem", found, meaning)]
     found = "exists" if place == asked else f"missing; tried {place} in its place"
-    trials = [
-        Trial(name="directory", level="ok", found=found),
-        _trust(files, asked, trust),
-        _room(files, place),
-    ]
+    trials = [Trial("directory", "ok", found), _trust(files, asked, trust), _room(files, place)]
     made = os.path.join(place, f".stitchcache-probe-{os.urandom(8).hex()}")
     try:
         for name, level, act, meaning in _ACTS:
             try:
                 act(files, made)
-                trials.append(Trial(name=name, level="ok", found="works"))
+                trials.append(Trial(name, "ok", "works"))
             except OSError as error:
-                trials.append(Trial(name=name, level=level, found=words(error), meaning=meaning))
+                trials.append(Trial(name, level, words(error), meaning))
                 if act is _write:
                     # The others are tried on the file that it makes.
                     break
@@ -65,7 +61,7 @@ def probe_lower(path: str, trust: str = "owner", *, files: Files | None = None) 
     """Look at a layer beneath the first, which is only read."""
     if not os.path.isdir(path):
         meaning = "starts do not find what it holds: is it mounted?"
-        return Trial(name="lower layer", level="problem", found=f"{path} is no directory", meaning=meaning)
+        return Trial("lower layer", "problem", f"{path} is no directory", meaning)
     found = _trust(files or Files(), path, trust)
     return replace(
         found, name="lower layer", found=found.found if found.meaning else f"{path}: {found.found}"
@@ -83,10 +79,10 @@ def _trust(files: Files, place: str, trust: str) -> Trial:
         if reason is not None:
             if trust != "owner":
                 meaning = "what a trusted key has signed" if trust == "signed" else "all of it"
-                return Trial(name="trust", level="note", found=reason, meaning=f"{meaning} is loaded")
+                return Trial("trust", "note", reason, f"{meaning} is loaded")
             meaning = "entries here are not loaded: compiled pieces are native code"
-            return Trial(name="trust", level="problem", found=reason, meaning=meaning)
-    return Trial(name="trust", level="ok", found="nobody else can write it")
+            return Trial("trust", "problem", reason, meaning)
+    return Trial("trust", "ok", "nobody else can write it")
 
 
 def _room(files: Files, place: str) -> Trial:
@@ -94,16 +90,16 @@ def _room(files: Files, place: str) -> Trial:
         facts = files.statvfs(place)
     except OSError as error:
         meaning = "how much room is left is not known"
-        return Trial(name="space", level="note", found=words(error), meaning=meaning)
+        return Trial("space", "note", words(error), meaning)
     free = facts.f_bavail * facts.f_frsize
     found = f"{free / 1e9:.1f} GB free"
     # Some file systems have no fixed number of inodes and say 0 of 0.
     if facts.f_files:
         found += f", room for {facts.f_favail} files"
     if free >= _LOW_BYTES and (facts.f_files == 0 or facts.f_favail >= _LOW_INODES):
-        return Trial(name="space", level="ok", found=found)
+        return Trial("space", "ok", found)
     meaning = "a prewarm may fill the disk: free space, remove small files, or set STITCHCACHE_MAX_SIZE"
-    return Trial(name="space", level="problem", found=found, meaning=meaning)
+    return Trial("space", "problem", found, meaning)
 
 
 def _write(files: Files, made: str) -> None:
