@@ -108,9 +108,6 @@ def printable(text: str) -> str:
     return text if text.isprintable() else visible(text).replace("\n", "\\n")
 
 
-# -- a start ---------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NearestEntry:
     """An entry, or the target that leads to it, beside some factors."""
@@ -166,9 +163,6 @@ class Explanation:
         if stages:
             lines.append(f"seconds: {', '.join(stages)}")
         return "\n".join(printable(line) for line in lines)
-
-
-# -- stored keys -----------------------------------------------------------------------------------
 
 
 def nearest_entries(

@@ -322,9 +322,6 @@ class Artifact:
         return tuple(dict.fromkeys(refs))
 
 
-# -- targets, and results -------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceRef:
     """A source file that ran during capture: its module's name, sha256 and length in bytes."""

@@ -75,9 +75,6 @@ def well_formed(what: str) -> Iterator[None]:
         raise EntryFormatError(f"{what}: {reason}", field="payload", reason=reason) from error
 
 
-# -- bytes and plain values -----------------------------------------------------------------------
-
-
 def pack(value: Any, *, skip: Collection[str] = ()) -> bytes:
     """The msgpack of a record, without its fields in ``skip``, or of what a record's field may hold."""
     plain = _plain(value, skip)
@@ -148,9 +145,6 @@ def unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     if len(found) != len(pairs):
         raise ValueError("a map has the same key twice")
     return found
-
-
-# -- kinds of values ------------------------------------------------------------------------------
 
 
 def _of(kind: type) -> Reader:
@@ -311,9 +305,6 @@ _READERS: Mapping[str, Reader] = {
     "Shape": _array(_size, 64),
     "Scalar": _scalar,
 }
-
-
-# -- records --------------------------------------------------------------------------------------
 
 
 @functools.cache

@@ -51,9 +51,6 @@ def load_consts(data: bytes | None, *, path: str = "") -> list[Any]:
     return consts
 
 
-# -- writing --------------------------------------------------------------------------------------
-
-
 def _dump(value: Any, path: str) -> bytes:
     buffer = io.BytesIO()
     try:
@@ -154,8 +151,6 @@ class _Writer(pickle.Pickler):
             raise _unserializable(reason, self._path, obj)
         raise self._unlisted(kind, obj)
 
-
-# -- reading --------------------------------------------------------------------------------------
 
 # What may be called, with at most how many arguments of which types: not set(range(10**12)).
 _CALLED: dict[tuple[str, str], tuple[int, tuple[type, ...]]] = {

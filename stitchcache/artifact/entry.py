@@ -144,8 +144,6 @@ def _prelude(data: bytes, path: str) -> tuple[Any, ...]:
     return prelude
 
 
-# -- what stands in which file --------------------------------------------------------------------
-
 CURRENT_SUFFIX = ".stitch"
 MOST_RECORDS = 8  # of a target
 
@@ -204,9 +202,6 @@ _IN_HEADER = ("graph_hash", "label", "created", "compile_seconds", "format_versi
 """Fields of an artifact that stand in its header alone."""
 _NOT_IN_TARGET = {3: ("refused", "factors", "code"), 4: ("code",), 5: ()}
 """What older versions had not yet. Until version 5 a file was one record, with the key beside its fields."""
-
-
-# -- entries --------------------------------------------------------------------------------------
 
 
 def header_of(artifact: Artifact, **place: Any) -> Header:
@@ -348,9 +343,6 @@ def _legacy(value: Any) -> Artifact:
         size_range=None, code=found.code, submod_names=found.submod_names, consts=found.consts, pieces=()
     )
     return Artifact(graph_hash=found.graph_hash, variants=(variant,), format_version=version)
-
-
-# -- targets and pieces ---------------------------------------------------------------------------
 
 
 SignedRecords = tuple[tuple[TargetRecord, bytes], ...]

@@ -216,9 +216,6 @@ def _key(value: Any) -> Any:
     return value
 
 
-# -- names ----------------------------------------------------------------------------------------
-
-
 def register_const_type(cls: T) -> T:
     """Let entries hold constants of a type of yours: an enum, a NamedTuple, a dataclass or another class.
 

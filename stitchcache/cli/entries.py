@@ -27,9 +27,6 @@ _ORDERS = {
 }
 
 
-# -- ls --------------------------------------------------------------------------------------------
-
-
 @click.command()
 @click.option("--sort", type=click.Choice(sorted(_ORDERS)), default="created", help="Order.")
 @click.option("--wide", is_flag=True, help="Show graph hashes in full.")
@@ -81,9 +78,6 @@ def _print_list(record: out.Record, wide: bool) -> None:
         blobs = {blob["digest"]: blob["bytes"] for entry in entries for blob in entry["blobs"]}
         size = out.size_text(sum(blobs.values()) + sum(entry["entry_bytes"] for entry in entries))
         click.echo(f"{out.count_text(len(entries), 'entry')}, {out.count_text(len(blobs), 'blob')}, {size}")
-
-
-# -- inspect ---------------------------------------------------------------------------------------
 
 
 @click.command()
@@ -287,9 +281,6 @@ def _print_code(artifact: Artifact) -> None:
             Console().print(Syntax(code, "python", background_color="default", word_wrap=True))
         else:
             click.echo(code)
-
-
-# -- diff ------------------------------------------------------------------------------------------
 
 
 @click.command()

@@ -37,9 +37,6 @@ _SETTINGS: dict[str, Callable[[], object]] = {
 _FOREIGN = ("CXX", "ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
 
 
-# -- config ----------------------------------------------------------------------------------------
-
-
 @click.command()
 @out.shared_options
 def config() -> None:
@@ -71,9 +68,6 @@ def _variable(name: str) -> str:
 
 def _source(variable: str) -> str:
     return "environment" if os.environ.get(variable, "").strip() else "default"
-
-
-# -- doctor ----------------------------------------------------------------------------------------
 
 
 @click.command()

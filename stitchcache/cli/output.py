@@ -185,9 +185,6 @@ def _json_text(record: Record) -> str:
     )
 
 
-# -- printing --------------------------------------------------------------------------------------
-
-
 def _on_page(part: str, *content: Any, **attributes: str) -> bool:
     """Add what a function of ``stitchcache.html`` makes to the page; False where a view prints."""
     context = click.get_current_context(silent=True)

@@ -23,9 +23,6 @@ def _keys() -> Keys:
     return Keys()
 
 
-# -- keys ------------------------------------------------------------------------------------------
-
-
 @click.group()
 def keys() -> None:
     """Make a key that signs, and say which keys are trusted.
@@ -149,9 +146,6 @@ def _read_key(path: str) -> tuple[bytes, str]:
         raise Failure(error.message) from error
 
 
-# -- sign ------------------------------------------------------------------------------------------
-
-
 @click.command()
 @click.argument("prefixes", metavar="[PREFIX]...", nargs=-1)
 @click.option("--days", type=click.FloatRange(min=0, min_open=True), default=365, help="How long it is good.")
@@ -168,9 +162,6 @@ def sign(prefixes: tuple[str, ...], days: float) -> None:
     signed = sign_entries(cache, [cache.find(prefix) for prefix in prefixes], seconds=days * 86400)
     said = f"signed {out.count_text(len(signed), 'entry')} in {cache.root}"
     out.show({"root": str(cache.root), "signed": signed}, lambda _: out.print_keys(signed, said))
-
-
-# -- bundles ---------------------------------------------------------------------------------------
 
 
 def _choosing(function: out.F) -> out.F:
@@ -224,9 +215,6 @@ def _print_bundle(record: out.Record, what: str) -> None:
     out.print_keys(keys, said)
 
 
-# -- images ----------------------------------------------------------------------------------------
-
-
 @click.group()
 def image() -> None:
     """Make an OCI image of entries, and push it: nodes mount it as a read-only layer of their cache."""
@@ -273,9 +261,6 @@ def push_image(directory: str, reference: str, insecure: bool) -> None:
     pushed = push_directory(directory, reference, insecure=insecure)
     record = {"directory": directory, "pushed": pushed}
     out.show(record, lambda _: click.echo(pushed))
-
-
-# -- remotes ---------------------------------------------------------------------------------------
 
 
 def _moving(function: out.F) -> out.F:

@@ -19,9 +19,6 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _NOT_DONE = "Nothing was removed. Repeat with --yes to remove it."
 
 
-# -- verify ----------------------------------------------------------------------------------------
-
-
 @click.command()
 @click.option("--repair", is_flag=True, help="Move damaged files to quarantine; remove what leads nowhere.")
 @click.option("--require-signature", is_flag=True, help="Report what no trusted key has signed.")
@@ -48,9 +45,6 @@ def _print_findings(record: out.Record) -> None:
     seen = ", ".join(out.count_text(record[name], kind) for name, kind in kinds.items())
     verdict = out.count_text(len(findings), "finding") if findings else "all sound"
     click.echo(f"{seen}, {out.size_text(record['bytes'])} read: {verdict}")
-
-
-# -- prune and clear -------------------------------------------------------------------------------
 
 
 def _size(_ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
@@ -196,9 +190,6 @@ def migrate() -> None:
     done = cache.migrate()
     said = f"rewrote {out.count_text(len(done), 'entry')} in {cache.root}"
     out.show({"root": str(cache.root), "migrated": done}, lambda _: out.print_keys(done, said))
-
-
-# -- stats -----------------------------------------------------------------------------------------
 
 
 @click.command()

@@ -78,9 +78,6 @@ def chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
         size -= len(chunk)
 
 
-# -- import ----------------------------------------------------------------------------------------
-
-
 def import_bundle(cache: Cache, path: str | os.PathLike[str]) -> Bundle:
     """Store what a bundle holds, if a key that the user trusts has signed all of it.
 

@@ -28,9 +28,6 @@ from stitchcache.types import Artifact, BlobRef, is_digest
 log = logging.getLogger("stitchcache")
 
 
-# -- signing ---------------------------------------------------------------------------------------
-
-
 def sign(cache: Cache, graph_hashes: Collection[str] = (), *, seconds: float = YEAR) -> list[str]:
     """Sign entries of the first root, with the target records that lead to them and their pieces.
 
@@ -81,9 +78,6 @@ def _trusted(cache: Cache, graph_hash: str, wanted: Collection[str]) -> Artifact
             raise
         log.warning("left out: %s", error)
         return None
-
-
-# -- export ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,8 +248,6 @@ def put_member(
             raise StoreError(f"{blob}: changed while it was read", path=str(blob))
     put(bytes(-size % BLOCK))
 
-
-# -- remotes ---------------------------------------------------------------------------------------
 
 _PUSHES = 8
 # Seconds without an answer: nobody's start waits.

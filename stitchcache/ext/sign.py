@@ -30,8 +30,6 @@ class Keys(Signers):
         namespace: What is signed for; default ``STITCHCACHE_NAMESPACE``, or ``stitchcache``.
     """
 
-    # -- signing -----------------------------------------------------------------------------------
-
     def can_sign(self) -> bool:
         """Whether there is a key to sign with."""
         return os.path.lexists(self.path("id"))
@@ -111,8 +109,6 @@ class Keys(Signers):
         if not isinstance(key, Ed25519PrivateKey):
             raise OptionError(f"{path}: make an Ed25519 key (ssh-keygen -t ed25519)", option="id")
         return key, key.public_key().public_bytes_raw()
-
-    # -- changing what is there --------------------------------------------------------------------
 
     def generate(self, name: str) -> str:
         """Make a key pair that is called so, and trust it; its fingerprint.

@@ -287,8 +287,6 @@ _KINDS: Mapping[str, tuple[str, Callable[[Walk, str], str | None]]] = {
 """For each kind of entry what it is about, and its digest here and now; ``None`` if it is not there."""
 
 
-# -- files ----------------------------------------------------------------------------------------
-
 _SLACK = 2.0  # seconds by which a file's time and the process's start may be off
 
 

@@ -22,8 +22,6 @@ from stitchcache.encoding import Handler, Numbers, Step, Writer, text_bytes
 from stitchcache.keys import code, values
 from stitchcache.torchside import CustomOpDef, OpOverload, OpOverloadPacket, custom_op_parts
 
-# -- where code comes from -----------------------------------------------------------------------
-
 _SITE = os.path.dirname(os.path.dirname(os.path.abspath(torch.__file__)))
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _REQUIRED_BY_TORCH = tuple("sympy mpmath networkx jinja2 markupsafe fsspec filelock triton numpy".split())  # noqa: SIM905
@@ -130,8 +128,6 @@ def process_start() -> float:
         return 0.0
     return boot + ticks / os.sysconf("SC_CLK_TCK")
 
-
-# -- the walk -------------------------------------------------------------------------------------
 
 _HEAP_TYPE = 1 << 9
 _WARM_CACHE = (

@@ -99,8 +99,6 @@ class Registry:
             yield [{"path": keyed_path("", area, key)[1:], "size": 0} for area, key in areas]
             path = following[1] if following else ""
 
-    # -- the distribution API ----------------------------------------------------------------------
-
     def upload(self, digest: str, source: bytes | Path) -> None:
         """Upload a blob, unless it is there."""
         if self._has(f"blobs/{digest}"):

@@ -58,8 +58,6 @@ class Tier:
         self._bad: set[str] = set()  # objects that were refused, which the next upload replaces
         self._there: dict[BlobRef, float] = {}  # blobs that the remote has, and when that was seen
 
-    # -- fetching ----------------------------------------------------------------------------------
-
     def records(self, cache: Cache, key: str) -> tuple[TargetRecord, ...]:
         """Records of a target key that the cache lacks, stored in it, newest first; a start begins here."""
         self.remote.begin()
@@ -185,8 +183,6 @@ class Tier:
         except OSError as error:
             cache.warn(cache._top.path, f"nothing is fetched from {self.remote.url}: {error}")
             return False
-
-    # -- uploading ---------------------------------------------------------------------------------
 
     def give(self, key: str, size: int, send: Callable[[], object]) -> None:
         """Upload what was stored now; a failure costs this start no more than its time."""

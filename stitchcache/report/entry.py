@@ -69,9 +69,6 @@ def entry_bytes(path: str) -> bytes | None:
     return None if found is None else found[0]
 
 
-# -- one entry ------------------------------------------------------------------------------------
-
-
 def summary(entry: Entry) -> Record:
     """What an entry is, without its parts."""
     artifact = entry.artifact
@@ -188,9 +185,6 @@ def gil_words(cache: Cache, artifact: types.Artifact) -> dict[str, str]:
     return found
 
 
-# -- two entries ----------------------------------------------------------------------------------
-
-
 def compare(a: Entry, b: Entry) -> Record:
     """What tells an entry B from an entry A, of any formats."""
     import difflib
@@ -243,9 +237,6 @@ def _code(artifact: types.Artifact) -> list[str]:
         # Its own name stands in it, and would always differ.
         lines += variant.code.replace(artifact.graph_hash, "<graph hash>").splitlines()
     return lines
-
-
-# -- a key ----------------------------------------------------------------------------------------
 
 
 def explain_key(cache: Cache, prefix: str) -> Record:
@@ -330,9 +321,6 @@ def _target_record(key: str, path: str, record: types.TargetRecord) -> Record:
         "globals": [{"name": name, "digest": digest} for name, digest in record.globals],
         "path": path,
     }
-
-
-# -- in words -------------------------------------------------------------------------------------
 
 
 def tensor_text(tensor: types.TensorSpec) -> str:

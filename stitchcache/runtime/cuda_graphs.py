@@ -142,8 +142,6 @@ class Graphs:
                     made[index] = made[index].index_select(dim, rows)
             yield [_laid_out_as(leaf, one) for leaf, one in zip(leaves, made, strict=True)]
 
-    # -- the first calls of a size -------------------------------------------------------------------
-
     def _first_calls(self, key: Any, leaves: Sequence[Any]) -> Any:
         size = self._recorded_size(leaves)
         larger = tuple(self._enlarged(index, each, size) for index, each in enumerate(key))
@@ -271,8 +269,6 @@ class Graphs:
         """Whether a value is a tensor that may lie in memory of a graph."""
         on = isinstance(value, torch.Tensor) and value.device.type == self._kind
         return on and storage_id(value) not in self._state
-
-    # -- later calls ---------------------------------------------------------------------------------
 
     def _follow_stream(self, recorder: cuda.Recorder) -> None:
         """Let the current stream wait for the call before, where that was on another one."""

@@ -80,9 +80,6 @@ def public_line(public: bytes, comment: str = "") -> str:
     return f"{_TYPE.decode()} {base64.b64encode(_blob(public)).decode()} {comment}".rstrip() + "\n"
 
 
-# -- SSHSIG ----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
     """A text with the key and the signature under it; nothing is verified yet."""
@@ -150,8 +147,6 @@ def require_cryptography() -> None:
         message = "signatures need the package cryptography: pip install 'stitchcache[sign]'"
         raise UntrustedEntryError(message, path="") from error
 
-
-# -- allowed_signers -------------------------------------------------------------------------------
 
 # As text: a warm start compiles none of them where no line has an option.
 _OPTION = r'(?P<name>[a-z-]+)(="(?P<value>[^"]*)")?(,|$)'
@@ -250,9 +245,6 @@ def _moment(text: str | None) -> float | None:
         raise ValueError(f"{text!r} is no time: write YYYYMMDD or YYYYMMDDHHMM, with a Z for UTC")
     read = datetime.strptime(digits, form)
     return (read.replace(tzinfo=UTC) if text.endswith("Z") else read).timestamp()
-
-
-# -- statements ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

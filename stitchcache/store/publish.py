@@ -27,9 +27,6 @@ from stitchcache.types import BlobRef
 _CHUNK = 1 << 20
 
 
-# -- blobs ---------------------------------------------------------------------------------------
-
-
 def publish_blob(
     root: Root, source: bytes | str | Iterable[bytes], expected: BlobRef | None = None
 ) -> BlobRef:
@@ -183,8 +180,6 @@ def _acquire(root: Root, path: str, timeout: float | None, on_wait: OnWait | Non
         time.sleep(pause if timeout is None else min(pause, timeout - waited))
         pause = min(pause * 1.5, _LONGEST_PAUSE)
 
-
-# -- room to work in -----------------------------------------------------------------------------
 
 _ROOM = 512 << 20
 _FILES = 4096

@@ -82,8 +82,6 @@ class Signers:
         """A file of the directory."""
         return os.path.join(self.directory, name)
 
-    # -- who may sign ------------------------------------------------------------------------------
-
     def signers(self) -> list[Signer]:
         """Who may sign what; an ``UntrustedEntryError`` where others can write that."""
         return read_signers(self._read("allowed_signers"), self.path("allowed_signers"))
@@ -112,8 +110,6 @@ class Signers:
         except (OSError, UnicodeDecodeError) as error:
             reason = words(error) if isinstance(error, OSError) else "not UTF-8"
             raise UntrustedEntryError(f"{path}: cannot be read ({reason})", path=path) from error
-
-    # -- verifying ---------------------------------------------------------------------------------
 
     def verify(
         self, data: bytes, kind: str, key: str, digest: str, *, path: str, about: str = ""
@@ -218,9 +214,6 @@ class Signers:
 def day(moment: float) -> str:
     """A day, as messages name it."""
     return datetime.fromtimestamp(min(moment, 2e11), UTC).strftime("%Y-%m-%d")
-
-
-# -- for the store -----------------------------------------------------------------------------------
 
 
 def require_signed_file(store: Store, place: str, path: str, area: Area, key: str, data: bytes) -> None:

@@ -107,9 +107,6 @@ def has_entry(roots: Sequence[Root], key: str) -> bool:
     return any(root.facts(path) is not None for root, path in paths)
 
 
-# -- statistics ----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStats:
     """What a cache holds and what it did."""
@@ -157,8 +154,6 @@ def take_stock(root: Root, counters: Mapping[str, int], since: float) -> CacheSt
         **{area.value: len(found) for area, found in sizes.items()},
     )
 
-
-# -- verification --------------------------------------------------------------------------------
 
 Problem = Literal["damaged", "missing blob", "stale", "untrusted", "newer format", "unreadable", "leftover"]
 
