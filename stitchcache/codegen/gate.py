@@ -14,8 +14,11 @@ from stitchcache.errors import EntryFormatError
 
 _ROOTS = ("torch", "operator", "_operator")
 # What an expression may be made of beside expressions.
-_COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
-_OPERATORS = (ast.operator, ast.USub, *_COMPARISONS, ast.Load)
+_OPERATORS = (
+    ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.MatMult, ast.BitAnd, ast.BitOr,
+    ast.BitXor, ast.LShift, ast.RShift, ast.USub, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE,
+    ast.Load,
+)  # fmt: skip
 _IN_DEFAULTS = (ast.Constant, ast.UnaryOp, ast.USub, ast.Tuple, ast.List, ast.Dict, ast.Load)
 # What an expression stands for: a variable of the function, a submodule or a constant that the caller
 # supplies, or an op (in the list ABI also a function that was defined above).
