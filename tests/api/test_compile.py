@@ -243,7 +243,7 @@ def test_size_ranges_have_pieces_of_their_own(cache):
     assert [str(v.size_range) for v in compiled.artifact.variants] == ["1", "2..8"]
     for batch in (1, 2, 8):
         torch.testing.assert_close(compiled(models.ids(batch, 5)), model(models.ids(batch, 5)))
-    with pytest.raises(errors.InputMismatchError, match=r"9.*1, 2\.\.8"):
+    with pytest.raises(errors.InputMismatchError, match=r"1, 2\.\.8, got 9"):
         compiled(models.ids(9, 5))
 
 

@@ -108,7 +108,7 @@ def test_another_machine_is_foretold_as_a_start_there_would_go(backend, name, he
         for factor in real(backend, devices):
             yield there[factor.name]
 
-    monkeypatch.setattr("stitchcache.keys.environment_factors", factors_there)
+    monkeypatch.setattr(environment, "environment_factors", factors_there)
     model, args = build()
     cache = stitchcache.Cache(cache.root, read_only=True)
     try:

@@ -141,9 +141,7 @@ def readme() -> Given:
 
 def tutorial() -> Given:
     # Its first lines make the entry: net.py is run before.
-    return {}, {
-        "<first digits of the graph hash>": '"$(stitchcache ls --json | grep -m1 -o "[0-9a-f]\\{64\\}")"'
-    }
+    return {}, {"<first digits of the graph hash>": '"$(stitchcache ls | awk "NR == 2 { print \\$1 }")"'}
 
 
 def coming_from() -> Given:
