@@ -230,10 +230,15 @@ def test_registered_classes_survive(value):
         assert first == value
 
 
+# As the first releases of Python 3.11 pickle it, a member is what getattr gives; nothing may call that here.
+BY_GETATTR = b"getattr" in pickle.dumps(LocalEnum.A)
+
+
 def test_registered_namedtuples_and_classes_themselves_survive():
     table = [Pair(1, Pair(float("inf"), [])), Pair, Frozen, LocalEnum, LocalEnum.A]
     assert load_consts(dump_consts(table)) == table
-    assert load_consts(pickle.dumps([LocalEnum.A, Pair(1, 2)])) == [LocalEnum.A, Pair(1, 2)]
+    plain = [Pair(1, 2), *([] if BY_GETATTR else [LocalEnum.A])]
+    assert load_consts(pickle.dumps(plain)) == plain
 
 
 class Free(enum.Enum):
@@ -255,7 +260,8 @@ def test_a_type_that_is_not_registered_is_refused_and_the_error_says_what_to_do(
         dump_consts([value])
     with pytest.raises(ForbiddenGlobalError, match="register_const_type") as caught:
         load_consts(pickle.dumps([value]))
-    assert (caught.value.module, caught.value.name[:4]) == (__name__, "Free")
+    named = ("builtins", "geta") if value is Free.A and BY_GETATTR else (__name__, "Free")
+    assert (caught.value.module, caught.value.name[:4]) == named
 
 
 def test_only_classes_that_another_process_finds_can_be_registered():
@@ -307,7 +313,8 @@ def test_a_registered_class_is_rebuilt_by_nothing_but_itself():
         with pytest.raises(EntryFormatError):
             load_consts(made(name, b"}"))
     for target in (LocalEnum.A, Pair(1, 2)):
-        with pytest.raises(ForbiddenGlobalError, match="given state"):
+        said = "getattr" if target is LocalEnum.A and BY_GETATTR else "given state"
+        with pytest.raises(ForbiddenGlobalError, match=said):
             load_consts(pickle.dumps([target])[:-2] + b"}ba.")
 
 

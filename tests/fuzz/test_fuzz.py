@@ -147,7 +147,7 @@ class World:
     def __init__(self, directory: Path) -> None:
         self.keys = new_keys(directory / "keys")
         self.cache = Cache(directory / "cache", trust="signed", durability="fast")
-        self.cache.keys = self.keys
+        self.cache.keys = self.cache.signers = self.keys
         made = rich_artifact(self.cache, GRAPH, ranged=True)
         codes = zip(made.variants, (BOUND, LIST), strict=True)
         variants = [dataclasses.replace(v, code=code, consts=dump_consts(CONSTS)) for v, code in codes]
