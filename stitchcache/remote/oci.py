@@ -89,8 +89,10 @@ class Registry:
 
     def list(self, prefix: str) -> Iterator[list[dict[str, Any]]]:
         """Names of objects, without the blobs; a registry tells no sizes."""
-        path = "tags/list?n=1000"
-        while path:
+        path, asked = "tags/list?n=1000", set[str]()
+        # A page that leads back to an earlier one is the last.
+        while path and path not in asked:
+            asked.add(path)
             answer = self._ask("GET", path)
             following = re.match(r'<([^>]*)>; *rel="?next', answer.headers["Link"] or "")
             # Whatever else stands there is passed over.

@@ -132,6 +132,18 @@ def test_tags_of_anybody_name_nothing(junk, monkeypatch):
         assert junk.startswith(b"[")
 
 
+def test_pages_of_tags_that_lead_in_a_circle_end(monkeypatch):
+    from stitchcache.remote import oci as module
+
+    class Answer(io.BytesIO):
+        headers = {"Link": '<tags/list?n=1000>; rel="next"'}
+
+    page = json.dumps({"tags": [f"entries-{key('a')}"]}).encode()
+    monkeypatch.setattr(module.Registry, "_ask", lambda self, *_, **__: Answer(page))
+    remote = Remote("oci://registry.example.com/x", lambda *_: None)
+    assert len(remote.now(remote.listed, "entries")) == 1
+
+
 @pytest.mark.parametrize("where", ["file:///etc/hostname", "http://127.0.0.1:9/token", "ftp://x/y"])
 def test_a_login_does_not_lead_to_files_nor_away_from_tls(where):
     from stitchcache.remote import oci as module
