@@ -56,7 +56,8 @@ def compile_encoder(
             "tokens=, or compile its parts with stitchcache.compile.",
             option="model",
         )
-    encoder, stage, inner = _copied(model), _copied(model[0]), _copied(transformer)
+    encoder: SentenceTransformer = _copied(model)
+    stage, inner = _copied(model[0]), _copied(transformer)
     encoder[0], stage.model = stage, inner
     seen: dict[str, Any] = {}
 
