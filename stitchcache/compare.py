@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -112,7 +112,7 @@ class Beside:
         own = [memory for leaf in tensors if (memory := memory_of(leaf)) is not None]
         only = own if apart else None
         self._new_watch = partial(watch, effects or {}, only=only, draw=not apart, quick=quick)
-        self._watch, self._found = self._new_watch(), cast("_Results | Both | None", None)
+        self._found: _Results | Both | None = None
         self._held, self._state = Held(model, deep=deep), state_of(model)
         there = {path: tensor_at(model, path) for path in reads}
         self._reads = {path: tensor for path, tensor in there.items() if tensor is not None}
@@ -125,12 +125,15 @@ class Beside:
         """
         both: Both | None = None
         while both is None:
-            self._watch = self._watch if again else self._new_watch()
+            if not again:
+                self._watch = self._new_watch()
             # What was made in inference mode can be written only there. That mode switches gradients: they
             # are switched after it.
             with _threads_of_a_fork(), torch.inference_mode(self._inference), torch.no_grad():
                 try:
-                    found = self._found = self._found if again else self._model_results(times)
+                    if not again:
+                        self._found = self._model_results(times)
+                    found = self._found
                     moved = self._put_back()
                     both = self._compared(subject, found, times) if isinstance(found, _Results) else found
                 finally:

@@ -79,10 +79,13 @@ class Deferred:
 
     def _halved(self, command: list[str]) -> list[str] | None:
         """Cut the text off a command's source, if it is in there; a command that compiles it."""
-        at, to = next(n for n, word in enumerate(command) if word.endswith(".cpp")), command.index("-o") + 1
-        first, _, rest = Path(command[at]).read_text().lstrip().partition("\n")
-        if not self._apart or self._apart not in rest:
+        at = next((n for n, word in enumerate(command) if word.endswith(".cpp")), None)
+        if not self._apart or at is None:
             return None
+        first, _, rest = Path(command[at]).read_text().lstrip().partition("\n")
+        if self._apart not in rest:
+            return None
+        to = command.index("-o") + 1
         other, halves = list(command), (rest.replace(self._apart, "", 1), self._apart)
         other[to] = str(self._directory / "apart.o")
         for half, text, name in zip((command, other), halves, ("rest.cpp", "apart.cpp"), strict=True):

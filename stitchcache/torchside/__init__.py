@@ -112,7 +112,7 @@ def replaced_kernels() -> list[str]:
     # torch's own are there in every build for CUDA, more of them where Triton is installed.
     registered: Any = getattr(sys.modules.get("torch._native.registry"), "_graphs", {})
     for nodes in registered.values() if replaced else ():
-        if all(node.impl_fn.__module__.startswith("torch._native.") for node in nodes):
+        if all(str(node.impl_fn.__module__).startswith("torch._native.") for node in nodes):
             # Before 2.15 all of them are for ops of aten.
             named = {
                 (getattr(node, "lib_symbol", "aten"), node.op_symbol, node.dispatch_key) for node in nodes

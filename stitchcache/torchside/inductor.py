@@ -78,9 +78,11 @@ def keep_sums_apart(graph: torch.fx.Graph) -> None:
         parts = [part for part in node.args if isinstance(part, torch.fx.Node)]
         product = next((part for part in parts if part.target in products and len(part.args) == 2), None)
         is_result = any(user.op == "output" for user in node.users) and not node.kwargs
-        # A size is no tensor to subtract from, and a whole number may have no negative.
-        tensors = [p for p in parts if isinstance(p.meta.get("val"), torch.Tensor)]
-        if is_result and product and len(tensors) == 2 and product.meta["val"].is_floating_point():
+        # A size is no tensor to subtract from, a truth value takes no difference, and a whole number may have
+        # no negative.
+        values = [part.meta.get("val") for part in parts]
+        floats = [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        if is_result and product and len(floats) == 2:
             with graph.inserting_before(node):
                 negated = graph.call_function(aten.neg.default, (product,))
             other = parts[0] if parts[1] is product else parts[1]

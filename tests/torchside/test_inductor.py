@@ -71,3 +71,17 @@ def test_a_size_is_no_summand_to_subtract_from():
         for got, want in zip(gm(x[:2], y), Sized()(x[:2], y), strict=True):
             assert torch.equal(got, want)
     assert [str(node.target) for node in gm.graph.nodes].count("aten.sub.Tensor") == 1
+
+
+def test_a_truth_value_is_no_summand_to_subtract_from():
+    class Masked(nn.Module):
+        def forward(self, x, mask):
+            return mask + torch.mm(x, x)
+
+    x, mask = torch.randn(3, 3), torch.eye(3).bool()
+    with torch.no_grad():
+        gm = torch.export.export(Masked(), (x, mask), strict=False).module()
+        expected = gm(x, mask)
+        keep_sums_apart(gm.graph)
+        gm.recompile()
+        assert torch.equal(gm(x, mask), expected)
