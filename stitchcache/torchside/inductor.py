@@ -67,7 +67,7 @@ def interface() -> str:
 
 
 def keep_sums_apart(graph: torch.fx.Graph) -> None:
-    """Write results that add something to a product as differences, to the same numbers.
+    """Write each result that adds something to a product as a difference, which has the same bits.
 
     On a GPU Inductor has cuBLAS add, unless all users of the sum go element by element, and that copies the
     other summand first. To be a result counts as another use, though kernels follow that could add as well.
