@@ -300,13 +300,13 @@ class Cache(Store):
 
     # -- upkeep ------------------------------------------------------------------------------------
 
-    def stats(self) -> CacheStats:
-        """What the first root holds, and what was counted."""
+    def stats(self, headers: Iterable[entry.Header] = ()) -> CacheStats:
+        """What the first root holds, and what was counted; ``headers`` that are known need no other look."""
         from stitchcache.store.upkeep import CacheStats, take_stock
 
         counters, since, _ = self._counters.read()
         try:
-            return take_stock(self._top, counters, since)
+            return take_stock(self._top, counters, since, {each.path: each.file_bytes for each in headers})
         except OSError as error:
             self.warn(self._top.path, f"{self._top.path}: cannot be listed ({words(error)})")
             return CacheStats(counters=counters, since=since)
@@ -358,12 +358,12 @@ class Cache(Store):
         try:
             result = enforce(self._roots, max_bytes=self.max_bytes, max_files=self.max_files)
         except OSError as error:
-            log.warning("%s: the limits were not enforced: %s", self.root, error)
+            log("warning", "%s: the limits were not enforced: %s", self.root, error)
             return
         if result.entries:
             self.count("evicted", len(result.entries))
             said = f"evicted {len(result.entries)} entries, {result.files} files, {result.bytes} bytes"
-            log.info("%s: %s", self.root, said)
+            log("info", "%s: %s", self.root, said)
 
     def verify(self, repair: bool = False, *, require_signature: bool = False) -> VerifyReport:
         """Read and check every file of the first root.

@@ -36,6 +36,12 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+def printable(text: str) -> str:
+    """The same with no line break: text from a file for a cell of a table, or a line of a log."""
+    # Most text is, and a table has thousands of cells.
+    return text if text.isprintable() else visible(text).replace("\n", "\\n")
+
+
 class StitchCacheError(Exception):
     """Base of every error raised on purpose.
 

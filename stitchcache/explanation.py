@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from stitchcache.artifact.entry import decode, decode_target, unpack_factors
-from stitchcache.errors import EntryFormatError, visible
+from stitchcache.errors import EntryFormatError, printable
+from stitchcache.records import dataclass
 from stitchcache.store import Area, Files
 from stitchcache.store.root import Item, Root
 from stitchcache.types import Check, Factor, TargetRecord
@@ -100,12 +101,6 @@ def names_text(names: Sequence[str], most: int = 3) -> str:
     """The first few names in one line, such as ``env.torch, env.cpu and 2 more``."""
     text = ", ".join(names[:most])
     return printable(f"{text} and {len(names) - most} more" if len(names) > most else text)
-
-
-def printable(text: str) -> str:
-    """Text from a file, with nothing in it that a terminal or a log would act on."""
-    # Most text is, and a table has thousands of cells.
-    return text if text.isprintable() else visible(text).replace("\n", "\\n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,5 +38,6 @@ def facts(pairs: Iterable[tuple[str, object]]) -> Markup:
 def table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:
     """Rows under titles."""
     head = tag("tr", *[tag("th", title, scope="col") for title in titles])
-    body = [tag("tr", *[tag("td", cell) for cell in row]) for row in rows]
-    return tag("table", tag("thead", head), tag("tbody", *body))
+    # Not by ``tag``: there may be thousands of rows.
+    body = "".join([f"<tr>{''.join([f'<td>{shown(cell)}</td>' for cell in row])}</tr>" for row in rows])
+    return tag("table", tag("thead", head), tag("tbody", Markup(body)))

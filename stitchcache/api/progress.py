@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from stitchcache.explanation import printable
+from stitchcache.errors import printable
 
 if TYPE_CHECKING:
     from stitchcache.pipeline.find import OnProgress, Progress

@@ -318,15 +318,16 @@ def record(cls: type, skip: tuple[str, ...] = ()) -> Callable[..., Any]:
 
     def read(value: Any, **given: Any) -> Any:
         values = read_fields(value)
-        if skip:
-            values.update(absent | given)
+        values |= absent
+        values |= given
         made: Any = fill(cls, values)
         found = None if flaw is None else flaw(made)
         if found is not None:
             raise FieldError(*found)
         return made
 
-    return read
+    # Most records are parts of others, and there are many of them.
+    return read if skip or flaw else lambda value: fill(cls, read_fields(value))
 
 
 def reader(text: str, module: Mapping[str, Any] | None = None) -> Reader:

@@ -97,7 +97,10 @@ def open_frame(data: bytes, kind: Kind, *, path: str = "") -> tuple[int, bytes, 
 
 def header_end(prefix: bytes, *, path: str = "") -> int:
     """Bytes that must be read for the header to be whole, from the first ``HEADER_OFFSET`` bytes or more."""
-    size: int = _prelude(prefix, path)[3]
+    return _end(_prelude(prefix, path)[3], path)
+
+
+def _end(size: int, path: str) -> int:
     if size > _MOST["header"]:
         reason = f"{size} bytes are more than the format's {_MOST['header']}"
         raise EntryDamagedError.at(path, "header-size", reason)
@@ -106,14 +109,14 @@ def header_end(prefix: bytes, *, path: str = "") -> int:
 
 def open_header(prefix: bytes, file_size: int, kind: Kind, *, path: str = "") -> tuple[int, bytes]:
     """Format version and header from a file's first ``header_end(...)`` bytes or more."""
-    _, version, found, header, payload, signature, zero = _prelude(prefix, path)
+    _, version, found, *sizes = _prelude(prefix, path)
     # A newer version may have its header's digest elsewhere, so this is asked first. A kind that is not known
     # is a newer version's, if the version says so.
     newest = NEWEST.get(found, FIRST_VERSION)
     if version > newest:
         reason = f"format version {version} is newer than this stitchcache's {newest}"
         raise FutureFormatError.at(path, "version", reason, version=version)
-    end = header_end(prefix, path=path)
+    end = _end(sizes[0], path)
     if len(prefix) < end:
         raise EntryDamagedError.at(path, "header", "the file ends within the header")
     digest = hashlib.sha256(prefix[: PRELUDE.size] + prefix[HEADER_OFFSET:end]).digest()
@@ -124,11 +127,11 @@ def open_header(prefix: bytes, file_size: int, kind: Kind, *, path: str = "") ->
     if found != kind:
         reason = f"{found} where {int(kind)} ({kind.name.lower()}) is expected"
         raise EntryFormatError.at(path, "kind", reason)
-    for (part, most), size in zip(_MOST.items(), (header, payload, signature, zero), strict=True):
+    for (part, most), size in zip(_MOST.items(), sizes, strict=True):
         if size > most:
             field = f"{part}-size" if most else part
             raise EntryFormatError.at(path, field, f"{size} is more than the format's {most}")
-    total = HEADER_OFFSET + header + payload + signature + DIGEST_SIZE
+    total = HEADER_OFFSET + sum(sizes) + DIGEST_SIZE
     if total != file_size:
         reason = f"{file_size} bytes where the sizes inside add up to {total}"
         raise EntryDamagedError.at(path, "size", reason)

@@ -1,5 +1,6 @@
 """The ``stitchcache`` command: finds subcommands when they are asked for, and words for errors.
 
+Commands import torch, extras, and what takes long where they use it: all else, and the help, does without.
 Exit status: 0 fine, 1 a finding (a target failed, a damaged entry, no such entry), 2 usage, 130 interrupted.
 """
 
@@ -8,13 +9,16 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import sys
 from keyword import iskeyword
 from typing import IO, Any
 
-import click
-
-from stitchcache import __version__
+from stitchcache import __version__, collection_paused
 from stitchcache.errors import OptionError, StitchCacheError, TargetError
+
+# Looking for garbage in what an import keeps is a tenth of what a reading command takes.
+with collection_paused():
+    import click
 
 _GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "Compile": {
@@ -151,4 +155,9 @@ def main() -> None:
     """Entry point of the ``stitchcache`` script."""
     # A list of thousands of entries is kept to the end: looking for garbage in it takes a tenth of the time.
     gc.set_threshold(100_000)
-    commands(prog_name="stitchcache")
+    try:
+        commands(prog_name="stitchcache")
+    finally:
+        # Nor for garbage among all that goes with the process. What torch made may need its order.
+        if "torch" not in sys.modules:
+            gc.freeze()

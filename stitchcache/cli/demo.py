@@ -45,7 +45,7 @@ def demo(backend: str, runs: int, **config: int) -> None:
     named = out.asked("cache") is not None
     cache = out.open_cache(None if named else tempfile.mkdtemp(prefix="stitchcache-demo-"))
     config |= {"heads": _HEADS, "vocabulary": 128}
-    job: out.Record = {"config": config, "backend": backend, "cache": str(cache.root)}
+    job: out.Record = {"config": config, "backend": backend, "cache": cache.paths[0]}
     # Files that no process has read for a while cost the first one extra, whichever it is: not measured.
     run_child(job, "eager", "a first process, not measured")
     cold = run_child(job, "cached", "cold: an empty cache", progress=True)
@@ -56,7 +56,7 @@ def demo(backend: str, runs: int, **config: int) -> None:
         warm.append(run_child(job, "cached", f"warm, fresh process {index + 1} of {runs}"))
     stats = cache.stats()
     record = {
-        "root": str(cache.root),
+        "root": cache.paths[0],
         "config": config,
         "backend": backend,
         # A cache that was named may hold it already; then the first start is no cold one.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from stitchcache.cli import Misuse, output as out
-from stitchcache.errors import StitchCacheError, StoreError
-from stitchcache.explanation import names_text, printable
+from stitchcache.errors import StitchCacheError, StoreError, printable
+from stitchcache.explanation import names_text
 from stitchcache.options import SizeRange
 
 if TYPE_CHECKING:
@@ -39,14 +40,14 @@ def ls(sort: str, wide: bool) -> None:
     """
     cache = out.open_cache()
     entries = sorted(_listed(cache.entries()), key=_ORDERS[sort])
-    out.show({"root": str(cache.root), "entries": entries}, lambda found: _print_list(found, wide))
+    out.show({"root": cache.paths[0], "entries": entries}, lambda found: _print_list(found, wide))
 
 
 def _listed(headers: list[Header]) -> Iterator[out.Record]:
     # Not by asdict(), which copies each value: there may be thousands.
     names = [field.name for header in headers[:1] for field in fields(header)]
     for header in headers:
-        record: out.Record = {name: getattr(header, name) for name in names}
+        record: out.Record = dict(zip(names, attrgetter(*names)(header), strict=True))
         record["entry_bytes"] = record.pop("file_bytes")
         record["blob_bytes"] = header.blob_bytes
         record["blobs"] = [{"digest": blob.digest, "bytes": blob.size} for blob in header.blobs]
@@ -62,17 +63,11 @@ def _print_list(record: out.Record, wide: bool) -> None:
     if not entries:
         out.say(f"no entries in {record['root']}")
         return
-    columns: out.Fields = {
-        "GRAPH": "graph_hash",
-        "LABEL": "label",
-        "CREATED": "created",
-        "BACKEND": "backends",
-        "CALLS": "pieces",
-        "BLOBS": lambda entry: len(entry["blobs"]),
-        "SIZE": lambda entry: out.size_text(_size(entry)),
-        "COMPILED IN": "compile_seconds",
-        "FORMAT": "format_version",
-    }
+    columns: dict[str, Any] = {"GRAPH": "graph_hash", "LABEL": "label", "CREATED": "created"}
+    columns |= {"BACKEND": "backends", "CALLS": "pieces"}
+    columns["BLOBS"] = lambda entry: len(entry["blobs"])
+    columns["SIZE"] = lambda entry: out.size_text(_size(entry))
+    columns |= {"COMPILED IN": "compile_seconds", "FORMAT": "format_version"}
     out.print_table(columns, entries, 64 if wide else out.short_length(e["graph_hash"] for e in entries))
     if out.on_terminal():
         blobs = {blob["digest"]: blob["bytes"] for entry in entries for blob in entry["blobs"]}
@@ -120,7 +115,6 @@ def inspect(
     digits = 64 if wide else 12
     measured = None
     if parts["profile"]:
-        # Not at the top: it imports torch, and nothing else here does.
         from stitchcache.report.profile import profile
 
         measured = profile(cache, entry.artifact.graph_hash, dict(sizes), imports)
@@ -195,7 +189,6 @@ def _signature_record(entry: Entry) -> out.Record | None:
     """What a signature says, and whether it is good here; ``None`` where there is none."""
     if not entry.signature:
         return None
-    # Not at the top: most entries have none.
     from stitchcache.artifact.entry import Kind, signed_digest
     from stitchcache.store.openssh import read_statement
     from stitchcache.store.signed import Signers
@@ -257,16 +250,9 @@ def _signature_words(found: out.Record | None) -> str | None:
 
 def _print_pieces(record: out.Record, digits: int) -> None:
     sizes: out.Fields = {"SIZES": lambda call: SizeRange(**call["size_range"])}
-    columns: out.Fields = {
-        "NAME": "name",
-        **(sizes if len(record["variants"]) > 1 else {}),
-        "KEY": "key",
-        "BACKEND": "backend",
-        "BLOB": "blob",
-        "SIZE": "bytes",
-        "SHARED BY": "shared_by",
-    }
-    out.print_table(columns, record["pieces"], digits)
+    some = sizes if len(record["variants"]) > 1 else {}
+    columns = {"KEY": "key", "BACKEND": "backend", "BLOB": "blob", "SIZE": "bytes", "SHARED BY": "shared_by"}
+    out.print_table({"NAME": "name", **some, **columns}, record["pieces"], digits)
 
 
 def _print_code(artifact: Artifact) -> None:

@@ -58,7 +58,6 @@ def explain(what: str, trace: bool, factors: bool) -> None:
 
 
 def _explain_targets(reference: str, trace: bool, cache: Cache) -> out.Record:
-    # Not at the top: they import torch, which a key does without.
     from stitchcache.api.prewarm import find_targets
     from stitchcache.report.target import explain_target
 
@@ -69,7 +68,7 @@ def _explain_targets(reference: str, trace: bool, cache: Cache) -> out.Record:
         except StitchCacheError as error:
             # Like one that cannot be prewarmed, it does not stop the others.
             failed.append({"name": target.name, "type": type(error).__name__, "message": error.message})
-    return {"root": str(cache.root), "targets": reports, "failed": failed}
+    return {"root": cache.paths[0], "targets": reports, "failed": failed}
 
 
 def _print_targets(record: out.Record, everything: bool) -> None:
@@ -98,13 +97,8 @@ def _print_target(target: out.Record, everything: bool) -> None:
     _print_nearest(target["nearest"], everything, "NOW")
     if trace is not None:
         out.print_heading("Traced")
-        facts = {
-            "graph hash": "graph_hash",
-            "in the cache": "cached",
-            "direct lookup is off": "refused",
-            "compared with": "compared",
-        }
-        out.print_facts(facts, trace, indent="  ")
+        facts = {"graph hash": "graph_hash", "in the cache": "cached", "direct lookup is off": "refused"}
+        out.print_facts({**facts, "compared with": "compared"}, trace, indent="  ")
         if trace["differences"]:
             out.print_table({"FACTOR": "name", "THERE": "old", "NOW": "new"}, trace["differences"])
     _print_factors(target["factors"], everything)

@@ -13,8 +13,7 @@ import click
 
 from stitchcache import store
 from stitchcache.cli import output as out
-from stitchcache.errors import OptionError, StoreError
-from stitchcache.explanation import printable
+from stitchcache.errors import OptionError, StoreError, printable
 from stitchcache.store.probe import Level, Trial, probe, probe_lower
 from stitchcache.store.signed import keys_directory, signature_namespace
 
@@ -41,7 +40,7 @@ _FOREIGN = ("CXX", "ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_
 @out.shared_options
 def config() -> None:
     """Show each setting, its value and where it came from."""
-    place, *lower = map(str, out.open_cache().roots)
+    place, *lower = out.open_cache().paths
     source = "option" if out.asked("cache") is not None else _source("STITCHCACHE_DIR")
     settings: out.Record = {
         name: {"value": value, "source": source, "variable": "STITCHCACHE_DIR"}
@@ -114,7 +113,6 @@ def _print_trials(record: out.Record) -> None:
 
 
 def _signing(trust: list[str]) -> Trial:
-    # Not at the top: ``config`` answers without it.
     from stitchcache.errors import StitchCacheError
     from stitchcache.ext.sign import Keys
 
@@ -137,7 +135,6 @@ def _signing(trust: list[str]) -> Trial:
 def _remote() -> Iterator[Trial]:
     url = os.environ.get("STITCHCACHE_REMOTE", "").strip()
     if url.startswith(store.REMOTES):
-        # Not at the top: few have a remote.
         from stitchcache.remote import Remote
 
         remote, name = Remote(url, lambda *_: None), f"probe/{os.urandom(8).hex()}"
@@ -158,7 +155,7 @@ def _remote() -> Iterator[Trial]:
 
 
 def _torch() -> Trial:
-    # Its metadata alone: importing torch takes seconds. Not at the top: ``config`` answers without it.
+    # Its metadata alone: importing torch takes seconds.
     from importlib.metadata import PackageNotFoundError, version
 
     try:

@@ -6,15 +6,17 @@ titles, each with the field that it shows, whose name says how the value is writ
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache, partial
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from stitchcache.errors import OptionError, StitchCacheError
-from stitchcache.explanation import printable
+from stitchcache.errors import OptionError, StitchCacheError, printable
 from stitchcache.types import is_digest
 from stitchcache.words import (
     age_text as age_text,
@@ -36,11 +38,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 Record = dict[str, Any]
 Fields = Mapping[str, str | Callable[[Record], object]]
 
-_RIGHT = re.compile(
+_RIGHT = (
     "BLOBS|CALLS|COMPILED IN|DIFFERENT|ENTRIES|FORMAT|HITS|ONE CALL|OWN|RUNS|SAVED|SHARE|SHARED BY|SIZE|"
     "STARTS|TIME|UNUSED|.* OUTPUT"
 )
-"""Titles of columns of numbers."""
+"""Titles of columns of numbers, as a pattern."""
 
 
 def shared_options(function: F) -> F:
@@ -124,14 +126,13 @@ def open_cache(
 
     ``exists`` asks for the directory as ``reading_options`` do; ``how`` goes to the cache.
     """
-    # Not at the top: the help pages answer without it.
     from stitchcache.cache import Cache
     from stitchcache.store import split_roots
 
     root = asked("cache") if root is None else root
     layers = None if root is None else split_roots(root, option="--cache")
     cache = Cache(layers, remote=remote, **how)
-    missing = [place for place in cache.roots if not place.is_dir()]
+    missing = [place for place in cache.paths if not os.path.isdir(place)]
     # A remote is looked after from where there may be no cache.
     if missing and (exists or (remote == "" and asked("allow_missing") is False)):
         raise OptionError(
@@ -233,7 +234,7 @@ def print_heading(text: str) -> None:
 
 def print_facts(fields: Fields, record: Record, indent: str = "") -> None:
     """Print facts of one record below each other; empty ones are left out."""
-    cells = ((title, cell(field, record, 64)) for title, field in fields.items())
+    cells = ((title, *column(field, [record], 64)) for title, field in fields.items())
     print_pairs([(title, text) for title, text in cells if text != "-"], indent)
 
 
@@ -248,21 +249,23 @@ def print_pairs(pairs: Sequence[tuple[str, str]], indent: str = "") -> None:
 
 def print_table(fields: Fields, records: Iterable[Record], digits: int = 12) -> None:
     """Print a line a record: plain text in full, or bold titles and lines that fit the terminal."""
-    lines = [[cell(field, record, digits) for field in fields.values()] for record in records]
+    rows = [*records]
+    columns = [column(field, rows, digits) for field in fields.values()]
+    lines = [*zip(*columns, strict=True)]
     if _on_page("table", list(fields), lines):
         return
     if on_terminal():
         _print_rich(list(fields), lines)
         return
-    lines.insert(0, list(fields))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    sides = [">" if _RIGHT.fullmatch(title) else "<" for title in fields]
+    lines.insert(0, tuple(fields))
+    widths = [max(map(len, (title, *some))) for title, some in zip(fields, columns, strict=True)]
+    sides = [">" if re.fullmatch(_RIGHT, title) else "<" for title in fields]
     layout = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
     # At once: each echo is flushed.
     click.echo("\n".join(layout.format(*line).rstrip() for line in lines))
 
 
-def _print_rich(titles: list[str], lines: list[list[str]]) -> None:
+def _print_rich(titles: list[str], lines: list[tuple[str, ...]]) -> None:
     # Not at the top: rich takes longer to import than most commands take to answer into a pipe.
     from rich.console import Console
     from rich.table import Table
@@ -270,23 +273,29 @@ def _print_rich(titles: list[str], lines: list[list[str]]) -> None:
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for title in titles:
-        table.add_column(title, justify="right" if _RIGHT.fullmatch(title) else "left", overflow="fold")
+        table.add_column(title, justify="right" if re.fullmatch(_RIGHT, title) else "left", overflow="fold")
     for line in lines:
         table.add_row(*map(Text, line))
     Console(highlight=False).print(table)
 
 
-def cell(field: str | Callable[[Record], object], record: Record, digits: int) -> str:
-    """A field of a record in words, with this many digits of a key; ``-`` for nothing."""
+def column(field: str | Callable[[Record], object], records: list[Record], digits: int) -> list[str]:
+    """A field of each record in words, with this many digits of a key; ``-`` for nothing."""
     name = field if isinstance(field, str) else ""
-    value: Any = record[field] if isinstance(field, str) else field(record)
+    values = map(itemgetter(name) if isinstance(field, str) else field, records)
+    # There may be thousands of records, and few different values.
+    in_words = lru_cache(None, typed=True)(partial(_in_words, name, digits))
+    return [in_words(tuple(value) if isinstance(value, list) else value) for value in values]
+
+
+def _in_words(name: str, digits: int, value: Any) -> str:
     if value is None:
         text = ""
     elif isinstance(value, str):
         text = value[:digits] if is_digest(value) else value
     elif isinstance(value, bool):
         text = "yes" if value else "no"
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, tuple):
         text = ", ".join(map(str, value))
     elif name in ("created", "last_used"):
         text = age_text(value)

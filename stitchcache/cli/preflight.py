@@ -25,7 +25,6 @@ def machine() -> None:
     Run it where models will start, in the same image, on the same kind of node: stitchcache machine >
     node.json. There is no host, user, path or address in it.
     """
-    # Not at the top: it imports torch.
     from stitchcache.report.preflight import machine_record
 
     click.echo(json.dumps({"schema": out.JSON_SCHEMA, **machine_record()}, indent=1))
@@ -48,7 +47,6 @@ def check(source: str | None, node: str, target: str | None) -> None:
     TARGET is 'pkg.module:name' or 'path/to/file.py:name', as for prewarm. Without it neither torch nor a GPU
     nor the model is needed. Exit status 1 says that something will not hit there.
     """
-    # Not at the top: the help page answers without it.
     from stitchcache.report.preflight import preflight, read_machine
 
     place, there = out.one_place("SOURCE", source), read_machine(node)
@@ -62,7 +60,6 @@ def check(source: str | None, node: str, target: str | None) -> None:
 
 
 def _check_targets(reference: str, there: Machine, root: str | None) -> Iterator[out.Record]:
-    # Not at the top: they import torch, which entries do without.
     from stitchcache.api.prewarm import find_targets
     from stitchcache.report.preflight import check_target
 

@@ -50,7 +50,6 @@ def prewarm(references: tuple[str, ...], require: bool, verbose: bool, **how: An
     if verbose:
         logging.basicConfig(format="%(message)s")
         logging.getLogger("stitchcache").setLevel(logging.INFO)
-    # Not at the top: it imports torch, and the help page answers without it.
     from stitchcache.api import prewarm as api
     from stitchcache.api.prewarm import check_names, find_targets, looked_up
     from stitchcache.api.progress import bar
@@ -75,7 +74,7 @@ def prewarm(references: tuple[str, ...], require: bool, verbose: bool, **how: An
             short = artifact.graph_hash[:12]
             out.say(f"{artifact.label}: compiled before without its source; 'stitchcache rm {short}' first")
     failed = any(target["error"] is not None for target in records)
-    out.show({"root": str(cache.root), "targets": records}, _print_targets, finding=failed)
+    out.show({"root": cache.paths[0], "targets": records}, _print_targets, finding=failed)
 
 
 def _record(result: PrewarmResult) -> out.Record:
@@ -87,17 +86,12 @@ def _record(result: PrewarmResult) -> out.Record:
 
 
 def _print_targets(record: out.Record) -> None:
-    columns: out.Fields = {
+    columns: dict[str, Any] = {
         "TARGET": "name",
         "STATUS": lambda found: _STATUS.get(found["status"], found["status"]),
-        "STORED": "stored",
-        "GRAPH": "graph_hash",
-        "CALLS": "pieces",
-        "DIFFERENT": "distinct",
-        "SIZE": "blob_bytes",
-        "TIME": "seconds",
     }
-    out.print_table(columns, record["targets"])
+    plain = {"STORED": "stored", "GRAPH": "graph_hash", "CALLS": "pieces", "DIFFERENT": "distinct"}
+    out.print_table(columns | plain | {"SIZE": "blob_bytes", "TIME": "seconds"}, record["targets"])
     for found in record["targets"]:
         if found["error"] is not None:
             out.say(f"{found['name']}: {found['error']['message']}")

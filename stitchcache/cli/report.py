@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from stitchcache.cli import output as out
@@ -57,16 +59,10 @@ def _print_report(record: out.Record, whole: bool) -> None:
         out.print_pairs([(name, str(count)) for name, count in sorted(record["misses"].items())], indent="  ")
     if record["labels"]:
         out.print_heading("By model")
-        columns: out.Fields = {
-            "LABEL": "label",
-            "ENTRIES": "entries",
-            "UNUSED": "unused",
-            "STARTS": lambda row: row["hits"] + row["compiled"] or None,
-            "HITS": lambda row: None if row["hit_rate"] is None else f"{100 * row['hit_rate']:.0f}%",
-            "SAVED": "saved_seconds",
-            "OWN": "own_bytes",
-            "LAST USED": "last_used",
-        }
+        columns: dict[str, Any] = {"LABEL": "label", "ENTRIES": "entries", "UNUSED": "unused"}
+        columns["STARTS"] = lambda row: row["hits"] + row["compiled"] or None
+        columns["HITS"] = lambda row: None if row["hit_rate"] is None else f"{100 * row['hit_rate']:.0f}%"
+        columns |= {"SAVED": "saved_seconds", "OWN": "own_bytes", "LAST USED": "last_used"}
         out.print_table(columns, record["labels"])
     for title, found in (
         ("Largest entries", record["entries"]),
@@ -74,15 +70,8 @@ def _print_report(record: out.Record, whole: bool) -> None:
     ):
         if found:
             out.print_heading(title)
-            columns = {
-                "GRAPH": "graph_hash",
-                "LABEL": "label",
-                "OWN": "own_bytes",
-                "SIZE": "bytes",
-                "COMPILED IN": "compile_seconds",
-                "CREATED": "created",
-                "LAST USED": "last_used",
-            }
+            columns = {"GRAPH": "graph_hash", "LABEL": "label", "OWN": "own_bytes", "SIZE": "bytes"}
+            columns |= {"COMPILED IN": "compile_seconds", "CREATED": "created", "LAST USED": "last_used"}
             digits = out.short_length(entry["graph_hash"] for entry in found)
             out.print_table(columns, found if whole else found[:_MOST], digits)
             if len(found) > _MOST and not whole:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 
 def _keys() -> Keys:
-    # Not at the top: the help pages answer without it.
     from stitchcache.ext.sign import Keys
 
     return Keys()
@@ -125,7 +124,7 @@ def revoke(signer: str) -> None:
     found = _keys()
     known = {each.public for each in found.signers() if signer in (*each.names, fingerprint(each.public))}
     if not known:
-        if not Path(signer).is_file():
+        if not os.path.isfile(signer):
             raise Failure(f"{signer!r} is no signer in {found.path('allowed_signers')}, and no file")
         known = {_read_key(signer)[0]}
     for public in known:
@@ -155,13 +154,12 @@ def sign(prefixes: tuple[str, ...], days: float) -> None:
 
     Only what nobody but you could have written is signed, and what was imported with a good signature.
     """
-    # Not at the top: it needs an extra.
     from stitchcache.ext.export import sign as sign_entries
 
     cache = out.open_cache(trust="owner")
     signed = sign_entries(cache, [cache.find(prefix) for prefix in prefixes], seconds=days * 86400)
     said = f"signed {out.count_text(len(signed), 'entry')} in {cache.root}"
-    out.show({"root": str(cache.root), "signed": signed}, lambda _: out.print_keys(signed, said))
+    out.show({"root": cache.paths[0], "signed": signed}, lambda _: out.print_keys(signed, said))
 
 
 def _choosing(function: out.F) -> out.F:
@@ -183,12 +181,11 @@ def _choosing(function: out.F) -> out.F:
 @out.shared_options
 def export(file: str, prefixes: tuple[str, ...], **only: Any) -> None:
     """Write entries to a signed bundle; without a PREFIX all entries of the cache."""
-    # Not at the top: it needs an extra.
     from stitchcache.ext.export import export_bundle
 
     cache = out.open_cache()
     made = export_bundle(cache, file, [cache.find(prefix) for prefix in prefixes], **only)
-    record = {"root": str(cache.root), "file": file, **asdict(made)}
+    record = {"root": cache.paths[0], "file": file, **asdict(made)}
     out.show(record, lambda _: _print_bundle(record, "wrote"))
 
 
@@ -203,7 +200,7 @@ def import_(file: str) -> None:
     from stitchcache.ext.bundle import import_bundle
 
     cache = out.open_cache()
-    record = {"root": str(cache.root), "file": file, **asdict(import_bundle(cache, file))}
+    record = {"root": cache.paths[0], "file": file, **asdict(import_bundle(cache, file))}
     out.show(record, lambda _: _print_bundle(record, "read"))
 
 
@@ -235,12 +232,11 @@ def build(directory: str, prefixes: tuple[str, ...], **how: Any) -> None:
 
     The same entries give the same bytes. With a key of yours, they are signed.
     """
-    # Not at the top: the help pages answer without it.
     from stitchcache.ext.image import build_image
 
     cache = out.open_cache(exists=True)
     made = build_image(cache, directory, [cache.find(prefix) for prefix in prefixes], **how)
-    record = {"root": str(cache.root), "directory": directory, **asdict(made)}
+    record = {"root": cache.paths[0], "directory": directory, **asdict(made)}
     entries = out.count_text(len(made.entries), "entry")
     said = f"wrote {directory}: {entries}, {out.size_text(made.bytes)} compressed"
     out.show(record, lambda _: out.print_keys([made.digest], said))
@@ -289,7 +285,6 @@ def pull(**how: Any) -> None:
 
 
 def _move(verb: str, done: str, prefixes: tuple[str, ...], remote: str | None, **only: Any) -> None:
-    # Not at the top: it needs an extra.
     from stitchcache.ext import export as moves
 
     cache = out.open_cache(remote=remote)
@@ -297,6 +292,6 @@ def _move(verb: str, done: str, prefixes: tuple[str, ...], remote: str | None, *
     found = getattr(moves, verb)(cache, keys, on_progress=lambda said: out.say(said), **only)
     words = {True: done, False: "there already"}
     entries = {key: how if isinstance(how, str) else words[how] for key, how in found.items()}
-    record = {"root": str(cache.root), "remote": cache.remote, "entries": entries}
+    record = {"root": cache.paths[0], "remote": cache.remote, "entries": entries}
     failed = any(isinstance(how, str) for how in found.values())
     out.show(record, lambda _: out.print_pairs(list(entries.items())), finding=failed)

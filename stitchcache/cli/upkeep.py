@@ -31,7 +31,7 @@ def verify(repair: bool, require_signature: bool) -> None:
     """
     cache = out.open_cache()
     report = cache.verify(repair=repair, require_signature=require_signature)
-    record = {"root": str(cache.root), "clean": report.clean, **asdict(report)}
+    record = {"root": cache.paths[0], "clean": report.clean, **asdict(report)}
     out.show(record, _print_findings, finding=not report.clean)
 
 
@@ -86,7 +86,6 @@ def prune(remote: bool, yes: bool, **limits: Any) -> None:
     uploaded within the last day.
     """
     if remote:
-        # Not at the top: few have a remote.
         from stitchcache.remote.prune import planned
 
         cache = out.open_cache(remote=None)
@@ -94,7 +93,7 @@ def prune(remote: bool, yes: bool, **limits: Any) -> None:
             _carry_out(cache.remote, plan, yes)
     else:
         cache = out.open_cache()
-        _carry_out(str(cache.root), cache.plan_prune(**limits), yes)
+        _carry_out(cache.paths[0], cache.plan_prune(**limits), yes)
 
 
 def _carry_out(place: str, plan: PrunePlan, yes: bool) -> None:
@@ -142,7 +141,7 @@ def _print_pruned(record: out.Record) -> None:
 def clear(yes: bool) -> None:
     """Remove everything from a cache but what is in use. Nothing is removed without --yes."""
     cache = out.open_cache()
-    _carry_out(str(cache.root), cache.plan_prune(max_bytes=0, max_files=0, grace_seconds=0.0), yes)
+    _carry_out(cache.paths[0], cache.plan_prune(max_bytes=0, max_files=0, grace_seconds=0.0), yes)
 
 
 def _incomplete(record: out.Record) -> bool:
@@ -174,7 +173,7 @@ def rm(prefixes: tuple[str, ...]) -> None:
     cache = out.open_cache()
     wanted = dict.fromkeys(map(cache.find, prefixes))
     done = cache.remove(list(wanted))
-    record: out.Record = {"root": str(cache.root), "done": asdict(done)}
+    record: out.Record = {"root": cache.paths[0], "done": asdict(done)}
     left = [key for key in wanted if key not in done.entries]
     why = "a file of it cannot be removed" if done.failed else "it is in a lower layer"
     for key in () if done.busy else left:
@@ -189,7 +188,7 @@ def migrate() -> None:
     cache = out.open_cache()
     done = cache.migrate()
     said = f"rewrote {out.count_text(len(done), 'entry')} in {cache.root}"
-    out.show({"root": str(cache.root), "migrated": done}, lambda _: out.print_keys(done, said))
+    out.show({"root": cache.paths[0], "migrated": done}, lambda _: out.print_keys(done, said))
 
 
 @click.command()
@@ -208,7 +207,7 @@ def stats(prometheus: bool, remote: bool) -> None:
     if prometheus:
         click.echo(found.prometheus(), nl=False)
     else:
-        out.show({"root": str(cache.root), **asdict(found)}, _print_stats)
+        out.show({"root": cache.paths[0], **asdict(found)}, _print_stats)
 
 
 def _remote_stats() -> None:

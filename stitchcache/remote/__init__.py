@@ -7,7 +7,6 @@ wait and one warning. After three failures the process does not ask it again.
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import random
 import threading
@@ -17,10 +16,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from stitchcache.errors import OptionError, StitchCacheError, StoreError, visible
+from stitchcache.store.store import log
 
 T = TypeVar("T")
-
-log = logging.getLogger("stitchcache")
 
 AT_ONCE = 16
 # Bytes a second that give waiting time back: whoever sends less is as good as gone.
@@ -184,7 +182,7 @@ class Remote:
                 self.broken = f"not asked after {_MOST_FAILURES} failures, the last: {self.reason}"
         self._count("remote.failed")
         said = "%s: %s: starts do without it; after %d failures it is not asked again"
-        log.log(logging.WARNING if first else logging.INFO, said, self.url, self.reason, _MOST_FAILURES)
+        log("warning" if first else "info", said, self.url, self.reason, _MOST_FAILURES)
 
     def _ready(self) -> bool:
         """Open it, if it is usable."""
@@ -201,7 +199,7 @@ class Remote:
                 except self._errors as error:
                     self.broken = f"cannot be opened: {error}"
                 if self.broken:
-                    log.warning("%s: %s", self.url, visible(self.broken))
+                    log("warning", "%s: %s", self.url, visible(self.broken))
             return self.usable
 
     def _open(self) -> None:
@@ -351,10 +349,10 @@ class Leases:
             said = self._seen.get(key)
             if said and not told:
                 told = visible(said[0].partition(b"\n")[0][:100].decode("utf-8", "replace")) or "a node"
-                log.info("piece %s: waiting for %s, which compiles it", key[:12], told)
+                log("info", "piece %s: waiting for %s, which compiles it", key[:12], told)
             waited = time.monotonic() - began
             if not self._remote.usable or waited > self.deadline:
-                log.info("piece %s: waited %.0f s for %s; compiling it here", key[:12], waited, told)
+                log("info", "piece %s: waited %.0f s for %s; compiling it here", key[:12], waited, told)
                 return True
             on_wait()
             # Nodes that began together do not ask together.

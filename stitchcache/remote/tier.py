@@ -7,7 +7,6 @@ target, an entry and its distinct blobs, and lists nothing.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,15 +20,13 @@ from stitchcache.artifact.entry import OUTSIDE, Kind
 from stitchcache.remote import GRACE, Flight, Leases, Remote, elapsed, put_at
 from stitchcache.store import Area, keyed_path, signed
 from stitchcache.store.publish import publish_blob
-from stitchcache.store.store import needs_signature
+from stitchcache.store.store import log, needs_signature
 from stitchcache.types import Artifact, BlobRef, TargetRecord
 
 if TYPE_CHECKING:
     from stitchcache.cache import Cache
 
 T = TypeVar("T")
-
-log = logging.getLogger("stitchcache")
 
 # A file is held in memory until it is verified.
 MOST_BYTES = 64 << 20
@@ -88,7 +85,7 @@ class Tier:
             return False
         cache.count("fetched")
         cache.count("fetched.bytes", sum(blob.size for blob in artifact.blobs))
-        log.info("fetched %s", self.remote.at(name))
+        log("info", "fetched %s", self.remote.at(name))
         return True
 
     def pieces(self, cache: Cache, keys: Collection[str]) -> None:
@@ -197,7 +194,7 @@ class Tier:
                 self.remote.gather([job], _UPLOAD + size / (1 << 20))
         except (errors.StitchCacheError, OSError) as error:
             # The remote has told of its own failures; a file that is gone was evicted meanwhile.
-            log.info("not uploaded: %s", error)
+            log("info", "not uploaded: %s", error)
 
     def send(self, cache: Cache, area: Area, key: str, data: bytes, blobs: Iterable[BlobRef]) -> bool:
         """Upload a file after the blobs that it names, unless the remote has it; whether it was sent."""

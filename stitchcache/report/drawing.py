@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections import Counter
 from contextlib import suppress
-from pathlib import Path
 
 import msgpack
 
@@ -15,7 +14,7 @@ from stitchcache.html import Markup, facts, shown, table, tag
 from stitchcache.report import entry as entries
 from stitchcache.report.page import asset, page
 from stitchcache.report.steps import UNREADABLE, Step, step_records, steps_of
-from stitchcache.store import Area, keyed_path
+from stitchcache.store import Area, Files, keyed_path
 from stitchcache.store.sources import kept_sources
 from stitchcache.types import Artifact, BlobRef, Variant
 from stitchcache.words import count_text, moment_text, size_text
@@ -154,14 +153,13 @@ def _ops(cache: Cache, piece: entries.Record) -> list[tuple[str, int]]:
 
 def _blob(cache: Cache, ref: BlobRef) -> bytes | None:
     """A blob's bytes, whoever may write them; ``None`` where it is gone, damaged or too large."""
-    for place in map(str, cache.roots):
-        path = Path(keyed_path(place, Area.BLOBS, ref.digest))
-        with suppress(OSError):
-            # A pipe under its name must not be waited for.
-            if ref.size <= _MOST_BLOB and path.is_file() and path.stat().st_size == ref.size:
-                data = path.read_bytes()
-                if hashlib.sha256(data).hexdigest() == ref.digest:
-                    return data
+    for place in cache.paths:
+        path = keyed_path(place, Area.BLOBS, ref.digest)
+        # A pipe under its name is not waited for.
+        with suppress(OSError), open(Files().open_read(path), "rb") as file:
+            data = file.read(_MOST_BLOB)
+            if hashlib.sha256(data).hexdigest() == ref.digest:
+                return data
     return None
 
 

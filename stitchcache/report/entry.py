@@ -7,14 +7,15 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from stitchcache import explanation, types
 from stitchcache.artifact.entry import OUTSIDE, decode_named, signature_in, unpack_factors
 from stitchcache.cache import Cache
-from stitchcache.errors import AmbiguousPrefixError, EntryFormatError, GraphHashError, StoreError
+from stitchcache.errors import AmbiguousPrefixError, EntryFormatError, GraphHashError, StoreError, printable
 from stitchcache.options import SizeRange
+from stitchcache.records import dataclass
 from stitchcache.store import Area, Files, keyed_path, possible_paths
 from stitchcache.store.root import Root
 from stitchcache.words import count_text, moment_text, seconds_text, size_text
@@ -49,7 +50,7 @@ def read_entry(cache: Cache, prefix: str) -> Entry:
         labels = {header.graph_hash: header.label for header in cache.entries()}
         candidates = {key: labels.get(key, "") for key in error.candidates}
         raise _ambiguous(prefix, candidates, "graph hashes") from error
-    for root in map(str, cache.roots):
+    for root in cache.paths:
         for path in possible_paths(root, Area.ENTRIES, graph_hash):
             if (data := entry_bytes(path)) is not None:
                 signature = signature_in(data)
@@ -176,7 +177,7 @@ def gil_words(cache: Cache, artifact: types.Artifact) -> dict[str, str]:
         if piece.backend != "aoti":
             found[piece.key] = "by op" if piece.backend == "eager" else "kept"
             continue
-        for root in map(str, cache.roots):
+        for root in cache.paths:
             path = keyed_path(root, Area.BLOBS, piece.blob.digest)
             with suppress(OSError), open(Files().open_read(path), "rb") as file:
                 file.seek(-len(types.CALLER_MARK), os.SEEK_END)
@@ -245,7 +246,7 @@ def explain_key(cache: Cache, prefix: str) -> Record:
     Raises as :func:`read_entry` does; a target may lead to an entry that is gone or damaged.
     """
     kind, key = _named(cache, prefix)
-    targets = explanation.stored_targets(cache.roots, **{"prefix" if kind == "target" else "graph_hash": key})
+    targets = explanation.stored_targets(cache.paths, **{"prefix" if kind == "target" else "graph_hash": key})
     packed, path = next(((r.factors, path) for _, path, r in targets if r.factors), (b"", ""))
     # A target's factors can be compared with those of other targets, an entry's only with entries'.
     compared = unpack_factors(packed, path=path) if packed else ()
@@ -262,7 +263,7 @@ def explain_key(cache: Cache, prefix: str) -> Record:
         compared = tuple(f for f in compared or factors if not f.name.startswith("graph."))
     label = entry.artifact.label if entry is not None else targets[0][2].label
     facts = {} if entry is None else summary(entry)
-    near = explanation.nearest_entries(cache.roots, compared, label=label, most=_MOST_NEAR, without={key})
+    near = explanation.nearest_entries(cache.paths, compared, label=label, most=_MOST_NEAR, without={key})
     graph_hash = key if kind == "entry" else targets[0][2].graph_hash
     # Calls that did not fit and that a model served itself, by argument.
     counted, misfits = cache.counted(), f"mismatch.{graph_hash[:12]}."
@@ -289,7 +290,7 @@ def _named(cache: Cache, prefix: str) -> tuple[str, str]:
         entries = list(error.candidates)
     except GraphHashError:
         entries = []
-    targets = explanation.stored_targets(cache.roots, prefix=prefix.lower())
+    targets = explanation.stored_targets(cache.paths, prefix=prefix.lower())
     labels = dict.fromkeys(entries, "entry") | {key: f"target of {r.label}" for key, _, r in targets}
     if not labels:
         raise GraphHashError(f"no entry and no target in {cache.root} begins with {prefix}", prefix=prefix)
@@ -300,7 +301,7 @@ def _named(cache: Cache, prefix: str) -> tuple[str, str]:
 
 def _ambiguous(prefix: str, labels: Mapping[str, str], kind: str) -> AmbiguousPrefixError:
     """The error for a prefix of several keys, with what each of them is."""
-    lines = [f"  {key}  {explanation.printable(label)}".rstrip() for key, label in labels.items()]
+    lines = [f"  {key}  {printable(label)}".rstrip() for key, label in labels.items()]
     message = f"{prefix} is the beginning of {len(lines)} {kind}; give more digits:"
     return AmbiguousPrefixError("\n".join([message, *lines]), prefix=prefix, candidates=list(labels))
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
 import os
 import re
-from pathlib import Path
+from binascii import b2a_base64
+from contextlib import suppress
 from typing import Any
 
-from stitchcache.errors import StoreError
-from stitchcache.explanation import printable
+from stitchcache.errors import StoreError, printable
 from stitchcache.html import Markup, shown, tag
 
 _EXPORT = re.compile(r"export\{[^}]*?\b(\w+) as Graphviz\b[^}]*\};?\s*(?://.*)?\s*$")
@@ -39,6 +37,8 @@ def page(title: str, *content: Markup, data: Any = None) -> str:
         tag("main", *content),
     ]
     if data is not None:
+        import json
+
         text = json.dumps(_visible(data), separators=(",", ":")).replace("<", "\\u003c")
         parts.append(f'<script type="application/json" id="data">{text}</script>')
     parts += [f'<script type="module">{script}</script>' for script in scripts]
@@ -47,19 +47,21 @@ def page(title: str, *content: Markup, data: Any = None) -> str:
 
 def write_page(path: str, text: str) -> None:
     """Write a page in one go; a StoreError if it cannot be written."""
-    target = Path(path)
+    target = path.rstrip(os.sep) or path
+    directory, name = os.path.split(target)
+    # A pipe or a terminal is written to.
+    whole = not os.path.exists(target) or os.path.isfile(target)
+    place = os.path.join(directory, f".{name}.{os.urandom(8).hex()}") if whole else target
     try:
-        if target.exists() and not target.is_file():
-            # A pipe or a terminal.
-            target.write_text(text, encoding="utf-8", errors="backslashreplace")
-            return
-        temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}")
         try:
-            with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
+            with open(place, "x" if whole else "w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
-            temporary.replace(target)
+            if whole:
+                os.replace(place, target)
         finally:
-            temporary.unlink(missing_ok=True)
+            if whole:
+                with suppress(FileNotFoundError):
+                    os.unlink(place)
     except OSError as error:
         reason = error.strerror or str(error)
         raise StoreError(f"{path}: cannot be written ({reason}); name another file", path=path) from error
@@ -67,11 +69,12 @@ def write_page(path: str, text: str) -> None:
 
 def asset(name: str) -> str:
     """A file that pages are made of."""
-    return Path(__file__).with_name("assets").joinpath(name).read_text("utf-8")
+    with open(os.path.join(os.path.dirname(__file__), "assets", name), encoding="utf-8") as file:
+        return file.read()
 
 
 def _digest(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return "sha256-" + b2a_base64(hashlib.sha256(text.encode()).digest(), newline=False).decode()
 
 
 def _visible(data: Any) -> Any:

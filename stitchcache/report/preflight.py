@@ -35,7 +35,6 @@ Machine = Mapping[str, Factor]
 
 def machine_record() -> Record:
     """All that keys know of this machine and its installation, as ``stitchcache machine`` prints it."""
-    # Not at the top: comparing needs no torch.
     import torch
 
     from stitchcache.keys.environment import environment_factors, torch_state_factors
@@ -128,7 +127,6 @@ def check_target(target: Target, cache: Cache, machine: Machine) -> Record:
     Its key is computed with the machine's factors in place of this one's. Sources are compared with those
     here: the machine is taken to have the same code.
     """
-    # Not at the top: entries are compared without torch.
     from stitchcache.api.prewarm import request_for
     from stitchcache.explanation import nearest_entries
     from stitchcache.keys import key_of as key_of_factors
@@ -152,5 +150,5 @@ def check_target(target: Target, cache: Cache, machine: Machine) -> Record:
         if why is None:
             return {**found, "hit": True, "graph_hash": record.graph_hash}
         reason = why
-    near = nearest_entries(cache.roots, factors, label=target.name, most=3) if not records else []
+    near = nearest_entries(cache.paths, factors, label=target.name, most=3) if not records else []
     return {**found, "reason": reason, "graph_hash": graph_hash, "nearest": near_records(near)}

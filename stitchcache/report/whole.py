@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict
 from typing import Any
 
@@ -18,16 +18,16 @@ _SUMMED = ("own_bytes", "hits", "compiled", "saved_seconds")
 
 def cache_report(cache: Cache) -> dict[str, Any]:
     """Everything that is known of a cache; only headers of entries are read."""
-    headers = cache.entries()
-    users = Counter(blob.digest for header in headers for blob in header.blobs)
-    sizes = {blob.digest: blob.size for header in headers for blob in header.blobs}
-    entries, counted = [], cache.starts()
+    headers, counted, now = cache.entries(), cache.starts(), time.time()
+    blobs = [blob for header in headers for blob in header.blobs]
+    users, sizes = Counter(blob.digest for blob in blobs), {blob.digest: blob.size for blob in blobs}
+    entries = []
     for header in headers:
-        alone = sum(blob.size for blob in header.blobs if users[blob.digest] == 1)
+        alone = sum([blob.size for blob in header.blobs if users[blob.digest] == 1])
         stored = header.created + header.compile_seconds + _STORED_WITHIN
         facts = counted.pop(header.graph_hash[:12], {})
-        hits = sum(number for name, number in facts.items() if name.startswith("hit."))
-        known = 0 < header.created < time.time() - _NOTED_EVERY or header.last_used > stored
+        hits = sum([number for name, number in facts.items() if name.startswith("hit.")])
+        known = 0 < header.created < now - _NOTED_EVERY or header.last_used > stored
         entries.append(
             {
                 "graph_hash": header.graph_hash,
@@ -45,9 +45,9 @@ def cache_report(cache: Cache) -> dict[str, Any]:
             }
         )
     shared = {digest: number for digest, number in users.items() if number > 1}
-    stats = cache.stats()
+    stats = cache.stats(headers)
     return {
-        "root": str(cache.root),
+        "root": cache.paths[0],
         "stats": asdict(stats),
         "entries": sorted(entries, key=lambda entry: (-entry["own_bytes"], entry["graph_hash"])),
         "labels": _by_label(entries),
@@ -61,19 +61,16 @@ def cache_report(cache: Cache) -> dict[str, Any]:
 
 
 def _by_label(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+    labels, rows = defaultdict[str, list[dict[str, Any]]](list), []
     for entry in entries:
-        empty = {"label": entry["label"], "entries": 0, "unused": 0, "last_used": 0.0}
-        row = found.setdefault(entry["label"], empty | dict.fromkeys(_SUMMED, 0))
-        row["entries"] += 1
-        row["unused"] += entry["used"] is False
-        row["last_used"] = max(row["last_used"], entry["last_used"])
-        for name in _SUMMED:
-            row[name] += entry[name]
-    for row in found.values():
+        labels[entry["label"]].append(entry)
+    for label, group in labels.items():
+        unused, last_used = sum(e["used"] is False for e in group), max(e["last_used"] for e in group)
+        row = {"label": label, "entries": len(group), "unused": unused, "last_used": last_used}
+        row |= {name: sum(entry[name] for entry in group) for name in _SUMMED}
         starts = row["hits"] + row["compiled"]
-        row["hit_rate"] = row["hits"] / starts if starts else None
-    return sorted(found.values(), key=lambda row: (-row["own_bytes"], row["label"]))
+        rows.append({**row, "hit_rate": row["hits"] / starts if starts else None})
+    return sorted(rows, key=lambda row: (-row["own_bytes"], row["label"]))
 
 
 def _starts(counters: Any) -> dict[str, Any]:

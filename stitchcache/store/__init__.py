@@ -51,7 +51,7 @@ def check_key(key: str) -> str:
 def keyed_path(root: str, area: Area, key: str) -> str:
     """The file of a key."""
     check_key(key)
-    return f"{root}/{area}/{key[:2]}/{key}{_suffix(area)}"
+    return f"{root}/{area}/{key[:2]}/{key}{suffix_of(area)}"
 
 
 def possible_paths(root: str, area: Area, key: str) -> list[str]:
@@ -62,11 +62,11 @@ def possible_paths(root: str, area: Area, key: str) -> list[str]:
 
 def key_of(area: Area, name: str) -> str | None:
     """The key in a file's name; ``None`` for a foreign file."""
-    return name[:64] if name[64:] == _suffix(area) and is_digest(name[:64]) else None
+    return name[:64] if name[64:] == suffix_of(area) and is_digest(name[:64]) else None
 
 
-def _suffix(area: Area) -> str:
-    # Not from a dict: the hash of an enumeration's member is a call of Python's, for each file of a listing.
+def suffix_of(area: Area) -> str:
+    """What follows the key in names of an area's files."""
     return ".stitch" if area is Area.ENTRIES else ""
 
 

@@ -21,12 +21,13 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import TypeVar
 
 from stitchcache.artifact.entry import Header, decode_piece
 from stitchcache.errors import EntryFormatError, FutureFormatError, LockTimeoutError
+from stitchcache.records import dataclass
 from stitchcache.store import Area
 from stitchcache.store.publish import excess, exclusive
 from stitchcache.store.root import Item, Root
@@ -41,44 +42,30 @@ _PATIENCE = 10.0
 
 @dataclass(slots=True, kw_only=True)
 class PruneResult:
-    """What a prune did.
+    """What a prune did."""
 
-    Args:
-        entries: Graph hashes of removed entries.
-        files: Files removed, of every kind; ``bytes`` are theirs.
-        in_use: Graph hashes that were to go and were in use.
-        failed: Paths that could not be removed, with the system's words.
-        busy: Whether another process was pruning, and nothing was done.
-    """
-
-    entries: list[str] = field(default_factory=list)
-    files: int = 0
-    bytes: int = 0
-    in_use: list[str] = field(default_factory=list)
+    entries: list[str] = field(default_factory=list)  # graph hashes of removed entries
+    files: int = 0  # removed, of every kind
+    bytes: int = 0  # of these files
+    in_use: list[str] = field(default_factory=list)  # graph hashes that were to go and were in use
+    # Paths that could not be removed, with the system's words.
     failed: list[tuple[str, str]] = field(default_factory=list)
-    busy: bool = False
+    busy: bool = False  # whether another process was pruning, and nothing was done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrunePlan:
-    """What a prune would do. Nothing goes until :meth:`execute`.
+    """What a prune would do. Nothing goes until :meth:`execute`."""
 
-    Args:
-        entries: Entries to evict, least recently used first, with the reason.
-        blobs: What no remaining entry names; ``targets`` and ``pieces`` that lead to nothing that stays.
-        leftovers: What processes that died left in ``tmp``, and quarantined files beyond the cap.
-        total_bytes: Bytes of all files before; ``total_files`` is their number.
-        unreadable: Entries that might be good and cannot be read here, such as those of a newer format.
-            While there are any, no entry and no blob goes.
-    """
-
-    entries: tuple[tuple[Item, str], ...]
-    blobs: tuple[Item, ...]
-    targets: tuple[Item, ...]
+    entries: tuple[tuple[Item, str], ...]  # to evict, least recently used first, with the reason
+    blobs: tuple[Item, ...]  # what no remaining entry names
+    targets: tuple[Item, ...]  # what leads to nothing that stays, as do the next
     pieces: tuple[Item, ...]
-    leftovers: tuple[Item, ...]
-    total_bytes: int
-    total_files: int
+    leftovers: tuple[Item, ...]  # left in ``tmp`` by processes that died, or beyond the quarantine's cap
+    total_bytes: int  # of all files before
+    total_files: int  # all of them
+    # Entries that might be good and cannot be read here, such as those of a newer format. While there are
+    # any, no entry and no blob goes.
     unreadable: tuple[str, ...]
     _look: Look = field(repr=False, compare=False)
 

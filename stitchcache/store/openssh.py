@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 import struct
 from datetime import UTC, datetime
@@ -269,6 +268,9 @@ def read_statement(data: bytes) -> tuple[Signature, Statement]:
     """A signature and what it says, none of it verified; an ``EntryFormatError`` where it is none."""
     if len(data) > _MOST_BYTES:
         raise EntryFormatError.at("", "signature", f"{len(data)} bytes, and {_MOST_BYTES} are allowed")
+    # Not at the top: who may sign is told without.
+    import json
+
     found = read_signature(data)
     try:
         value = json.loads(found.text, object_pairs_hook=unique)

@@ -7,9 +7,10 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
+from stitchcache.records import dataclass
 from stitchcache.store import Area, Files, distrust, words
 from stitchcache.store.root import Root
 

@@ -34,9 +34,9 @@ from stitchcache.store import (
     Area,
     Files,
     distrust,
-    key_of,
     keyed_path,
     patiently,
+    suffix_of,
     write_error,
 )
 from stitchcache.types import BlobRef, is_digest
@@ -146,11 +146,13 @@ class Root:
             shards = [each for each in self.scan(self.area(area)) if len(each.name) == 2]
             shards = [each for each in shards if each.name[: len(prefix)] == prefix[:2]]
             found = [each for shard in shards for each in self.scan(shard.path)]
-            named = [(each.path, key) for each in found if (key := key_of(area, each.name))]
+            # Not by ``key_of``: there may be thousands.
+            end, split = suffix_of(area), [(each, each.name[:64], each.name[64:]) for each in found]
+            named = [(each.path, key) for each, key, rest in split if rest == end and is_digest(key)]
         else:
             # Others are not ours to remove, wherever the way leads when it is gone a second time.
-            pattern, found = _OURS[area], self.scan(self.area(area))
-            named = [(each.path, each.name) for each in found if re.fullmatch(pattern, each.name)]
+            found = self.scan(self.area(area))
+            named = [(each.path, each.name) for each in found if re.fullmatch(_OURS[area], each.name)]
         if area is Area.ENTRIES:
             old = [(each.path, *os.path.splitext(each.name)) for each in self.scan(self.path)]
             named += [(path, key) for path, key, kind in old if kind in LEGACY_SUFFIXES and is_digest(key)]

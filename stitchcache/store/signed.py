@@ -13,7 +13,6 @@ import time
 import weakref
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stitchcache.artifact.entry import OUTSIDE, Kind, packed_digest, signature_in, signed_digest
@@ -33,6 +32,8 @@ from stitchcache.store.root import Root
 from stitchcache.types import BlobRef, TargetRecord
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from stitchcache.store.store import Store
 
 # Clocks of machines differ; more than this is a wrong clock, or a wrong statement.
@@ -264,6 +265,7 @@ def own_copy(store: Store, root: Root, path: str, ref: BlobRef) -> Path | None:
         return None
     # Few roots are open to others.
     import tempfile
+    from pathlib import Path
     from shutil import rmtree
 
     copy = Path(tempfile.mkdtemp(prefix="stitchcache-")) / ref.digest

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgpack
@@ -18,6 +17,8 @@ from stitchcache.store import Area
 from stitchcache.types import ENGINE
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from stitchcache.cache import Cache
     from stitchcache.types import Artifact
 

@@ -6,7 +6,6 @@ Damage becomes a miss here. What only writing and upkeep need is imported where 
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import threading
 import time
@@ -15,8 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cached_property, partial
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from stitchcache import errors
 from stitchcache.artifact.entry import OUTSIDE, signature_in
@@ -36,9 +34,10 @@ from stitchcache.store import (
 from stitchcache.store.root import OnWait, Root
 from stitchcache.types import BlobRef
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from pathlib import Path
 
-log = logging.getLogger("stitchcache")
+T = TypeVar("T")
 
 _USE_NOTED_EVERY = 3600.0
 # Starts that one object holds in memory before it writes them.
@@ -91,17 +90,22 @@ class Store:
         weakref.finalize(self, self._counters.flush)
 
     def __repr__(self) -> str:
-        return f"Cache({', '.join(str(root) for root in self.roots)!r})"
+        return f"Cache({', '.join(self.paths)!r})"
 
     @property
     def root(self) -> Path:
         """The first root directory, the one that is written."""
-        return Path(self._top.path)
+        return self.roots[0]
 
     @property
     def roots(self) -> tuple[Path, ...]:
         """All root directories, in the order they are searched."""
-        return tuple(Path(root.path) for root in self._roots)
+        return tuple(map(_path, self.paths))
+
+    @property
+    def paths(self) -> list[str]:
+        """The same as text."""
+        return [root.path for root in self._roots]
 
     @property
     def failure(self) -> str:
@@ -219,7 +223,7 @@ class Store:
         if found is None:
             return None
         self._files.close_quietly(found[0])
-        return Path(found[1])
+        return _path(found[1])
 
     @contextmanager
     def opened(self, refs: Sequence[BlobRef]) -> Iterator[list[Path | None]]:
@@ -238,7 +242,7 @@ class Store:
                 if found is None:
                     return None
                 stack.callback(self._files.close_quietly, found[0])
-                return Path(there.format(found[0]) or found[1])
+                return _path(there.format(found[0]) or found[1])
 
             if len(refs) < 2 or sum(ref.size for ref in refs) < _WORTH_THREADS:
                 yield list(map(open_one, refs))
@@ -303,7 +307,7 @@ class Store:
         said = {path, message.removesuffix(" (taken as missing)")}
         if again or self._warned.isdisjoint(said):
             self._warned |= said
-            log.warning("%s", errors.visible(message))
+            log("warning", "%s", errors.visible(message))
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -370,6 +374,22 @@ class Store:
     def counted(self) -> dict[str, int]:
         """What was counted, this process's own included; looks at no entry."""
         return self._counters.read()[0]
+
+
+def _path(place: str) -> Path:
+    # Not at the top, as logging: a command that reads does without, and takes a tenth less.
+    from pathlib import Path
+
+    return Path(place)
+
+
+def log(level: str, text: str, *values: object) -> None:
+    """Log a line."""
+    # A process without file descriptors cannot import.
+    with suppress(OSError, ImportError):
+        import logging
+
+        getattr(logging.getLogger("stitchcache"), level)(text, *values)
 
 
 def needs_signature(trust: str, signature: bytes) -> bool:

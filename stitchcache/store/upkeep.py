@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from stitchcache import errors
@@ -20,6 +19,7 @@ from stitchcache.artifact.entry import (
     decode_target,
     header_end,
 )
+from stitchcache.records import dataclass
 from stitchcache.store import KEYED, LEGACY_SUFFIXES, Area, Files, keyed_path, possible_paths, words
 from stitchcache.store.root import Item, Root, host_name
 from stitchcache.types import BlobRef
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 _OLD_SECONDS = 86400.0
 # Most headers fit: one small read for each entry.
-_HEAD_READ = 4096
+_HEAD_READ = 2048
 
 
 def leftovers(root: Root) -> list[Item]:
@@ -69,13 +69,16 @@ def read_header(root: Root, path: str) -> Header | None:
     if fd is None:
         return None
     files = root.files
-    with files.opened(fd):
+    # Not by ``opened``: there may be thousands.
+    try:
         facts = files.fstat(fd)
         # Older formats have no header: all of the file is read, and one byte more of one that is too long.
         most = MOST_LEGACY + 1 if path.endswith(LEGACY_SUFFIXES) else _HEAD_READ
         prefix = files.read_exactly(fd, min(facts.st_size, most))
         if most == _HEAD_READ and (rest := header_end(prefix, path=path) - len(prefix)) > 0:
             prefix += files.read_exactly(fd, rest)
+    finally:
+        files.close_quietly(fd)
     return decode_header(prefix, facts.st_size, path=path, last_used=facts.st_mtime)
 
 
@@ -136,13 +139,16 @@ class CacheStats:
         return "\n".join(lines) + "\n"
 
 
-def take_stock(root: Root, counters: Mapping[str, int], since: float) -> CacheStats:
-    """Statistics of a root."""
-    # Not by ``items``: of thousands of files only the sizes are wanted.
-    sizes = {
-        area: [facts.st_size for path, _ in root.names(area) if (facts := root.facts(path))]
-        for area in (*KEYED, Area.QUARANTINE)
-    }
+def take_stock(root: Root, counters: Mapping[str, int], since: float, known: Mapping[str, int]) -> CacheStats:
+    """Statistics of a root; ``known`` has sizes by path, of files that need no other look."""
+
+    sizes: dict[Area, list[int]] = {}
+    for area in (*KEYED, Area.QUARANTINE):
+        # Not by ``items``: of thousands of files only the sizes are wanted.
+        paths = [path for path, _ in root.names(area)]
+        looked = [root.facts(path) for path in paths if path not in known]
+        sizes[area] = [known[path] for path in paths if path in known]
+        sizes[area] += [facts.st_size for facts in looked if facts is not None]
     quarantined = sizes.pop(Area.QUARANTINE)
     return CacheStats(
         counters=counters,

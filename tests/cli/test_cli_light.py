@@ -32,6 +32,9 @@ READING = [
     ["--version"],
 ]
 HEAVY = ("torch", "numpy", "rich", "asyncio", "stitchcache.api")
+# A tenth of what a command takes on a small cache, each.
+SELDOM = {"logging", "pathlib", "shutil", "tempfile", "platformdirs", "filelock", "stitchcache.store.publish"}
+LIGHT = ("ls", "inspect", "explain", "diff", "report", "verify", "stats")
 
 
 @pytest.mark.parametrize("words", READING, ids=" ".join)
@@ -44,6 +47,32 @@ def test_nothing_heavy_is_imported(tmp_path, words):
         "    main()\n"
         "finally:\n"
         f"    print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", source, *words],
+        env=environment(STITCHCACHE_DIR=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "words", [words for words in READING if words[0] in LIGHT and "--help" not in words], ids=" ".join
+)
+def test_what_is_seldom_needed_is_not_imported(tmp_path, words):
+    put(tmp_path, key("a"))
+    # What the interpreter and click import is theirs to say.
+    source = (
+        "import sys, click\n"
+        "before = set(sys.modules)\n"
+        "from stitchcache.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        f"    print(sorted({SELDOM!r} & sys.modules.keys() - before), file=sys.stderr)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", source, *words],

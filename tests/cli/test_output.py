@@ -6,7 +6,7 @@ import pytest
 
 from stitchcache.cli import output
 from stitchcache.cli.output import age_text, count_text, print_table, seconds_text, short_length, size_text
-from stitchcache.explanation import printable
+from stitchcache.errors import printable
 
 
 def test_words():
@@ -78,7 +78,7 @@ def test_a_fields_name_says_how_it_is_written():
         "pieces": 0,
         "compile_seconds": 0.0,
     }
-    cells = [output.cell(name, record, 12) for name in record]
+    cells = [output.column(name, [record], 12)[0] for name in record]
     assert cells[:5] == ["2.0 KiB", "12 ms", "unknown", "ab" * 6, "yes"]
     assert cells[5:] == ["aoti, eager", "-", "-", "0", "-"]
-    assert output.cell(lambda found: found["pieces"] + 1, record, 12) == "1"
+    assert output.column(lambda found: found["pieces"] + 1, [record], 12) == ["1"]
