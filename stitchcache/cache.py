@@ -14,7 +14,7 @@ from functools import partial
 from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stitchcache import errors
+from stitchcache import collection_paused, errors
 from stitchcache.artifact import entry
 from stitchcache.store import LEGACY_SUFFIXES, Area, check_key, keyed_path, words
 from stitchcache.store.root import Root
@@ -163,10 +163,9 @@ class Cache(Store):
         if is_digest(name):
             return name
         used = sorted(self._entries(Root.items), key=lambda item: item.modified, reverse=True)
-        for item in used[:_LOOKED_AT]:
-            header = self._header(item.path)
-            if header is not None and header.label == name:
-                return item.key
+        for key, header in self._headers((item.path, item.key) for item in used[:_LOOKED_AT]):
+            if header.label == name:
+                return key
         return next((item.key for item in used if item.key.startswith(str(name))), None)
 
     def entries(self) -> list[entry.Header]:
@@ -175,9 +174,10 @@ class Cache(Store):
         A damaged one is left out, with one warning; :meth:`verify` reports them.
         """
         headers: dict[str, entry.Header] = {}
-        # Not as ``items``: what opens a file learns its size anyway.
-        for path, key in self._entries(Root.names):
-            if (header := self._header(path)) is not None:
+        # Thousands are made, and all of them stay.
+        with collection_paused():
+            # Not as ``items``: what opens a file learns its size anyway.
+            for key, header in self._headers(self._entries(Root.names)):
                 headers.setdefault(key, header)
         return list(headers.values())
 
@@ -189,14 +189,18 @@ class Cache(Store):
             except OSError as error:
                 self.warn(root.path, f"{root.path}: cannot be listed ({words(error)})")
 
-    def _header(self, path: str) -> entry.Header | None:
+    def _headers(self, files: Iterable[tuple[str, str]]) -> Iterator[tuple[str, entry.Header]]:
+        """Keys and headers of some files, given as path and key."""
         from stitchcache.store.upkeep import read_header
 
-        try:
-            return read_header(self._top, path)
-        except (errors.EntryFormatError, OSError) as error:
-            self.warn(path, f"{path}: cannot be read ({error})")
-            return None
+        for path, key in files:
+            try:
+                header = read_header(self._top, path)
+            except (errors.EntryFormatError, OSError) as error:
+                self.warn(path, f"{path}: cannot be read ({error})")
+                continue
+            if header is not None:
+                yield key, header
 
     # -- pieces, targets ---------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from stitchcache.errors import visible
 
@@ -38,6 +39,7 @@ def facts(pairs: Iterable[tuple[str, object]]) -> Markup:
 def table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> Markup:
     """Rows under titles."""
     head = tag("tr", *[tag("th", title, scope="col") for title in titles])
-    # Not by ``tag``: there may be thousands of rows.
-    body = "".join([f"<tr>{''.join([f'<td>{shown(cell)}</td>' for cell in row])}</tr>" for row in rows])
+    # Not by ``tag``: there may be thousands of rows, in which little is different.
+    text = lru_cache(None, typed=True)(shown)
+    body = "".join([f"<tr>{''.join([f'<td>{text(cell)}</td>' for cell in row])}</tr>" for row in rows])
     return tag("table", tag("thead", head), tag("tbody", Markup(body)))

@@ -316,10 +316,10 @@ def record(cls: type, skip: tuple[str, ...] = ()) -> Callable[..., Any]:
     absent = {name: fields[name].default for name in skip}
     flaw = getattr(cls, "_flaw", None)
 
-    def read(value: Any, **given: Any) -> Any:
+    def read(value: Any, given: Mapping[str, Any] | None = None) -> Any:
         values = read_fields(value)
         values |= absent
-        values |= given
+        values |= given or {}
         made: Any = fill(cls, values)
         found = None if flaw is None else flaw(made)
         if found is not None:

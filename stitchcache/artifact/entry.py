@@ -171,7 +171,7 @@ class Header:
     @property
     def blob_bytes(self) -> int:
         """Bytes of the distinct blobs."""
-        return sum(blob.size for blob in self.blobs)
+        return sum([blob.size for blob in self.blobs])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,7 +242,7 @@ def decode(data: bytes, *, path: str = "") -> Artifact:
     header = _header(encoded, version, path)
     read = record(Artifact, (*_IN_HEADER, "check") if version == 3 else _IN_HEADER)
     above = {name: getattr(header, name) for name in _IN_HEADER}
-    artifact: Artifact = read_packed(partial(read, **above), payload, path)
+    artifact: Artifact = read_packed(partial(read, given=above), payload, path)
     if header_of(artifact) != header:
         reason = "its counts, backends or blobs are not those of the payload"
         raise EntryFormatError.at(path, "header", reason)
@@ -294,7 +294,7 @@ def decode_header(prefix: bytes, file_size: int, *, path: str = "", last_used: f
 
 
 def _header(encoded: bytes, version: int, where: str, **place: Any) -> Header:
-    read = partial(record(Header, _NOT_IN_HEADER), format_version=version, **place)
+    read = partial(record(Header, _NOT_IN_HEADER), given={"format_version": version, **place})
     found: Header = read_packed(read, encoded, where, "header")
     return found
 
