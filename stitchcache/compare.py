@@ -57,7 +57,7 @@ class Compared:
     fact: str = ""  # what is wrong beside values
     difference: float = 0.0  # largest absolute one; of whole numbers and truth values the share that differs
     magnitude: float = 0.0  # largest finite absolute value of the model's own; 1 for whole numbers
-    spread: float = 0.0  # root of the mean square of the differences, relative to that of the model's own
+    spread: float = 0.0  # root of the mean square of large differences, relative to that of the model's own
     dtype: torch.dtype | None = None  # of floating-point and complex tensors
 
 
@@ -89,7 +89,7 @@ class Beside:
     beside the user's own calls, on arguments of its own, so no shared state may be written and no random
     number drawn, not even for a moment. ``reads`` are paths to tensors in plain attributes that the other
     reads; a model that replaces one writes it. ``deep`` puts back what plain objects hold, too. ``quick``
-    runs the model without autograd's part of torch: what that says counts only where both agree.
+    hides functions that are known to be harmless: what that says counts only where both agree.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class Beside:
         try:
             for tensor in self._writes.values():
                 watched.save(tensor)
-            with watched:
+            with watched, watched.known:
                 while call < times:
                     args, kwargs = tree.unflatten(self._leaves, self._spec)
                     value, call = self._model(*args, **kwargs), call + 1
@@ -314,15 +314,12 @@ def measure(name: str, want: Any, got: Any) -> Compared:
         apart = torch.where(odd, torch.zeros_like(a), a - b).abs()
         largest = float(apart.max())
     sizes = known.abs()
+    found = Compared(name=name, difference=largest, magnitude=float(sizes.max()), dtype=kind)
+    if not disagreement(found):
+        return found
     # A GPU loads each kind of kernel when it is first used: products are there, powers and roots take 60 ms.
     scale, spread = (math.sqrt(float((some * some).mean())) for some in (sizes, apart))
-    return Compared(
-        name=name,
-        difference=largest,
-        magnitude=float(sizes.max()),
-        spread=spread / scale if scale else spread,
-        dtype=kind,
-    )
+    return replace(found, spread=spread / scale if scale else spread)
 
 
 def _said(error: BaseException) -> str:
@@ -347,12 +344,11 @@ def judged(both: Both, record: CheckRecord | None = None) -> Check:
         # A result that the cold compile could not compare has no defined values, such as torch.empty's.
         undefined = compared and item.name.startswith("output") and item.name not in bounds
         wrong = item.fact if undefined else disagreement(item, bounds.get(item.name))
-        if wrong and both.drew and not compared and not item.fact:
-            reason = f"the model draws random numbers, and {item.name} {wrong}"
-            return Check(state="unchecked", reason=reason)
         if wrong:
-            reason, difference = f"{item.name} {wrong}", item.difference
-            return Check(state="mismatch", reason=reason, output=item.name, difference=difference)
+            said = f"{item.name} {wrong}"
+            if both.drew and not compared and not item.fact:
+                return Check(state="unchecked", reason=f"the model draws random numbers, and {said}")
+            return Check(state="mismatch", reason=said, output=item.name, difference=item.difference)
     return Check(state="agreed")
 
 

@@ -62,10 +62,9 @@ def _put_function(writer: KeyWriter, function: types.FunctionType) -> None:
     module = walk.label(function.__module__ or "")
     versioned, installed = walk.origin(code.co_filename)
     if versioned:
-        writer.head(b"library function", 5)
-        writer.text(f"{module}.{qualname}")
-        writer.text(code.co_qualname)
-        writer.out += b"i%d;" % code.co_firstlineno + _library_defaults(function)
+        texts = walk.text_bytes(f"{module}.{qualname}") + walk.text_bytes(code.co_qualname)
+        writer.out += b"[library function 5:%bi%d;" % (texts, code.co_firstlineno)
+        writer.out += _library_defaults(function)
         _put_cells(writer, function)
         return
     named = qualname == code.co_qualname and function.__name__ == code.co_name and code.co_name[0] != "<"
@@ -73,16 +72,11 @@ def _put_function(writer: KeyWriter, function: types.FunctionType) -> None:
     if installed and named and plain is not None:
         # Most methods of most classes are of this kind, and there are hundreds of them in a model.
         walk.codes.setdefault(id(code), (code, b""))
-        writer.head(b"shipped", 6)
-        writer.text(installed)
-        writer.text(module)
-        writer.text(qualname)
-        writer.out += b"i%d;" % code.co_firstlineno + plain
+        texts = b"".join(map(walk.text_bytes, (installed, module, qualname)))
+        writer.out += b"[shipped 6:%bi%d;%b" % (texts, code.co_firstlineno, plain)
         _put_cells(writer, function)
         return
-    writer.head(b"function", 6)
-    writer.text(f"{module}.{qualname}")
-    writer.out += code_bytes(walk, code)
+    writer.out += b"[function 6:%b%b" % (walk.text_bytes(f"{module}.{qualname}"), code_bytes(walk, code))
     if plain is not None:
         writer.out += plain
     else:
@@ -107,8 +101,7 @@ def _put_notes(writer: KeyWriter, function: types.FunctionType, installed: str) 
     if not declared and function.__name__ == code.co_name and text in (doc, None):
         writer.out += b"N"
         return
-    writer.head(b"notes", 2 + 2 * len(declared))
-    writer.text(function.__name__)
+    writer.out += b"[notes %d:%b" % (2 + 2 * len(declared), text_bytes(function.__name__))
     writer.put_at(".__doc__", text)
     writer.path.append(".__annotations__")
     writer.put_pairs(declared.items())
@@ -165,8 +158,7 @@ def _put_cell(writer: KeyWriter, cell: types.CellType, name: str = "", of: str =
             writer.head(b"empty cell", 0)
         return
     if name == "__class__" and isinstance(content, type):
-        writer.head(b"own class", 1)
-        writer.text(writer.class_label(content))
+        writer.out += b"[own class 1:" + writer.walk.text_bytes(writer.class_label(content))
         return
     # Two functions may share a cell, and one of them set what the other reads.
     if not writer.again(cell):
@@ -188,8 +180,7 @@ def _put_builtin(writer: KeyWriter, function: Any) -> None:
     named = type(owner).__module__ == "pybind11_builtins" and (
         vars(sys.modules.get(module, types)).get(function.__name__) is function
     )
-    writer.head(b"builtin", 2)
-    writer.text(f"{module}.{function.__qualname__}")
+    writer.out += b"[builtin 2:" + writer.walk.text_bytes(f"{module}.{function.__qualname__}")
     writer.put_at(".__self__", None if named or isinstance(owner, types.ModuleType) else owner)
 
 

@@ -10,7 +10,7 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -189,13 +189,13 @@ def _look_later(wanted: Wanted, compiled: CompiledModel, on_end: Callable[[Check
         time.sleep(_FIRST_CALLS)
         outcome = Check(state="unchecked", reason="looking at the model ended in an error")
         state = list(state_of(model).values())
-        before = _versions(state)
+        before = [*map(version_of, state)]
         try:
             with ExitStack() as modes:
                 for device, dtype in autocast.items():
                     modes.enter_context(torch.autocast(device, dtype=dtype))
                 *_, outcome = _compare(model, args, kwargs, subject, record, effects=effects, apart=True)
-            if outcome.state == "mismatch" and _versions(state) != before:
+            if outcome.state == "mismatch" and [*map(version_of, state)] != before:
                 outcome = Check(state="unchecked", reason="the model was changed while it was looked at")
         finally:
             on_end(outcome)
@@ -205,10 +205,6 @@ def _look_later(wanted: Wanted, compiled: CompiledModel, on_end: Callable[[Check
     # A process that ended in the middle of a forward could crash on its way out.
     atexit.register(thread.join)
     thread.start()
-
-
-def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
-    return [version_of(tensor) for tensor in tensors if not tensor.is_inference()]
 
 
 def _stale(compiled: CompiledModel, outcome: Check, caught: int) -> StaleEntryError:

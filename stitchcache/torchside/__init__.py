@@ -15,7 +15,7 @@ Uses ``torch.overrides._get_current_function_mode_stack``,
 ``torch._C._set_grad_enabled``, the entries of ``torch._inductor.config`` (``torch.utils._config_module``),
 the names of ``nn.Module``'s hook tables and other attributes, ``torch.nn.modules.module._global_*``,
 ``torch.library._impls``, ``torch._native.registry._graphs``,
-``UntypedStorage._cdata``, ``Tensor._version``, ``torch._neg_view``, ``FakeTensor.fake_mode``,
+``torch._C._storage_address``, ``Tensor._version``, ``torch._neg_view``, ``FakeTensor.fake_mode``,
 ``torch._subclasses.FakeTensorMode``, ``torch.utils._python_dispatch.is_traceable_wrapper_subclass`` and
 ``torch._library.custom_ops.CustomOpDef``, ``torch._ops.OpOverload`` and its packets, a tensor's ``_cdata``,
 and the runners in ``torch._C._aoti``.
@@ -197,12 +197,12 @@ FAKE_INTERNALS = frozenset(
 
 def storage_id(value: torch.Tensor) -> int:
     """Identity of a tensor's memory. Views share it, also views of tensors without data."""
-    return int(value.untyped_storage()._cdata)
+    return int(torch._C._storage_address(value))  # type: ignore[attr-defined]
 
 
 def version_of(value: torch.Tensor) -> int:
-    """A number that grows with each write into a tensor or a view of it."""
-    return int(value._version)
+    """A number that grows with each write into a tensor or its views; not for tensors of inference mode."""
+    return 0 if value.is_inference() else int(value._version)
 
 
 def negated(value: torch.Tensor) -> torch.Tensor:

@@ -1,19 +1,21 @@
 """See each op of a block before it runs, and keep the memory that it is about to write.
 
-Uses ``torch.utils._python_dispatch.TorchDispatchMode`` with ``_should_skip_dynamo``, ``_push_mode`` and
-``_pop_mode``, ``OpOverload._schema`` and ``_can_decompose``, ``torch._C._storage_address`` and
-``torch._C._AutoDispatchBelowAutograd``.
+Uses ``torch.utils._python_dispatch.TorchDispatchMode`` with ``_should_skip_dynamo``, the stack of such modes
+in ``torch._C``, ``OpOverload._schema`` and ``torch._dynamo.utils.counters``.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
+from types import BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
+from torch import _C
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stitchcache.records import dataclass
 from stitchcache.torchside import QUIET, storage_id
@@ -24,14 +26,18 @@ SEEN = ("2.11", "2.13", "2.15")
 _TORCHS_OWN = frozenset({"aten", "prim", "prims", "quantized", "inductor", "mkldnn", "mkl", "higher_order"})
 # Ops that update running statistics although their schemas deny it, where they are told that they train.
 _SILENT = frozenset({"aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm"})
-
-
-# Ops that torch makes of others, and that do nothing but return new memory. The rest may return what they
-# were given, or write what their schemas deny (``instance_norm``): they are taken apart.
-_WHOLE = frozenset(
-    """aten::linear aten::matmul aten::layer_norm aten::rms_norm aten::softmax aten::log_softmax aten::conv1d
-    aten::conv2d aten::scaled_dot_product_attention""".split()  # noqa: SIM905
-)
+# Functions made in C that neither write nor draw, with what they return: new memory, a view, or either.
+_NEW, _VIEW, _EITHER = range(3)
+_FUNCTIONS = {
+    _NEW: """linear matmul bmm conv1d conv2d layer_norm rms_norm softmax gelu relu sigmoid tanh add sub mul
+    div neg pow exp rsqrt sin cos clamp sum mean cumsum cat stack where gather masked_fill clone arange zeros
+    ones full empty zeros_like ones_like empty_like __and__ __or__ __invert__ __eq__ eq ne lt le gt ge""",
+    _VIEW: "view view_as transpose permute expand expand_as unsqueeze squeeze chunk unbind narrow select",
+    _EITHER: "reshape flatten contiguous to type_as float half bfloat16 bool int long __getitem__",
+}
+_HARMLESS = {name: returns for returns, names in _FUNCTIONS.items() for name in names.split()}
+_OF_C = frozenset({BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType})
+_PLAIN = ((), (torch.Tensor,))
 
 
 class StoppedError(RuntimeError):
@@ -61,8 +67,7 @@ class Saved:
 class _Op:
     """What a schema says: which arguments an op writes, whether it makes new tensors, whether it draws.
 
-    ``shapes`` ops change sizes or strides of what they write, such as ``t_``. Those with ``parts`` are seen
-    as the ops that they are made of.
+    ``shapes`` ops change sizes or strides of what they write, such as ``t_``.
     """
 
     writes: tuple[tuple[int, str], ...]
@@ -71,7 +76,6 @@ class _Op:
     acts: bool
     silent: bool
     shapes: bool = False
-    parts: bool = False
 
 
 class Watch(TorchDispatchMode):
@@ -84,38 +88,31 @@ class Watch(TorchDispatchMode):
         effects: Qualified names of ops, with whether they write what no schema shows.
         only: Memory that may be written, by :func:`memory_of`; ``None`` allows all.
         draw: Whether ops may draw random numbers.
-        quick: See ops above autograd, where they are half as many. Code that uses autograd fails.
 
     Attributes:
         saved: Memory from outside, by :func:`memory_of`.
         stopped: Why the block was stopped; also where its code has swallowed the error.
         drew: Whether any op drew random numbers.
+        known: A block in this one from which harmless functions are hidden, if that is wanted.
     """
 
     # Without it torch refuses to run torch.cond and its kin in a mode.
     supports_higher_order_operators = True
 
     def __init__(
-        self,
-        effects: Mapping[str, bool],
-        *,
-        only: Iterable[int] | None = None,
-        draw: bool = True,
-        quick: bool = False,
+        self, effects: Mapping[str, bool], *, only: Iterable[int] | None = None, draw: bool = True
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._quick, self._above = quick, ExitStack()
         self._effects, self._draw = effects, draw
         self._only = None if only is None else frozenset(only)
         self._ops: dict[Any, _Op] = {}
-        # Ops that neither write nor draw, with whether they make new tensors.
-        self._inert: dict[Any, bool] = {}
         self._made: set[int] = set()
         self._generators: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
         self._shapes: dict[int, tuple[torch.Tensor, torch.UntypedStorage, tuple[Any, ...]]] = {}
         self.saved: dict[int, Saved] = {}
         self.stopped = ""
         self.drew = False
+        self.known: AbstractContextManager[Any] = nullcontext()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -134,15 +131,11 @@ class Watch(TorchDispatchMode):
 
     # The base class notes in module globals that a mode is on; another thread's torch.compile goes by them.
     def __enter__(self) -> Watch:
-        if self._quick:
-            # It holds from when it is made until it is left.
-            self._above.enter_context(torch._C._AutoDispatchBelowAutograd())
-        _push_mode(self)
+        _C._push_on_torch_dispatch_stack(self)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        _pop_mode()
-        self._above.close()
+        _C._pop_torch_dispatch_stack(None)
 
     def save(self, tensor: torch.Tensor) -> None:
         """Keep what a tensor's memory holds, unless it is kept already."""
@@ -165,29 +158,20 @@ class Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an op, after looking at what it will do."""
-        makes = self._inert.get(func)
-        if makes is None:
-            return self._looked_at(func, args, kwargs or {})
-        # Nearly all ops come this way, hundreds in a forward.
-        result = func(*args, **kwargs) if kwargs else func(*args)
-        if makes:
-            self._note_made(result)
-        return result
-
-    def _looked_at(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         op = self._ops.get(func)
         if op is None:
-            op = self._ops[func] = _facts(func, self._effects, taken_apart=self._quick)
-            if not (op.parts or op.acts or op.writes) and op.draws is None:
-                self._inert[func] = op.makes
-        if op.parts:
-            _push_mode(self)
-            try:
-                return func.decompose(*args, **kwargs)
-            finally:
-                _pop_mode()
+            op = self._ops[func] = _facts(func, self._effects)
+        given = kwargs or {}
+        if op.acts or op.writes or op.draws is not None:
+            self._look_at(op, func, args, given)
+        result = func(*args, **given)
+        if op.makes:
+            self.note_made(result)
+        return result
+
+    def _look_at(self, op: _Op, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if op.acts:
-            self._stop(f"op {func} writes what no schema shows and nobody can put back")
+            self.stop(f"op {func} writes what no schema shows and nobody can put back")
         if op.draws is not None:
             self._note_draw(op, func, args, kwargs)
         if op.writes and not (op.silent and not (args[5] if len(args) > 5 else kwargs.get("training"))):
@@ -196,15 +180,9 @@ class Watch(TorchDispatchMode):
                 for item in value if isinstance(value, (list, tuple)) else (value,):
                     if isinstance(item, torch.Tensor):
                         self._before_write(item, func, op.shapes)
-        result = func(*args, **kwargs)
-        if op.makes:
-            self._note_made(result)
-        return result
 
-    def _note_made(self, result: Any) -> None:
-        if type(result) is torch.Tensor and result.layout is torch.strided:
-            self._made.add(torch._C._storage_address(result))  # type: ignore[attr-defined]
-            return
+    def note_made(self, result: Any) -> None:
+        """Note what an op returned as the block's own."""
         for item in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(item, torch.Tensor) and (memory := memory_of(item)) is not None:
                 self._made.add(memory)
@@ -214,12 +192,12 @@ class Watch(TorchDispatchMode):
         if memory in self._made:
             return
         if shapes and func._schema.name == "aten::set_":
-            self._stop(f"op {func} gives a tensor that outlives the call other memory")
+            self.stop(f"op {func} gives a tensor that outlives the call other memory")
         if shapes and memory is not None:
             kept = (tensor, tensor.untyped_storage(), _shape_of(tensor))
             self._shapes.setdefault(id(tensor), kept)
         if self._only is not None and memory not in self._only:
-            self._stop(f"it writes a tensor of shape {tuple(tensor.shape)} that outlives the call")
+            self.stop(f"it writes a tensor of shape {tuple(tensor.shape)} that outlives the call")
         self.save(tensor)
 
     def _note_draw(self, op: _Op, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -228,15 +206,61 @@ class Watch(TorchDispatchMode):
             if type(value) in (bool, int, float) and not value:
                 return
         if not self._draw:
-            self._stop(f"it draws random numbers ({func})")
+            self.stop(f"it draws random numbers ({func})")
         self.drew = True
         generator = kwargs.get("generator")
         if isinstance(generator, torch.Generator) and id(generator) not in self._generators:
             self._generators[id(generator)] = (generator, generator.get_state())
 
-    def _stop(self, reason: str) -> None:
+    def stop(self, reason: str) -> None:
+        """End the block by an error, also where its code swallows that."""
         self.stopped = self.stopped or reason
         raise StoppedError(reason)
+
+
+class _Known(TorchFunctionMode):
+    """Hides from a watch what functions of torch's own do that neither write nor draw.
+
+    To see them takes ten times as long. What comes another way, such as from C++, the watch sees.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+        self._returns: dict[Any, int | None] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function, unseen if it is known to be harmless."""
+        returns = self._returns.get(func, -1)
+        if returns == -1:
+            returns = self._returns[func] = self._looked_up(func)
+        known = returns is not None and args and types in _PLAIN and not (kwargs and "out" in kwargs)
+        # The block may have put a mode of its own above, or be inside of an op that the watch has seen.
+        depth = _C._len_torch_dispatch_stack() if known else 0
+        if not depth or _C._get_dispatch_stack_at(depth - 1) is not self._watch:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        _C._pop_torch_dispatch_stack(None)
+        try:
+            result = func(*args, **kwargs) if kwargs else func(*args)
+        finally:
+            _C._push_on_torch_dispatch_stack(self._watch)
+        if returns == _NEW or (returns == _EITHER and memory_of(result) != memory_of(args[0])):
+            self._watch.note_made(result)
+        return result
+
+    def _looked_up(self, func: Any) -> int | None:
+        """What a function returns; ``None`` for one that the watch has to see."""
+        if type(func) in _OF_C:
+            return _HARMLESS.get(func.__name__)
+        name = func.__name__ if getattr(func, "__globals__", None) is vars(torch.nn.functional) else ""
+        if name == "multi_head_attention_forward":
+            # Attention has asked whether there is such a mode, and goes another way where there is.
+            self._watch.stop("attention goes another way where functions are seen")
+        # These do nothing but call their namesakes, unless somebody put others there.
+        plain = name in ("layer_norm", "rms_norm") and type(vars(torch)[name]) in _OF_C
+        return _NEW if plain else None
 
 
 class _Untraced(Watch):  # type: ignore[no-untyped-call]
@@ -246,21 +270,21 @@ class _Untraced(Watch):  # type: ignore[no-untyped-call]
     def _should_skip_dynamo(cls) -> bool:
         return True
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, *call: Any) -> Any:
         """As above; that it stands in this class lets torch wrap it."""
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        return super().__torch_dispatch__(*call)
 
 
 def watch(effects: Mapping[str, bool], *, quick: bool = False, **limits: Any) -> Watch:
     """A :class:`Watch` that Dynamo does not trace, where Dynamo is there; it takes two seconds to import.
 
-    It is not a quick one there, because what Dynamo compiled is compiled anew without autograd.
+    It is not a quick one where Dynamo has compiled something: that is compiled anew under another mode.
     """
-    compiles = "torch._dynamo" in sys.modules
-    kind = _Untraced if compiles else Watch
-    return kind(effects, quick=quick and not compiles, **limits)
+    compiler: Any = sys.modules.get("torch._dynamo.utils")
+    made = (Watch if compiler is None else _Untraced)(effects, **limits)
+    if quick and not (compiler and compiler.counters.get("frames")):
+        made.known = _Known(made)
+    return made
 
 
 def _shape_of(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -269,21 +293,17 @@ def _shape_of(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 def memory_of(tensor: torch.Tensor) -> int | None:
     """Identity of a tensor's memory; ``None`` for a tensor that is made of others or has no plain memory."""
-    if tensor.layout != torch.strided:
-        return None
     try:
-        return storage_id(tensor)
-    except (RuntimeError, NotImplementedError):
+        return storage_id(tensor) if tensor.layout is torch.strided else None
+    except RuntimeError:
         return None
 
 
-def _facts(func: Any, effects: Mapping[str, bool], *, taken_apart: bool = False) -> _Op:
+def _facts(func: Any, effects: Mapping[str, bool]) -> _Op:
     schema = getattr(func, "_schema", None)
     if schema is None:
         # torch.cond and its kin return what is new.
         return _Op((), True, None, False, False)
-    if taken_apart and schema.name not in _WHOLE and func._can_decompose():
-        return _Op((), False, None, False, False, parts=True)
     silent, draws = schema.name in _SILENT, torch.Tag.nondeterministic_seeded in func.tags
     # To list its arguments takes longer than most ops do.
     arguments = list(enumerate(schema.arguments)) if schema.is_mutable or silent or draws else []
