@@ -249,8 +249,7 @@ class Writer:
 
     def put_class(self, cls: type) -> None:
         """Write a class by name."""
-        self.head(b"class", 1)
-        self.text(self.class_label(cls))
+        self.out += b"[class 1:" + text_bytes(self.class_label(cls))
 
     def put_state(self, value: Any, ignore: frozenset[str] = frozenset()) -> None:
         """Write an object's own attributes, in their order: its dictionary, then its slots."""

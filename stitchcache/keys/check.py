@@ -53,10 +53,11 @@ def lookup(
 ) -> Found:
     """Follow a global's name, and attributes, through modules; ``patched`` as in ``Reads``."""
     patched = patched or {}
-    spaces = [patched.get(id(space), space) for space in (namespace, vars(builtins))]
-    space = next((space for space in spaces if chain[0] in space), None)
-    if space is None:
-        return Found(None, False, chain[:1])
+    space = patched.get(id(namespace), namespace)
+    if chain[0] not in space:
+        space = patched.get(id(vars(builtins)), vars(builtins))
+        if chain[0] not in space:
+            return Found(None, False, chain[:1])
     value, owner = space[chain[0]], ""
     for index, step in enumerate(chain[1:], 1):
         if not isinstance(value, ModuleType):

@@ -264,8 +264,7 @@ def put_class_contents(writer: KeyWriter, cls: type) -> None:
         members = {name: (item.__dict__["_value_"], member_state(item)) for name, item in found.items()}
         skipped = skipped | _ENUM_INTERNALS | members.keys()
     items = [item for item in cls.__dict__.items() if item[0] not in skipped and not _is_own(cls, *item)]
-    writer.head(b"contents", 6 + 2 * len(items))
-    writer.text(writer.class_label(cls))
+    writer.out += b"[contents %d:%b" % (6 + 2 * len(items), text_bytes(writer.class_label(cls)))
     writer.put_class(type(cls))
     writer.head(b"bases", len(cls.__bases__))
     for base in cls.__bases__:
@@ -305,8 +304,7 @@ def _put_declarations(writer: KeyWriter, cls: type) -> None:
     names = (slots,) if isinstance(slots, str) else tuple(map(str, slots or ()))
     writer.put(None if slots is None else names)
     for name, item in fields.items():
-        writer.head(b"field", 5)
-        writer.text(name)
+        writer.out += b"[field 5:" + text_bytes(name)
         writer.put((bool(item.init), bool(item.kw_only), bool(item.compare)))
         for part in (item.default, item.default_factory):
             writer.put_at(f".{name}", None if part is dataclasses.MISSING else (part,))

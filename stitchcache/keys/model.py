@@ -125,7 +125,6 @@ class _ModelWalk:
 
     def _tensors(self) -> Iterator[Factor]:
         lines = {"parameters": bytearray(), "buffers": bytearray()}
-        counts = dict.fromkeys(lines, 0)
         noted: list[tuple[str, dict[str, Any]]] = []
         for path, module in self.modules:
             state = module.__dict__
@@ -134,12 +133,12 @@ class _ModelWalk:
             for kind, found in lines.items():
                 for name, value in state[f"_{kind}"].items():
                     full = prefix + name
-                    counts[kind] += 1
                     found += text_bytes(full)
                     found += b"N" if value is None else self._tensor(full, value, noted)
                     found += b"T" if name in transient else b"F"
         for kind, found in lines.items():
-            yield make_factor(f"model.{kind}", f"{counts[kind]} tensors", bytes(found))
+            count = sum(len(module.__dict__[f"_{kind}"]) for _, module in self.modules)
+            yield make_factor(f"model.{kind}", f"{count} tensors", bytes(found))
         notes = self.walk.writer("model.tensor_attributes")
         for name, own in noted:
             notes.text(name)
