@@ -180,7 +180,7 @@ def _print_profile(record: out.Record, digits: int) -> None:
     out.print_heading("Pieces")
     out.print_table({"PIECE": "key", "CALLS": "calls", "TIME": "seconds", **shares}, record["pieces"], digits)
     if record["ops"]:
-        out.print_heading("Ops, as torch's profiler sees them; what a compiler fused is not among them")
+        out.print_heading("Ops, as torch's profiler sees them, and kernels; not what a CPU's compiler fused")
         columns: out.Fields = {"OP": "op", "PIECE": "piece", "CALLS": "calls", "TIME": "seconds"}
         out.print_table(columns, record["ops"][:20], digits)
 

@@ -29,7 +29,7 @@ from stitchcache.runtime.model import check_environment, devices_in
 from stitchcache.types import Artifact, TensorSpec, span
 
 _WARM_CALLS, _FEWEST, _MOST, _SECONDS = 3, 5, 200, 1.0
-_OPS_CALLS, _MOST_OPS = 3, 100
+_OPS_CALLS, _MOST_OPS, _LONGEST = 3, 100, 60
 _USUAL = 16  # of a size that may vary, where nobody says it
 _MARK = "stitchcache piece "
 
@@ -42,7 +42,11 @@ def profile(
     Raises an ``OptionError`` for sizes that the entry does not cover, and what loading raises.
     """
     for name in imports:
-        importlib.import_module(name)
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            said = f"--import {name}: {error}. It is looked for as 'import' does, in PYTHONPATH too"
+            raise OptionError(said, option="--import") from error
     artifact = cache.get(graph_hash)
     if artifact is None:
         raise GraphHashError(cache.problem(graph_hash)[0] or f"no entry {graph_hash[:12]}", prefix=graph_hash)
@@ -152,23 +156,24 @@ class _Clock:
         }
 
     def ops(self, call: Callable[[], Any]) -> list[dict[str, Any]]:
-        """Ops that torch's profiler saw, by the piece in which they ran; times are their own, in one call."""
+        """Ops that torch's profiler saw, by the piece in which they ran; times are their own, in one call.
+
+        On a GPU also the kernels that a piece launches itself, which a compiler fused.
+        """
         self._named = True
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
-        with watched(activities=kinds) as seen:
+        # One cycle is all, but torch warns where events of an earlier one would be lost.
+        with watched(activities=kinds, acc_events=True) as seen:
             for _ in range(_OPS_CALLS):
                 call()
             self._now()
-        found = defaultdict[tuple[str, str], list[float]](list)
-        for event in seen.events():
-            above = event
-            while above is not None and not above.name.startswith(_MARK):
-                above = above.cpu_parent
-            # A GPU's kernels are events too, and their ops have their time.
-            if above is not event and "::" in event.name and event.device_type.name == "CPU":
+        found, events = defaultdict[tuple[str, str], list[float]](list), seen.events()
+        launches = {event.id: event.cpu_parent for event in events if "LaunchKernel" in event.name}
+        for event in events:
+            key = _piece_of(event, launches)
+            if key is not None:
                 spent = event.self_device_time_total if self._on_gpu else event.self_cpu_time_total
-                key = "" if above is None else above.name.removeprefix(_MARK)
-                found[key, event.name].append(spent / 1e6 / _OPS_CALLS)
+                found[key, event.name[:_LONGEST]].append(spent / 1e6 / _OPS_CALLS)
         rows: list[dict[str, Any]] = [
             {"piece": key, "op": name, "calls": len(times) / _OPS_CALLS, "seconds": sum(times)}
             for (key, name), times in found.items()
@@ -186,3 +191,16 @@ class _Clock:
         if self._on_gpu:
             end.synchronize()
         return float(begin.elapsed_time(end) / 1e3 if self._on_gpu else end - begin)
+
+
+def _piece_of(event: Any, launches: Mapping[int, Any]) -> str | None:
+    """Key of the piece in which an event counts, ``""`` between pieces; ``None`` where it counts nowhere."""
+    if event.device_type.name != "CPU":
+        # Of kernels those that a piece launches itself: the others are in the time of their ops.
+        above = launches.get(event.id)
+        return above.name.removeprefix(_MARK) if above is not None and above.name.startswith(_MARK) else None
+    if "::" not in event.name:
+        return None
+    while event is not None and not event.name.startswith(_MARK):
+        event = event.cpu_parent
+    return "" if event is None else str(event.name.removeprefix(_MARK))

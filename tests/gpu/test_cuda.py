@@ -11,6 +11,7 @@ import torch
 
 import stitchcache
 from stitchcache import CudaGraphs
+from stitchcache.report.profile import profile
 
 pytestmark = [pytest.mark.gpu, pytest.mark.compile]
 
@@ -276,3 +277,13 @@ def test_an_entry_serves_a_gpu_of_another_index(start, cache, graphs):
                 out = compiled(*call)
                 assert (out.device.index, torch.cuda.current_device()) == (1, number % 2)
             close(out, model(*call))
+
+
+def test_a_profile_lists_the_kernels_of_pieces(start, cache):
+    _, compiled = start()
+    found = profile(cache, compiled.graph_hash, {"s0": 8})
+    fused = [row for row in found["ops"] if row["op"].startswith("triton_")]
+    assert {row["piece"] for row in fused} == {piece["key"] for piece in found["pieces"]}
+    assert all(0 < row["seconds"] < found["seconds"] for row in fused)
+    # The attention between pieces is torch's own kernels: they count once, in their ops.
+    assert not [row for row in found["ops"] if not row["piece"] and "::" not in row["op"]]

@@ -76,10 +76,14 @@ def test_the_command_names_what_registers_an_op(entry):
     )
     done = run(cache, *words)
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     assert "s0=16, s1=4" in done.stdout
     assert ATTENTION in done.stdout
     assert "SHARE" in done.stdout
     assert run(cache, "inspect", graph_hash[:8], "--profile", "--size", "s0", "x").returncode == 2
+    missing = run(cache, "inspect", graph_hash[:8], "--profile", "--import", "no_such_ops")
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("stitchcache: --import no_such_ops: No module named 'no_such_ops'")
 
 
 def test_the_page_shows_it(entry):

@@ -354,7 +354,7 @@ function times() {
   if (profile) {
     const sizes = Object.entries(profile.sizes).map(([name, n]) => `${name}=${n}`).join(", "), letter = (key) => data.pieces.find((p) => p.key === key)?.letter ?? "";
     $("profiled").hidden = false;
-    $("profilesaid").textContent = `${secondsText(profile.seconds)} a call on ${profile.device}, made-up inputs (${sizes || "no size varies"}). What a compiler fused is not among the ops.`;
+    $("profilesaid").textContent = `${secondsText(profile.seconds)} a call on ${profile.device}, made-up inputs (${sizes || "no size varies"}). What a compiler fused for a CPU is not among the ops.`;
     timeline($("pieces"), profile.pieces.map((p) => [`piece ${letter(p.key)} ×${p.calls}`, p.seconds]), profile.seconds, "between pieces");
     $("ops").replaceChildren(...profile.ops.map((row) => html("tr", ...[row.op, letter(row.piece), String(row.calls), secondsText(row.seconds)].map((cell) => html("td", cell)))));
   }
