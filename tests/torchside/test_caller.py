@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import subprocess
 import sys
@@ -158,6 +160,43 @@ def test_another_thread_runs_while_a_piece_does(library):
     other.join()
     during = [at for at in woke if began < at < ended]
     assert len(during) >= 3
+
+
+def turn_of(thread):
+    """Nanoseconds of a thread's turns on a core, as Linux has them since 6.12; 0 before."""
+    attributes = (ctypes.c_uint64 * 6)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    number = {"x86_64": 315, "aarch64": 275}[os.uname().machine]
+    assert libc.syscall(number, thread, attributes, ctypes.sizeof(attributes), 0) == 0
+    return attributes[3]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_long_piece_lets_threads_go_first_that_wake(library):
+    if not turn_of(0):
+        pytest.skip("this kernel knows no turns of a thread's own")
+    path, model = library
+    call = load_with_caller(path, "cpu")
+    *_, tensors = in_order(model, 20_000)
+    seen, ended, own = set(), threading.Event(), []
+
+    def work():
+        torch.set_num_threads(1)
+        before = turn_of(threading.get_native_id())
+        for _ in range(4):
+            call(list(tensors))
+        own.extend([before, turn_of(threading.get_native_id())])
+        ended.set()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    while not ended.wait(0.001):
+        with contextlib.suppress(AssertionError):
+            seen.add(turn_of(worker.native_id))
+    worker.join()
+    before, after = own
+    assert before == after
+    assert max(seen) == 100_000_000 > before
 
 
 def test_many_calls_at_once_give_each_its_own(library):
