@@ -305,9 +305,7 @@ def bind_tensors(
 
 def _check_bound(binding: BindingSpec, tensor: torch.Tensor) -> None:
     spec = binding.tensor
-    strides = [
-        (s, w) for size, s, w in zip(tensor.shape, tensor.stride(), spec.stride, strict=False) if size > 1
-    ]
+    strides = [(s, w) for n, s, w in zip(tensor.shape, tensor.stride(), spec.stride, strict=False) if n > 1]
     facts = (
         ("shape", spec.shape, tuple(tensor.shape)),
         ("dtype", spec.dtype, str(tensor.dtype).removeprefix("torch.")),

@@ -31,9 +31,7 @@ _DATA_DECIDES = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output
 
 def ambient_modes(devices: set[str]) -> Modes:
     """The caller's own autocast."""
-    return {
-        device: torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)
-    }
+    return {d: torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
 
 
 def inline_regions(gm: GraphModule, modes: Modes) -> None:

@@ -39,9 +39,7 @@ def demo(backend: str, runs: int, **config: int) -> None:
     model comes from.
     """
     if config["width"] % _HEADS:
-        raise click.UsageError(
-            f"--width {config['width']} is not a multiple of {_HEADS}, the number of heads"
-        )
+        raise click.UsageError(f"--width {config['width']} is no multiple of {_HEADS}, the number of heads")
     named = out.asked("cache") is not None
     cache = out.open_cache(None if named else tempfile.mkdtemp(prefix="stitchcache-demo-"))
     config |= {"heads": _HEADS, "vocabulary": 128}

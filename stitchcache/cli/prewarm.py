@@ -30,9 +30,7 @@ def _shard(_ctx: click.Context, _param: click.Parameter, value: str | None) -> t
 @click.option("--jobs", type=click.IntRange(min=1), help="Pieces to compile at a time.  [default: all cores]")
 @click.option("--require", is_flag=True, help="Compile nothing: a target that is not in the cache fails.")
 @click.option("--fake", is_flag=True, help="Build models without weights: nothing is loaded or allocated.")
-@click.option(
-    "--shard", callback=_shard, metavar="I/N", help="Compile pieces of shard I of N only; I from 0."
-)
+@click.option("--shard", callback=_shard, metavar="I/N", help="Compile pieces of shard I of N; I from 0.")
 @click.option("--keep-sources", is_flag=True, help="Keep the C++ or Triton of pieces for inspect --source.")
 @click.option("-v", "--verbose", is_flag=True, help="Say why each target was a hit or a miss.")
 @out.shared_options
@@ -86,10 +84,7 @@ def _record(result: PrewarmResult) -> out.Record:
 
 
 def _print_targets(record: out.Record) -> None:
-    columns: dict[str, Any] = {
-        "TARGET": "name",
-        "STATUS": lambda found: _STATUS.get(found["status"], found["status"]),
-    }
+    columns: out.Fields = {"TARGET": "name", "STATUS": lambda one: _STATUS.get(one["status"], one["status"])}
     plain = {"STORED": "stored", "GRAPH": "graph_hash", "CALLS": "pieces", "DIFFERENT": "distinct"}
     out.print_table(columns | plain | {"SIZE": "blob_bytes", "TIME": "seconds"}, record["targets"])
     for found in record["targets"]:

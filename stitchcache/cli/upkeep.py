@@ -74,9 +74,7 @@ def age(_ctx: click.Context, _param: click.Parameter, value: str | None) -> floa
 )
 @click.option("--max-files", type=click.IntRange(min=0), help="Files that may stay.")
 @click.option("--max-age", callback=age, metavar="AGE", help="Entries unused for longer go, such as 30d.")
-@click.option(
-    "--remote", is_flag=True, help="Prune the remote instead, by the time of upload; lists all of it."
-)
+@click.option("--remote", is_flag=True, help="Prune the remote instead, by time of upload; lists all of it.")
 @click.option("--yes", is_flag=True, help="Do it.")
 @out.reading_options
 def prune(remote: bool, yes: bool, **limits: Any) -> None:

@@ -320,9 +320,7 @@ def callers(frame: FrameType | None) -> Iterator[FrameType]:
 
 def outside_stdlib(frame: FrameType) -> FrameType | None:
     """The nearest caller that is not the library's."""
-    return next(
-        (caller for caller in callers(frame.f_back) if not in_stdlib(caller.f_code.co_filename)), None
-    )
+    return next((one for one in callers(frame.f_back) if not in_stdlib(one.f_code.co_filename)), None)
 
 
 def is_search(frame: FrameType) -> bool:

@@ -210,10 +210,7 @@ class Remote:
             self._obstore = importlib.import_module("stitchcache.remote.oci").Registry
             self._store = self._obstore(self.url, plain)
         else:
-            self._obstore, store = (
-                importlib.import_module("obstore"),
-                importlib.import_module("obstore.store"),
-            )
+            self._obstore, store = map(importlib.import_module, ("obstore", "obstore.store"))
             client = {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "15m", "allow_http": plain}
             retry = {"max_retries": self._retries}
             if self.url.startswith("file://"):

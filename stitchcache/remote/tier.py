@@ -158,9 +158,7 @@ class Tier:
             publish_blob(cache._top, self.remote.chunks(name, ref.size, flight), expected=ref)
             return True
         except FileNotFoundError:
-            self._refuse(
-                cache, name, errors.StoreError("it is named by an entry or a piece, and is not there")
-            )
+            self._refuse(cache, name, errors.StoreError("an entry or a piece names it, and it is gone"))
         except errors.EntryFormatError as error:
             self._refuse(cache, name, error)
         return False
@@ -238,9 +236,7 @@ class Tier:
         if not fits or time.time() - put_at(there) > _RELIED_ON:
             with cache.opened([ref]) as (path,):
                 if path is None:
-                    raise errors.StoreError(
-                        f"{cache.root}: blob {ref.digest} is missing", path=str(cache.root)
-                    )
+                    raise errors.StoreError(f"{cache.root}: blob {ref.digest} is gone", path=str(cache.root))
                 self._write(name, path, True)
         return there is not None
 

@@ -309,9 +309,7 @@ def _ambiguous(prefix: str, labels: Mapping[str, str], kind: str) -> AmbiguousPr
 def near_records(nearest: Iterable[explanation.NearestEntry]) -> list[Record]:
     """The nearest entries as JSON has them."""
     names = ("graph_hash", "target_key", "label", "created", "refused")
-    return [
-        {**_fields(entry, *names), "differences": difference_records(entry.differences)} for entry in nearest
-    ]
+    return [{**_fields(n, *names), "differences": difference_records(n.differences)} for n in nearest]
 
 
 def _target_record(key: str, path: str, record: types.TargetRecord) -> Record:

@@ -42,9 +42,7 @@ def steps_of(variant: Variant) -> list[Step]:
         SyntaxError: The code cannot be read, or has no ``execution_fn``; see :data:`UNREADABLE`.
     """
     tree = ast.parse(variant.code)
-    found = [
-        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "execution_fn"
-    ]
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "execution_fn"]
     if not found:
         raise SyntaxError("it has no function execution_fn")
     reader = _Reader(tree, variant)

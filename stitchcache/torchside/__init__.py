@@ -114,9 +114,7 @@ def replaced_kernels() -> list[str]:
     for nodes in registered.values() if replaced else ():
         if all(str(node.impl_fn.__module__).startswith("torch._native.") for node in nodes):
             # Before 2.15 all of them are for ops of aten.
-            named = {
-                (getattr(node, "lib_symbol", "aten"), node.op_symbol, node.dispatch_key) for node in nodes
-            }
+            named = {(getattr(n, "lib_symbol", "aten"), n.op_symbol, n.dispatch_key) for n in nodes}
             replaced.difference_update(map("/".join, named))
     return sorted(item.split("/")[1] for item in replaced)
 
