@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -120,12 +120,8 @@ def _print_key(record: out.Record, everything: bool) -> None:
     targets = record["targets"]
     if targets:
         out.print_heading("Targets that lead here")
-        columns: out.Fields = {
-            "KEY": "target_key",
-            "LABEL": "label",
-            "CREATED": "created",
-            "SERVED DIRECTLY": lambda found: f"no: {found['refused']}" if found["refused"] else "yes",
-        }
+        columns: dict[str, Any] = {"KEY": "target_key", "LABEL": "label", "CREATED": "created"}
+        columns["SERVED DIRECTLY"] = lambda found: f"no: {found['refused']}" if found["refused"] else "yes"
         out.print_table(columns, targets)
         out.print_heading(f"What the capture of {targets[0]['target_key'][:12]} read")
         out.print_table({"MODULE": "module", "SIZE": "bytes", "DIGEST": "digest"}, targets[0]["sources"])

@@ -73,15 +73,10 @@ def _print_signers(record: out.Record) -> None:
     if not record["signers"]:
         out.say(f"nobody is trusted in {record['directory']}")
         return
-    columns: out.Fields = {
-        "SIGNER": "names",
-        "KEY": "fingerprint",
-        "NAMESPACES": "namespaces",
-        "FROM": lambda signer: _moment(signer["valid_after"]),
-        "UNTIL": lambda signer: _moment(signer["valid_before"]),
-        "REVOKED": "revoked",
-    }
-    out.print_table(columns, record["signers"], 64)
+    columns: dict[str, Any] = {"SIGNER": "names", "KEY": "fingerprint", "NAMESPACES": "namespaces"}
+    columns["FROM"] = lambda signer: _moment(signer["valid_after"])
+    columns["UNTIL"] = lambda signer: _moment(signer["valid_before"])
+    out.print_table({**columns, "REVOKED": "revoked"}, record["signers"], 64)
 
 
 def _moment(seconds: float | None) -> str:

@@ -47,7 +47,7 @@ def page(title: str, *content: Markup, data: Any = None) -> str:
 
 def write_page(path: str, text: str) -> None:
     """Write a page in one go; a StoreError if it cannot be written."""
-    target = path.rstrip(os.sep) or path
+    target = path.rstrip(os.sep) or os.path.normpath(path)
     directory, name = os.path.split(target)
     # A pipe or a terminal is written to.
     whole = not os.path.exists(target) or os.path.isfile(target)

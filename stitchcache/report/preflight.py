@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -91,6 +90,9 @@ def _entries(source: str | os.PathLike[str] | Cache) -> Iterator[tuple[str, str,
             if (data := entry_bytes(header.path)) is not None:
                 yield header.graph_hash, *decode_factors(data, header.graph_hash, header.path, _OF_MACHINE)
         return
+    # Not at the top: a bundle is seldom asked about.
+    import tarfile
+
     try:
         with tarfile.open(source, "r:") as bundle:
             for member in bundle:

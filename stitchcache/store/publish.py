@@ -17,12 +17,15 @@ import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stitchcache.errors import EntryDamagedError, LockTimeoutError, StoreWriteError
 from stitchcache.store import Area, Files, distrust, distrusted_way, keyed_path, words
 from stitchcache.store.root import Item, OnWait, Root
 from stitchcache.types import BlobRef
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _CHUNK = 1 << 20
 
@@ -195,6 +198,7 @@ def scratch(root: Root) -> Iterator[Path]:
     # Not at the top: they import a dozen modules, and only what compiles needs them.
     import shutil
     import tempfile
+    from pathlib import Path
 
     within = None if root.read_only else _scratch_within(root)
     path, fd = within or (tempfile.mkdtemp(prefix="stitchcache-"), None)

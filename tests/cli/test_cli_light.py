@@ -33,8 +33,8 @@ READING = [
 ]
 HEAVY = ("torch", "numpy", "rich", "asyncio", "stitchcache.api")
 # A tenth of what a command takes on a small cache, each.
-SELDOM = {"logging", "pathlib", "shutil", "tempfile", "platformdirs", "filelock", "stitchcache.store.publish"}
-LIGHT = ("ls", "inspect", "explain", "diff", "report", "verify", "stats")
+SELDOM = {"logging", "pathlib", "shutil", "tempfile", "tarfile", "platformdirs", "filelock"}
+LIGHT = ("ls", "inspect", "explain", "diff", "report", "verify", "stats", "prune")
 
 
 @pytest.mark.parametrize("words", READING, ids=" ".join)
