@@ -205,12 +205,15 @@ class Root:
             raise EntryDamagedError.at(path, "size", reason) from error
         if fd is None:
             return None
-        with self.files.opened(fd):
+        # Not by ``opened``: there may be thousands.
+        try:
             facts = self.files.fstat(fd)
             # Nothing of ours begins with zeros, and a file with a hole may be of any size.
             hollow = facts.st_size > _LARGE and not self.files.pread(fd, _HEAD, 0).strip(b"\0")
             if stat.S_ISREG(facts.st_mode) and facts.st_size <= cap and not hollow:
                 return self.files.read_exactly(fd, facts.st_size), facts
+        finally:
+            self.files.close_quietly(fd)
         raise EntryDamagedError.at(path, "size", reason)
 
     def require_trust(self, path: str) -> None:

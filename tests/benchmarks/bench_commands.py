@@ -91,25 +91,37 @@ def make(place: Path, count: int) -> None:
     whole.write_text("")
 
 
-def seconds(words: list[str], place: Path, rounds: int) -> float:
-    """Processor time of a command in a fresh process, the median; it imports no torch and does not fail."""
+def seconds(words: list[str], place: Path, rounds: int, packages: list[Path]) -> list[float]:
+    """Processor time of a command in a fresh process, the median, with each of some packages in turn.
+
+    It imports no torch and does not fail.
+    """
     # As the installed script does, without what ``python -m`` imports.
     source = "from stitchcache.cli import main; main()"
     command = [sys.executable, "-X", "importtime", "-c", source, *words]
-    settings = {"STITCHCACHE_DIR": str(place), "PYTHONPATH": str(PACKAGE), "PYTHONDONTWRITEBYTECODE": ""}
-    ran = partial(subprocess.run, env={**os.environ, **settings}, capture_output=True, text=True, check=False)
-    done = ran(command)
-    # One that finds something says so by status 1.
-    if done.returncode not in (0, 1) or "Traceback" in done.stderr or "| torch" in done.stderr:
-        raise SystemExit(f"{words}: status {done.returncode}, imports torch or failed\n{done.stderr[-2000:]}")
+    settings = {"STITCHCACHE_DIR": str(place), "PYTHONDONTWRITEBYTECODE": ""}
+    # Not from here: the directory of the process comes before PYTHONPATH.
+    how = {"cwd": place.parent, "capture_output": True, "text": True, "check": False}
+    ran = {
+        package: partial(subprocess.run, env={**os.environ, **settings, "PYTHONPATH": str(package)}, **how)
+        for package in packages
+    }
+    for run in ran.values():
+        done = run(command)
+        # One that finds something says so by status 1.
+        if done.returncode not in (0, 1) or "Traceback" in done.stderr or "| torch" in done.stderr:
+            said = f"status {done.returncode}, imports torch or failed\n{done.stderr[-2000:]}"
+            raise SystemExit(f"{words}: {said}")
     del command[1:3]
-    found = []
+    found = {package: [] for package in packages}
     for _ in range(rounds):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        ran(command)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        found.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return statistics.median(found)
+        for package, run in ran.items():
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            run(command)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            found[package].append(took)
+    return [statistics.median(times) for times in found.values()]
 
 
 def main() -> int:
@@ -119,6 +131,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="fresh processes for each command and cache")
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()) / "stitchcache-bench")
     parser.add_argument("--only", default="", help="commands that begin so")
+    parser.add_argument("--beside", type=Path, help="another checkout, measured in turn with this one")
     options = parser.parse_args()
     options.dir.mkdir(parents=True, exist_ok=True)
     node = options.dir / "node.json"
@@ -128,17 +141,22 @@ def main() -> int:
     places = {count: options.dir / f"commands-{count}" for count in (SMALL, options.entries)}
     for count, place in places.items():
         make(place, count)
-    print(f"| processor time, seconds | {SMALL} entries | {options.entries:,} entries | |\n|---|---|---|---|")
+    packages = [PACKAGE] if options.beside is None else [PACKAGE, options.beside.resolve()]
+    beside = f" {SMALL} beside | {options.entries:,} beside |" if options.beside else ""
+    print(f"| processor time, seconds | {SMALL} entries | {options.entries:,} entries |{beside} |")
+    print("|---" * (beside.count("|") + 4) + "|")
     missed = 0
     for command in COMMANDS:
         if not command.startswith(options.only):
             continue
         given = [words.get(word, word) for word in command.split()]
-        small, large = (seconds(given, place, options.rounds) for place in places.values())
+        both = [seconds(given, place, options.rounds, packages) for place in places.values()]
+        (small, large), *others = zip(*both, strict=True)
         slow = small > SMALL_SECONDS or large > LARGE_SECONDS
         note = WITHOUT_GOAL.get(command.partition(" ")[0], "**missed**" if slow else "")
         missed += note == "**missed**"
-        print(f"| `{command}` | {small:.3f} | {large:.2f} | {note} |", flush=True)
+        cells = [f" {one:.3f} | {two:.2f} |" for one, two in [(small, large), *others]]
+        print(f"| `{command}` |{''.join(cells)} {note} |", flush=True)
     return 1 if missed else 0
 
 
