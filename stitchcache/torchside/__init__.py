@@ -47,6 +47,12 @@ from stitchcache.types import CALLER_MARK
 
 SEEN = ("2.11", "2.13", "2.15")
 
+if not getattr(sys, "_is_gil_enabled", lambda: True)():
+    # Nobody has tried what threads do to each other here. Pieces let go of the GIL anyway.
+    raise ImportError(
+        "stitchcache was not tried without the GIL: start Python with -X gil=1 or PYTHON_GIL=1."
+    )
+
 INDUCTOR_SETTINGS = "torch._inductor.config"
 DYNAMO = "torch._dynamo"
 RESUMED = "torch_dynamo_resume_in"
