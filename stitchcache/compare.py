@@ -205,6 +205,9 @@ class Beside:
         places += [(f"attribute:{path}", was, tensor_at(self._model, path)) for path, was in reads]
         written = [(name, kept(now), was) for name, was, now in places if now is not None and now is not was]
         owners = self._owners() if saved else {}
+        # Such memory shrinks again, and nobody knows the tensors over it.
+        if any(one.storage.nbytes() != one.before.nbytes() for m, one in saved.items() if m not in owners):
+            return Both(unchecked="the model resizes memory that is no argument and no buffer")
         rebound = {name for name, _, _ in written}
         for memory, one in saved.items():
             for name, tensor in (owners.get(memory) or dict([_whole(one.tensor, one.storage)])).items():

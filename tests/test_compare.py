@@ -660,3 +660,64 @@ def test_another_subject_is_judged_by_what_the_model_gave_before():
         assert judged(both).state == state
         assert model.total.tolist() == [0, 0]
     assert len(calls) == 1
+
+
+class Packs(nn.Module):
+    """Saves for autograd through hooks of its own, which write a tensor that no module has."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.linear, self.hidden = nn.Linear(3, 3), hidden
+
+    def forward(self, x):
+        def pack(saved):
+            self.hidden[0].fill_(float(saved.numel()))
+            return saved
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            return self.linear(x).exp().detach()
+
+
+def test_a_quick_look_sees_the_hooks_of_autograd():
+    hidden = [torch.zeros(1)]
+    model = Packs(hidden).eval()
+    both = Beside(model, (torch.ones(2, 3),), {}, quick=True).run(model)
+    assert judged(both).state == "agreed"
+    assert hidden[0].item() == 0.0
+
+
+def test_a_look_beside_the_callers_own_mode_is_no_quick_one():
+    hidden = torch.zeros(1)
+
+    class Notes(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.exp:
+                hidden.add_(1.0)
+            return func(*args, **(kwargs or {}))
+
+    class Exp(nn.Module):
+        def forward(self, x):
+            return torch.exp(x)
+
+    with Notes():
+        both = Beside(Exp(), (torch.ones(2),), {}, quick=True).run(Exp())
+    assert judged(both).state == "agreed"
+    assert hidden.item() == 0.0
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("size", [0, 7])
+def test_memory_that_grows_is_no_longer_read(size, quick):
+    """It is put back to its size, and what the model made of it lies beyond that."""
+    scratch = torch.zeros(size)
+
+    class Grows(nn.Module):
+        def forward(self, x):
+            scratch.resize_(x.numel())
+            scratch.copy_(x.reshape(-1))
+            return x + 1
+
+    both = Beside(Grows(), (torch.ones(3000),), {}, quick=quick).run(lambda x: x + 1)
+    assert both.unchecked == "the model resizes memory that is no argument and no buffer"
+    assert scratch.shape == (size,)
+    assert scratch.untyped_storage().nbytes() == 4 * size

@@ -32,9 +32,7 @@ def machine() -> None:
 
 @click.command()
 @click.argument("source", required=False, type=click.Path())
-@click.option(
-    "--machine", "node", type=click.Path(), required=True, help="What 'stitchcache machine' printed there."
-)
+@click.option("--machine", "node", type=click.Path(), required=True, help="What 'machine' printed there.")
 @click.option(
     "--target", "target", metavar="TARGET", help="Check the direct hit of such targets; imports torch."
 )

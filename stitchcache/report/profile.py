@@ -44,9 +44,10 @@ def profile(
     for name in imports:
         try:
             importlib.import_module(name)
-        except ImportError as error:
-            said = f"--import {name}: {error}. It is looked for as 'import' does, in PYTHONPATH too"
-            raise OptionError(said, option="--import") from error
+        # A module of the user's, which may raise anything.
+        except (Exception, SystemExit) as error:
+            said = f"--import {name}: it cannot be imported ({type(error).__name__}: {error})"
+            raise OptionError(f"{said}. PYTHONPATH says where modules are", option="--import") from error
     artifact = cache.get(graph_hash)
     if artifact is None:
         raise GraphHashError(cache.problem(graph_hash)[0] or f"no entry {graph_hash[:12]}", prefix=graph_hash)

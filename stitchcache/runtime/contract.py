@@ -359,9 +359,7 @@ def share_memory(written: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor
     Compiled code takes them for distinct: it may read one after it has written the other.
     """
     storages = [tensor.untyped_storage().data_ptr() for tensor in tensors]
-    return any(
-        storages.count(tensor.untyped_storage().data_ptr()) > 1 for tensor in written if tensor.numel()
-    )
+    return any(storages.count(one.untyped_storage().data_ptr()) > 1 for one in written if one.numel())
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

@@ -12,6 +12,7 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -44,6 +45,7 @@ PyThreadState* PyEval_SaveThread();
 void PyEval_RestoreThread(PyThreadState*);
 int aoti_torch_new_tensor_handle(void*, void**);
 int aoti_torch_delete_tensor_object(void*);
+int omp_get_max_threads() __attribute__((weak));  // torch's OpenMP
 extern PyObject* THPVariableClass;
 }
 
@@ -175,10 +177,15 @@ PyObject* give_outputs(const Piece& piece, void** results) {
 class LongTurns {
  public:
   LongTurns() {
-    changed_ = !syscall(SYS_sched_getattr, 0, &own_, sizeof own_, 0) && own_.policy == SCHED_OTHER && set(kSlice);
+    // A filter of system calls may end a process for one that it does not like. A call on several cores may start
+    // threads, which would keep what they inherit.
+    if (prctl(PR_GET_SECCOMP) || !omp_get_max_threads || omp_get_max_threads() != 1) return;
+    changed_ = read(own_) && set(own_, kSlice);
   }
   ~LongTurns() {
-    if (changed_) set(own_.slice);
+    Attributes now = {};
+    // What somebody else has changed meanwhile stays.
+    if (changed_ && read(now) && now.slice == kSlice) set(now, own_.slice);
   }
 
  private:
@@ -189,18 +196,24 @@ class LongTurns {
     uint32_t priority;
     uint64_t slice, deadline, period;
   };
-  bool set(uint64_t slice) const {
-    Attributes wanted = own_;
+  static bool read(Attributes& into) {
+    return !syscall(SYS_sched_getattr, 0, &into, sizeof into, 0) && into.policy == SCHED_OTHER;
+  }
+  static bool set(Attributes wanted, uint64_t slice) {
     wanted.size = sizeof wanted;
     wanted.slice = slice;
     return !syscall(SYS_sched_setattr, 0, &wanted, 0);
   }
   Attributes own_ = {};
-  bool changed_;
+  bool changed_ = false;
 };
 
 int run_aside(Piece& piece, void** inputs, size_t count, void** outputs, bool is_long) {
-  if (!is_long) return run(piece, inputs, count, outputs);
+  // The first run in a thread may start others.
+  thread_local bool ran = false;
+  const bool again = ran;
+  ran = true;
+  if (!again || !is_long) return run(piece, inputs, count, outputs);
   const LongTurns turns;
   return run(piece, inputs, count, outputs);
 }

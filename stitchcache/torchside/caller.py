@@ -37,12 +37,10 @@ def compile_caller(compiler: str) -> Path:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as directory:
             made = Path(directory, "caller.so")
-            libraries = Path(torch.__file__).parent / "lib"
+            libraries = [f"-L{Path(torch.__file__).parent}/lib", "-ltorch_python", "-ltorch_cpu"]
             flags = ["-O2", "-s", "-shared", "-fPIC", "-std=c++17", "-fvisibility=hidden"]
-            command = [compiler, *flags, str(_SOURCE), "-o", str(made), f"-L{libraries}"]
-            subprocess.run(
-                [*command, "-ltorch_python", "-ltorch_cpu"], check=True, capture_output=True, text=True
-            )
+            command = [compiler, *flags, str(_SOURCE), "-o", str(made), *libraries]
+            subprocess.run(command, check=True, capture_output=True, text=True)
             made.replace(path)
     return path
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stitchcache.records import dataclass
-from stitchcache.torchside import QUIET, storage_id
+from stitchcache.torchside import QUIET, replaced_kernels, storage_id
 
 SEEN = ("2.11", "2.13", "2.15")
 
@@ -237,6 +237,8 @@ class _Known(TorchFunctionMode):
         if returns == -1:
             returns = self._returns[func] = self._looked_up(func)
         known = returns is not None and args and types in _PLAIN and not (kwargs and "out" in kwargs)
+        # What autograd saves may go through the block's own hooks.
+        known = known and not torch.is_grad_enabled()
         # The block may have put a mode of its own above, or be inside of an op that the watch has seen.
         depth = _C._len_torch_dispatch_stack() if known else 0
         if not depth or _C._get_dispatch_stack_at(depth - 1) is not self._watch:
@@ -278,11 +280,13 @@ class _Untraced(Watch):  # type: ignore[no-untyped-call]
 def watch(effects: Mapping[str, bool], *, quick: bool = False, **limits: Any) -> Watch:
     """A :class:`Watch` that Dynamo does not trace, where Dynamo is there; it takes two seconds to import.
 
-    It is not a quick one where Dynamo has compiled something: that is compiled anew under another mode.
+    It is not a quick one where Dynamo has compiled something, which is compiled anew under another mode, nor
+    where harmless functions may run what is not torch's: a mode that is on, a kernel that others registered.
     """
     compiler: Any = sys.modules.get("torch._dynamo.utils")
     made = (Watch if compiler is None else _Untraced)(effects, **limits)
-    if quick and not (compiler and compiler.counters.get("frames")):
+    others = _C._len_torch_function_stack() or replaced_kernels()
+    if quick and not others and not (compiler and compiler.counters.get("frames")):
         made.known = _Known(made)
     return made
 

@@ -266,7 +266,7 @@ def test_an_entry_whose_blob_is_not_there_is_refused_and_replaced(node, url, upl
     shutil.rmtree(remote_path(url, "blobs"))
     cache = node(url)
     assert fetched(cache) is None
-    assert any("is not there" in r.getMessage() for r in caplog.records)
+    assert any("and it is gone" in r.getMessage() for r in caplog.records)
     put(cache, "a", [b"compiled anew"])
     assert fetched(node(url)) == [b"compiled anew"]
 

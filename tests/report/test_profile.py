@@ -83,7 +83,10 @@ def test_the_command_names_what_registers_an_op(entry):
     assert run(cache, "inspect", graph_hash[:8], "--profile", "--size", "s0", "x").returncode == 2
     missing = run(cache, "inspect", graph_hash[:8], "--profile", "--import", "no_such_ops")
     assert missing.returncode == 2
-    assert missing.stderr.startswith("stitchcache: --import no_such_ops: No module named 'no_such_ops'")
+    said = "--import no_such_ops: it cannot be imported (ModuleNotFoundError: No module named 'no_such_ops')"
+    assert missing.stderr.startswith(f"stitchcache: {said}")
+    relative = run(cache, "inspect", graph_hash[:8], "--profile", "--import", ".ops")
+    assert (relative.returncode, "Traceback" in relative.stderr) == (2, False)
 
 
 def test_the_page_shows_it(entry):

@@ -199,6 +199,32 @@ def test_a_long_piece_lets_threads_go_first_that_wake(library):
     assert max(seen) == 100_000_000 > before
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_what_others_change_meanwhile_stays(library):
+    if not turn_of(0):
+        pytest.skip("this kernel knows no turns of a thread's own")
+    path, model = library
+    call = load_with_caller(path, "cpu")
+    *_, tensors = in_order(model, 60_000)
+    began, found = threading.Event(), []
+
+    def work():
+        torch.set_num_threads(1)
+        call(list(tensors))
+        began.set()
+        call(list(tensors))
+        found.append(os.sched_getscheduler(0))
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    began.wait()
+    while turn_of(worker.native_id) != 100_000_000:
+        time.sleep(0.0005)
+    os.sched_setscheduler(worker.native_id, os.SCHED_BATCH, os.sched_param(0))
+    worker.join()
+    assert found == [os.SCHED_BATCH]
+
+
 def test_many_calls_at_once_give_each_its_own(library):
     path, model = library
     run = load_with_caller(path, "cpu")
