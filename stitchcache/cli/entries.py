@@ -83,9 +83,7 @@ def _print_list(record: out.Record, wide: bool) -> None:
 @click.option("--factors", is_flag=True, help="Only the named parts of its keys.")
 @click.option("--signature", is_flag=True, help="Only its signature: the statement, and the SSHSIG block.")
 @click.option("--source", is_flag=True, help="Only what the compiler generated, where prewarm kept it.")
-@click.option(
-    "--piece", metavar="NAME", help="The piece that --source shows: a call's name, or a key's beginning."
-)
+@click.option("--piece", metavar="NAME", help="The piece of --source: a call's name, or a key's beginning.")
 @click.option("--profile", is_flag=True, help="Run it here on made-up inputs; time by piece and op.")
 @click.option("--size", "sizes", type=(str, int), multiple=True, help="A size that may vary, for --profile.")
 @click.option("--import", "imports", metavar="MODULE", multiple=True, help="Registers ops for --profile.")

@@ -85,9 +85,14 @@ def _record(result: PrewarmResult) -> out.Record:
 
 def _print_targets(record: out.Record) -> None:
     columns: out.Fields = {
-        **{"TARGET": "name", "STATUS": lambda one: _STATUS.get(one["status"], one["status"])},
-        **{"STORED": "stored", "GRAPH": "graph_hash", "CALLS": "pieces", "DIFFERENT": "distinct"},
-        **{"SIZE": "blob_bytes", "TIME": "seconds"},
+        "TARGET": "name",
+        "STATUS": lambda one: _STATUS.get(one["status"], one["status"]),
+        "STORED": "stored",
+        "GRAPH": "graph_hash",
+        "CALLS": "pieces",
+        "DIFFERENT": "distinct",
+        "SIZE": "blob_bytes",
+        "TIME": "seconds",
     }
     out.print_table(columns, record["targets"])
     for found in record["targets"]:

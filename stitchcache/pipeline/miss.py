@@ -97,9 +97,7 @@ def miss_error(wanted: Wanted, miss: Miss, graph_hash: str | None = None) -> Cac
     what, reason = f"no direct hit in the cache at {site.cache.root}", miss.reason
     if miss.cause == "refused":
         what = f"the cache at {site.cache.root} cannot be used"
-        advice = (
-            "Mend that first; another prewarm may meet the same. 'stitchcache doctor' tries the directory."
-        )
+        advice = "Mend that first; another prewarm may meet it too. 'stitchcache doctor' tries the directory."
     elif graph_hash is not None:
         what = f"not in the cache at {site.cache.root}"
         reason = f"{miss.reason}; no entry for graph {graph_hash[:12]} either"

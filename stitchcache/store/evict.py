@@ -45,8 +45,8 @@ class PruneResult:
     """What a prune did."""
 
     entries: list[str] = field(default_factory=list)  # graph hashes of removed entries
-    files: int = 0  # removed, of every kind
-    bytes: int = 0  # of these files
+    files: int = 0  # number of removed files, of every kind
+    bytes: int = 0  # of the removed files
     in_use: list[str] = field(default_factory=list)  # graph hashes that were to go and were in use
     # Paths that could not be removed, with the system's words.
     failed: list[tuple[str, str]] = field(default_factory=list)
@@ -59,11 +59,11 @@ class PrunePlan:
 
     entries: tuple[tuple[Item, str], ...]  # to evict, least recently used first, with the reason
     blobs: tuple[Item, ...]  # what no remaining entry names
-    targets: tuple[Item, ...]  # what leads to nothing that stays, as do the next
-    pieces: tuple[Item, ...]
+    targets: tuple[Item, ...]  # records that lead to no entry that stays
+    pieces: tuple[Item, ...]  # records that name no blob that stays
     leftovers: tuple[Item, ...]  # left in ``tmp`` by processes that died, or beyond the quarantine's cap
     total_bytes: int  # of all files before
-    total_files: int  # all of them
+    total_files: int  # number of all files before
     # Entries that might be good and cannot be read here, such as those of a newer format. While there are
     # any, no entry and no blob goes.
     unreadable: tuple[str, ...]

@@ -185,9 +185,7 @@ class Store:
     def tier(self) -> Any:
         """The remote (:class:`stitchcache.remote.tier.Tier`); a start from local files does without it."""
         if not self.remote:
-            raise errors.OptionError(
-                "there is no remote: give --remote, or set STITCHCACHE_REMOTE", option="remote"
-            )
+            raise errors.OptionError("no remote: give --remote, or set STITCHCACHE_REMOTE", option="remote")
         return importlib.import_module("stitchcache.remote.tier").Tier(self.remote, self._counters.add)
 
     def require_voucher(self, backend: str) -> None:

@@ -37,52 +37,40 @@ SELDOM = {"logging", "pathlib", "shutil", "tempfile", "tarfile", "platformdirs",
 LIGHT = ("ls", "inspect", "explain", "diff", "report", "verify", "stats", "prune")
 
 
-@pytest.mark.parametrize("words", READING, ids=" ".join)
-def test_nothing_heavy_is_imported(tmp_path, words):
-    put(tmp_path, key("a"))
+def imported(root, words, names, first="sys"):
+    """Which of some modules a command imports, beside what ``first`` has imported."""
+    put(root, key("a"))
     source = (
-        "import sys\n"
+        f"import sys, {first}\n"
+        "before = set(sys.modules)\n"
         "from stitchcache.cli import main\n"
         "try:\n"
         "    main()\n"
         "finally:\n"
-        f"    print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"
+        f"    print(sorted({set(names)!r} & sys.modules.keys() - before), file=sys.stderr)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", source, *words],
-        env=environment(STITCHCACHE_DIR=str(tmp_path)),
+        env=environment(STITCHCACHE_DIR=str(root)),
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[-1] == "[]"
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("words", READING, ids=" ".join)
+def test_nothing_heavy_is_imported(tmp_path, words):
+    assert imported(tmp_path, words, HEAVY) == "[]"
 
 
 @pytest.mark.parametrize(
     "words", [words for words in READING if words[0] in LIGHT and "--help" not in words], ids=" ".join
 )
 def test_what_is_seldom_needed_is_not_imported(tmp_path, words):
-    put(tmp_path, key("a"))
     # What the interpreter and click import is theirs to say.
-    source = (
-        "import sys, click\n"
-        "before = set(sys.modules)\n"
-        "from stitchcache.cli import main\n"
-        "try:\n"
-        "    main()\n"
-        "finally:\n"
-        f"    print(sorted({SELDOM!r} & sys.modules.keys() - before), file=sys.stderr)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", source, *words],
-        env=environment(STITCHCACHE_DIR=str(tmp_path)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[-1] == "[]"
+    assert imported(tmp_path, words, SELDOM, first="click") == "[]"
 
 
 def test_ls_of_an_empty_cache_takes_a_tenth_of_a_second(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import subprocess
@@ -171,58 +170,53 @@ def turn_of(thread):
     return attributes[3]
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_a_long_piece_lets_threads_go_first_that_wake(library):
-    if not turn_of(0):
-        pytest.skip("this kernel knows no turns of a thread's own")
+LONG_TURN = 100_000_000
+
+
+@pytest.fixture
+def in_long_turns(library, one_thread):
+    """Starts a thread that calls a long piece until it is told to end; its turns before and after."""
+    if not turn_of(0) or "\nSeccomp:\t0\n" not in Path("/proc/self/status").read_text():
+        pytest.skip("this kernel knows no turns of a thread's own, or its calls are filtered")
     path, model = library
     call = load_with_caller(path, "cpu")
     *_, tensors = in_order(model, 20_000)
-    seen, ended, own = set(), threading.Event(), []
+    over, found = threading.Event(), []
 
     def work():
         torch.set_num_threads(1)
-        before = turn_of(threading.get_native_id())
-        for _ in range(4):
+        found.append(turn_of(0))
+        while not over.is_set():
             call(list(tensors))
-        own.extend([before, turn_of(threading.get_native_id())])
-        ended.set()
+        found.extend([turn_of(0), os.sched_getscheduler(0)])
 
     worker = threading.Thread(target=work)
     worker.start()
-    while not ended.wait(0.001):
-        with contextlib.suppress(AssertionError):
-            seen.add(turn_of(worker.native_id))
-    worker.join()
-    before, after = own
-    assert before == after
-    assert max(seen) == 100_000_000 > before
 
+    def end():
+        over.set()
+        worker.join()
+        return found
 
-@pytest.mark.usefixtures("one_thread")
-def test_what_others_change_meanwhile_stays(library):
-    if not turn_of(0):
-        pytest.skip("this kernel knows no turns of a thread's own")
-    path, model = library
-    call = load_with_caller(path, "cpu")
-    *_, tensors = in_order(model, 60_000)
-    began, found = threading.Event(), []
-
-    def work():
-        torch.set_num_threads(1)
-        call(list(tensors))
-        began.set()
-        call(list(tensors))
-        found.append(os.sched_getscheduler(0))
-
-    worker = threading.Thread(target=work)
-    worker.start()
-    began.wait()
-    while turn_of(worker.native_id) != 100_000_000:
+    deadline = time.monotonic() + 60
+    while turn_of(worker.native_id) != LONG_TURN and time.monotonic() < deadline:
         time.sleep(0.0005)
+    yield worker, end
+    end()
+
+
+def test_a_long_piece_lets_threads_go_first_that_wake(in_long_turns):
+    worker, end = in_long_turns
+    assert any(turn_of(worker.native_id) == LONG_TURN for _ in range(1000) if not time.sleep(0.0005))
+    before, after, _ = end()
+    assert before == after < LONG_TURN
+
+
+def test_what_others_change_meanwhile_stays(in_long_turns):
+    worker, end = in_long_turns
     os.sched_setscheduler(worker.native_id, os.SCHED_BATCH, os.sched_param(0))
-    worker.join()
-    assert found == [os.SCHED_BATCH]
+    time.sleep(0.2)
+    assert end()[-1] == os.SCHED_BATCH
 
 
 def test_many_calls_at_once_give_each_its_own(library):
