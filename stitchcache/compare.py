@@ -32,6 +32,8 @@ _FLOOR = {
     torch.float16: 5e-3,
     torch.bfloat16: 3e-2,
 }
+# A difference of two numbers of these kinds is right enough in 32 bits.
+_NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _COARSE = 1e-1
 # The most that a hit may be off by what the cold compile measured, unless that was over half of it itself.
 HIGH = 0.25
@@ -300,11 +302,12 @@ def measure(name: str, want: Any, got: Any) -> Compared:
     if not (want.is_floating_point() or want.is_complex()):
         share = float((want != got).double().mean()) if not torch.equal(want, got) else 0.0
         return Compared(name=name, difference=share, magnitude=1.0, spread=share)
-    kind, precise = want.dtype, torch.complex128 if want.is_complex() else torch.float64
-    a, b = want.to(precise), got.to(precise)
-    known, apart = a, (a - b).abs()
-    largest = float(apart.max())
-    # A difference is finite only where both sides are: most results need no second look.
+    # A GPU takes three milliseconds to load each kind of kernel when it is first used: most results need few.
+    kind, wide = want.dtype, torch.complex128 if want.is_complex() else torch.float64
+    a, b = (side.to(torch.float32 if kind in _NARROW else wide) for side in (want, got))
+    known, apart = a, a - b
+    largest = _largest(apart)
+    # A difference is finite only where both sides are.
     if not math.isfinite(largest):
         finite = a.isfinite()
         odd = ~finite | ~b.isfinite()
@@ -313,16 +316,21 @@ def measure(name: str, want: Any, got: Any) -> Compared:
         wrong = odd & (a != b) & ~(a.isnan() & b.isnan())
         if bool(wrong.any()):
             fact = f"has {int(wrong.sum())} values that are infinite or NaN, and others on the other side"
-            return Compared(name=name, fact=fact, magnitude=float(known.abs().max()), dtype=kind)
-        apart = torch.where(odd, torch.zeros_like(a), a - b).abs()
-        largest = float(apart.max())
-    sizes = known.abs()
-    found = Compared(name=name, difference=largest, magnitude=float(sizes.max()), dtype=kind)
+            return Compared(name=name, fact=fact, magnitude=_largest(known), dtype=kind)
+        apart = torch.where(odd, torch.zeros_like(a), apart)
+        largest = _largest(apart)
+    found = Compared(name=name, difference=largest, magnitude=_largest(known), dtype=kind)
     if not disagreement(found):
         return found
-    # A GPU loads each kind of kernel when it is first used: products are there, powers and roots take 60 ms.
-    scale, spread = (math.sqrt(float((some * some).mean())) for some in (sizes, apart))
+    # Products are loaded, powers and roots take 60 ms.
+    scale, spread = (math.sqrt(float((s * s).mean())) for s in (known.abs().double(), apart.abs().double()))
     return replace(found, spread=spread / scale if scale else spread)
+
+
+def _largest(values: torch.Tensor) -> float:
+    """The largest absolute value; NaN where there is one."""
+    least, most = torch.aminmax(values.abs() if values.is_complex() else values)
+    return max(-float(least), float(most))
 
 
 def _said(error: BaseException) -> str:

@@ -24,9 +24,7 @@ def shown(value: object) -> str:
 
 def tag(name: str, *content: object, **attributes: str) -> Markup:
     """An element; ``class_`` stands for ``class``, ``aria_label`` for ``aria-label``."""
-    given = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{shown(value)}"' for key, value in attributes.items()
-    )
+    given = "".join(f' {k.rstrip("_").replace("_", "-")}="{shown(value)}"' for k, value in attributes.items())
     return Markup(f"<{name}{given}>{''.join(map(shown, content))}</{name}>")
 
 

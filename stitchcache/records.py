@@ -91,16 +91,14 @@ def fill(cls: type[T], values: dict[str, Any]) -> T:
 def _init(self: Any, *args: Any, **kwargs: Any) -> None:
     fields = self.__dataclass_fields__
     if args or kwargs.keys() != fields.keys():
-        kwargs = _completed(type(self).__name__, fields, args, kwargs)
+        kwargs = _filled(type(self).__name__, fields, args, kwargs)
     self.__dict__.update(kwargs)
     check = getattr(self, "__post_init__", None)
     if check is not None:
         check()
 
 
-def _completed(
-    cls: str, fields: dict[str, Any], args: tuple[Any, ...], given: dict[str, Any]
-) -> dict[str, Any]:
+def _filled(cls: str, fields: dict[str, Any], args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
     """Every field's value, from arguments and defaults."""
     positional = [name for name, field in fields.items() if not field.kw_only]
     if len(args) > len(positional):

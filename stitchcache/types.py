@@ -296,25 +296,23 @@ class Artifact:
         """Symbols that are served from a larger size than was asked for, with what to say and to do of it."""
         known, found = self.input_spec.symbols if self.input_spec is not None else (), dict[str, str]()
         symbols = {symbol.name: symbol for symbol in known if symbol.min > 1}
-        if not symbols:
-            return found
-        # Most entries have no such symbol, and a warm start then compiles no pattern.
-        import re
-
-        # Sizes of a tensor, as keys.target writes them.
-        sizes = re.compile(r"(?:\d+ as )?Dim\((\w+), min=(\d+), max=\w+\)(?: of Dim\([^)]*\))?|\d+")
-        texts = {factor.name: factor.value.partition(" (")[2] for factor in self.factors}
-        for position, leaf in enumerate(self.leaves):
-            given = sizes.finditer(texts.get(f"input.{position}.{leaf.path}", ""))
-            for size, name in zip(given, leaf.tensor.shape if leaf.tensor is not None else (), strict=False):
-                asked, symbol = max(1, int(size[2] or 0)), symbols.get(str(name))
-                if size[1] and symbol is not None and asked < symbol.min:
-                    dim = f", dim={size[1]!r}" if len(known) > 1 else ""
+        texts = {factor.name: factor.value.partition(" (")[2] for factor in self.factors if symbols}
+        for position, leaf in enumerate(self.leaves if symbols else ()):
+            # Sizes of a tensor, as keys writes them, such as "3, 1 as Dim(rows, min=1, max=8)". No pattern:
+            # to compile one takes a fiftieth of a warm start.
+            text = texts.get(f"input.{position}.{leaf.path}", "").replace(", m", "|m")
+            shape = leaf.tensor.shape if leaf.tensor is not None else ()
+            for size, name in zip(text.split(", "), shape, strict=False):
+                label, _, bounds = size.partition("Dim(")[2].partition("|min=")
+                asked, symbol = bounds.partition("|")[0], symbols.get(str(name))
+                least = max(1, int(asked)) if asked.isdecimal() else 0
+                if label.isidentifier() and symbol is not None and 0 < least < symbol.min:
+                    dim = f", dim={label!r}" if len(known) > 1 else ""
                     found[symbol.name] = (
-                        f"{size[1]} may be from {asked}, and is served from {symbol.min}: what was "
+                        f"{label} may be from {least}, and is served from {symbol.min}: what was "
                         "captured could not be shown right below. Pad the input, or give small sizes "
                         "code of their own: "
-                        f"size_ranges=[SizeRange({asked}, {symbol.min - 1}{dim}), "
+                        f"size_ranges=[SizeRange({least}, {symbol.min - 1}{dim}), "
                         f"SizeRange({symbol.min}, {'LARGEST' if symbol.max is None else symbol.max}{dim})]"
                     )
         return found

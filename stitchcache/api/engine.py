@@ -137,9 +137,7 @@ def _factors(factors: Mapping[str, Any] | None) -> list[Factor]:
         try:
             found.append(make_factor(f"user.{name}", readable(value, name), plain_bytes(value)))
         except UnkeyableError as error:
-            raise OptionError(
-                f"factors[{name!r}] must be a plain value: {error}", option="factors"
-            ) from error
+            raise OptionError(f"factors[{name!r}] is no plain value: {error}", option="factors") from error
     return found
 
 

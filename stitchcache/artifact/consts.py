@@ -277,9 +277,7 @@ def _op(qualified: str, overload: str | None) -> Any:
         packet = getattr(getattr(torch.ops, library), name)
         found = packet if overload is None else getattr(packet, overload or "default")
     except AttributeError:
-        raise unpickle.Refused(
-            f"operator {shown} is not registered: import the module that registers it"
-        ) from None
+        raise unpickle.Refused(f"operator {shown} is not registered: import what registers it") from None
     if not isinstance(found, (ops.OpOverload, ops.OpOverloadPacket, ops.HigherOrderOperator)):
         raise unpickle.Refused(f"{qualified} is no operator")
     return found
@@ -294,9 +292,7 @@ def _tensor(dtype: str, device: str, shape: Any, stride: Any, data: bytes, flags
         raise unpickle.Refused("a tensor whose shape and strides do not fit together")
     count = span(shape, stride)
     if type(kind) is not torch.dtype or len(data) != count * kind.itemsize:
-        raise unpickle.Refused(
-            f"a tensor of {len(data)} bytes whose dtype, shape and strides need another number"
-        )
+        raise unpickle.Refused(f"a tensor of {len(data)} bytes whose dtype, shape and strides need another")
     try:
         # frombuffer takes no empty buffer.
         flat = torch.frombuffer(bytearray(data or 16), dtype=torch.uint8).view(kind)[:count]

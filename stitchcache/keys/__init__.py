@@ -51,12 +51,14 @@ def target_key(
     options: Mapping[str, Any],
     key_factors: Mapping[str, Any] | None,
     walk: Walk | None = None,
+    devices: Sequence[str] | None = None,
 ) -> TargetKey:
     """Compute the key under which a direct lookup finds a target. No model code is run, nothing is traced.
 
     Arguments are those of a request; ``leaves`` are the inputs' paths and values, ``tree`` their tree as
-    text. Give ``check_sources`` and ``SourceRecorder`` the same ``walk``: a record is said in terms of what
-    this key has met. An OptionError for an option or a factor of the caller's that is no plain value.
+    text, ``devices`` the types of theirs and of the model's. Give ``check_sources`` and ``SourceRecorder``
+    the same ``walk``: a record is said in terms of what this key has met. An OptionError for an option or a
+    factor of the caller's that is no plain value.
     """
     walk = walk or Walk()
     factors: list[Factor] = []
@@ -68,7 +70,7 @@ def target_key(
     except UnkeyableError as error:
         reason = reason or str(error)
     try:
-        devices = devices_of(model, [value for _, value in leaves])[1]
+        devices = devices or devices_of(model, [value for _, value in leaves])[1]
         factors += environment.environment_factors(backend, devices)
         factors.append(make_factor("code.python", environment.python_code()))
         factors.append(make_factor("code.decimal", environment.decimal_context()))

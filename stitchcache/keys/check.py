@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from stitchcache.containers import code_digest
 from stitchcache.encoding import SCALARS, UnkeyableError
@@ -39,13 +39,11 @@ _COMPUTED = object()  # stands for what a module makes up when it is asked
 _MISSING = object()
 
 
-class Found(NamedTuple):
+class Found:
     """Where a chain leads: a value, by ``used`` of its steps; the last module on the way is ``owner``."""
 
-    value: Any
-    exists: bool
-    used: tuple[str, ...]
-    owner: str = ""
+    def __init__(self, value: Any, exists: bool, used: tuple[str, ...], owner: str = "") -> None:
+        self.value, self.exists, self.used, self.owner = value, exists, used, owner
 
 
 def lookup(

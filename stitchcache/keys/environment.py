@@ -145,8 +145,8 @@ def _cpu_flags() -> list[str]:
     """Instruction sets as the kernel names them; the first processor speaks for all."""
     # Without procfs the capability level alone tells, as it did to torch. Decoded as utf-8, which is imported
     # by now; ascii would be another module.
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
+    with suppress(OSError), open("/proc/cpuinfo", "rb", buffering=0) as file:
+        for line in file.read(1 << 14).decode("utf-8", "replace").splitlines():
             name, _, value = line.partition(":")
             if name.strip() in {"flags", "Features"}:
                 # Of ARM's, under the second name, all count.
@@ -217,7 +217,9 @@ def torch_state_factors(walk: Walk | None = None) -> Iterator[Factor]:
     """Factors of torch's global state; ``walk`` is that over the whole key, after the model."""
     walk = walk or Walk()
     yield make_factor("torch.default_dtype", str(torch.get_default_dtype()))
-    yield make_factor("torch.default_device", torch.get_default_device().type)
+    # Who sets one imports this; to ask torch does too.
+    is_set = "torch.utils._device" in sys.modules
+    yield make_factor("torch.default_device", torch.get_default_device().type if is_set else "cpu")
     autocast = [
         f"{device} {'on' if torch.is_autocast_enabled(device) else 'off'} {torch.get_autocast_dtype(device)}"
         for device in _AUTOCAST_DEVICES

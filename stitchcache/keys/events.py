@@ -210,7 +210,7 @@ class FamiliarCalls(TorchFunctionMode):
         self._within = True
         sys.setprofile(None)
         try:
-            call = self._kind_of_call(func, args, given)
+            call = self._call_kind(func, args, given)
             if call in self._familiar:
                 return func(*args, **given)
         finally:
@@ -222,9 +222,7 @@ class FamiliarCalls(TorchFunctionMode):
             self._familiar.add(call)
         return result
 
-    def _kind_of_call(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, ...] | None:
+    def _call_kind(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         # What a user's op does may be known from an earlier capture, and run only for another size.
         users = isinstance(func, OpOverload) and func.namespace not in {"aten", "prims"}
         modes = [type(mode) for mode in dispatch_modes()]

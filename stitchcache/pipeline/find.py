@@ -105,9 +105,7 @@ class Request:
             said = "at least one process has to compile. Leave it out for about one a core."
             raise _refused("jobs", f"={self.jobs}: {said}")
         if self.nice is not None and not 0 <= self.nice <= 19:
-            raise _refused(
-                "options['stitchcache.nice']", f"={self.nice}: 0 is usual and 19 the lowest priority."
-            )
+            raise _refused("options['stitchcache.nice']", f"={self.nice}: 0 is usual, 19 the least priority.")
 
     @property
     def backend_options(self) -> dict[str, Any]:
@@ -288,9 +286,9 @@ def want(
     how = (request.dynamic_shapes, request.splitting_ops, request.size_ranges)
     options = (request.backend, request.backend_options, request.key_factors)
 
-    def key_of(model: torch.nn.Module, leaves: Sequence[Any], walk: Walk) -> TargetKey:
+    def key_of(model: torch.nn.Module, leaves: Sequence[Any], walk: Walk, *known: Sequence[str]) -> TargetKey:
         given = list(zip(paths, leaves, strict=True))
-        return target_key(taken_apart(model), given, text, *how, *options, walk)
+        return target_key(taken_apart(model), given, text, *how, *options, walk, *known)
 
     device, devices = devices_of(model, leaves)
     if request.cuda_graphs is not None and devices != ("cuda",):
@@ -313,7 +311,7 @@ def want(
         leaves=leaves,
         request=request,
         site=site,
-        target=site.timed("key", lambda: key_of(model, leaves, walk)),
+        target=site.timed("key", lambda: key_of(model, leaves, walk, devices)),
         walk=walk,
         key_again=key_of,
     )

@@ -84,9 +84,7 @@ def miss_error(wanted: Wanted, miss: Miss, graph_hash: str | None = None) -> Cac
     detail = ""
     if miss.nearest is not None and differences:
         near = f"{miss.nearest.label or 'entry'} {miss.nearest.graph_hash[:12]}"
-        detail = (
-            f" It differs from the nearest entry, {near}, in {explanation.differences_text(differences)}."
-        )
+        detail = f" It differs from the nearest, {near}, in {explanation.differences_text(differences)}."
     if miss.changed:
         changed = {path: (old[:12], new[:12]) for path, (old, new) in miss.changed.items()}
         detail += f" Changed: {explanation.differences_text(changed)}."

@@ -203,9 +203,7 @@ def _check_results(artifact: Artifact, outputs: OutputSpec) -> None:
     known |= {f"input:{index}" for index, leaf in enumerate(artifact.leaves) if leaf.kind == "inout"}
     for mutation in outputs.mutations:
         if mutation not in known:
-            raise ValueError(
-                f"a result is written to {mutation[:80]!r}, which is not there, or for the second time"
-            )
+            raise ValueError(f"a result is written to {mutation[:80]!r}, which is not there, or twice")
         known.discard(mutation)
 
 

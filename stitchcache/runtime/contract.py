@@ -384,9 +384,7 @@ def conflict(
             expected = f"another tensor than {same[0]}, because the model's code compares objects with 'is'"
             return mismatch(leaf.path, expected, "the same", "Pass a clone.")
         if word == "plain" and not is_plain(tensor):
-            expected = (
-                "a plain tensor, because the model's code asks whether it is a parameter or has gradients"
-            )
+            expected = "a plain tensor, as the model's code asks whether it is a parameter or has gradients"
             actual = "a parameter, a tensor with gradients, or a part of another one"
             return mismatch(leaf.path, expected, actual, "Pass x.detach().clone().")
         if word == "inout" and leaf.kind == "inout" and sharing:

@@ -272,9 +272,7 @@ def own_copy(store: Store, root: Root, path: str, ref: BlobRef) -> Path | None:
     weakref.finalize(store, rmtree, copy.parent, ignore_errors=True)
     with root.files.opened(fd):
         if (reason := root.files.distrusted_way(str(copy.parent))) is not None:
-            said = (
-                f"{reason}; or set TMPDIR to a directory of your own: pieces that others can write are copied"
-            )
+            said = f"{reason}; or set TMPDIR to a directory of your own: what others can write is copied"
             raise UntrustedEntryError(said, path=path)
         copy.write_bytes(root.files.read_exactly(fd, ref.size))
     with root.files.opened(root.files.open_read(str(copy))) as own:

@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Sequence
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -144,9 +145,14 @@ def result_paths(value: Any, head: str = "output") -> list[str]:
 
 def positional_names(forward: Callable[..., Any], count: int) -> list[str]:
     """Names of the first ``count`` positional parameters; ``args[i]`` where there is no name."""
-    try:
-        parameters = list(inspect.signature(forward).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    names = [p.name for p in parameters if p.kind in POSITIONAL][:count]
-    return names + [f"args[{i}]" for i in range(len(names), count)]
+    function = forward.__func__ if isinstance(forward, MethodType) else forward
+    if isinstance(function, FunctionType) and not vars(function):
+        # As a signature has them, which takes ten times as long to make. A decorator leaves a mark.
+        named: Sequence[str] = function.__code__.co_varnames[: function.__code__.co_argcount]
+        names = list(named[function is not forward :])
+    else:
+        try:
+            names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind in POSITIONAL]
+        except (TypeError, ValueError):
+            names = []
+    return names[:count] + [f"args[{i}]" for i in range(len(names), count)]

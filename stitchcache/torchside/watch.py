@@ -31,11 +31,14 @@ _NEW, _VIEW, _EITHER = range(3)
 _FUNCTIONS = {
     _NEW: """linear matmul bmm conv1d conv2d layer_norm rms_norm softmax gelu relu sigmoid tanh add sub mul
     div neg pow exp rsqrt sin cos clamp sum mean cumsum cat stack where gather masked_fill clone arange zeros
-    ones full empty zeros_like ones_like empty_like __and__ __or__ __invert__ __eq__ eq ne lt le gt ge""",
+    ones full empty zeros_like ones_like empty_like new_ones new_zeros all any item __bool__ __and__ __or__
+    __invert__ __eq__ eq ne lt le gt ge embedding scaled_dot_product_attention""",
     _VIEW: "view view_as transpose permute expand expand_as unsqueeze squeeze chunk unbind narrow select",
     _EITHER: "reshape flatten contiguous to type_as float half bfloat16 bool int long __getitem__",
 }
 _HARMLESS = {name: returns for returns, names in _FUNCTIONS.items() for name in names.split()}
+# Where it is given, the first writes, and the second draws.
+_UNLESS = {"embedding": (3, "max_norm"), "scaled_dot_product_attention": (4, "dropout_p")}
 _OF_C = frozenset({BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType})
 _PLAIN = ((), (torch.Tensor,))
 
@@ -239,6 +242,9 @@ class _Known(TorchFunctionMode):
         known = returns is not None and args and types in _PLAIN and not (kwargs and "out" in kwargs)
         # What autograd saves may go through the block's own hooks.
         known = known and not torch.is_grad_enabled()
+        if known and func.__name__ in _UNLESS:
+            at, name = _UNLESS[func.__name__]
+            known = not (args[at] if at < len(args) else kwargs and kwargs.get(name))
         # The block may have put a mode of its own above, or be inside of an op that the watch has seen.
         depth = _C._len_torch_dispatch_stack() if known else 0
         if not depth or _C._get_dispatch_stack_at(depth - 1) is not self._watch:
@@ -261,7 +267,7 @@ class _Known(TorchFunctionMode):
             # Attention has asked whether there is such a mode, and goes another way where there is.
             self._watch.stop("attention goes another way where functions are seen")
         # These do nothing but call their namesakes, unless somebody put others there.
-        plain = name in ("layer_norm", "rms_norm") and type(vars(torch)[name]) in _OF_C
+        plain = name in ("layer_norm", "rms_norm", "embedding") and type(vars(torch)[name]) in _OF_C
         return _NEW if plain else None
 
 

@@ -16,7 +16,7 @@ def test_a_python_without_the_gil_is_told_how_to_switch_it_on():
     done = without_gil("stitchcache.compile")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "ImportError: stitchcache was not tried without the GIL: start Python with -X gil=1 or PYTHON_GIL=1."
+        "ImportError: stitchcache was not tried without the GIL: run Python with -X gil=1 or PYTHON_GIL=1."
     )
 
 
