@@ -1,6 +1,7 @@
 """Calls of torch run unwatched once they were watched, and nothing of somebody else's code goes unseen."""
 
 import collections
+import gc
 import importlib.util
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import textwrap
 import pytest
 import torch
 
+import stitchcache
 from stitchcache.demo import decoder
 from stitchcache.keys import events
 from stitchcache.keys.events import FamiliarCalls
@@ -255,7 +257,9 @@ def test_a_capture_is_recorded_as_if_all_was_watched(monkeypatch):
     torch.export.export(model, args, dynamic_shapes=shapes, strict=False)
 
     def record():
-        with torch.no_grad(), SourceRecorder() as recorded:
+        # What the collector finds meanwhile may run code of another test.
+        gc.collect()
+        with stitchcache.collection_paused(), torch.no_grad(), SourceRecorder() as recorded:
             program = torch.export.export(model, args, dynamic_shapes=shapes, strict=False)
         return recorded, program.graph_module.code
 
