@@ -73,13 +73,11 @@ class CompiledBlocks:
     def add(self, name: str, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compile a block with an example call, and run it in its place."""
         self.blocks[name] = block
-        self._calls[name] = _Block(name, block, self._compiled)
+        self._calls[name] = _Block(name, block, self._make)
         setattr(block, COMPILED_CALL, self._calls[name])
         self._calls[name].renew(args, kwargs)
 
-    def _compiled(
-        self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> CompiledModel:
+    def _make(self, block: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledModel:
         """Bind the pieces of an equal block to this one's tensors, or start the block by itself."""
         kind = _kind_of(block)
         for known, of_kind in self._known:

@@ -8,6 +8,7 @@ at once.
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -70,7 +71,9 @@ class Deferred:
         made = [[objects.get(word, word) for word in command] for command in compiles]
         made += [half for command in made if (half := self._halved(command)) is not None]
         more = [half[half.index("-o") + 1] for half in made[len(compiles) :]]
-        with ThreadPoolExecutor(max(1, len(made))) as threads:
+        # Pieces compile beside each other already: more at once makes few cores slower.
+        few = len(os.sched_getaffinity(0)) < 4
+        with ThreadPoolExecutor(1 if few else len(made) + 1) as threads:
             list(threads.map(self._call, made))
         for command in commands:
             if "-c" not in command:

@@ -63,10 +63,8 @@ def probe_lower(path: str, trust: str = "owner", *, files: Files | None = None) 
     if not os.path.isdir(path):
         meaning = "starts do not find what it holds: is it mounted?"
         return Trial("lower layer", "problem", f"{path} is no directory", meaning)
-    found = _trust(files or Files(), path, trust)
-    return replace(
-        found, name="lower layer", found=found.found if found.meaning else f"{path}: {found.found}"
-    )
+    it = _trust(files or Files(), path, trust)
+    return replace(it, name="lower layer", found=it.found if it.meaning else f"{path}: {it.found}")
 
 
 def _trust(files: Files, place: str, trust: str) -> Trial:
