@@ -96,18 +96,16 @@ class _Lane:
             ids = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
             model(input_ids=ids, use_cache=True, **{cache_name: self.cache})
         self.reset()
-        self.steps = {"decode": self._compiled(rows, 1, None, options)}
+        self.steps = {"decode": self._make(rows, 1, None, options)}
         if prompt > 1:
             tokens = Dim("prompt", 2, prompt) if prompt > 2 else None
-            self.steps = {"prefill": self._compiled(rows, min(prompt, 16), tokens, options), **self.steps}
+            self.steps = {"prefill": self._make(rows, min(prompt, 16), tokens, options), **self.steps}
 
     def reset(self) -> None:
         self.cache.reset()  # type: ignore[no-untyped-call]
         self.filled = 0
 
-    def _compiled(
-        self, rows: int, count: int, tokens: Dim | None, options: Mapping[str, Any]
-    ) -> CompiledModel:
+    def _make(self, rows: int, count: int, tokens: Dim | None, options: Mapping[str, Any]) -> CompiledModel:
         ids = (torch.arange(rows * count, device=self.model.device) % 7).view(rows, count)
         given = self.model.prepare_inputs_for_generation(
             ids,

@@ -217,9 +217,7 @@ def torch_state_factors(walk: Walk | None = None) -> Iterator[Factor]:
     """Factors of torch's global state; ``walk`` is that over the whole key, after the model."""
     walk = walk or Walk()
     yield make_factor("torch.default_dtype", str(torch.get_default_dtype()))
-    # Who sets one imports this; to ask torch does too.
-    is_set = "torch.utils._device" in sys.modules
-    yield make_factor("torch.default_device", torch.get_default_device().type if is_set else "cpu")
+    yield make_factor("torch.default_device", torchside.default_device())
     autocast = [
         f"{device} {'on' if torch.is_autocast_enabled(device) else 'off'} {torch.get_autocast_dtype(device)}"
         for device in _AUTOCAST_DEVICES

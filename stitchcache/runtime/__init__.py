@@ -269,7 +269,7 @@ def _compile(
     exec(code, namespace)  # noqa: S102 - written above, from checked parts
 
     def refuse(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arranged, named = arguments.arrange(args, kwargs)
+        arranged, named = arguments.place(args, kwargs)
         arguments.take_apart(arranged, named)
         if len(arranged) == len(args) and named.keys() == kwargs.keys():
             raise mismatch("arguments", "those of the capture", "others")
@@ -313,7 +313,7 @@ class _Arguments:
             if tree.dumps(structure) == self._tree:
                 return leaves
             if attempt == 0:
-                args, kwargs = self.arrange(args, kwargs)
+                args, kwargs = self.place(args, kwargs)
         raise self._other_structure(args, kwargs)
 
     def _other_structure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> InputMismatchError:
@@ -334,9 +334,7 @@ class _Arguments:
         given_by = f"{len(args)} positional, {sorted(kwargs)} by keyword"
         return mismatch("arguments", "those of the example", given_by)
 
-    def arrange(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def place(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Move arguments between positions and keywords, and fill in defaults, as the capture had them."""
         try:
             signature = inspect.signature(self._forward)

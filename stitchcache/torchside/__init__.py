@@ -11,10 +11,10 @@ In this file, as every start needs it: what is switched on in this process, what
 ops do not tell in public, and AOTInductor's libraries, mapped into the process.
 
 Uses ``torch.overrides._get_current_function_mode_stack``,
-``torch.utils._python_dispatch._get_current_dispatch_mode_stack``, ``torch._C._functorch``,
-``torch._C._set_grad_enabled``, the entries of ``torch._inductor.config`` (``torch.utils._config_module``),
-the names of ``nn.Module``'s hook tables and other attributes, ``torch.nn.modules.module._global_*``,
-``torch.library._impls``, ``torch._native.registry._graphs``,
+``torch.utils._python_dispatch._get_current_dispatch_mode_stack``, ``torch.utils._device``,
+``torch._C._functorch``, ``torch._C._set_grad_enabled``, the entries of ``torch._inductor.config``
+(``torch.utils._config_module``), the names of ``nn.Module``'s hook tables and other attributes,
+``torch.nn.modules.module._global_*``, ``torch.library._impls``, ``torch._native.registry._graphs``,
 ``torch._C._storage_address``, ``Tensor._version``, ``torch._neg_view``, ``FakeTensor.fake_mode``,
 ``torch._subclasses.FakeTensorMode``, ``torch.utils._python_dispatch.is_traceable_wrapper_subclass`` and
 ``torch._library.custom_ops.CustomOpDef``, ``torch._ops.OpOverload`` and its packets, a tensor's ``_cdata``,
@@ -98,6 +98,12 @@ def active_modes() -> list[str]:
     modes = [*functions, *_get_current_dispatch_mode_stack()]
     names = [type(mode).__name__ for mode in modes]
     return [name for name in names if name not in {"DeviceContext", "FakeTensorMode"}]
+
+
+def default_device() -> str:
+    """The kind of device that new tensors are made on where none is named."""
+    # Whoever sets one imports this; to ask torch does, too.
+    return torch.get_default_device().type if "torch.utils._device" in sys.modules else "cpu"
 
 
 def dispatch_modes() -> list[Any]:

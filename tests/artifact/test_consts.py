@@ -148,7 +148,7 @@ def test_registered_operators_survive_and_missing_ones_are_named():
     data = dump_consts([op])
     assert load_consts(data) == [op]
     gone = data.replace(b"stitchtestconsts::op", b"stitchtestconsts::oq")
-    with pytest.raises(EntryFormatError, match=r"stitchtestconsts::oq.*import the module"):
+    with pytest.raises(EntryFormatError, match=r"stitchtestconsts::oq.*import what registers it"):
         load_consts(gone)
 
 
