@@ -307,8 +307,9 @@ def measure(name: str, want: Any, got: Any) -> Compared:
     a, b = (side.to(torch.float32 if kind in _NARROW else wide) for side in (want, got))
     known, apart = a, a - b
     largest = _largest(apart)
-    # A difference is finite only where both sides are.
+    # A difference is finite only where both sides are, and not too far apart.
     if not math.isfinite(largest):
+        a, b = want.to(wide), got.to(wide)
         finite = a.isfinite()
         odd = ~finite | ~b.isfinite()
         known = torch.where(finite, a, torch.zeros_like(a))
@@ -317,7 +318,7 @@ def measure(name: str, want: Any, got: Any) -> Compared:
         if bool(wrong.any()):
             fact = f"has {int(wrong.sum())} values that are infinite or NaN, and others on the other side"
             return Compared(name=name, fact=fact, magnitude=_largest(known), dtype=kind)
-        apart = torch.where(odd, torch.zeros_like(a), apart)
+        apart = torch.where(odd, torch.zeros_like(a), a - b)
         largest = _largest(apart)
     found = Compared(name=name, difference=largest, magnitude=_largest(known), dtype=kind)
     if not disagreement(found):
@@ -330,7 +331,7 @@ def measure(name: str, want: Any, got: Any) -> Compared:
 def _largest(values: torch.Tensor) -> float:
     """The largest absolute value; NaN where there is one."""
     least, most = torch.aminmax(values.abs() if values.is_complex() else values)
-    return max(-float(least), float(most))
+    return max(abs(float(least)), abs(float(most)))
 
 
 def _said(error: BaseException) -> str:

@@ -434,8 +434,19 @@ def test_harmless_functions_return_what_is_noted_of_them():
             assert returns == _EITHER or (memory_of(result) in memories) == (returns == _VIEW), name
 
 
+def test_values_too_far_apart_for_32_bits_are_measured():
+    want = torch.full((100,), 3e38)
+    got = want.clone()
+    got[0] = -3e38
+    found = measure("output", want, got)
+    assert (found.difference, found.magnitude) == (pytest.approx(6e38), pytest.approx(3e38))
+    assert found.spread == pytest.approx(0.2)
+    assert str(measure("output", want, want).difference) == "0.0"
+
+
+@pytest.mark.parametrize("norm", [1.0, 0.0])
 @pytest.mark.parametrize("by_keyword", [False, True])
-def test_a_quick_look_sees_functions_that_write_or_draw_as_they_are_called(by_keyword):
+def test_a_quick_look_sees_functions_that_write_or_draw_as_they_are_called(by_keyword, norm):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -443,9 +454,9 @@ def test_a_quick_look_sees_functions_that_write_or_draw_as_they_are_called(by_ke
 
         def forward(self, ids, q):
             if by_keyword:
-                rows = nn.functional.embedding(ids, self.table, max_norm=1.0)
+                rows = nn.functional.embedding(ids, self.table, max_norm=norm)
                 return rows, nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
-            rows = nn.functional.embedding(ids, self.table, None, 1.0)
+            rows = nn.functional.embedding(ids, self.table, None, norm)
             return rows, nn.functional.scaled_dot_product_attention(q, q, q, None, 0.5)
 
     model, args = Model().eval(), (torch.tensor([0, 2]), torch.rand(1, 2, 4, 4))

@@ -34,14 +34,10 @@ class CodeObjects:
 
     def __init__(self, kept: Iterable[tuple[str, bytes]] = ()) -> None:
         self._kept = dict(kept)
-        self._read: dict[str, types.CodeType] = {}  # a call's own is asked for twice
 
     def get(self, filename: str, source: str) -> types.CodeType | None:
         """The code object of a source (with what else the gate held it against), if it is kept."""
-        digest = _digest(filename, source)
-        if digest in self._read:
-            return self._read[digest]
-        kept = self._kept.get(digest, b"N")
+        kept = self._kept.get(_digest(filename, source), b"N")
         if kept[:1] not in (b"c", b"\xe3") or not _claims_fit(kept):
             # What is a code object, and all there, is as trusted as a piece.
             return None
@@ -49,7 +45,7 @@ class CodeObjects:
             code = marshal.loads(kept)
         except (ValueError, EOFError, TypeError, SystemError):
             return None
-        return self._read.setdefault(digest, code) if isinstance(code, types.CodeType) else None
+        return code if isinstance(code, types.CodeType) else None
 
     def add(self, filename: str, source: str, code: types.CodeType) -> None:
         """Keep a code object that was compiled from checked source."""

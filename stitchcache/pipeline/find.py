@@ -287,8 +287,9 @@ def want(
     options = (request.backend, request.backend_options, request.key_factors)
 
     def key_of(model: torch.nn.Module, leaves: Sequence[Any], walk: Walk, *known: Sequence[str]) -> TargetKey:
-        given = list(zip(paths, leaves, strict=True))
-        return target_key(taken_apart(model), given, text, *how, *options, walk, *known)
+        given, apart = list(zip(paths, leaves, strict=True)), taken_apart(model)
+        # What a tensor is made of may lie elsewhere.
+        return target_key(apart, given, text, *how, *options, walk, *(known if apart is model else ()))
 
     device, devices = devices_of(model, leaves)
     if request.cuda_graphs is not None and devices != ("cuda",):

@@ -244,7 +244,9 @@ class _Known(TorchFunctionMode):
         known = known and not torch.is_grad_enabled()
         if known and func.__name__ in _UNLESS:
             at, name = _UNLESS[func.__name__]
-            known = not (args[at] if at < len(args) else kwargs and kwargs.get(name))
+            given = args[at] if at < len(args) else (kwargs or {}).get(name)
+            # A norm of zero makes rows zero; a dropout of zero draws nothing.
+            known = given is None or (name == "dropout_p" and type(given) in (int, float) and not given)
         # The block may have put a mode of its own above, or be inside of an op that the watch has seen.
         depth = _C._len_torch_dispatch_stack() if known else 0
         if not depth or _C._get_dispatch_stack_at(depth - 1) is not self._watch:
