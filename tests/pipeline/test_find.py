@@ -141,3 +141,24 @@ def test_check_is_in_no_key(cache):
     compiled(cache)
     again = stitchcache.compile(Scaled().eval(), ARGS, backend="eager", cache=cache, check="example")
     assert again.cache_hit == "direct"
+
+
+@pytest.mark.parametrize(("apart", "kinds"), [(False, ("cpu", "cuda")), (True, ("cpu",))])
+def test_devices_in_a_key_are_those_of_what_a_wrapped_tensor_is_made_of(cache, monkeypatch, apart, kinds):
+    from stitchcache.keys import environment
+    from stitchcache.pipeline import find as module
+
+    other, seen = Scaled().eval(), []
+    factors = environment.environment_factors
+    monkeypatch.setattr(environment, "_gpu", lambda: "a GPU")
+    monkeypatch.setattr(
+        environment,
+        "environment_factors",
+        lambda backend, devices: seen.append(tuple(devices)) or factors(backend, devices),
+    )
+    # A tensor may say another device than that of the tensors inside of it.
+    monkeypatch.setattr(module, "devices_of", lambda *_: ("cuda:0", ("cpu", "cuda")))
+    if apart:
+        monkeypatch.setattr(module, "taken_apart", lambda model: other)
+    wanted(cache)
+    assert seen == [kinds]
