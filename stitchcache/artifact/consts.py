@@ -292,7 +292,7 @@ def _tensor(dtype: str, device: str, shape: Any, stride: Any, data: bytes, flags
         raise unpickle.Refused("a tensor whose shape and strides do not fit together")
     count = span(shape, stride)
     if type(kind) is not torch.dtype or len(data) != count * kind.itemsize:
-        raise unpickle.Refused(f"a tensor of {len(data)} bytes whose dtype, shape and strides need another")
+        raise unpickle.Refused(f"a tensor of {len(data)} bytes, which do not fit dtype, shape and strides")
     try:
         # frombuffer takes no empty buffer.
         flat = torch.frombuffer(bytearray(data or 16), dtype=torch.uint8).view(kind)[:count]

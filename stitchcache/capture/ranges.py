@@ -182,7 +182,7 @@ def _check_contract(whole: Capture, variant: Capture, size_range: SizeRange, sym
             continue
         for dim, (a, b) in enumerate(zip(wide.tensor.shape, narrow.tensor.shape, strict=True)):
             if isinstance(b, int) and not isinstance(a, int) and a != symbol:
-                raise refuse(f"for {size_range} the capture made {wide.path}.shape[{dim}] static; drop it.")
+                raise refuse(f"{wide.path}.shape[{dim}] is static for {size_range}; drop that range.")
             names[str(b)] = str(a)
     relations = [
         re.sub(r"\bs\d+\b", lambda found: names.get(found[0], "?"), relation)

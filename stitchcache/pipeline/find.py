@@ -105,7 +105,7 @@ class Request:
             said = "at least one process has to compile. Leave it out for about one a core."
             raise _refused("jobs", f"={self.jobs}: {said}")
         if self.nice is not None and not 0 <= self.nice <= 19:
-            raise _refused("options['stitchcache.nice']", f"={self.nice}: 0 is usual, 19 the least priority.")
+            raise _refused("options['stitchcache.nice']", f"={self.nice}: 0 is usual, and 19 the lowest.")
 
     @property
     def backend_options(self) -> dict[str, Any]:
