@@ -115,6 +115,7 @@ class Beside:
         only = own if apart else None
         self._new_watch = partial(watch, effects or {}, only=only, draw=not apart, quick=quick)
         self._found: _Results | Both | None = None
+        self._quick = quick
         self._held, self._state = Held(model, deep=deep), state_of(model)
         there = {path: tensor_at(model, path) for path in reads}
         self._reads = {path: tensor for path, tensor in there.items() if tensor is not None}
@@ -126,6 +127,7 @@ class Beside:
         ``again`` calls the subject only, to compare it with what the model gave in the run before.
         """
         both: Both | None = None
+        moved = True
         while both is None:
             if not again:
                 self._watch = self._new_watch()
@@ -139,15 +141,16 @@ class Beside:
                     moved = self._put_back()
                     both = self._compared(subject, found, times) if isinstance(found, _Results) else found
                 finally:
-                    self._put_back()
+                    # What is compiled calls what the model has called, which moved nothing.
+                    self._put_back(moved or not self._quick)
         return replace(both, moved=moved, drew=self._watch.drew)
 
-    def _put_back(self) -> bool:
+    def _put_back(self, held: bool = True) -> bool:
         """Make everything what it was, and tell whether modules held something else."""
         self._watch.put_back()
         for put, state in self._generators:
             put(state)
-        return self._held.put_back()
+        return held and self._held.put_back()
 
     def _model_results(self, times: int) -> _Results | Both | None:
         """Run the model. ``None`` if it has to be run again, under a watch that Dynamo does not trace."""

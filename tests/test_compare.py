@@ -666,6 +666,11 @@ def test_the_last_of_several_calls_is_compared(times):
     assert bool(disagreement(both.items[0])) is (times == 2)
     assert both.moved
     assert model.calls == 0
+    # A quick look expects of what is compiled that it moves what the model has moved.
+    both = Beside(model, (torch.ones(2),), {}, quick=True).run(model, times)
+    assert both.moved
+    assert not disagreement(both.items[0])
+    assert model.calls == 0
 
 
 def test_another_subject_is_judged_by_what_the_model_gave_before():

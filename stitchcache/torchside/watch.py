@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stitchcache.records import dataclass
-from stitchcache.torchside import QUIET, replaced_kernels, storage_id
+from stitchcache.torchside import QUIET, storage_id
 
 SEEN = ("2.11", "2.13", "2.15")
 
@@ -289,12 +289,11 @@ def watch(effects: Mapping[str, bool], *, quick: bool = False, **limits: Any) ->
     """A :class:`Watch` that Dynamo does not trace, where Dynamo is there; it takes two seconds to import.
 
     It is not a quick one where Dynamo has compiled something, which is compiled anew under another mode, nor
-    where harmless functions may run what is not torch's: a mode that is on, a kernel that others registered.
+    under a mode that is on. Whoever asks for a quick one knows that kernels are torch's own.
     """
     compiler: Any = sys.modules.get("torch._dynamo.utils")
     made = (Watch if compiler is None else _Untraced)(effects, **limits)
-    others = _C._len_torch_function_stack() or replaced_kernels()
-    if quick and not others and not (compiler and compiler.counters.get("frames")):
+    if quick and not _C._len_torch_function_stack() and not (compiler and compiler.counters.get("frames")):
         made.known = _Known(made)
     return made
 
