@@ -143,11 +143,9 @@ def _read_options(options: Mapping[str, Any], mode: str | None) -> tuple[Request
     return Request(**ours, options=left), cache
 
 
-def _compiled(
-    gm: GraphModule, example_inputs: Sequence[Any], request: Request, cache: Cache
-) -> CompiledGraph | Any:
+def _compiled(gm: GraphModule, inputs: Sequence[Any], request: Request, cache: Cache) -> CompiledGraph | Any:
     """Capture, plan, and start what the graph leads to, or make it."""
-    source = dynamo_source(gm, example_inputs, request, cache)
+    source = dynamo_source(gm, inputs, request, cache)
     site = source.site
     with outside_tracing():
         planned = plan_entry(source)

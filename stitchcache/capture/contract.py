@@ -18,9 +18,7 @@ from stitchcache.types import InputSpec, LeafSpec, SymbolSpec, TensorSpec
 _PLAIN = (bool, int, float, str, type(None))
 # What code asks a tensor by these names is not checked on calls, and may differ between two tensors of one
 # shape, dtype and layout.
-_ASKS_KIND = frozenset(
-    {"Parameter", "requires_grad", "is_leaf", "grad", "grad_fn", "storage_offset", "Buffer"}
-)
+_ASKED = frozenset({"Parameter", "requires_grad", "is_leaf", "grad", "grad_fn", "storage_offset", "Buffer"})
 
 
 def input_spec(
@@ -106,7 +104,7 @@ def more_constraints(codes: Iterable[CodeType], example: Sequence[Any]) -> tuple
     """
     words = {}
     for code in codes:
-        if not _ASKS_KIND.isdisjoint(code.co_names):
+        if not _ASKED.isdisjoint(code.co_names):
             words["plain"] = code
         if "id" in code.co_names or _compares_identity(code):
             words["distinct"] = code

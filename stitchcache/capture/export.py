@@ -94,9 +94,7 @@ def capture(
         # trace has no data, and would spoil the model.
         seen = calls if real or model is not whole else nullcontext()
         with torch.no_grad(), unchanged(model, registered=False), drawn_back(()), seen:
-            program = torch.export.export(
-                model, example[0], example[1], dynamic_shapes=dynamic_shapes, strict=False
-            )
+            program = torch.export.export(model, *example, dynamic_shapes=dynamic_shapes, strict=False)
             _refuse_new_buffers(state, state_of(model))
     except StitchCacheError:
         raise

@@ -30,13 +30,11 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 20
 
 
-def publish_blob(
-    root: Root, source: bytes | str | Iterable[bytes], expected: BlobRef | None = None
-) -> BlobRef:
+def publish_blob(root: Root, source: bytes | str | Iterable[bytes], wanted: BlobRef | None = None) -> BlobRef:
     """Put a blob in place under its digest, and hold it.
 
     ``source`` is its bytes, in one or in several parts, or the path of a file that has them. If another blob
-    was ``expected``, an ``EntryDamagedError`` is raised, and nothing is put in place.
+    was ``wanted``, an ``EntryDamagedError`` is raised, and nothing is put in place.
     """
     with root.writing(root.area(Area.BLOBS)), root.temporary() as (temp, fd):
         found, size = hashlib.sha256(), 0
@@ -45,7 +43,7 @@ def publish_blob(
             size += len(chunk)
             root.files.write_all(fd, chunk)
         ref = BlobRef(digest=found.hexdigest(), size=size)
-        if expected not in (None, ref):
+        if wanted not in (None, ref):
             raise EntryDamagedError.at("", "blob", f"sha256 {ref.digest} of {size} bytes")
         target = keyed_path(root.path, Area.BLOBS, ref.digest)
         root.make_dir(os.path.dirname(target))
