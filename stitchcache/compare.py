@@ -17,7 +17,7 @@ import torch
 
 from stitchcache.errors import InputMismatchError
 from stitchcache.records import dataclass
-from stitchcache.state import Changes, Held, generators, plain_tensors, state_of, tensor_at
+from stitchcache.state import Held, generators, plain_tensors, state_of, tensor_at
 from stitchcache.torchside import has_fakes, tree
 from stitchcache.torchside.watch import memory_of, watch
 from stitchcache.types import Check, CheckRecord, OutputBound
@@ -115,8 +115,6 @@ class Beside:
         only = own if apart else None
         self._new_watch = partial(watch, effects or {}, only=only, draw=not apart, quick=quick)
         self._found: _Results | Both | None = None
-        self._changed: Changes | None = None  # what modules hold that they did not, where that is known
-        self._quick = quick
         self._held, self._state = Held(model, deep=deep), state_of(model)
         there = {path: tensor_at(model, path) for path in reads}
         self._reads = {path: tensor for path, tensor in there.items() if tensor is not None}
@@ -140,8 +138,6 @@ class Beside:
                     found = self._found
                     moved = self._put_back()
                     both = self._compared(subject, found, times) if isinstance(found, _Results) else found
-                    # What is compiled calls what the model has called, which moved nothing.
-                    self._changed = [] if self._quick and not moved else None
                 finally:
                     self._put_back()
         return replace(both, moved=moved, drew=self._watch.drew)
@@ -151,8 +147,7 @@ class Beside:
         self._watch.put_back()
         for put, state in self._generators:
             put(state)
-        changed, self._changed = self._changed, None
-        return self._held.put_back(changed)
+        return self._held.put_back()
 
     def _model_results(self, times: int) -> _Results | Both | None:
         """Run the model. ``None`` if it has to be run again, under a watch that Dynamo does not trace."""
@@ -206,10 +201,8 @@ class Beside:
             return Both(fails=_LEFT)
         returned = [(name, kept(leaf)) for name, leaf in zip(tree.result_paths(value), flat, strict=True)]
         # self.cache = torch.cat(...) makes another tensor; compiled code writes into the one it knows.
-        self._changed = self._held.changed()
-        state = state_of(self._model) if self._changed else {}
-        were = [(name, was) for name, was in self._state.items() if name in state]
-        places = [(f"{_kind(was)}:{name}", was, state.get(name)) for name, was in were]
+        state = state_of(self._model)
+        places = [(f"{_kind(was)}:{name}", was, state.get(name)) for name, was in self._state.items()]
         reads = self._reads.items()
         places += [(f"attribute:{path}", was, tensor_at(self._model, path)) for path, was in reads]
         written = [(name, kept(now), was) for name, was, now in places if now is not None and now is not was]

@@ -32,7 +32,6 @@ _REGISTERED = ("_parameters", "_buffers", "_modules")
 _STEP = r"\.?([^.\[\]]+)|\[(?:(-?\d{1,18})|'([^']*)')\]"
 _CONTAINERS = (list, dict, set)
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-Changes = list[tuple[Any, Any]]
 _Slots = Callable[[type], list[tuple[str, MemberDescriptorType]]]
 
 
@@ -338,14 +337,10 @@ class Held:
     def __init__(self, model: torch.nn.Module, *, deep: bool = False) -> None:
         self._before = [(space, space.copy()) for space in _spaces(model, deep)]
 
-    def changed(self) -> Changes:
-        """What holds something else now, with what it held."""
+    def put_back(self) -> bool:
+        """Make it what it was, and tell whether anything was different."""
         # Most are empty, and stay so.
-        return [(now, then) for now, then in self._before if (now or then) and _differs(now, then)]
-
-    def put_back(self, changed: Changes | None = None) -> bool:
-        """Make it what it was, and tell whether anything was different: ``changed``, if that is known."""
-        changed = self.changed() if changed is None else changed
+        changed = [(now, then) for now, then in self._before if (now or then) and _differs(now, then)]
         for space, items in changed:
             if isinstance(space, list):
                 space[:] = items
