@@ -14,6 +14,14 @@ from stitchcache.torchside.watch import _EITHER, _HARMLESS, _VIEW, StoppedError,
 from stitchcache.types import OutputBound
 
 
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before(monkeypatch):
+    """No look is a quick one where Dynamo has compiled something, as another file's tests may have."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    if dynamo is not None:
+        monkeypatch.delitem(dynamo.counters, "frames", raising=False)
+
+
 def run_both(model, subject, args, kwargs, times=1, **options):
     return Beside(model, args, kwargs, **options).run(subject, times)
 

@@ -190,8 +190,10 @@ def _without(gm: GraphModule, gone: frozenset[str]) -> GraphModule:
             # Tracing does not see what comes of .data.
             node.op, node.target = "call_method", "detach"
     held = attributes_of(gm, graph.nodes).items()
-    parts = {path: _without(value, gone) if isinstance(value, GraphModule) else value for path, value in held}
-    left = GraphModule(parts, graph)
+    attributes = {
+        path: _without(value, gone) if isinstance(value, GraphModule) else value for path, value in held
+    }
+    left = GraphModule(attributes, graph)
     left.meta.update(gm.meta)
     return left
 

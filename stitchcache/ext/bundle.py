@@ -218,7 +218,7 @@ class _Import:
                 continue
             for ref in artifact.blobs:
                 _, _, begin, size = self._members[object_name(Area.BLOBS, ref.digest)]
-                publish_blob(cache._top, self._bytes(begin, size), wanted=ref)
+                publish_blob(cache._top, self._bytes(begin, size), expected=ref)
             cache.put(artifact, signature=files.OUTSIDE + signature)
         for key, found in self._targets.items():
             there = {(r.sources, r.globals): its for r, its in cache.signed_records(key)}

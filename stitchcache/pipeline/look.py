@@ -64,8 +64,9 @@ def looker(
         where, writes = (wanted.model, wanted.args, wanted.kwargs), _written_by(wanted, artifact)
         compare = partial(_compare, *where, compiled, artifact.check, before, writes=writes, effects=effects)
         # Where somebody replaced a kernel of torch's there is no key, and no direct hit.
-        found = compare(quick=compiled.cache_hit == "direct")
-        return found if found[2].state == "agreed" else compare()
+        direct = compiled.cache_hit == "direct"
+        found = compare(quick=direct)
+        return compare() if direct and found[2].state != "agreed" else found
 
     def at(compiled: CompiledModel) -> None:
         began, artifact, reason = time.perf_counter(), compiled.artifact, _why_not(wanted)

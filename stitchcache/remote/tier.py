@@ -155,7 +155,7 @@ class Tier:
     def _blob(self, cache: Cache, ref: BlobRef, flight: Flight) -> bool:
         name = object_name(Area.BLOBS, ref.digest)
         try:
-            publish_blob(cache._top, self.remote.chunks(name, ref.size, flight), wanted=ref)
+            publish_blob(cache._top, self.remote.chunks(name, ref.size, flight), expected=ref)
             return True
         except FileNotFoundError:
             self._refuse(cache, name, errors.StoreError("an entry or a piece names it, and it is gone"))

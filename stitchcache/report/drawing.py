@@ -137,10 +137,12 @@ def _ops(cache: Cache, piece: entries.Record) -> list[tuple[str, int]]:
         try:
             record = msgpack.unpackb(data)
             code = record.get("code") if isinstance(record, dict) else None
-            ops = steps_of(Variant(size_range=None, code=str(code), submod_names=(), consts=None, pieces=()))
+            steps = steps_of(
+                Variant(size_range=None, code=str(code), submod_names=(), consts=None, pieces=())
+            )
         except (*UNREADABLE, msgpack.UnpackException):
             return []
-        return Counter(step.name for step in ops if step.kind == "op").most_common(_MOST_OPS)
+        return Counter(step.name for step in steps if step.kind == "op").most_common(_MOST_OPS)
     # torch's runtime checks each call by its text, which stands once for each in the library.
     found = {(name, call) for name, call in _KERNEL.findall(data)}
     named = {name for name, _ in found}

@@ -30,11 +30,13 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 20
 
 
-def publish_blob(root: Root, source: bytes | str | Iterable[bytes], wanted: BlobRef | None = None) -> BlobRef:
+def publish_blob(
+    root: Root, source: bytes | str | Iterable[bytes], expected: BlobRef | None = None
+) -> BlobRef:
     """Put a blob in place under its digest, and hold it.
 
     ``source`` is its bytes, in one or in several parts, or the path of a file that has them. If another blob
-    was ``wanted``, an ``EntryDamagedError`` is raised, and nothing is put in place.
+    was ``expected``, an ``EntryDamagedError`` is raised, and nothing is put in place.
     """
     with root.writing(root.area(Area.BLOBS)), root.temporary() as (temp, fd):
         found, size = hashlib.sha256(), 0
@@ -43,7 +45,7 @@ def publish_blob(root: Root, source: bytes | str | Iterable[bytes], wanted: Blob
             size += len(chunk)
             root.files.write_all(fd, chunk)
         ref = BlobRef(digest=found.hexdigest(), size=size)
-        if wanted not in (None, ref):
+        if expected not in (None, ref):
             raise EntryDamagedError.at("", "blob", f"sha256 {ref.digest} of {size} bytes")
         target = keyed_path(root.path, Area.BLOBS, ref.digest)
         root.make_dir(os.path.dirname(target))
